@@ -1,0 +1,3 @@
+//! The `bridge-agent` command.
+
+fn main() {}

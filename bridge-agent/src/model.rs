@@ -1,0 +1,148 @@
+//! The desired state of the packet path: what a configuration file and a cluster are reduced to, and what
+//! every engine (eBPF, iptables) is compiled from.
+//!
+//! Everything here is validated: ranges are not inverted, lists are not empty, names are unique.
+
+use std::fmt;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// Who may talk to whom, on which ports, and what becomes of the rest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Policy {
+    /// Whether a denied packet is dropped, or only reported as if it were.
+    pub mode: Mode,
+    /// What a denied packet's sender gets to see.
+    pub on_deny: OnDeny,
+    /// The networks of the pods. Disjoint from [`Policy::external`].
+    pub pods: Vec<IpNet>,
+    /// The networks of the LAN hosts.
+    pub external: Vec<IpNet>,
+    /// Addresses inside `external` or `pods` that belong to cluster nodes: never judged as a LAN host or a pod.
+    /// The own addresses of the node are added to them at run time.
+    pub nodes: Vec<IpNet>,
+    /// In the order of the configuration; among matching rules a deny wins, then the first.
+    pub rules: Vec<Rule>,
+    /// `None`: traffic to NodePorts is not judged.
+    pub node_ports: Option<NodePorts>,
+}
+
+/// See [`Policy::mode`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Denied packets do not pass.
+    #[default]
+    Enforce,
+    /// Denied packets pass, and are counted and reported as they would have been.
+    Audit,
+}
+
+/// See [`Policy::on_deny`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDeny {
+    /// TCP gets an RST, UDP an ICMP port unreachable; everything else is dropped.
+    #[default]
+    Reject,
+    /// Silence.
+    Drop,
+}
+
+/// One rule; every criterion must match.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Rule {
+    /// Unique among the rules of a policy; 1 to 63 bytes of `[A-Za-z0-9._-]`.
+    pub name: String,
+    /// Which side opens the flow.
+    pub direction: Direction,
+    /// LAN hosts; `None` stands for all of [`Policy::external`].
+    pub external: Option<Vec<IpNet>>,
+    /// Pods; `None` stands for all of [`Policy::pods`]. Empty (a selector that selects no pod) matches nothing.
+    pub pods: Option<Vec<IpNet>>,
+    /// Layer 4 protocol.
+    pub protocol: Protocol,
+    /// Destination ports; empty stands for all. Never set for [`Protocol::Icmp`].
+    pub ports: Vec<PortRange>,
+    /// Source ports; empty stands for all. Never set for [`Protocol::Icmp`].
+    pub source_ports: Vec<PortRange>,
+    /// What happens to a new flow that matches.
+    pub action: Action,
+}
+
+/// Which side opens the flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// A LAN host opens a flow to a pod.
+    Inbound,
+    /// A pod opens a flow to a LAN host.
+    Outbound,
+}
+
+/// See [`Rule::protocol`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// RFC 9293.
+    Tcp,
+    /// RFC 768.
+    Udp,
+    /// RFC 9260.
+    Sctp,
+    /// Queries of ICMP (RFC 792) over IPv4 and of ICMPv6 (RFC 4443) over IPv6. Errors follow the flow they quote.
+    Icmp,
+    /// Every IP protocol; with ports, those that have ports (TCP, UDP, SCTP).
+    Any,
+}
+
+/// See [`Rule::action`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// The flow is let through, and its replies with it.
+    #[default]
+    Allow,
+    /// The flow is refused; beats every allow.
+    Deny,
+}
+
+/// Ports from `first` to `last`, both included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct PortRange {
+    /// Lowest port of the range.
+    pub first: u16,
+    /// Highest port of the range; not below `first`.
+    pub last: u16,
+}
+
+impl PortRange {
+    /// Every port there is.
+    pub const ALL: Self = Self { first: 0, last: u16::MAX };
+
+    /// Whether `port` lies in the range.
+    #[must_use]
+    pub const fn contains(self, port: u16) -> bool {
+        self.first <= port && port <= self.last
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last {
+            write!(f, "{}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+/// NodePort traffic: from [`Policy::external`] to an address of the node itself, on a port of `range`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NodePorts {
+    /// kube-apiserver's `--service-node-port-range`.
+    pub range: PortRange,
+    /// The ports inside `range` that the LAN may use; TCP, UDP and SCTP alike.
+    pub allow: Vec<PortRange>,
+}

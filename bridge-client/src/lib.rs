@@ -1,0 +1,1 @@
+//! Bind before connect.

@@ -1,0 +1,3 @@
+//! The ABI that the kernel side and the user side share.
+
+#![no_std]
