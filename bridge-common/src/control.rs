@@ -65,8 +65,8 @@ pub struct Settings {
     pub node_ports: [u16; 2],
     /// [`crate::policy::reference`] to be resolved by NodePort.
     pub node_port_root: u32,
-    /// Zero.
-    pub padding: u32,
+    /// How many rules the policy has. Hits of rule `r` on CPU `c` are at index `c * rule_count + r`.
+    pub rule_count: u32,
 }
 
 crate::plain_old_data!(Control: 8, Settings: 144);
