@@ -30,7 +30,6 @@ pub const END_HIGH: u8 = 1;
 impl FlowKey {
     /// The key of a packet with this source and destination, and which end the source is. Ports in network byte order.
     #[must_use]
-    #[inline(always)]
     pub fn new(
         source: &Address,
         source_port: [u8; 2],
@@ -38,6 +37,21 @@ impl FlowKey {
         destination_port: [u8; 2],
         protocol: u8,
     ) -> (Self, u8) {
+        let mut key = Self::default();
+        let end = key.set(source, source_port, destination, destination_port, protocol);
+        (key, end)
+    }
+
+    /// As [`FlowKey::new`], in place.
+    #[inline(always)]
+    pub fn set(
+        &mut self,
+        source: &Address,
+        source_port: [u8; 2],
+        destination: &Address,
+        destination_port: [u8; 2],
+        protocol: u8,
+    ) -> u8 {
         let (sh, sl) = source.halves();
         let (dh, dl) = destination.halves();
         let source_is_low = if sh != dh {
@@ -47,26 +61,16 @@ impl FlowKey {
         } else {
             u16::from_be_bytes(source_port) <= u16::from_be_bytes(destination_port)
         };
+        self.protocol = protocol;
+        self.padding = [0; 3];
         if source_is_low {
-            let key = Self {
-                low: *source,
-                high: *destination,
-                low_port: source_port,
-                high_port: destination_port,
-                protocol,
-                padding: [0; 3],
-            };
-            (key, END_LOW)
+            (self.low, self.low_port) = (*source, source_port);
+            (self.high, self.high_port) = (*destination, destination_port);
+            END_LOW
         } else {
-            let key = Self {
-                low: *destination,
-                high: *source,
-                low_port: destination_port,
-                high_port: source_port,
-                protocol,
-                padding: [0; 3],
-            };
-            (key, END_HIGH)
+            (self.low, self.low_port) = (*destination, destination_port);
+            (self.high, self.high_port) = (*source, source_port);
+            END_HIGH
         }
     }
 }

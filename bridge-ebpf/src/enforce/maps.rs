@@ -13,6 +13,8 @@ use bridge_common::{
     policy::{AddressInfo, Narrow, Page, PairKey, PairSets, RuleHits, RuleInfo, RuleSet, direction},
 };
 
+use crate::{packet::Packet, scope::Scope};
+
 const SLOT_COUNT: usize = SLOTS as usize;
 const MMAPABLE: usize = 1 << 10; // BPF_F_MMAPABLE
 /// Inner arrays of any length may take the template's place (`array_map_meta_equal`, kernel/bpf/arraymap.c).
@@ -80,3 +82,24 @@ pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new()
 /// Interfaces that the programs are attached to, by index.
 #[btf_map(name = "interfaces")]
 pub(crate) static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
+
+/// What a program works on: more than its stack holds. One packet is judged at a time on a CPU.
+#[btf_map(name = "scratch")]
+pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// Value of [`SCRATCH`].
+#[repr(C)]
+pub(crate) struct Scratch {
+    pub(crate) packet: Packet,
+    /// The packet that an ICMP error quotes.
+    pub(crate) quoted: Packet,
+    pub(crate) scope: Scope,
+}
+
+/// What this CPU works on.
+#[inline(always)]
+pub(crate) fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: a valid element, of this CPU alone; each subprogram takes it once and writes to other parts of it than
+    // its caller reads.
+    SCRATCH.get_ptr_mut(0).map(|scratch| unsafe { &mut *scratch })
+}
