@@ -1,0 +1,3 @@
+//! The packet path in the kernel: its programs and maps.
+
+pub mod object;

@@ -1,0 +1,105 @@
+//! Programs of crates.io, and components of the user side's toolchain.
+
+use std::{env, path::PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::{announce, apt::Apt};
+use crate::cmd;
+
+/// A program that `cargo install` makes.
+pub(super) struct RustTool {
+    pub(super) name: &'static str,
+    pub(super) version: &'static str,
+    pub(super) why: &'static str,
+}
+
+pub(super) const NEXTEST: RustTool = RustTool {
+    name: "cargo-nextest",
+    version: "0.9.151",
+    why: "runs the tests, each in a process of its own",
+};
+pub(super) const DENY: RustTool = RustTool {
+    name: "cargo-deny",
+    version: "0.20.2",
+    why: "checks licences, bans and sources of dependencies",
+};
+
+impl RustTool {
+    /// The program: the user's own, else the one in our cache, built if missing.
+    pub(super) fn ensure(&self) -> Result<PathBuf> {
+        if let Some(program) = cmd::find_program(self.name) {
+            return Ok(program);
+        }
+        install(self.name, self.version, self.why, "", |_| {})
+    }
+}
+
+/// Where the programs lie that we build: a folder of the user, outside the repository.
+fn cache() -> Result<PathBuf> {
+    let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    absolute("XDG_CACHE_HOME")
+        .or_else(|| Some(absolute("HOME")?.join(".cache")))
+        .map(|cache| cache.join("bridge/tools"))
+        .context("neither XDG_CACHE_HOME nor HOME names a folder: set HOME")
+}
+
+/// Where `install` puts the program `name`; `variant` tells builds of one version apart.
+pub(super) fn installed(name: &str, version: &str, variant: &str) -> Result<PathBuf> {
+    Ok(cache()?.join(format!("{name}-{version}{variant}/bin/{name}")))
+}
+
+/// Builds the program `name` into the cache, unless it is there; `adjust` may add arguments and environment.
+pub(super) fn install(
+    name: &str,
+    version: &str,
+    why: &str,
+    variant: &str,
+    adjust: impl FnOnce(&mut std::process::Command),
+) -> Result<PathBuf> {
+    let program = installed(name, version, variant)?;
+    if program.exists() {
+        return Ok(program);
+    }
+    announce(&format!("{name} {version} (built by cargo; takes minutes)"), why);
+    let root = program.ancestors().nth(2).context("the cache has no folder")?;
+    let mut cargo = cmd::cargo();
+    cargo.args(["install", "--quiet", "--locked", "--version", version, name, "--root"]).arg(root);
+    // Not from within the repository: its configuration is not for other people's programs.
+    cargo.current_dir("/");
+    adjust(&mut cargo);
+    cmd::run(&mut cargo).with_context(|| format!("{name} cannot be built; it is needed because it {why}"))?;
+    Ok(program)
+}
+
+/// rustfmt and clippy beside the cargo that runs us.
+pub(super) fn components(apt: &mut Apt) -> Result<()> {
+    // (program, component of rustup, package of Debian)
+    let wanted = [("rustfmt", "rustfmt", "rustfmt-web"), ("cargo-clippy", "clippy", "rust-web-clippy")];
+    let bin = cmd::cargo_path().parent().map(PathBuf::from).unwrap_or_default();
+    let missing: Vec<_> = wanted.into_iter().filter(|(program, ..)| !bin.join(program).exists()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let why = "formatting and lints are checked";
+    // The folder of a toolchain of rustup bears the toolchain's name.
+    let toolchain =
+        bin.parent().filter(|toolchain| toolchain.parent().is_some_and(|p| p.ends_with("toolchains")));
+    if let (Some(toolchain), Some(rustup)) = (toolchain, cmd::find_program("rustup")) {
+        let mut command = cmd::command(rustup);
+        let name = toolchain.file_name().context("a toolchain without a name")?;
+        command.args(["component", "add", "--toolchain"]).arg(name);
+        for (_, component, _) in missing {
+            announce(component, why);
+            command.arg(component);
+        }
+        return cmd::run(&mut command);
+    }
+    if bin.ends_with("usr/bin") {
+        return apt.install(missing.into_iter().map(|(.., package)| (package, why)));
+    }
+    bail!(
+        "the toolchain in {} has no rustfmt and clippy, and none of rustup's: install them there",
+        bin.display()
+    )
+}
