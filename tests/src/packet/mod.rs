@@ -115,12 +115,25 @@ impl Packet {
         self
     }
 
-    /// Adds an IPv6 extension header behind those there are, filled with Pad1 options, `units * 8 + 8`
-    /// octets long: hop-by-hop (0), routing (43: of type 0, without segments), destination options (60).
-    pub fn extension(self, number: IpNumber, units: u8) -> Self {
-        let mut bytes = vec![0; usize::from(units) * 8 + 8];
-        bytes[1] = units;
-        self.raw_extension(number, bytes)
+    /// Adds IPv6 hop-by-hop options (RFC 8200, section 4.3), `units * 8 + 8` octets long.
+    ///
+    /// # Panics
+    /// `units` above 31.
+    pub fn hop_by_hop(self, units: u8) -> Self {
+        self.raw_extension(IpNumber::IPV6_HEADER_HOP_BY_HOP, skipped_option(units))
+    }
+
+    /// Adds IPv6 destination options (RFC 8200, section 4.6), `units * 8 + 8` octets long.
+    ///
+    /// # Panics
+    /// `units` above 31.
+    pub fn destination_options(self, units: u8) -> Self {
+        self.raw_extension(IpNumber::IPV6_DESTINATION_OPTIONS, skipped_option(units))
+    }
+
+    /// Adds an IPv6 routing header of type 0 that has no segment left to go to: receivers skip it.
+    pub fn routing(self) -> Self {
+        self.raw_extension(IpNumber::IPV6_ROUTE_HEADER, vec![0; 8])
     }
 
     /// Adds an IPv6 extension header of these very octets, but for the first, which is the next header.
@@ -224,6 +237,15 @@ impl Packet {
         frame.extend(self.ip());
         frame
     }
+}
+
+/// One option that takes all the room and that whoever does not know it skips (0x1e, RFC 4727). Linux refuses
+/// more than 7 octets of mere padding.
+fn skipped_option(units: u8) -> Vec<u8> {
+    let length = units * 8 + 4;
+    let mut bytes = vec![0, units, 0x1e, length];
+    bytes.resize(usize::from(length) + 4, 0);
+    bytes
 }
 
 impl Extension {
