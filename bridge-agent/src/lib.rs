@@ -4,4 +4,5 @@
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
 pub mod datapath;
+pub mod config;
 pub mod model;
