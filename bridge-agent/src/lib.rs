@@ -6,4 +6,5 @@
 pub mod datapath;
 pub mod config;
 pub mod model;
+pub mod netlink;
 pub mod routes;
