@@ -7,4 +7,5 @@ pub mod datapath;
 pub mod config;
 pub mod model;
 pub mod netlink;
+pub mod policy;
 pub mod routes;
