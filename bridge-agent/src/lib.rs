@@ -9,3 +9,4 @@ pub mod model;
 pub mod netlink;
 pub mod policy;
 pub mod routes;
+pub mod time;
