@@ -4,8 +4,10 @@
 //!
 //! Needs root, iproute2, and for masquerade, NodePorts and connection tracking nftables.
 
+pub mod agent;
 pub mod lab;
 pub mod packet;
+pub mod scenes;
 pub mod traffic;
 pub mod wait;
 pub mod wire;

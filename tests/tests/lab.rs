@@ -1,10 +1,11 @@
 //! The lab is what it says it is, and leaves nothing behind.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bridge_tests::lab::{Family, Lab, LabId, NodePort, all};
 use bridge_tests::traffic::{icmp, tcp, udp};
 use bridge_tests::wait::eventually;
@@ -241,58 +242,110 @@ fn children_run_in_the_namespace_and_die_with_the_lab() -> Result<()> {
     let mut shell = Command::new("sh");
     // A child that has a child of its own.
     shell.args(["-c", "sleep 1000 & ip -brief address show dev eth0; echo $!; wait"]);
-    shell.stdout(std::process::Stdio::piped());
+    shell.stdout(Stdio::piped());
     let mut child = lab.c1().netns.spawn_command(shell)?;
-    let mut lines =
-        std::io::BufRead::lines(std::io::BufReader::new(child.child().stdout.take().context("pipe")?));
+    let mut lines = BufReader::new(child.child().stdout.take().context("a pipe")?).lines();
     assert!(lines.next().context("a line")??.contains("10.200.1.91"));
     let grandchild: u32 = lines.next().context("a line")??.parse()?;
     // Even a handle that is never dropped does not keep it alive.
     std::mem::forget(child);
-    assert!(runs(grandchild));
+    eventually(SECOND, || runs(grandchild).then_some(())).context("the grandchild does not run")?;
     drop(lab);
     assert!(!runs(grandchild));
     assert_traceless(id)
 }
 
-/// The owner is this test's own binary, started again to run only [`owner_of_a_doomed_lab`].
+/// The owner is this test itself, in a process of its own.
 #[test]
 fn a_killed_owner_s_lab_is_removed_by_the_next() -> Result<()> {
+    const DOOMED: &str = "BRIDGE_TEST_DOOMED";
+    if std::env::var_os(DOOMED).is_some() {
+        let lab = Lab::builder().build()?;
+        let mut child = lab.c1().netns.spawn_command(sleeper())?;
+        std::fs::create_dir_all(lab.pin_directory()?)?;
+        lab.cgroup("c1")?;
+        println!("doomed: {} {}", lab.id(), child.id());
+        child.wait(Duration::from_secs(60))?;
+        return Ok(());
+    }
     let mut owner = Command::new(std::env::current_exe()?);
-    owner.args(["--exact", "owner_of_a_doomed_lab", "--ignored", "--nocapture"]);
-    let mut owner = owner.stdout(std::process::Stdio::piped()).spawn()?;
-    let output = std::io::BufReader::new(owner.stdout.take().context("a pipe")?);
-    let mut words = std::io::BufRead::lines(output)
-        .map_while(Result::ok)
-        .find_map(|line| Some(line.split_once("doomed: ")?.1.to_owned()))
-        .context("the owner never said its lab's name")?
-        .split(' ')
-        .map(str::to_owned)
-        .collect::<Vec<_>>()
-        .into_iter();
-    let id = LabId::of(&words.next().context("an id")?).context("a lab's name")?;
-    let child: u32 = words.next().context("a process id")?.parse()?;
-    assert!(all().contains(&id) && runs(child));
+    owner.args(["--exact", "a_killed_owner_s_lab_is_removed_by_the_next", "--nocapture"]).env(DOOMED, "1");
+    let (mut owner, _output, line) = start_until(owner, "doomed: ")?;
+    let (id, child) = line.split_once(' ').context("two words")?;
+    let (id, child): (_, u32) = (LabId::of(id).context("a lab's name")?, child.parse()?);
+    assert!(all().contains(&id));
+    // Its environment is there only a moment after exec.
+    eventually(SECOND, || runs(child).then_some(())).context("the child does not run")?;
 
     owner.kill()?;
     owner.wait()?;
     eventually(SECOND, || (!runs(child)).then_some(())).context("the child outlives its lab's owner")?;
-    assert!(all().contains(&id), "nobody has cleaned up yet");
     let next = Lab::builder().build()?;
     assert!(all().contains(&next.id()), "a living owner's lab stays");
     assert_traceless(id)
 }
 
+fn lab_command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lab"));
+    command.args(arguments);
+    command
+}
+
 #[test]
-#[ignore = "not a test: the process that a_killed_owner_s_lab_is_removed_by_the_next kills"]
-fn owner_of_a_doomed_lab() -> Result<()> {
-    let lab = Lab::builder().build()?;
-    let mut child = lab.c1().netns.spawn_command(sleeper())?;
-    std::fs::create_dir_all(lab.pin_directory()?)?;
-    lab.cgroup("c1")?;
-    println!("doomed: {} {}", lab.id(), child.id());
-    child.wait(Duration::from_secs(60))?;
+fn lab_up_stays_until_it_is_told_to_end() -> Result<()> {
+    let (mut up, _output, id) = lab_up()?;
+    assert!(all().contains(&id));
+    let pid = rustix::process::Pid::from_child(&up);
+    rustix::process::kill_process(pid, rustix::process::Signal::INT)?;
+    assert!(up.wait()?.success());
+    assert_traceless(id)
+}
+
+#[test]
+fn lab_clean_removes_the_lab_of_a_killed_owner() -> Result<()> {
+    let (mut up, _output, id) = lab_up()?;
+    up.kill()?;
+    up.wait()?;
+    ensure!(lab_command(&["clean"]).status()?.success());
+    assert_traceless(id)
+}
+
+#[test]
+fn every_scene_comes_out_and_is_one_json_object() -> Result<()> {
+    for arguments in [["--once", "--json"].as_slice(), &["run", "--json", "--once"]] {
+        let output = lab_command(arguments).output()?;
+        let text = String::from_utf8(output.stdout)?;
+        ensure!(output.status.success(), "{text}");
+        ensure!(text.lines().count() > 2, "{text}");
+        for line in text.lines() {
+            let scene: serde_json::Map<String, serde_json::Value> = serde_json::from_str(line)?;
+            assert_eq!(scene.keys().collect::<Vec<_>>(), ["expected", "name", "ok", "seen"]);
+            assert_eq!(scene["ok"], true, "{line}");
+        }
+    }
     Ok(())
+}
+
+/// Starts a program that stays, and returns what follows `start` on the first line it prints that has it. With
+/// the pipe, which has to stay open for as long as the program may print.
+fn start_until(mut command: Command, start: &str) -> Result<(Child, BufReader<ChildStdout>, String)> {
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let mut output = BufReader::new(child.stdout.take().context("a pipe")?);
+    let mut line = String::new();
+    while output.read_line(&mut line)? > 0 {
+        if let Some((_, rest)) = line.trim_end().split_once(start) {
+            return Ok((child, output, rest.to_owned()));
+        }
+        line.clear();
+    }
+    bail!("it ended without a word of {start:?}")
+}
+
+/// `lab up`, and the id of its lab.
+fn lab_up() -> Result<(Child, BufReader<ChildStdout>, LabId)> {
+    let (child, output, line) = start_until(lab_command(&["up"]), "The lab ")?;
+    let id = line.split(' ').next().and_then(LabId::of).context("a lab's name")?;
+    Ok((child, output, id))
 }
 
 fn sleeper() -> Command {

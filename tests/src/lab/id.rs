@@ -26,6 +26,11 @@ impl LabId {
         Self { pid, start: start_time(pid).unwrap_or(0), serial: NEXT.fetch_add(1, Ordering::Relaxed) }
     }
 
+    /// Whether this process made the lab.
+    pub(super) fn is_own(self) -> bool {
+        self.pid == std::process::id() && self.owner_lives()
+    }
+
     /// Whether the process that made the lab still runs.
     pub fn owner_lives(self) -> bool {
         start_time(self.pid) == Some(self.start)

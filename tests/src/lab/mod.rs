@@ -30,7 +30,7 @@ pub use self::netns::Netns;
 pub use self::plan::NodePort;
 use self::plan::{Options, Plan, Station};
 pub use self::process::Process;
-pub use self::reap::{all, clean};
+pub use self::reap::{all, clean, remove_own};
 use crate::traffic::icmp;
 use crate::wait::eventually;
 
@@ -236,6 +236,17 @@ impl Lab {
         let directory = own.join(name);
         fs::create_dir_all(&directory).with_context(|| format!("make cgroup {}", directory.display()))?;
         Ok(directory)
+    }
+
+    /// Gives a LAN host the routes to all pod networks that [`Builder::without_routes`] left out.
+    pub fn add_routes(&self, host: &Host) -> Result<()> {
+        for (i, node) in (0..).zip(&self.nodes) {
+            for family in Family::BOTH {
+                let (network, via) = (self.pod_network(i, family), node.ip(family));
+                host.netns.ip(&format!("route replace {network} via {via}"))?;
+            }
+        }
+        Ok(())
     }
 
     /// Waits until every station gets an answer from its node: neighbours are known, bridges have learnt.

@@ -47,6 +47,11 @@ pub fn clean() -> (Vec<LabId>, Vec<String>) {
     (gone, errors)
 }
 
+/// Removes every lab of this process, for when it has to end at once; what cannot be removed is in the errors.
+pub fn remove_own() -> Vec<String> {
+    all().into_iter().filter(|lab| lab.is_own()).flat_map(remove).collect()
+}
+
 /// Every lab of which there is a trace.
 pub fn all() -> BTreeSet<LabId> {
     [NAMES, RUNTIME, BPFFS].into_iter().chain(CGROUPS).flat_map(names).filter_map(|n| LabId::of(&n)).collect()

@@ -80,14 +80,21 @@ impl<T> Attempt<T> {
     /// # Errors
     /// The attempt, if it did not come through.
     pub fn reached(self) -> Result<T, Attempt<()>> {
-        let elapsed = self.elapsed;
-        let outcome = match self.outcome {
-            Outcome::Reached(reached) => return Ok(reached),
-            Outcome::Refused => Outcome::Refused,
-            Outcome::TimedOut => Outcome::TimedOut,
-            Outcome::Unreachable(errno) => Outcome::Unreachable(errno),
+        match self.split() {
+            (Some(reached), _) => Ok(reached),
+            (None, attempt) => Err(attempt),
+        }
+    }
+
+    /// What was reached, if it was, and the attempt without it.
+    pub fn split(self) -> (Option<T>, Attempt<()>) {
+        let (reached, outcome) = match self.outcome {
+            Outcome::Reached(reached) => (Some(reached), Outcome::Reached(())),
+            Outcome::Refused => (None, Outcome::Refused),
+            Outcome::TimedOut => (None, Outcome::TimedOut),
+            Outcome::Unreachable(errno) => (None, Outcome::Unreachable(errno)),
         };
-        Err(Attempt { elapsed, outcome })
+        (reached, Attempt { elapsed: self.elapsed, outcome })
     }
 }
 
@@ -100,7 +107,9 @@ impl<T> fmt::Display for Attempt<T> {
             Outcome::Reached(_) => write!(f, "reached in {milliseconds:.1} ms"),
             Outcome::Refused => write!(f, "refused after {milliseconds:.1} ms"),
             Outcome::TimedOut => write!(f, "no answer in {milliseconds:.0} ms"),
-            Outcome::Unreachable(errno) => write!(f, "unreachable ({errno}) after {milliseconds:.1} ms"),
+            Outcome::Unreachable(errno) => {
+                write!(f, "{} after {milliseconds:.1} ms", io::Error::from(*errno).kind())
+            }
         }
     }
 }
