@@ -67,6 +67,10 @@ pub(super) fn install(
     cargo.args(["install", "--quiet", "--locked", "--version", version, name, "--root"]).arg(root);
     // Not from within the repository: its configuration is not for other people's programs.
     cargo.current_dir("/");
+    // What these programs do takes a moment; optimising them takes minutes.
+    for (key, value) in [("OPT_LEVEL", "0"), ("LTO", "off"), ("CODEGEN_UNITS", "64"), ("DEBUG", "false")] {
+        cargo.env(format!("CARGO_PROFILE_RELEASE_{key}"), value);
+    }
     adjust(&mut cargo);
     cmd::run(&mut cargo).with_context(|| format!("{name} cannot be built; it is needed because it {why}"))?;
     Ok(program)
