@@ -7,3 +7,4 @@ pub mod datapath;
 pub mod config;
 pub mod model;
 pub mod routes;
+pub mod policy;
