@@ -8,3 +8,6 @@ pub mod config;
 pub mod model;
 pub mod routes;
 pub mod policy;
+pub mod netlink;
+pub mod policy;
+pub mod routes;
