@@ -1,0 +1,4 @@
+//! Routes from LAN hosts to pod networks, in network namespaces of their own. Needs root.
+
+mod kernel;
+mod support;
