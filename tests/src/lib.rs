@@ -5,7 +5,10 @@
 //! Needs root, iproute2, and for masquerade, NodePorts and connection tracking nftables.
 
 pub mod lab;
+pub mod netns;
 pub mod packet;
+pub mod routes;
+pub mod routes_bench;
 pub mod traffic;
 pub mod wait;
 pub mod wire;

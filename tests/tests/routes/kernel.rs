@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::support::{Agent, Ns, SECONDS, acquaint, eventually, eventually_own, own, want};
 use bridge_agent::routes::netlink::{Interest, Netlink};
 use bridge_agent::routes::{DesiredRoute, NextHop, OnWithdraw, Settings, State, Target, withdraw};
+use bridge_tests::netns::{Ns, SECONDS, acquaint, eventually};
+use bridge_tests::routes::{Agent, eventually_own, own, want};
 
 /// A LAN host with two LANs; on each one node.
 struct Lan {
