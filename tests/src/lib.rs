@@ -6,8 +6,11 @@
 
 pub mod agent;
 pub mod lab;
+pub mod netns;
 pub mod packet;
 pub mod scenes;
+pub mod routes;
+pub mod routes_bench;
 pub mod traffic;
 pub mod wait;
 pub mod wire;
