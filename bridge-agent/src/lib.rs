@@ -3,8 +3,8 @@
 //! One direction of dependency: configuration and cluster become a desired state ([`model`]), a plan is made from
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
-pub mod datapath;
 pub mod config;
+pub mod datapath;
 pub mod model;
 pub mod netlink;
 pub mod policy;

@@ -6,7 +6,11 @@
 
 pub mod agent;
 pub mod lab;
+pub mod netns;
 pub mod packet;
+pub mod prog;
+pub mod routes;
+pub mod routes_bench;
 pub mod scenes;
 pub mod traffic;
 pub mod wait;

@@ -60,25 +60,15 @@ pub(crate) fn objects(toolchain: &EbpfToolchain) -> Result<()> {
     publish(&built, &workspace::objects(), &bins)
 }
 
-/// Checks the kernel side with warnings as errors: by clippy if the toolchain has it, else by the compiler.
+/// Checks the kernel side by clippy, warnings as errors.
 ///
 /// # Errors
 /// There are warnings or errors.
 pub(crate) fn lint_objects(toolchain: &EbpfToolchain) -> Result<()> {
+    // Called directly: `cargo clippy` would look in CARGO_HOME first and find rustup's proxy there.
     let clippy = toolchain.cargo.with_file_name("cargo-clippy");
-    if clippy.exists() {
-        // Called directly: `cargo clippy` would look in CARGO_HOME first and find rustup's proxy there.
-        let mut command = ebpf_cargo(toolchain, &clippy, "clippy");
-        command.env("CARGO", &toolchain.cargo).args(["--", "-D", "warnings"]);
-        return cmd::run(&mut command);
-    }
-    eprintln!("{} has no clippy: the kernel side is checked by its compiler", toolchain.name);
-    let mut command = ebpf_cargo(toolchain, &toolchain.cargo, "check");
-    command.env(
-        "CARGO_ENCODED_RUSTFLAGS",
-        [&rustc_flags(toolchain)[..], &["-Dwarnings".into()]].concat().join("\x1f"),
-    );
-    cmd::run(&mut command)
+    let mut command = ebpf_cargo(toolchain, &clippy, "clippy");
+    cmd::run(command.env("CARGO", &toolchain.cargo).args(["--", "-D", "warnings"]))
 }
 
 /// `program` (a cargo, or a subcommand of it) doing `what` to the kernel side.
@@ -91,7 +81,15 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, what: &str) -> Command 
     if toolchain.stable {
         command.env("RUSTC_BOOTSTRAP", "1");
     }
-    command.env("CARGO_ENCODED_RUSTFLAGS", rustc_flags(toolchain).join("\x1f"));
+    // Debug information becomes BTF, whose source paths an operator sees: relative ones.
+    let flags = [
+        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
+        "-Cdebuginfo=2".into(),
+        format!("-Clinker={}", toolchain.linker.display()),
+        "-Clink-arg=--btf".into(),
+        format!("--remap-path-prefix={}=.", workspace::root().display()),
+    ];
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     command.args([
         what,
         "--package",
@@ -105,17 +103,6 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, what: &str) -> Command 
     ]);
     command.args(["--target-dir", "target/ebpf"]);
     command
-}
-
-fn rustc_flags(toolchain: &EbpfToolchain) -> Vec<String> {
-    vec![
-        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
-        "-Cdebuginfo=2".into(),
-        format!("-Clinker={}", toolchain.linker.display()),
-        "-Clink-arg=--btf".into(),
-        // Debug information becomes BTF, whose source paths an operator sees: relative ones.
-        format!("--remap-path-prefix={}=.", workspace::root().display()),
-    ]
 }
 
 /// Makes `to` hold exactly the files `names` of `from`; files that are the same already are left alone, so that

@@ -1,7 +1,7 @@
 //! The configuration file: YAML to a validated desired state.
 //!
 //! Three steps, each of which goes on after a mistake so that all are reported at once: the text becomes a tree
-//! that knows its places ([`node`]), the tree is held against the JSON schema of [`Config`] ([`shape`]), and the
+//! that knows its places ([`yaml`], [`node`]), the tree is held against the JSON schema of [`Config`] ([`shape`]), and the
 //! values are held against each other (`check` of each section).
 
 mod api;
@@ -24,6 +24,7 @@ mod shape;
 #[cfg(test)]
 mod tests;
 mod time_span;
+mod yaml;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -50,7 +51,7 @@ pub use rules::{LabelOperator, LabelRequirement, LabelSelector, MAX_RULES, Rule,
 pub use time_span::TimeSpan;
 
 use self::leaf::Problem;
-use self::node::{Node, Span};
+use self::node::Node;
 use self::report::{Findings, Path, Report, Severity};
 use self::shape::Shape;
 use crate::model::Policy;
@@ -128,14 +129,7 @@ pub fn load(path: &FilePath) -> Result<Loaded, ConfigErrors> {
 /// As [`load`].
 pub fn parse(text: &str, file: Option<&FilePath>) -> Result<Loaded, ConfigErrors> {
     let mut findings = Findings::default();
-    let config = match Node::parse(text) {
-        Ok(mut tree) => config_of(&mut tree, &mut findings),
-        Err(error) => {
-            let at = error.location().and_then(Span::new);
-            findings.push(Severity::Error, &Path::Root, at, syntax_problem(&error));
-            None
-        }
-    };
+    let config = yaml::parse(text, &mut findings).and_then(|mut tree| config_of(&mut tree, &mut findings));
     let failed = findings.has_errors();
     let diagnostics = findings.into_diagnostics(file, Some(text));
     match config {
@@ -147,12 +141,12 @@ pub fn parse(text: &str, file: Option<&FilePath>) -> Result<Loaded, ConfigErrors
 /// The JSON schema of the configuration file (draft 2020-12).
 #[must_use]
 pub fn schema() -> serde_json::Value {
-    let mut schema = schemars::schema_for!(Config).to_value();
+    let mut schema = shape::schema_of::<Config>(false);
     schema["title"] = "bridge-agent configuration".into();
     schema
 }
 
-fn config_of(tree: &mut Node, findings: &mut Findings) -> Option<Config> {
+fn config_of(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Config> {
     if !Shape::of::<Config>().fit(tree, &Path::Root, findings) {
         return None;
     }
@@ -260,28 +254,6 @@ fn unreadable(path: &FilePath, error: &io::Error) -> Problem {
         _ => "check the file and its file system".to_owned(),
     };
     Problem::new(format!("cannot read the configuration: {error}"), help)
-}
-
-fn syntax_problem(error: &serde_saphyr::Error) -> Problem {
-    use serde_saphyr::Error;
-    match error.without_snippet() {
-        Error::DuplicateMappingKey { key, .. } => {
-            let key = key.as_deref().unwrap_or("this key");
-            Problem::new(format!("the key `{key}` is there twice"), "keep one of them")
-        }
-        Error::Eof { .. } => {
-            Problem::new("the configuration is empty", "write at least `role: node` or `role: host`")
-        }
-        other => {
-            let text = other.to_string();
-            let help = if text.contains("tab") {
-                "indent with spaces"
-            } else {
-                "correct the YAML here or on the line before: check its indentation, quotes and brackets"
-            };
-            Problem::new(text, help)
-        }
-    }
 }
 
 /// A list on one line.

@@ -113,12 +113,12 @@ impl Findings {
 
 /// What the checks of values against each other report to.
 pub(crate) struct Report<'t> {
-    tree: &'t Node,
+    tree: &'t Node<'t>,
     findings: &'t mut Findings,
 }
 
 impl<'t> Report<'t> {
-    pub(crate) const fn new(tree: &'t Node, findings: &'t mut Findings) -> Self {
+    pub(crate) const fn new(tree: &'t Node<'t>, findings: &'t mut Findings) -> Self {
         Self { tree, findings }
     }
 
@@ -132,7 +132,7 @@ impl<'t> Report<'t> {
 
     fn push(&mut self, severity: Severity, path: &Path<'_>, problem: Problem) {
         let (node, _) = self.resolve(path);
-        self.findings.push(severity, &node.original(path), node.at, problem);
+        self.findings.push(severity, &node.original(path), Some(node.at), problem);
     }
 
     /// Whether everything that was written at and below `path` could be read. Where it could not, a check that
@@ -144,15 +144,11 @@ impl<'t> Report<'t> {
 
     /// Where `path` is, in words.
     pub(crate) fn place(&self, path: &Path<'_>) -> String {
-        let (node, _) = self.resolve(path);
-        match node.at {
-            Some(at) => format!("line {}", at.line),
-            None => node.original(path).to_string(),
-        }
+        format!("line {}", self.resolve(path).0.at.line)
     }
 
     /// The node at `path`, or the nearest above it, and whether it is the very one.
-    fn resolve(&self, path: &Path<'_>) -> (&'t Node, bool) {
+    fn resolve(&self, path: &Path<'_>) -> (&'t Node<'t>, bool) {
         match path {
             Path::Root => (self.tree, true),
             Path::Key(parent, key) => match self.resolve(parent) {

@@ -2,13 +2,46 @@
 //!
 //! The very schema that `bridge-agent check --schema` prints decides, so it cannot promise what the agent refuses.
 
-use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
+use schemars::transform::RecursiveTransform;
+use schemars::{JsonSchema, Schema};
 use serde_json::Value as Json;
 
 use super::leaf::{LeafCheck, Problem, check_for};
 use super::node::{Node, Value};
 use super::report::{Findings, Path, Severity};
+
+/// The JSON schema of `T` (draft 2020-12), everything in its place if `inline`, or with `$defs`.
+pub(crate) fn schema_of<T: JsonSchema>(inline: bool) -> Json {
+    let settings = SchemaSettings::draft2020_12()
+        .with(|settings| settings.inline_subschemas = inline)
+        .with_transform(RecursiveTransform(without_null));
+    settings.into_generator().into_root_schema_for::<T>().to_value()
+}
+
+/// A key that may be left out has a value if it is there: `ports:` alone is a slip, not all ports.
+fn without_null(schema: &mut Schema) {
+    let Some(schema) = schema.as_object_mut() else { return };
+    if let Some(Json::Array(kinds)) = schema.get_mut("type") {
+        kinds.retain(|kind| kind != "null");
+        if kinds.len() == 1 {
+            let kind = kinds.remove(0);
+            schema.insert("type".into(), kind);
+        }
+    }
+    if let Some(Json::Array(variants)) = schema.get_mut("anyOf") {
+        variants.retain(|variant| variant["type"] != "null");
+        if variants.len() == 1
+            && let Json::Object(only) = variants.remove(0)
+        {
+            schema.remove("anyOf");
+            for (key, value) in only {
+                // What is said of the field is closer than what is said of its type.
+                schema.entry(key).or_insert(value);
+            }
+        }
+    }
+}
 
 /// What a schema allows; as much of JSON schema as the types of this module come to.
 #[derive(Debug)]
@@ -18,11 +51,7 @@ pub(crate) enum Shape {
     Map(Box<Shape>),
     List(Box<Shape>),
     Choice(Vec<String>),
-    Leaf {
-        check: LeafCheck,
-        /// Whether an unquoted number is as good as its text.
-        numbers: bool,
-    },
+    Leaf(LeafCheck),
     Text,
     Bool,
     Integer {
@@ -43,8 +72,7 @@ pub(crate) struct Field {
 impl Shape {
     /// The shape of `T`, by its JSON schema.
     pub(crate) fn of<T: JsonSchema>() -> Self {
-        let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
-        Self::from_schema(settings.into_generator().into_root_schema_for::<T>().as_value())
+        Self::from_schema(&schema_of::<T>(true))
     }
 
     /// # Panics
@@ -56,11 +84,11 @@ impl Shape {
         for key in ["anyOf", "oneOf"] {
             let Some(variants) = schema[key].as_array() else { continue };
             if let Some(check) = schema["format"].as_str().and_then(check_for) {
-                return Self::Leaf { check, numbers: true };
+                return Self::Leaf(check);
             }
             let mut choices: Vec<String> = Vec::new();
             let mut shapes = Vec::new();
-            for variant in variants.iter().filter(|variant| variant["type"] != "null") {
+            for variant in variants {
                 match (&variant["const"], &variant["enum"]) {
                     (Json::String(text), _) => choices.push(text.clone()),
                     (_, Json::Array(_)) => choices.extend(texts(&variant["enum"])),
@@ -75,12 +103,7 @@ impl Shape {
         if schema["enum"].is_array() {
             return Self::Choice(texts(&schema["enum"]));
         }
-        // An optional value is `["string", "null"]`: the key may be left out, but if it is there it has a value.
-        let kind = match &schema["type"] {
-            Json::Array(kinds) => kinds.iter().find(|kind| **kind != "null").and_then(Json::as_str),
-            kind => kind.as_str(),
-        };
-        match kind {
+        match schema["type"].as_str() {
             Some("object") => match &schema["additionalProperties"] {
                 values @ Json::Object(_) => Self::Map(Box::new(Self::from_schema(values))),
                 _ => {
@@ -95,7 +118,7 @@ impl Shape {
             },
             Some("array") => Self::List(Box::new(Self::from_schema(&schema["items"]))),
             Some("string") => match schema["format"].as_str().and_then(check_for) {
-                Some(check) => Self::Leaf { check, numbers: false },
+                Some(check) => Self::Leaf(check),
                 None => Self::Text,
             },
             Some("boolean") => Self::Bool,
@@ -116,7 +139,11 @@ impl Shape {
     }
 
     /// Takes out of `node` what does not fit, saying so. Returns whether something is left that fits.
-    pub(crate) fn fit(&self, node: &mut Node, path: &Path<'_>, findings: &mut Findings) -> bool {
+    pub(crate) fn fit(&self, node: &mut Node<'_>, path: &Path<'_>, findings: &mut Findings) -> bool {
+        if node.is_null() {
+            findings.push(Severity::Error, path, Some(node.at), self.no_value(path));
+            return false;
+        }
         let outcome = match (self, &mut node.value) {
             (Self::Any(shapes), _) => {
                 let shape = shapes.iter().find(|shape| shape.takes(node)).or_else(|| shapes.first());
@@ -135,44 +162,33 @@ impl Shape {
                 node.damaged |= list.len() < before || list.iter().any(|item| item.damaged);
                 return true;
             }
-            (Self::Leaf { check, .. }, Value::Text(text)) => (check.parse)(text),
-            (Self::Leaf { check, numbers: true }, Value::Integer(number)) => (check.parse)(&number.to_string()),
-            (Self::Choice(choices), Value::Text(text)) => choice(choices, text),
-            (Self::Text, Value::Text(_)) | (Self::Bool, Value::Bool(_)) => Ok(()),
-            (Self::Integer { min, max }, Value::Integer(number)) => {
-                if (*min..=*max).contains(number) {
-                    Ok(())
-                } else {
-                    let help = if *max == i64::MAX {
-                        format!("write {min} or more")
-                    } else {
-                        format!("write a number from {min} to {max}")
-                    };
-                    Err(Problem::new(format!("{number} is out of bounds"), help))
-                }
+            // A number without quotes is its text where a text is wanted: `name: 80`, `mode: 0660`.
+            (Self::Leaf(check), Value::Plain(text) | Value::Quoted(text)) => (check.parse)(text),
+            (Self::Choice(choices), Value::Plain(text) | Value::Quoted(text)) => choice(choices, text),
+            (Self::Text, Value::Plain(_) | Value::Quoted(_)) => Ok(()),
+            (Self::Bool, Value::Plain(text)) => boolean(text),
+            (Self::Integer { min, max }, Value::Plain(text)) => integer(text, *min, *max),
+            (Self::Bool | Self::Integer { .. }, Value::Quoted(text)) => {
+                Err(Problem::new(format!("\"{text}\" in quotes is a text"), format!("write {text} without quotes")))
             }
             _ => Err(self.wrong_kind(node, path)),
         };
         match outcome {
             Ok(()) => true,
             Err(problem) => {
-                findings.push(Severity::Error, path, node.at, problem);
+                findings.push(Severity::Error, path, Some(node.at), problem);
                 false
             }
         }
     }
 
     /// Whether a value of this kind could be meant.
-    fn takes(&self, node: &Node) -> bool {
+    fn takes(&self, node: &Node<'_>) -> bool {
         match (self, &node.value) {
-            (Self::Object(_) | Self::Map(_), Value::Map(_))
-            | (Self::List(_), Value::List(_))
-            | (Self::Choice(_) | Self::Text | Self::Leaf { .. }, Value::Text(_))
-            | (Self::Bool, Value::Bool(_))
-            | (Self::Integer { .. }, Value::Integer(_)) => true,
-            (Self::Leaf { numbers, .. }, Value::Integer(_)) => *numbers,
+            (Self::Object(_) | Self::Map(_), Value::Map(_)) | (Self::List(_), Value::List(_)) => true,
+            (Self::Object(_) | Self::Map(_) | Self::List(_), _) => false,
             (Self::Any(shapes), _) => shapes.iter().any(|shape| shape.takes(node)),
-            _ => false,
+            _ => node.scalar().is_some(),
         }
     }
 
@@ -180,12 +196,7 @@ impl Shape {
         match self {
             Self::Object(_) | Self::Map(_) => "a mapping",
             Self::List(_) => "a list",
-            Self::Choice(_) | Self::Text => "a text",
-            Self::Leaf { numbers: true, .. } => "a number or a text",
-            Self::Leaf { numbers: false, .. } => "a text",
-            Self::Bool => "true or false",
-            Self::Integer { .. } => "a whole number",
-            Self::Any(_) => "another value",
+            _ => "a single value",
         }
     }
 
@@ -201,7 +212,7 @@ impl Shape {
             Self::Map(_) => "{}".into(),
             Self::List(items) => format!("[{}]", items.example()),
             Self::Choice(choices) => choices.first().cloned().unwrap_or_default(),
-            Self::Leaf { check, .. } => quoted(check.example),
+            Self::Leaf(check) => quoted(check.example),
             Self::Text => "TEXT".into(),
             Self::Bool => "true".into(),
             Self::Integer { min, .. } => (*min).max(1).to_string(),
@@ -209,33 +220,57 @@ impl Shape {
         }
     }
 
-    fn wrong_kind(&self, node: &Node, path: &Path<'_>) -> Problem {
-        let name = match path {
-            Path::Root => "the configuration".to_owned(),
-            Path::Key(_, key) => format!("`{key}`"),
-            Path::Index(..) => "an element of the list".to_owned(),
+    fn no_value(&self, path: &Path<'_>) -> Problem {
+        let help = match path {
+            Path::Root => "write at least `role: node` or `role: host`".into(),
+            _ => format!("write {}, or remove it", self.example()),
         };
-        let message = match node.value {
-            Value::Null => format!("{name} has no value"),
-            _ => format!("{name} should be {}, not {}", self.kind(), node.kind()),
-        };
-        let help = match (self, &node.value) {
-            (_, Value::Null) if matches!(path, Path::Root) => {
-                "write at least `role: node` or `role: host`".into()
-            }
-            (_, Value::Null) => format!("write {}, or remove it", self.example()),
-            (Self::List(items), Value::Text(text)) if items.takes(node) => format!("write [{text}]"),
-            (Self::List(items), Value::Integer(number)) if items.takes(node) => format!("write [{number}]"),
-            (Self::Text | Self::Leaf { .. }, Value::Integer(_) | Value::Float(_) | Value::Bool(_)) => {
-                "write it in quotes if it is meant as a text".into()
-            }
-            (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "yes" | "on" | "y") => "write true".into(),
-            (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "no" | "off" | "n") => {
-                "write false".into()
-            }
+        Problem::new(format!("{} has no value", name(path)), help)
+    }
+
+    fn wrong_kind(&self, node: &Node<'_>, path: &Path<'_>) -> Problem {
+        let help = match (self, node.scalar()) {
+            (Self::List(items), Some(text)) if items.takes(node) => format!("write [{text}]"),
             _ => format!("write {}", self.example()),
         };
-        Problem::new(message, help)
+        Problem::new(format!("{} should be {}, not {}", name(path), self.kind(), node.kind()), help)
+    }
+}
+
+/// What a message calls the value at `path`.
+fn name(path: &Path<'_>) -> String {
+    match path {
+        Path::Root => "the configuration".to_owned(),
+        Path::Key(_, key) => format!("`{key}`"),
+        Path::Index(..) => "an element of the list".to_owned(),
+    }
+}
+
+fn boolean(text: &str) -> Result<(), Problem> {
+    let help = match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "y" => "write true",
+        "false" | "no" | "off" | "n" => "write false",
+        _ => "write true or false",
+    };
+    match text {
+        "true" | "false" => Ok(()),
+        _ => Err(Problem::new(format!("`{text}` is neither true nor false"), help)),
+    }
+}
+
+fn integer(text: &str, min: i64, max: i64) -> Result<(), Problem> {
+    let help = if max == i64::MAX {
+        format!("write a whole number, {min} or more")
+    } else {
+        format!("write a whole number from {min} to {max}")
+    };
+    if text.starts_with('+') {
+        return Err(Problem::new(format!("`{text}` is not a whole number"), help));
+    }
+    match text.parse::<i64>() {
+        Ok(number) if (min..=max).contains(&number) => Ok(()),
+        Ok(_) => Err(Problem::new(format!("{text} is out of bounds"), help)),
+        Err(_) => Err(Problem::new(format!("`{text}` is not a whole number"), help)),
     }
 }
 
@@ -248,7 +283,7 @@ fn quoted(example: &str) -> String {
     }
 }
 
-fn fit_object(fields: &[Field], node: &mut Node, path: &Path<'_>, findings: &mut Findings) -> bool {
+fn fit_object(fields: &[Field], node: &mut Node<'_>, path: &Path<'_>, findings: &mut Findings) -> bool {
     let Value::Map(entries) = &mut node.value else { return false };
     // What was tried for, under its own name or a misspelt one, is not reported as missing as well.
     let mut tried: Vec<&str> = Vec::new();
@@ -263,7 +298,7 @@ fn fit_object(fields: &[Field], node: &mut Node, path: &Path<'_>, findings: &mut
             None => {
                 let near = nearest(&key.name, fields.iter().map(|field| field.name.as_str()));
                 tried.extend(near);
-                findings.push(Severity::Error, &path, key.at, unknown_key(&key.name, near, fields));
+                findings.push(Severity::Error, &path, Some(key.at), unknown_key(&key.name, near, fields));
                 false
             }
         };
@@ -276,13 +311,13 @@ fn fit_object(fields: &[Field], node: &mut Node, path: &Path<'_>, findings: &mut
             continue;
         }
         usable = false;
-        if !tried.contains(&field.name.as_str()) {
+        if !node.damaged && !tried.contains(&field.name.as_str()) {
             let help = match &field.shape {
                 Shape::Choice(choices) => format!("add `{}:` with one of {}", field.name, choices.join(", ")),
                 shape => format!("add `{}`, such as `{}: {}`", field.name, field.name, shape.example()),
             };
             let problem = Problem::new(format!("`{}` is missing", field.name), help);
-            findings.push(Severity::Error, path, node.at, problem);
+            findings.push(Severity::Error, path, Some(node.at), problem);
         }
     }
     node.damaged |= damaged;
@@ -293,6 +328,9 @@ fn unknown_key(key: &str, near: Option<&str>, fields: &[Field]) -> Problem {
     let message = format!("unknown key `{key}`");
     if let Some(near) = near {
         return Problem::new(message, format!("did you mean `{near}`?"));
+    }
+    if key == "<<" {
+        return Problem::new("YAML merge keys are not supported", "spell the keys out");
     }
     // A key in the wrong place is as common as a misspelt one.
     for field in fields {

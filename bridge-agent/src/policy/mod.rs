@@ -158,6 +158,10 @@ struct Group {
 /// If networks overlap, or if the policy needs more than [`MAX_PAIRS`] or [`MAX_INTERVALS`]. The text says which
 /// rules to change, and how.
 pub fn compile(policy: &Policy, local: &[IpAddr]) -> Result<Tables, Error> {
+    compile_within(policy, local, MAX_INTERVALS)
+}
+
+fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Result<Tables, Error> {
     let rule_count = u32::try_from(policy.rules.len() + usize::from(policy.node_ports.is_some()))
         .ok()
         .filter(|&count| count < abi::RULE)
@@ -168,7 +172,7 @@ pub fn compile(policy: &Policy, local: &[IpAddr]) -> Result<Tables, Error> {
     }
     let groups = groups(&policy.rules, &mut sides);
 
-    let mut ports = Ports::new(MAX_INTERVALS);
+    let mut ports = Ports::new(max_intervals);
     let mut global = [0; 2];
     let mut uses = sides.each_ref().map(|side| vec![Use::default(); side.list_count()]);
     let mut combinations = Vec::new();

@@ -11,11 +11,16 @@ pub mod model;
 pub mod netlink;
 pub mod plan;
 mod prefix_map;
+mod reconciler;
 mod refusal;
 mod resolve;
 mod settings;
+pub mod sources;
+mod status;
 
 pub use model::{DesiredRoute, NextHop, Observed, PROTOCOL, SourceKind, Target};
 pub use plan::{Operation, Plan, Verdict, plan, withdraw};
+pub use reconciler::Reconciler;
 pub use refusal::Refusal;
 pub use settings::{OnWithdraw, Settings};
+pub use status::{Counters, EventKind, RouteEvent, RouteStatus, Snapshot, State};

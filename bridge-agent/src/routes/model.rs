@@ -26,7 +26,7 @@ pub const DEFAULT_METRIC: u32 = 1024;
 /// 2. `File`: a description of the cluster that an operator or a tool keeps on this host.
 /// 3. `Kubernetes`: what the API server says.
 /// 4. `Discovery`: what a pod says of itself. A pod is the least trusted of the four, so it also yields to a
-///    *wider* network of any other source; see [`crate::routes::sources::merge`].
+///    *wider* network of any other source; see [`crate::routes::sources`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {

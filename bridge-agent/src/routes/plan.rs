@@ -4,6 +4,7 @@
 //! is withdrawn. The outcome therefore depends on what is wanted and what others did, never on who came first, and
 //! is the same after a restart.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::model::{DesiredRoute, KernelRoute, Observed, PROTOCOL, RouteKey, RouteKind};
@@ -29,6 +30,14 @@ pub enum Operation {
 }
 
 impl Operation {
+    /// Which route it is about.
+    #[must_use]
+    pub const fn key(&self) -> RouteKey {
+        match self {
+            Self::Add(route) | Self::Replace { new: route, .. } | Self::Delete(route) => route.key,
+        }
+    }
+
     /// The line `routes plan` and `--dry-run` print for it.
     #[must_use]
     pub fn show(&self, observed: &Observed) -> String {
@@ -56,6 +65,17 @@ pub enum Verdict {
     Down,
 }
 
+impl Verdict {
+    /// Why it, or one of its next hops, may not be in the kernel.
+    #[must_use]
+    pub const fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Self::Refused(refusal) | Self::Installed { partly: Some(refusal), .. } => Some(refusal),
+            Self::Installed { partly: None, .. } | Self::Down => None,
+        }
+    }
+}
+
 /// Operations in the order they are to be applied: nothing is taken away before its successor is there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -67,15 +87,20 @@ pub struct Plan {
 
 /// Compares what is wanted with what is there.
 ///
-/// `desired` has no two routes to one network in one table; [`super::sources::merge`] sees to that. With
+/// `desired` has no two routes to one network in one table; [`super::sources`] sees to that. With
 /// `keep_unwanted`, own routes that nobody wants stay: some source has not spoken yet.
 #[must_use]
-pub fn plan(desired: &[DesiredRoute], observed: &Observed, settings: &Settings, keep_unwanted: bool) -> Plan {
+pub fn plan<R: Borrow<DesiredRoute>>(
+    desired: &[R],
+    observed: &Observed,
+    settings: &Settings,
+    keep_unwanted: bool,
+) -> Plan {
     let surroundings = Surroundings::new(observed, settings);
     let mut plan = Plan::default();
     let mut wanted = BTreeMap::<RouteKey, KernelRoute>::new();
     let mut refused = BTreeSet::new();
-    for desired in desired {
+    for desired in desired.iter().map(Borrow::borrow) {
         let Resolved { route, refusal, down } = surroundings.resolve(desired);
         plan.verdicts.push(match (&route, refusal, down) {
             (_, _, true) => Verdict::Down,

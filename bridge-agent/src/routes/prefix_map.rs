@@ -70,6 +70,11 @@ impl<T> PrefixMap<T> {
         self.nets.values_mut()
     }
 
+    /// Every value, in order of address.
+    pub(crate) fn into_values(self) -> impl Iterator<Item = T> {
+        self.nets.into_values()
+    }
+
     /// Whether some network shares an address with `net`.
     #[must_use]
     pub(crate) fn overlaps(&self, net: IpNet) -> bool {

@@ -7,7 +7,7 @@ mod apt;
 mod rust_tools;
 pub(crate) mod toolchain;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -80,7 +80,10 @@ pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
     }
     let ebpf = toolchain::ensure(&mut apt)?;
     let checks = if scope >= Scope::Test {
-        rust_tools::components(&mut apt)?;
+        let user_side = cmd::cargo_path();
+        let bin = |cargo: &Path| cargo.parent().map(Path::to_owned).unwrap_or_default();
+        rust_tools::components(&mut apt, &bin(&user_side), &[rust_tools::RUSTFMT, rust_tools::CLIPPY])?;
+        rust_tools::components(&mut apt, &bin(&ebpf.cargo), &[rust_tools::CLIPPY])?;
         let [nextest, deny] = [rust_tools::NEXTEST, rust_tools::DENY].map(|tool| tool.ensure());
         Some(Checks { nextest: nextest?, deny: deny? })
     } else {

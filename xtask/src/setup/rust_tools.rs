@@ -1,6 +1,9 @@
 //! Programs of crates.io, and components of the user side's toolchain.
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, bail};
 
@@ -67,39 +70,58 @@ pub(super) fn install(
     cargo.args(["install", "--quiet", "--locked", "--version", version, name, "--root"]).arg(root);
     // Not from within the repository: its configuration is not for other people's programs.
     cargo.current_dir("/");
+    // What these programs do takes a moment; optimising them takes minutes.
+    for (key, value) in [("OPT_LEVEL", "0"), ("LTO", "off"), ("CODEGEN_UNITS", "64"), ("DEBUG", "false")] {
+        cargo.env(format!("CARGO_PROFILE_RELEASE_{key}"), value);
+    }
     adjust(&mut cargo);
     cmd::run(&mut cargo).with_context(|| format!("{name} cannot be built; it is needed because it {why}"))?;
     Ok(program)
 }
 
-/// rustfmt and clippy beside the cargo that runs us.
-pub(super) fn components(apt: &mut Apt) -> Result<()> {
-    // (program, component of rustup, package of Debian)
-    let wanted = [("rustfmt", "rustfmt", "rustfmt-web"), ("cargo-clippy", "clippy", "rust-web-clippy")];
-    let bin = cmd::cargo_path().parent().map(PathBuf::from).unwrap_or_default();
-    let missing: Vec<_> = wanted.into_iter().filter(|(program, ..)| !bin.join(program).exists()).collect();
+/// A program that comes with a toolchain, if asked for.
+pub(super) struct Component {
+    program: &'static str,
+    /// What rustup calls it.
+    name: &'static str,
+    /// The Debian package beside `rustc-web`.
+    package: &'static str,
+    why: &'static str,
+}
+
+pub(super) const RUSTFMT: Component =
+    Component { program: "rustfmt", name: "rustfmt", package: "rustfmt-web", why: "checks the formatting" };
+pub(super) const CLIPPY: Component = Component {
+    program: "cargo-clippy",
+    name: "clippy",
+    package: "rust-web-clippy",
+    why: "checks for mistakes",
+};
+
+/// Adds what is missing of `wanted` to the toolchain whose programs lie in `bin`.
+pub(super) fn components(apt: &mut Apt, bin: &Path, wanted: &[Component]) -> Result<()> {
+    let missing: Vec<_> = wanted.iter().filter(|component| !bin.join(component.program).exists()).collect();
     if missing.is_empty() {
         return Ok(());
     }
-    let why = "formatting and lints are checked";
-    // The folder of a toolchain of rustup bears the toolchain's name.
-    let toolchain =
-        bin.parent().filter(|toolchain| toolchain.parent().is_some_and(|p| p.ends_with("toolchains")));
-    if let (Some(toolchain), Some(rustup)) = (toolchain, cmd::find_program("rustup")) {
-        let mut command = cmd::command(rustup);
-        let name = toolchain.file_name().context("a toolchain without a name")?;
-        command.args(["component", "add", "--toolchain"]).arg(name);
-        for (_, component, _) in missing {
-            announce(component, why);
-            command.arg(component);
-        }
-        return cmd::run(&mut command);
+    if bin == Path::new("/usr/bin") {
+        return apt.install(missing.iter().map(|component| (component.package, component.why)));
     }
-    if bin.ends_with("usr/bin") {
-        return apt.install(missing.into_iter().map(|(.., package)| (package, why)));
+    let names: Vec<_> = missing.iter().map(|component| component.name).collect();
+    let arguments = ["component", "add", "--toolchain"];
+    let toolchain = bin.parent().context("a toolchain without a folder")?;
+    // rustup names the folder of a toolchain as the toolchain.
+    let toolchain = match toolchain.parent().is_some_and(|parent| parent.ends_with("toolchains")) {
+        true => toolchain.file_name().context("a toolchain without a name")?,
+        false => bail!(
+            "the toolchain in {} lacks {}, and is none of rustup's: add them",
+            bin.display(),
+            names.join(", ")
+        ),
+    };
+    for component in missing {
+        announce(component.name, component.why);
     }
-    bail!(
-        "the toolchain in {} has no rustfmt and clippy, and none of rustup's: install them there",
-        bin.display()
-    )
+    let rustup = cmd::find_program("rustup").context("there is no rustup in PATH")?;
+    cmd::run(cmd::command(rustup).args(arguments).arg(toolchain).args(names))
 }

@@ -252,7 +252,7 @@ fn install_compiler(apt: &mut Apt, mut refused: Vec<String>) -> Result<Compiler>
         }
         Some(_) => {
             let why = "compiles the kernel side to eBPF (-Z build-std)";
-            let packages = ["rustc-web", "cargo-web", "rust-web-src", "rust-web-clippy"];
+            let packages = ["rustc-web", "cargo-web", "rust-web-src"];
             match apt.install(packages.map(|package| (package, why))) {
                 Ok(()) => {
                     let compiler = debian_compiler()?;
@@ -263,19 +263,26 @@ fn install_compiler(apt: &mut Apt, mut refused: Vec<String>) -> Result<Compiler>
             }
         }
     }
-    let arguments = ["toolchain", "install", NIGHTLY, "--profile", "minimal", "--no-self-update"];
-    let components = ["--component", "rust-src", "--component", "clippy"];
+    let arguments = [
+        "toolchain",
+        "install",
+        NIGHTLY,
+        "--profile",
+        "minimal",
+        "--component",
+        "rust-src",
+        "--no-self-update",
+    ];
     let Some(rustup) = cmd::find_program("rustup") else {
         bail!(
-            "no toolchain can build the kernel side:\n  {}\nInstall rustup (https://rustup.rs), then type\n  rustup {} {}",
+            "no toolchain can build the kernel side:\n  {}\nInstall rustup (https://rustup.rs), then type\n  rustup {}",
             refused.join("\n  "),
-            arguments.join(" "),
-            components.join(" ")
+            arguments.join(" ")
         );
     };
     super::announce(NIGHTLY, "compiles the kernel side to eBPF (-Z build-std)");
     let mut command = cmd::command(rustup);
-    cmd::run(command.args(arguments).args(components))
+    cmd::run(command.args(arguments))
         .with_context(|| format!("no toolchain can build the kernel side:\n  {}", refused.join("\n  ")))?;
     let nightly = nightlies()?
         .into_iter()

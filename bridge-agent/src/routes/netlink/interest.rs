@@ -1,9 +1,8 @@
 //! Which routes of the host a plan can depend on. A host may carry the routes of the whole internet; bridge does
 //! not read them into its memory, nor wake up when one of them changes.
 
+use std::borrow::Borrow;
 use std::collections::BTreeSet;
-
-use ipnet::IpNet;
 
 use crate::routes::Settings;
 use crate::routes::model::{DesiredRoute, KernelRoute, TABLE_LOCAL, TABLE_MAIN, Target};
@@ -19,10 +18,10 @@ pub struct Interest {
 impl Interest {
     /// What planning `desired` needs to see.
     #[must_use]
-    pub fn of(desired: &[DesiredRoute], settings: &Settings) -> Self {
+    pub fn of<R: Borrow<DesiredRoute>>(desired: &[R], settings: &Settings) -> Self {
         let mut interest =
             Self { networks: PrefixMap::default(), tables: [TABLE_MAIN, TABLE_LOCAL, settings.table].into() };
-        for route in desired {
+        for route in desired.iter().map(Borrow::borrow) {
             interest.networks.insert(route.to, ());
             interest.tables.extend(route.table);
             if let Target::Forward { via, backup } = &route.target {
@@ -42,12 +41,6 @@ impl Interest {
                 && (route.key.to.prefix_len() == 0
                     || route.is_connected()
                     || self.networks.overlaps(route.key.to))
-    }
-
-    /// Whether `net` holds, or lies in, something that is wanted.
-    #[must_use]
-    pub fn overlaps(&self, net: IpNet) -> bool {
-        self.networks.overlaps(net)
     }
 }
 

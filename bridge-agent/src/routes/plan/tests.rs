@@ -194,7 +194,7 @@ fn a_blackhole_stands_for_a_withdrawn_node_until_something_covers_it() {
 fn nothing_is_taken_away_while_a_source_is_silent() {
     let mut observed = host();
     observed.routes.push(own("10.200.1.0/24", "192.168.31.17", 2));
-    assert_eq!(plan(&[], &observed, &Settings::default(), true).operations, []);
+    assert_eq!(plan::<DesiredRoute>(&[], &observed, &Settings::default(), true).operations, []);
     // What may not be there goes nevertheless.
     observed.routes.push(kernel("static", "10.200.1.0/28", Some("192.168.31.1"), 2, TABLE_MAIN, 0));
     let refused = plan(&[want("10.200.1.0/24", &["192.168.31.17"])], &observed, &Settings::default(), true);
