@@ -4,7 +4,9 @@
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
 pub mod config;
+pub mod conntrack;
 pub mod datapath;
+pub mod interfaces;
 pub mod model;
 pub mod netlink;
 pub mod policy;

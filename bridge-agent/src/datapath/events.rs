@@ -134,7 +134,11 @@ fn decode(bytes: &[u8]) -> Option<Event> {
 fn view(event: &Event, maps: &Maps, names: &mut RuleNames, interfaces: &mut HashMap<u32, String>) -> Verdict {
     if event.rule > 0 && !names.knows(event.generation) {
         match maps.rule_names() {
-            Ok(new) => *names = new,
+            Ok(new) => {
+                *names = new;
+                // Not to be looked for again with each event.
+                names.know(event.generation);
+            }
             Err(error) => tracing::debug!(%error, "no names of rules"),
         }
     }

@@ -99,10 +99,14 @@ impl RuleNames {
         self.0.get(&generation)?.get(index as usize).map(String::as_str)
     }
 
-    /// Whether the policy is known.
-    #[must_use]
-    pub fn knows(&self, generation: u32) -> bool {
+    /// Whether the policy was looked for.
+    pub(super) fn knows(&self, generation: u32) -> bool {
         self.0.contains_key(&generation)
+    }
+
+    /// The policy was looked for, and may not have been found.
+    pub(super) fn know(&mut self, generation: u32) {
+        self.0.entry(generation).or_default();
     }
 }
 
