@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
-    Ebpf, EbpfLoader, TestRunOptions,
+    Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
     maps::{HashMap, Map, MapData, PerCpuArray, RingBuf},
     programs::SchedClassifier,
 };
@@ -103,10 +103,13 @@ impl Node {
             0,
         )?;
         publish(&mut datapath, policy, behaviour)?;
+        // A second copy of the programs, on the maps of the first: those belong to the datapath.
         let mut loader = EbpfLoader::new();
-        for name in Ebpf::load(object::ENFORCE)?.maps().map(|(name, _)| name.to_owned()) {
-            let path = pins.map(&name);
-            loader.map_pin_path(Box::leak(name.into_boxed_str()), path);
+        let names: Vec<String> = std::fs::read_dir(pins.directory())?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect();
+        for name in &names {
+            loader.map_pin_path(name, pins.map(name));
         }
         let mut programs = loader.load(object::ENFORCE).context("loading the programs a second time")?;
         for hook in Hook::ALL {

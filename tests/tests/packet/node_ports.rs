@@ -70,7 +70,8 @@ fn a_connection_is_known_under_both_addresses() {
         }
         node.passes(InternalIngress, &inside.server_ack(), Reason::established);
         // The pod's port is not open beside that.
-        node.denies(ExternalIngress, &inside.syn(), Reason::no_rule);
+        let beside = Connection { client_port: 50_001, ..inside };
+        node.denies(ExternalIngress, &beside.syn(), Reason::no_rule);
     }
 }
 
