@@ -29,6 +29,7 @@ mod yaml;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path as FilePath;
+use std::sync::LazyLock;
 
 use ipnet::IpNet;
 use schemars::JsonSchema;
@@ -147,7 +148,8 @@ pub fn schema() -> serde_json::Value {
 }
 
 fn config_of(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Config> {
-    if !Shape::of::<Config>().fit(tree, &Path::Root, findings) {
+    static SHAPE: LazyLock<Shape> = LazyLock::new(Shape::of::<Config>);
+    if !SHAPE.fit(tree, &Path::Root, findings) {
         return None;
     }
     match Config::deserialize(&*tree) {
@@ -185,7 +187,8 @@ impl Config {
         }
         self.api.check(&root.key("api"), report);
         if self.role == Role::Host {
-            for (key, there) in [("rules", !self.rules.is_empty()), ("nodePorts", self.node_ports.is_some())] {
+            for (key, there) in [("rules", !self.rules.is_empty()), ("nodePorts", self.node_ports.is_some())]
+            {
                 if there {
                     report.error(
                         &root.key(key),

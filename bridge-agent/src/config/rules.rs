@@ -110,7 +110,7 @@ pub struct LabelSelector {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct LabelRequirement {
-    /// The label.
+    /// The label that is looked at.
     pub key: String,
     /// How the label is compared with `values`.
     pub operator: LabelOperator,
@@ -270,7 +270,9 @@ impl Rule {
                     &path,
                     Problem::new(
                         format!("ICMP has no ports, so rule `{}` can have none", self.name),
-                        format!("remove `{key}`, or write the protocol the ports belong to: tcp, udp or sctp"),
+                        format!(
+                            "remove `{key}`, or write the protocol the ports belong to: tcp, udp or sctp"
+                        ),
                     ),
                 );
             }
