@@ -127,6 +127,12 @@ impl PortRange {
     pub const fn contains(self, port: u16) -> bool {
         self.first <= port && port <= self.last
     }
+
+    /// How many ports it has, 1 to 65536.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        u32::from(self.last - self.first) + 1
+    }
 }
 
 impl fmt::Display for PortRange {

@@ -164,7 +164,7 @@ impl Ports {
     /// How many ports there are, 0 to 65535, if no two ranges overlap.
     #[must_use]
     pub fn count(&self) -> u32 {
-        self.normalised().iter().map(|range| u32::from(range.last - range.first) + 1).sum()
+        self.normalised().iter().map(PortRange::count).sum()
     }
 
     /// Reports an empty list, and ranges of the list that overlap.

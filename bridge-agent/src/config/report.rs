@@ -192,7 +192,8 @@ pub struct Place {
 
 impl Place {
     fn find(at: Span, source: &str) -> Self {
-        let floor = |offset: usize| (0..=offset.min(source.len())).rev().find(|at| source.is_char_boundary(*at));
+        let floor =
+            |offset: usize| (0..=offset.min(source.len())).rev().find(|at| source.is_char_boundary(*at));
         let start = floor(at.offset as usize).unwrap_or(0);
         let end = floor(at.offset as usize + at.len as usize).unwrap_or(0).max(start);
         let line_start = source[..start].rfind('\n').map_or(0, |newline| newline + 1);
@@ -241,7 +242,8 @@ impl Diagnostic {
                 let annotation = AnnotationKind::Primary.span(place.range.clone());
                 let snippet = Snippet::source(&place.excerpt).line_start(place.line).annotation(annotation);
                 let title = level.primary_title(&self.message);
-                let group: Group<'_> = title.element(snippet.path(file)).element(Level::HELP.message(&self.help));
+                let group: Group<'_> =
+                    title.element(snippet.path(file)).element(Level::HELP.message(&self.help));
                 renderer.render(&[group])
             }
             (None, Some(file)) => {
@@ -258,18 +260,12 @@ impl Diagnostic {
 }
 
 /// Findings in the order of the file.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Diagnostics {
     /// Those that were kept.
     pub list: Vec<Diagnostic>,
     /// How many more there were.
-    #[serde(skip_serializing_if = "is_zero")]
     pub left_off: usize,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-const fn is_zero(number: &usize) -> bool {
-    *number == 0
 }
 
 impl Diagnostics {
@@ -302,8 +298,7 @@ impl Diagnostics {
 }
 
 /// Why a configuration was refused.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
-#[serde(transparent)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct ConfigErrors(pub Diagnostics);
 
 impl fmt::Display for ConfigErrors {

@@ -2,6 +2,8 @@
 //!
 //! The very schema that `bridge-agent check --schema` prints decides, so it cannot promise what the agent refuses.
 
+use std::cmp::Reverse;
+
 use schemars::generate::SchemaSettings;
 use schemars::transform::RecursiveTransform;
 use schemars::{JsonSchema, Schema};
@@ -79,7 +81,11 @@ impl Shape {
     /// At a schema that no type of this module has; a unit test reads all of them.
     fn from_schema(schema: &Json) -> Self {
         let texts = |list: &Json| -> Vec<String> {
-            list.as_array().into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect()
+            list.as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|text| text.as_str().map(str::to_owned))
+                .collect()
         };
         for key in ["anyOf", "oneOf"] {
             let Some(variants) = schema[key].as_array() else { continue };
@@ -108,11 +114,12 @@ impl Shape {
                 values @ Json::Object(_) => Self::Map(Box::new(Self::from_schema(values))),
                 _ => {
                     let required = texts(&schema["required"]);
-                    let fields = schema["properties"].as_object().into_iter().flatten().map(|(name, schema)| Field {
-                        required: required.contains(name),
-                        shape: Self::from_schema(schema),
-                        name: name.clone(),
-                    });
+                    let fields =
+                        schema["properties"].as_object().into_iter().flatten().map(|(name, schema)| Field {
+                            required: required.contains(name),
+                            shape: Self::from_schema(schema),
+                            name: name.clone(),
+                        });
                     Self::Object(fields.collect())
                 }
             },
@@ -168,9 +175,10 @@ impl Shape {
             (Self::Text, Value::Plain(_) | Value::Quoted(_)) => Ok(()),
             (Self::Bool, Value::Plain(text)) => boolean(text),
             (Self::Integer { min, max }, Value::Plain(text)) => integer(text, *min, *max),
-            (Self::Bool | Self::Integer { .. }, Value::Quoted(text)) => {
-                Err(Problem::new(format!("\"{text}\" in quotes is a text"), format!("write {text} without quotes")))
-            }
+            (Self::Bool | Self::Integer { .. }, Value::Quoted(text)) => Err(Problem::new(
+                format!("\"{text}\" in quotes is a text"),
+                format!("write {text} without quotes"),
+            )),
             _ => Err(self.wrong_kind(node, path)),
         };
         match outcome {
@@ -276,7 +284,9 @@ fn integer(text: &str, min: i64, max: i64) -> Result<(), Problem> {
 
 /// An example as it must stand in YAML: a leading `*` would be an alias, and a `: ` a mapping.
 fn quoted(example: &str) -> String {
-    if example.contains(['*', ':']) || example.starts_with(|c: char| c.is_ascii_digit()) && !example.contains('/') {
+    if example.contains(['*', ':'])
+        || example.starts_with(|c: char| c.is_ascii_digit()) && !example.contains('/')
+    {
         format!("\"{example}\"")
     } else {
         example.to_owned()
@@ -333,12 +343,15 @@ fn unknown_key(key: &str, near: Option<&str>, fields: &[Field]) -> Problem {
         return Problem::new("YAML merge keys are not supported", "spell the keys out");
     }
     // A key in the wrong place is as common as a misspelt one.
-    for field in fields {
-        if let Shape::Object(inner) = &field.shape
-            && inner.iter().any(|field| field.name == key)
-        {
-            return Problem::new(message, format!("write it under `{}`", field.name));
-        }
+    let has_key =
+        |shape: &Shape| matches!(shape, Shape::Object(inner) if inner.iter().any(|field| field.name == key));
+    let homes: Vec<_> = fields
+        .iter()
+        .filter(|field| has_key(&field.shape))
+        .map(|field| format!("`{}`", field.name))
+        .collect();
+    if !homes.is_empty() {
+        return Problem::new(message, format!("write it under {}", homes.join(" or ")));
     }
     let names: Vec<_> = fields.iter().map(|field| field.name.as_str()).collect();
     Problem::new(message, format!("remove it, or write one of: {}", names.join(", ")))
@@ -361,9 +374,9 @@ fn nearest<'a>(written: &str, names: impl Iterator<Item = &'a str>) -> Option<&'
     let written = plain(written);
     let distance = |name: &str| strsim::damerau_levenshtein(&plain(name), &written);
     let limit = |name: &str| name.len().min(written.len()) / 3;
+    // `rule` is as near to `role` as to `rules`: the one that begins alike is meant.
+    let alike = |name: &str| plain(name).bytes().zip(written.bytes()).take_while(|(a, b)| a == b).count();
     names
-        .map(|name| (distance(name), name))
-        .filter(|(distance, name)| *distance <= limit(name))
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, name)| name)
+        .filter(|name| distance(name) <= limit(name))
+        .min_by_key(|name| (distance(name), Reverse(alike(name))))
 }

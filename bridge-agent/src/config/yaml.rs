@@ -26,8 +26,14 @@ pub(crate) fn parse<'s>(text: &'s str, findings: &mut Findings) -> Option<Node<'
         flow_nesting_limit: MOST_NESTED,
         block_nesting_limit: MOST_NESTED,
     };
-    let mut builder =
-        Builder { open: Vec::new(), root: None, anchors: HashMap::new(), repeated: 0, documents: 0, findings };
+    let mut builder = Builder {
+        open: Vec::new(),
+        root: None,
+        anchors: HashMap::new(),
+        repeated: 0,
+        documents: 0,
+        findings,
+    };
     for event in Parser::new_from_str_with_options(text, options) {
         match event {
             Ok((event, span)) => builder.event(event, to_span(&span)),
@@ -84,8 +90,13 @@ impl<'s> Builder<'s, '_> {
                 let plain = matches!(style, ScalarStyle::Plain);
                 self.value(at, anchor, false, if plain { Value::Plain(text) } else { Value::Quoted(text) });
             }
-            Event::SequenceStart(_, anchor, tag) => self.begin(at, anchor, tag.as_deref(), Value::List(Vec::new())),
-            Event::MappingStart(_, anchor, tag) => self.begin(at, anchor, tag.as_deref(), Value::Map(Vec::new())),
+            // Most lists have one element, and a large file has hundreds of thousands of lists.
+            Event::SequenceStart(_, anchor, tag) => {
+                self.begin(at, anchor, tag.as_deref(), Value::List(Vec::with_capacity(1)))
+            }
+            Event::MappingStart(_, anchor, tag) => {
+                self.begin(at, anchor, tag.as_deref(), Value::Map(Vec::new()))
+            }
             Event::SequenceEnd | Event::MappingEnd => {
                 if let Some(Open { at: start, anchor, damaged, value, .. }) = self.open.pop() {
                     // A flow collection is quoted whole, a block by its first line.
@@ -173,23 +184,26 @@ impl<'s> Builder<'s, '_> {
                     self.error(at, Problem::new("a list or mapping cannot be a key", help));
                 }
             },
-            (Value::Map(entries), Some(key)) => match entries.iter().find(|(other, _)| other.name == key.name) {
-                // The key was refused already.
-                _ if key.name.is_empty() && open.damaged => {}
-                Some((first, _)) => {
-                    let message = format!("the key `{}` is there twice, first in line {}", key.name, first.at.line);
-                    open.damaged = true;
-                    self.error(key.at, Problem::new(message, "keep one of them"));
-                }
-                None if entries.len() >= MOST_KEYS => {
-                    // Said once; each further key would be compared with all before it.
-                    if !std::mem::replace(&mut open.damaged, true) {
-                        let message = format!("a mapping with more than {MOST_KEYS} keys");
-                        self.error(key.at, Problem::new(message, "check the indentation"));
+            (Value::Map(entries), Some(key)) => {
+                match entries.iter().find(|(other, _)| other.name == key.name) {
+                    // The key was refused already.
+                    _ if key.name.is_empty() && open.damaged => {}
+                    Some((first, _)) => {
+                        let message =
+                            format!("the key `{}` is there twice, first in line {}", key.name, first.at.line);
+                        open.damaged = true;
+                        self.error(key.at, Problem::new(message, "keep one of them"));
                     }
+                    None if entries.len() >= MOST_KEYS => {
+                        // Said once; each further key would be compared with all before it.
+                        if !std::mem::replace(&mut open.damaged, true) {
+                            let message = format!("a mapping with more than {MOST_KEYS} keys");
+                            self.error(key.at, Problem::new(message, "check the indentation"));
+                        }
+                    }
+                    None => entries.push((key, node)),
                 }
-                None => entries.push((key, node)),
-            },
+            }
             (Value::Plain(_) | Value::Quoted(_), _) => {}
         }
     }
@@ -217,8 +231,11 @@ fn to_span(span: &granit_parser::Span) -> Span {
 fn syntax(error: &ScanError) -> Problem {
     let help = match error.kind() {
         ErrorKind::RecursionLimitExceeded => "nest less deeply",
+        ErrorKind::MissingAnchorOrAliasName => "quote a text that begins with * or &, such as \"*\"",
         _ if error.info().contains("tab") => "indent with spaces",
-        _ => "correct the YAML here or just before: check indentation, quotes, brackets, and the space after a colon",
+        _ => {
+            "correct the YAML here or just before: check indentation, quotes, brackets, and the space after a colon"
+        }
     };
     Problem::new(format!("this is not YAML: {}", error.info()), help)
 }
