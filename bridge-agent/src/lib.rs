@@ -5,9 +5,12 @@
 
 pub mod cli;
 pub mod config;
+pub mod conntrack;
 pub mod datapath;
+pub mod interfaces;
 pub mod log;
 pub mod model;
 pub mod netlink;
 pub mod policy;
 pub mod routes;
+pub mod time;

@@ -104,6 +104,13 @@ fn next(mut bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessa
     Ok(None)
 }
 
+/// The name of the interface with this index, if there is one.
+#[must_use]
+pub fn interface_name(index: u32) -> Option<String> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
+    rustix::net::netdevice::index_to_name(socket, index).ok()
+}
+
 /// Tells that interfaces, addresses or routes have changed.
 #[derive(Debug)]
 pub struct Watch {
@@ -134,20 +141,26 @@ impl Watch {
         Ok(Self { socket })
     }
 
-    /// Waits for a change, and takes in all that were told so far. May be cancelled.
+    /// Waits for a change that `matters`, and takes in all that were told so far. May be cancelled.
     ///
     /// # Errors
     ///
     /// Of `recv(2)`.
-    pub async fn changed(&mut self) -> io::Result<()> {
+    pub async fn changed(&mut self, matters: impl Fn(&RouteNetlinkMessage) -> bool) -> io::Result<()> {
         loop {
-            let mut ready = self.socket.readable_mut().await?;
+            let mut ready = self.socket.readable().await?;
             let mut any = false;
             loop {
-                // What is told does not matter: whoever waits looks at everything anew.
                 match ready.get_inner().recv_from_full() {
-                    Ok(_) => any = true,
-                    // More was told than the socket holds: something has changed at any rate.
+                    Ok((bytes, _)) => {
+                        let mut rest = &bytes[..];
+                        while let Some((message, after)) = next(rest)? {
+                            rest = after;
+                            any = any
+                                || matches!(&message.payload, NetlinkPayload::InnerMessage(inner) if matters(inner));
+                        }
+                    }
+                    // More was told than the socket holds: anything may have changed.
                     Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(error),

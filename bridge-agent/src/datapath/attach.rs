@@ -242,7 +242,7 @@ impl Datapath {
         let change = |interface: String, hook, action| Ok(Change { interface, hook, action });
         match step {
             Step::Forget(link) | Step::Detach(link) => {
-                pins::remove(&link.path)?;
+                detach(&link.path)?;
                 change(link.interface, link.hook, Action::Removed)
             }
             Step::Rename(link, path, interface) => {
@@ -359,6 +359,17 @@ impl Datapath {
             }
             Err(error) => errors.push(error),
         }
+    }
+}
+
+/// Detaches a pinned link, if its interface is still there, and removes the pin.
+pub(super) fn detach(path: &Path) -> Result<()> {
+    match sys::link_detach(path) {
+        // ENOLINK: nothing left to detach from; EOPNOTSUPP: removing the pin will do.
+        Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EOPNOTSUPP)) => {
+            Err(Error::path("detaching", path)(error))
+        }
+        _ => pins::remove(path),
     }
 }
 

@@ -20,7 +20,7 @@ use super::{
     error::{Error, Result},
     pins::{self, Attached, Pins},
 };
-use crate::netlink::Route;
+use crate::netlink::{Route, interface_name};
 
 /// The first place in order.
 const PRIORITY: u16 = 1;
@@ -94,12 +94,6 @@ pub(super) fn remove(made: &Attached) -> Result<()> {
         }
     }
     pins::remove(&made.path)
-}
-
-/// The name of the interface with this index.
-fn interface_name(index: u32) -> Option<String> {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
-    rustix::net::netdevice::index_to_name(socket, index).ok()
 }
 
 /// Removes the qdiscs that bridge has made, unless others have put filters into them.

@@ -1,7 +1,7 @@
 //! Removes every trace.
 
 use super::{
-    clsact,
+    attach, clsact,
     error::{Error, Result},
     pins::{self, Pins},
 };
@@ -59,7 +59,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
     match pins.attached_links() {
         Ok(links) => {
             for link in links {
-                match pins::remove(&link.path) {
+                match attach::detach(&link.path) {
                     Ok(()) => removed.attachments += 1,
                     Err(error) => errors.push(error),
                 }

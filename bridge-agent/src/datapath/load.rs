@@ -59,6 +59,9 @@ pub struct Datapath {
     _lock: Lock,
 }
 
+/// Maps that hold nothing between two packets, and are laid out as it suits their programs: not pinned.
+const PRIVATE: [&str; 1] = ["scratch"];
+
 /// Maps whose size the configuration sets.
 const SIZED: [&str; 2] = ["flows", "half_open"];
 
@@ -96,7 +99,7 @@ impl Datapath {
         // No program has relocations against the kernel's types.
         loader.btf(None);
         let names: Vec<String> = object.maps.keys().cloned().collect();
-        for name in &names {
+        for name in names.iter().filter(|name| !PRIVATE.contains(&name.as_str())) {
             loader.map_pin_path(name.as_str(), pins.map(name));
         }
         for (name, entries) in &sizes {

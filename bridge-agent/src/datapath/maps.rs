@@ -7,7 +7,6 @@ use bridge_common::{
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::EventBudget,
-    flow::{ClientKey, Flow, FlowKey},
     interface::Interface,
     policy::{RuleHits, RuleInfo},
 };
@@ -72,7 +71,6 @@ pub struct Maps {
     pub(super) outer: Vec<ArrayOfMaps<MapData>>,
     pub(super) flows: MapData,
     pub(super) half_open: MapData,
-    pub(super) node_port_peers: MapData,
     pub(super) counters: PerCpuArray<MapData, Counters>,
     pub(super) audited: PerCpuArray<MapData, Counters>,
     pub(super) event_budget: PerCpuArray<MapData, EventBudget>,
@@ -105,7 +103,6 @@ impl Maps {
             outer: Table::ALL.into_iter().map(|table| typed(pins, table.name())).collect::<Result<_>>()?,
             flows: data(pins, "flows")?,
             half_open: data(pins, "half_open")?,
-            node_port_peers: data(pins, "node_port_peers")?,
             counters: typed(pins, "counters")?,
             audited: typed(pins, "audited")?,
             event_budget: typed(pins, "event_budget")?,
@@ -205,20 +202,7 @@ impl Maps {
         Ok(entries.into_iter().map(|(_, value)| value).collect())
     }
 
-    /// Forgets the LAN hosts that were let through to a NodePort.
-    pub(super) fn node_port_peers(&self) -> Result<Vec<(ClientKey, u64)>> {
-        sys::lookup_all(sys::fd(&self.node_port_peers)).map_err(Error::map("node_port_peers"))
-    }
-
-    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 2] {
-        [("flows", &self.flows), ("half_open", &self.half_open)]
-    }
-
-    pub(super) fn flow_entries(&self, name: &'static str, map: &MapData) -> Result<Vec<(FlowKey, Flow)>> {
-        sys::lookup_all(sys::fd(map)).map_err(Error::map(name))
-    }
-
-    /// How many slots were ever written.
+    /// Number of the latest policy; 0: there has never been one.
     pub(super) fn last_generation(&self) -> Result<u32> {
         (0..SLOTS).try_fold(0, |last, slot| Ok(last.max(self.settings(slot)?.generation)))
     }

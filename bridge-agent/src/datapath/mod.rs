@@ -6,8 +6,11 @@
 
 mod attach;
 mod clsact;
+mod counters;
 mod down;
 mod error;
+mod events;
+mod flows;
 mod hook;
 mod load;
 mod maps;
@@ -17,8 +20,11 @@ mod sys;
 mod tables;
 
 pub use attach::{Action, Change, Target};
+pub use counters::{ReasonCount, RuleCount};
 pub use down::{Removed, down};
 pub use error::{Error, Result};
+pub use events::{EventReader, Verdict, VerdictFilter};
+pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, protocol_name};
 pub use hook::{Hook, Role};
 pub use load::{Datapath, Mechanism, Options};
 pub use maps::{Maps, now};

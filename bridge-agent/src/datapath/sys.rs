@@ -126,6 +126,19 @@ pub(super) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     }
 }
 
+/// Detaches a pinned link at once. Removing the pin alone would do so too, but only after a grace period.
+pub(super) fn link_detach(path: &Path) -> io::Result<()> {
+    let fd = obj_get(path)?;
+    if Kind::of(fd.as_fd())? != Kind::Link {
+        return Err(io::Error::other("is not a link"));
+    }
+    let mut attr = zeroed();
+    attr.link_detach.link_fd = raw(fd.as_fd());
+    // SAFETY: takes no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr)? };
+    Ok(())
+}
+
 /// Loads type information.
 pub(super) fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
@@ -186,20 +199,23 @@ pub(super) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V, fl
     Ok(())
 }
 
-/// Reads every entry of a hash or an array in chunks: unlike a walk from key to key, this neither starts anew nor
-/// loses entries when the kernel removes the key it stands on.
-///
-/// A bucket that holds more than `CHUNK` entries makes the kernel ask for more room, so the room grows.
-pub(super) fn lookup_all<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
-    const CHUNK: usize = 4096;
-    let mut room = CHUNK;
-    let mut entries = Vec::new();
+/// Reads every entry of a hash or an array, a chunk at a time: unlike a walk from key to key, this neither starts anew
+/// nor loses entries when the kernel removes the key it stands on.
+pub(super) fn for_each<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    mut visit: impl FnMut(K, V),
+) -> io::Result<()> {
+    // A bucket with more entries than there is room for makes the kernel ask for more.
+    let mut room = 4096;
+    let (mut keys, mut values) = (Vec::<K>::new(), Vec::<V>::new());
     // The kernel's cursor: a bucket number, or the last key.
     let mut cursor = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
     let mut begun = false;
     loop {
-        let mut keys = Vec::<K>::with_capacity(room);
-        let mut values = Vec::<V>::with_capacity(room);
+        keys.clear();
+        values.clear();
+        keys.reserve_exact(room);
+        values.reserve_exact(room);
         let mut attr = zeroed();
         attr.batch = bpf_attr__bindgen_ty_3 {
             in_batch: if begun { cursor.as_ptr() as u64 } else { 0 },
@@ -231,11 +247,36 @@ pub(super) fn lookup_all<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<
             keys.set_len(count);
             values.set_len(count);
         }
-        entries.extend(keys.into_iter().zip(values));
+        for (key, value) in keys.iter().zip(&values) {
+            visit(*key, *value);
+        }
         if last {
-            return Ok(entries);
+            return Ok(());
         }
         begun = true;
+    }
+}
+
+/// Every entry of a hash or an array; see [`for_each`].
+pub(super) fn lookup_all<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    let mut entries = Vec::new();
+    for_each(map, |key, value| entries.push((key, value)))?;
+    Ok(entries)
+}
+
+/// Removes one entry. Tells whether it was there.
+pub(super) fn delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    let mut attr = zeroed();
+    // SAFETY: the key has the map's size, lives through the call and is only read.
+    let result = unsafe {
+        attr.__bindgen_anon_2.map_fd = raw(map);
+        attr.__bindgen_anon_2.key = ptr::from_ref(key) as u64;
+        bpf(bpf_cmd::BPF_MAP_DELETE_ELEM, &mut attr)
+    };
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -1,4 +1,5 @@
 //! The packet path is loaded, pinned, adopted, attached and removed as its documentation says; the kernel is asked.
 
+mod attach;
 mod load;
 mod support;

@@ -1,11 +1,11 @@
 //! What the tests of the packet path share.
 
-use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_agent::datapath::{Behaviour, Datapath, Mechanism, Options, Pins, Role, Target};
+use aya::programs::{SchedClassifier, TcAttachType};
+use bridge_agent::datapath::{Behaviour, Datapath, Hook, Mechanism, Options, Pins, Role, Target};
 use bridge_agent::policy::Tables;
 use bridge_common::policy::{AddressInfo, RuleInfo, RuleSet, side};
 use bridge_tests::lab::{Host, Lab, Netns};
@@ -74,17 +74,24 @@ pub(crate) fn bpftool(arguments: &[&str], path: &Path) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| text.into_owned())
 }
 
-/// The names of the programs at a hook of an interface, in the order in which they run, by TCX and by clsact.
+/// Kind, name and program id of what is attached to an interface, in the order in which it runs.
 pub(crate) fn attached(netns: &Netns, interface: &str) -> Result<Vec<(String, String, u64)>> {
+    let mut found = Vec::new();
+    // bpftool 7.1 does not know TCX.
+    for (direction, kind) in [(TcAttachType::Ingress, "tcx/ingress"), (TcAttachType::Egress, "tcx/egress")] {
+        let (_, programs) = netns.run(|| SchedClassifier::query_tcx(interface, direction))?;
+        for program in programs {
+            // The kernel keeps 15 bytes of the name of a program.
+            let known = program.name_as_str().context("a name")?;
+            let name = Hook::ALL.into_iter().find(|hook| hook.name().starts_with(known)).map(Hook::name);
+            let name = name.unwrap_or(known).to_owned();
+            found.push((kind.to_owned(), name, program.id().into()));
+        }
+    }
     let answer = json(netns, &["bpftool", "--json", "net", "show", "dev", interface])?;
-    let tc = answer[0]["tc"].as_array().cloned().unwrap_or_default();
-    tc.iter()
-        .map(|entry| {
-            let text = |key: &str| entry[key].as_str().unwrap_or_default().to_owned();
-            Ok((text("kind"), text("name"), entry["id"].as_u64().unwrap_or_default()))
-        })
-        .collect()
+    for entry in answer[0]["tc"].as_array().into_iter().flatten() {
+        let text = |key: &str| entry[key].as_str().unwrap_or_default().to_owned();
+        found.push((text("kind"), text("name"), entry["id"].as_u64().unwrap_or_default()));
+    }
+    Ok(found)
 }
-
-/// The address that rules of tests speak of.
-pub(crate) const LAN_HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 31, 67);

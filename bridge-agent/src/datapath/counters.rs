@@ -1,0 +1,118 @@
+//! What the kernel side has counted, summed over CPUs.
+
+use bridge_common::{
+    counters::{Counter, Counters, Reason},
+    policy::direction,
+};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    error::{Error, Result},
+    flows::rule_name,
+    maps::Maps,
+};
+
+/// Packets of one direction that were judged alike.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReasonCount {
+    /// `inbound`, `outbound` or `nodeport`.
+    pub direction: String,
+    /// Name of a [`Reason`].
+    pub reason: String,
+    /// Whether it denies.
+    pub denies: bool,
+    /// Packets that this became of.
+    pub packets: u64,
+    /// Their lengths from the link layer header on, in bytes.
+    pub bytes: u64,
+    /// Packets that would have been denied for this reason, but for audit mode.
+    pub audited_packets: u64,
+    /// Their lengths.
+    pub audited_bytes: u64,
+}
+
+/// A rule, and how often it decided about a new flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RuleCount {
+    /// Index in the policy.
+    pub index: u32,
+    /// Unique in the policy.
+    pub name: String,
+    /// `inbound`, `outbound` or `nodeport`.
+    pub direction: String,
+    /// `allow` or `deny`.
+    pub action: String,
+    /// First packets of flows.
+    pub packets: u64,
+    /// Their lengths from the link layer header on, in bytes.
+    pub bytes: u64,
+}
+
+impl Maps {
+    /// Every counter, also those at zero: by direction, then by reason.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn reason_counts(&self) -> Result<Vec<ReasonCount>> {
+        let mut counts = Vec::with_capacity(direction::COUNT * Reason::ALL.len());
+        for (index, name) in (0..).zip(direction::NAMES) {
+            let judged = self.counters.get(&index, 0).map_err(Error::aya_map("counters"))?;
+            let audited = self.audited.get(&index, 0).map_err(Error::aya_map("audited"))?;
+            for reason in Reason::ALL {
+                let (judged, audited) = (sum(&judged, *reason), sum(&audited, *reason));
+                counts.push(ReasonCount {
+                    direction: name.to_owned(),
+                    reason: reason.name().to_owned(),
+                    denies: reason.denies(),
+                    packets: judged.packets,
+                    bytes: judged.bytes,
+                    audited_packets: audited.packets,
+                    audited_bytes: audited.bytes,
+                });
+            }
+        }
+        Ok(counts)
+    }
+
+    /// The rules in force, in their order, with their hits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn rule_counts(&self) -> Result<Vec<RuleCount>> {
+        let slot = self.slot();
+        let rules = self.rule_info(slot)?;
+        let hits = self.rule_hits(slot)?;
+        Ok((0..)
+            .zip(rules.iter().zip(hits))
+            .map(|(index, (rule, hits))| RuleCount {
+                index,
+                name: rule_name(rule),
+                direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
+                action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
+                packets: hits.packets,
+                bytes: hits.bytes,
+            })
+            .collect())
+    }
+
+    /// Events that were kept back so far, because of the rate limit or because nobody read.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn suppressed_events(&self) -> Result<u64> {
+        let budgets = self.event_budget.get(&0, 0).map_err(Error::aya_map("event_budget"))?;
+        Ok(budgets.iter().map(|budget| budget.suppressed_total).sum())
+    }
+}
+
+fn sum(per_cpu: &[Counters], reason: Reason) -> Counter {
+    per_cpu.iter().map(|counters| counters.get(reason)).fold(Counter::default(), |sum, counter| Counter {
+        packets: sum.packets + counter.packets,
+        bytes: sum.bytes + counter.bytes,
+    })
+}

@@ -1,0 +1,308 @@
+//! The flow table: which connections are known, as an operator wants to see them.
+
+use std::{collections::HashMap, net::IpAddr};
+
+use aya::maps::MapData;
+use bridge_common::{
+    control::{SLOTS, Settings},
+    flow::{END_LOW, Flow, FlowKey, flag, state},
+    policy::{RuleInfo, direction},
+};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    error::{Error, Result},
+    maps::{Maps, now},
+    sys,
+};
+
+/// A flow, from the side that opened it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowView {
+    /// `tcp`, `udp`, `sctp`, `icmp`, `icmpv6`, or a number.
+    pub protocol: String,
+    /// Who opened the flow.
+    pub source: IpAddr,
+    /// Its port; for ICMP queries the identifier.
+    pub source_port: u16,
+    /// To whom.
+    pub destination: IpAddr,
+    /// Its port; for ICMP queries the identifier.
+    pub destination_port: u16,
+    /// `inbound`, `outbound` or `nodeport`.
+    pub direction: String,
+    /// One of [`state::NAMES`].
+    pub state: String,
+    /// Seconds since the last packet. The kernel side notes packets once a second.
+    pub idle_seconds: u64,
+    /// Seconds since the first packet.
+    pub age_seconds: u64,
+    /// Name of the rule that admitted it; `None` if it was taken over from conntrack, or if the policy is forgotten.
+    pub rule: Option<String>,
+    /// Number of the policy that admitted it; 0: taken over from conntrack.
+    pub generation: u32,
+    /// Would have been denied, but for audit mode.
+    pub audit: bool,
+    /// Taken over from conntrack at first start.
+    pub seeded: bool,
+}
+
+/// Which flows are meant; what is `None` does not matter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct FlowFilter {
+    /// One side is in this network.
+    pub address: Option<IpNet>,
+    /// One side has this port.
+    pub port: Option<u16>,
+    /// As shown.
+    pub state: Option<String>,
+    /// As shown.
+    pub protocol: Option<String>,
+}
+
+impl FlowFilter {
+    /// Whether the flow is meant.
+    #[must_use]
+    pub fn matches(&self, flow: &FlowView) -> bool {
+        self.address.is_none_or(|net| net.contains(&flow.source) || net.contains(&flow.destination))
+            && self.port.is_none_or(|port| port == flow.source_port || port == flow.destination_port)
+            && self.state.as_ref().is_none_or(|state| *state == flow.state)
+            && self.protocol.as_ref().is_none_or(|protocol| *protocol == flow.protocol)
+    }
+}
+
+/// How full the flow tables are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowCounts {
+    /// Flows of which both directions were seen, expired ones not counted.
+    pub established: u64,
+    /// How many there is room for.
+    pub established_capacity: u32,
+    /// Flows that wait for a reply, expired ones not counted.
+    pub half_open: u64,
+    /// How many there is room for.
+    pub half_open_capacity: u32,
+}
+
+/// Names of the rules of the policies that are still held, by number of the policy.
+#[derive(Clone, Debug, Default)]
+pub struct RuleNames(HashMap<u32, Vec<String>>);
+
+impl RuleNames {
+    /// The name of rule `index` of policy `generation`.
+    #[must_use]
+    pub fn get(&self, generation: u32, index: u32) -> Option<&str> {
+        self.0.get(&generation)?.get(index as usize).map(String::as_str)
+    }
+
+    /// Whether the policy was looked for.
+    pub(super) fn knows(&self, generation: u32) -> bool {
+        self.0.contains_key(&generation)
+    }
+
+    /// The policy was looked for, and may not have been found.
+    pub(super) fn know(&mut self, generation: u32) {
+        self.0.entry(generation).or_default();
+    }
+}
+
+/// The name that a rule bears in the maps.
+pub(super) fn rule_name(rule: &RuleInfo) -> String {
+    let end = rule.name.iter().position(|byte| *byte == 0).unwrap_or(rule.name.len());
+    String::from_utf8_lossy(&rule.name[..end]).into_owned()
+}
+
+/// A protocol as it is shown.
+#[must_use]
+pub fn protocol_name(number: u8) -> String {
+    match number {
+        1 => "icmp".into(),
+        6 => "tcp".into(),
+        17 => "udp".into(),
+        58 => "icmpv6".into(),
+        132 => "sctp".into(),
+        other => other.to_string(),
+    }
+}
+
+impl Maps {
+    /// The names of all rules that are still held.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn rule_names(&self) -> Result<RuleNames> {
+        (0..SLOTS)
+            .map(|slot| {
+                let names = self.rule_info(slot)?.iter().map(rule_name).collect();
+                Ok((self.settings(slot)?.generation, names))
+            })
+            .collect::<Result<_>>()
+            .map(RuleNames)
+    }
+
+    /// Visits the flows that `filter` means and that have not expired.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn for_each_flow(&self, filter: &FlowFilter, mut visit: impl FnMut(FlowView)) -> Result<()> {
+        let (names, settings, now) = (self.rule_names()?, self.settings_in_force()?, now());
+        for (name, map) in self.flow_tables() {
+            sys::for_each(sys::fd(map), |key: FlowKey, flow: Flow| {
+                if !is_expired(&flow, &settings, now) {
+                    let view = view(&key, &flow, &names, now);
+                    if filter.matches(&view) {
+                        visit(view);
+                    }
+                }
+            })
+            .map_err(Error::map(name))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the flows that `filter` means: their next packet is judged as if it opened a flow. Returns how many
+    /// there were.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn delete_flows(&self, filter: &FlowFilter) -> Result<u64> {
+        let (names, now) = (RuleNames::default(), now());
+        let mut deleted = 0;
+        for (name, map) in self.flow_tables() {
+            let mut doomed = Vec::new();
+            sys::for_each(sys::fd(map), |key: FlowKey, flow: Flow| {
+                if filter.matches(&view(&key, &flow, &names, now)) {
+                    doomed.push(key);
+                }
+            })
+            .map_err(Error::map(name))?;
+            for key in doomed {
+                deleted += u64::from(sys::delete(sys::fd(map), &key).map_err(Error::map(name))?);
+            }
+        }
+        Ok(deleted)
+    }
+
+    /// How many flows are known.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn count_flows(&self) -> Result<FlowCounts> {
+        let (settings, now) = (self.settings_in_force()?, now());
+        let count = |name: &'static str, map: &MapData| {
+            let mut count = 0;
+            sys::for_each(sys::fd(map), |_: FlowKey, flow: Flow| {
+                count += u64::from(!is_expired(&flow, &settings, now));
+            })
+            .map_err(Error::map(name))?;
+            let capacity = map.info().map_err(Error::aya_map(name))?.max_entries();
+            Ok((count, capacity))
+        };
+        let (established, established_capacity) = count("flows", &self.flows)?;
+        let (half_open, half_open_capacity) = count("half_open", &self.half_open)?;
+        Ok(FlowCounts { established, established_capacity, half_open, half_open_capacity })
+    }
+
+    /// Makes flows known that the kernel side has not seen begin. What it knows already stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn seed_flows(&self, flows: &[(FlowKey, Flow)]) -> Result<usize> {
+        const BPF_NOEXIST: u64 = 1;
+        let mut seeded = 0;
+        for (key, flow) in flows {
+            match sys::update(sys::fd(&self.flows), key, flow, BPF_NOEXIST) {
+                Ok(()) => seeded += 1,
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(Error::map("flows")(error)),
+            }
+        }
+        Ok(seeded)
+    }
+
+    fn flow_tables(&self) -> [(&'static str, &MapData); 2] {
+        [("flows", &self.flows), ("half_open", &self.half_open)]
+    }
+}
+
+/// As the kernel side sees it when it looks the flow up.
+fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
+    let timeout = settings.timeouts.get(usize::from(flow.state)).copied().unwrap_or(0);
+    now.saturating_sub(flow.last_seen) > timeout
+}
+
+fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, now: u64) -> FlowView {
+    const SECOND: u64 = 1_000_000_000;
+    let low = (IpAddr::from(key.low), u16::from_be_bytes(key.low_port));
+    let high = (IpAddr::from(key.high), u16::from_be_bytes(key.high_port));
+    let (source, destination) = if flow.initiator == END_LOW { (low, high) } else { (high, low) };
+    let name = |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
+    FlowView {
+        protocol: protocol_name(key.protocol),
+        source: source.0,
+        source_port: source.1,
+        destination: destination.0,
+        destination_port: destination.1,
+        direction: name(&direction::NAMES, flow.direction),
+        state: name(&state::NAMES, flow.state),
+        idle_seconds: now.saturating_sub(flow.last_seen) / SECOND,
+        age_seconds: now.saturating_sub(flow.created) / SECOND,
+        rule: names.get(flow.generation, flow.rule).map(ToOwned::to_owned),
+        generation: flow.generation,
+        audit: flow.flags & flag::AUDIT != 0,
+        seeded: flow.flags & flag::SEEDED != 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bridge_common::flow::END_HIGH;
+
+    fn tcp(initiator: u8) -> FlowView {
+        let mut key = FlowKey::default();
+        let low = IpAddr::from([10, 200, 1, 91]).into();
+        let high = IpAddr::from([192, 168, 31, 67]).into();
+        let end = key.set(&low, 40_002_u16.to_be_bytes(), &high, 50_000_u16.to_be_bytes(), 6);
+        assert_eq!(end, END_LOW);
+        let flow = Flow { initiator, state: state::ESTABLISHED, last_seen: 1_000_000_000, ..Flow::default() };
+        view(&key, &flow, &RuleNames(HashMap::from([(0, vec!["r".into()])])), 4_500_000_000)
+    }
+
+    #[test]
+    fn a_flow_is_shown_from_the_side_that_opened_it() {
+        let inbound = tcp(END_HIGH);
+        assert_eq!((inbound.source.to_string().as_str(), inbound.source_port), ("192.168.31.67", 50_000));
+        assert_eq!((inbound.destination_port, inbound.idle_seconds), (40_002, 3));
+        assert_eq!((inbound.state.as_str(), inbound.rule.as_deref()), ("established", Some("r")));
+        assert_eq!(tcp(END_LOW).source_port, 40_002);
+    }
+
+    #[test]
+    fn a_filter_means_either_side() {
+        let flow = tcp(END_LOW);
+        for (filter, expected) in [
+            (FlowFilter::default(), true),
+            (FlowFilter { address: Some("192.168.31.0/24".parse().unwrap()), ..Default::default() }, true),
+            (FlowFilter { address: Some("10.200.1.91/32".parse().unwrap()), ..Default::default() }, true),
+            (FlowFilter { address: Some("10.200.1.92/32".parse().unwrap()), ..Default::default() }, false),
+            (FlowFilter { port: Some(50_000), ..Default::default() }, true),
+            (FlowFilter { port: Some(40_002), ..Default::default() }, true),
+            (FlowFilter { port: Some(1), ..Default::default() }, false),
+            (FlowFilter { state: Some("established".into()), ..Default::default() }, true),
+            (FlowFilter { state: Some("reset".into()), ..Default::default() }, false),
+            (FlowFilter { protocol: Some("udp".into()), ..Default::default() }, false),
+        ] {
+            assert_eq!(filter.matches(&flow), expected, "{filter:?}");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Which interfaces lead to the LAN and which to pods: by name, or by where the routes go.
+//!
+//! Choosing is a pure function of what the kernel says ([`Snapshot`]); reading and watching that are thin.
+
+mod observe;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+
+pub use observe::{Observer, Watch};
+
+use crate::{
+    config::InterfacePattern,
+    datapath::{Role, Target},
+};
+
+/// How interfaces are chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Selection {
+    /// Names of interfaces towards the LAN; empty: by the routes to `external_networks`.
+    pub external: Vec<InterfacePattern>,
+    /// Names of interfaces towards pods; empty: by the routes to `pod_networks`.
+    pub internal: Vec<InterfacePattern>,
+    /// Networks of LAN hosts.
+    pub external_networks: Vec<IpNet>,
+    /// Networks of pods.
+    pub pod_networks: Vec<IpNet>,
+}
+
+/// An interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its name.
+    pub name: String,
+    /// Its `ARPHRD_*` type (linux/if_arp.h).
+    pub kind: u16,
+    /// Whether it is a loopback.
+    pub loopback: bool,
+}
+
+/// A unicast route.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Destination.
+    pub to: IpNet,
+    /// Interfaces that it leaves by, and whether it does so by a gateway.
+    pub hops: Vec<(u32, bool)>,
+}
+
+/// What the kernel says of interfaces, at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// By index.
+    pub links: BTreeMap<u32, Link>,
+    /// Own addresses, without those that only mean something on one link, and loopback.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Those that matter to a [`Selection`].
+    pub routes: Vec<Route>,
+}
+
+/// What was chosen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chosen {
+    /// The interfaces, each once, by index.
+    pub targets: Vec<Target>,
+    /// What the operator should know: names that nothing bears, interfaces that cannot be judged on.
+    pub remarks: Vec<String>,
+}
+
+impl Selection {
+    /// Whether routes matter at all.
+    #[must_use]
+    pub fn needs_routes(&self) -> bool {
+        self.external.is_empty() || self.internal.is_empty()
+    }
+
+    /// Whether a route to `to` can change what is chosen.
+    #[must_use]
+    pub fn concerns(&self, to: IpNet) -> bool {
+        let overlaps = |networks: &[IpNet]| networks.iter().any(|net| net.contains(&to) || to.contains(net));
+        self.external.is_empty() && overlaps(&self.external_networks)
+            || self.internal.is_empty() && overlaps(&self.pod_networks)
+    }
+
+    /// Chooses.
+    #[must_use]
+    pub fn choose(&self, snapshot: &Snapshot) -> Chosen {
+        let mut chosen = Chosen::default();
+        let external = if self.external.is_empty() {
+            self.external_networks.iter().flat_map(|net| towards_lan(*net, &snapshot.routes)).collect()
+        } else {
+            by_name(&self.external, snapshot, &mut chosen.remarks)
+        };
+        let internal = if self.internal.is_empty() {
+            self.pod_networks.iter().flat_map(|net| towards_pods(*net, &snapshot.routes)).collect()
+        } else {
+            by_name(&self.internal, snapshot, &mut chosen.remarks)
+        };
+        if external.is_empty() {
+            chosen.remarks.push("no interface leads to networks.external: nothing from the LAN is judged".into());
+        }
+        let roles = internal
+            .iter()
+            .map(|index| (*index, Role::Internal))
+            // An interface that leads to both is the LAN's: its pods are on other nodes.
+            .chain(external.iter().map(|index| (*index, Role::External)))
+            .collect::<BTreeMap<_, _>>();
+        for (index, role) in roles {
+            let Some(link) = snapshot.links.get(&index).filter(|link| !link.loopback) else { continue };
+            match link_header(link.kind) {
+                Some(link_header) => {
+                    chosen.targets.push(Target { index, name: link.name.clone(), role, link_header });
+                }
+                None => chosen.remarks.push(format!(
+                    "{}: link type {} is neither Ethernet nor plain IP, its packets cannot be judged",
+                    link.name, link.kind
+                )),
+            }
+        }
+        chosen
+    }
+}
+
+fn by_name(patterns: &[InterfacePattern], snapshot: &Snapshot, remarks: &mut Vec<String>) -> BTreeSet<u32> {
+    let mut indexes = BTreeSet::new();
+    for pattern in patterns {
+        let before = indexes.len();
+        let bearing = snapshot.links.iter().filter(|(_, link)| !link.loopback && pattern.matches(&link.name));
+        indexes.extend(bearing.map(|(index, _)| *index));
+        // What a pattern stands for may be yet to come.
+        if indexes.len() == before && !pattern.as_str().contains('*') {
+            remarks.push(format!("there is no interface {} yet: it is attached when it appears", pattern.as_str()));
+        }
+    }
+    indexes
+}
+
+/// Interfaces by which packets for LAN hosts of `net` leave: those of every route inside it, and of the closest one
+/// around it, be it the default route.
+fn towards_lan(net: IpNet, routes: &[Route]) -> BTreeSet<u32> {
+    let around = routes.iter().filter(|route| route.to.contains(&net)).map(|route| route.to.prefix_len()).max();
+    routes
+        .iter()
+        .filter(|route| {
+            net.contains(&route.to) || route.to.contains(&net) && Some(route.to.prefix_len()) == around
+        })
+        .flat_map(|route| route.hops.iter().map(|(index, _)| *index))
+        .collect()
+}
+
+/// Interfaces behind which pods of `net` are: those of routes that need no gateway. Behind a gateway are the pods of
+/// other nodes, and everything is behind the default route.
+fn towards_pods(net: IpNet, routes: &[Route]) -> BTreeSet<u32> {
+    routes
+        .iter()
+        .filter(|route| route.to.prefix_len() > 0 && (net.contains(&route.to) || route.to.contains(&net)))
+        .flat_map(|route| route.hops.iter().filter(|(_, gateway)| !gateway).map(|(index, _)| *index))
+        .collect()
+}
+
+/// Length of the link layer header that the kernel side finds before the IP header, by `ARPHRD_*` type.
+fn link_header(kind: u16) -> Option<u32> {
+    const ETHERNET: u32 = 14;
+    /// linux/if_arp.h; not in `libc`.
+    const ARPHRD_RAWIP: u16 = 519;
+    match kind {
+        libc::ARPHRD_ETHER => Some(ETHERNET),
+        libc::ARPHRD_NONE
+        | ARPHRD_RAWIP
+        | libc::ARPHRD_PPP
+        | libc::ARPHRD_TUNNEL
+        | libc::ARPHRD_TUNNEL6
+        | libc::ARPHRD_SIT => Some(0),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn snapshot(routes: &[(&str, u32, bool)]) -> Snapshot {
+        let names = ["lo", "eth0", "cali1", "cali2", "vxlan.calico", "wg0"];
+        let links = (1_u32..)
+            .zip(names)
+            .map(|(index, name)| {
+                let kind = if name == "wg0" { libc::ARPHRD_NONE } else { libc::ARPHRD_ETHER };
+                (index, Link { name: name.into(), kind, loopback: name == "lo" })
+            })
+            .collect();
+        let routes = routes
+            .iter()
+            .map(|(to, index, gateway)| Route { to: to.parse().unwrap(), hops: vec![(*index, *gateway)] })
+            .collect();
+        Snapshot { links, addresses: BTreeSet::new(), routes }
+    }
+
+    fn selection() -> Selection {
+        Selection {
+            external_networks: vec!["192.168.31.0/24".parse().unwrap()],
+            pod_networks: vec!["10.200.0.0/16".parse().unwrap()],
+            ..Selection::default()
+        }
+    }
+
+    fn choose(selection: &Selection, routes: &[(&str, u32, bool)]) -> Vec<(String, Role, u32)> {
+        let chosen = selection.choose(&snapshot(routes));
+        chosen.targets.into_iter().map(|target| (target.name, target.role, target.link_header)).collect()
+    }
+
+    #[test]
+    fn routes_to_the_lan_and_to_own_pods_are_followed() {
+        let routes = [
+            ("0.0.0.0/0", 1, true),
+            ("192.168.31.0/24", 2, false),
+            ("10.200.1.91/32", 3, false),
+            ("10.200.1.92/32", 4, false),
+            ("10.200.2.0/24", 5, true),
+        ];
+        let expected = [("eth0", Role::External), ("cali1", Role::Internal), ("cali2", Role::Internal)];
+        assert_eq!(choose(&selection(), &routes), expected.map(|(name, role)| (name.into(), role, 14)));
+    }
+
+    #[test]
+    fn a_lan_behind_the_default_route_is_external_and_the_default_route_leads_to_no_pods() {
+        let routes = [("0.0.0.0/0", 2, false)];
+        assert_eq!(choose(&selection(), &routes), [("eth0".into(), Role::External, 14)]);
+    }
+
+    #[test]
+    fn an_interface_to_both_is_external_and_one_without_link_layer_has_no_header() {
+        let routes = [("192.168.31.0/25", 2, false), ("10.200.7.0/24", 2, false), ("10.200.1.0/24", 6, false)];
+        let expected = [("eth0".into(), Role::External, 14), ("wg0".into(), Role::Internal, 0)];
+        assert_eq!(choose(&selection(), &routes), expected);
+    }
+
+    #[test]
+    fn names_beat_routes() {
+        let pattern = |text: &str| serde_json::from_value(text.into()).unwrap();
+        let selection = Selection { internal: vec![pattern("cali*")], ..selection() };
+        let routes = [("192.168.31.0/24", 2, false), ("10.200.1.0/24", 5, false)];
+        let expected = [("eth0", Role::External), ("cali1", Role::Internal), ("cali2", Role::Internal)];
+        assert_eq!(choose(&selection, &routes), expected.map(|(name, role)| (name.into(), role, 14)));
+        assert!(selection.concerns("192.168.31.0/24".parse().unwrap()));
+        assert!(!selection.concerns("10.200.1.0/24".parse().unwrap()));
+    }
+
+    #[test]
+    fn what_cannot_be_judged_is_told() {
+        let selection = Selection { external: vec![serde_json::from_value("eth9".into()).unwrap()], ..selection() };
+        let chosen = selection.choose(&snapshot(&[]));
+        assert!(chosen.targets.is_empty());
+        assert!(chosen.remarks.iter().any(|remark| remark.contains("eth9")), "{:?}", chosen.remarks);
+    }
+}

@@ -1,0 +1,169 @@
+//! What the kernel says of interfaces, read and watched through rtnetlink(7).
+
+use std::{io, net::IpAddr};
+
+use ipnet::IpNet;
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressMessage},
+    link::{LinkAttribute, LinkFlags, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
+};
+
+use super::{Link, Route, Selection, Snapshot};
+use crate::netlink;
+
+/// How often something that changed while it was read is read again.
+const ATTEMPTS: usize = 10;
+
+/// Reads [`Snapshot`]s.
+#[derive(Debug)]
+pub struct Observer {
+    route: netlink::Route,
+}
+
+impl Observer {
+    /// Of the network namespace of this thread.
+    ///
+    /// # Errors
+    ///
+    /// Of `socket(2)`.
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { route: netlink::Route::open()? })
+    }
+
+    /// Reads what matters to `selection`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers.
+    pub fn snapshot(&mut self, selection: &Selection) -> io::Result<Snapshot> {
+        let mut snapshot = Snapshot::default();
+        for message in self.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
+            if let RouteNetlinkMessage::NewLink(link) = message {
+                snapshot.links.extend(link_of(&link));
+            }
+        }
+        for message in self.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
+            if let RouteNetlinkMessage::NewAddress(address) = message {
+                snapshot.addresses.extend(address_of(&address));
+            }
+        }
+        if selection.needs_routes() {
+            for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+                let mut request = RouteMessage::default();
+                request.header.address_family = family;
+                for message in self.dump(&RouteNetlinkMessage::GetRoute(request))? {
+                    if let RouteNetlinkMessage::NewRoute(route) = message {
+                        snapshot.routes.extend(route_of(&route).filter(|route| selection.concerns(route.to)));
+                    }
+                }
+            }
+        }
+        Ok(snapshot)
+    }
+
+    fn dump(&mut self, request: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match self.route.dump(request.clone()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted && attempts < ATTEMPTS => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+/// Tells when a [`Snapshot`] may have changed.
+#[derive(Debug)]
+pub struct Watch(netlink::Watch);
+
+impl Watch {
+    /// Of the network namespace of this thread, inside a tokio runtime. Open it before the first snapshot is read:
+    /// then nothing is missed.
+    ///
+    /// # Errors
+    ///
+    /// Of `socket(2)`.
+    pub fn open() -> io::Result<Self> {
+        netlink::Watch::open().map(Self)
+    }
+
+    /// Waits until something changes that matters to `selection`. May be cancelled.
+    ///
+    /// # Errors
+    ///
+    /// Of `recv(2)`.
+    pub async fn changed(&mut self, selection: &Selection) -> io::Result<()> {
+        self.0
+            .changed(|message| match message {
+                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
+                    selection.needs_routes()
+                        && route_of(route).is_some_and(|route| selection.concerns(route.to))
+                }
+                RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
+                    address_of(address).is_some()
+                }
+                _ => true,
+            })
+            .await
+    }
+}
+
+fn link_of(message: &LinkMessage) -> Option<(u32, Link)> {
+    let name = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.clone()),
+        _ => None,
+    })?;
+    let kind = message.header.link_layer_type.into();
+    let loopback = message.header.flags.contains(LinkFlags::Loopback);
+    Some((message.header.index, Link { name, kind, loopback }))
+}
+
+/// Addresses of a link alone, and of the loopback, are nobody else's destination.
+fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+    let mut address = None;
+    for attribute in &message.attributes {
+        match attribute {
+            // On a point-to-point link, `Address` is the other end.
+            AddressAttribute::Local(local) => address = Some(*local),
+            AddressAttribute::Address(other) => address = address.or(Some(*other)),
+            _ => {}
+        }
+    }
+    address.filter(|address| match address {
+        IpAddr::V4(v4) => !v4.is_loopback(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    })
+}
+
+fn route_of(message: &RouteMessage) -> Option<Route> {
+    if message.header.kind != RouteType::Unicast {
+        return None;
+    }
+    let length = message.header.destination_prefix_length;
+    let any = match message.header.address_family {
+        AddressFamily::Inet => IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet6 => IpAddr::V6(std::net::Ipv6Addr::UNSPECIFIED),
+        _ => return None,
+    };
+    let mut destination = any;
+    let mut hops = Vec::new();
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(v4)) => destination = (*v4).into(),
+            RouteAttribute::Destination(RouteAddress::Inet6(v6)) => destination = (*v6).into(),
+            RouteAttribute::Oif(index) => hops.push((*index, has_gateway(&message.attributes))),
+            RouteAttribute::MultiPath(paths) => {
+                hops.extend(paths.iter().map(|path| (path.interface_index, has_gateway(&path.attributes))));
+            }
+            _ => {}
+        }
+    }
+    Some(Route { to: IpNet::new(destination, length).ok()?, hops })
+}
+
+fn has_gateway(attributes: &[RouteAttribute]) -> bool {
+    attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
+}
