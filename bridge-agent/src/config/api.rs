@@ -32,7 +32,12 @@ pub struct Api {
 
 impl Default for Api {
     fn default() -> Self {
-        Self { socket: AbsolutePath(DEFAULT_SOCKET.into()), mode: FileMode(0o660), group: None, metrics: None }
+        Self {
+            socket: AbsolutePath(DEFAULT_SOCKET.into()),
+            mode: FileMode(0o660),
+            group: None,
+            metrics: None,
+        }
     }
 }
 
@@ -44,7 +49,9 @@ impl Api {
                 &path.key("socket"),
                 Problem::new(
                     format!("the path of the socket has {length} bytes"),
-                    format!("shorten it to {MAX_SOCKET_PATH} bytes, which is what a unix socket's address holds"),
+                    format!(
+                        "shorten it to {MAX_SOCKET_PATH} bytes, which is what a unix socket's address holds"
+                    ),
                 ),
             );
         }

@@ -191,7 +191,8 @@ impl Config {
         }
         self.api.check(&root.key("api"), report);
         if self.role == Role::Host {
-            for (key, there) in [("rules", !self.rules.is_empty()), ("nodePorts", self.node_ports.is_some())] {
+            for (key, there) in [("rules", !self.rules.is_empty()), ("nodePorts", self.node_ports.is_some())]
+            {
                 if there {
                     report.error(
                         &root.key(key),

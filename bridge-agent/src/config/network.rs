@@ -116,7 +116,9 @@ fn check(text: &str, net: IpNet) -> Result<Network, Problem> {
         && let Some(v4) = v6.addr().to_ipv4_mapped()
     {
         return Err(Problem::new(
-            format!("`{text}` is an IPv4-mapped address (RFC 4291 section 2.5.5.2), which never is on the wire"),
+            format!(
+                "`{text}` is an IPv4-mapped address (RFC 4291 section 2.5.5.2), which never is on the wire"
+            ),
             format!("write {v4}/{}", v6.prefix_len() - 96),
         ));
     }
@@ -131,9 +133,15 @@ mod tests {
     fn host_bits_are_refused_with_the_right_network() {
         let problem = Network::parse("10.200.1.7/24").unwrap_err();
         assert_eq!(problem.message, "`10.200.1.7/24` has bits set after its first 24");
-        assert_eq!(problem.help, "write 10.200.1.0/24 for the network, or 10.200.1.7/32 for this one address");
+        assert_eq!(
+            problem.help,
+            "write 10.200.1.0/24 for the network, or 10.200.1.7/32 for this one address"
+        );
         let problem = Network::parse("fd00:31::17/64").unwrap_err();
-        assert_eq!(problem.help, "write fd00:31::/64 for the network, or fd00:31::17/128 for this one address");
+        assert_eq!(
+            problem.help,
+            "write fd00:31::/64 for the network, or fd00:31::17/128 for this one address"
+        );
     }
 
     #[test]

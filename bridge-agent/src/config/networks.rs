@@ -4,10 +4,10 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Role;
 use super::leaf::Problem;
 use super::network::{HostOrNetwork, Network};
 use super::report::{Path, Report};
-use super::Role;
 
 /// The networks whose traffic with each other is judged. Everything else passes untouched.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -83,7 +83,9 @@ impl Networks {
                     report.warn(
                         &nodes.index(index),
                         Problem::new(
-                            format!("{host} lies in no network of `pods` or `external`, so this changes nothing"),
+                            format!(
+                                "{host} lies in no network of `pods` or `external`, so this changes nothing"
+                            ),
                             "remove it, or correct it",
                         ),
                     );

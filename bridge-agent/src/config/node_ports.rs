@@ -40,7 +40,10 @@ impl NodePorts {
                     &allow.index(index),
                     Problem::new(
                         format!("{item} is not inside the NodePort range {range}"),
-                        format!("write ports from {} to {}, or correct `nodePorts.range`", range.first, range.last),
+                        format!(
+                            "write ports from {} to {}, or correct `nodePorts.range`",
+                            range.first, range.last
+                        ),
                     ),
                 );
             }

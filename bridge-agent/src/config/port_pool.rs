@@ -134,7 +134,8 @@ impl PortPool {
                 }
             }
         }
-        let available: u32 = self.available().iter().map(|range| u32::from(range.last - range.first) + 1).sum();
+        let available: u32 =
+            self.available().iter().map(|range| u32::from(range.last - range.first) + 1).sum();
         if available == 0 && !pool.is_empty() {
             let problem = Problem::new("`exclude` leaves no port in the pool", "exclude fewer ports");
             report.error(&exclude, problem);
@@ -158,7 +159,9 @@ impl PortPool {
                 report.warn(
                     &path.index(index),
                     Problem::new(
-                        format!("{range} has ports below 1024, which servers listen on and only root may bind"),
+                        format!(
+                            "{range} has ports below 1024, which servers listen on and only root may bind"
+                        ),
                         "take ports of the dynamic range, such as \"61001-65535\"",
                     ),
                 );
@@ -183,7 +186,10 @@ impl PortPool {
         match &self.destinations {
             Some(networks) if networks.is_empty() && report.intact(&at) => report.error(
                 &at,
-                Problem::new("the list of destinations is empty", "write at least one network, or remove the key"),
+                Problem::new(
+                    "the list of destinations is empty",
+                    "write at least one network, or remove the key",
+                ),
             ),
             Some(networks) => {
                 let nets: Vec<_> = networks.iter().map(|network| network.net()).collect();
@@ -224,16 +230,20 @@ mod tests {
 
     #[test]
     fn holes_are_cut_out_at_both_ends_and_inside() {
-        let pool: PortPool =
-            serde_json::from_str(r#"{"ports": ["100-200", 300, "65530-65535"], "exclude": [100, 150, 200, 300, "65534-65535"]}"#)
-                .unwrap();
+        let pool: PortPool = serde_json::from_str(
+            r#"{"ports": ["100-200", 300, "65530-65535"], "exclude": [100, 150, 200, 300, "65534-65535"]}"#,
+        )
+        .unwrap();
         let text: Vec<String> = pool.available().iter().map(PortRange::to_string).collect();
         assert_eq!(text, ["101-149", "151-199", "65530-65533"]);
     }
 
     #[test]
     fn cgroup_paths_are_below_the_mount() {
-        assert_eq!(CgroupPath::parse("/sys/fs/cgroup/unified/x").unwrap_err().help, "write the path below it: /x");
+        assert_eq!(
+            CgroupPath::parse("/sys/fs/cgroup/unified/x").unwrap_err().help,
+            "write the path below it: /x"
+        );
         assert_eq!(CgroupPath::parse("/sys/fs/cgroup").unwrap_err().help, "write the path below it: /");
         assert!(CgroupPath::parse("/").is_ok() && CgroupPath::parse("/a/b.slice").is_ok());
         for bad in ["", "a", "/a/", "/a//b", "/../b", "/a/./b"] {

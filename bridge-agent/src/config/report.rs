@@ -196,7 +196,8 @@ pub struct Place {
 
 impl Place {
     fn find(at: Span, source: &str) -> Self {
-        let floor = |offset: usize| (0..=offset.min(source.len())).rev().find(|at| source.is_char_boundary(*at));
+        let floor =
+            |offset: usize| (0..=offset.min(source.len())).rev().find(|at| source.is_char_boundary(*at));
         let start = floor(at.offset as usize).unwrap_or(0);
         let end = floor(at.offset as usize + at.len as usize).unwrap_or(0).max(start);
         let line_start = source[..start].rfind('\n').map_or(0, |newline| newline + 1);
@@ -245,7 +246,8 @@ impl Diagnostic {
                 let annotation = AnnotationKind::Primary.span(place.range.clone());
                 let snippet = Snippet::source(&place.excerpt).line_start(place.line).annotation(annotation);
                 let title = level.primary_title(&self.message);
-                let group: Group<'_> = title.element(snippet.path(file)).element(Level::HELP.message(&self.help));
+                let group: Group<'_> =
+                    title.element(snippet.path(file)).element(Level::HELP.message(&self.help));
                 renderer.render(&[group])
             }
             (None, Some(file)) => {

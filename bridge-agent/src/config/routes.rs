@@ -115,7 +115,10 @@ impl StaticRoute {
             report.error(
                 &via,
                 Problem::new(
-                    format!("the next hop {} is itself inside {to}, so the route would lead to itself", self.via),
+                    format!(
+                        "the next hop {} is itself inside {to}, so the route would lead to itself",
+                        self.via
+                    ),
                     "write the address that the node has on the LAN",
                 ),
             );

@@ -270,7 +270,9 @@ impl Rule {
                     &path,
                     Problem::new(
                         format!("ICMP has no ports, so rule `{}` can have none", self.name),
-                        format!("remove `{key}`, or write the protocol the ports belong to: tcp, udp or sctp"),
+                        format!(
+                            "remove `{key}`, or write the protocol the ports belong to: tcp, udp or sctp"
+                        ),
                     ),
                 );
             }

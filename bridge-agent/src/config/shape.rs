@@ -51,7 +51,11 @@ impl Shape {
     /// At a schema that no type of this module has; a unit test reads all of them.
     fn from_schema(schema: &Json) -> Self {
         let texts = |list: &Json| -> Vec<String> {
-            list.as_array().into_iter().flatten().filter_map(|text| text.as_str().map(str::to_owned)).collect()
+            list.as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|text| text.as_str().map(str::to_owned))
+                .collect()
         };
         for key in ["anyOf", "oneOf"] {
             let Some(variants) = schema[key].as_array() else { continue };
@@ -85,11 +89,12 @@ impl Shape {
                 values @ Json::Object(_) => Self::Map(Box::new(Self::from_schema(values))),
                 _ => {
                     let required = texts(&schema["required"]);
-                    let fields = schema["properties"].as_object().into_iter().flatten().map(|(name, schema)| Field {
-                        required: required.contains(name),
-                        shape: Self::from_schema(schema),
-                        name: name.clone(),
-                    });
+                    let fields =
+                        schema["properties"].as_object().into_iter().flatten().map(|(name, schema)| Field {
+                            required: required.contains(name),
+                            shape: Self::from_schema(schema),
+                            name: name.clone(),
+                        });
                     Self::Object(fields.collect())
                 }
             },
@@ -136,7 +141,9 @@ impl Shape {
                 return true;
             }
             (Self::Leaf { check, .. }, Value::Text(text)) => (check.parse)(text),
-            (Self::Leaf { check, numbers: true }, Value::Integer(number)) => (check.parse)(&number.to_string()),
+            (Self::Leaf { check, numbers: true }, Value::Integer(number)) => {
+                (check.parse)(&number.to_string())
+            }
             (Self::Choice(choices), Value::Text(text)) => choice(choices, text),
             (Self::Text, Value::Text(_)) | (Self::Bool, Value::Bool(_)) => Ok(()),
             (Self::Integer { min, max }, Value::Integer(number)) => {
@@ -229,7 +236,9 @@ impl Shape {
             (Self::Text | Self::Leaf { .. }, Value::Integer(_) | Value::Float(_) | Value::Bool(_)) => {
                 "write it in quotes if it is meant as a text".into()
             }
-            (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "yes" | "on" | "y") => "write true".into(),
+            (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "yes" | "on" | "y") => {
+                "write true".into()
+            }
             (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "no" | "off" | "n") => {
                 "write false".into()
             }
@@ -241,7 +250,9 @@ impl Shape {
 
 /// An example as it must stand in YAML: a leading `*` would be an alias, and a `: ` a mapping.
 fn quoted(example: &str) -> String {
-    if example.contains(['*', ':']) || example.starts_with(|c: char| c.is_ascii_digit()) && !example.contains('/') {
+    if example.contains(['*', ':'])
+        || example.starts_with(|c: char| c.is_ascii_digit()) && !example.contains('/')
+    {
         format!("\"{example}\"")
     } else {
         example.to_owned()

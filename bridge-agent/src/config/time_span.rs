@@ -12,8 +12,7 @@ pub struct TimeSpan(Duration);
 leaf!(TimeSpan);
 
 /// Units by their suffix, the longest first.
-const UNITS: [(&str, u64); 5] =
-    [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
+const UNITS: [(&str, u64); 5] = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 const MOST: Duration = Duration::from_secs(365 * 86_400);
 
 impl TimeSpan {
@@ -103,7 +102,8 @@ mod tests {
     #[test]
     fn a_bare_number_is_told_to_say_its_unit() {
         assert_eq!(TimeSpan::parse("30").unwrap_err().help, "say the unit: 30s for seconds");
-        for bad in ["", "s", "-1s", "1.5s", "1 s", "30S", "0s", "366d", "1y", "5s5", "99999999999999999999d"] {
+        for bad in ["", "s", "-1s", "1.5s", "1 s", "30S", "0s", "366d", "1y", "5s5", "99999999999999999999d"]
+        {
             assert!(TimeSpan::parse(bad).is_err(), "{bad:?}");
         }
     }
