@@ -241,7 +241,7 @@ fn children_run_in_the_namespace_and_die_with_the_lab() -> Result<()> {
     let id = lab.id();
     let mut shell = Command::new("sh");
     // A child that has a child of its own.
-    shell.args(["-c", "sleep 1000 & ip -brief address show dev eth0; echo $!; wait"]);
+    shell.args(["-c", "sleep 60 >&2 & ip -brief address show dev eth0; echo $!; wait"]);
     shell.stdout(Stdio::piped());
     let mut child = lab.c1().netns.spawn_command(shell)?;
     let mut lines = BufReader::new(child.child().stdout.take().context("a pipe")?).lines();
@@ -252,36 +252,6 @@ fn children_run_in_the_namespace_and_die_with_the_lab() -> Result<()> {
     eventually(SECOND, || runs(grandchild).then_some(())).context("the grandchild does not run")?;
     drop(lab);
     assert!(!runs(grandchild));
-    assert_traceless(id)
-}
-
-/// The owner is this test itself, in a process of its own.
-#[test]
-fn a_killed_owner_s_lab_is_removed_by_the_next() -> Result<()> {
-    const DOOMED: &str = "BRIDGE_TEST_DOOMED";
-    if std::env::var_os(DOOMED).is_some() {
-        let lab = Lab::builder().build()?;
-        let mut child = lab.c1().netns.spawn_command(sleeper())?;
-        std::fs::create_dir_all(lab.pin_directory()?)?;
-        lab.cgroup("c1")?;
-        println!("doomed: {} {}", lab.id(), child.id());
-        child.wait(Duration::from_secs(60))?;
-        return Ok(());
-    }
-    let mut owner = Command::new(std::env::current_exe()?);
-    owner.args(["--exact", "a_killed_owner_s_lab_is_removed_by_the_next", "--nocapture"]).env(DOOMED, "1");
-    let (mut owner, _output, line) = start_until(owner, "doomed: ")?;
-    let (id, child) = line.split_once(' ').context("two words")?;
-    let (id, child): (_, u32) = (LabId::of(id).context("a lab's name")?, child.parse()?);
-    assert!(all().contains(&id));
-    // Its environment is there only a moment after exec.
-    eventually(SECOND, || runs(child).then_some(())).context("the child does not run")?;
-
-    owner.kill()?;
-    owner.wait()?;
-    eventually(SECOND, || (!runs(child)).then_some(())).context("the child outlives its lab's owner")?;
-    let next = Lab::builder().build()?;
-    assert!(all().contains(&next.id()), "a living owner's lab stays");
     assert_traceless(id)
 }
 
@@ -326,31 +296,23 @@ fn every_scene_comes_out_and_is_one_json_object() -> Result<()> {
     Ok(())
 }
 
-/// Starts a program that stays, and returns what follows `start` on the first line it prints that has it. With
-/// the pipe, which has to stay open for as long as the program may print.
-fn start_until(mut command: Command, start: &str) -> Result<(Child, BufReader<ChildStdout>, String)> {
-    let mut child = command.stdout(Stdio::piped()).spawn()?;
+/// `lab up`; its output, which has to stay open for as long as it may print; the id of its lab.
+fn lab_up() -> Result<(Child, BufReader<ChildStdout>, LabId)> {
+    let mut child = lab_command(&["up"]).stdout(Stdio::piped()).spawn()?;
     let mut output = BufReader::new(child.stdout.take().context("a pipe")?);
     let mut line = String::new();
     while output.read_line(&mut line)? > 0 {
-        if let Some((_, rest)) = line.trim_end().split_once(start) {
-            return Ok((child, output, rest.to_owned()));
+        if let Some(id) = line.split(' ').find_map(LabId::of) {
+            return Ok((child, output, id));
         }
         line.clear();
     }
-    bail!("it ended without a word of {start:?}")
-}
-
-/// `lab up`, and the id of its lab.
-fn lab_up() -> Result<(Child, BufReader<ChildStdout>, LabId)> {
-    let (child, output, line) = start_until(lab_command(&["up"]), "The lab ")?;
-    let id = line.split(' ').next().and_then(LabId::of).context("a lab's name")?;
-    Ok((child, output, id))
+    bail!("lab up ended without naming its lab")
 }
 
 fn sleeper() -> Command {
     let mut sleep = Command::new("sleep");
-    sleep.arg("1000");
+    sleep.arg("60");
     sleep
 }
 

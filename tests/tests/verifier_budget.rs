@@ -70,13 +70,13 @@ fn complaints(budget: &Costs, measured: &Costs) -> Vec<String> {
             let limit = budget.get(object).and_then(|programs| programs.get(program));
             // Room for what another kernel counts differently.
             let room = cost.instructions + cost.instructions / 10 + 10;
-            let line = format!("[{object}]\n{program} = {{ instructions = {room}, stack = {} }}", cost.stack);
+            let line = format!("{program} = {{ instructions = {room}, stack = {} }}", cost.stack);
             match limit {
-                None => complaints.push(format!("{program} has no budget; add\n{line}")),
+                None => complaints.push(format!("{program} has no budget; add below [{object}]\n{line}")),
                 Some(limit) if cost.instructions > limit.instructions || cost.stack > limit.stack => {
                     complaints.push(format!(
                         "{program} needs {} instructions and {} bytes of stack, more than its budget; make it cheaper, \
-                         or if it is worth it\n{line}",
+                         or if it is worth it, write below [{object}]\n{line}",
                         cost.instructions, cost.stack
                     ));
                 }

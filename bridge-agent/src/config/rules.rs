@@ -167,14 +167,8 @@ pub(crate) fn check(
     kubernetes: bool,
     report: &mut Report<'_>,
 ) {
-    if rules.len() > MAX_RULES {
-        report.error(
-            path,
-            Problem::new(
-                format!("{} rules are more than the {MAX_RULES} that fit", rules.len()),
-                "join rules: one rule takes several networks and several port ranges",
-            ),
-        );
+    if let Some(problem) = too_many(rules.len()) {
+        report.error(path, problem);
         return;
     }
     let (root, mut names) = (Path::Root, HashMap::with_capacity(rules.len()));
@@ -200,6 +194,15 @@ pub(crate) fn check(
         }
         rule.check(&path, &around, report);
     }
+}
+
+fn too_many(count: usize) -> Option<Problem> {
+    (count > MAX_RULES).then(|| {
+        Problem::new(
+            format!("{count} rules are more than the {MAX_RULES} that fit"),
+            "join rules: one rule takes several networks and several port ranges",
+        )
+    })
 }
 
 impl Rule {
@@ -362,5 +365,31 @@ fn families(nets: &[IpNet]) -> Families {
     Families {
         v4: nets.iter().any(|net| matches!(net, IpNet::V4(_))),
         v6: nets.iter().any(|net| matches!(net, IpNet::V6(_))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_million_rules_and_no_more() {
+        assert_eq!(too_many(1_000_000), None);
+        assert!(too_many(1_000_001).unwrap().message.starts_with("1000001 rules"));
+    }
+
+    #[test]
+    fn a_cover_contains_what_its_networks_contain_together() {
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+        let cover =
+            Cover::of(&nets(&["10.0.0.128/25", "10.0.0.0/25", "10.2.0.0/16", "fd00::/64", "10.2.3.0/24"]));
+        for inside in nets(&["10.0.0.0/24", "10.0.0.0/32", "10.0.0.255/32", "10.2.255.0/24", "fd00::1/128"]) {
+            assert!(cover.contains(&inside), "{inside}");
+        }
+        for outside in
+            nets(&["10.0.0.0/23", "10.0.1.0/32", "10.1.255.255/32", "10.3.0.0/32", "fd00::/63", "9.0.0.0/8"])
+        {
+            assert!(!cover.contains(&outside), "{outside}");
+        }
     }
 }

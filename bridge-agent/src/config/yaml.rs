@@ -90,6 +90,9 @@ impl<'s> Builder<'s, '_> {
                 let plain = matches!(style, ScalarStyle::Plain);
                 self.value(at, anchor, false, if plain { Value::Plain(text) } else { Value::Quoted(text) });
             }
+            // Most lists have one element, and a large file has hundreds of thousands of lists.
+            Event::SequenceStart(_, anchor, tag) => {
+                self.begin(at, anchor, tag.as_deref(), Value::List(Vec::with_capacity(1)))
             Event::SequenceStart(_, anchor, tag) => {
                 self.begin(at, anchor, tag.as_deref(), Value::List(Vec::new()))
             }

@@ -1,6 +1,7 @@
 //! Equal things get one number.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::hash::Hash;
 
 /// Numbers distinct values from 0 on, in the order they come.
@@ -17,13 +18,14 @@ impl<T: Clone + Eq + Hash> Interner<T> {
 
     /// The number of `value`.
     pub(super) fn number(&mut self, value: T) -> u32 {
-        if let Some(&number) = self.numbers.get(&value) {
-            return number;
+        match self.numbers.entry(value) {
+            Entry::Occupied(known) => *known.get(),
+            Entry::Vacant(new) => {
+                let number = u32::try_from(self.values.len()).expect("memory ends before 2^32 values");
+                self.values.push(new.key().clone());
+                *new.insert(number)
+            }
         }
-        let number = u32::try_from(self.values.len()).expect("memory ends before 2^32 values");
-        self.values.push(value.clone());
-        self.numbers.insert(value, number);
-        number
     }
 
     /// The value of a number that [`Self::number`] gave.

@@ -5,6 +5,7 @@
 //! lowest index; if none matches, the packet is denied.
 
 mod addresses;
+mod envelope;
 mod intern;
 mod pairs;
 mod ports;
@@ -34,6 +35,9 @@ pub const MAX_PAIRS: usize = 4_000_000;
 /// The most port intervals that may be computed on the way, intermediate results included: about a second, and
 /// 200 MB.
 pub const MAX_INTERVALS: usize = 1 << 24;
+
+/// The most pages that port lookups may need, 1 KiB of kernel memory each.
+pub const MAX_PAGES: usize = 1 << 18;
 
 /// The name of the rule that stands for [`NodePorts::allow`].
 pub const NODE_PORTS_RULE: &str = "nodePorts";
@@ -135,6 +139,16 @@ pub enum Error {
         /// Whose they are.
         rules: String,
     },
+    /// The tables for port lookup would take too much memory.
+    #[error(
+        "the ports and source ports of the rules need {pages} pages of 1 KiB, of which {MAX_PAGES} can be held: give \
+         rules for the same addresses the same sourcePorts, or leave them out, and join rules that differ in their \
+         ports only"
+    )]
+    TooManyPages {
+        /// How many it would be.
+        pages: usize,
+    },
     /// More rules than a verdict can name.
     #[error("{rules} rules are more than the {limit} that can be told apart; join rules that differ in their ports only", limit = abi::RULE - 1)]
     TooManyRules {
@@ -155,8 +169,8 @@ struct Group {
 /// The tables for `policy` on a node whose own addresses are `local`.
 ///
 /// # Errors
-/// If networks overlap, or if the policy needs more than [`MAX_PAIRS`] or [`MAX_INTERVALS`]. The text says which
-/// rules to change, and how.
+/// If networks overlap, or if the policy needs more than [`MAX_PAIRS`], [`MAX_INTERVALS`] or [`MAX_PAGES`]. The text
+/// says which rules to change, and how.
 pub fn compile(policy: &Policy, local: &[IpAddr]) -> Result<Tables, Error> {
     compile_within(policy, local, MAX_INTERVALS)
 }
@@ -213,7 +227,7 @@ fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Re
     addresses.iter_mut().for_each(|(_, info)| emit(&mut info.sets));
     pairs.iter_mut().for_each(|(_, pair)| emit(&mut pair.sets));
     let node_port_root = emitter.root(node_port_partition);
-    let (rule_sets, narrows, pages) = emitter.finish();
+    let (rule_sets, narrows, pages) = emitter.finish()?;
     Ok(Tables {
         addresses,
         pairs,

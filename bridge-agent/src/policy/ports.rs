@@ -5,18 +5,19 @@
 //! "A deny wins, then the lowest index" is a minimum of ranks, so functions of parts of a set can be merged.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::rc::Rc;
 
 use bridge_common::policy::{protocol, reference};
 
+use super::envelope::Envelope;
 use super::intern::Interner;
 use crate::model::{Action, PortRange, Protocol, Rule};
 
 /// A rank (the lower wins), or [`BY_SOURCE`] and the number of a partition of the source ports.
 pub(super) type Cell = u32;
 /// The rank of "no rule matches".
-const NO_RULE: Cell = 1 << 30;
+pub(super) const NO_RULE: Cell = 1 << 30;
 /// Marks a cell that is no rank.
 pub(super) const BY_SOURCE: Cell = 1 << 31;
 
@@ -95,6 +96,9 @@ impl Ports {
         for (protocol, root) in roots.iter_mut().enumerate() {
             let chosen = || rules.iter().filter(|(_, rule)| matches(rule, protocol));
             let indexes: Vec<u32> = chosen().map(|&(index, _)| index).collect();
+            if indexes.is_empty() {
+                continue;
+            }
             if let Some((_, same)) = before.iter().find(|(others, _)| *others == indexes) {
                 *root = *same;
                 continue;
@@ -215,109 +219,48 @@ impl Ports {
 
     /// The partition of the destination ports by `claims`, whose ranks are distinct.
     pub(super) fn sweep(&mut self, claims: &[Claim<'_>]) -> Result<u32, Exhausted> {
-        let mut sources: Interner<Cow<'_, [PortRange]>> = Interner::new(Cow::Borrowed(&[PortRange::ALL]));
+        let sources: Vec<Cow<'_, [PortRange]>> =
+            claims.iter().map(|claim| normalise(claim.source_ports)).collect();
         let mut events = Vec::with_capacity(2 * claims.len());
-        for claim in claims {
-            let source = sources.number(normalise(claim.source_ports)) as usize;
+        for (claim, index) in claims.iter().zip(0..) {
             for range in normalise(claim.ports).iter() {
-                events.push(Event { port: range.first, opens: true, rank: claim.rank, source });
-                if let Some(port) = range.last.checked_add(1) {
-                    events.push(Event { port, opens: false, rank: claim.rank, source });
-                }
+                events.push(Event { port: range.first, claim: index, claims: true });
+                events.extend(range.last.checked_add(1).map(|port| Event {
+                    port,
+                    claim: index,
+                    claims: false,
+                }));
             }
         }
         events.sort_unstable_by_key(|event| event.port);
 
-        let mut active =
-            Active { by_source: vec![BTreeSet::new(); sources.values().len()], best: BTreeSet::new() };
+        let mut envelope = Envelope::new(sources.iter().flat_map(|ranges| ranges.iter()));
         let mut intervals = Vec::with_capacity(events.len() + 1);
         if events.first().is_none_or(|event| event.port > 0) {
             intervals.push(Interval { first: 0, cell: NO_RULE });
         }
         for at_one_port in events.chunk_by(|a, b| a.port == b.port) {
             for event in at_one_port {
-                active.apply(event);
+                for range in sources[event.claim].iter() {
+                    envelope.apply(*range, claims[event.claim].rank, event.claims);
+                }
             }
-            let cell = self.active_cell(&active, sources.values())?;
+            let winners = envelope.winners();
+            let cell = match *winners {
+                [everywhere] => everywhere.cell,
+                _ => BY_SOURCE | self.intern(winners)?,
+            };
             push(&mut intervals, at_one_port[0].port, cell);
         }
         self.intern(intervals)
     }
-
-    /// What the rules that are active at one destination port say by source port: the best rule takes its source
-    /// ports, the next what is left, until nothing is.
-    fn active_cell(&mut self, active: &Active, sources: &[Cow<'_, [PortRange]>]) -> Result<Cell, Exhausted> {
-        let Some(&(best, source)) = active.best.first() else { return Ok(NO_RULE) };
-        if source == ANY_SOURCE {
-            return Ok(best);
-        }
-        let mut free = BTreeMap::from([(0_u16, u16::MAX)]);
-        let mut taken = Vec::new();
-        for &(rank, source) in &active.best {
-            for range in sources[source].iter() {
-                self.spend(1)?;
-                while let Some((&first, &last)) = free.range(..=range.last).next_back()
-                    && last >= range.first
-                {
-                    free.remove(&first);
-                    if first < range.first {
-                        free.insert(first, range.first - 1);
-                    }
-                    if last > range.last {
-                        free.insert(range.last + 1, last);
-                    }
-                    taken.push(Interval { first: first.max(range.first), cell: rank });
-                }
-            }
-            if free.is_empty() {
-                break;
-            }
-        }
-        taken.extend(free.keys().map(|&first| Interval { first, cell: NO_RULE }));
-        taken.sort_unstable_by_key(|interval| interval.first);
-        let mut intervals = Vec::with_capacity(taken.len());
-        for interval in taken {
-            push(&mut intervals, interval.first, interval.cell);
-        }
-        let partition = self.intern(intervals)?;
-        Ok(self.cell(partition))
-    }
 }
 
-/// Number of the list of all source ports.
-const ANY_SOURCE: usize = 0;
-
-/// From `port` on, a rule claims (or no longer claims) the destination port for the source ports `source`.
+/// From `port` on, a claim of that index holds, or no longer holds.
 struct Event {
     port: u16,
-    opens: bool,
-    rank: Cell,
-    source: usize,
-}
-
-/// The rules that claim the destination port the sweep is at.
-struct Active {
-    /// Their ranks, by list of source ports.
-    by_source: Vec<BTreeSet<Cell>>,
-    /// The best of each list: all others of the list are hidden behind it.
-    best: BTreeSet<(Cell, usize)>,
-}
-
-impl Active {
-    fn apply(&mut self, event: &Event) {
-        let ranks = &mut self.by_source[event.source];
-        let before = ranks.first().copied();
-        if event.opens {
-            ranks.insert(event.rank);
-        } else {
-            ranks.remove(&event.rank);
-        }
-        let after = ranks.first().copied();
-        if before != after {
-            before.map(|rank| self.best.remove(&(rank, event.source)));
-            after.map(|rank| self.best.insert((rank, event.source)));
-        }
-    }
+    claim: usize,
+    claims: bool,
 }
 
 /// Whether `rule` speaks of the protocol with number `of` in [`protocol`].
@@ -357,7 +300,8 @@ fn normalise(ranges: &[PortRange]) -> Cow<'_, [PortRange]> {
     Cow::Owned(merged)
 }
 
-fn push(intervals: &mut Vec<Interval>, first: u16, cell: Cell) {
+/// Appends an interval, unless it says what the one before says.
+pub(super) fn push(intervals: &mut Vec<Interval>, first: u16, cell: Cell) {
     if intervals.last().is_none_or(|last| last.cell != cell) {
         intervals.push(Interval { first, cell });
     }

@@ -7,6 +7,7 @@ use bridge_common::policy::{NARROW_WIDTH, Narrow, Page, RuleSet, reference};
 
 use super::intern::Interner;
 use super::ports::{BY_SOURCE, Cell, Interval, Ports, leaf};
+use super::{Error, MAX_PAGES};
 
 /// Entries of a page, without those that repeat the one before.
 type Runs = Rc<[(u8, u32)]>;
@@ -57,7 +58,11 @@ impl<'a> Emitter<'a> {
     }
 
     /// The tables, as far as they are made here.
-    pub(super) fn finish(self) -> (Vec<RuleSet>, Vec<Narrow>, Vec<Page>) {
+    pub(super) fn finish(self) -> Result<(Vec<RuleSet>, Vec<Narrow>, Vec<Page>), Error> {
+        let pages = self.pages.values().len();
+        if pages > MAX_PAGES {
+            return Err(Error::TooManyPages { pages });
+        }
         let pages = self.pages.values().iter().map(|runs| {
             let mut page = Page { references: [0; 256] };
             for (index, &(first, reference)) in runs.iter().enumerate() {
@@ -66,7 +71,7 @@ impl<'a> Emitter<'a> {
             }
             page
         });
-        (self.rule_sets, self.narrows, pages.collect())
+        Ok((self.rule_sets, self.narrows, pages.collect()))
     }
 
     fn lookup(&mut self, partition: u32) -> u32 {

@@ -7,6 +7,7 @@
 //! Every route bears the routing protocol number [`PROTOCOL`]: that is how own routes are told from foreign ones,
 //! also by the next run after a crash. `ip route show proto 98` lists them.
 
+pub mod discovery;
 pub mod model;
 pub mod netlink;
 pub mod plan;
@@ -23,4 +24,4 @@ pub use plan::{Operation, Plan, Verdict, plan, withdraw};
 pub use reconciler::Reconciler;
 pub use refusal::Refusal;
 pub use settings::{OnWithdraw, Settings};
-pub use status::{Counters, EventKind, RouteEvent, RouteStatus, Snapshot, State};
+pub use status::{Counters, EventKind, Fate, RouteEvent, RouteStatus, Snapshot, State};

@@ -36,6 +36,7 @@ pub struct Reconciler {
     netlink: Netlink,
     events: Events,
     merged: Merged,
+    version: u64,
     interest: Interest,
     snapshot: watch::Sender<Arc<Snapshot>>,
     happenings: broadcast::Sender<RouteEvent>,
@@ -73,6 +74,7 @@ impl Reconciler {
             netlink,
             events,
             merged: Merged::default(),
+            version: 0,
             interest: Interest::default(),
             snapshot: watch::Sender::default(),
             happenings: broadcast::Sender::new(1024),
@@ -139,9 +141,10 @@ impl Reconciler {
 
     fn merge(&mut self) {
         self.changes.mark_unchanged();
-        let merged = self.desired.merged(self.settings.table);
+        let (merged, version) = self.desired.merged(self.settings.table);
         self.interest = Interest::of(&merged.routes, &self.settings);
         self.merged = merged;
+        self.version = version;
         self.wishes_changed = true;
     }
 
@@ -217,6 +220,7 @@ impl Reconciler {
         // What the rows need of the observation is the names of the links.
         let observed = super::Observed { routes: Vec::new(), ..observed };
         self.snapshot.send_replace(Arc::new(Snapshot {
+            version: self.version,
             merged,
             verdicts: planned.verdicts,
             failures,

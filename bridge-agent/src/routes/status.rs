@@ -51,30 +51,65 @@ pub enum State {
 /// The outcome of the last comparison with the kernel. Made once for each, read by anybody.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
+    pub(super) version: u64,
     pub(super) merged: Merged,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) failures: BTreeMap<RouteKey, String>,
     pub(super) observed: Observed,
 }
 
+/// What became of the wish for one network, in short.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Packets to it go to a next hop: by a route of its own, or through a wider one that comes first.
+    Installed(String),
+    /// They do not, and why.
+    Not(String),
+}
+
 impl Snapshot {
+    /// Which version of what the sources want this is the outcome of. 0 before the first comparison.
+    #[must_use]
+    pub const fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// What became of the wish for exactly this network.
+    #[must_use]
+    pub fn fate(&self, to: IpNet) -> Option<Fate> {
+        let merged = &self.merged;
+        let decided = |to: IpNet| merged.routes.iter().position(|route| route.to == to);
+        let place = decided(to).or_else(|| {
+            // What another source says of a network that holds it decides.
+            merged.shadowed.iter().find(|lost| lost.route.to == to).and_then(|lost| decided(lost.by.to))
+        })?;
+        let row = self.decided(place)?;
+        Some(match row.state {
+            State::Installed | State::Partial => Fate::Installed(row.route),
+            _ => Fate::Not(row.reason.unwrap_or(row.route)),
+        })
+    }
+
+    fn decided(&self, place: usize) -> Option<RouteStatus> {
+        let desired = self.merged.routes.get(place)?;
+        let (state, route, reason) = match self.verdicts.get(place)? {
+            Verdict::Refused(refusal) => (State::Refused, desired.to_string(), Some(refusal.to_string())),
+            Verdict::Down => (State::Down, desired.to_string(), Some("no next hop answers".to_owned())),
+            Verdict::Installed { route, partly } => {
+                let shown = self.observed.show(route);
+                match (self.failures.get(&route.key), partly) {
+                    (Some(failure), _) => (State::Failed, shown, Some(failure.clone())),
+                    (None, Some(refusal)) => (State::Partial, shown, Some(refusal.to_string())),
+                    (None, None) => (State::Installed, shown, None),
+                }
+            }
+        };
+        Some(row(desired, state, route, reason))
+    }
+
     /// A row for each route anybody wants, in order of network; those that lost to another source last.
     pub fn rows(&self) -> impl Iterator<Item = RouteStatus> {
-        let decided = self.merged.routes.iter().zip(&self.verdicts).map(|(desired, verdict)| {
-            let (state, route, reason) = match verdict {
-                Verdict::Refused(refusal) => (State::Refused, desired.to_string(), Some(refusal.to_string())),
-                Verdict::Down => (State::Down, desired.to_string(), Some("no next hop answers".to_owned())),
-                Verdict::Installed { route, partly } => {
-                    let shown = self.observed.show(route);
-                    match (self.failures.get(&route.key), partly) {
-                        (Some(failure), _) => (State::Failed, shown, Some(failure.clone())),
-                        (None, Some(refusal)) => (State::Partial, shown, Some(refusal.to_string())),
-                        (None, None) => (State::Installed, shown, None),
-                    }
-                }
-            };
-            row(desired, state, route, reason)
-        });
+        let decided = (0..self.merged.routes.len()).filter_map(|place| self.decided(place));
         let shadowed = self.merged.shadowed.iter().map(|lost| {
             row(
                 &lost.route,

@@ -1,3 +1,4 @@
 //! Routes from LAN hosts to pod networks, in network namespaces of their own. Needs root.
 
+mod discovery;
 mod kernel;

@@ -1,13 +1,15 @@
 //! What the kernel relies on without looking.
 
-use bridge_common::policy::{NARROW_WIDTH, reference as abi};
+use std::collections::HashSet;
+
+use bridge_common::policy::{NARROW_WIDTH, Narrow, Page, reference as abi};
 use ipnet::IpNet;
 
 use crate::model::Policy;
 use crate::policy::{NODE_PORTS_RULE, Tables};
 
 /// Where a reference stands, and so what it may be.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Place {
     /// Resolved by destination port.
     Root,
@@ -37,63 +39,74 @@ pub(super) fn check(policy: &Policy, tables: &Tables) {
     }
     assert!(tables.pairs.iter().all(|(key, _)| key.external != 0 && key.pod != 0), "class 0 is in no pair");
     assert_eq!(tables.rule_sets[0].roots, [0; 5], "set 0 is empty");
+    let mut references = References { tables, seen: HashSet::new() };
     for set in &tables.rule_sets {
         for (protocol, &root) in set.roots.iter().enumerate() {
-            reference(tables, root, Place::Root);
+            references.check(root, Place::Root);
             if protocol > 2 {
                 assert_eq!(abi::tag(root), abi::LEAF, "protocol {protocol} has no ports");
             }
         }
     }
-    reference(tables, tables.node_port_root, Place::Root);
+    references.check(tables.node_port_root, Place::Root);
 
-    for (index, narrow) in tables.narrows.iter().enumerate() {
-        assert!(!tables.narrows[..index].contains(narrow), "narrow {index} is there once");
-    }
-    for (index, page) in tables.pages.iter().enumerate() {
-        assert!(!tables.pages[..index].contains(page), "page {index} is there once");
-    }
+    let narrows: HashSet<&Narrow> = tables.narrows.iter().collect();
+    assert_eq!(narrows.len(), tables.narrows.len(), "each is there once");
+    let pages: HashSet<&Page> = tables.pages.iter().collect();
+    assert_eq!(pages.len(), tables.pages.len(), "each is there once");
     let v4 = tables.addresses.iter().filter(|(prefix, _)| matches!(prefix, IpNet::V4(_))).count();
     assert_eq!(tables.stats().addresses4, v4);
     assert_eq!(tables.stats().addresses6, tables.addresses.len() - v4);
 }
 
-fn reference(tables: &Tables, value: u32, place: Place) {
-    let index = (value & abi::VALUE) as usize;
-    let below = if place == Place::Root { Place::Second } else { Place::Leaf };
-    match abi::tag(value) {
-        abi::LEAF => {
-            let rule = value & abi::RULE;
-            assert!(rule <= tables.rule_count, "rule {rule} is there");
-            if rule > 0 {
-                let info = tables.rules[rule as usize - 1];
-                assert_eq!(
-                    value & abi::DENY != 0,
-                    info.deny == 1,
-                    "leaf {value:#x} says what rule {rule} does"
-                );
-            } else {
-                assert_eq!(value, 0, "no rule, no verdict");
-            }
+struct References<'a> {
+    tables: &'a Tables,
+    seen: HashSet<(u32, Place)>,
+}
+
+impl References<'_> {
+    fn check(&mut self, value: u32, place: Place) {
+        if !self.seen.insert((value, place)) {
+            return;
         }
-        _ if place == Place::Leaf => panic!("{value:#x} would need a third lookup"),
-        abi::NARROW => narrow(tables, index, below),
-        abi::WIDE => {
-            for &entry in &tables.pages[index].references {
-                if abi::tag(entry) == abi::PAGE {
-                    let page = &tables.pages[(entry & abi::VALUE) as usize];
-                    page.references.iter().for_each(|&result| reference(tables, result, below));
-                } else {
-                    reference(tables, entry, below);
+        let tables = self.tables;
+        let index = (value & abi::VALUE) as usize;
+        let below = if place == Place::Root { Place::Second } else { Place::Leaf };
+        match abi::tag(value) {
+            abi::LEAF => leaf(tables, value),
+            _ if place == Place::Leaf => panic!("{value:#x} would need a third lookup"),
+            abi::NARROW => {
+                let narrow = &tables.narrows[index];
+                padding(narrow);
+                narrow.references.iter().for_each(|&result| self.check(result, below));
+            }
+            abi::WIDE => {
+                for &entry in &tables.pages[index].references {
+                    if abi::tag(entry) == abi::PAGE {
+                        let page = &tables.pages[(entry & abi::VALUE) as usize];
+                        page.references.iter().for_each(|&result| self.check(result, below));
+                    } else {
+                        self.check(entry, below);
+                    }
                 }
             }
+            _ => panic!("{value:#x} is a page outside a directory"),
         }
-        _ => panic!("{value:#x} is a page outside a directory"),
     }
 }
 
-fn narrow(tables: &Tables, index: usize, below: Place) {
-    let narrow = &tables.narrows[index];
+fn leaf(tables: &Tables, value: u32) {
+    let rule = value & abi::RULE;
+    assert!(rule <= tables.rule_count, "rule {rule} is there");
+    if rule > 0 {
+        let info = tables.rules[rule as usize - 1];
+        assert_eq!(value & abi::DENY != 0, info.deny == 1, "leaf {value:#x} says what rule {rule} does");
+    } else {
+        assert_eq!(value, 0, "no rule, no verdict");
+    }
+}
+
+fn padding(narrow: &Narrow) {
     assert_eq!(narrow.first[0], 0, "covers every port");
     assert_eq!(narrow.padding, 0);
     let used = 1 + narrow.first.windows(2).take_while(|pair| pair[0] < pair[1]).count();
@@ -101,5 +114,4 @@ fn narrow(tables: &Tables, index: usize, below: Place) {
         assert_eq!(narrow.first[slot], narrow.first[used - 1], "unused intervals repeat the last");
         assert_eq!(narrow.references[slot], narrow.references[used - 1], "unused intervals repeat the last");
     }
-    narrow.references.iter().for_each(|&result| reference(tables, result, below));
 }

@@ -254,7 +254,7 @@ impl FileSource {
 
     fn publish(&self, publisher: &Publisher) {
         match ClusterFile::read(&self.path) {
-            Ok(file) => publisher.publish(file.routes()),
+            Ok(file) => _ = publisher.publish(file.routes()),
             Err(error) => tracing::warn!(%error, "the routes of the last good file stay"),
         }
     }

@@ -81,10 +81,11 @@ impl Desired {
         self.version.subscribe()
     }
 
-    /// What all sources together want; `default_table` is the table of a route that names none.
+    /// What all sources together want, and its version; `default_table` is the table of a route that names none.
     #[must_use]
-    pub fn merged(&self, default_table: u32) -> Merged {
-        merge(&self.words(), default_table)
+    pub fn merged(&self, default_table: u32) -> (Merged, u64) {
+        let words = self.words();
+        (merge(&words, default_table), *self.version.borrow())
     }
 
     fn words(&self) -> std::sync::MutexGuard<'_, Words> {
@@ -102,7 +103,9 @@ pub struct Publisher {
 
 impl Publisher {
     /// Replaces everything this source wanted so far. Publishing the same again wakes nobody.
-    pub fn publish(&self, routes: Vec<DesiredRoute>) {
+    ///
+    /// Returns the version of what all sources want that holds this; see [`super::Snapshot::version`].
+    pub fn publish(&self, routes: Vec<DesiredRoute>) -> u64 {
         let mut words = self.desired.words();
         let word = words.entry(self.kind).or_default();
         let same = word
@@ -110,9 +113,9 @@ impl Publisher {
             .is_some_and(|old| old.len() == routes.len() && old.iter().map(|route| &**route).eq(&routes));
         if !same {
             *word = Some(routes.into_iter().map(Arc::new).collect());
-            drop(words);
             self.desired.version.send_modify(|version| *version += 1);
         }
+        *self.desired.version.borrow()
     }
 }
 
@@ -124,7 +127,7 @@ mod tests {
     fn only_a_change_is_a_change() {
         let desired = Desired::default();
         let publisher = desired.register(SourceKind::Static);
-        assert_eq!(desired.merged(254).silent, [SourceKind::Static]);
+        assert_eq!(desired.merged(254).0.silent, [SourceKind::Static]);
         let changes = desired.changes();
         let route = DesiredRoute::forward(
             "10.1.0.0/16".parse().unwrap(),
@@ -138,6 +141,6 @@ mod tests {
         changes.mark_unchanged();
         publisher.publish(vec![route]);
         assert!(!changes.has_changed().unwrap());
-        assert_eq!(desired.merged(254).silent, []);
+        assert_eq!(desired.merged(254).0.silent, []);
     }
 }

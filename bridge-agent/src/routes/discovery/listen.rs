@@ -1,0 +1,334 @@
+//! The host's side of discovery.
+
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Notify, Semaphore, broadcast, watch};
+
+use super::message::{Announcement, Answer, Key, Message, Status, Token};
+use super::registry::{Entry, Registry, Rules};
+use super::{ExchangeError, clock, receive, send, state, within};
+use crate::routes::model::SourceKind;
+use crate::routes::prefix_map::host;
+use crate::routes::sources::{Publisher, Source, SourceError};
+use crate::routes::status::{EventKind, Fate, RouteEvent, Snapshot};
+
+/// Connections served at a time; more are closed at once.
+const CONNECTIONS: usize = 64;
+/// From accepting a connection to its announcement.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// For the kernel to have the route.
+const ROUTE: Duration = Duration::from_secs(3);
+/// For the pod to answer the check.
+const CHECK: Duration = Duration::from_secs(3);
+/// Between two warnings about messages that are not authentic: anybody can send them.
+const WARNINGS: Duration = Duration::from_secs(10);
+
+/// How to listen.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// `[::]` takes IPv4 too.
+    pub listen: SocketAddr,
+    /// Shared with the pods.
+    pub key: Key,
+    /// What is believed.
+    pub rules: Rules,
+    /// Whether a pod must be reached through its new route before it counts. Without, anybody who holds the key
+    /// can claim any address in `rules.pods`.
+    pub check: bool,
+    /// Where entries outlive a restart.
+    pub state: Option<PathBuf>,
+}
+
+/// Counts since the start.
+#[derive(Debug, Default)]
+pub struct DiscoveryCounters {
+    /// Announcements that led to a route.
+    pub accepted: AtomicU64,
+    /// Authentic announcements that did not.
+    pub refused: AtomicU64,
+    /// Connections that brought no authentic announcement.
+    pub unauthentic: AtomicU64,
+    /// Entries that were not renewed.
+    pub expired: AtomicU64,
+}
+
+/// Takes announcements and publishes a route to each pod.
+pub struct Listener {
+    socket: TcpListener,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    options: Options,
+    registry: Mutex<Registry>,
+    status: watch::Receiver<Arc<Snapshot>>,
+    happenings: broadcast::Sender<RouteEvent>,
+    counters: Arc<DiscoveryCounters>,
+    renewed: Notify,
+    warned: Mutex<Option<Instant>>,
+}
+
+impl Listener {
+    /// Binds. `status` and `happenings` are those of the reconciler that gets the routes: an announcement is
+    /// answered once the kernel has its route, and refused with the reason if it does not get there.
+    pub async fn bind(
+        options: Options,
+        status: watch::Receiver<Arc<Snapshot>>,
+        happenings: broadcast::Sender<RouteEvent>,
+    ) -> io::Result<Self> {
+        let socket = TcpListener::bind(options.listen).await?;
+        let shared = Shared {
+            options,
+            registry: Mutex::default(),
+            status,
+            happenings,
+            counters: Arc::default(),
+            renewed: Notify::new(),
+            warned: Mutex::default(),
+        };
+        Ok(Self { socket, shared: Arc::new(shared) })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
+
+    /// Counts, for metrics.
+    #[must_use]
+    pub fn counters(&self) -> Arc<DiscoveryCounters> {
+        self.shared.counters.clone()
+    }
+
+    async fn serve(self, publisher: Publisher) -> Result<(), SourceError> {
+        let Self { socket, shared } = self;
+        shared.restore();
+        shared.publish(&publisher);
+        let slots = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let expiry = shared.registry().next_expiry();
+            let expire = async {
+                match expiry {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = expire => shared.expire(&publisher),
+                () = shared.renewed.notified() => {}
+                accepted = socket.accept() => match accepted {
+                    Ok((stream, peer)) => {
+                        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+                        let (shared, publisher) = (shared.clone(), publisher.clone());
+                        tokio::spawn(async move {
+                            shared.converse(stream, peer.ip().to_canonical(), &publisher).await;
+                            drop(slot);
+                        });
+                    }
+                    Err(error) => {
+                        // Out of descriptors, or a connection that died in the queue: the next may be well.
+                        tracing::warn!(%error, "discovery: cannot accept a connection");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                },
+            }
+        }
+    }
+}
+
+impl Source for Listener {
+    fn kind(&self) -> SourceKind {
+        SourceKind::Discovery
+    }
+
+    fn run(
+        self: Box<Self>,
+        publisher: Publisher,
+    ) -> Pin<Box<dyn Future<Output = Result<(), SourceError>> + Send>> {
+        Box::pin(self.serve(publisher))
+    }
+}
+
+impl Shared {
+    async fn converse(&self, mut stream: TcpStream, egress: IpAddr, publisher: &Publisher) {
+        let challenge = rand::random();
+        let key = &self.options.key;
+        let announcement = within(PATIENCE, async {
+            send(&mut stream, &Message::Hello(challenge), key).await?;
+            match receive(&mut stream, key).await? {
+                Message::Announcement(announcement) => Ok(announcement),
+                _ => Err(ExchangeError::OutOfTurn),
+            }
+        });
+        let announcement = match announcement.await {
+            Ok(announcement) => announcement,
+            Err(error) => return self.unauthentic(egress, &error),
+        };
+        let clock = clock();
+        let judged = self.registry().judge(&announcement, egress, &challenge, clock, &self.options.rules);
+        let outcome = match judged {
+            Ok(lifetime) => {
+                self.admit(&announcement, egress, lifetime, publisher).await.map(|text| (lifetime, text))
+            }
+            Err(disbelief) => Err(disbelief.to_string()),
+        };
+        let who = format!("pod {} ({}) from {egress}", announcement.address, announcement.name);
+        let (status, lifetime, text) = match outcome {
+            Ok((lifetime, text)) => {
+                self.counters.accepted.fetch_add(1, Ordering::Relaxed);
+                (Status::Accepted, lifetime, text)
+            }
+            Err(text) => {
+                self.counters.refused.fetch_add(1, Ordering::Relaxed);
+                self.happened(EventKind::PodRefused, format!("{who}: {text}"));
+                (Status::Refused, Duration::ZERO, text)
+            }
+        };
+        let lifetime = u32::try_from(lifetime.as_secs()).unwrap_or(u32::MAX);
+        let answer = Answer { nonce: announcement.nonce, status, lifetime, egress: Some(egress), text };
+        if let Err(error) = within(PATIENCE, send(&mut stream, &Message::Answer(answer), key)).await {
+            tracing::debug!(%error, who, "discovery: the answer was not delivered");
+        }
+    }
+
+    /// Routes the pod, checks it, and keeps it or takes the route away again.
+    async fn admit(
+        &self,
+        announcement: &Announcement,
+        egress: IpAddr,
+        lifetime: Duration,
+        publisher: &Publisher,
+    ) -> Result<String, String> {
+        let address = announcement.address;
+        if self.options.check && announcement.check_port == 0 {
+            return Err(
+                "the host checks pods by connecting back, and the announcement names no port for that"
+                    .to_owned(),
+            );
+        }
+        let entry = Entry { egress, name: announcement.name.clone(), expires: Instant::now() + lifetime };
+        self.registry().begin(address, entry.clone());
+        let version = self.publish(publisher);
+        let mut outcome = self.routed(address, version).await;
+        if outcome.is_ok() && self.options.check {
+            let check = self.check(announcement).await;
+            outcome = outcome.and_then(|text| match check {
+                Ok(()) => Ok(text),
+                Err(error) => Err(format!(
+                    "no proof from {address} port {} through the new route: {error}",
+                    announcement.check_port
+                )),
+            });
+        }
+        let new = self.registry().finish(address, &entry, outcome.is_ok());
+        self.publish(publisher);
+        self.renewed.notify_one();
+        if outcome.is_ok() {
+            self.save();
+        }
+        if new {
+            self.happened(
+                EventKind::PodDiscovered,
+                format!("pod {address} ({}) via {egress}", announcement.name),
+            );
+        }
+        outcome
+    }
+
+    /// Waits until the reconciler has decided about the pod's route.
+    async fn routed(&self, address: IpAddr, version: u64) -> Result<String, String> {
+        let mut status = self.status.clone();
+        let decided =
+            tokio::time::timeout(ROUTE, status.wait_for(|snapshot| snapshot.version() >= version)).await;
+        match decided {
+            Ok(Ok(snapshot)) => match snapshot.fate(host(address)) {
+                Some(Fate::Installed(text)) => Ok(text),
+                Some(Fate::Not(reason)) => Err(reason),
+                None => Err("the route was withdrawn while it was being added".to_owned()),
+            },
+            Ok(Err(_)) => Err("the host is shutting down".to_owned()),
+            Err(_) => Err("the host's kernel did not take the route in time".to_owned()),
+        }
+    }
+
+    async fn check(&self, announcement: &Announcement) -> Result<(), ExchangeError> {
+        let key = &self.options.key;
+        let token = Token { nonce: announcement.nonce, challenge: rand::random() };
+        within(CHECK, async {
+            let mut stream = TcpStream::connect((announcement.address, announcement.check_port)).await?;
+            send(&mut stream, &Message::Check(token), key).await?;
+            match receive(&mut stream, key).await? {
+                Message::Proof(proof) if proof == token => Ok(()),
+                _ => Err(ExchangeError::OutOfTurn),
+            }
+        })
+        .await
+    }
+
+    fn expire(&self, publisher: &Publisher) {
+        let expired = self.registry().expire(Instant::now());
+        for (address, entry) in &expired {
+            self.counters.expired.fetch_add(1, Ordering::Relaxed);
+            self.happened(
+                EventKind::PodExpired,
+                format!("pod {address} ({}) via {}", entry.name, entry.egress),
+            );
+        }
+        if !expired.is_empty() {
+            self.publish(publisher);
+            self.save();
+        }
+    }
+
+    fn publish(&self, publisher: &Publisher) -> u64 {
+        // Under the lock, so that what is published last is what is true last.
+        let registry = self.registry();
+        publisher.publish(registry.routes())
+    }
+
+    fn restore(&self) {
+        let Some(path) = &self.options.state else { return };
+        match state::load(path, self.options.rules.max_lifetime) {
+            Ok(entries) => self.registry().restore(entries),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "discovery: starting without what was known before")
+            }
+        }
+    }
+
+    fn save(&self) {
+        let Some(path) = &self.options.state else { return };
+        if let Err(error) = state::save(path, self.registry().entries()) {
+            tracing::warn!(path = %path.display(), %error, "discovery: what is known will not outlive a restart");
+        }
+    }
+
+    fn unauthentic(&self, egress: IpAddr, error: &ExchangeError) {
+        self.counters.unauthentic.fetch_add(1, Ordering::Relaxed);
+        let now = Instant::now();
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.is_none_or(|last| now - last >= WARNINGS) {
+            *warned = Some(now);
+            drop(warned);
+            self.happened(EventKind::PodRefused, format!("connection from {egress}: {error}"));
+        }
+    }
+
+    fn happened(&self, kind: EventKind, text: String) {
+        tracing::info!(?kind, "{text}");
+        // Nobody listening is fine.
+        _ = self.happenings.send(RouteEvent { kind, text });
+    }
+
+    fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
