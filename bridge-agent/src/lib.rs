@@ -9,8 +9,6 @@ pub mod conntrack;
 pub mod datapath;
 pub mod interfaces;
 pub mod log;
-pub mod config;
-pub mod datapath;
 pub mod model;
 pub mod netlink;
 pub mod policy;

@@ -135,8 +135,6 @@ impl PortPool {
             }
         }
         let available: u32 = self.available().iter().map(PortRange::count).sum();
-        let available: u32 =
-            self.available().iter().map(|range| u32::from(range.last - range.first) + 1).sum();
         if available == 0 && !pool.is_empty() {
             let problem = Problem::new("`exclude` leaves no port in the pool", "exclude fewer ports");
             report.error(&exclude, problem);

@@ -179,24 +179,6 @@ impl Shape {
                 format!("\"{text}\" in quotes is a text"),
                 format!("write {text} without quotes"),
             )),
-            (Self::Leaf { check, .. }, Value::Text(text)) => (check.parse)(text),
-            (Self::Leaf { check, numbers: true }, Value::Integer(number)) => {
-                (check.parse)(&number.to_string())
-            }
-            (Self::Choice(choices), Value::Text(text)) => choice(choices, text),
-            (Self::Text, Value::Text(_)) | (Self::Bool, Value::Bool(_)) => Ok(()),
-            (Self::Integer { min, max }, Value::Integer(number)) => {
-                if (*min..=*max).contains(number) {
-                    Ok(())
-                } else {
-                    let help = if *max == i64::MAX {
-                        format!("write {min} or more")
-                    } else {
-                        format!("write a number from {min} to {max}")
-                    };
-                    Err(Problem::new(format!("{number} is out of bounds"), help))
-                }
-            }
             _ => Err(self.wrong_kind(node, path)),
         };
         match outcome {
@@ -257,26 +239,6 @@ impl Shape {
     fn wrong_kind(&self, node: &Node<'_>, path: &Path<'_>) -> Problem {
         let help = match (self, node.scalar()) {
             (Self::List(items), Some(text)) if items.takes(node) => format!("write [{text}]"),
-        let message = match node.value {
-            Value::Null => format!("{name} has no value"),
-            _ => format!("{name} should be {}, not {}", self.kind(), node.kind()),
-        };
-        let help = match (self, &node.value) {
-            (_, Value::Null) if matches!(path, Path::Root) => {
-                "write at least `role: node` or `role: host`".into()
-            }
-            (_, Value::Null) => format!("write {}, or remove it", self.example()),
-            (Self::List(items), Value::Text(text)) if items.takes(node) => format!("write [{text}]"),
-            (Self::List(items), Value::Integer(number)) if items.takes(node) => format!("write [{number}]"),
-            (Self::Text | Self::Leaf { .. }, Value::Integer(_) | Value::Float(_) | Value::Bool(_)) => {
-                "write it in quotes if it is meant as a text".into()
-            }
-            (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "yes" | "on" | "y") => {
-                "write true".into()
-            }
-            (Self::Bool, Value::Text(text)) if matches!(text.as_str(), "no" | "off" | "n") => {
-                "write false".into()
-            }
             _ => format!("write {}", self.example()),
         };
         Problem::new(format!("{} should be {}, not {}", name(path), self.kind(), node.kind()), help)

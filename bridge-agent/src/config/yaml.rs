@@ -93,20 +93,12 @@ impl<'s> Builder<'s, '_> {
             // Most lists have one element, and a large file has hundreds of thousands of lists.
             Event::SequenceStart(_, anchor, tag) => {
                 self.begin(at, anchor, tag.as_deref(), Value::List(Vec::with_capacity(1)))
-            Event::SequenceStart(_, anchor, tag) => {
-                self.begin(at, anchor, tag.as_deref(), Value::List(Vec::new()))
             }
             Event::MappingStart(_, anchor, tag) => {
                 self.begin(at, anchor, tag.as_deref(), Value::Map(Vec::new()))
             }
             Event::SequenceEnd | Event::MappingEnd => {
-                if let Some(Open { at: start, anchor, damaged, mut value, .. }) = self.open.pop() {
-                    // Most collections have one to seven elements, and there are hundreds of thousands of them.
-                    match &mut value {
-                        Value::List(list) => list.shrink_to_fit(),
-                        Value::Map(entries) => entries.shrink_to_fit(),
-                        Value::Plain(_) | Value::Quoted(_) => {}
-                    }
+                if let Some(Open { at: start, anchor, damaged, value, .. }) = self.open.pop() {
                     // A flow collection is quoted whole, a block by its first line.
                     let len = (at.offset + at.len).saturating_sub(start.offset);
                     self.value(Span { len, ..start }, anchor, damaged, value);
