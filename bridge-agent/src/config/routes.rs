@@ -10,6 +10,7 @@ use super::interface::InterfaceName;
 use super::leaf::{AbsolutePath, Problem, SocketAddress};
 use super::network::Network;
 use super::report::{Path, Report};
+use crate::routes::model::{DEFAULT_METRIC, PROTOCOL, TABLE_LOCAL, TABLE_MAIN};
 
 /// Routes to pod networks that are added, repaired, and withdrawn when they are no longer wanted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -18,13 +19,13 @@ pub struct Routes {
     /// Routes that are always wanted.
     #[serde(rename = "static", skip_serializing_if = "Vec::is_empty")]
     pub fixed: Vec<StaticRoute>,
-    /// A file of further routes, one `NETWORK via ADDRESS` a line, read again whenever it changes.
+    /// A file that describes the nodes of the cluster and their pod networks, read again whenever it changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<AbsolutePath>,
     /// The routing table the routes are put in. 254 is the main table.
     #[schemars(range(min = 1))]
     pub table: u32,
-    /// The metric of routes that have none of their own: the lowest wins. 0 is the kernel's default.
+    /// The metric of routes that have none of their own: the lowest wins.
     pub metric: u32,
     /// The protocol number that marks a route as one of ours (`ip route show proto N`), so that no other is touched.
     #[schemars(range(min = 5, max = 255))]
@@ -36,7 +37,14 @@ pub struct Routes {
 
 impl Default for Routes {
     fn default() -> Self {
-        Self { fixed: Vec::new(), file: None, table: 254, metric: 0, protocol: 98, discovery: None }
+        Self {
+            fixed: Vec::new(),
+            file: None,
+            table: TABLE_MAIN,
+            metric: DEFAULT_METRIC,
+            protocol: PROTOCOL,
+            discovery: None,
+        }
     }
 }
 
@@ -65,9 +73,6 @@ pub struct Discovery {
     /// The file with the key that announcements are authenticated with; readable by root alone.
     pub key_file: AbsolutePath,
 }
-
-/// The kernel's table of local addresses (`RT_TABLE_LOCAL`).
-const TABLE_LOCAL: u32 = 255;
 
 impl Routes {
     pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {

@@ -222,7 +222,7 @@ fn routes_that_cannot_work() {
     9:32 0.0.0.0: 0.0.0.0 cannot be a next hop; write the address that the node has on the LAN
     10:32 192.168.31.18/24: `192.168.31.18/24` is not an IP address; write the address without its prefix length: 192.168.31.18
     10:55 eth*: `eth*` is a pattern; write the name of one interface, such as eth0
-    11:12 10.200.3.0/24: 10.200.3.0/24 already has a route with metric 0 at line 9; remove one of them, or give them different metrics
+    11:12 10.200.3.0/24: 10.200.3.0/24 already has a route with metric 1024 at line 9; remove one of them, or give them different metrics
     12:14 {listen: 12345}: `keyFile` is missing; add `keyFile`, such as `keyFile: /etc/bridge/discovery.key`
     12:23 12345: `12345` is not an address with a port; write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469
     ");
