@@ -92,7 +92,9 @@ impl Scope {
         match (self.side(opening.source), self.side(opening.destination)) {
             (side::POD, side::EXTERNAL) => Some(direction::OUTBOUND),
             (side::EXTERNAL, side::POD) => Some(direction::INBOUND),
-            (side::EXTERNAL, side::LOCAL) if last != 0 && (first..=last).contains(&opening.destination_port) => {
+            (side::EXTERNAL, side::LOCAL)
+                if last != 0 && (first..=last).contains(&opening.destination_port) =>
+            {
                 Some(direction::NODE_PORT)
             }
             _ => None,
@@ -128,7 +130,15 @@ impl Scope {
                     opening.protocol,
                 );
                 let flags = flags | flag::SEEDED;
-                let flow = Flow { last_seen: now, created: now, state, initiator, direction, flags, ..Flow::default() };
+                let flow = Flow {
+                    last_seen: now,
+                    created: now,
+                    state,
+                    initiator,
+                    direction,
+                    flags,
+                    ..Flow::default()
+                };
                 Some((key, flow))
             })
             .collect()
@@ -246,7 +256,8 @@ fn connection_of(attributes: &[u8]) -> Option<Connection> {
     const CTA_PROTOINFO_TCP: u16 = 1;
     const CTA_PROTOINFO_TCP_STATE: u16 = 1;
     const IPS_SEEN_REPLY: u32 = 1 << 1;
-    let status = attribute(attributes, CTA_STATUS)?.first_chunk().map(|status| u32::from_be_bytes(*status))?;
+    let status =
+        attribute(attributes, CTA_STATUS)?.first_chunk().map(|status| u32::from_be_bytes(*status))?;
     let tcp_state = attribute(attributes, CTA_PROTOINFO)
         .and_then(|info| attribute(info, CTA_PROTOINFO_TCP))
         .and_then(|tcp| attribute(tcp, CTA_PROTOINFO_TCP_STATE))
@@ -271,7 +282,9 @@ fn tuple_of(attributes: &[u8]) -> Option<Tuple> {
     let protocol = attribute(attributes, CTA_TUPLE_PROTO)?;
     let address = |v4: u16, v6: u16| {
         let v4 = attribute(ip, v4).and_then(<[u8]>::first_chunk::<4>).map(|v4| Ipv4Addr::from(*v4).into());
-        v4.or_else(|| attribute(ip, v6).and_then(<[u8]>::first_chunk::<16>).map(|v6| Ipv6Addr::from(*v6).into()))
+        v4.or_else(|| {
+            attribute(ip, v6).and_then(<[u8]>::first_chunk::<16>).map(|v6| Ipv6Addr::from(*v6).into())
+        })
     };
     let port = |kind: u16| {
         attribute(protocol, kind).and_then(<[u8]>::first_chunk).map(|port| u16::from_be_bytes(*port))
@@ -284,7 +297,13 @@ fn tuple_of(attributes: &[u8]) -> Option<Tuple> {
         }
         _ => (port(CTA_PROTO_SRC_PORT).unwrap_or(0), port(CTA_PROTO_DST_PORT).unwrap_or(0)),
     };
-    Some(Tuple { source: address(1, 3)?, source_port, destination: address(2, 4)?, destination_port, protocol: number })
+    Some(Tuple {
+        source: address(1, 3)?,
+        source_port,
+        destination: address(2, 4)?,
+        destination_port,
+        protocol: number,
+    })
 }
 
 #[cfg(test)]
@@ -297,7 +316,8 @@ mod tests {
     const POD: &str = "10.200.1.91";
 
     fn scope() -> Scope {
-        let entry = |prefix: &str, side| (prefix.parse().unwrap(), AddressInfo { side, ..AddressInfo::default() });
+        let entry =
+            |prefix: &str, side| (prefix.parse().unwrap(), AddressInfo { side, ..AddressInfo::default() });
         Scope::new(&Tables {
             addresses: vec![
                 entry("10.200.1.0/24", side::POD),
@@ -336,7 +356,13 @@ mod tests {
             .collect()
     }
 
-    fn flow(direction: u8, from: &str, from_port: u16, to: &str, to_port: u16) -> (u8, String, u16, String, u16) {
+    fn flow(
+        direction: u8,
+        from: &str,
+        from_port: u16,
+        to: &str,
+        to_port: u16,
+    ) -> (u8, String, u16, String, u16) {
         (direction, from.into(), from_port, to.into(), to_port)
     }
 
@@ -344,7 +370,8 @@ mod tests {
     fn plain_connections_are_seeded_in_both_directions() {
         let inbound = tcp(tuple(LAN, 50_000, POD, 40_002), tuple(POD, 40_002, LAN, 50_000));
         assert_eq!(seeded(&inbound), [flow(direction::INBOUND, LAN, 50_000, POD, 40_002)]);
-        let outbound = tcp(tuple("fd20:1::91", 61_001, "fd31::67", 443), tuple("fd31::67", 443, "fd20:1::91", 61_001));
+        let outbound =
+            tcp(tuple("fd20:1::91", 61_001, "fd31::67", 443), tuple("fd31::67", 443, "fd20:1::91", 61_001));
         assert_eq!(seeded(&outbound), [flow(direction::OUTBOUND, "fd20:1::91", 61_001, "fd31::67", 443)]);
     }
 
@@ -368,7 +395,9 @@ mod tests {
 
     #[test]
     fn what_is_out_of_scope_is_left_out() {
-        for (from, to) in [(LAN, "192.168.31.68"), (POD, "10.200.1.92"), (POD, NODE), (LAN, NODE), ("8.8.8.8", POD)] {
+        for (from, to) in
+            [(LAN, "192.168.31.68"), (POD, "10.200.1.92"), (POD, NODE), (LAN, NODE), ("8.8.8.8", POD)]
+        {
             let connection = tcp(tuple(from, 50_000, to, 22), tuple(to, 22, from, 50_000));
             assert_eq!(seeded(&connection), [], "{from} to {to}");
         }
@@ -393,9 +422,11 @@ mod tests {
         for (tcp_state, expected) in expected {
             assert_eq!(states(&Connection { tcp_state, ..inbound }), expected, "{tcp_state}");
         }
-        for (protocol, expected) in
-            [(IPPROTO_UDP, state::UDP_REPLIED), (IPPROTO_ICMP, state::ICMP_REPLIED), (132, state::OTHER_REPLIED)]
-        {
+        for (protocol, expected) in [
+            (IPPROTO_UDP, state::UDP_REPLIED),
+            (IPPROTO_ICMP, state::ICMP_REPLIED),
+            (132, state::OTHER_REPLIED),
+        ] {
             let original = Tuple { protocol, ..inbound.original };
             let connection = Connection { original, ..inbound };
             assert_eq!(states(&connection), Some(expected));

@@ -107,7 +107,8 @@ fn next(mut bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessa
 /// The name of the interface with this index, if there is one.
 #[must_use]
 pub fn interface_name(index: u32) -> Option<String> {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
+    let socket =
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
     rustix::net::netdevice::index_to_name(socket, index).ok()
 }
 

@@ -71,7 +71,9 @@ impl VerdictFilter {
     #[must_use]
     pub fn matches(&self, verdict: &Verdict) -> bool {
         self.verdict.as_ref().is_none_or(|name| *name == verdict.verdict)
-            && self.address.is_none_or(|net| net.contains(&verdict.source) || net.contains(&verdict.destination))
+            && self
+                .address
+                .is_none_or(|net| net.contains(&verdict.source) || net.contains(&verdict.destination))
             && self.port.is_none_or(|port| port == verdict.source_port || port == verdict.destination_port)
     }
 }
@@ -142,15 +144,17 @@ fn view(event: &Event, maps: &Maps, names: &mut RuleNames, interfaces: &mut Hash
             Err(error) => tracing::debug!(%error, "no names of rules"),
         }
     }
-    let name = |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
-    let interface =
-        interfaces.entry(event.ifindex).or_insert_with(|| {
-            crate::netlink::interface_name(event.ifindex).unwrap_or_else(|| event.ifindex.to_string())
-        });
+    let name =
+        |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
+    let interface = interfaces.entry(event.ifindex).or_insert_with(|| {
+        crate::netlink::interface_name(event.ifindex).unwrap_or_else(|| event.ifindex.to_string())
+    });
     Verdict {
         time: wall_clock(event.time),
         verdict: name(&verdict::NAMES, event.verdict),
-        reason: Reason::ALL.get(usize::from(event.reason)).map_or("?".into(), |reason| reason.name().to_owned()),
+        reason: Reason::ALL
+            .get(usize::from(event.reason))
+            .map_or("?".into(), |reason| reason.name().to_owned()),
         direction: name(&direction::NAMES, event.direction),
         protocol: protocol_name(event.protocol),
         source: event.source.into(),
@@ -206,7 +210,10 @@ mod tests {
             (VerdictFilter { verdict: Some("reject".into()), ..Default::default() }, true),
             (VerdictFilter { verdict: Some("drop".into()), ..Default::default() }, false),
             (VerdictFilter { address: Some("10.200.1.0/24".parse().unwrap()), ..Default::default() }, true),
-            (VerdictFilter { address: Some("192.168.31.67/32".parse().unwrap()), ..Default::default() }, true),
+            (
+                VerdictFilter { address: Some("192.168.31.67/32".parse().unwrap()), ..Default::default() },
+                true,
+            ),
             (VerdictFilter { address: Some("10.0.0.0/24".parse().unwrap()), ..Default::default() }, false),
             (VerdictFilter { port: Some(22), ..Default::default() }, true),
             (VerdictFilter { port: Some(50_000), ..Default::default() }, true),

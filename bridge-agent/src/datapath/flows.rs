@@ -245,7 +245,8 @@ fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, now: u64) -> FlowView {
     let low = (IpAddr::from(key.low), u16::from_be_bytes(key.low_port));
     let high = (IpAddr::from(key.high), u16::from_be_bytes(key.high_port));
     let (source, destination) = if flow.initiator == END_LOW { (low, high) } else { (high, low) };
-    let name = |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
+    let name =
+        |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
     FlowView {
         protocol: protocol_name(key.protocol),
         source: source.0,

@@ -25,8 +25,9 @@ const ENOTSUPP: i32 = 524;
 /// What the fields of `attr` that `command` reads point to must be valid for what `command` does with it.
 unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
     // SAFETY: `attr` lives through the call and its size is passed; the rest is the caller's promise.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command as libc::c_long, ptr::from_mut(attr), size_of::<bpf_attr>())
+    };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(i32::MAX)) }
 }
 
@@ -172,8 +173,13 @@ pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], valu
         match result {
             Ok(_) => return Ok(()),
             // Below 5.14 tries have no batch commands.
-            Err(error) if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)) => {
-                return keys[done..].iter().zip(&values[done..]).try_for_each(|(key, value)| update(map, key, value, 0));
+            Err(error)
+                if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)) =>
+            {
+                return keys[done..]
+                    .iter()
+                    .zip(&values[done..])
+                    .try_for_each(|(key, value)| update(map, key, value, 0));
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
                 // SAFETY: the kernel leaves the number of entries written in the same member.
@@ -201,10 +207,7 @@ pub(super) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V, fl
 
 /// Reads every entry of a hash or an array, a chunk at a time: unlike a walk from key to key, this neither starts anew
 /// nor loses entries when the kernel removes the key it stands on.
-pub(super) fn for_each<K: Pod, V: Pod>(
-    map: BorrowedFd<'_>,
-    mut visit: impl FnMut(K, V),
-) -> io::Result<()> {
+pub(super) fn for_each<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut visit: impl FnMut(K, V)) -> io::Result<()> {
     // A bucket with more entries than there is room for makes the kernel ask for more.
     let mut room = 4096;
     let (mut keys, mut values) = (Vec::<K>::new(), Vec::<V>::new());

@@ -101,7 +101,9 @@ impl Selection {
             by_name(&self.internal, snapshot, &mut chosen.remarks)
         };
         if external.is_empty() {
-            chosen.remarks.push("no interface leads to networks.external: nothing from the LAN is judged".into());
+            chosen
+                .remarks
+                .push("no interface leads to networks.external: nothing from the LAN is judged".into());
         }
         let roles = internal
             .iter()
@@ -133,7 +135,10 @@ fn by_name(patterns: &[InterfacePattern], snapshot: &Snapshot, remarks: &mut Vec
         indexes.extend(bearing.map(|(index, _)| *index));
         // What a pattern stands for may be yet to come.
         if indexes.len() == before && !pattern.as_str().contains('*') {
-            remarks.push(format!("there is no interface {} yet: it is attached when it appears", pattern.as_str()));
+            remarks.push(format!(
+                "there is no interface {} yet: it is attached when it appears",
+                pattern.as_str()
+            ));
         }
     }
     indexes
@@ -142,7 +147,8 @@ fn by_name(patterns: &[InterfacePattern], snapshot: &Snapshot, remarks: &mut Vec
 /// Interfaces by which packets for LAN hosts of `net` leave: those of every route inside it, and of the closest one
 /// around it, be it the default route.
 fn towards_lan(net: IpNet, routes: &[Route]) -> BTreeSet<u32> {
-    let around = routes.iter().filter(|route| route.to.contains(&net)).map(|route| route.to.prefix_len()).max();
+    let around =
+        routes.iter().filter(|route| route.to.contains(&net)).map(|route| route.to.prefix_len()).max();
     routes
         .iter()
         .filter(|route| {
@@ -233,7 +239,8 @@ mod tests {
 
     #[test]
     fn an_interface_to_both_is_external_and_one_without_link_layer_has_no_header() {
-        let routes = [("192.168.31.0/25", 2, false), ("10.200.7.0/24", 2, false), ("10.200.1.0/24", 6, false)];
+        let routes =
+            [("192.168.31.0/25", 2, false), ("10.200.7.0/24", 2, false), ("10.200.1.0/24", 6, false)];
         let expected = [("eth0".into(), Role::External, 14), ("wg0".into(), Role::Internal, 0)];
         assert_eq!(choose(&selection(), &routes), expected);
     }
@@ -251,7 +258,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_judged_is_told() {
-        let selection = Selection { external: vec![serde_json::from_value("eth9".into()).unwrap()], ..selection() };
+        let selection =
+            Selection { external: vec![serde_json::from_value("eth9".into()).unwrap()], ..selection() };
         let chosen = selection.choose(&snapshot(&[]));
         assert!(chosen.targets.is_empty());
         assert!(chosen.remarks.iter().any(|remark| remark.contains("eth9")), "{:?}", chosen.remarks);

@@ -165,5 +165,7 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
 }
 
 fn has_gateway(attributes: &[RouteAttribute]) -> bool {
-    attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
+    attributes
+        .iter()
+        .any(|attribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
 }

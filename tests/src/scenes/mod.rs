@@ -1,14 +1,16 @@
 //! What `cargo xtask run` shows: one scene after the other on one stage, each with what is expected and what
 //! was seen.
 
+mod enforcement;
 mod routing;
 
-use std::fmt::Write as _;
+use std::fmt::{Display, Write as _};
 
 use anyhow::Result;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
+use crate::agent::Agent;
 use crate::lab::Lab;
 use crate::traffic::Attempt;
 
@@ -20,12 +22,15 @@ const WIDTH: u16 = 120;
 pub struct Stage {
     /// The lab.
     pub lab: Lab,
+    /// The agent on the node, once it has been started.
+    agent: Option<Agent>,
+    held: Option<enforcement::Held>,
 }
 
 impl Stage {
     /// Sets the stage for the first scene.
     pub fn set() -> Result<Self> {
-        Ok(Self { lab: Lab::builder().without_routes().build()? })
+        Ok(Self { lab: Lab::builder().without_routes().conntrack().build()?, agent: None, held: None })
     }
 }
 
@@ -51,7 +56,7 @@ pub struct Seen {
 
 impl Seen {
     /// Several attempts, each with whether it came out as expected.
-    fn attempts<T>(attempts: impl IntoIterator<Item = (&'static str, Attempt<T>, bool)>) -> Self {
+    fn attempts<T>(attempts: impl IntoIterator<Item = (impl Display, Attempt<T>, bool)>) -> Self {
         let mut seen = Self { text: String::new(), ok: true };
         for (what, attempt, ok) in attempts {
             let separator = if seen.text.is_empty() { "" } else { "; " };
@@ -74,7 +79,7 @@ pub struct Played {
 
 /// All scenes, in their order.
 pub fn all() -> impl Iterator<Item = Scene> {
-    routing::SCENES.iter().copied()
+    routing::SCENES.iter().chain(enforcement::SCENES).copied()
 }
 
 /// Plays one scene. An error in it is something seen that was not expected.

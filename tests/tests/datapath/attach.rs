@@ -40,7 +40,8 @@ fn programs_are_attached_where_the_role_says_and_adopted_without_a_gap() -> Resu
     assert_eq!(actions(&attach(&lab, &mut first, &targets, false)?), []);
 
     let before = attached(node, "eth0")?;
-    let links_before = bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
+    let links_before =
+        bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
     drop(first);
     assert_eq!(attached(node, "eth0")?, before, "what enforces went with the agent");
     let mut second = load(&lab, &options(&pins))?;
@@ -48,7 +49,8 @@ fn programs_are_attached_where_the_role_says_and_adopted_without_a_gap() -> Resu
     let after = attached(node, "eth0")?;
     assert_eq!(after.len(), 1);
     assert_ne!(after[0].2, before[0].2, "the program of the old agent is still there");
-    let links_after = bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
+    let links_after =
+        bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
     assert_eq!(links_after["id"], links_before["id"], "the link was not updated but made anew");
 
     attach(&lab, &mut second, &targets, true)?;
@@ -153,7 +155,8 @@ fn down_leaves_nothing_and_may_be_repeated() -> Result<()> {
     let id = |value: serde_json::Value| value["id"].as_u64().context("an id");
     let map = id(bpftool(&["map", "show", "pinned"], &pins.map("flows"))?)?;
     let table = id(bpftool(&["map", "show", "pinned"], &pins.table(1, "rule_hits"))?)?;
-    let link = id(bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?)?;
+    let link =
+        id(bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?)?;
     let program = attached(node, "eth0")?[0].2;
 
     let error = node.run(|| down(&pins)).1.unwrap_err().to_string();
@@ -166,7 +169,8 @@ fn down_leaves_nothing_and_may_be_repeated() -> Result<()> {
     assert_eq!(names(node, "eth0")?, Vec::<String>::new());
     ensure!(!pins.root().exists());
     for (kind, id) in [("map", map), ("map", table), ("link", link), ("prog", program)] {
-        let gone = || bpftool(&[kind, "show", "id"], std::path::Path::new(&id.to_string())).is_err().then_some(());
+        let gone =
+            || bpftool(&[kind, "show", "id"], std::path::Path::new(&id.to_string())).is_err().then_some(());
         bridge_tests::wait::eventually(std::time::Duration::from_secs(5), gone)
             .with_context(|| format!("{kind} {id} is still there"))?;
     }
