@@ -30,7 +30,12 @@ pub struct Stage {
 impl Stage {
     /// Sets the stage for the first scene.
     pub fn set() -> Result<Self> {
-        Ok(Self { lab: Lab::builder().without_routes().conntrack().build()?, agent: None, held: None })
+        Ok(Self::with(Lab::builder().without_routes().conntrack().build()?))
+    }
+
+    /// A stage without scenes.
+    pub fn with(lab: Lab) -> Self {
+        Self { lab, agent: None, held: None }
     }
 }
 

@@ -11,7 +11,7 @@ fn a_policy_is_in_force_after_publishing_and_after_a_restart() -> Result<()> {
     let lab = Lab::builder().pods(0).build()?;
     let pins = pins(&lab)?;
     let mut first = load(&lab, &options(&pins))?;
-    assert!(first.is_first_start()? && !first.adopted());
+    assert!(first.is_unseeded(false)? && !first.adopted());
     let published = first.publish(&tables(["one", "two"]), &BEHAVIOUR, None)?;
     eprintln!("{published:?}");
     assert_eq!(published.generation(), 1);
@@ -19,7 +19,7 @@ fn a_policy_is_in_force_after_publishing_and_after_a_restart() -> Result<()> {
     eprintln!("{published:?}");
     drop(first);
     let again = load(&lab, &options(&pins))?;
-    assert!(!again.is_first_start()? && again.adopted());
+    assert!(!again.is_unseeded(false)? && again.adopted());
     let maps = Maps::open(&pins)?;
     assert_eq!(maps.settings_in_force()?.generation, 2);
     assert_eq!(maps.rule_info(maps.slot())?.len(), 1);
