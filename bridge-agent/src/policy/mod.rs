@@ -1,6 +1,6 @@
 //! From the desired state to the tables by which the kernel judges packets.
 //!
-//! Pure: nothing here touches the kernel. The tables are specified in [`bridge_common::policy`]; [`reference`]
+//! Pure: nothing here touches the kernel. The tables are specified in [`bridge_common::policy`]; [`mod@reference`]
 //! reads them as the kernel does. Among the rules that match the first packet of a flow a deny wins, then the
 //! lowest index; if none matches, the packet is denied.
 
