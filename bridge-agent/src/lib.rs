@@ -3,6 +3,7 @@
 //! One direction of dependency: configuration and cluster become a desired state ([`model`]), a plan is made from
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
+pub mod api;
 pub mod cli;
 pub mod config;
 pub mod conntrack;
@@ -13,4 +14,5 @@ pub mod model;
 pub mod netlink;
 pub mod policy;
 pub mod routes;
+pub mod runtime;
 pub mod time;

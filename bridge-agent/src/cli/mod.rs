@@ -3,6 +3,13 @@
 //! One file per command; what all of them share is here.
 
 mod check;
+mod down;
+mod flows;
+mod monitor;
+mod rules;
+mod run;
+mod status;
+mod table;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -11,8 +18,10 @@ use annotate_snippets::{Level, Renderer};
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 
-use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
-use crate::log;
+use crate::api::client;
+use crate::config::{self, ConfigErrors, DEFAULT_SOCKET, Diagnostics};
+use crate::datapath::{self, Pins};
+use crate::{log, runtime};
 
 /// Direct, safe TCP between LAN hosts and the pods of a Kubernetes cluster.
 #[derive(Debug, Parser)]
@@ -36,9 +45,9 @@ pub struct Global {
     /// The configuration file; `-` is standard input
     #[arg(long, short, global = true, value_name = "FILE", default_value = "/etc/bridge/bridge.yaml")]
     pub config: PathBuf,
-    /// The unix socket of the running agent
-    #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
-    pub socket: PathBuf,
+    /// The unix socket of the running agent; left out, that of the configuration, or /run/bridge/agent.sock
+    #[arg(long, global = true, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
     /// The directory of pinned maps and links, on a BPF file system
     #[arg(long, global = true, value_name = "DIR", default_value = "/sys/fs/bpf/bridge")]
     pub pin_root: PathBuf,
@@ -55,6 +64,38 @@ pub struct Global {
 pub enum Command {
     /// Validate the configuration and print what it comes to; needs no privilege
     Check(check::Check),
+    /// Bring the configuration into force and keep it so, until SIGTERM; what enforces goes on after that
+    Run(run::Run),
+    /// Show what is in force, whether the agent runs or not; exit code 1: nothing is
+    Status(status::StatusCommand),
+    /// List the flows that are known, or forget some
+    Flows(flows::Flows),
+    /// List the rules in force with their hits
+    Rules(rules::Rules),
+    /// Show verdicts on packets as they happen
+    Monitor(monitor::Monitor),
+    /// Stop enforcing: remove every program, map and policy of bridge
+    Down(down::Down),
+}
+
+impl Global {
+    /// Where maps are pinned.
+    fn pins(&self) -> Pins {
+        Pins::new(&self.pin_root)
+    }
+
+    /// The socket of the agent: as given, else as the agent that has the same configuration has it.
+    fn agent_socket(&self) -> PathBuf {
+        let configured = || config::load(&self.config).map(|loaded| loaded.config.api.socket.0).ok();
+        self.socket.clone().or_else(configured).unwrap_or_else(|| DEFAULT_SOCKET.into())
+    }
+}
+
+/// Waits for what an agent has to say.
+fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let failed = |source| Error::Stream { what: "cannot start the runtime", source };
+    runtime.map_err(failed)?.block_on(work)
 }
 
 /// Why a command failed.
@@ -71,6 +112,15 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// The agent could not start, or ended.
+    #[error(transparent)]
+    Agent(#[from] runtime::Error),
+    /// The packet path is not as it should be.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The agent did not answer.
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -84,6 +134,12 @@ impl Cli {
     pub fn run(&self) -> Result<(), Error> {
         match &self.command {
             Command::Check(command) => command.run(&self.global),
+            Command::Run(command) => command.run(&self.global),
+            Command::Status(command) => command.run(&self.global),
+            Command::Flows(command) => command.run(&self.global),
+            Command::Rules(command) => command.run(&self.global),
+            Command::Monitor(command) => command.run(&self.global),
+            Command::Down(command) => command.run(&self.global),
         }
     }
 }
@@ -92,7 +148,8 @@ impl Error {
     /// What the user can do about it, where the message does not say so itself.
     fn help(&self) -> Option<&'static str> {
         match self {
-            Self::Config(_) | Self::Format(_) => None,
+            // These say so.
+            Self::Config(_) | Self::Agent(_) | Self::Datapath(_) | Self::Client(_) | Self::Format(_) => None,
             Self::Stream { .. } => Some("check what standard input and output are connected to"),
         }
     }
@@ -105,7 +162,8 @@ impl Error {
 
     fn to_json(&self) -> serde_json::Value {
         match self {
-            Self::Config(ConfigErrors(Diagnostics { list, left_off })) => {
+            Self::Config(ConfigErrors(Diagnostics { list, left_off }))
+            | Self::Agent(runtime::Error::Config(ConfigErrors(Diagnostics { list, left_off }))) => {
                 serde_json::json!({ "ok": false, "diagnostics": list, "leftOff": left_off })
             }
             other => serde_json::json!({ "ok": false, "error": other.to_string(), "help": other.help() }),
@@ -114,7 +172,7 @@ impl Error {
 
     fn print(&self) -> Result<(), Error> {
         match self {
-            Self::Config(errors) => print_diagnostics(&errors.0),
+            Self::Config(errors) | Self::Agent(runtime::Error::Config(errors)) => print_diagnostics(&errors.0),
             other => {
                 let message = other.to_string();
                 let title = Level::ERROR.primary_title(&message);

@@ -125,13 +125,25 @@ impl Datapath {
         self.adopted
     }
 
-    /// Whether there has never been a policy: nothing was enforced so far, and nothing is known of existing flows.
+    /// Whether nothing was enforced so far, so that existing connections are not known. `audit` says whether only
+    /// audit mode is wanted.
     ///
     /// # Errors
     ///
     /// [`Error::Map`].
-    pub fn is_first_start(&self) -> Result<bool> {
-        Ok(self.maps.last_generation()? == 0)
+    pub fn is_unseeded(&self, audit: bool) -> Result<bool> {
+        let settings = self.maps.settings_in_force()?;
+        // The first policy of a first start denies nothing; whoever was killed then had no time to seed.
+        Ok(self.maps.last_generation()? == 0 || settings.generation == 1 && settings.audit == 1 && !audit)
+    }
+
+    /// Removes what other versions of bridge have left. To be called when this one enforces.
+    ///
+    /// # Errors
+    ///
+    /// What could not be removed. Returns how many programs were detached.
+    pub fn remove_other_versions(&self) -> Result<usize> {
+        super::down::remove_other_versions(&self.pins)
     }
 
     /// Whether programs are attached by TCX links rather than filters of the clsact qdisc.

@@ -151,6 +151,18 @@ impl Maps {
         self.settings(self.slot())
     }
 
+    /// The interfaces that programs are attached to, each with its hooks; from the pins, which tell no more of an
+    /// interface that has gone since.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Path`].
+    pub fn attached_interfaces(&self) -> Result<Vec<String>> {
+        let mut attached = self.pins.attached_links()?;
+        attached.extend(self.pins.attached_filters()?);
+        Ok(attached.into_iter().map(|pin| format!("{} {}", pin.interface, pin.hook.name())).collect())
+    }
+
     /// The ring buffer of events. Who reads takes: with two readers, each gets a part.
     ///
     /// # Errors

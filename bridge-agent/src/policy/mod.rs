@@ -21,7 +21,7 @@ use bridge_common::policy::{
     AddressInfo, Narrow, Page, PairKey, PairSets, RuleInfo, RuleSet, direction, reference as abi, side,
 };
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Action, Direction, NodePorts, Policy, PortRange, Rule};
 use addresses::{Naming, Side, Use};
@@ -69,7 +69,7 @@ pub struct Tables {
 }
 
 /// How many entries each table has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TablesStats {
     /// IPv4 prefixes.
     pub addresses4: usize,

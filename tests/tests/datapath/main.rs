@@ -1,5 +1,6 @@
 //! The packet path is loaded, pinned, adopted, attached and removed as its documentation says; the kernel is asked.
 
+mod agent;
 mod attach;
 mod load;
 mod support;

@@ -1,0 +1,131 @@
+//! Prometheus metrics, read from the kernel at each scrape.
+
+use std::fmt;
+
+use axum::{
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text::encode},
+    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info, MetricType, TypedMetric},
+    registry::{Registry, Unit},
+};
+
+use crate::{
+    datapath::{Maps, ReasonCount, RuleCount},
+    runtime::{Shared, Status},
+};
+
+pub(super) async fn serve(State(shared): State<Shared>) -> Response {
+    let mut registry = Registry::with_prefix("bridge");
+    let status = shared.status();
+    let build = vec![("version", status.version.clone()), ("abi", status.abi_version.to_string())];
+    registry.register("build", "Version of the agent", Info::new(build));
+    registry.register_collector(Box::new(Scrape::new(status, shared.maps().as_deref())));
+    let mut text = String::new();
+    match encode(&mut text, &registry) {
+        Ok(()) => {
+            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
+                .into_response()
+        }
+        Err(error) => super::failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+    }
+}
+
+/// What one scrape shows.
+#[derive(Debug)]
+struct Scrape {
+    status: Status,
+    reasons: Vec<ReasonCount>,
+    rules: Vec<RuleCount>,
+}
+
+impl Scrape {
+    fn new(status: Status, maps: Option<&Maps>) -> Self {
+        // What cannot be read is not there: a scrape that fails as a whole says less.
+        let reasons = maps.and_then(|maps| maps.reason_counts().ok()).unwrap_or_default();
+        let rules = maps.and_then(|maps| maps.rule_counts().ok()).unwrap_or_default();
+        Self { status, reasons, rules }
+    }
+}
+
+/// Writes a family of counters or gauges.
+fn family<'a, L: EncodeLabelSet>(
+    encoder: &'a mut DescriptorEncoder<'_>,
+    (name, help): (&'a str, &'a str),
+    unit: Option<&'a Unit>,
+    kind: MetricType,
+    values: impl Iterator<Item = (L, u64)>,
+) -> fmt::Result {
+    let mut family = encoder.encode_descriptor(name, help, unit, kind)?;
+    for (labels, value) in values {
+        let metric: MetricEncoder<'_> = family.encode_family(&labels)?;
+        match kind {
+            MetricType::Counter => ConstCounter::new(value).encode(metric)?,
+            _ => ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(metric)?,
+        }
+    }
+    Ok(())
+}
+
+const COUNTER: MetricType = <ConstCounter<u64> as TypedMetric>::TYPE;
+const GAUGE: MetricType = <ConstGauge<i64> as TypedMetric>::TYPE;
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let encoder = &mut encoder;
+        let reasons = || self.reasons.iter();
+        let reason = |count: &ReasonCount| {
+            let verdict = if count.denies { "deny" } else { "allow" };
+            [("direction", count.direction.clone()), ("reason", count.reason.clone()), ("verdict", verdict.into())]
+        };
+        let packets = ("packets", "Packets judged");
+        family(encoder, packets, None, COUNTER, reasons().map(|count| (reason(count), count.packets)))?;
+        let bytes = ("bytes", "Length of the packets judged, from the link layer header on");
+        family(encoder, bytes, None, COUNTER, reasons().map(|count| (reason(count), count.bytes)))?;
+        let audited = ("audited_packets", "Packets let through in audit mode that would have been denied");
+        let would_be_denied = reasons().filter(|count| count.denies);
+        family(encoder, audited, None, COUNTER, would_be_denied.map(|count| (reason(count), count.audited_packets)))?;
+
+        let rule = |count: &RuleCount| {
+            let labels = [("rule", &count.name), ("direction", &count.direction), ("action", &count.action)];
+            labels.map(|(name, value)| (name, value.clone()))
+        };
+        let hits = ("rule_hits", "New flows that a rule has decided about");
+        family(encoder, hits, None, COUNTER, self.rules.iter().map(|count| (rule(count), count.packets)))?;
+
+        if let Some(flows) = self.status.flows {
+            let tables = [
+                ("established", flows.established, flows.established_capacity),
+                ("half_open", flows.half_open, flows.half_open_capacity),
+            ];
+            let known = tables.iter().map(|(table, known, _)| ([("table", *table)], *known));
+            family(encoder, ("flows", "Flows that are known"), None, GAUGE, known)?;
+            let room = tables.iter().map(|(table, _, room)| ([("table", *table)], u64::from(*room)));
+            family(encoder, ("flow_capacity", "Flows that there is room for"), None, GAUGE, room)?;
+        }
+        let none: [(&str, &str); 0] = [];
+        if let Some(suppressed) = self.status.suppressed_events {
+            let name = ("suppressed_events", "Events kept back by the rate limit or for want of a reader");
+            family(encoder, name, None, COUNTER, [(none, suppressed)].into_iter())?;
+        }
+        if let Some(enforcement) = &self.status.enforcement {
+            let generation = [(none, u64::from(enforcement.generation))];
+            family(encoder, ("policy_generation", "Number of the policy in force"), None, GAUGE, generation.into_iter())?;
+            let audit = [(none, u64::from(enforcement.mode == "audit"))];
+            family(encoder, ("audit_mode", "1: nothing is denied, only reported"), None, GAUGE, audit.into_iter())?;
+            let with_role = |role: &str| {
+                enforcement.interfaces.iter().filter(|interface| interface.role == role).count() as u64
+            };
+            let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
+            family(encoder, ("interfaces", "Interfaces that packets are judged on"), None, GAUGE, roles.into_iter())?;
+        }
+        let reloads = &self.status.reloads;
+        let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
+        let results = results.map(|(result, count)| ([("result", result)], count));
+        family(encoder, ("reloads", "Reloads of the configuration"), None, COUNTER, results.into_iter())
+    }
+}

@@ -1,0 +1,284 @@
+//! The HTTP API on the unix socket, and Prometheus metrics.
+//!
+//! ```text
+//! GET  /v1/status           what the agent does
+//! GET  /v1/flows            known flows; ?address= ?port= ?state= ?protocol= ?limit=
+//! GET  /v1/rules            rules in force with their hits
+//! GET  /v1/counters         packets judged, by direction and reason
+//! GET  /v1/events           verdicts as they happen, a JSON object per line; ?verdict= ?address= ?port=
+//! POST /v1/reload           read the configuration again
+//! GET  /metrics             Prometheus text format
+//! ```
+
+pub mod client;
+mod metrics;
+
+use std::{
+    convert::Infallible,
+    fs, io,
+    net::SocketAddr,
+    os::unix::{
+        fs::{PermissionsExt, chown},
+        net::UnixStream,
+    },
+    path::{Path, PathBuf},
+};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{Query, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use futures_util::stream;
+use serde::{Deserialize, Serialize};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    sync::{broadcast::error::RecvError, oneshot},
+};
+
+use crate::{
+    config::Api,
+    datapath::{self, FlowFilter, FlowView, VerdictFilter},
+    runtime::{Request, Shared},
+};
+
+/// Why the API cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another agent answers on the socket.
+    #[error("an agent already answers on {}: stop that one first, or write another api.socket", .0.display())]
+    InUse(PathBuf),
+    /// There is no such group.
+    #[error("there is no group {0}: correct api.group, or make it with `groupadd --system {0}`")]
+    NoGroup(String),
+    /// A listening socket could not be made.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// Where.
+        address: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Listening, but not serving yet.
+#[derive(Debug)]
+pub struct Server {
+    socket: Socket,
+    listener: UnixListener,
+    metrics: Option<TcpListener>,
+}
+
+/// Removes the socket from the file system when it is dropped.
+#[derive(Debug)]
+struct Socket(PathBuf);
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // Somebody else may have removed it.
+        drop(fs::remove_file(&self.0));
+    }
+}
+
+impl Server {
+    /// Listens, inside a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub fn bind(path: &Path, config: &Api) -> Result<Self, Error> {
+        let failed = |source| Error::Listen { address: path.display().to_string(), source };
+        let group = config.group.as_deref().map(group_id).transpose()?;
+        if UnixStream::connect(path).is_ok() {
+            return Err(Error::InUse(path.to_owned()));
+        }
+        if let Some(directory) = path.parent() {
+            fs::create_dir_all(directory).map_err(failed)?;
+        }
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        // Nobody may connect before it is theirs to: the permissions are set before it has its name.
+        let staging = path.with_extension("new");
+        drop(fs::remove_file(&staging));
+        let listener = UnixListener::bind(&staging).map_err(failed)?;
+        let socket = Socket(path.to_owned());
+        fs::set_permissions(&staging, fs::Permissions::from_mode(config.mode.0)).map_err(failed)?;
+        if let Some(group) = group {
+            chown(&staging, None, Some(group)).map_err(failed)?;
+        }
+        fs::rename(&staging, path).map_err(failed)?;
+        let metrics = config.metrics.as_ref().map(|address| listen(address.0)).transpose()?;
+        Ok(Self { socket, listener, metrics })
+    }
+
+    /// Serves until it is dropped.
+    pub async fn serve(self, shared: Shared) {
+        let Self { socket: _socket, listener, metrics } = self;
+        let metrics_router = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
+        let api = axum::serve(listener, router(shared));
+        let ended = match metrics {
+            Some(listener) => tokio::select! {
+                ended = api => ended,
+                ended = axum::serve(listener, metrics_router) => ended,
+            },
+            None => api.await,
+        };
+        if let Err(error) = ended {
+            tracing::error!(%error, "the API is no longer served");
+        }
+    }
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+    let failed = |source| Error::Listen { address: address.to_string(), source };
+    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
+    TcpListener::from_std(listener).map_err(failed)
+}
+
+/// The number of a group, given by name or number.
+fn group_id(group: &str) -> Result<u32, Error> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
+    groups
+        .lines()
+        .filter_map(|line| line.strip_prefix(group)?.strip_prefix(':')?.split(':').nth(1)?.parse().ok())
+        .next()
+        .ok_or_else(|| Error::NoGroup(group.to_owned()))
+}
+
+fn router(shared: Shared) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/flows", get(flows))
+        .route("/v1/rules", get(rules))
+        .route("/v1/counters", get(counters))
+        .route("/v1/events", get(events))
+        .route("/v1/reload", post(reload))
+        .route("/metrics", get(metrics::serve))
+        .with_state(shared)
+}
+
+/// An answer that says what went wrong.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Failure {
+    /// For people.
+    pub error: String,
+}
+
+fn failure(status: StatusCode, error: impl ToString) -> Response {
+    (status, Json(Failure { error: error.to_string() })).into_response()
+}
+
+impl IntoResponse for datapath::Error {
+    fn into_response(self) -> Response {
+        failure(StatusCode::INTERNAL_SERVER_ERROR, self)
+    }
+}
+
+/// Where there is no eBPF enforcement.
+fn not_enforcing() -> Response {
+    failure(StatusCode::CONFLICT, "this agent does not enforce by eBPF: role is host, or engines leave it out")
+}
+
+async fn status(State(shared): State<Shared>) -> Response {
+    Json(shared.status()).into_response()
+}
+
+/// How many flows are sent if no limit is given.
+const FLOW_LIMIT: usize = 1000;
+
+#[derive(Debug, Deserialize)]
+struct FlowQuery {
+    #[serde(default)]
+    limit: Option<usize>,
+    address: Option<ipnet::IpNet>,
+    port: Option<u16>,
+    state: Option<String>,
+    protocol: Option<String>,
+}
+
+/// Flows, and whether there are more.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct FlowList {
+    /// As many as asked for.
+    pub flows: Vec<FlowView>,
+    /// How many match.
+    pub total: usize,
+}
+
+async fn flows(State(shared): State<Shared>, Query(query): Query<FlowQuery>) -> Response {
+    let Some(maps) = shared.maps() else { return not_enforcing() };
+    let FlowQuery { limit, address, port, state, protocol } = query;
+    let filter = FlowFilter { address, port, state, protocol };
+    let (limit, mut flows, mut total) = (limit.unwrap_or(FLOW_LIMIT), Vec::new(), 0);
+    let read = maps.for_each_flow(&filter, |flow| {
+        total += 1;
+        if flows.len() < limit {
+            flows.push(flow);
+        }
+    });
+    match read {
+        Ok(()) => Json(FlowList { flows, total }).into_response(),
+        Err(error) => error.into_response(),
+    }
+}
+
+async fn rules(State(shared): State<Shared>) -> Response {
+    let Some(maps) = shared.maps() else { return not_enforcing() };
+    maps.rule_counts().map_or_else(IntoResponse::into_response, |rules| Json(rules).into_response())
+}
+
+async fn counters(State(shared): State<Shared>) -> Response {
+    let Some(maps) = shared.maps() else { return not_enforcing() };
+    maps.reason_counts().map_or_else(IntoResponse::into_response, |counts| Json(counts).into_response())
+}
+
+async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter>) -> Response {
+    if shared.maps().is_none() {
+        return not_enforcing();
+    }
+    let receiver = shared.verdicts.subscribe();
+    let lines = stream::unfold((receiver, filter), |(mut receiver, filter)| async {
+        loop {
+            let line = match receiver.recv().await {
+                Ok(verdict) if filter.matches(&verdict) => serde_json::to_vec(&*verdict),
+                Ok(_) => continue,
+                Err(RecvError::Lagged(missed)) => serde_json::to_vec(&Missed { missed }),
+                Err(RecvError::Closed) => return None,
+            };
+            // Neither type can fail to be serialized.
+            let mut line = line.unwrap_or_default();
+            line.push(b'\n');
+            return Some((Ok::<_, Infallible>(Bytes::from(line)), (receiver, filter)));
+        }
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
+}
+
+/// In the place of verdicts that a client was too slow to take.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Missed {
+    /// How many.
+    pub missed: u64,
+}
+
+async fn reload(State(shared): State<Shared>) -> Response {
+    let (answer, result) = oneshot::channel();
+    if shared.requests.send(Request::Reload(answer)).await.is_err() {
+        return failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping");
+    }
+    match result.await {
+        Ok(Ok(())) => StatusCode::NO_CONTENT.into_response(),
+        Ok(Err(error)) => failure(StatusCode::UNPROCESSABLE_ENTITY, error),
+        Err(_) => failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping"),
+    }
+}

@@ -1,0 +1,102 @@
+//! `bridge-agent flows`: the flow table, read from its pins.
+
+use std::net::SocketAddr;
+
+use bridge_common::flow::state;
+use clap::{Args, builder::PossibleValuesParser};
+use ipnet::IpNet;
+
+use super::{Error, Global, print, print_json, table};
+use crate::datapath::{FlowFilter, FlowView, Maps};
+
+/// List the flows that are known, or forget some.
+#[derive(Debug, Args)]
+pub struct Flows {
+    /// One side has this address, or is in this network
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    address: Option<IpNet>,
+    /// One side has this port
+    #[arg(long)]
+    port: Option<u16>,
+    /// In this state
+    #[arg(long, value_parser = PossibleValuesParser::new(&state::NAMES[1..]))]
+    state: Option<String>,
+    /// Of this protocol: tcp, udp, sctp, icmp, icmpv6, or a number
+    #[arg(long)]
+    protocol: Option<String>,
+    /// Forget the flows: their next packets are judged by the rules in force. Without a filter: all
+    #[arg(long)]
+    delete: bool,
+}
+
+/// An address or a network.
+pub(super) fn address(text: &str) -> Result<IpNet, String> {
+    let address = text.parse::<IpNet>().or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from));
+    address.map_err(|_| "write an address or a network, such as 192.168.31.67 or 10.200.1.0/24".to_owned())
+}
+
+impl Flows {
+    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        let maps = Maps::open(&global.pins())?;
+        let filter = FlowFilter {
+            address: self.address,
+            port: self.port,
+            state: self.state.clone(),
+            protocol: self.protocol.clone(),
+        };
+        if self.delete {
+            let deleted = maps.delete_flows(&filter)?;
+            return if global.json {
+                print_json(&serde_json::json!({ "ok": true, "deleted": deleted }))
+            } else {
+                print(&format!("Forgot {deleted} flows.\n"))
+            };
+        }
+        let mut flows = Vec::new();
+        maps.for_each_flow(&filter, |flow| flows.push(flow))?;
+        flows.sort_by_key(|flow| {
+            (flow.source, flow.source_port, flow.destination, flow.destination_port, flow.protocol.clone())
+        });
+        if global.json {
+            return print_json(&flows);
+        }
+        let mut table =
+            table::table(&["proto", "source", "destination", "direction", "state", "idle", "age", "rule"]);
+        for flow in &flows {
+            table.add_row([
+                flow.protocol.clone(),
+                SocketAddr::new(flow.source, flow.source_port).to_string(),
+                SocketAddr::new(flow.destination, flow.destination_port).to_string(),
+                flow.direction.clone(),
+                flow.state.clone(),
+                format!("{}s", flow.idle_seconds),
+                format!("{}s", flow.age_seconds),
+                origin(flow),
+            ]);
+        }
+        print(&table::render(&table))
+    }
+}
+
+/// Why the flow is there.
+fn origin(flow: &FlowView) -> String {
+    match &flow.rule {
+        _ if flow.seeded => "(from conntrack)".to_owned(),
+        Some(rule) if flow.audit => format!("{rule} (audit)"),
+        None if flow.audit => "(audit)".to_owned(),
+        Some(rule) => rule.clone(),
+        None => format!("(policy {})", flow.generation),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_network_of_one() {
+        assert_eq!(address("10.200.1.91").unwrap().to_string(), "10.200.1.91/32");
+        assert_eq!(address("fd20::/16").unwrap().to_string(), "fd20::/16");
+        assert!(address("10.200.1").unwrap_err().contains("such as"));
+    }
+}

@@ -1,0 +1,123 @@
+//! `bridge-agent status`: what is in force, and whether an agent looks after it.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{Error, Global, block_on, print, print_json};
+use crate::api::client::{self, Client};
+use crate::datapath::{self, Maps, ReasonCount};
+use crate::runtime::{Enforcement, Reload, Status};
+
+/// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
+#[derive(Debug, Args)]
+pub struct StatusCommand {}
+
+/// What is found in the pins, whoever made them.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Kernel {
+    generation: u32,
+    mode: &'static str,
+    rules: u32,
+    interfaces: Vec<String>,
+    flows: datapath::FlowCounts,
+    /// Packets denied so far, by direction and reason.
+    denied: Vec<ReasonCount>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Report {
+    running: bool,
+    agent: Option<Status>,
+    enforcement: Option<Kernel>,
+}
+
+impl StatusCommand {
+    #[expect(clippy::unused_self, reason = "as every command")]
+    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        let agent = match block_on(ask(global)) {
+            Ok(status) => Some(status),
+            Err(Error::Client(client::Error::NotRunning { .. })) => None,
+            Err(error) => return Err(error),
+        };
+        let enforcement = match Maps::open(&global.pins()) {
+            Ok(maps) => Some(Kernel::read(&maps)?),
+            // A host has an agent and no enforcement.
+            Err(datapath::Error::NotRunning(_)) if agent.is_some() => None,
+            Err(error) => return Err(error.into()),
+        };
+        let report = Report { running: agent.is_some(), agent, enforcement };
+        if global.json { print_json(&report) } else { print(&report.text()) }
+    }
+}
+
+async fn ask(global: &Global) -> Result<Status, Error> {
+    Ok(Client::connect(&global.agent_socket()).await?.get("/v1/status").await?)
+}
+
+impl Kernel {
+    fn read(maps: &Maps) -> datapath::Result<Self> {
+        let settings = maps.settings_in_force()?;
+        let denied = maps.reason_counts()?;
+        let was_denied = |count: &ReasonCount| count.denies && count.packets + count.audited_packets > 0;
+        Ok(Self {
+            generation: settings.generation,
+            mode: if settings.audit == 0 { "enforce" } else { "audit" },
+            rules: settings.rule_count,
+            interfaces: maps.attached_interfaces()?,
+            flows: maps.count_flows()?,
+            denied: denied.into_iter().filter(was_denied).collect(),
+        })
+    }
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string does not fail.
+        let mut line = |name: &str, value: String| _ = writeln!(text, "{name:12} {value}");
+        match &self.agent {
+            Some(Status { version, pid, started, config, role, .. }) => {
+                let config = config.display();
+                line("agent", format!("running, pid {pid}, version {version}, role {role}, since {started}, {config}"));
+            }
+            None => line("agent", "not running; what is in force stays so".into()),
+        }
+        if let Some(kernel) = &self.enforcement {
+            let Kernel { generation, mode, rules, interfaces, flows, denied } = kernel;
+            line("policy", format!("generation {generation}, {mode}, {rules} rules"));
+            line("interfaces", if interfaces.is_empty() { "none".into() } else { interfaces.join(", ") });
+            line(
+                "flows",
+                format!(
+                    "{} of {}, half-open {} of {}",
+                    flows.established, flows.established_capacity, flows.half_open, flows.half_open_capacity
+                ),
+            );
+            for count in denied {
+                let ReasonCount { direction, reason, packets, audited_packets, .. } = count;
+                line("denied", format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"));
+            }
+        } else {
+            line("policy", "no eBPF enforcement".into());
+        }
+        if let Some(status) = &self.agent {
+            if let Some(Enforcement { mechanism, remarks, .. }) = &status.enforcement {
+                line("mechanism", mechanism.clone());
+                for remark in remarks {
+                    line("remark", remark.clone());
+                }
+            }
+            if let Some(Reload { time, error }) = &status.reloads.last {
+                match error {
+                    None => line("last reload", format!("{time}, succeeded")),
+                    Some(error) => line("last reload", format!("{time}, FAILED, the one before is in force:\n{error}")),
+                }
+            }
+        }
+        text
+    }
+}

@@ -1,0 +1,328 @@
+//! Keeps the packet path as the configuration and the interfaces of the node want it.
+
+use std::{io, net::IpAddr, sync::Arc};
+
+use bridge_common::flow::state;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::{Config, Timeouts},
+    conntrack,
+    datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
+    interfaces::{Chosen, Observer, Selection, Snapshot},
+    model::{Mode, OnDeny, Policy},
+    policy::{self, Tables, TablesStats},
+};
+
+/// Why the packet path could not be brought to what is wanted. What was in force is still in force.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// See the cause.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The rules cannot be compiled.
+    #[error("the rules cannot be compiled: {0}")]
+    Policy(#[from] policy::Error),
+    /// The kernel did not tell about interfaces.
+    #[error("cannot read the interfaces of this host: {0}")]
+    Interfaces(#[from] io::Error),
+}
+
+/// What is in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Enforcement {
+    /// `enforce` or `audit`.
+    pub mode: String,
+    /// Number of the policy; grows with each.
+    pub generation: u32,
+    /// How large its tables are.
+    pub tables: Option<TablesStats>,
+    /// Microseconds from the first write of its tables until it was in force; `None` if it was in force already.
+    pub switched_in_us: Option<u64>,
+    /// `tcx` or `clsact`.
+    pub mechanism: String,
+    /// Whether enforcement was on before this agent came.
+    pub adopted: bool,
+    /// Connections taken over from conntrack at first start.
+    pub seeded: Option<usize>,
+    /// What is judged where.
+    pub interfaces: Vec<AttachedInterface>,
+    /// What the operator should know.
+    pub remarks: Vec<String>,
+}
+
+/// An interface that packets are judged on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttachedInterface {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    /// `external` or `internal`.
+    pub role: String,
+}
+
+/// What a configuration says about the packet path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Desired {
+    policy: Policy,
+    behaviour: Behaviour,
+    selection: Selection,
+}
+
+impl Desired {
+    pub(super) fn new(config: &Config) -> Self {
+        let policy = config.policy();
+        let enforcement = &config.enforcement;
+        let behaviour = Behaviour {
+            timeouts: timeouts(&enforcement.timeouts),
+            audit: policy.mode == Mode::Audit,
+            reject: policy.on_deny == OnDeny::Reject,
+            events_per_second: enforcement.events.rate,
+            report_allowed: enforcement.events.allowed,
+        };
+        let selection = Selection {
+            external: enforcement.interfaces.external.clone(),
+            internal: enforcement.interfaces.internal.clone(),
+            external_networks: policy.external.clone(),
+            pod_networks: policy.pods.clone(),
+        };
+        Self { policy, behaviour, selection }
+    }
+
+    /// Whether connections may be in scope that were not with `before`.
+    fn has_other_scope(&self, before: &Self) -> bool {
+        (&self.policy.pods, &self.policy.external, &self.policy.nodes)
+            != (&before.policy.pods, &before.policy.external, &before.policy.nodes)
+            || self.policy.node_ports.as_ref().map(|ports| ports.range)
+                != before.policy.node_ports.as_ref().map(|ports| ports.range)
+    }
+}
+
+fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
+    let mut by_state = [0; state::COUNT];
+    for (state, timeout) in [
+        (state::SYN_SENT, timeouts.tcp_handshake),
+        (state::SYN_RECEIVED, timeouts.tcp_handshake),
+        (state::ESTABLISHED, timeouts.tcp_established),
+        (state::FIN_WAIT, timeouts.tcp_closing),
+        (state::CLOSING, timeouts.tcp_closing),
+        (state::RESET, timeouts.tcp_reset),
+        (state::UDP_UNREPLIED, timeouts.udp_unreplied),
+        (state::UDP_REPLIED, timeouts.udp_replied),
+        (state::ICMP_UNREPLIED, timeouts.icmp),
+        (state::ICMP_REPLIED, timeouts.icmp),
+        (state::OTHER_UNREPLIED, timeouts.other),
+        (state::OTHER_REPLIED, timeouts.other),
+    ] {
+        by_state[usize::from(state)] = u64::try_from(timeout.duration().as_nanos()).unwrap_or(u64::MAX);
+    }
+    by_state
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Enforcer {
+    datapath: Datapath,
+    maps: Arc<Maps>,
+    observer: Observer,
+    desired: Desired,
+    snapshot: Snapshot,
+    seeded: Option<usize>,
+    published: Option<Published>,
+    stats: Option<TablesStats>,
+    chosen: Chosen,
+}
+
+impl Enforcer {
+    /// Brings enforcement up, or takes it over.
+    pub(super) fn start(pins: &Pins, config: &Config) -> Result<Self, Error> {
+        let desired = Desired::new(config);
+        let mut observer = Observer::open()?;
+        let snapshot = observer.snapshot(&desired.selection)?;
+        let tables = compile(&desired, &snapshot)?;
+        let flows = config.enforcement.flows;
+        let datapath = Datapath::load(&Options {
+            pins: pins.clone(),
+            flows: flows.established,
+            half_open: flows.half_open,
+            mechanism: Mechanism::Best,
+        })?;
+        let maps = Arc::new(Maps::open(pins)?);
+        let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
+        let mut enforcer =
+            Self { datapath, maps, observer, desired, snapshot, seeded, published, stats, chosen };
+        enforcer.bring_up(&tables)?;
+        match enforcer.datapath.remove_other_versions() {
+            Ok(0) => {}
+            Ok(attachments) => tracing::info!(attachments, "removed what another version of bridge had left"),
+            Err(error) => tracing::warn!(%error, "cannot remove all that another version of bridge has left"),
+        }
+        Ok(enforcer)
+    }
+
+    fn bring_up(&mut self, tables: &Tables) -> Result<(), Error> {
+        if self.datapath.is_unseeded(self.desired.behaviour.audit)? {
+            // Nothing was enforced so far. Until the connections that are there are known, nothing is denied; those
+            // that are opened meanwhile are already followed.
+            let lenient = Behaviour { audit: true, events_per_second: 0, ..self.desired.behaviour };
+            self.datapath.publish(tables, &lenient, None)?;
+            self.attach()?;
+            self.seeded = self.seed(tables);
+        }
+        self.publish(tables)?;
+        self.attach()
+    }
+
+    fn publish(&mut self, tables: &Tables) -> Result<(), Error> {
+        let published = self.datapath.publish(tables, &self.desired.behaviour, None)?;
+        self.stats = Some(tables.stats());
+        self.published = Some(published);
+        match published {
+            Published::Switched { generation, took } => {
+                tracing::info!(generation, rules = tables.rule_count, ?took, "policy in force");
+            }
+            Published::Unchanged { generation } => {
+                tracing::debug!(generation, "the policy is in force already");
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self) -> Result<(), Error> {
+        let chosen = self.desired.selection.choose(&self.snapshot);
+        for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
+            tracing::warn!("{remark}");
+        }
+        let node_ports = self.desired.policy.node_ports.is_some();
+        let (changes, result) = self.datapath.attach(&chosen.targets, node_ports);
+        for Change { interface, hook, action } in changes {
+            tracing::info!(interface, hook = hook.name(), ?action, "interface");
+        }
+        self.chosen = chosen;
+        Ok(result?)
+    }
+
+    /// Takes over the connections that conntrack knows. Without them, they would be cut; that is no reason not to
+    /// enforce.
+    fn seed(&self, tables: &Tables) -> Option<usize> {
+        let scope = conntrack::Scope::new(tables);
+        let now = datapath::now();
+        let (mut known, mut seeded, mut failure) = (0_usize, 0, None);
+        let read = conntrack::for_each(|connection| {
+            known += 1;
+            match self.maps.seed_flows(&scope.flows(&connection, now)) {
+                Ok(count) => seeded += count,
+                Err(error) => failure = Some(error),
+            }
+        });
+        match (read, failure) {
+            (Err(error), _) if error.kind() == io::ErrorKind::Unsupported => {
+                tracing::warn!(
+                    "this kernel has no conntrack: connections that are already open must be opened anew"
+                );
+                None
+            }
+            (Err(error), _) => {
+                tracing::warn!(%error, seeded, "conntrack could not be read: open connections may be cut");
+                Some(seeded)
+            }
+            (Ok(()), Some(error)) => {
+                tracing::warn!(%error, seeded, "not all open connections could be taken over");
+                Some(seeded)
+            }
+            (Ok(()), None) if known == 0 => {
+                tracing::info!("conntrack knows no connections here: if some are open, they must be opened anew");
+                Some(0)
+            }
+            (Ok(()), None) => {
+                tracing::info!(known, seeded, "took over open connections from conntrack");
+                Some(seeded)
+            }
+        }
+    }
+
+    /// Brings another configuration into force. After an error, the one before it is still in force.
+    pub(super) fn reload(&mut self, config: &Config) -> Result<(), Error> {
+        let desired = Desired::new(config);
+        let snapshot = self.observer.snapshot(&desired.selection)?;
+        let tables = compile(&desired, &snapshot)?;
+        let before = std::mem::replace(&mut self.desired, desired);
+        let snapshot_before = std::mem::replace(&mut self.snapshot, snapshot);
+        if self.desired.has_other_scope(&before) {
+            self.seed(&tables);
+        }
+        if let Err(error) = self.publish(&tables) {
+            self.desired = before;
+            self.snapshot = snapshot_before;
+            return Err(error);
+        }
+        self.attach()
+    }
+
+    /// Looks at the interfaces and follows what has changed.
+    pub(super) fn interfaces_changed(&mut self) -> Result<(), Error> {
+        let snapshot = self.observer.snapshot(&self.desired.selection)?;
+        if snapshot == self.snapshot {
+            return Ok(());
+        }
+        let addresses_changed = snapshot.addresses != self.snapshot.addresses;
+        self.snapshot = snapshot;
+        // What is new is attached first: it may already see packets.
+        self.attach()?;
+        if addresses_changed {
+            let tables = compile(&self.desired, &self.snapshot)?;
+            self.publish(&tables)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn selection(&self) -> &Selection {
+        &self.desired.selection
+    }
+
+    pub(super) fn maps(&self) -> &Arc<Maps> {
+        &self.maps
+    }
+
+    pub(super) fn status(&self) -> Enforcement {
+        let interfaces = self
+            .chosen
+            .targets
+            .iter()
+            .map(|target| AttachedInterface {
+                name: target.name.clone(),
+                index: target.index,
+                role: format!("{:?}", target.role).to_lowercase(),
+            })
+            .collect();
+        Enforcement {
+            mode: if self.desired.behaviour.audit { "audit" } else { "enforce" }.to_owned(),
+            generation: self.published.map_or(0, Published::generation),
+            tables: self.stats,
+            switched_in_us: match self.published {
+                Some(Published::Switched { took, .. }) => u64::try_from(took.as_micros()).ok(),
+                _ => None,
+            },
+            mechanism: if self.datapath.uses_tcx() { "tcx" } else { "clsact" }.to_owned(),
+            adopted: self.datapath.adopted(),
+            seeded: self.seeded,
+            interfaces,
+            remarks: self.chosen.remarks.clone(),
+        }
+    }
+
+    /// Detaches everything and forgets every policy.
+    pub(super) fn take_down(self, pins: &Pins) -> Result<(), Error> {
+        drop(self.datapath);
+        let (_, result) = datapath::down(pins);
+        Ok(result?)
+    }
+}
+
+fn compile(desired: &Desired, snapshot: &Snapshot) -> Result<Tables, Error> {
+    let local: Vec<IpAddr> = snapshot.addresses.iter().copied().collect();
+    Ok(policy::compile(&desired.policy, &local)?)
+}

@@ -1,0 +1,317 @@
+//! The running agent: brings the configuration into force and keeps it so.
+//!
+//! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next.
+
+mod enforcer;
+mod file;
+mod status;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use sd_notify::NotifyState;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+};
+
+pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
+pub use status::{Reload, Reloads, Request, Shared, Status};
+
+use self::{enforcer::Enforcer, file::FileWatch};
+use crate::{
+    api,
+    config::{self, Config, ConfigErrors, Engine, Loaded, Role},
+    datapath::{self, EventReader, Pins},
+    interfaces::Watch,
+};
+
+/// What the agent is told on its command line.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// The unix socket, if not that of the configuration.
+    pub socket: Option<PathBuf>,
+    /// Where maps and links are pinned.
+    pub pin_root: PathBuf,
+}
+
+/// Why the agent ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration is not valid.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// The packet path is not as it should be.
+    #[error(transparent)]
+    Enforcer(#[from] enforcer::Error),
+    /// The API could not be served.
+    #[error(transparent)]
+    Api(#[from] api::Error),
+    /// Something that the loop itself needs.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { what, source }
+}
+
+/// Runs until SIGTERM or SIGINT. What enforces goes on enforcing after that.
+///
+/// # Errors
+///
+/// Whatever kept it from starting. What was in force before is still in force.
+pub fn run(options: &Options) -> Result<(), Error> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(io_error("cannot start the runtime"))?
+        .block_on(Agent::run(options))
+}
+
+struct Agent {
+    path: PathBuf,
+    pins: Pins,
+    config: Config,
+    enforcer: Option<Enforcer>,
+    events: Option<EventReader>,
+    shared: Shared,
+}
+
+/// Where changes come from.
+struct Sources {
+    interfaces: Watch,
+    file: FileWatch,
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+    requests: mpsc::Receiver<Request>,
+}
+
+impl Agent {
+    async fn run(options: &Options) -> Result<(), Error> {
+        let signal = |kind| signal(kind).map_err(io_error("cannot listen for signals"));
+        let (hangup, terminate, interrupt) = (
+            signal(SignalKind::hangup())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::interrupt())?,
+        );
+        // Watched before they are read: nothing is missed in between.
+        let interfaces = Watch::open().map_err(io_error("cannot watch the interfaces"))?;
+        let file = FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
+        let config = load(&options.config)?;
+        let (shared, requests) = Shared::new(first_status(&options.config, &config));
+        let mut agent = Self {
+            path: options.config.clone(),
+            pins: Pins::new(&options.pin_root),
+            config: config.clone(),
+            enforcer: None,
+            events: None,
+            shared: shared.clone(),
+        };
+        agent.bring_up(&config)?;
+        let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
+        let api = api::Server::bind(&socket, &config.api)?;
+        let server = tokio::spawn(api.serve(shared));
+        notify(&[NotifyState::Ready]);
+        tracing::info!(config = %agent.path.display(), socket = %socket.display(), "ready");
+
+        agent.serve(Sources { interfaces, file, hangup, terminate, interrupt, requests }).await?;
+
+        notify(&[NotifyState::Stopping]);
+        server.abort();
+        // Dropping the server removes the socket.
+        drop(server.await);
+        tracing::info!("stopped; what enforces goes on enforcing");
+        Ok(())
+    }
+
+    async fn serve(&mut self, mut from: Sources) -> Result<(), Error> {
+        loop {
+            let selection = self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
+            tokio::select! {
+                biased;
+                _ = from.terminate.recv() => return Ok(()),
+                _ = from.interrupt.recv() => return Ok(()),
+                changed = from.interfaces.changed(&selection), if self.enforcer.is_some() => {
+                    changed.map_err(io_error("cannot watch the interfaces"))?;
+                    self.interfaces_changed();
+                }
+                _ = from.hangup.recv() => {
+                    from.file.take_note();
+                    drop(self.reload("SIGHUP"));
+                }
+                changed = from.file.changed() => {
+                    changed.map_err(io_error("cannot watch the configuration file"))?;
+                    drop(self.reload("the file has changed"));
+                }
+                Some(request) = from.requests.recv() => match request {
+                    // That the client is gone changes nothing.
+                    Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
+                },
+                read = read_events(self.events.as_mut(), &self.shared) => {
+                    if let Err(error) = read {
+                        tracing::error!(%error, "events can no longer be read");
+                        self.events = None;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
+    fn bring_up(&mut self, config: &Config) -> Result<(), Error> {
+        if wants_ebpf(config) {
+            let enforcer = Enforcer::start(&self.pins, config)?;
+            self.shared.set_maps(Some(Arc::clone(enforcer.maps())));
+            match EventReader::new(enforcer.maps()) {
+                Ok(events) => self.events = Some(events),
+                Err(error) => tracing::warn!(%error, "events cannot be read"),
+            }
+            self.enforcer = Some(enforcer);
+            trim_memory();
+        } else if self.pins.exist() {
+            let (_, result) = datapath::down(&self.pins);
+            result.map_err(enforcer::Error::from)?;
+            tracing::info!("removed the eBPF enforcement of an earlier configuration");
+        }
+        self.show_enforcement();
+        Ok(())
+    }
+
+    fn show_enforcement(&self) {
+        let enforcement = self.enforcer.as_ref().map(Enforcer::status);
+        self.shared.update(|status| status.enforcement = enforcement);
+    }
+
+    fn interfaces_changed(&mut self) {
+        if let Some(enforcer) = &mut self.enforcer {
+            if let Err(error) = enforcer.interfaces_changed() {
+                tracing::error!(%error, "cannot follow a change of the interfaces");
+            }
+            self.show_enforcement();
+        }
+    }
+
+    /// Brings the configuration file into force. A bad one changes nothing.
+    fn reload(&mut self, why: &str) -> Result<(), String> {
+        notify_reloading();
+        tracing::info!(why, "reloading");
+        let result = self.try_reload().map_err(|error| error.to_string());
+        if let Err(error) = &result {
+            tracing::error!("reload failed, the configuration before it is still in force: {error}");
+        }
+        let error = result.as_ref().err().cloned();
+        self.show_enforcement();
+        self.shared.update(|status| {
+            let reloads = &mut status.reloads;
+            *if error.is_none() { &mut reloads.succeeded } else { &mut reloads.failed } += 1;
+            reloads.last = Some(Reload { time: status::wall_clock(), error });
+        });
+        trim_memory();
+        notify(&[NotifyState::Ready]);
+        result
+    }
+
+    fn try_reload(&mut self) -> Result<(), Error> {
+        let config = load(&self.path)?;
+        if config.api != self.config.api {
+            tracing::warn!("a change of `api` takes effect when the agent is started anew");
+        }
+        match (self.enforcer.take(), wants_ebpf(&config)) {
+            (Some(mut enforcer), true) => {
+                let result = enforcer.reload(&config);
+                self.enforcer = Some(enforcer);
+                result?;
+            }
+            (Some(enforcer), false) => {
+                self.events = None;
+                self.shared.set_maps(None);
+                enforcer.take_down(&self.pins)?;
+            }
+            (None, _) => self.bring_up(&config)?,
+        }
+        self.config = config;
+        Ok(())
+    }
+}
+
+/// Waits for events and hands them on; for ever, if there is nothing to read from.
+async fn read_events(events: Option<&mut EventReader>, shared: &Shared) -> io::Result<()> {
+    match (events, shared.maps()) {
+        (Some(events), Some(maps)) => {
+            events
+                .read(&maps, |verdict| {
+                    // Nobody listening is no error.
+                    drop(shared.verdicts.send(Arc::new(verdict)));
+                })
+                .await
+        }
+        _ => std::future::pending().await,
+    }
+}
+
+fn wants_ebpf(config: &Config) -> bool {
+    config.role == Role::Node && config.enforcement.engines.contains(&Engine::Ebpf)
+}
+
+fn load(path: &Path) -> Result<Config, ConfigErrors> {
+    let Loaded { config, warnings } = config::load(path)?;
+    for warning in &warnings.list {
+        let line = warning.place.as_ref().map(|place| place.line);
+        tracing::warn!(line, path = warning.path, help = warning.help, "{}", warning.message);
+    }
+    Ok(config)
+}
+
+fn first_status(path: &Path, config: &Config) -> Status {
+    Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        abi_version: bridge_common::ABI_VERSION,
+        pid: std::process::id(),
+        started: status::wall_clock(),
+        config: path.to_owned(),
+        role: match config.role {
+            Role::Node => "node",
+            Role::Host => "host",
+        }
+        .to_owned(),
+        enforcement: None,
+        flows: None,
+        suppressed_events: None,
+        reloads: Reloads::default(),
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
+}
+
+fn notify_reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => notify(&[NotifyState::Reloading, now]),
+        Err(error) => tracing::warn!(%error, "the service manager cannot be told"),
+    }
+}
+
+/// Compiling takes memory once that running does not need.
+fn trim_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers; gives free pages of the heap back.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

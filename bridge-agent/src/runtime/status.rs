@@ -1,0 +1,126 @@
+//! What the agent says of itself, and what its parts share.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use super::enforcer::Enforcement;
+use crate::datapath::{FlowCounts, Maps, Verdict};
+
+/// What the agent says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    /// Version of the agent.
+    pub version: String,
+    /// Version of the layout of pinned maps.
+    pub abi_version: u32,
+    /// Its process id.
+    pub pid: u32,
+    /// Since when it runs; RFC 3339, UTC.
+    pub started: String,
+    /// Its configuration file.
+    pub config: PathBuf,
+    /// `node` or `host`.
+    pub role: String,
+    /// The packet path, if it is to enforce by eBPF.
+    pub enforcement: Option<Enforcement>,
+    /// How full the flow tables are.
+    pub flows: Option<FlowCounts>,
+    /// Events that were kept back so far.
+    pub suppressed_events: Option<u64>,
+    /// How reloads went.
+    pub reloads: Reloads,
+}
+
+/// How reloads went.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Reloads {
+    /// Configurations that were brought into force.
+    pub succeeded: u64,
+    /// Configurations that were refused.
+    pub failed: u64,
+    /// The last one.
+    pub last: Option<Reload>,
+}
+
+/// An attempt to bring a configuration into force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Reload {
+    /// When; RFC 3339, UTC.
+    pub time: String,
+    /// Why it was refused; the one before it is still in force then.
+    pub error: Option<String>,
+}
+
+/// What is asked of the run loop.
+#[derive(Debug)]
+pub enum Request {
+    /// Read the configuration again; the answer says what was wrong with it.
+    Reload(oneshot::Sender<Result<(), String>>),
+}
+
+/// What the run loop shares with those who serve clients.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    inner: Arc<RwLock<Inner>>,
+    /// Verdicts as they happen.
+    pub verdicts: broadcast::Sender<Arc<Verdict>>,
+    /// To the run loop.
+    pub requests: mpsc::Sender<Request>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    status: Status,
+    maps: Option<Arc<Maps>>,
+}
+
+/// How many verdicts a slow reader may lag behind before it loses some.
+const VERDICT_BACKLOG: usize = 1024;
+
+impl Shared {
+    pub(super) fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
+        let (requests, receiver) = mpsc::channel(16);
+        let (verdicts, _) = broadcast::channel(VERDICT_BACKLOG);
+        let inner = Arc::new(RwLock::new(Inner { status, maps: None }));
+        (Self { inner, verdicts, requests }, receiver)
+    }
+
+    pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.inner.write().unwrap_or_else(PoisonError::into_inner).status);
+    }
+
+    pub(super) fn set_maps(&self, maps: Option<Arc<Maps>>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).maps = maps;
+    }
+
+    /// The pinned maps, if this agent enforces by eBPF.
+    #[must_use]
+    pub fn maps(&self) -> Option<Arc<Maps>> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).maps.clone()
+    }
+
+    /// The status of now.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let mut status = self.inner.read().unwrap_or_else(PoisonError::into_inner).status.clone();
+        if let Some(maps) = self.maps() {
+            status.flows = maps.count_flows().ok();
+            status.suppressed_events = maps.suppressed_events().ok();
+        }
+        status
+    }
+}
+
+/// Now, as RFC 3339 in UTC.
+pub(super) fn wall_clock() -> String {
+    crate::time::rfc3339(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+}
