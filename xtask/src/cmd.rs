@@ -61,6 +61,11 @@ pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Whether [`as_root`] works.
+pub(crate) fn can_be_root() -> bool {
+    is_root() || find_program("sudo").is_some()
+}
+
 /// `program`, by sudo if we are not root.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! From the desired state to the tables by which the kernel judges packets.
 //!
-//! Pure: nothing here touches the kernel. The tables are specified in [`bridge_common::policy`]; [`reference`]
+//! Pure: nothing here touches the kernel. The tables are specified in [`bridge_common::policy`]; [`mod@reference`]
 //! reads them as the kernel does. Among the rules that match the first packet of a flow a deny wins, then the
 //! lowest index; if none matches, the packet is denied.
 
@@ -33,7 +33,7 @@ use sets::Emitter;
 pub const MAX_PAIRS: usize = 4_000_000;
 
 /// The most port intervals that may be computed on the way, intermediate results included: about a second, and
-/// 200 MB.
+/// 130 MB.
 pub const MAX_INTERVALS: usize = 1 << 24;
 
 /// The most pages that port lookups may need, 1 KiB of kernel memory each.
@@ -227,18 +227,15 @@ fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Re
     addresses.iter_mut().for_each(|(_, info)| emit(&mut info.sets));
     pairs.iter_mut().for_each(|(_, pair)| emit(&mut pair.sets));
     let node_port_root = emitter.root(node_port_partition);
-    let (rule_sets, narrows, pages) = emitter.finish()?;
     Ok(Tables {
         addresses,
         pairs,
-        rule_sets,
-        narrows,
-        pages,
         rules: rule_infos(policy),
         global_sets: global,
         node_ports: node_ports.map_or([0; 2], |node_ports| [node_ports.range.first, node_ports.range.last]),
         node_port_root,
         rule_count,
+        ..emitter.finish()?
     })
 }
 

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
 use bridge_common::policy::{protocol, reference};
@@ -35,10 +36,17 @@ pub(super) const fn leaf(rank: Cell) -> u32 {
 }
 
 /// Ports from `first` up to the next interval.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Interval {
     pub(super) first: u16,
     pub(super) cell: Cell,
+}
+
+impl Hash for Interval {
+    /// As one number: hashing is most of the cost of many small partitions.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(u64::from(self.first) << 32 | u64::from(self.cell));
+    }
 }
 
 /// The first interval begins at port 0; neighbours have different cells.
@@ -241,6 +249,7 @@ impl Ports {
         }
         for at_one_port in events.chunk_by(|a, b| a.port == b.port) {
             for event in at_one_port {
+                self.spend(sources[event.claim].len())?;
                 for range in sources[event.claim].iter() {
                     envelope.apply(*range, claims[event.claim].rank, event.claims);
                 }

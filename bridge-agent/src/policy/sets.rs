@@ -7,7 +7,7 @@ use bridge_common::policy::{NARROW_WIDTH, Narrow, Page, RuleSet, reference};
 
 use super::intern::Interner;
 use super::ports::{BY_SOURCE, Cell, Interval, Ports, leaf};
-use super::{Error, MAX_PAGES};
+use super::{Error, MAX_PAGES, Tables};
 
 /// Entries of a page, without those that repeat the one before.
 type Runs = Rc<[(u8, u32)]>;
@@ -57,8 +57,8 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    /// The tables, as far as they are made here.
-    pub(super) fn finish(self) -> Result<(Vec<RuleSet>, Vec<Narrow>, Vec<Page>), Error> {
+    /// The tables that are made here; the others are empty.
+    pub(super) fn finish(self) -> Result<Tables, Error> {
         let pages = self.pages.values().len();
         if pages > MAX_PAGES {
             return Err(Error::TooManyPages { pages });
@@ -71,7 +71,8 @@ impl<'a> Emitter<'a> {
             }
             page
         });
-        Ok((self.rule_sets, self.narrows, pages.collect()))
+        let pages = pages.collect();
+        Ok(Tables { rule_sets: self.rule_sets, narrows: self.narrows, pages, ..Tables::default() })
     }
 
     fn lookup(&mut self, partition: u32) -> u32 {

@@ -42,7 +42,10 @@ impl Apt {
                 packages.join(", ")
             );
         }
-        self.update()?;
+        if !cmd::can_be_root() {
+            bail!("packages are missing, and there is no sudo here: as root, type\n  {by_hand}");
+        }
+        self.update();
         let arguments = ["install", "--yes", "--no-install-recommends", "--no-remove"];
         let arguments: Vec<_> = arguments.iter().chain(&packages).map(OsString::from).collect();
         apt_get(&arguments).with_context(|| format!("packages are missing; as root, type\n  {by_hand}"))
@@ -56,19 +59,21 @@ impl Apt {
         if !is_here() {
             return Ok(None);
         }
-        self.update()?;
+        self.update();
         let mut policy = cmd::command("apt-cache");
         policy.args(["policy", package]).env("LC_ALL", "C");
         Ok(parse_candidate(&cmd::output(&mut policy)?))
     }
 
-    /// Fetches the lists of packages, once.
-    fn update(&mut self) -> Result<()> {
-        if !self.updated {
-            apt_get(&["update".into()]).context("the lists of Debian's packages cannot be fetched")?;
-            self.updated = true;
+    /// Fetches the lists of packages, once. Old ones may do: what follows fails if they do not.
+    fn update(&mut self) {
+        if self.updated || !cmd::can_be_root() {
+            return;
         }
-        Ok(())
+        self.updated = true;
+        if let Err(error) = apt_get(&["update".into()]) {
+            eprintln!("setup: going on with the old lists of Debian's packages: {error:#}");
+        }
     }
 }
 
