@@ -3,4 +3,5 @@
 mod agent;
 mod attach;
 mod load;
+mod policy;
 mod support;
