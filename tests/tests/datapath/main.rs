@@ -4,4 +4,5 @@ mod agent;
 mod attach;
 mod load;
 mod policy;
+mod seed;
 mod support;
