@@ -119,9 +119,10 @@ impl Agent {
             events: None,
             shared: shared.clone(),
         };
-        agent.bring_up(&config)?;
+        // What can fail without a trace comes first.
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let api = api::Server::bind(&socket, &config.api)?;
+        agent.bring_up(&config)?;
         let server = tokio::spawn(api.serve(shared));
         notify(&[NotifyState::Ready]);
         tracing::info!(config = %agent.path.display(), socket = %socket.display(), "ready");
