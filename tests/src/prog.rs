@@ -25,7 +25,7 @@ use bridge_common::{
 use crate::packet::Packet;
 
 /// Addresses that the policy knows as the node's own.
-pub const NODE_ADDRESSES: [&str; 4] = ["192.168.31.17", "10.200.1.1", "fd31::17", "fd20:0:0:1::1"];
+pub const NODE_ADDRESSES: [&str; 4] = ["192.168.31.17", "10.200.1.1", "fd31::17", "fd20:1::1"];
 
 /// Index of the loopback interface, which BPF_PROG_TEST_RUN lets packets come in by.
 const LOOPBACK: u32 = 1;

@@ -10,7 +10,7 @@ use axum::{
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text::encode},
-    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info, MetricType, TypedMetric},
+    metrics::{MetricType, TypedMetric, counter::ConstCounter, gauge::ConstGauge, info::Info},
     registry::{Registry, Unit},
 };
 
@@ -80,7 +80,11 @@ impl Collector for Scrape {
         let reasons = || self.reasons.iter();
         let reason = |count: &ReasonCount| {
             let verdict = if count.denies { "deny" } else { "allow" };
-            [("direction", count.direction.clone()), ("reason", count.reason.clone()), ("verdict", verdict.into())]
+            [
+                ("direction", count.direction.clone()),
+                ("reason", count.reason.clone()),
+                ("verdict", verdict.into()),
+            ]
         };
         let packets = ("packets", "Packets judged");
         family(encoder, packets, None, COUNTER, reasons().map(|count| (reason(count), count.packets)))?;
@@ -88,7 +92,13 @@ impl Collector for Scrape {
         family(encoder, bytes, None, COUNTER, reasons().map(|count| (reason(count), count.bytes)))?;
         let audited = ("audited_packets", "Packets let through in audit mode that would have been denied");
         let would_be_denied = reasons().filter(|count| count.denies);
-        family(encoder, audited, None, COUNTER, would_be_denied.map(|count| (reason(count), count.audited_packets)))?;
+        family(
+            encoder,
+            audited,
+            None,
+            COUNTER,
+            would_be_denied.map(|count| (reason(count), count.audited_packets)),
+        )?;
 
         let rule = |count: &RuleCount| {
             let labels = [("rule", &count.name), ("direction", &count.direction), ("action", &count.action)];
@@ -114,14 +124,32 @@ impl Collector for Scrape {
         }
         if let Some(enforcement) = &self.status.enforcement {
             let generation = [(none, u64::from(enforcement.generation))];
-            family(encoder, ("policy_generation", "Number of the policy in force"), None, GAUGE, generation.into_iter())?;
+            family(
+                encoder,
+                ("policy_generation", "Number of the policy in force"),
+                None,
+                GAUGE,
+                generation.into_iter(),
+            )?;
             let audit = [(none, u64::from(enforcement.mode == "audit"))];
-            family(encoder, ("audit_mode", "1: nothing is denied, only reported"), None, GAUGE, audit.into_iter())?;
+            family(
+                encoder,
+                ("audit_mode", "1: nothing is denied, only reported"),
+                None,
+                GAUGE,
+                audit.into_iter(),
+            )?;
             let with_role = |role: &str| {
                 enforcement.interfaces.iter().filter(|interface| interface.role == role).count() as u64
             };
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
-            family(encoder, ("interfaces", "Interfaces that packets are judged on"), None, GAUGE, roles.into_iter())?;
+            family(
+                encoder,
+                ("interfaces", "Interfaces that packets are judged on"),
+                None,
+                GAUGE,
+                roles.into_iter(),
+            )?;
         }
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];

@@ -172,7 +172,9 @@ impl Error {
 
     fn print(&self) -> Result<(), Error> {
         match self {
-            Self::Config(errors) | Self::Agent(runtime::Error::Config(errors)) => print_diagnostics(&errors.0),
+            Self::Config(errors) | Self::Agent(runtime::Error::Config(errors)) => {
+                print_diagnostics(&errors.0)
+            }
             other => {
                 let message = other.to_string();
                 let title = Level::ERROR.primary_title(&message);

@@ -234,7 +234,9 @@ impl Enforcer {
                 Some(seeded)
             }
             (Ok(()), None) if known == 0 => {
-                tracing::info!("conntrack knows no connections here: if some are open, they must be opened anew");
+                tracing::info!(
+                    "conntrack knows no connections here: if some are open, they must be opened anew"
+                );
                 Some(0)
             }
             (Ok(()), None) => {

@@ -23,14 +23,19 @@ pub struct Stage {
     /// The lab.
     pub lab: Lab,
     /// The agent on the node, once it has been started.
-    agent: Option<Agent>,
+    pub agent: Option<Agent>,
     held: Option<enforcement::Held>,
 }
 
 impl Stage {
     /// Sets the stage for the first scene.
     pub fn set() -> Result<Self> {
-        Ok(Self { lab: Lab::builder().without_routes().conntrack().build()?, agent: None, held: None })
+        Ok(Self::on(Lab::builder().without_routes().conntrack().build()?))
+    }
+
+    /// A lab without an agent.
+    pub fn on(lab: Lab) -> Self {
+        Self { lab, agent: None, held: None }
     }
 }
 
