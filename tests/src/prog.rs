@@ -152,6 +152,16 @@ impl Node {
         })
     }
 
+    /// Nanoseconds that the program of `hook` takes for a frame, as the mean over `packets` runs.
+    ///
+    /// # Errors
+    /// The kernel refused to run it.
+    pub fn cost(&mut self, hook: Hook, frame: &[u8], packets: u32) -> Result<f64> {
+        let options = TestRunOptions { data_in: Some(frame), repeat: packets, ..TestRunOptions::new() };
+        let result = program(&mut self.programs, hook)?.test_run(options)?;
+        Ok(result.duration.as_secs_f64() * 1e9)
+    }
+
     /// Asserts that a packet is let through for this reason.
     pub fn passes(&mut self, hook: Hook, packet: &Packet, reason: Reason) {
         let judged = self.run(hook, &packet.frame()).expect("the program runs");
