@@ -10,8 +10,8 @@ use axum::{
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text::encode},
-    metrics::{MetricType, TypedMetric, counter::ConstCounter, gauge::ConstGauge, info::Info},
-    registry::{Registry, Unit},
+    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info, MetricType, TypedMetric},
+    registry::Registry,
 };
 
 use crate::{
@@ -53,23 +53,30 @@ impl Scrape {
 }
 
 /// Writes a family of counters or gauges.
-fn family<'a, L: EncodeLabelSet>(
-    encoder: &'a mut DescriptorEncoder<'_>,
-    (name, help): (&'a str, &'a str),
-    unit: Option<&'a Unit>,
+fn family<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help): Named<'_>,
     kind: MetricType,
-    values: impl Iterator<Item = (L, u64)>,
+    values: impl IntoIterator<Item = (L, u64)>,
 ) -> fmt::Result {
-    let mut family = encoder.encode_descriptor(name, help, unit, kind)?;
-    for (labels, value) in values {
-        let metric: MetricEncoder<'_> = family.encode_family(&labels)?;
-        match kind {
-            MetricType::Counter => ConstCounter::new(value).encode(metric)?,
-            _ => ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(metric)?,
-        }
-    }
-    Ok(())
+    let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+    values.into_iter().try_for_each(|(labels, value)| write(family.encode_family(&labels)?, kind, value))
 }
+
+/// Writes a counter or gauge without labels.
+fn single(encoder: &mut DescriptorEncoder<'_>, (name, help): Named<'_>, kind: MetricType, value: u64) -> fmt::Result {
+    write(encoder.encode_descriptor(name, help, None, kind)?, kind, value)
+}
+
+fn write(metric: MetricEncoder<'_>, kind: MetricType, value: u64) -> fmt::Result {
+    match kind {
+        MetricType::Counter => ConstCounter::new(value).encode(metric),
+        _ => ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(metric),
+    }
+}
+
+/// Name and help text.
+type Named<'a> = (&'a str, &'a str);
 
 const COUNTER: MetricType = <ConstCounter<u64> as TypedMetric>::TYPE;
 const GAUGE: MetricType = <ConstGauge<i64> as TypedMetric>::TYPE;
@@ -80,32 +87,22 @@ impl Collector for Scrape {
         let reasons = || self.reasons.iter();
         let reason = |count: &ReasonCount| {
             let verdict = if count.denies { "deny" } else { "allow" };
-            [
-                ("direction", count.direction.clone()),
-                ("reason", count.reason.clone()),
-                ("verdict", verdict.into()),
-            ]
+            [("direction", count.direction.clone()), ("reason", count.reason.clone()), ("verdict", verdict.into())]
         };
         let packets = ("packets", "Packets judged");
-        family(encoder, packets, None, COUNTER, reasons().map(|count| (reason(count), count.packets)))?;
+        family(encoder, packets, COUNTER, reasons().map(|count| (reason(count), count.packets)))?;
         let bytes = ("bytes", "Length of the packets judged, from the link layer header on");
-        family(encoder, bytes, None, COUNTER, reasons().map(|count| (reason(count), count.bytes)))?;
+        family(encoder, bytes, COUNTER, reasons().map(|count| (reason(count), count.bytes)))?;
         let audited = ("audited_packets", "Packets let through in audit mode that would have been denied");
         let would_be_denied = reasons().filter(|count| count.denies);
-        family(
-            encoder,
-            audited,
-            None,
-            COUNTER,
-            would_be_denied.map(|count| (reason(count), count.audited_packets)),
-        )?;
+        family(encoder, audited, COUNTER, would_be_denied.map(|count| (reason(count), count.audited_packets)))?;
 
         let rule = |count: &RuleCount| {
             let labels = [("rule", &count.name), ("direction", &count.direction), ("action", &count.action)];
             labels.map(|(name, value)| (name, value.clone()))
         };
         let hits = ("rule_hits", "New flows that a rule has decided about");
-        family(encoder, hits, None, COUNTER, self.rules.iter().map(|count| (rule(count), count.packets)))?;
+        family(encoder, hits, COUNTER, self.rules.iter().map(|count| (rule(count), count.packets)))?;
 
         if let Some(flows) = self.status.flows {
             let tables = [
@@ -113,47 +110,28 @@ impl Collector for Scrape {
                 ("half_open", flows.half_open, flows.half_open_capacity),
             ];
             let known = tables.iter().map(|(table, known, _)| ([("table", *table)], *known));
-            family(encoder, ("flows", "Flows that are known"), None, GAUGE, known)?;
+            family(encoder, ("flows", "Flows that are known"), GAUGE, known)?;
             let room = tables.iter().map(|(table, _, room)| ([("table", *table)], u64::from(*room)));
-            family(encoder, ("flow_capacity", "Flows that there is room for"), None, GAUGE, room)?;
+            family(encoder, ("flow_capacity", "Flows that there is room for"), GAUGE, room)?;
         }
-        let none: [(&str, &str); 0] = [];
         if let Some(suppressed) = self.status.suppressed_events {
             let name = ("suppressed_events", "Events kept back by the rate limit or for want of a reader");
-            family(encoder, name, None, COUNTER, [(none, suppressed)].into_iter())?;
+            single(encoder, name, COUNTER, suppressed)?;
         }
         if let Some(enforcement) = &self.status.enforcement {
-            let generation = [(none, u64::from(enforcement.generation))];
-            family(
-                encoder,
-                ("policy_generation", "Number of the policy in force"),
-                None,
-                GAUGE,
-                generation.into_iter(),
-            )?;
-            let audit = [(none, u64::from(enforcement.mode == "audit"))];
-            family(
-                encoder,
-                ("audit_mode", "1: nothing is denied, only reported"),
-                None,
-                GAUGE,
-                audit.into_iter(),
-            )?;
+            let generation = ("policy_generation", "Number of the policy in force");
+            single(encoder, generation, GAUGE, enforcement.generation.into())?;
+            let audit = ("audit_mode", "1: nothing is denied, only reported");
+            single(encoder, audit, GAUGE, u64::from(enforcement.mode == "audit"))?;
             let with_role = |role: &str| {
                 enforcement.interfaces.iter().filter(|interface| interface.role == role).count() as u64
             };
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
-            family(
-                encoder,
-                ("interfaces", "Interfaces that packets are judged on"),
-                None,
-                GAUGE,
-                roles.into_iter(),
-            )?;
+            family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
         }
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));
-        family(encoder, ("reloads", "Reloads of the configuration"), None, COUNTER, results.into_iter())
+        family(encoder, ("reloads", "Reloads of the configuration"), COUNTER, results)
     }
 }

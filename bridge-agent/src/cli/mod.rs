@@ -12,14 +12,14 @@ mod status;
 mod table;
 
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use annotate_snippets::{Level, Renderer};
 use clap::{Args, Parser, Subcommand};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::api::client;
-use crate::config::{self, ConfigErrors, DEFAULT_SOCKET, Diagnostics};
+use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
 use crate::datapath::{self, Pins};
 use crate::{log, runtime};
 
@@ -86,9 +86,22 @@ impl Global {
 
     /// The socket of the agent: as given, else as the agent that has the same configuration has it.
     fn agent_socket(&self) -> PathBuf {
-        let configured = || config::load(&self.config).map(|loaded| loaded.config.api.socket.0).ok();
-        self.socket.clone().or_else(configured).unwrap_or_else(|| DEFAULT_SOCKET.into())
+        self.socket.clone().or_else(|| configured_socket(&self.config)).unwrap_or_else(|| DEFAULT_SOCKET.into())
     }
+}
+
+/// `api.socket` of a configuration, which need not be valid beside that: when it is not, one wants to ask the agent.
+fn configured_socket(path: &Path) -> Option<PathBuf> {
+    #[derive(Deserialize)]
+    struct Sketch {
+        api: Option<ApiSketch>,
+    }
+    #[derive(Deserialize)]
+    struct ApiSketch {
+        socket: Option<PathBuf>,
+    }
+    let text = std::fs::read_to_string(path).ok()?;
+    serde_saphyr::from_str::<Sketch>(&text).ok()?.api?.socket
 }
 
 /// Waits for what an agent has to say.
@@ -239,6 +252,22 @@ mod tests {
         {
             let error = Cli::try_parse_from(arguments).unwrap_err();
             assert_eq!(error.exit_code(), 2, "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn the_socket_is_found_in_a_configuration_that_is_not_valid() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("bridge.yaml");
+        for (text, expected) in [
+            ("role: nobody\napi: {socket: /x.sock, mode: 7}\n", "/x.sock"),
+            ("role: node\n", DEFAULT_SOCKET),
+            ("role: [", DEFAULT_SOCKET),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            let arguments = ["bridge-agent", "--config", file.to_str().unwrap(), "status"];
+            let cli = Cli::try_parse_from(arguments).unwrap();
+            assert_eq!(cli.global.agent_socket(), PathBuf::from(expected), "{text}");
         }
     }
 

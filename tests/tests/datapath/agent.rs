@@ -114,7 +114,7 @@ fn a_reload_takes_effect_and_a_bad_one_changes_nothing() -> Result<()> {
     agent.reload(&CONFIG.replace("[40002]", "[\"40010-40001\"]"))?;
     ensure!(reaches(&lab, DENIED)?, "a bad configuration has changed the policy");
     let last = json(&agent, &["status"])?["agent"]["reloads"]["last"].clone();
-    let error = last["error"].as_str().context("an error")?;
+    let error = last["error"].as_str().with_context(|| format!("{last}\n{}", agent.log()))?;
     ensure!(error.contains("agent.yaml") && error.contains("40001"), "{error}");
     assert_eq!(json(&agent, &["rules"])?[0]["packets"], 2);
 

@@ -3,4 +3,6 @@
 mod agent;
 mod attach;
 mod load;
+mod policy;
+mod seed;
 mod support;
