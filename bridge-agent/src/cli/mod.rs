@@ -86,7 +86,10 @@ impl Global {
 
     /// The socket of the agent: as given, else as the agent that has the same configuration has it.
     fn agent_socket(&self) -> PathBuf {
-        self.socket.clone().or_else(|| configured_socket(&self.config)).unwrap_or_else(|| DEFAULT_SOCKET.into())
+        self.socket
+            .clone()
+            .or_else(|| configured_socket(&self.config))
+            .unwrap_or_else(|| DEFAULT_SOCKET.into())
     }
 }
 
