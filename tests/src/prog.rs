@@ -93,8 +93,13 @@ impl Node {
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let root = PathBuf::from(format!("/sys/fs/bpf/bridge-test-{}-{serial}", std::process::id()));
         let pins = Pins::new(&root);
-        let options =
-            Options { pins: pins.clone(), flows: 1024, half_open: 1024, mechanism: Mechanism::Best };
+        let options = Options {
+            pins: pins.clone(),
+            flows: 1024,
+            half_open: 1024,
+            mechanism: Mechanism::Best,
+            debug: false,
+        };
         let mut datapath = Datapath::load(&options).context("loading the packet path")?;
         let mut interfaces: HashMap<_, u32, Interface> = open(&pins, "interfaces")?;
         interfaces.insert(
