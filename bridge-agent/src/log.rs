@@ -8,6 +8,7 @@ use tracing_subscriber::filter::{EnvFilter, ParseError};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
+use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -34,7 +35,7 @@ pub enum Error {
     },
     /// Something else in this process logs already.
     #[error("logging is already set up: {0}")]
-    Taken(#[from] tracing::subscriber::SetGlobalDefaultError),
+    Taken(#[from] TryInitError),
 }
 
 /// Sends the logs of this process to standard error. `filter` is a level, or tracing's `target=level,...`.
@@ -45,8 +46,8 @@ pub fn init(format: Format, filter: &str) -> Result<(), Error> {
     // The journal has a time for every line and shows no colours.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let style = Style { colours: stderr().is_terminal() && !journal, time: !journal };
-    tracing::subscriber::set_global_default(subscriber(format, filter, style, stderr)?)?;
-    Ok(())
+    // What uses the log crate (the log of the eBPF programs does) is heard too.
+    Ok(subscriber(format, filter, style, stderr)?.try_init()?)
 }
 
 #[derive(Clone, Copy)]

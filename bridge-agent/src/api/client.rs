@@ -7,12 +7,7 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Empty};
-use hyper::{
-    Method, Request, Response, StatusCode,
-    body::Incoming,
-    client::conn::http1,
-    header::HOST,
-};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
@@ -113,7 +108,8 @@ impl Client {
         }
         let status: StatusCode = response.status();
         let body = response.into_body().collect().await?.to_bytes();
-        let text = serde_json::from_slice(&body).map_or_else(|_| status.to_string(), |Failure { error }| error);
+        let text =
+            serde_json::from_slice(&body).map_or_else(|_| status.to_string(), |Failure { error }| error);
         Err(Error::Refused(text))
     }
 }

@@ -10,7 +10,7 @@ use axum::{
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text::encode},
-    metrics::{counter::ConstCounter, gauge::ConstGauge, info::Info, MetricType, TypedMetric},
+    metrics::{MetricType, TypedMetric, counter::ConstCounter, gauge::ConstGauge, info::Info},
     registry::Registry,
 };
 
@@ -64,7 +64,12 @@ fn family<L: EncodeLabelSet>(
 }
 
 /// Writes a counter or gauge without labels.
-fn single(encoder: &mut DescriptorEncoder<'_>, (name, help): Named<'_>, kind: MetricType, value: u64) -> fmt::Result {
+fn single(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help): Named<'_>,
+    kind: MetricType,
+    value: u64,
+) -> fmt::Result {
     write(encoder.encode_descriptor(name, help, None, kind)?, kind, value)
 }
 
@@ -87,7 +92,11 @@ impl Collector for Scrape {
         let reasons = || self.reasons.iter();
         let reason = |count: &ReasonCount| {
             let verdict = if count.denies { "deny" } else { "allow" };
-            [("direction", count.direction.clone()), ("reason", count.reason.clone()), ("verdict", verdict.into())]
+            [
+                ("direction", count.direction.clone()),
+                ("reason", count.reason.clone()),
+                ("verdict", verdict.into()),
+            ]
         };
         let packets = ("packets", "Packets judged");
         family(encoder, packets, COUNTER, reasons().map(|count| (reason(count), count.packets)))?;
@@ -95,7 +104,12 @@ impl Collector for Scrape {
         family(encoder, bytes, COUNTER, reasons().map(|count| (reason(count), count.bytes)))?;
         let audited = ("audited_packets", "Packets let through in audit mode that would have been denied");
         let would_be_denied = reasons().filter(|count| count.denies);
-        family(encoder, audited, COUNTER, would_be_denied.map(|count| (reason(count), count.audited_packets)))?;
+        family(
+            encoder,
+            audited,
+            COUNTER,
+            would_be_denied.map(|count| (reason(count), count.audited_packets)),
+        )?;
 
         let rule = |count: &RuleCount| {
             let labels = [("rule", &count.name), ("direction", &count.direction), ("action", &count.action)];

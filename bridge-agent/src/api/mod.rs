@@ -193,7 +193,10 @@ impl IntoResponse for datapath::Error {
 
 /// Where there is no eBPF enforcement.
 fn not_enforcing() -> Response {
-    failure(StatusCode::CONFLICT, "this agent does not enforce by eBPF: role is host, or engines leave it out")
+    failure(
+        StatusCode::CONFLICT,
+        "this agent does not enforce by eBPF: role is host, or engines leave it out",
+    )
 }
 
 async fn status(State(shared): State<Shared>) -> Response {

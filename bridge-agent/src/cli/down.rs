@@ -19,7 +19,9 @@ impl Down {
         }
         match removed.attachments + removed.maps {
             0 => print("There was nothing to remove.\n"),
-            _ => print(&format!("Detached {} programs, removed {} maps.\n", removed.attachments, removed.maps)),
+            _ => {
+                print(&format!("Detached {} programs, removed {} maps.\n", removed.attachments, removed.maps))
+            }
         }
     }
 }

@@ -86,7 +86,10 @@ impl Global {
 
     /// The socket of the agent: as given, else as the agent that has the same configuration has it.
     fn agent_socket(&self) -> PathBuf {
-        self.socket.clone().or_else(|| configured_socket(&self.config)).unwrap_or_else(|| DEFAULT_SOCKET.into())
+        self.socket
+            .clone()
+            .or_else(|| configured_socket(&self.config))
+            .unwrap_or_else(|| DEFAULT_SOCKET.into())
     }
 }
 
@@ -185,7 +188,9 @@ impl Error {
 
     fn print(&self) -> Result<(), Error> {
         match self {
-            Self::Config(errors) | Self::Agent(runtime::Error::Config(errors)) => print_diagnostics(&errors.0),
+            Self::Config(errors) | Self::Agent(runtime::Error::Config(errors)) => {
+                print_diagnostics(&errors.0)
+            }
             other => {
                 let message = other.to_string();
                 let title = Level::ERROR.primary_title(&message);

@@ -82,7 +82,10 @@ impl Report {
         match &self.agent {
             Some(Status { version, pid, started, config, role, .. }) => {
                 let config = config.display();
-                line("agent", format!("running, pid {pid}, version {version}, role {role}, since {started}, {config}"));
+                line(
+                    "agent",
+                    format!("running, pid {pid}, version {version}, role {role}, since {started}, {config}"),
+                );
             }
             None => line("agent", "not running; what is in force stays so".into()),
         }
@@ -99,7 +102,10 @@ impl Report {
             );
             for count in denied {
                 let ReasonCount { direction, reason, packets, audited_packets, .. } = count;
-                line("denied", format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"));
+                line(
+                    "denied",
+                    format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"),
+                );
             }
         } else {
             line("policy", "no eBPF enforcement".into());
@@ -114,7 +120,9 @@ impl Report {
             if let Some(Reload { time, error }) = &status.reloads.last {
                 match error {
                     None => line("last reload", format!("{time}, succeeded")),
-                    Some(error) => line("last reload", format!("{time}, FAILED, the one before is in force:\n{error}")),
+                    Some(error) => {
+                        line("last reload", format!("{time}, FAILED, the one before is in force:\n{error}"))
+                    }
                 }
             }
         }

@@ -13,6 +13,7 @@ use aya::{
 };
 use aya_obj::{Object, generated::bpf_map_type};
 use bridge_common::control::SLOTS;
+use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     error::{Error, Result, load_error, program_error},
@@ -34,6 +35,8 @@ pub struct Options {
     pub half_open: u32,
     /// How programs are attached.
     pub mechanism: Mechanism,
+    /// Whether the programs write a debug log; see [`Datapath::forward_log`].
+    pub debug: bool,
 }
 
 /// How programs are attached to an interface.
@@ -56,11 +59,15 @@ pub struct Datapath {
     pub(super) templates: Templates,
     pub(super) tcx: bool,
     adopted: bool,
+    debug: bool,
     _lock: Lock,
 }
 
-/// Maps that hold nothing between two packets, and are laid out as it suits their programs: not pinned.
-const PRIVATE: [&str; 1] = ["scratch"];
+/// Whether a map holds nothing between two packets, and is laid out as it suits its programs: such are not pinned.
+fn is_private(name: &str) -> bool {
+    // Constants of the programs, which have a section as name; the debug log.
+    name.starts_with('.') || matches!(name, "scratch" | "AYA_LOGS")
+}
 
 /// Maps whose size the configuration sets.
 const SIZED: [&str; 2] = ["flows", "half_open"];
@@ -99,12 +106,15 @@ impl Datapath {
         // No program has relocations against the kernel's types.
         loader.btf(None);
         let names: Vec<String> = object.maps.keys().cloned().collect();
-        for name in names.iter().filter(|name| !PRIVATE.contains(&name.as_str())) {
+        for name in names.iter().filter(|name| !is_private(name)) {
             loader.map_pin_path(name.as_str(), pins.map(name));
         }
         for (name, entries) in &sizes {
             loader.map_max_entries(name, *entries);
         }
+        // With the level known at load time, the verifier takes the calls of the log out of the programs.
+        let level = if options.debug { aya_log::Level::Debug as u8 } else { 0 };
+        loader.override_global(aya_log::LEVEL, &level, true);
         let mut ebpf = loader.load(object::ENFORCE).map_err(load_error)?;
         for hook in Hook::ALL {
             program(&mut ebpf, hook)?.load().map_err(|error| program_error(hook.name(), error))?;
@@ -116,7 +126,32 @@ impl Datapath {
         let templates = Templates::new(&mut object)?;
         let maps = Maps::open(&pins)?;
         let tcx = options.mechanism == Mechanism::Best && has_tcx();
-        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, _lock: lock })
+        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, debug: options.debug, _lock: lock })
+    }
+
+    /// Passes on what the programs log to the `log` crate, in a task of the runtime, if [`Options::debug`] was set.
+    /// To be called when everything is loaded and attached.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn forward_log(&mut self) -> Result<()> {
+        if !self.debug {
+            return Ok(());
+        }
+        let failed = |error: std::io::Error| Error::map("AYA_LOGS")(error);
+        let logger = aya_log::EbpfLogger::init(&mut self.ebpf)
+            .map_err(|error| failed(std::io::Error::other(error)))?;
+        // SAFETY: the logger owns its descriptor, which stays open and the same for as long as it lives.
+        let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
+            .map_err(|error| failed(error.into()))?;
+        tokio::spawn(async move {
+            while let Ok(mut ready) = logger.readable_mut().await {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+        });
+        Ok(())
     }
 
     /// Whether maps were pinned before this process came.

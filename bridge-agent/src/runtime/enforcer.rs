@@ -122,6 +122,9 @@ fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
     by_state
 }
 
+/// Target of what the programs log: `--log-level enforce=debug` has them do so.
+const KERNEL_LOG: &str = "enforce";
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Enforcer {
@@ -149,12 +152,17 @@ impl Enforcer {
             flows: flows.established,
             half_open: flows.half_open,
             mechanism: Mechanism::Best,
+            debug: tracing::enabled!(target: KERNEL_LOG, tracing::Level::DEBUG),
         })?;
         let maps = Arc::new(Maps::open(pins)?);
         let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
         let mut enforcer =
             Self { datapath, maps, observer, desired, snapshot, seeded, published, stats, chosen };
         enforcer.bring_up(&tables)?;
+        // Only now: reading the log takes its map from what is yet to be loaded.
+        if let Err(error) = enforcer.datapath.forward_log() {
+            tracing::warn!(%error, "what the programs log cannot be read");
+        }
         match enforcer.datapath.remove_other_versions() {
             Ok(0) => {}
             Ok(attachments) => tracing::info!(attachments, "removed what another version of bridge had left"),
@@ -234,7 +242,9 @@ impl Enforcer {
                 Some(seeded)
             }
             (Ok(()), None) if known == 0 => {
-                tracing::info!("conntrack knows no connections here: if some are open, they must be opened anew");
+                tracing::info!(
+                    "conntrack knows no connections here: if some are open, they must be opened anew"
+                );
                 Some(0)
             }
             (Ok(()), None) => {

@@ -35,10 +35,12 @@ impl FileWatch {
     /// Watches the directories of the name and of what it stands for: the file itself may be gone any moment.
     fn watch_directories(&mut self) -> io::Result<()> {
         let real = self.path.canonicalize().ok();
-        for directory in [Some(self.path.as_path()), real.as_deref()].into_iter().flatten().filter_map(Path::parent)
+        for directory in
+            [Some(self.path.as_path()), real.as_deref()].into_iter().flatten().filter_map(Path::parent)
         {
             if self.watched.insert(directory.to_owned()) {
-                let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::DELETE;
+                let mask =
+                    WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::DELETE;
                 self.stream.watches().add(directory, mask)?;
             }
         }

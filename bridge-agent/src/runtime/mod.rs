@@ -108,7 +108,8 @@ impl Agent {
         );
         // Watched before they are read: nothing is missed in between.
         let interfaces = Watch::open().map_err(io_error("cannot watch the interfaces"))?;
-        let file = FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
+        let file =
+            FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
         let mut agent = Self {
@@ -139,7 +140,8 @@ impl Agent {
 
     async fn serve(&mut self, mut from: Sources) -> Result<(), Error> {
         loop {
-            let selection = self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
+            let selection =
+                self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
             tokio::select! {
                 biased;
                 _ = from.terminate.recv() => return Ok(()),

@@ -3,7 +3,9 @@
 use aya_ebpf::{
     bindings::{__sk_buff, TC_ACT_SHOT},
     helpers::generated::bpf_ktime_get_coarse_ns,
+    programs::TcContext,
 };
+use aya_log_ebpf::debug;
 use bridge_common::{
     control::Settings,
     counters::Reason,
@@ -56,7 +58,10 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
     if !packet::parse(skb, packet) {
         return NEXT;
     }
-    let Some(active) = active() else { return NEXT };
+    let Some(active) = active() else {
+        debug!(&TcContext::new(skb), "no policy in force: packet passes");
+        return NEXT;
+    };
     if follows_flow(packet)
         && let Some(flow) = FLOWS.get_ptr_mut(&packet.key)
     {
@@ -253,7 +258,14 @@ fn conclude(
     let answerable = settings.reject != 0 && reject::is_answerable(packet);
     told.verdict = if answerable { verdict::REJECT } else { verdict::DROP };
     report::tell(skb, active.slot, &told);
-    if answerable { reject::answer(skb) } else { TC_ACT_SHOT }
+    if !answerable {
+        return TC_ACT_SHOT;
+    }
+    let action = reject::answer(skb);
+    if action == TC_ACT_SHOT {
+        debug!(&TcContext::new(skb), "no room for an answer to protocol {}: dropped", packet.protocol);
+    }
+    action
 }
 
 /// Takes note of a packet on its way out to a pod: of replies that came in addressed to the node (masqueraded

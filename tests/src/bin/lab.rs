@@ -99,15 +99,15 @@ fn run(args: &RunArgs) -> Result<(Option<Stage>, ExitCode)> {
         return Ok((None, code));
     }
     if !args.json {
-        explain(&stage.lab);
+        explain(&stage);
     }
     Ok((Some(stage), code))
 }
 
 fn up() -> Result<(Option<Stage>, ExitCode)> {
-    let lab = Lab::builder().build()?;
-    explain(&lab);
-    Ok((Some(Stage::with(lab)), ExitCode::SUCCESS))
+    let stage = Stage::on(Lab::builder().build()?);
+    explain(&stage);
+    Ok((Some(stage), ExitCode::SUCCESS))
 }
 
 fn clean() -> Result<(Option<Stage>, ExitCode)> {
@@ -122,7 +122,7 @@ fn clean() -> Result<(Option<Stage>, ExitCode)> {
 }
 
 /// What to try in a lab that stays up.
-fn explain(lab: &Lab) {
+fn explain(Stage { lab, agent, .. }: &Stage) {
     println!("\nThe lab {} stays up until Ctrl-C:", lab.id());
     for host in lab.hosts().iter().chain(lab.nodes()).chain(lab.pods()) {
         println!("  {:<3} {:<15} {:<11} /run/netns/{}", host.name, host.v4, host.v6, host.netns.name());
@@ -137,4 +137,16 @@ fn explain(lab: &Lab) {
         enter(b),
         enter(a),
     );
+    if let Some(agent) = agent {
+        for arguments in [&["status"][..], &["rules"], &["flows"], &["monitor", "--verdict", "reject"]] {
+            let command = agent.command(arguments);
+            let words = std::iter::once(command.get_program()).chain(command.get_args());
+            println!("  {}", words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" "));
+        }
+        println!(
+            "  bpftool map dump pinned {}/v{}/flows",
+            agent.pins().display(),
+            bridge_common::ABI_VERSION
+        );
+    }
 }

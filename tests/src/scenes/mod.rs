@@ -23,18 +23,18 @@ pub struct Stage {
     /// The lab.
     pub lab: Lab,
     /// The agent on the node, once it has been started.
-    agent: Option<Agent>,
+    pub agent: Option<Agent>,
     held: Option<enforcement::Held>,
 }
 
 impl Stage {
     /// Sets the stage for the first scene.
     pub fn set() -> Result<Self> {
-        Ok(Self::with(Lab::builder().without_routes().conntrack().build()?))
+        Ok(Self::on(Lab::builder().without_routes().conntrack().build()?))
     }
 
-    /// A stage without scenes.
-    pub fn with(lab: Lab) -> Self {
+    /// A lab without an agent.
+    pub fn on(lab: Lab) -> Self {
         Self { lab, agent: None, held: None }
     }
 }

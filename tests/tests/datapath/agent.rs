@@ -70,7 +70,11 @@ fn rules_hold_are_counted_and_outlive_the_agent() -> Result<()> {
     ensure!(!reaches(&lab, DENIED)?, "nothing is enforced after kill -9");
     ensure!(reaches(&lab, ALLOWED)?);
     let dead = json(&agent, &["status"])?;
-    assert_eq!((&dead["running"], &dead["enforcement"]["generation"]), (&false.into(), &generation), "{dead}");
+    assert_eq!(
+        (&dead["running"], &dead["enforcement"]["generation"]),
+        (&false.into(), &generation),
+        "{dead}"
+    );
     assert_eq!(json(&agent, &["rules"])?[0]["packets"], 2);
     ensure!(agent.run(&["flows"])?.contains("192.168.31.67"));
 
@@ -186,7 +190,11 @@ fn monitor_shows_what_was_denied_with_and_without_an_agent() -> Result<()> {
         assert_eq!(ended.context("it has seen nothing")?.code(), Some(0));
         let line = BufReader::new(stdout).lines().next().context("a line")??;
         let verdict: Value = serde_json::from_str(&line)?;
-        assert_eq!((&verdict["verdict"], &verdict["reason"]), (&"reject".into(), &"no_rule".into()), "{line}");
+        assert_eq!(
+            (&verdict["verdict"], &verdict["reason"]),
+            (&"reject".into(), &"no_rule".into()),
+            "{line}"
+        );
         assert_eq!(verdict["source"], lab.a().v4.to_string());
         assert_eq!((&verdict["destinationPort"], &verdict["interface"]), (&DENIED.into(), &"eth0".into()));
         if alive {

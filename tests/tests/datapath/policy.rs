@@ -110,8 +110,11 @@ fn hits_are_carried_over_by_name_and_an_unchanged_policy_is_left_alone() -> Resu
     // As if CPU 0 had counted: index 0 * 3 + rule.
     let hits = |rule: u32, packets: u64| {
         let path = pins.table(datapath_slot(&pins)?, "rule_hits");
-        let value: Vec<String> =
-            [packets, packets * 100].iter().flat_map(|n| n.to_le_bytes()).map(|byte| byte.to_string()).collect();
+        let value: Vec<String> = [packets, packets * 100]
+            .iter()
+            .flat_map(|n| n.to_le_bytes())
+            .map(|byte| byte.to_string())
+            .collect();
         let key: Vec<String> = rule.to_le_bytes().iter().map(ToString::to_string).collect();
         let mut bpftool = std::process::Command::new("bpftool");
         bpftool.args(["map", "update", "pinned"]).arg(path).arg("key").args(key).arg("value").args(value);

@@ -17,7 +17,7 @@ pub(crate) fn pins(lab: &Lab) -> Result<Pins> {
 }
 
 pub(crate) fn options(pins: &Pins) -> Options {
-    Options { pins: pins.clone(), flows: 4096, half_open: 1024, mechanism: Mechanism::Best }
+    Options { pins: pins.clone(), flows: 4096, half_open: 1024, mechanism: Mechanism::Best, debug: false }
 }
 
 /// Loads in the network namespace of the node.

@@ -44,7 +44,7 @@ pub(crate) fn families() -> [Family; 2] {
         },
         Family {
             lan: ip("fd31::67"),
-            pod: ip("fd20:0:0:1::91"),
+            pod: ip("fd20:1::91"),
             node: ip("fd31::17"),
             stranger: ip("2001:db8::5"),
         },
@@ -73,7 +73,7 @@ pub(crate) fn policy(rules: Vec<Rule>) -> Policy {
     Policy {
         mode: Mode::Enforce,
         on_deny: OnDeny::Reject,
-        pods: nets(&["10.200.1.0/24", "fd20:0:0:1::/64"]),
+        pods: nets(&["10.200.1.0/24", "fd20:1::/64"]),
         external: nets(&["192.168.31.0/24", "fd31::/64"]),
         nodes: nets(&["192.168.31.18/32"]),
         rules,

@@ -231,10 +231,13 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<PathBuf> {
     if !llvm_library(llvm).exists() {
         apt.install([(llvm_package(llvm).as_str(), "the LLVM that bpf-linker is linked to, that of rustc")])?;
     }
-    let stale = linker_path(llvm)?;
-    if stale.exists() {
+    let linker = linker_path(llvm)?;
+    if linker_works(&linker) {
+        return Ok(linker);
+    }
+    if linker.exists() {
         // It is there but does not start: what it was linked to has changed.
-        fs::remove_dir_all(stale.ancestors().nth(2).context("the cache has no folder")?)?;
+        fs::remove_dir_all(linker.ancestors().nth(2).context("the cache has no folder")?)?;
     }
     let why = "links the kernel side into eBPF objects";
     rust_tools::install(LINKER, LINKER_VERSION, why, &format!("-llvm{llvm}"), |cargo| {

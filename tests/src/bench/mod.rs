@@ -1,0 +1,70 @@
+//! What bridge costs: start, memory, policies of 100,000 rules, and the packet path by itself.
+//!
+//! Times are wall-clock; each is measured several times, and told as median, least and most.
+
+mod agent;
+mod packet;
+mod policy;
+mod rules;
+
+use anyhow::Result;
+use serde::Serialize;
+
+/// A figure. The unit is part of it; nothing here is a time without one.
+#[derive(Clone, Debug, Serialize)]
+pub struct Measurement {
+    /// What was measured.
+    pub name: String,
+    /// Median of the runs.
+    pub value: f64,
+    /// Of `value`, `least` and `most`.
+    pub unit: &'static str,
+    /// The smallest run.
+    pub least: f64,
+    /// The greatest run.
+    pub most: f64,
+    /// How many runs.
+    pub runs: usize,
+    /// What it must not exceed, if the project promises something.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<f64>,
+}
+
+impl Measurement {
+    /// From single runs.
+    ///
+    /// # Panics
+    /// There is none.
+    pub fn of(name: impl Into<String>, unit: &'static str, mut runs: Vec<f64>) -> Self {
+        runs.sort_by(f64::total_cmp);
+        let (Some(&least), Some(&most)) = (runs.first(), runs.last()) else { panic!("no run") };
+        Self {
+            name: name.into(),
+            value: runs[runs.len() / 2],
+            unit,
+            least,
+            most,
+            runs: runs.len(),
+            limit: None,
+        }
+    }
+
+    /// What the median must not exceed.
+    #[must_use]
+    pub fn limit(self, limit: f64) -> Self {
+        Self { limit: Some(limit), ..self }
+    }
+
+    /// Whether it is within its limit, if it has one.
+    #[must_use]
+    pub fn holds(&self) -> Option<bool> {
+        self.limit.map(|limit| self.value <= limit)
+    }
+}
+
+/// A group of measurements, by name.
+pub type Group = (&'static str, fn() -> Result<Vec<Measurement>>);
+
+/// Every group, in the order they run.
+pub const GROUPS: &[Group] =
+    &[("policy", policy::measure), ("agent", agent::measure), ("packet", packet::measure)];
