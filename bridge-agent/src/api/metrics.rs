@@ -26,7 +26,10 @@ pub(super) async fn serve(State(shared): State<Shared>) -> Response {
     registry.register("build", "Version of the agent", Info::new(build));
     registry.register_collector(Box::new(Scrape::new(status, shared.maps().as_deref())));
     let mut text = String::new();
-    match encode(&mut text, &registry) {
+    let encoded = encode(&mut text, &registry);
+    drop(registry);
+    crate::runtime::trim_memory();
+    match encoded {
         Ok(()) => {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
                 .into_response()

@@ -56,10 +56,10 @@ impl Table {
     }
 }
 
-/// Name of the map that the agent keeps beside those of the object: a digest of the policy of each slot.
+/// Name of the map that the agent keeps beside those of the object: a digest of the tables of each slot.
 pub(super) const DIGESTS: &str = "digests";
 
-/// SHA-256 of a compiled policy.
+/// SHA-256 of the tables of a policy.
 pub(super) type Digest = [u8; 32];
 
 /// The pinned maps.

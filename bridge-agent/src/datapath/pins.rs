@@ -38,7 +38,16 @@ pub struct Pins {
 /// Held by the one agent that works on a pin root.
 #[derive(Debug)]
 pub struct Lock {
-    _directory: File,
+    directory: File,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Closing is not enough while a child between fork and exec has the descriptor too.
+        if let Err(error) = rustix::fs::flock(&self.directory, FlockOperation::Unlock) {
+            tracing::warn!(%error, "the lock on the pins cannot be given back");
+        }
+    }
 }
 
 /// The name of a pinned attachment, taken apart.
@@ -120,12 +129,10 @@ impl Pins {
     ///
     /// [`Error::NotBpffs`], [`Error::DotInPath`], [`Error::Path`].
     pub fn prepare_root(&self) -> Result<()> {
-        const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
         let parent = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
         let system = rustix::fs::statfs(parent)
             .map_err(|error| Error::path("looking at the file system of", parent)(error.into()))?;
-        #[expect(clippy::unnecessary_cast, reason = "the type of f_type depends on the architecture")]
-        if system.f_type as i64 != BPF_FS_MAGIC {
+        if system.f_type != libc::BPF_FS_MAGIC {
             let mount_point =
                 if self.root.starts_with("/sys/fs/bpf") { Path::new("/sys/fs/bpf") } else { parent }
                     .to_owned();
@@ -167,7 +174,7 @@ impl Pins {
             // Whoever held it before may have removed the directory that we hold now.
             let held = directory.metadata().map_err(Error::path("looking at", &self.root))?.ino();
             match fs::metadata(&self.root) {
-                Ok(named) if named.ino() == held => return Ok(Lock { _directory: directory }),
+                Ok(named) if named.ino() == held => return Ok(Lock { directory }),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => make_directory(&self.root)?,
                 Err(error) => return Err(Error::path("looking at", &self.root)(error)),

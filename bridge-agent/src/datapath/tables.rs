@@ -92,9 +92,10 @@ impl Datapath {
         if is_trial(control) {
             return Err(Error::Unconfirmed);
         }
-        let digest = digest(tables, behaviour);
+        let digest = digest(tables);
         let in_force = self.maps.settings(active)?;
-        if in_force.generation != 0 && self.digest(active)? == digest {
+        let same_tables = in_force.generation != 0 && self.digest(active)? == digest;
+        if same_tables && in_force == settings(tables, behaviour, in_force.generation) {
             // The fallback may have come into force by its deadline: make that final.
             self.maps.set_control(Control::slot(active));
             return Ok(Published::Unchanged { generation: in_force.generation });
@@ -103,8 +104,11 @@ impl Datapath {
         let target = (active + 1) % SLOTS;
         let generation = self.maps.last_generation()?.checked_add(1).unwrap_or(1);
         let settings = settings(tables, behaviour, generation);
-        let carried = Carried::new(&self.maps, active, &tables.rules)?;
-        let filled = self.fill(tables, &carried)?;
+        let filled = if same_tables {
+            self.share(active)?
+        } else {
+            self.fill(tables, &Carried::new(&self.maps, active, &tables.rules)?)?
+        };
         // Whoever switched last may have been killed before the grace period was over.
         quiesce(&self.maps, active)?;
         self.install(target, filled, settings, digest)?;
@@ -121,10 +125,11 @@ impl Datapath {
 
         // Packets under way have counted on the old policy until now.
         quiesce(&self.maps, target)?;
-        let carried = Carried::new(&self.maps, active, &tables.rules)?;
-        let hits = MapData::from_pin(self.pins.table(target, Table::RuleHits.name()))
-            .map_err(Error::aya_map(Table::RuleHits.name()))?;
-        carried.write(&hits).map_err(Error::map(Table::RuleHits.name()))?;
+        if !same_tables {
+            let hits = self.table(target, Table::RuleHits)?;
+            let carried = Carried::new(&self.maps, active, &tables.rules)?;
+            carried.write(&hits).map_err(Error::map(Table::RuleHits.name()))?;
+        }
         Ok(Published::Switched { generation, took })
     }
 
@@ -144,6 +149,15 @@ impl Datapath {
 
     fn digest(&self, slot: u32) -> Result<Digest> {
         self.maps.digests.get(&slot, 0).map_err(Error::aya_map("digests"))
+    }
+
+    /// The inner maps of a slot, to be used by the other one too: the policies differ in settings alone.
+    fn share(&self, slot: u32) -> Result<Vec<(Table, MapData)>> {
+        Table::ALL.into_iter().map(|table| Ok((table, self.table(slot, table)?))).collect()
+    }
+
+    fn table(&self, slot: u32, table: Table) -> Result<MapData> {
+        MapData::from_pin(self.pins.table(slot, table.name())).map_err(Error::aya_map(table.name()))
     }
 
     /// Makes the inner maps of a policy.
@@ -307,8 +321,8 @@ fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings
     }
 }
 
-/// What makes two policies the same, whatever their number.
-fn digest(tables: &Tables, behaviour: &Behaviour) -> Digest {
+/// What makes the tables of two policies the same.
+fn digest(tables: &Tables) -> Digest {
     let mut hash = Sha256::new();
     // Both lists are sorted.
     for (prefix, info) in &tables.addresses {
@@ -326,7 +340,9 @@ fn digest(tables: &Tables, behaviour: &Behaviour) -> Digest {
         hash.update((table.len() as u64).to_le_bytes());
         hash.update(table);
     }
-    hash.update(bytes(&[settings(tables, behaviour, 0)]));
+    hash.update(bytes(&tables.global_sets));
+    hash.update(bytes(&tables.node_ports));
+    hash.update(tables.node_port_root.to_ne_bytes());
     hash.finalize().into()
 }
 

@@ -312,8 +312,8 @@ fn notify_reloading() {
     }
 }
 
-/// Compiling takes memory once that running does not need.
-fn trim_memory() {
+/// Gives memory back that was needed for a moment only: for compiling, or for an answer with many rules.
+pub(crate) fn trim_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointers; gives free pages of the heap back.
     unsafe {

@@ -140,6 +140,8 @@ fn hits_are_carried_over_by_name_and_an_unchanged_policy_is_left_alone() -> Resu
     assert_eq!(again.maps.rule_hits(again.maps.slot())?, expected);
     let audit = Behaviour { audit: true, ..BEHAVIOUR };
     assert_eq!(again.publish(&tables(["one", "three"]), &audit, None)?.generation(), 4);
+    assert_eq!(again.maps.settings_in_force()?.audit, 1);
+    assert_eq!(again.maps.rule_hits(again.maps.slot())?, expected, "hits depend on the mode");
     Ok(())
 }
 
