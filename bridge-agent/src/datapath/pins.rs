@@ -124,7 +124,6 @@ impl Pins {
         let parent = self.root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
         let system = rustix::fs::statfs(parent)
             .map_err(|error| Error::path("looking at the file system of", parent)(error.into()))?;
-        #[expect(clippy::unnecessary_cast, reason = "the type of f_type depends on the architecture")]
         if system.f_type as i64 != BPF_FS_MAGIC {
             let mount_point =
                 if self.root.starts_with("/sys/fs/bpf") { Path::new("/sys/fs/bpf") } else { parent }

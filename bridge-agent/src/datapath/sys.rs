@@ -107,8 +107,8 @@ unsafe fn info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
 
 /// What the kernel knows of a map.
 pub(super) fn map_info(fd: BorrowedFd<'_>) -> io::Result<bpf_map_info> {
-    // SAFETY: the type of `fd` is checked; the struct is the map's.
     match Kind::of(fd)? {
+        // SAFETY: the type of `fd` is checked; the struct is the map's.
         Kind::Map => unsafe { info(fd) },
         kind => Err(io::Error::other(format!("is not a map ({kind:?})"))),
     }
