@@ -104,7 +104,16 @@ fn configured_socket(path: &Path) -> Option<PathBuf> {
         socket: Option<PathBuf>,
     }
     let text = std::fs::read_to_string(path).ok()?;
-    serde_saphyr::from_str::<Sketch>(&text).ok()?.api?.socket
+    let socket = |text: &str| serde_saphyr::from_str::<Sketch>(text).ok()?.api?.socket;
+    socket(&text).or_else(|| socket(&section(&text, "api:")))
+}
+
+/// The lines of a section, of a text that as a whole may be no YAML.
+fn section(text: &str, key: &str) -> String {
+    let from_key = text.lines().skip_while(|line| !line.starts_with(key));
+    let belongs =
+        |(index, line): &(usize, &str)| *index == 0 || line.starts_with([' ', '#']) || line.is_empty();
+    from_key.enumerate().take_while(belongs).map(|(_, line)| format!("{line}\n")).collect()
 }
 
 /// Waits for what an agent has to say.
@@ -246,6 +255,24 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_socket_is_found_in_what_is_no_yaml() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("bridge.yaml");
+        let socket = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            configured_socket(&file)
+        };
+        let found = Some(PathBuf::from("/run/other.sock"));
+        for api in ["api: {socket: /run/other.sock}", "api:\n  # here\n\n  socket: /run/other.sock\n"] {
+            for text in [api.to_owned(), format!("rules: [\n{api}"), format!("{api}\nrules:\n\t- [")] {
+                assert_eq!(socket(&text), found, "{text}");
+            }
+        }
+        assert_eq!(socket("rules: [\n"), None);
+        assert_eq!(socket("rules: [\napi:\nsocket: /run/other.sock"), None);
     }
 
     #[test]
