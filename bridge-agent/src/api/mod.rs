@@ -50,8 +50,13 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Another agent answers on the socket.
-    #[error("an agent already answers on {}: stop that one first, or write another api.socket", .0.display())]
-    InUse(PathBuf),
+    #[error("an agent{} already answers on {}: stop that one first, or write another api.socket", pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(), path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+        /// The other agent, if it is in a PID namespace that we see.
+        pid: Option<i32>,
+    },
     /// There is no such group.
     #[error("there is no group {0}: correct api.group, or make it with `groupadd --system {0}`")]
     NoGroup(String),
@@ -93,8 +98,10 @@ impl Server {
     pub fn bind(path: &Path, config: &Api) -> Result<Self, Error> {
         let failed = |source| Error::Listen { address: path.display().to_string(), source };
         let group = config.group.as_deref().map(group_id).transpose()?;
-        if UnixStream::connect(path).is_ok() {
-            return Err(Error::InUse(path.to_owned()));
+        if let Ok(stream) = UnixStream::connect(path) {
+            let peer = rustix::net::sockopt::socket_peercred(&stream);
+            let pid = peer.ok().map(|peer| peer.pid.as_raw_nonzero().get());
+            return Err(Error::InUse { path: path.to_owned(), pid });
         }
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(failed)?;

@@ -14,8 +14,9 @@ use aya::{
     maps::{MapData, lpm_trie::Key},
 };
 use bridge_common::{
+    address::Address,
     control::{Control, SLOTS, Settings},
-    policy::{AddressInfo, RuleHits, RuleInfo},
+    policy::{RuleHits, RuleInfo},
 };
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
@@ -309,16 +310,16 @@ fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings
 /// What makes two policies the same, whatever their number.
 fn digest(tables: &Tables, behaviour: &Behaviour) -> Digest {
     let mut hash = Sha256::new();
-    let mut v4: Vec<(IpNet, AddressInfo)> = tables.addresses.clone();
-    v4.sort_by_key(|(prefix, _)| *prefix);
-    let mut pairs = tables.pairs.clone();
-    pairs.sort_by_key(|(key, _)| (key.external, key.pod));
-    for (prefix, info) in v4 {
-        hash.update(prefix.to_string());
-        hash.update(bytes(&[info]));
+    // Both lists are sorted.
+    for (prefix, info) in &tables.addresses {
+        hash.update(Address::from(prefix.addr()).octets);
+        hash.update([prefix.prefix_len(), prefix.max_prefix_len()]);
+        hash.update(bytes(&[*info]));
     }
-    hash.update(bytes(&pairs.iter().map(|(key, _)| *key).collect::<Vec<_>>()));
-    hash.update(bytes(&pairs.iter().map(|(_, sets)| *sets).collect::<Vec<_>>()));
+    for (key, sets) in &tables.pairs {
+        hash.update(bytes(&[*key]));
+        hash.update(bytes(&[*sets]));
+    }
     for table in
         [bytes(&tables.rule_sets), bytes(&tables.narrows), bytes(&tables.pages), bytes(&tables.rules)]
     {

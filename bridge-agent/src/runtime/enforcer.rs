@@ -158,7 +158,15 @@ impl Enforcer {
         let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
         let mut enforcer =
             Self { datapath, maps, observer, desired, snapshot, seeded, published, stats, chosen };
-        enforcer.bring_up(&tables)?;
+        if let Err(error) = enforcer.bring_up(&tables) {
+            if !enforcer.datapath.adopted() {
+                // Nothing was there before, and nothing half done is to stay.
+                if let Err(error) = enforcer.take_down(pins) {
+                    tracing::error!(%error, "left behind after a failed start");
+                }
+            }
+            return Err(error);
+        }
         // Only now: reading the log takes its map from what is yet to be loaded.
         if let Err(error) = enforcer.datapath.forward_log() {
             tracing::warn!(%error, "what the programs log cannot be read");
@@ -269,7 +277,16 @@ impl Enforcer {
             self.snapshot = snapshot_before;
             return Err(error);
         }
-        self.attach()
+        self.attach_as_far_as_possible();
+        Ok(())
+    }
+
+    /// The policy is in force, whatever becomes of single interfaces.
+    fn attach_as_far_as_possible(&mut self) {
+        if let Err(error) = self.attach() {
+            tracing::error!(%error, "not everything is attached");
+            self.chosen.remarks.push(error.to_string());
+        }
     }
 
     /// Looks at the interfaces and follows what has changed.
@@ -281,7 +298,7 @@ impl Enforcer {
         let addresses_changed = snapshot.addresses != self.snapshot.addresses;
         self.snapshot = snapshot;
         // What is new is attached first: it may already see packets.
-        self.attach()?;
+        self.attach_as_far_as_possible();
         if addresses_changed {
             let tables = compile(&self.desired, &self.snapshot)?;
             self.publish(&tables)?;

@@ -24,7 +24,7 @@ pub use status::{Reload, Reloads, Request, Shared, Status};
 use self::{enforcer::Enforcer, file::FileWatch};
 use crate::{
     api,
-    config::{self, Config, ConfigErrors, Engine, Loaded, Role},
+    config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
     datapath::{self, EventReader, Pins},
     interfaces::Watch,
 };
@@ -82,7 +82,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
 struct Agent {
     path: PathBuf,
     pins: Pins,
-    config: Config,
+    /// As it was at the start: it takes no other effect later.
+    api: Api,
     enforcer: Option<Enforcer>,
     events: Option<EventReader>,
     shared: Shared,
@@ -115,14 +116,18 @@ impl Agent {
         let mut agent = Self {
             path: options.config.clone(),
             pins: Pins::new(&options.pin_root),
-            config: config.clone(),
+            api: config.api.clone(),
             enforcer: None,
             events: None,
             shared: shared.clone(),
         };
-        agent.bring_up(&config)?;
+        // What can fail without a trace comes first.
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let api = api::Server::bind(&socket, &config.api)?;
+        agent.bring_up(&config)?;
+        // With many rules it takes much memory, and is not needed again.
+        drop(config);
+        trim_memory();
         let server = tokio::spawn(api.serve(shared));
         notify(&[NotifyState::Ready]);
         tracing::info!(config = %agent.path.display(), socket = %socket.display(), "ready");
@@ -181,7 +186,6 @@ impl Agent {
                 Err(error) => tracing::warn!(%error, "events cannot be read"),
             }
             self.enforcer = Some(enforcer);
-            trim_memory();
         } else if self.pins.exist() {
             let (_, result) = datapath::down(&self.pins);
             result.map_err(enforcer::Error::from)?;
@@ -227,7 +231,7 @@ impl Agent {
 
     fn try_reload(&mut self) -> Result<(), Error> {
         let config = load(&self.path)?;
-        if config.api != self.config.api {
+        if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
         match (self.enforcer.take(), wants_ebpf(&config)) {
@@ -243,7 +247,6 @@ impl Agent {
             }
             (None, _) => self.bring_up(&config)?,
         }
-        self.config = config;
         Ok(())
     }
 }
