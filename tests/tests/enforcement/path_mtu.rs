@@ -12,7 +12,9 @@ use bridge_tests::wait::eventually;
 use bridge_tests::wire::{Capture, Frame};
 use etherparse::{NetHeaders, TransportHeader};
 
-use crate::support::{DEADLINE, DENIED, INBOUND, OUTBOUND, SECOND, USUAL_RULES, config, seen_until_now};
+use crate::support::{
+    DEADLINE, DENIED, INBOUND, OUTBOUND, SECOND, SILENCE, USUAL_RULES, config, seen_until_now,
+};
 
 /// The least that IPv6 allows; every other link of the lab takes 1500.
 const MTU: u32 = 1280;
@@ -119,14 +121,16 @@ fn fragments_of_an_allowed_datagram_arrive_whole_and_of_a_denied_one_not_at_all(
             let open = udp::Server::echo(&server.netns, server.at(family, allowed))?;
             let shut = udp::Server::echo(&server.netns, server.at(family, DENIED))?;
             let mut capture = Capture::start(&server.netns, "eth0")?;
-            let attempt = udp::ask(&client.netns, 0, shut.address(), &datagram, SECOND)?;
-            ensure!(attempt.refused(), "{attempt}");
+            let attempt = udp::ask(&client.netns, 0, shut.address(), &datagram, SILENCE)?;
+            // Behind an extension header, as that of IPv6 fragments is, there is no answer to what is denied.
+            let as_expected = if family == Family::V4 { attempt.refused() } else { attempt.timed_out() };
+            ensure!(as_expected, "{family:?} to {}, denied: {attempt}", server.name);
             let seen = seen_until_now(&mut capture, lab.b(), server, family)?;
             let offsets: Vec<_> = seen.iter().filter_map(fragment_offset).collect();
             ensure!(!offsets.contains(&0), "a first fragment has arrived: {offsets:?}");
 
             let attempt = udp::ask(&client.netns, 0, open.address(), &datagram, SECOND)?;
-            ensure!(attempt.succeeded(), "{attempt}");
+            ensure!(attempt.succeeded(), "{family:?} to {}, allowed: {attempt}", server.name);
             let lengths: Vec<_> = open.received().iter().map(|(_, datagram)| datagram.len()).collect();
             assert_eq!(lengths, [datagram.len()]);
             let seen = seen_until_now(&mut capture, lab.b(), server, family)?;
