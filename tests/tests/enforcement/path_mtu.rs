@@ -10,9 +10,11 @@ use bridge_tests::lab::{Family, Host, Lab};
 use bridge_tests::traffic::{tcp, udp};
 use bridge_tests::wait::eventually;
 use bridge_tests::wire::{Capture, Frame};
-use etherparse::TransportHeader;
+use etherparse::{NetHeaders, TransportHeader};
 
-use crate::support::{DEADLINE, DENIED, INBOUND, OUTBOUND, SECOND, USUAL_RULES, config, seen_until_now};
+use crate::support::{
+    DEADLINE, DENIED, INBOUND, OUTBOUND, SECOND, SILENCE, USUAL_RULES, config, seen_until_now,
+};
 
 /// The least that IPv6 allows; every other link of the lab takes 1500.
 const MTU: u32 = 1280;
@@ -52,6 +54,19 @@ fn says_too_big(frame: &Frame) -> bool {
         Some(TransportHeader::Icmpv6(icmp)) => matches!(icmp.icmp_type, Icmpv6Type::PacketTooBig { .. }),
         _ => false,
     }
+}
+
+/// Of a fragment that came in, where it belongs in its datagram, in units of 8 octets.
+fn fragment_offset(frame: &Frame) -> Option<u16> {
+    let (offset, more) = match frame.headers()?.net? {
+        NetHeaders::Ipv4(ip, _) => (ip.fragment_offset.value(), ip.more_fragments),
+        NetHeaders::Ipv6(_, extensions) => {
+            let fragment = extensions.fragment?;
+            (fragment.fragment_offset.value(), fragment.more_fragments)
+        }
+        NetHeaders::Arp(_) => return None,
+    };
+    (!frame.outgoing && (more || offset > 0)).then_some(offset)
 }
 
 /// Sends a megabyte to the address behind the narrow link, which cannot arrive unless the sender learns of the link.
@@ -106,23 +121,21 @@ fn fragments_of_an_allowed_datagram_arrive_whole_and_of_a_denied_one_not_at_all(
             let open = udp::Server::echo(&server.netns, server.at(family, allowed))?;
             let shut = udp::Server::echo(&server.netns, server.at(family, DENIED))?;
             let mut capture = Capture::start(&server.netns, "eth0")?;
-            let attempt = udp::ask(&client.netns, 0, shut.address(), &datagram, SECOND)?;
-            ensure!(attempt.refused(), "{attempt}");
+            let attempt = udp::ask(&client.netns, 0, shut.address(), &datagram, SILENCE)?;
+            // Behind an extension header, as that of IPv6 fragments is, there is no answer to what is denied.
+            let as_expected = if family == Family::V4 { attempt.refused() } else { attempt.timed_out() };
+            ensure!(as_expected, "{family:?} to {}, denied: {attempt}", server.name);
             let seen = seen_until_now(&mut capture, lab.b(), server, family)?;
-            let first = seen.iter().filter_map(|frame| frame.endpoints()).any(|(_, to)| to == shut.address());
-            ensure!(!first, "a first fragment has arrived");
+            let offsets: Vec<_> = seen.iter().filter_map(fragment_offset).collect();
+            ensure!(!offsets.contains(&0), "a first fragment has arrived: {offsets:?}");
 
             let attempt = udp::ask(&client.netns, 0, open.address(), &datagram, SECOND)?;
-            ensure!(attempt.succeeded(), "{attempt}");
-            assert_eq!(
-                open.received().iter().map(|(_, datagram)| datagram.len()).collect::<Vec<_>>(),
-                [5000]
-            );
-            let is_reply = |frame: &Frame| frame.endpoints().is_some_and(|(from, _)| from == open.address());
-            let seen = capture.until(SECOND, is_reply)?;
-            let client = client.ip(family);
-            let came = |frame: &&Frame| frame.addresses().is_some_and(|(source, _)| source == client);
-            ensure!(seen.iter().filter(came).count() > 3, "it was not fragmented");
+            ensure!(attempt.succeeded(), "{family:?} to {}, allowed: {attempt}", server.name);
+            let lengths: Vec<_> = open.received().iter().map(|(_, datagram)| datagram.len()).collect();
+            assert_eq!(lengths, [datagram.len()]);
+            let seen = seen_until_now(&mut capture, lab.b(), server, family)?;
+            let offsets: Vec<_> = seen.iter().filter_map(fragment_offset).collect();
+            ensure!(offsets.contains(&0) && offsets.len() > 3, "it was not fragmented: {offsets:?}");
             assert_eq!(shut.received(), []);
         }
     }

@@ -94,7 +94,11 @@ fn an_interface_that_appears_is_enforced_when_it_comes_up() -> Result<()> {
     b.netns.ip(&format!("link add {NEW} type veth peer name eth0 netns {}", c2.netns.name()))?;
     let is_judged_on = || {
         let interfaces = json(&agent, &["status"]).ok()?["enforcement"]["interfaces"].clone();
-        interfaces.as_array()?.iter().any(|hook| hook.as_str() == Some("cali-new internal_ingress")).then_some(())
+        interfaces
+            .as_array()?
+            .iter()
+            .any(|hook| hook.as_str() == Some("cali-new internal_ingress"))
+            .then_some(())
     };
     eventually(DEADLINE, is_judged_on).context("nothing was attached")?;
 
