@@ -133,7 +133,10 @@ impl ObservedTable {
             match there.as_slice() {
                 [one] if one.is(jump) => {}
                 [] => {
-                    return Some(format!("table {table}, chain {}: the jump to bridge is missing", jump.hook));
+                    return Some(format!(
+                        "table {table}, chain {}: the jump to bridge is missing",
+                        jump.hook
+                    ));
                 }
                 _ => {
                     return Some(format!(
@@ -204,25 +207,27 @@ impl OwnRules {
 pub fn parse(save: &str) -> BTreeMap<String, ObservedTable> {
     let mut tables: BTreeMap<String, ObservedTable> = BTreeMap::new();
     let mut current = String::new();
+    let mut last = 0;
     for line in save.lines() {
         if let Some(name) = line.strip_prefix('*') {
             name.trim_end().clone_into(&mut current);
             tables.insert(current.clone(), ObservedTable { present: true, chains: Vec::new() });
         } else if let Some(table) = tables.get_mut(&current) {
-            table.line(line);
+            last = table.line(line, last);
         }
     }
     tables
 }
 
 impl ObservedTable {
-    fn line(&mut self, line: &str) {
+    /// Takes in one line; `last` is the index of the chain of the rule before, since a chain's rules come in a row.
+    fn line(&mut self, line: &str, last: usize) -> usize {
         if let Some(declared) = line.strip_prefix(':') {
             let mut words = declared.split_whitespace();
             let name = words.next().unwrap_or_default().to_owned();
             let policy = words.next().unwrap_or("-").to_owned();
             self.chains.push(ObservedChain { name, policy, rules: Vec::new() });
-            return;
+            return 0;
         }
         let (hits, rest) = match line.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
             Some((counters, rest)) => (parse_hits(counters), rest),
@@ -231,12 +236,15 @@ impl ObservedTable {
         let Some((chain, rule)) =
             rest.strip_prefix("-A ").map(|rest| rest.split_once(' ').unwrap_or((rest, "")))
         else {
-            return;
+            return last;
         };
         let rule = ObservedRule { rule: rule.to_owned(), hits };
-        if let Some(chain) = self.chains.iter_mut().find(|c| c.name == chain) {
-            chain.rules.push(rule);
-        }
+        let from_last = (last..self.chains.len()).chain(0..last);
+        let Some(index) = from_last.into_iter().find(|index| self.chains[*index].name == chain) else {
+            return last;
+        };
+        self.chains[index].rules.push(rule);
+        index
     }
 }
 
@@ -247,19 +255,61 @@ fn parse_hits(counters: &str) -> Hits {
 
 /// The chain or target that a rule leads to.
 pub(super) fn target(rule: &str) -> Option<&str> {
-    // A comment is quoted if it holds a blank, and could hold anything: what is after the last option counts.
-    let (_, after) = [" -j ", " -g "]
-        .iter()
-        .filter_map(|option| rule.rsplit_once(option))
-        .max_by_key(|(b, _)| b.len())
-        .or_else(|| {
-            ["-j ", "-g "].iter().find_map(|option| rule.strip_prefix(option).map(|after| ("", after)))
-        })?;
-    after.split_whitespace().next()
+    // A comment is quoted if it holds a blank, and could hold anything: what is between quotes does not count. An
+    // escaped quote inside ends one part and begins another, which makes no difference here.
+    let outside = rule.split('"').step_by(2);
+    outside.into_iter().find_map(|part| {
+        let mut words = part.split_whitespace();
+        words.by_ref().find(|word| matches!(*word, "-j" | "-g"))?;
+        words.next()
+    })
 }
 
 /// The text of the comment; own comments hold neither blanks nor quotes.
 pub(super) fn comment(rule: &str) -> Option<&str> {
     let (_, after) = rule.split_once("--comment ")?;
     after.split_whitespace().next().map(|word| word.trim_matches('"'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_told_from_a_comment() {
+        assert_eq!(target("-j BRIDGE-FORWARD"), Some("BRIDGE-FORWARD"));
+        assert_eq!(target("-s 192.0.2.1/32 -g X --opt"), Some("X"));
+        assert_eq!(target(r#"-m comment --comment "see -j BRIDGE-FORWARD""#), None);
+        assert_eq!(target(r#"-m comment --comment "a -j BRIDGE-X" -j ACCEPT"#), Some("ACCEPT"));
+    }
+
+    const SAVE: &str = "# remark\n*filter\n:FORWARD DROP [1:2]\n:BRIDGE-FORWARD - [0:0]\n\
+                        [3:4] -A FORWARD -m comment --comment \"bridge:jump\" -j BRIDGE-FORWARD\n\
+                        [5:6] -A FORWARD -j ACCEPT\n[7:8] -A BRIDGE-FORWARD -m comment --comment ping -j RETURN\n\
+                        [1:1] -A BRIDGE-FORWARD -m comment --comment ping -j DROP\nCOMMIT\n";
+
+    #[test]
+    fn counters_are_added_up_by_name() {
+        let table = parse(SAVE).remove("filter").unwrap();
+        assert_eq!(table.hits(), BTreeMap::from([("ping".to_owned(), Hits { packets: 8, bytes: 9 })]));
+    }
+
+    #[test]
+    fn drift_is_told_in_words_and_foreign_changes_are_none() {
+        let written = parse(SAVE).remove("filter").unwrap().own();
+        let drift = |from: &str, to: &str| {
+            let changed = SAVE.replacen(from, to, 1);
+            assert_ne!(changed, SAVE);
+            written.drift(Table::Filter, &parse(&changed).remove("filter").unwrap().own())
+        };
+        assert_eq!(drift("[5:6] -A FORWARD -j ACCEPT\n", ""), None);
+        assert_eq!(drift("[7:8]", "[9:9]"), None);
+        let first = drift("[3:4]", "[0:0] -A FORWARD -j ACCEPT\n[3:4]").unwrap();
+        assert!(first.ends_with("the jump to bridge is no longer first"), "{first}");
+        let removed =
+            drift("[3:4] -A FORWARD -m comment --comment \"bridge:jump\" -j BRIDGE-FORWARD\n", "").unwrap();
+        assert!(removed.ends_with("the jump to bridge was removed"), "{removed}");
+        let changed = drift("[1:1] -A BRIDGE-FORWARD -m comment --comment ping -j DROP\n", "").unwrap();
+        assert!(changed.ends_with("chain BRIDGE-FORWARD was changed (2 rules, now 1)"), "{changed}");
+    }
 }

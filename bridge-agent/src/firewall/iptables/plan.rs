@@ -11,28 +11,40 @@ pub struct Restore {
     /// Which table.
     pub table: Table,
     /// From `*table` to `COMMIT`.
+    pub lines: Vec<RestoreLine>,
+}
+
+/// See [`Restore::lines`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RestoreLine {
+    /// As iptables-restore reads it.
     pub text: String,
-    /// For each line of `text` the name of the rule that it comes from; empty where there is none.
-    pub names: Vec<String>,
+    /// Name of the rule that it comes from; empty where there is none.
+    pub name: String,
+}
+
+impl Restore {
+    /// What iptables-restore is given.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.lines.iter().flat_map(|line| [line.text.as_str(), "\n"]).collect()
+    }
 }
 
 /// Collects lines and the names that errors in them are told by.
 struct Writer {
-    text: String,
-    names: Vec<String>,
+    lines: Vec<RestoreLine>,
 }
 
 impl Writer {
     fn new(table: Table) -> Self {
-        let mut writer = Self { text: String::new(), names: Vec::new() };
+        let mut writer = Self { lines: Vec::new() };
         writer.line(&format!("*{table}"), "");
         writer
     }
 
     fn line(&mut self, line: &str, name: &str) {
-        self.text.push_str(line);
-        self.text.push('\n');
-        self.names.push(name.into());
+        self.lines.push(RestoreLine { text: line.into(), name: name.into() });
     }
 
     /// Declared chains are emptied first (`--noflush` spares the built-in ones and those that are not named), so the
@@ -53,7 +65,7 @@ impl Writer {
 
     fn finish(mut self, family: Family, table: Table) -> Restore {
         self.line("COMMIT", "");
-        Restore { family, table, text: self.text, names: self.names }
+        Restore { family, table, lines: self.lines }
     }
 }
 
@@ -116,7 +128,7 @@ pub fn fresh(ruleset: &Ruleset) -> String {
         .tables
         .iter()
         .filter_map(|wanted| restore(ruleset.family, wanted.table, Some(wanted), &empty))
-        .map(|restore| restore.text)
+        .map(|restore| restore.text())
         .collect()
 }
 

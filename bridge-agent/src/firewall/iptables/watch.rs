@@ -1,0 +1,305 @@
+//! Notices within a second that another program changed the rules, and mends them.
+//!
+//! Every round asks the kernel one cheap question, and reads the rules only if the answer is new:
+//! - nf_tables numbers its rulesets: one netlink message. (Its notifications would bring every rule that anybody
+//!   writes, 10,000 of them when a kube-proxy starts, to learn no more than that.)
+//! - x_tables has no numbers and no notifications: its tables are copied out and hashed without the counters.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::driver::Iptables;
+use super::error::Error;
+use super::kernel::{self, Nft};
+use super::programs::Backend;
+use super::ruleset::{Family, Table};
+use crate::firewall::{Firewall, Hits, Remains};
+use crate::model::Policy;
+
+/// Between two rounds.
+const INTERVAL: Duration = Duration::from_millis(200);
+/// Rounds must leave this many times their own duration free, up to [`LONGEST`].
+const IDLE_SHARE: u32 = 19;
+const LONGEST: Duration = Duration::from_millis(700);
+/// Another program that also wants to be first is let win for this long, after [`PATIENCE`] repairs in a row.
+const TRUCE: Duration = Duration::from_secs(30);
+const PATIENCE: u32 = 5;
+
+/// What the watch has seen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// How often rules were put back.
+    pub repairs: u64,
+    /// What had become of them the last time, and when.
+    pub last_repair: Option<(SystemTime, String)>,
+    /// Why the rules could not be read or put back, if that is so now.
+    pub failure: Option<String>,
+}
+
+/// A policy in force, and a thread that keeps it so.
+///
+/// Dropping it ends the thread and leaves the rules.
+#[derive(Debug)]
+pub struct Guard {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    stop: Mutex<bool>,
+    stopped: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    firewall: Iptables,
+    policy: Policy,
+    status: Status,
+    peace: Peace,
+}
+
+impl Guard {
+    /// Puts `policy` in force, saves it, and watches from then on, in the network namespace of this thread.
+    ///
+    /// # Errors
+    /// If it cannot be put in force. That it cannot be saved is told in the log and goes on.
+    pub fn start(mut firewall: Iptables, policy: Policy) -> Result<Self, Error> {
+        // Before the rules are written: what happens between that and the first round is then seen by it.
+        let question = Question::open(firewall.backend())?;
+        firewall.converge(&policy)?;
+        save(&firewall, &policy);
+        let state = State { firewall, policy, status: Status::default(), peace: Peace::default() };
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), stop: Mutex::new(false), stopped: Condvar::new() });
+        let thread = std::thread::Builder::new()
+            .name("iptables-watch".into())
+            .spawn({
+                let shared = Arc::clone(&shared);
+                move || watch(&shared, &question)
+            })
+            .map_err(|source| Error::Kernel { what: "start a thread".into(), source })?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Puts another policy in force and saves it. If it is refused, the one of before stays.
+    ///
+    /// # Errors
+    /// If it cannot be put in force.
+    pub fn update(&self, policy: Policy) -> Result<(), Error> {
+        let mut state = self.shared.state();
+        if let Err(error) = state.firewall.converge(&policy) {
+            // Tables are committed one by one: those before the refused one are taken back.
+            let before = state.policy.clone();
+            state.firewall.converge(&before)?;
+            return Err(error);
+        }
+        save(&state.firewall, &policy);
+        state.policy = policy;
+        Ok(())
+    }
+
+    /// What the watch has seen.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        self.shared.state().status.clone()
+    }
+
+    /// See [`Firewall::hits`].
+    ///
+    /// # Errors
+    /// If the kernel's rules cannot be read.
+    pub fn hits(&self) -> Result<BTreeMap<String, Hits>, Error> {
+        self.shared.state().firewall.hits()
+    }
+
+    /// Ends the watch, then removes everything.
+    pub fn teardown(mut self) -> Remains<Error> {
+        self.stop();
+        self.shared.state().firewall.teardown()
+    }
+
+    fn stop(&mut self) {
+        *self.shared.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.shared.stopped.notify_all();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the watch over iptables had panicked");
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True if the watch is to end.
+    fn pause(&self, pause: Duration) -> bool {
+        let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = self.stopped.wait_timeout_while(stop, pause, |stop| !*stop);
+        *waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+}
+
+fn save(firewall: &Iptables, policy: &Policy) {
+    match firewall.save(policy) {
+        Ok(files) => files.iter().for_each(|file| tracing::info!(file = %file.display(), "rules saved")),
+        Err(error) => tracing::error!("{error}"),
+    }
+}
+
+fn watch(shared: &Shared, question: &Question) {
+    let mut known = None;
+    let mut pause = INTERVAL;
+    while !shared.pause(pause) {
+        let begun = Instant::now();
+        // Asked before the rules are read, so that a change in between is seen in the next round.
+        match question.ask() {
+            Ok(answer) if known.as_ref() == Some(&answer) => {}
+            Ok(answer) => known = shared.state().round(begun).then_some(answer),
+            Err(error) => shared.state().failed(&format!("cannot ask the kernel for changes: {error}")),
+        }
+        pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
+    }
+}
+
+impl State {
+    /// Looks, and mends; false if it is to be looked again though nothing changes.
+    fn round(&mut self, now: Instant) -> bool {
+        let drift = match self.firewall.drift() {
+            Ok(None) => {
+                self.status.failure = None;
+                return true;
+            }
+            Ok(Some(drift)) => drift,
+            Err(error) => {
+                self.failed(&error.to_string());
+                return false;
+            }
+        };
+        if !self.peace.may_repair(&drift, now) {
+            self.failed(&format!(
+                "{drift}, and is no longer put back at once: another program wants to be first there too \
+                 (Calico: set chainInsertMode to Append)"
+            ));
+            return false;
+        }
+        match self.firewall.converge(&self.policy) {
+            Ok(()) => {
+                tracing::warn!("{drift}; repaired");
+                self.status.failure = None;
+                self.status.repairs += 1;
+                self.status.last_repair = Some((SystemTime::now(), drift));
+            }
+            Err(error) => self.failed(&format!("{drift}; {error}")),
+        }
+        // The repair is a change too: the next round sees that it is the last.
+        false
+    }
+
+    fn failed(&mut self, failure: &str) {
+        if self.status.failure.as_deref() != Some(failure) {
+            tracing::error!("{failure}");
+            self.status.failure = Some(failure.to_owned());
+        }
+    }
+}
+
+/// Keeps two programs that both put their jump first from doing nothing else.
+#[derive(Debug, Default)]
+struct Peace {
+    last: Option<Instant>,
+    in_a_row: u32,
+}
+
+impl Peace {
+    fn may_repair(&mut self, drift: &str, now: Instant) -> bool {
+        if !drift.ends_with("no longer first") {
+            return true;
+        }
+        let since = self.last.map(|last| now.saturating_duration_since(last));
+        match since {
+            Some(since) if since < TRUCE && self.in_a_row >= PATIENCE => return false,
+            Some(since) if since < TRUCE => self.in_a_row += 1,
+            _ => self.in_a_row = 1,
+        }
+        self.last = Some(now);
+        true
+    }
+}
+
+/// The cheap question, and what it needs to be asked.
+#[derive(Debug)]
+enum Question {
+    Nft(Nft),
+    Legacy,
+}
+
+/// Anything that is equal as long as nothing changed.
+#[derive(Debug, PartialEq, Eq)]
+enum Answer {
+    Generation(u32),
+    Tables(Vec<Option<u64>>),
+}
+
+impl Question {
+    fn open(backend: Backend) -> Result<Self, Error> {
+        match backend {
+            Backend::Nft => Nft::open()
+                .map(Self::Nft)
+                .map_err(|source| Error::Kernel { what: "open a socket to nf_tables".into(), source }),
+            Backend::Legacy => Ok(Self::Legacy),
+        }
+    }
+
+    fn ask(&self) -> io::Result<Answer> {
+        match self {
+            Self::Nft(nft) => nft.generation().map(Answer::Generation),
+            Self::Legacy => {
+                let mut tables = Vec::new();
+                for family in Family::ALL {
+                    let there = kernel::legacy_tables(family);
+                    for table in Table::ALL {
+                        let exists = there.iter().any(|name| name == table.name());
+                        tables.push(if exists {
+                            Some(kernel::legacy_fingerprint(family, table)?)
+                        } else {
+                            None
+                        });
+                    }
+                }
+                Ok(Answer::Tables(tables))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_insists_on_being_first_is_let_win_for_a_while() {
+        let mut peace = Peace::default();
+        let start = Instant::now();
+        let drift = "IPv4 table filter, chain FORWARD: the jump to bridge is no longer first";
+        for round in 0..PATIENCE {
+            assert!(peace.may_repair(drift, start + Duration::from_secs(u64::from(round))));
+        }
+        assert!(!peace.may_repair(drift, start + Duration::from_secs(6)));
+        assert!(peace.may_repair("IPv4 table filter: chain BRIDGE-FORWARD was removed", start));
+        assert!(peace.may_repair(drift, start + Duration::from_secs(6) + TRUCE));
+    }
+}
