@@ -68,11 +68,12 @@ pub trait Firewall {
     /// If what stands there is not what was planned.
     fn verify(&mut self, policy: &Policy) -> Result<(), Self::Error>;
 
-    /// The first thing found that another program did to the rules since [`Firewall::verify`], in words.
+    /// The first thing found that another program did to the rules since [`Firewall::verify`], in words, with what
+    /// was observed.
     ///
     /// # Errors
     /// If the kernel's rules cannot be read.
-    fn drift(&self) -> Result<Option<String>, Self::Error>;
+    fn drift(&self) -> Result<Option<(String, Self::Observed)>, Self::Error>;
 
     /// Puts the rules where the system finds them at boot.
     ///

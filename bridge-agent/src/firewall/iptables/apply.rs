@@ -124,7 +124,7 @@ fn try_rules(programs: &Programs, backend: Backend, restore: &Restore, rules: &[
         let head = [format!("*{}", restore.table)].into_iter().chain(chains.clone());
         let lines = head.chain(body).chain(["COMMIT".to_owned()]);
         let lines = lines.map(|text| RestoreLine { text, name: String::new() }).collect();
-        Restore { lines, ..*restore }
+        Restore { lines, last: false, ..*restore }
     };
     let rules = rules.iter().map(|line| renamed(&line.text)).collect();
     let taken = commit(programs, backend, &table(rules)).is_ok();
@@ -148,7 +148,7 @@ pub(super) fn save(
     let path = programs.tool(family, backend, "-save")?;
     let output = programs.run(&path, ["-c", "-t", table.name()], None)?;
     let program = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let context = Restore { family, table, lines: Vec::new() };
+    let context = Restore { family, table, lines: Vec::new(), last: false };
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let printed: String = stdout.lines().filter(|line| line.starts_with('#')).collect();

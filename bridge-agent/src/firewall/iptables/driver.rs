@@ -10,7 +10,7 @@ use super::observe::{ObservedTable, OwnRules, parse};
 use super::plan::{self, Restore};
 use super::programs::{Backend, Programs};
 use super::render::{self, Options};
-use super::ruleset::{Family, Ruleset, Table};
+use super::ruleset::{Family, Ruleset, Table, TableRules};
 use super::{apply, save};
 use crate::firewall::{Firewall, Hits, Remains};
 use crate::model::Policy;
@@ -83,8 +83,15 @@ impl Iptables {
     }
 
     fn read(&self, backend: Backend, family: Family, table: Table) -> Result<ObservedTable, Error> {
-        let exists = || kernel::legacy_tables(family).iter().any(|name| name == table.name());
-        if backend == Backend::Legacy && !exists() {
+        // Without the program nothing was ever written; with it, asking it for a table may make the table.
+        self.config.programs.tool(family, backend, "-save")?;
+        let exists = match backend {
+            Backend::Legacy => kernel::legacy_tables(family).iter().any(|name| name == table.name()),
+            Backend::Nft => Nft::open().and_then(|nft| nft.has_table(family, table)).map_err(|source| {
+                Error::Kernel { what: format!("look for {family} table {table}"), source }
+            })?,
+        };
+        if !exists {
             return Ok(ObservedTable::default());
         }
         let text = apply::save(&self.config.programs, backend, family, table)?;
@@ -109,6 +116,38 @@ impl Iptables {
         Ok(tables)
     }
 
+    /// Puts back the tables that were found changed, and leaves the others alone.
+    ///
+    /// # Errors
+    /// Those of [`Firewall::apply`] and [`Firewall::verify`].
+    pub(super) fn repair(&mut self, policy: &Policy, changed: &Observed) -> Result<(), Error> {
+        let mut plan = self.plan(policy, changed);
+        plan.restores.retain(|restore| changed.tables.contains_key(&(restore.family, restore.table)));
+        self.apply(&plan)?;
+        let rulesets = self.rulesets(policy);
+        for (family, table) in changed.tables.keys() {
+            let there = self.read(self.backend(), *family, *table)?;
+            let wanted = rulesets.iter().find(|r| r.family == *family).and_then(|r| r.table(*table));
+            self.accept(*family, *table, wanted, &there)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what stands there to compare later states with, if it is what was wanted.
+    fn accept(
+        &mut self,
+        family: Family,
+        table: Table,
+        wanted: Option<&TableRules>,
+        there: &ObservedTable,
+    ) -> Result<(), Error> {
+        if let Some(what) = there.mismatch(table, wanted) {
+            return Err(Error::NotAsWritten { family, what });
+        }
+        self.written.insert((family, table), there.own());
+        Ok(())
+    }
+
     /// Whether rules that cannot be read need not be looked for.
     fn may_be_missing(&self, backend: Backend, family: Family, error: &Error) -> bool {
         backend != self.backend()
@@ -131,30 +170,21 @@ impl Iptables {
         }
     }
 
-    fn teardown_table(
-        &self,
-        backend: Backend,
-        family: Family,
-        table: Table,
-        observed: &ObservedTable,
-        remains: &mut Remains<Error>,
-    ) -> Result<(), Error> {
-        let Some(removal) = plan::restore(family, table, None, observed) else { return Ok(()) };
-        apply::restore(&self.config.programs, backend, &removal)?;
-        if !observed.was_absent() {
-            return Ok(());
-        }
-        match backend {
-            Backend::Legacy => remains.notes.push(format!(
+    /// Applies one part of a plan; what remains of a table that bridge made and has no more use for, in words.
+    fn restore(&self, backend: Backend, restore: &Restore) -> Result<Option<String>, Error> {
+        apply::restore(&self.config.programs, backend, restore)?;
+        let Restore { family, table, last, .. } = *restore;
+        Ok(match backend {
+            _ if !last => None,
+            Backend::Legacy => Some(format!(
                 "{family} table {table} of iptables-legacy was not there before and stays, empty: \
                  it goes with its kernel module (iptable_{table}, ip6table_{table}) or at the next boot"
             )),
-            Backend::Nft if self.remove_table(family, table)? => {}
-            Backend::Nft => remains.notes.push(format!(
+            Backend::Nft if self.remove_table(family, table)? => None,
+            Backend::Nft => Some(format!(
                 "{family} table {table} was not there before and stays: other programs use it now"
             )),
-        }
-        Ok(())
+        })
     }
 }
 
@@ -188,42 +218,43 @@ impl Firewall for Iptables {
     }
 
     fn apply(&mut self, plan: &Plan) -> Result<(), Error> {
-        for restore in &plan.restores {
-            apply::restore(&self.config.programs, self.backend(), restore)?;
-        }
-        for removal in &plan.removals {
-            apply::restore(&self.config.programs, self.backend().other(), removal)?;
+        let restores = plan.restores.iter().map(|restore| (self.backend(), restore));
+        let removals = plan.removals.iter().map(|removal| (self.backend().other(), removal));
+        for (backend, restore) in restores.chain(removals) {
+            if let Some(remains) = self.restore(backend, restore)? {
+                tracing::info!("{remains}");
+            }
         }
         Ok(())
     }
 
     fn verify(&mut self, policy: &Policy) -> Result<(), Error> {
         let observed = self.read_all(self.backend())?;
-        for ruleset in &self.rulesets(policy) {
+        let absent = ObservedTable::default();
+        for ruleset in self.rulesets(policy) {
             for table in Table::ALL {
-                let key = (ruleset.family, table);
-                let absent = ObservedTable::default();
-                let there = observed.get(&key).unwrap_or(&absent);
-                if let Some(what) = there.mismatch(table, ruleset.table(table)) {
-                    return Err(Error::NotAsWritten { family: ruleset.family, what });
-                }
-                self.written.insert(key, there.own());
+                let there = observed.get(&(ruleset.family, table)).unwrap_or(&absent);
+                self.accept(ruleset.family, table, ruleset.table(table), there)?;
             }
         }
         Ok(())
     }
 
-    fn drift(&self) -> Result<Option<String>, Error> {
-        for ((family, table), written) in &self.written {
+    fn drift(&self) -> Result<Option<(String, Observed)>, Error> {
+        let mut drift = None;
+        let mut tables = BTreeMap::new();
+        for (key, written) in &self.written {
+            let (family, table) = *key;
             if *written == OwnRules::default() {
                 continue;
             }
-            let now = self.read(self.backend(), *family, *table)?.own();
-            if let Some(drift) = written.drift(*table, &now) {
-                return Ok(Some(format!("{family} {drift}")));
+            let now = self.read(self.backend(), family, table)?;
+            if let Some(what) = written.drift(table, &now.own()) {
+                drift.get_or_insert_with(|| format!("{family} {what}"));
+                tables.insert(*key, now);
             }
         }
-        Ok(None)
+        Ok(drift.map(|drift| (drift, Observed { tables, other: BTreeMap::new() })))
     }
 
     fn save(&self, policy: &Policy) -> Result<Vec<PathBuf>, Error> {
@@ -246,10 +277,11 @@ impl Firewall for Iptables {
             for (family, table) in Family::ALL.into_iter().flat_map(|f| Table::ALL.map(|table| (f, table))) {
                 match self.read(backend, family, table) {
                     Ok(observed) => {
-                        if let Err(error) =
-                            self.teardown_table(backend, family, table, &observed, &mut remains)
-                        {
-                            remains.errors.push(error);
+                        let removal = plan::restore(family, table, None, &observed);
+                        match removal.map(|removal| self.restore(backend, &removal)) {
+                            Some(Ok(note)) => remains.notes.extend(note),
+                            Some(Err(error)) => remains.errors.push(error),
+                            None => {}
                         }
                     }
                     // Where the program, its back end or IPv6 is missing, nothing was ever written.

@@ -2,7 +2,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 use rustix::net::{AddressFamily, SocketType};
@@ -14,6 +14,7 @@ const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;
 const NFNL_MSG_BATCH_END: u16 = 17;
 const NFNL_BATCH_GENID: u16 = 1;
+const NFT_MSG_GETTABLE: u16 = 1;
 const NFT_MSG_DELTABLE: u16 = 2;
 const NFT_MSG_GETGEN: u16 = 16;
 const NFTA_TABLE_NAME: u16 = 1;
@@ -51,17 +52,32 @@ impl Nft {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no generation in the answer"))
     }
 
+    /// Whether a table is there. iptables-nft-save cannot tell: asked for a table by name, it prints an empty one.
+    pub(super) fn has_table(&self, family: Family, table: Table) -> io::Result<bool> {
+        let name = encode(NFTA_TABLE_NAME, &[table.name().as_bytes(), &[0]].concat());
+        let request = message(
+            (NFNL_SUBSYS_NFTABLES << 8) | NFT_MSG_GETTABLE,
+            NLM_F_REQUEST,
+            0,
+            protocol(family),
+            0,
+            &name,
+        );
+        self.socket.send(&request, 0)?;
+        let (answer, _) = self.socket.recv_from_full()?;
+        match error_of(&answer) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Removes a table with its chains, if the ruleset is still of `generation`.
     ///
     /// # Errors
     /// `ERESTART` if something was changed since.
     pub(super) fn delete_table(&self, family: Family, table: Table, generation: u32) -> io::Result<()> {
         let name = [table.name().as_bytes(), &[0]].concat();
-        let protocol = match family {
-            Family::V4 => libc::NFPROTO_IPV4,
-            Family::V6 => libc::NFPROTO_IPV6,
-        };
-        let family = u8::try_from(protocol).unwrap_or_default();
         let genid = encode(NFNL_BATCH_GENID, &generation.to_be_bytes());
         let batch = [
             message(NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, 1, 0, NFNL_SUBSYS_NFTABLES, &genid),
@@ -69,7 +85,7 @@ impl Nft {
                 (NFNL_SUBSYS_NFTABLES << 8) | NFT_MSG_DELTABLE,
                 NLM_F_REQUEST | NLM_F_ACK,
                 2,
-                family,
+                protocol(family),
                 0,
                 &encode(NFTA_TABLE_NAME, &name),
             ),
@@ -80,6 +96,14 @@ impl Nft {
         let (answer, _) = self.socket.recv_from_full()?;
         error_of(&answer)
     }
+}
+
+fn protocol(family: Family) -> u8 {
+    let protocol = match family {
+        Family::V4 => libc::NFPROTO_IPV4,
+        Family::V6 => libc::NFPROTO_IPV6,
+    };
+    u8::try_from(protocol).unwrap_or_default()
 }
 
 /// A netlink message with an nfnetlink header; `resource` in network byte order.
@@ -140,11 +164,18 @@ pub(super) fn legacy_tables(family: Family) -> Vec<String> {
     std::fs::read_to_string(file).unwrap_or_default().lines().map(str::to_owned).collect()
 }
 
-/// A hash over every rule of an x_tables table, counters left out. The table must exist, or it is made.
-///
-/// x_tables has no notifications. This is one copy of the table out of the kernel and one pass over it.
-pub(super) fn legacy_fingerprint(family: Family, table: Table) -> io::Result<u64> {
-    // linux/netfilter_ipv4/ip_tables.h and linux/netfilter_ipv6/ip6_tables.h: the two options have the same numbers.
+/// A socket to the tables of x_tables in the network namespace it was opened in.
+#[derive(Debug)]
+pub(super) struct Legacy {
+    socket: OwnedFd,
+    family: Family,
+}
+
+/// Where hooks begin in the table, how many rules it has, and their size: the answer to `IPT_SO_GET_INFO`.
+pub(super) type Outline = [u8; Legacy::INFO];
+
+impl Legacy {
+    // linux/netfilter_ipv4/ip_tables.h and linux/netfilter_ipv6/ip6_tables.h: the options have the same numbers.
     const GET_INFO: libc::c_int = 64;
     const GET_ENTRIES: libc::c_int = 65;
     /// `struct ipt_getinfo`: name, valid_hooks, hook_entry[5], underflow[5], num_entries, size.
@@ -152,25 +183,48 @@ pub(super) fn legacy_fingerprint(family: Family, table: Table) -> io::Result<u64
     /// `struct ipt_get_entries`: name, size, padding.
     const ENTRIES: usize = 40;
 
-    let (domain, level) = match family {
-        Family::V4 => (AddressFamily::INET, libc::IPPROTO_IP),
-        Family::V6 => (AddressFamily::INET6, libc::IPPROTO_IPV6),
-    };
-    let socket = rustix::net::socket(domain, SocketType::DGRAM, None)?;
-    let mut info = vec![0u8; INFO];
-    info[..table.name().len()].copy_from_slice(table.name().as_bytes());
-    getsockopt(socket.as_raw_fd(), level, GET_INFO, &mut info)?;
-    let size = u32::from_ne_bytes([info[INFO - 4], info[INFO - 3], info[INFO - 2], info[INFO - 1]]);
+    pub(super) fn open(family: Family) -> io::Result<Self> {
+        let domain = match family {
+            Family::V4 => AddressFamily::INET,
+            Family::V6 => AddressFamily::INET6,
+        };
+        Ok(Self { socket: rustix::net::socket(domain, SocketType::DGRAM, None)?, family })
+    }
 
-    let mut blob = vec![0u8; ENTRIES + usize::try_from(size).unwrap_or_default()];
-    blob[..table.name().len()].copy_from_slice(table.name().as_bytes());
-    blob[32..36].copy_from_slice(&size.to_ne_bytes());
-    getsockopt(socket.as_raw_fd(), level, GET_ENTRIES, &mut blob)?;
+    /// Whatever is added or removed changes it, by size if not by count. The table must exist, or it is made.
+    pub(super) fn outline(&self, table: Table) -> io::Result<Outline> {
+        let mut info = [0; Self::INFO];
+        info[..table.name().len()].copy_from_slice(table.name().as_bytes());
+        self.getsockopt(Self::GET_INFO, &mut info)?;
+        Ok(info)
+    }
 
-    let mut hasher = DefaultHasher::new();
-    info[32..].hash(&mut hasher);
-    hash_entries(family, &blob[ENTRIES..], &mut hasher);
-    Ok(hasher.finish())
+    /// A hash over every rule, counters left out: one copy of the table out of the kernel and one pass over it.
+    pub(super) fn fingerprint(&self, table: Table, outline: &Outline) -> io::Result<u64> {
+        let [.., a, b, c, d] = *outline;
+        let size = [a, b, c, d];
+        let length = usize::try_from(u32::from_ne_bytes(size)).unwrap_or_default();
+        let mut entries = vec![0; Self::ENTRIES + length];
+        entries[..table.name().len()].copy_from_slice(table.name().as_bytes());
+        entries[32..36].copy_from_slice(&size);
+        self.getsockopt(Self::GET_ENTRIES, &mut entries)?;
+        let mut hasher = DefaultHasher::new();
+        hash_entries(self.family, &entries[Self::ENTRIES..], &mut hasher);
+        Ok(hasher.finish())
+    }
+
+    fn getsockopt(&self, option: libc::c_int, value: &mut [u8]) -> io::Result<()> {
+        let level = match self.family {
+            Family::V4 => libc::IPPROTO_IP,
+            Family::V6 => libc::IPPROTO_IPV6,
+        };
+        let mut length = libc::socklen_t::try_from(value.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let socket = self.socket.as_raw_fd();
+        // SAFETY: the kernel writes at most `length` bytes, which is the size of `value`.
+        let result =
+            unsafe { libc::getsockopt(socket, level, option, value.as_mut_ptr().cast(), &raw mut length) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
 }
 
 /// Hashes `struct ipt_entry` (`struct ip6t_entry`) after entry without `comefrom` and the counters, which change by
@@ -189,14 +243,6 @@ fn hash_entries(family: Family, entries: &[u8], hasher: &mut DefaultHasher) {
         rest[elements..length].hash(hasher);
         rest = &rest[length..];
     }
-}
-
-fn getsockopt(socket: RawFd, level: libc::c_int, option: libc::c_int, value: &mut [u8]) -> io::Result<()> {
-    let mut length = libc::socklen_t::try_from(value.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // SAFETY: the kernel writes at most `length` bytes, which is the size of `value`.
-    let result =
-        unsafe { libc::getsockopt(socket, level, option, value.as_mut_ptr().cast(), &raw mut length) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ pub struct Restore {
     pub table: Table,
     /// From `*table` to `COMMIT`.
     pub lines: Vec<RestoreLine>,
+    /// Nothing of bridge's is left in the table then, and bridge made it: it may go.
+    pub last: bool,
 }
 
 /// See [`Restore::lines`].
@@ -63,9 +65,9 @@ impl Writer {
         }
     }
 
-    fn finish(mut self, family: Family, table: Table) -> Restore {
+    fn finish(mut self, family: Family, table: Table, last: bool) -> Restore {
         self.line("COMMIT", "");
-        Restore { family, table, lines: self.lines }
+        Restore { family, table, lines: self.lines, last }
     }
 }
 
@@ -117,7 +119,7 @@ pub fn restore(
     for name in &stale {
         writer.line(&format!("-X {name}"), "");
     }
-    Some(writer.finish(family, table))
+    Some(writer.finish(family, table, wanted.is_none() && observed.was_absent()))
 }
 
 /// All tables of a ruleset, for a host on which bridge has no rules yet.

@@ -3,7 +3,8 @@
 //! Every round asks the kernel one cheap question, and reads the rules only if the answer is new:
 //! - nf_tables numbers its rulesets: one netlink message. (Its notifications would bring every rule that anybody
 //!   writes, 10,000 of them when a kube-proxy starts, to learn no more than that.)
-//! - x_tables has no numbers and no notifications: its tables are copied out and hashed without the counters.
+//! - x_tables has no numbers and no notifications: a table's outline (rules, size, entry points) is asked for in every
+//!   round, and less often its content is copied out and hashed without the counters.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::driver::Iptables;
 use super::error::Error;
-use super::kernel::{self, Nft};
+use super::kernel::{self, Legacy, Nft, Outline};
 use super::programs::Backend;
 use super::ruleset::{Family, Table};
 use crate::firewall::{Firewall, Hits, Remains};
@@ -24,6 +25,8 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// Rounds must leave this many times their own duration free, up to [`LONGEST`].
 const IDLE_SHARE: u32 = 19;
 const LONGEST: Duration = Duration::from_millis(700);
+/// Between two looks at the content of an x_tables table whose outline is as it was.
+const CONTENT: Duration = Duration::from_millis(600);
 /// Another program that also wants to be first is let win for this long, after [`PATIENCE`] repairs in a row.
 const TRUCE: Duration = Duration::from_secs(30);
 const PATIENCE: u32 = 5;
@@ -80,7 +83,7 @@ impl Guard {
             .name("iptables-watch".into())
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || watch(&shared, &question)
+                move || watch(&shared, question)
             })
             .map_err(|source| Error::Kernel { what: "start a thread".into(), source })?;
         Ok(Self { shared, thread: Some(thread) })
@@ -160,7 +163,7 @@ fn save(firewall: &Iptables, policy: &Policy) {
     }
 }
 
-fn watch(shared: &Shared, question: &Question) {
+fn watch(shared: &Shared, mut question: Question) {
     let mut known = None;
     let mut pause = INTERVAL;
     while !shared.pause(pause) {
@@ -168,25 +171,46 @@ fn watch(shared: &Shared, question: &Question) {
         // Asked before the rules are read, so that a change in between is seen in the next round.
         match question.ask() {
             Ok(answer) if known.as_ref() == Some(&answer) => {}
-            Ok(answer) => known = shared.state().round(begun).then_some(answer),
+            Ok(answer) => {
+                let seen = shared.state().round(begun);
+                if seen == Seen::Unharmed {
+                    known = Some(answer);
+                }
+                if seen == Seen::Repaired {
+                    // What did the damage may not be done with it: be back soon.
+                    pause = INTERVAL;
+                    continue;
+                }
+            }
             Err(error) => shared.state().failed(&format!("cannot ask the kernel for changes: {error}")),
         }
         pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     }
 }
 
+/// How a round ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    /// Whatever changed was not bridge's.
+    Unharmed,
+    /// Damage, put back: a change too, so the next round looks again.
+    Repaired,
+    /// Damage, or no way to see: to be looked at again though nothing changes.
+    Failed,
+}
+
 impl State {
-    /// Looks, and mends; false if it is to be looked again though nothing changes.
-    fn round(&mut self, now: Instant) -> bool {
-        let drift = match self.firewall.drift() {
+    /// Looks, and mends.
+    fn round(&mut self, now: Instant) -> Seen {
+        let (drift, changed) = match self.firewall.drift() {
             Ok(None) => {
                 self.status.failure = None;
-                return true;
+                return Seen::Unharmed;
             }
             Ok(Some(drift)) => drift,
             Err(error) => {
                 self.failed(&error.to_string());
-                return false;
+                return Seen::Failed;
             }
         };
         if !self.peace.may_repair(&drift, now) {
@@ -194,19 +218,21 @@ impl State {
                 "{drift}, and is no longer put back at once: another program wants to be first there too \
                  (Calico: set chainInsertMode to Append)"
             ));
-            return false;
+            return Seen::Failed;
         }
-        match self.firewall.converge(&self.policy) {
+        match self.firewall.repair(&self.policy, &changed) {
             Ok(()) => {
                 tracing::warn!("{drift}; repaired");
                 self.status.failure = None;
                 self.status.repairs += 1;
                 self.status.last_repair = Some((SystemTime::now(), drift));
+                Seen::Repaired
             }
-            Err(error) => self.failed(&format!("{drift}; {error}")),
+            Err(error) => {
+                self.failed(&format!("{drift}; {error}"));
+                Seen::Failed
+            }
         }
-        // The repair is a change too: the next round sees that it is the last.
-        false
     }
 
     fn failed(&mut self, failure: &str) {
@@ -244,14 +270,22 @@ impl Peace {
 #[derive(Debug)]
 enum Question {
     Nft(Nft),
-    Legacy,
+    Legacy(Box<LegacyTables>),
 }
 
 /// Anything that is equal as long as nothing changed.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Answer {
     Generation(u32),
-    Tables(Vec<Option<u64>>),
+    Tables(BTreeMap<(Family, Table), (Outline, u64)>),
+}
+
+/// The outlines of tables are asked for in every round, their content in some.
+#[derive(Debug, Default)]
+struct LegacyTables {
+    sockets: BTreeMap<Family, Legacy>,
+    known: BTreeMap<(Family, Table), (Outline, u64)>,
+    read: Option<Instant>,
 }
 
 impl Question {
@@ -260,29 +294,45 @@ impl Question {
             Backend::Nft => Nft::open()
                 .map(Self::Nft)
                 .map_err(|source| Error::Kernel { what: "open a socket to nf_tables".into(), source }),
-            Backend::Legacy => Ok(Self::Legacy),
+            Backend::Legacy => {
+                // A kernel without IPv6 has no tables of it either.
+                let sockets =
+                    Family::ALL.into_iter().filter_map(|f| Some((f, Legacy::open(f).ok()?))).collect();
+                Ok(Self::Legacy(Box::new(LegacyTables { sockets, ..LegacyTables::default() })))
+            }
         }
     }
 
-    fn ask(&self) -> io::Result<Answer> {
+    fn ask(&mut self) -> io::Result<Answer> {
         match self {
             Self::Nft(nft) => nft.generation().map(Answer::Generation),
-            Self::Legacy => {
-                let mut tables = Vec::new();
-                for family in Family::ALL {
-                    let there = kernel::legacy_tables(family);
-                    for table in Table::ALL {
-                        let exists = there.iter().any(|name| name == table.name());
-                        tables.push(if exists {
-                            Some(kernel::legacy_fingerprint(family, table)?)
-                        } else {
-                            None
-                        });
-                    }
-                }
-                Ok(Answer::Tables(tables))
+            Self::Legacy(tables) => tables.ask().map(Answer::Tables),
+        }
+    }
+}
+
+impl LegacyTables {
+    fn ask(&mut self) -> io::Result<BTreeMap<(Family, Table), (Outline, u64)>> {
+        // A rule replaced by another of the same size, or two that changed places, show in the content alone.
+        let read = self.read.is_none_or(|read| read.elapsed() >= CONTENT);
+        let mut now = BTreeMap::new();
+        for (family, socket) in &self.sockets {
+            let there = kernel::legacy_tables(*family);
+            for table in Table::ALL.into_iter().filter(|table| there.iter().any(|name| name == table.name()))
+            {
+                let outline = socket.outline(table)?;
+                let content = match self.known.get(&(*family, table)) {
+                    Some((known, content)) if !read && *known == outline => *content,
+                    _ => socket.fingerprint(table, &outline)?,
+                };
+                now.insert((*family, table), (outline, content));
             }
         }
+        if read {
+            self.read = Some(Instant::now());
+        }
+        self.known.clone_from(&now);
+        Ok(now)
     }
 }
 
