@@ -1,5 +1,6 @@
 //! The iptables driver on a real kernel: both back ends, each test in network namespaces of its own. Needs root.
 
+mod lab;
 mod repair;
 mod saved;
 mod support;

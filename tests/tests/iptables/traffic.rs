@@ -1,223 +1,18 @@
-//! Real packets: a LAN host, a node, a pod, each in a network namespace, joined by veth.
+//! What real packets see.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsFd as _;
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-use bridge_agent::firewall::Firewall;
 use bridge_agent::firewall::iptables::Iptables;
+use bridge_agent::firewall::{Firewall as _, Scope};
 use bridge_agent::model::{Action, Direction, Mode, OnDeny, Policy, Protocol, Rule};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use etherparse::TcpHeader;
 use socket2::{Domain, Socket, Type};
 
-use crate::support::{BACKENDS, Host, eventually, nets, policy, ranges, rule};
-
-/// What is allowed comes at once; what is dropped is not waited for longer than this.
-const PATIENCE: Duration = Duration::from_millis(600);
-const V4: (&str, &str, &str) = ("192.168.31.67", "192.168.31.17", "10.200.1.91");
-const V6: (&str, &str, &str) = ("fd00:31::67", "fd00:31::17", "fd00:200:1::91");
-
-/// Named namespaces that go when this does.
-struct Lab {
-    names: [String; 3],
-}
-
-impl Lab {
-    fn new() -> Self {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let tag = format!("ipt-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let lab = Self { names: ["lan", "node", "pod"].map(|role| format!("{tag}-{role}")) };
-        let [lan, node, pod] = &lab.names;
-        for name in &lab.names {
-            ip(&format!("netns add {name}"));
-            ip(&format!("-n {name} link set lo up"));
-        }
-        for (name, own, other, addresses, far) in [
-            (
-                lan,
-                "to-node",
-                "lan0",
-                ["192.168.31.67/24", "fd00:31::67/64"],
-                ["192.168.31.17/24", "fd00:31::17/64"],
-            ),
-            (
-                pod,
-                "eth0",
-                "cali0",
-                ["10.200.1.91/24", "fd00:200:1::91/64"],
-                ["10.200.1.1/24", "fd00:200:1::1/64"],
-            ),
-        ] {
-            ip(&format!("link add {own} netns {name} type veth peer name {other} netns {node}"));
-            for (netns, device, addresses) in [(name, own, addresses), (node, other, far)] {
-                for address in addresses {
-                    ip(&format!("-n {netns} address add {address} dev {device} {}", nodad(address)));
-                }
-                ip(&format!("-n {netns} link set {device} up"));
-            }
-            for gateway in far {
-                let gateway = gateway.split('/').next().expect("an address");
-                ip(&format!("-n {name} route add default via {gateway}"));
-            }
-        }
-        for who in [0, 2] {
-            lab.within(who, || {
-                std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 0").expect("let root ping");
-            });
-        }
-        lab.within(1, || {
-            for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
-                std::fs::write(format!("/proc/sys/net/{path}"), "1").expect("forward");
-            }
-        });
-        lab
-    }
-
-    /// Runs `work` on a thread inside: 0 LAN host, 1 node, 2 pod.
-    fn within<T: Send>(&self, who: usize, work: impl FnOnce() -> T + Send) -> T {
-        let inside = || {
-            let netns = File::open(format!("/run/netns/{}", self.names[who])).expect("open the namespace");
-            move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network)).expect("enter it");
-            work()
-        };
-        thread::scope(|scope| scope.spawn(inside).join())
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    }
-
-    fn firewall(&self, host: &Host, policy: &Policy) -> Iptables {
-        self.within(1, || {
-            let mut firewall = host.firewall();
-            firewall.converge(policy).expect("converge");
-            firewall
-        })
-    }
-
-    /// What a connection from one to another sees.
-    fn tcp(&self, from: usize, to: SocketAddr, serving: usize) -> Seen {
-        let listener = self.within(serving, || listen(SocketAddr::new(unspecified(to), serving_port(to))));
-        let seen = self.within(from, || match TcpStream::connect_timeout(&to, PATIENCE) {
-            Ok(_) => Seen::Answer,
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => Seen::Refusal,
-            Err(error) if error.kind() == ErrorKind::TimedOut => Seen::Nothing,
-            Err(error) => panic!("{error}"),
-        });
-        drop(listener);
-        seen
-    }
-
-    fn udp(&self, from: usize, to: SocketAddr, serving: usize) -> Seen {
-        let server =
-            self.within(serving, || UdpSocket::bind((unspecified(to), serving_port(to))).expect("bind"));
-        let seen = self.within(from, || {
-            let client = UdpSocket::bind((unspecified(to), 0)).expect("bind");
-            client.connect(to).expect("connect");
-            client.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-            server.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-            client.send(b"?").expect("send");
-            let mut buffer = [0; 1];
-            if let Ok((_, peer)) = server.recv_from(&mut buffer) {
-                server.send_to(b"!", peer).expect("answer");
-            }
-            match client.recv(&mut buffer) {
-                Ok(_) => Seen::Answer,
-                Err(error) if error.kind() == ErrorKind::ConnectionRefused => Seen::Refusal,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => Seen::Nothing,
-                Err(error) => panic!("{error}"),
-            }
-        });
-        drop(server);
-        seen
-    }
-
-    /// An echo request, from a socket of the kernel's own ping protocol.
-    fn ping(&self, from: usize, to: &str) -> Seen {
-        let to = at(to, 0);
-        let (domain, protocol, request) = match to {
-            SocketAddr::V4(_) => (Domain::IPV4, socket2::Protocol::ICMPV4, 8),
-            SocketAddr::V6(_) => (Domain::IPV6, socket2::Protocol::ICMPV6, 128),
-        };
-        self.within(from, || {
-            let socket = Socket::new(domain, Type::DGRAM, Some(protocol)).expect("a ping socket");
-            socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-            socket.connect(&to.into()).expect("connect");
-            socket.send(&[request, 0, 0, 0, 0, 0, 0, 1]).expect("send");
-            match (&socket).read(&mut [0; 64]) {
-                Ok(_) => Seen::Answer,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => Seen::Nothing,
-                Err(error) => panic!("{error}"),
-            }
-        })
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        for name in &self.names {
-            let deleted = Command::new("ip").args(["netns", "delete", name]).status();
-            if !deleted.is_ok_and(|status| status.success()) {
-                eprintln!("network namespace {name} remains");
-            }
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Seen {
-    Answer,
-    /// An RST, an ICMP error.
-    Refusal,
-    Nothing,
-}
-
-use Seen::{Answer, Nothing, Refusal};
-
-fn ip(line: &str) {
-    let output = Command::new("ip").args(line.split_whitespace()).output().expect("start ip");
-    assert!(output.status.success(), "ip {line}: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-const fn nodad(address: &str) -> &'static str {
-    // A colon tells IPv6, which would wait for duplicate address detection.
-    let mut bytes = address.as_bytes();
-    while let [first, rest @ ..] = bytes {
-        if *first == b':' {
-            return "nodad";
-        }
-        bytes = rest;
-    }
-    ""
-}
-
-/// A socket of before may live for a moment more in a child of another test that has not yet come to its exec.
-fn listen(at: SocketAddr) -> TcpListener {
-    let mut listener = None;
-    eventually("the port is free", Duration::from_secs(5), || {
-        listener = TcpListener::bind(at).ok();
-        listener.is_some()
-    });
-    listener.expect("a listener")
-}
-
-fn unspecified(like: SocketAddr) -> IpAddr {
-    match like {
-        SocketAddr::V4(_) => IpAddr::from([0, 0, 0, 0]),
-        SocketAddr::V6(_) => IpAddr::from([0u8; 16]),
-    }
-}
-
-/// NodePorts lead to port 8080.
-const fn serving_port(to: SocketAddr) -> u16 {
-    if to.port() >= 30000 && to.port() <= 32767 { 8080 } else { to.port() }
-}
-
-fn at(address: &str, port: u16) -> SocketAddr {
-    SocketAddr::new(address.parse().expect("an address"), port)
-}
+use crate::lab::Seen::{Answer, Nothing, Refusal};
+use crate::lab::{Lab, PATIENCE, V4, V6, at, listen};
+use crate::support::{BACKENDS, Host, nets, policy, ranges, rule};
 
 fn on_both(work: impl Fn(&Host, &Lab)) {
     for backend in BACKENDS {
@@ -366,5 +161,62 @@ fn source_ports_are_asked_for() {
             assert_eq!(connected.is_ok(), allowed, "from port {source}: {connected:?}");
         }
         drop(listener);
+    });
+}
+
+#[test]
+fn a_flow_must_begin_with_a_syn() {
+    on_both(|host, lab| {
+        let firewall = lab.firewall(host, &Policy { on_deny: OnDeny::Drop, ..policy() });
+        let (lan, _, pod) = V4;
+        let (from, to) = (at(lan, 61001), at(pod, 40002));
+        let arrived = lab.within(2, || {
+            let socket =
+                Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::TCP)).expect("a raw socket");
+            socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            socket
+        });
+        let send = |flags: fn(TcpHeader) -> TcpHeader| {
+            let (SocketAddr::V4(from), SocketAddr::V4(to)) = (from, to) else {
+                unreachable!("both are IPv4")
+            };
+            let mut header = flags(TcpHeader::new(from.port(), to.port(), 1, 1024));
+            let sum = header.calc_checksum_ipv4_raw(from.ip().octets(), to.ip().octets(), &[]);
+            header.checksum = sum.expect("a checksum");
+            lab.within(0, || {
+                let socket =
+                    Socket::new(Domain::IPV4, Type::RAW, Some(socket2::Protocol::TCP)).expect("a raw socket");
+                socket.send_to(&header.to_bytes(), &SocketAddr::from((*to.ip(), 0)).into()).expect("send");
+            });
+        };
+        // In order: had one of the first come through, it would be read instead of the last.
+        send(|header| TcpHeader { ack: true, ..header });
+        send(|header| TcpHeader { syn: true, ack: true, ..header });
+        send(|header| TcpHeader { rst: true, ..header });
+        send(|header| header);
+        send(|header| TcpHeader { syn: true, sequence_number: 77, ..header });
+        let mut packet = [0; 64];
+        (&arrived).read_exact(&mut packet[..40]).expect("the SYN arrives");
+        assert_eq!(packet[24..28], 77u32.to_be_bytes(), "the first to arrive is the SYN");
+        let hits = lab.within(1, || firewall.hits()).expect("hits");
+        let denied = hits["bridge:not-syn"].packets + hits["bridge:invalid"].packets;
+        assert_eq!(denied, 4, "{hits:?}");
+    });
+}
+
+#[test]
+fn strict_denies_what_is_out_of_scope_too() {
+    on_both(|host, lab| {
+        let elsewhere =
+            Policy { pods: nets(&["10.200.2.0/24"]), external: nets(&["192.168.31.0/24"]), ..policy() };
+        drop(lab.firewall(host, &elsewhere));
+        assert_eq!(lab.tcp(0, at(V4.2, 9999), 2), Answer);
+        assert_eq!(lab.tcp(0, at(V6.2, 9999), 2), Answer);
+        let mut config = host.config();
+        config.options.scope = Scope::Strict;
+        lab.within(1, || Iptables::new(config).and_then(|mut f| f.converge(&elsewhere)).expect("converge"));
+        assert_eq!(lab.tcp(0, at(V4.2, 9999), 2), Refusal);
+        assert_eq!(lab.tcp(0, at(V6.2, 9999), 2), Refusal);
+        assert_eq!(lab.tcp(0, at(V4.1, 22), 1), Answer, "the node itself is no forwarded traffic");
     });
 }

@@ -25,8 +25,10 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// Rounds must leave this many times their own duration free, up to [`LONGEST`].
 const IDLE_SHARE: u32 = 19;
 const LONGEST: Duration = Duration::from_millis(700);
-/// Between two looks at the content of an x_tables table whose outline is as it was.
-const CONTENT: Duration = Duration::from_millis(600);
+/// Looks at the content of x_tables tables whose outline is as it was leave this many times their own duration free,
+/// up to [`CONTENT_LONGEST`]. With few rules that is in every round.
+const CONTENT_SHARE: u32 = 40;
+const CONTENT_LONGEST: Duration = Duration::from_millis(600);
 /// Another program that also wants to be first is let win for this long, after [`PATIENCE`] repairs in a row.
 const TRUCE: Duration = Duration::from_secs(30);
 const PATIENCE: u32 = 5;
@@ -54,6 +56,8 @@ pub struct Guard {
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
+    /// Apart from the state, so that it can be had while rules are being written.
+    status: Mutex<Status>,
     stop: Mutex<bool>,
     stopped: Condvar,
 }
@@ -62,7 +66,6 @@ struct Shared {
 struct State {
     firewall: Iptables,
     policy: Policy,
-    status: Status,
     peace: Peace,
 }
 
@@ -76,9 +79,13 @@ impl Guard {
         let question = Question::open(firewall.backend())?;
         firewall.converge(&policy)?;
         save(&firewall, &policy);
-        let state = State { firewall, policy, status: Status::default(), peace: Peace::default() };
-        let shared =
-            Arc::new(Shared { state: Mutex::new(state), stop: Mutex::new(false), stopped: Condvar::new() });
+        let state = Mutex::new(State { firewall, policy, peace: Peace::default() });
+        let shared = Arc::new(Shared {
+            state,
+            status: Mutex::default(),
+            stop: Mutex::new(false),
+            stopped: Condvar::new(),
+        });
         let thread = std::thread::Builder::new()
             .name("iptables-watch".into())
             .spawn({
@@ -109,7 +116,7 @@ impl Guard {
     /// What the watch has seen.
     #[must_use]
     pub fn status(&self) -> Status {
-        self.shared.state().status.clone()
+        self.shared.status().clone()
     }
 
     /// See [`Firewall::hits`].
@@ -148,6 +155,10 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// True if the watch is to end.
     fn pause(&self, pause: Duration) -> bool {
         let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
@@ -172,7 +183,7 @@ fn watch(shared: &Shared, mut question: Question) {
         match question.ask() {
             Ok(answer) if known.as_ref() == Some(&answer) => {}
             Ok(answer) => {
-                let seen = shared.state().round(begun);
+                let seen = shared.round(begun);
                 if seen == Seen::Unharmed {
                     known = Some(answer);
                 }
@@ -182,7 +193,7 @@ fn watch(shared: &Shared, mut question: Question) {
                     continue;
                 }
             }
-            Err(error) => shared.state().failed(&format!("cannot ask the kernel for changes: {error}")),
+            Err(error) => shared.status().failed(&format!("cannot ask the kernel for changes: {error}")),
         }
         pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     }
@@ -199,46 +210,51 @@ enum Seen {
     Failed,
 }
 
-impl State {
+impl Shared {
     /// Looks, and mends.
-    fn round(&mut self, now: Instant) -> Seen {
-        let (drift, changed) = match self.firewall.drift() {
+    fn round(&self, now: Instant) -> Seen {
+        let State { firewall, policy, peace } = &mut *self.state();
+        let (drift, changed) = match firewall.drift() {
             Ok(None) => {
-                self.status.failure = None;
+                self.status().failure = None;
                 return Seen::Unharmed;
             }
             Ok(Some(drift)) => drift,
             Err(error) => {
-                self.failed(&error.to_string());
+                self.status().failed(&error.to_string());
                 return Seen::Failed;
             }
         };
-        if !self.peace.may_repair(&drift, now) {
-            self.failed(&format!(
+        if !peace.may_repair(&drift, now) {
+            self.status().failed(&format!(
                 "{drift}, and is no longer put back at once: another program wants to be first there too \
                  (Calico: set chainInsertMode to Append)"
             ));
             return Seen::Failed;
         }
-        match self.firewall.repair(&self.policy, &changed) {
+        match firewall.repair(policy, &changed) {
             Ok(()) => {
                 tracing::warn!("{drift}; repaired");
-                self.status.failure = None;
-                self.status.repairs += 1;
-                self.status.last_repair = Some((SystemTime::now(), drift));
+                let mut status = self.status();
+                status.failure = None;
+                status.repairs += 1;
+                status.last_repair = Some((SystemTime::now(), drift));
                 Seen::Repaired
             }
             Err(error) => {
-                self.failed(&format!("{drift}; {error}"));
+                self.status().failed(&format!("{drift}; {error}"));
                 Seen::Failed
             }
         }
     }
+}
 
+impl Status {
+    /// Told once in the log, not in every round.
     fn failed(&mut self, failure: &str) {
-        if self.status.failure.as_deref() != Some(failure) {
+        if self.failure.as_deref() != Some(failure) {
             tracing::error!("{failure}");
-            self.status.failure = Some(failure.to_owned());
+            self.failure = Some(failure.to_owned());
         }
     }
 }
@@ -285,7 +301,8 @@ enum Answer {
 struct LegacyTables {
     sockets: BTreeMap<Family, Legacy>,
     known: BTreeMap<(Family, Table), (Outline, u64)>,
-    read: Option<Instant>,
+    /// When the content was last read, and how long after that it is to be read again.
+    read: Option<(Instant, Duration)>,
 }
 
 impl Question {
@@ -314,7 +331,8 @@ impl Question {
 impl LegacyTables {
     fn ask(&mut self) -> io::Result<BTreeMap<(Family, Table), (Outline, u64)>> {
         // A rule replaced by another of the same size, or two that changed places, show in the content alone.
-        let read = self.read.is_none_or(|read| read.elapsed() >= CONTENT);
+        let read = self.read.is_none_or(|(last, pause)| last.elapsed() >= pause);
+        let begun = Instant::now();
         let mut now = BTreeMap::new();
         for (family, socket) in &self.sockets {
             let there = kernel::legacy_tables(*family);
@@ -329,7 +347,7 @@ impl LegacyTables {
             }
         }
         if read {
-            self.read = Some(Instant::now());
+            self.read = Some((begun, (begun.elapsed() * CONTENT_SHARE).min(CONTENT_LONGEST)));
         }
         self.known.clone_from(&now);
         Ok(now)
