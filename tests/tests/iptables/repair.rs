@@ -151,14 +151,14 @@ fn watching_ten_thousand_rules_costs_little() {
         let guard = guard(host, policy);
         let watch = task("iptables-watch");
         // The first round reads everything; what is measured is what goes on for ever. 10,000 rules in each family,
-        // and a build without optimisation: a released agent takes less than half.
+        // and hashing, which takes fifteen times as long without optimisation as with it.
         let mut last = cpu(watch);
         eventually("a quiet round", Duration::from_secs(20), || {
             std::thread::sleep(Duration::from_millis(1500));
             let now = cpu(watch);
             let used = now - std::mem::replace(&mut last, now);
             eprintln!("{:?} of CPU in 1.5 s", used);
-            used < Duration::from_millis(120)
+            used < Duration::from_millis(250)
         });
         host.run("iptables -F BRIDGE-OUTBOUND");
         let took = eventually("the repair", BUSY_LIMIT, || guard.status().repairs == 1);

@@ -168,9 +168,9 @@ fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> 
         line(" -m conntrack --ctstate DNAT", "bridge:translated", "-j RETURN"),
     ];
     if family == Family::V6 {
-        // Neighbour discovery, which conntrack leaves alone and which no router forwards.
-        let untracked = " -p ipv6-icmp -m conntrack --ctstate UNTRACKED";
-        lines.push(line(untracked, "bridge:invalid", silent_deny(policy.mode)));
+        // conntrack takes more for a query than RFC 4443 does, and leaves neighbour discovery alone.
+        let no_query = " -p ipv6-icmp -m icmp6 ! --icmpv6-type 128";
+        lines.push(line(no_query, "bridge:icmp-type", silent_deny(policy.mode)));
     }
     lines.extend(openers());
     let mut others = Vec::new();
