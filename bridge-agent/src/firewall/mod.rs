@@ -7,20 +7,9 @@ pub mod iptables;
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::model::Policy;
-
-/// What becomes of forwarded traffic that is not between a pod and a LAN host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Scope {
-    /// It is let be.
-    #[default]
-    Scoped,
-    /// It is denied: for a gateway that does nothing else.
-    Strict,
-}
 
 /// Packets and bytes that a rule matched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

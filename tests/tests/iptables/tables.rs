@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::time::{Duration, Instant};
 
+use bridge_agent::config::Scope;
+use bridge_agent::firewall::Firewall;
 use bridge_agent::firewall::iptables::plan::RestoreLine;
 use bridge_agent::firewall::iptables::ruleset::{Family, Table};
 use bridge_agent::firewall::iptables::{Backend, Config, Error, Iptables, Programs, render};
-use bridge_agent::firewall::{Firewall, Scope};
 use bridge_agent::model::{Direction, Mode, OnDeny, Policy, PortRange, Protocol, Rule};
 use rustix::fs::{FlockOperation, flock};
 

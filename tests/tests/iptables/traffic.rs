@@ -4,8 +4,9 @@ use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
+use bridge_agent::config::Scope;
+use bridge_agent::firewall::Firewall as _;
 use bridge_agent::firewall::iptables::Iptables;
-use bridge_agent::firewall::{Firewall as _, Scope};
 use bridge_agent::model::{Action, Direction, Mode, OnDeny, Policy, Protocol, Rule};
 use etherparse::TcpHeader;
 use socket2::{Domain, Socket, Type};

@@ -21,7 +21,7 @@ use std::num::NonZeroU32;
 use ipnet::IpNet;
 
 use super::ruleset::{Chain, Family, Jump, Line, Ruleset, Table, TableRules};
-use crate::firewall::Scope;
+use crate::config::Scope;
 use crate::model::{Action, Direction, Mode, OnDeny, Policy, Protocol, Rule};
 
 /// Entry from FORWARD of table filter.
