@@ -1,6 +1,7 @@
 //! What stands in the tables after an apply, a refusal, a teardown.
 
 use std::fs::File;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bridge_agent::config::Scope;
@@ -285,6 +286,33 @@ fn what_the_kubelet_uses_is_used() {
         host.run("iptables -t mangle -N KUBE-IPTABLES-HINT");
         let config = Config { backend: None, ..host.config() };
         assert_eq!(Iptables::new(config).expect("a driver").choice().backend, host.backend);
+    });
+}
+
+#[test]
+fn a_table_that_iptables_cannot_show_is_told_and_not_touched() {
+    alone(|| {
+        let host = Host::new(Backend::Nft);
+        let mut firewall = host.firewall();
+        let nft = |input: &str| {
+            host.write("rules.nft", input);
+            let output =
+                Command::new("nft").arg("-f").arg(host.root().join("rules.nft")).output().expect("start nft");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        // What an administrator of nftables may have put there: iptables knows no verdict maps, and no priority but 0.
+        for chain in [
+            "chain FORWARD { type filter hook forward priority 0; ct state vmap { new : accept, invalid : drop } }",
+            "chain FORWARD { type filter hook forward priority 5; ip saddr 192.0.2.1 accept; }",
+        ] {
+            nft(&format!("flush ruleset\ntable ip filter {{\n{chain}\n}}\n"));
+            let before = nft("list ruleset");
+            let error = firewall.converge(&policy()).expect_err("the table cannot be read");
+            assert!(matches!(error, Error::Incompatible { table: Table::Filter, .. }), "{error}");
+            assert!(error.to_string().contains("`nft list ruleset`"), "{error}");
+            assert_eq!(nft("list ruleset"), before);
+        }
     });
 }
 

@@ -71,7 +71,7 @@ fn common(programs: &Programs, program: &str, restore: &Restore, said: &str) -> 
         Some(Error::LockHeld { program, waited: programs.lock_wait })
     } else if said.contains("you must be root") {
         Some(Error::NotPermitted { program })
-    } else if said.contains("is incompatible") {
+    } else if said.contains("incompatible") {
         Some(Error::Incompatible { family: restore.family, table: restore.table, program })
     } else {
         None

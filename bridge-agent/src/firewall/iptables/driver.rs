@@ -88,6 +88,9 @@ impl Iptables {
         let exists = match backend {
             Backend::Legacy => kernel::legacy_tables(family).iter().any(|name| name == table.name()),
             Backend::Nft => Nft::open().and_then(|nft| nft.has_table(family, table)).map_err(|source| {
+                if source.kind() == std::io::ErrorKind::PermissionDenied {
+                    return Error::NotPermitted { program: "nf_tables".into() };
+                }
                 Error::Kernel { what: format!("look for {family} table {table}"), source }
             })?,
         };

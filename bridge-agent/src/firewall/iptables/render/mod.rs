@@ -41,16 +41,18 @@ pub struct Options {
     pub scope: Scope,
     /// One bit of the packet mark: set between mangle PREROUTING and filter on NodePort packets that are to be
     /// rejected, since the kernel allows REJECT in table filter only. No other program may use that bit.
-    pub mark: u32,
+    pub mark: NonZeroU32,
     /// Denied packets (in audit mode: those that would be) that may be logged in a second; `None`: none.
     pub log_per_second: Option<NonZeroU32>,
 }
 
+/// Not among the bits of kube-proxy (0x4000, 0x8000), Calico (0xffff0000), Cilium (0xffff0f00), Tailscale (0xff0000)
+/// or the AWS VPC CNI (0x80).
+const DEFAULT_MARK: NonZeroU32 = NonZeroU32::new(0x2000).unwrap();
+
 impl Default for Options {
     fn default() -> Self {
-        // Not among the bits of kube-proxy (0x4000, 0x8000), Calico (0xffff0000), Cilium (0xffff0f00),
-        // Tailscale (0xff0000) or the AWS VPC CNI (0x80).
-        Self { scope: Scope::Scoped, mark: 0x2000, log_per_second: None }
+        Self { scope: Scope::Scoped, mark: DEFAULT_MARK, log_per_second: None }
     }
 }
 
