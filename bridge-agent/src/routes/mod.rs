@@ -8,6 +8,8 @@
 //! also by the next run after a crash. `ip route show proto 98` lists them.
 
 pub mod discovery;
+pub mod export;
+pub mod health;
 pub mod model;
 pub mod netlink;
 pub mod plan;
@@ -18,6 +20,7 @@ mod resolve;
 mod settings;
 pub mod sources;
 mod status;
+mod watchdog;
 
 pub use model::{DesiredRoute, NextHop, Observed, PROTOCOL, SourceKind, Target};
 pub use plan::{Operation, Plan, Verdict, plan, withdraw};
