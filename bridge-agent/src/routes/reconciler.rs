@@ -3,7 +3,7 @@
 //! The kernel is read again whenever something happened that a plan depends on, and never remembered: IPv4 routes
 //! vanish without a word when a link goes down, and events can be lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -275,6 +275,7 @@ impl Reconciler {
             merged,
             verdicts,
             failures,
+            pending: BTreeSet::new(),
             observed,
         }));
         Ok(clean && !replan)

@@ -83,8 +83,8 @@ fn bird_parses_the_export_and_makes_the_routes() {
     std::fs::write(
         &conf,
         "router id 192.0.2.1;\nprotocol device {}\n\
-         protocol kernel { ipv4 { export where source = RTS_STATIC; }; merge paths on; }\n\
-         protocol kernel { ipv6 { export where source = RTS_STATIC; }; merge paths on; }\n\
+         protocol kernel { ipv4 { export where source = RTS_STATIC; }; metric 0; merge paths on; }\n\
+         protocol kernel { ipv6 { export where source = RTS_STATIC; }; metric 0; merge paths on; }\n\
          include \"bridge.conf\";\n",
     )
     .unwrap();
