@@ -3,9 +3,11 @@
 //! One file per command; what all of them share is here.
 
 mod check;
+mod discover;
 mod down;
 mod flows;
 mod monitor;
+mod routes;
 mod rules;
 mod run;
 mod status;
@@ -74,6 +76,10 @@ pub enum Command {
     Rules(rules::Rules),
     /// Show verdicts on packets as they happen
     Monitor(monitor::Monitor),
+    /// List, plan, apply, withdraw or export the routes to pods
+    Routes(routes::Routes),
+    /// Learn behind which node a pod is
+    Discover(discover::Discover),
     /// Stop enforcing: remove every program, map and policy of bridge
     Down(down::Down),
 }
@@ -146,6 +152,18 @@ pub enum Error {
     /// The agent did not answer.
     #[error(transparent)]
     Client(#[from] client::Error),
+    /// Routes.
+    #[error(transparent)]
+    Routes(#[from] crate::routes::Error),
+    /// Routes that cannot be said in a format.
+    #[error(transparent)]
+    Export(#[from] crate::routes::export::ExportError),
+    /// Discovery of pods.
+    #[error(transparent)]
+    Discover(#[from] discover::Failure),
+    /// The kernel refused a part.
+    #[error("{}", .0.join("\n"))]
+    Partly(Vec<String>),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -164,6 +182,8 @@ impl Cli {
             Command::Flows(command) => command.run(&self.global),
             Command::Rules(command) => command.run(&self.global),
             Command::Monitor(command) => command.run(&self.global),
+            Command::Routes(command) => command.run(&self.global),
+            Command::Discover(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
         }
     }
@@ -174,7 +194,15 @@ impl Error {
     fn help(&self) -> Option<&'static str> {
         match self {
             // These say so.
-            Self::Config(_) | Self::Agent(_) | Self::Datapath(_) | Self::Client(_) | Self::Format(_) => None,
+            Self::Config(_)
+            | Self::Agent(_)
+            | Self::Datapath(_)
+            | Self::Client(_)
+            | Self::Routes(_)
+            | Self::Export(_)
+            | Self::Discover(_)
+            | Self::Partly(_)
+            | Self::Format(_) => None,
             Self::Stream { .. } => Some("check what standard input and output are connected to"),
         }
     }
