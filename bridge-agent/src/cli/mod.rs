@@ -135,6 +135,9 @@ pub enum Error {
     /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
+    /// The iptables rules could not be read or removed.
+    #[error(transparent)]
+    Iptables(#[from] crate::firewall::iptables::Error),
     /// Standard output or input failed.
     #[error("{what}: {source}")]
     Stream {
@@ -195,6 +198,7 @@ impl Error {
         match self {
             // These say so.
             Self::Config(_)
+            | Self::Iptables(_)
             | Self::Agent(_)
             | Self::Datapath(_)
             | Self::Client(_)

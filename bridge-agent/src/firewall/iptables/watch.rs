@@ -113,6 +113,12 @@ impl Guard {
         Ok(())
     }
 
+    /// The policy that is kept in force.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        self.shared.state().policy.clone()
+    }
+
     /// What the watch has seen.
     #[must_use]
     pub fn status(&self) -> Status {
