@@ -303,7 +303,7 @@ fn a_table_that_iptables_cannot_show_is_told_and_not_touched() {
         };
         // What an administrator of nftables may have put there: iptables knows no verdict maps, and no priority but 0.
         for chain in [
-            "chain FORWARD { type filter hook forward priority 0; ct state vmap { new : accept, invalid : drop } }",
+            "chain FORWARD { type filter hook forward priority 0; ct state vmap { new : accept, invalid : drop }; }",
             "chain FORWARD { type filter hook forward priority 5; ip saddr 192.0.2.1 accept; }",
         ] {
             nft(&format!("flush ruleset\ntable ip filter {{\n{chain}\n}}\n"));

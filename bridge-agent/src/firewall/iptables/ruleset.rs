@@ -140,16 +140,4 @@ impl Ruleset {
     pub fn table(&self, table: Table) -> Option<&TableRules> {
         self.tables.iter().find(|rules| rules.table == table)
     }
-
-    /// Rules of own chains, all tables together.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.tables.iter().flat_map(|t| &t.chains).map(|chain| chain.lines.len()).sum()
-    }
-
-    /// Whether nothing is wanted in this family.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.tables.is_empty()
-    }
 }
