@@ -9,6 +9,7 @@ pub mod bench;
 pub mod lab;
 pub mod netns;
 pub mod packet;
+pub mod parity;
 pub mod prog;
 pub mod routes;
 pub mod routes_bench;

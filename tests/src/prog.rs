@@ -176,7 +176,6 @@ impl Node {
     }
 
     /// Asserts that a packet is denied for this reason.
-    #[expect(clippy::must_use_candidate, reason = "the assertion is what it is called for")]
     pub fn denies(&mut self, hook: Hook, packet: &Packet, reason: Reason) -> Judged {
         let judged = self.run(hook, &packet.frame()).expect("the program runs");
         assert_eq!(judged.counted.map(|(_, reason)| reason), Some(reason), "{packet:?}");

@@ -46,7 +46,7 @@ impl Frame {
         }
     }
 
-    /// Source and destination address and port. `None`: neither TCP nor UDP, or not a first fragment.
+    /// Source and destination address and port. `None`: neither TCP nor UDP, or a fragment.
     pub fn endpoints(&self) -> Option<(SocketAddr, SocketAddr)> {
         let (source, destination) = self.addresses()?;
         let (from, to) = match self.headers()?.transport? {

@@ -3,7 +3,10 @@
 use clap::Args;
 
 use super::{Error, Global, print, print_json};
+use crate::config;
 use crate::datapath;
+use crate::firewall::{Firewall as _, iptables};
+use crate::runtime;
 
 /// Stop enforcing: remove every program, map and policy of bridge.
 #[derive(Debug, Args)]
@@ -13,15 +16,44 @@ impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         let (removed, result) = datapath::down(&global.pins());
+        // Teardown goes on after an error, and tells all of them.
+        let (notes, errors) = remove_iptables(global);
         result?;
+        if let Some(error) = errors.into_iter().next() {
+            return Err(error.into());
+        }
         if global.json {
-            return print_json(&serde_json::json!({ "ok": true, "removed": removed }));
+            return print_json(&serde_json::json!({ "ok": true, "removed": removed, "notes": notes }));
+        }
+        for note in &notes {
+            print(&format!("{note}\n"))?;
         }
         match removed.attachments + removed.maps {
-            0 => print("There was nothing to remove.\n"),
+            0 => print("There was no eBPF enforcement to remove.\n"),
             _ => {
                 print(&format!("Detached {} programs, removed {} maps.\n", removed.attachments, removed.maps))
             }
+        }
+    }
+}
+
+/// Removes the iptables rules. The configuration may be gone or invalid: it only tells whether saved files are touched.
+fn remove_iptables(global: &Global) -> (Vec<String>, Vec<iptables::Error>) {
+    let settings = config::load(&global.config)
+        .map(|loaded| runtime::firewall_settings(&loaded.config))
+        .unwrap_or_default();
+    match iptables::Iptables::new(settings) {
+        Ok(mut firewall) => {
+            let remains = firewall.teardown();
+            for error in remains.errors.iter().skip(1) {
+                tracing::error!(%error, "not everything could be removed");
+            }
+            (remains.notes, remains.errors)
+        }
+        // Without iptables there are no rules of its.
+        Err(error) => {
+            tracing::debug!(%error, "no iptables");
+            (Vec::new(), Vec::new())
         }
     }
 }

@@ -3,9 +3,11 @@
 //! One file per command; what all of them share is here.
 
 mod check;
+mod discover;
 mod down;
 mod flows;
 mod monitor;
+mod routes;
 mod rules;
 mod run;
 mod status;
@@ -74,6 +76,10 @@ pub enum Command {
     Rules(rules::Rules),
     /// Show verdicts on packets as they happen
     Monitor(monitor::Monitor),
+    /// List, plan, apply, withdraw or export the routes to pods
+    Routes(routes::Routes),
+    /// Learn behind which node a pod is
+    Discover(discover::Discover),
     /// Stop enforcing: remove every program, map and policy of bridge
     Down(down::Down),
 }
@@ -104,7 +110,16 @@ fn configured_socket(path: &Path) -> Option<PathBuf> {
         socket: Option<PathBuf>,
     }
     let text = std::fs::read_to_string(path).ok()?;
-    serde_saphyr::from_str::<Sketch>(&text).ok()?.api?.socket
+    let socket = |text: &str| serde_saphyr::from_str::<Sketch>(text).ok()?.api?.socket;
+    socket(&text).or_else(|| socket(&section(&text, "api:")))
+}
+
+/// The lines of a section, of a text that as a whole may be no YAML.
+fn section(text: &str, key: &str) -> String {
+    let from_key = text.lines().skip_while(|line| !line.starts_with(key));
+    let belongs =
+        |(index, line): &(usize, &str)| *index == 0 || line.starts_with([' ', '#']) || line.is_empty();
+    from_key.enumerate().take_while(belongs).map(|(_, line)| format!("{line}\n")).collect()
 }
 
 /// Waits for what an agent has to say.
@@ -120,6 +135,9 @@ pub enum Error {
     /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
+    /// The iptables rules could not be read or removed.
+    #[error(transparent)]
+    Iptables(#[from] crate::firewall::iptables::Error),
     /// Standard output or input failed.
     #[error("{what}: {source}")]
     Stream {
@@ -137,6 +155,18 @@ pub enum Error {
     /// The agent did not answer.
     #[error(transparent)]
     Client(#[from] client::Error),
+    /// Routes.
+    #[error(transparent)]
+    Routes(#[from] crate::routes::Error),
+    /// Routes that cannot be said in a format.
+    #[error(transparent)]
+    Export(#[from] crate::routes::export::ExportError),
+    /// Discovery of pods.
+    #[error(transparent)]
+    Discover(#[from] discover::Failure),
+    /// The kernel refused a part.
+    #[error("{}", .0.join("\n"))]
+    Partly(Vec<String>),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -155,6 +185,8 @@ impl Cli {
             Command::Flows(command) => command.run(&self.global),
             Command::Rules(command) => command.run(&self.global),
             Command::Monitor(command) => command.run(&self.global),
+            Command::Routes(command) => command.run(&self.global),
+            Command::Discover(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
         }
     }
@@ -165,7 +197,16 @@ impl Error {
     fn help(&self) -> Option<&'static str> {
         match self {
             // These say so.
-            Self::Config(_) | Self::Agent(_) | Self::Datapath(_) | Self::Client(_) | Self::Format(_) => None,
+            Self::Config(_)
+            | Self::Iptables(_)
+            | Self::Agent(_)
+            | Self::Datapath(_)
+            | Self::Client(_)
+            | Self::Routes(_)
+            | Self::Export(_)
+            | Self::Discover(_)
+            | Self::Partly(_)
+            | Self::Format(_) => None,
             Self::Stream { .. } => Some("check what standard input and output are connected to"),
         }
     }
@@ -246,6 +287,24 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_socket_is_found_in_what_is_no_yaml() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("bridge.yaml");
+        let socket = |text: &str| {
+            std::fs::write(&file, text).unwrap();
+            configured_socket(&file)
+        };
+        let found = Some(PathBuf::from("/run/other.sock"));
+        for api in ["api: {socket: /run/other.sock}", "api:\n  # here\n\n  socket: /run/other.sock\n"] {
+            for text in [api.to_owned(), format!("rules: [\n{api}"), format!("{api}\nrules:\n\t- [")] {
+                assert_eq!(socket(&text), found, "{text}");
+            }
+        }
+        assert_eq!(socket("rules: [\n"), None);
+        assert_eq!(socket("rules: [\napi:\nsocket: /run/other.sock"), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, ReasonCount};
-use crate::runtime::{Enforcement, Reload, Status};
+use crate::runtime::{Enforcement, FirewallStatus, Reload, Status};
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
 #[derive(Debug, Args)]
@@ -111,6 +111,13 @@ impl Report {
             line("policy", "no eBPF enforcement".into());
         }
         if let Some(status) = &self.agent {
+            if let Some(FirewallStatus { backend, repairs, last_repair, failure, .. }) = &status.firewall {
+                let last = last_repair.as_ref().map(|why| format!(", last: {why}")).unwrap_or_default();
+                line("iptables", format!("in force ({backend}), put back {repairs} times{last}"));
+                if let Some(failure) = failure {
+                    line("iptables", failure.clone());
+                }
+            }
             if let Some(Enforcement { mechanism, remarks, .. }) = &status.enforcement {
                 line("mechanism", mechanism.clone());
                 for remark in remarks {

@@ -8,6 +8,8 @@
 //! also by the next run after a crash. `ip route show proto 98` lists them.
 
 pub mod discovery;
+pub mod export;
+pub mod health;
 pub mod model;
 pub mod netlink;
 pub mod plan;
@@ -15,13 +17,18 @@ mod prefix_map;
 mod reconciler;
 mod refusal;
 mod resolve;
+mod service;
 mod settings;
+mod setup;
 pub mod sources;
 mod status;
+mod watchdog;
 
 pub use model::{DesiredRoute, NextHop, Observed, PROTOCOL, SourceKind, Target};
 pub use plan::{Operation, Plan, Verdict, plan, withdraw};
 pub use reconciler::Reconciler;
 pub use refusal::Refusal;
+pub use service::{Comparison, Service, carry_out, read_once, withdrawal};
 pub use settings::{OnWithdraw, Settings};
+pub use setup::{Error, Setup};
 pub use status::{Counters, EventKind, Fate, RouteEvent, RouteStatus, Snapshot, State};

@@ -300,8 +300,8 @@ pub struct Observed {
     pub routes: Vec<KernelRoute>,
     /// Whether an IPv4 route may have an IPv6 next hop (Linux 5.2, with IPv6 enabled).
     pub v4_via_v6: bool,
-    /// Next hops that do not answer; see [`crate::routes::health`].
-    pub down: BTreeSet<IpAddr>,
+    /// Next hops that do not answer, with the index of their interface; see [`crate::routes::health`].
+    pub down: BTreeSet<(IpAddr, u32)>,
 }
 
 impl Observed {

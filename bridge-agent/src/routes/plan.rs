@@ -6,7 +6,9 @@
 
 use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
+use super::health::Hop;
 use super::model::{DesiredRoute, KernelRoute, Observed, PROTOCOL, RouteKey, RouteKind};
 use super::prefix_map::PrefixMap;
 use super::refusal::Refusal;
@@ -17,22 +19,22 @@ use super::{OnWithdraw, Settings};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Nothing is there: create, and fail if something came meanwhile.
-    Add(KernelRoute),
+    Add(Arc<KernelRoute>),
     /// Ours is there with another target: exchange it in one step, without a gap.
     Replace {
         /// What is there.
-        old: KernelRoute,
+        old: Arc<KernelRoute>,
         /// What shall be there.
-        new: KernelRoute,
+        new: Arc<KernelRoute>,
     },
     /// Ours is there and nobody wants it.
-    Delete(KernelRoute),
+    Delete(Arc<KernelRoute>),
 }
 
 impl Operation {
     /// Which route it is about.
     #[must_use]
-    pub const fn key(&self) -> RouteKey {
+    pub fn key(&self) -> RouteKey {
         match self {
             Self::Add(route) | Self::Replace { new: route, .. } | Self::Delete(route) => route.key,
         }
@@ -55,12 +57,12 @@ pub enum Verdict {
     /// It is in the kernel, or will be once the plan is applied.
     Installed {
         /// As the kernel has it.
-        route: KernelRoute,
+        route: Arc<KernelRoute>,
         /// Why one of several next hops is left out.
-        partly: Option<Refusal>,
+        partly: Option<Box<Refusal>>,
     },
     /// It may not be.
-    Refused(Refusal),
+    Refused(Box<Refusal>),
     /// No next hop answers: withdrawn, or a blackhole if so configured.
     Down,
 }
@@ -68,7 +70,7 @@ pub enum Verdict {
 impl Verdict {
     /// Why it, or one of its next hops, may not be in the kernel.
     #[must_use]
-    pub const fn refusal(&self) -> Option<&Refusal> {
+    pub fn refusal(&self) -> Option<&Refusal> {
         match self {
             Self::Refused(refusal) | Self::Installed { partly: Some(refusal), .. } => Some(refusal),
             Self::Installed { partly: None, .. } | Self::Down => None,
@@ -83,6 +85,8 @@ pub struct Plan {
     pub operations: Vec<Operation>,
     /// One for each desired route, in the same order.
     pub verdicts: Vec<Verdict>,
+    /// The next hops whose health matters: all that are on-link, backups too.
+    pub next_hops: BTreeSet<Hop>,
 }
 
 /// Compares what is wanted with what is there.
@@ -98,10 +102,11 @@ pub fn plan<R: Borrow<DesiredRoute>>(
 ) -> Plan {
     let surroundings = Surroundings::new(observed, settings);
     let mut plan = Plan::default();
-    let mut wanted = BTreeMap::<RouteKey, KernelRoute>::new();
+    let mut wanted = BTreeMap::<RouteKey, Arc<KernelRoute>>::new();
     let mut refused = BTreeSet::new();
     for desired in desired.iter().map(Borrow::borrow) {
         let Resolved { route, refusal, down } = surroundings.resolve(desired);
+        let (route, refusal) = (route.map(Arc::new), refusal.map(Box::new));
         plan.verdicts.push(match (&route, refusal, down) {
             (_, _, true) => Verdict::Down,
             (Some(route), partly, _) => Verdict::Installed { route: route.clone(), partly },
@@ -114,25 +119,34 @@ pub fn plan<R: Borrow<DesiredRoute>>(
         }
     }
 
-    let mut own = BTreeMap::<RouteKey, Vec<&KernelRoute>>::new();
-    for route in observed.routes.iter().filter(|route| route.is_own()) {
-        own.entry(route.key).or_default().push(route);
-    }
+    plan.next_hops = surroundings.next_hops();
+
+    // Stable: of several routes with one key the first stays the first.
+    let mut own: Vec<_> = observed.routes.iter().filter(|route| route.is_own()).collect();
+    own.sort_by_key(|route| route.key);
     let mut deletes = Vec::new();
-    for (key, route) in &wanted {
-        let Some(present) = own.remove(key) else {
-            plan.operations.push(Operation::Add(route.clone()));
+    let mut there = BTreeSet::new();
+    let mut unwanted = Vec::new();
+    for present in own.chunk_by(|a, b| a.key == b.key) {
+        let (first, rest) = present.split_first().expect("a chunk is not empty");
+        let Some(route) = wanted.get(&first.key) else {
+            unwanted.push(present);
             continue;
         };
-        // IPv4 can hold several routes of one key (`ip route append`); only the first one forwards.
-        let (first, rest) = present.split_first().expect("grouped by key");
-        if *first != route {
-            plan.operations.push(Operation::Replace { old: (*first).clone(), new: route.clone() });
+        there.insert(first.key);
+        if **first != **route {
+            plan.operations.push(Operation::Replace { old: copy(first), new: route.clone() });
         }
-        deletes.extend(rest.iter().map(|route| Operation::Delete((*route).clone())));
+        // IPv4 can hold several routes of one key (`ip route append`); only the first one forwards.
+        deletes.extend(rest.iter().map(|route| Operation::Delete(copy(route))));
     }
-    let wanted_networks = networks_by_table(wanted.keys());
-    for (key, present) in own {
+    let missing = wanted.iter().filter(|(key, _)| !there.contains(key));
+    plan.operations.extend(missing.map(|(_, route)| Operation::Add(route.clone())));
+
+    let wanted_networks =
+        if unwanted.is_empty() { BTreeMap::new() } else { networks_by_table(wanted.keys()) };
+    for present in unwanted {
+        let key = present[0].key;
         if keep_unwanted && !refused.contains(&key) {
             continue;
         }
@@ -142,7 +156,7 @@ pub fn plan<R: Borrow<DesiredRoute>>(
             && key.tos == 0
             && !refused.contains(&key)
             && !surroundings.is_contested(key);
-        let mut rest = present.as_slice();
+        let mut rest = present;
         if let (true, Some((first, others))) = (blackhole, present.split_first()) {
             let new = KernelRoute {
                 key,
@@ -152,11 +166,11 @@ pub fn plan<R: Borrow<DesiredRoute>>(
                 altered: false,
             };
             if **first != new {
-                plan.operations.push(Operation::Replace { old: (*first).clone(), new });
+                plan.operations.push(Operation::Replace { old: copy(first), new: Arc::new(new) });
             }
             rest = others;
         }
-        deletes.extend(rest.iter().map(|route| Operation::Delete((*route).clone())));
+        deletes.extend(rest.iter().map(|route| Operation::Delete(copy(route))));
     }
     plan.operations.append(&mut deletes);
     plan
@@ -165,7 +179,16 @@ pub fn plan<R: Borrow<DesiredRoute>>(
 /// What takes away everything bridge ever added, and nothing else.
 #[must_use]
 pub fn withdraw(observed: &Observed) -> Vec<Operation> {
-    observed.routes.iter().filter(|route| route.is_own()).cloned().map(Operation::Delete).collect()
+    observed
+        .routes
+        .iter()
+        .filter(|route| route.is_own())
+        .map(|route| Operation::Delete(copy(route)))
+        .collect()
+}
+
+fn copy(route: &KernelRoute) -> Arc<KernelRoute> {
+    Arc::new(route.clone())
 }
 
 fn networks_by_table<'a>(keys: impl Iterator<Item = &'a RouteKey>) -> BTreeMap<u32, PrefixMap<()>> {

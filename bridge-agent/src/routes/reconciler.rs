@@ -3,16 +3,18 @@
 //! The kernel is read again whenever something happened that a plan depends on, and never remembered: IPv4 routes
 //! vanish without a word when a link goes down, and events can be lost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
+use super::health::{Change, Hop};
 use super::netlink::{Error, Event, Events, Interest, Netlink};
 use super::sources::{Desired, Merged};
 use super::status::{Counters, EventKind, RouteEvent, Snapshot};
+use super::watchdog::Watchdog;
 use super::{Operation, Settings, Verdict, plan};
 
 /// Between two comparisons at least this long, or as long as the last one took: at most half the time is spent.
@@ -45,6 +47,7 @@ pub struct Reconciler {
     next: Next,
     /// Whether something else is wanted than at the last comparison; if not, what there is to do is a repair.
     wishes_changed: bool,
+    watchdog: Option<Watchdog>,
 }
 
 /// When the kernel is read next.
@@ -68,6 +71,7 @@ impl Reconciler {
         let events = Events::open(netlink.port(), EVENT_BUFFER)?;
         let now = Instant::now();
         Ok(Self {
+            watchdog: settings.health.clone().map(Watchdog::new),
             changes: desired.changes(),
             settings,
             desired,
@@ -119,13 +123,16 @@ impl Reconciler {
                     self.next.no_later_than(Instant::now());
                     Ok(())
                 }
+                check = next_check(&mut self.watchdog) => self.ask(check),
                 read = self.events.next(&mut events) => read.and_then(|()| self.events.drain(&mut events)),
             };
             if let Err(error) = outcome {
                 return error;
             }
-            if self.concerns(&mut events) {
-                self.next.no_later_than(Instant::now());
+            match self.concerns(&mut events) {
+                Ok(true) => self.next.no_later_than(Instant::now()),
+                Ok(false) => {}
+                Err(error) => return error,
             }
         }
     }
@@ -149,20 +156,56 @@ impl Reconciler {
     }
 
     /// Whether one of the events can change the plan.
-    fn concerns(&mut self, events: &mut Vec<Event>) -> bool {
+    fn concerns(&mut self, events: &mut Vec<Event>) -> Result<bool, Error> {
         let mut concerns = false;
         for event in events.drain(..) {
             concerns |= match event {
                 Event::Route(route) => self.interest.matters(&route),
                 Event::Topology => true,
-                Event::Neighbour { .. } => false,
+                Event::Neighbour { hop, state } => {
+                    let change = self.watchdog.as_mut().and_then(|watchdog| watchdog.heard(hop, state));
+                    self.turned(change)
+                }
                 Event::Overrun => {
                     Counters::add(&self.counters.overruns, 1);
+                    if let Some(watchdog) = &mut self.watchdog {
+                        let changes = watchdog.refresh(&mut self.netlink)?;
+                        self.turned(changes);
+                    }
                     true
                 }
             };
         }
-        concerns
+        Ok(concerns)
+    }
+
+    /// Asks the next hops whose turn it is, or takes up an answer.
+    fn ask(&mut self, check: Option<(Hop, bool)>) -> Result<(), Error> {
+        if let Some(watchdog) = &mut self.watchdog {
+            let changes = watchdog.act(check, &mut self.netlink)?;
+            if self.turned(changes) {
+                self.next.no_later_than(Instant::now());
+            }
+        }
+        Ok(())
+    }
+
+    /// Reports next hops that went down or came up; true if there are any.
+    fn turned(&self, changes: impl IntoIterator<Item = Change>) -> bool {
+        let mut any = false;
+        for Change { hop: (address, _), kind, reason } in changes {
+            any = true;
+            Counters::add(
+                match kind {
+                    EventKind::NextHopUp => &self.counters.next_hops_up,
+                    EventKind::NextHopDamped => &self.counters.next_hops_damped,
+                    _ => &self.counters.next_hops_down,
+                },
+                1,
+            );
+            self.happened(kind, || format!("next hop {address}: {reason}"));
+        }
+        any
     }
 
     fn sync(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
@@ -195,7 +238,8 @@ impl Reconciler {
     /// True if the kernel is as planned.
     fn compare_and_apply(&mut self, events: &mut Vec<Event>) -> Result<bool, Error> {
         Counters::add(&self.counters.syncs, 1);
-        let observed = self.netlink.observe(&self.interest)?;
+        let mut observed = self.netlink.observe(&self.interest)?;
+        observed.down = self.watchdog.as_ref().map(Watchdog::down).unwrap_or_default();
         let planned = plan(&self.merged.routes, &observed, &self.settings, !self.merged.silent.is_empty());
         let mut failures = BTreeMap::new();
         for chunk in planned.operations.chunks(CHUNK) {
@@ -211,6 +255,12 @@ impl Reconciler {
                 }
             }
         }
+        let mut replan = false;
+        if let Some(watchdog) = &mut self.watchdog {
+            // Of a new next hop the kernel may know already that it does not answer.
+            let changes = watchdog.watch(&planned.next_hops, &mut self.netlink)?;
+            replan = self.turned(changes);
+        }
         let clean = failures.is_empty();
         if !std::mem::take(&mut self.wishes_changed) {
             Counters::add(&self.counters.repaired, planned.operations.len() - failures.len());
@@ -219,14 +269,16 @@ impl Reconciler {
         let merged = self.merged.clone();
         // What the rows need of the observation is the names of the links.
         let observed = super::Observed { routes: Vec::new(), ..observed };
+        let super::Plan { verdicts, .. } = planned;
         self.snapshot.send_replace(Arc::new(Snapshot {
             version: self.version,
             merged,
-            verdicts: planned.verdicts,
+            verdicts,
             failures,
+            pending: BTreeSet::new(),
             observed,
         }));
-        Ok(clean)
+        Ok(clean && !replan)
     }
 
     fn report(&self, operation: &Operation, observed: &super::Observed, failure: Option<&str>) {
@@ -275,5 +327,12 @@ impl Reconciler {
         }
         // Nobody listening is fine.
         _ = self.happenings.send(RouteEvent { kind, text });
+    }
+}
+
+async fn next_check(watchdog: &mut Option<Watchdog>) -> Option<(Hop, bool)> {
+    match watchdog {
+        Some(watchdog) => watchdog.next().await,
+        None => std::future::pending().await,
     }
 }

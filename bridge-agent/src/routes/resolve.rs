@@ -1,11 +1,12 @@
 //! One desired route against one observation: the route as the kernel shall have it, or why not.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use super::Settings;
+use super::health::Hop;
 use super::model::{
     DesiredRoute, KernelHop, KernelRoute, NextHop, Observed, PROTOCOL, RouteKey, RouteKind, TABLE_LOCAL,
     TABLE_MAIN, Target,
@@ -83,7 +84,7 @@ impl<'a> Surroundings<'a> {
             let mut hops = Vec::with_capacity(tier.len());
             for hop in tier {
                 match self.check_next_hop(desired, key, hop) {
-                    Ok(_) if self.observed.down.contains(&hop.via) => some_down = true,
+                    Ok(ifindex) if self.observed.down.contains(&(hop.via, ifindex)) => some_down = true,
                     Ok(ifindex) => {
                         // One next hop carries everything, whatever its weight: the kernel keeps none for it.
                         let weight = if tier.len() == 1 { 1 } else { hop.weight };
@@ -222,6 +223,12 @@ impl<'a> Surroundings<'a> {
             RouteKind::Anycast => Some("anycast"),
             _ => None,
         })
+    }
+
+    /// Every next hop that was found on-link so far, whether it answers or not.
+    pub(super) fn next_hops(&self) -> BTreeSet<Hop> {
+        let found = self.on_link.borrow();
+        found.iter().filter_map(|((_, hop), link)| Some((hop.via, *link.as_ref().ok()?))).collect()
     }
 
     /// The interface whose connected network holds `via`, found as the kernel finds it: longest prefix first.

@@ -3,6 +3,7 @@
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::health;
 use super::model::{DEFAULT_METRIC, TABLE_MAIN};
 
 /// How routes are written.
@@ -16,6 +17,8 @@ pub struct Settings {
     pub on_withdraw: OnWithdraw,
     /// Networks of foreign routes that desired routes may lie inside, for example a company's `10.0.0.0/8`.
     pub allow_inside: Vec<IpNet>,
+    /// How next hops are watched; `None`: not at all.
+    pub health: Option<health::Options>,
 }
 
 impl Default for Settings {
@@ -25,6 +28,7 @@ impl Default for Settings {
             metric: DEFAULT_METRIC,
             on_withdraw: OnWithdraw::Remove,
             allow_inside: Vec::new(),
+            health: None,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What the reconciler tells: the state of each route, events as they happen, counters.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -38,6 +38,8 @@ pub enum State {
     Installed,
     /// In the kernel, without some of its next hops.
     Partial,
+    /// Not yet in the kernel, or not yet as wanted.
+    Pending,
     /// Not to be put there.
     Refused,
     /// Withdrawn: no next hop answers.
@@ -55,6 +57,8 @@ pub struct Snapshot {
     pub(super) merged: Merged,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) failures: BTreeMap<RouteKey, String>,
+    /// What is still to be done for these.
+    pub(super) pending: BTreeSet<RouteKey>,
     pub(super) observed: Observed,
 }
 
@@ -68,6 +72,16 @@ pub enum Fate {
 }
 
 impl Snapshot {
+    /// The outcome of a comparison that was not carried out.
+    pub(super) const fn compared(
+        merged: Merged,
+        verdicts: Vec<Verdict>,
+        pending: BTreeSet<RouteKey>,
+        observed: Observed,
+    ) -> Self {
+        Self { version: 0, merged, verdicts, failures: BTreeMap::new(), pending, observed }
+    }
+
     /// Which version of what the sources want this is the outcome of. 0 before the first comparison.
     #[must_use]
     pub const fn version(&self) -> u64 {
@@ -98,6 +112,7 @@ impl Snapshot {
             Verdict::Installed { route, partly } => {
                 let shown = self.observed.show(route);
                 match (self.failures.get(&route.key), partly) {
+                    _ if self.pending.contains(&route.key) => (State::Pending, shown, None),
                     (Some(failure), _) => (State::Failed, shown, Some(failure.clone())),
                     (None, Some(refusal)) => (State::Partial, shown, Some(refusal.to_string())),
                     (None, None) => (State::Installed, shown, None),

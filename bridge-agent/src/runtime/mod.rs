@@ -4,12 +4,14 @@
 
 mod enforcer;
 mod file;
+mod packet_filter;
 mod status;
 
 use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use sd_notify::NotifyState;
@@ -19,13 +21,15 @@ use tokio::{
 };
 
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
+pub use packet_filter::{FirewallStatus, settings as firewall_settings};
 pub use status::{Reload, Reloads, Request, Shared, Status};
 
-use self::{enforcer::Enforcer, file::FileWatch};
+use self::{enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter};
 use crate::{
     api,
     config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
     datapath::{self, EventReader, Pins},
+    firewall,
     interfaces::Watch,
 };
 
@@ -49,6 +53,9 @@ pub enum Error {
     /// The packet path is not as it should be.
     #[error(transparent)]
     Enforcer(#[from] enforcer::Error),
+    /// The iptables rules are not as they should be.
+    #[error(transparent)]
+    Firewall(#[from] firewall::iptables::Error),
     /// The API could not be served.
     #[error(transparent)]
     Api(#[from] api::Error),
@@ -79,12 +86,16 @@ pub fn run(options: &Options) -> Result<(), Error> {
         .block_on(Agent::run(options))
 }
 
+/// How often the status is brought up to date with what the watch of the iptables rules has seen.
+const LOOK: Duration = Duration::from_millis(500);
+
 struct Agent {
     path: PathBuf,
     pins: Pins,
     /// As it was at the start: it takes no other effect later.
     api: Api,
     enforcer: Option<Enforcer>,
+    filter: Option<PacketFilter>,
     events: Option<EventReader>,
     shared: Shared,
 }
@@ -118,13 +129,14 @@ impl Agent {
             pins: Pins::new(&options.pin_root),
             api: config.api.clone(),
             enforcer: None,
+            filter: None,
             events: None,
             shared: shared.clone(),
         };
         // What can fail without a trace comes first.
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let api = api::Server::bind(&socket, &config.api)?;
-        agent.bring_up(&config)?;
+        agent.start(&config)?;
         // With many rules it takes much memory, and is not needed again.
         drop(config);
         trim_memory();
@@ -143,6 +155,7 @@ impl Agent {
     }
 
     async fn serve(&mut self, mut from: Sources) -> Result<(), Error> {
+        let mut look = tokio::time::interval(LOOK);
         loop {
             let selection =
                 self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
@@ -162,6 +175,8 @@ impl Agent {
                     changed.map_err(io_error("cannot watch the configuration file"))?;
                     drop(self.reload("the file has changed"));
                 }
+                // The iptables rules are watched by a thread of their own.
+                _ = look.tick(), if self.filter.is_some() => self.show_enforcement(),
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
@@ -174,6 +189,22 @@ impl Agent {
                 }
             }
         }
+    }
+
+    /// Brings every engine up. A start that fails leaves nothing that was not there before.
+    fn start(&mut self, config: &Config) -> Result<(), Error> {
+        if packet_filter::is_wanted(config) {
+            self.filter = Some(PacketFilter::start(config)?);
+        }
+        let enforcing_before = self.pins.exist();
+        let result = self.bring_up(config);
+        if result.is_err()
+            && !enforcing_before
+            && let Some(filter) = self.filter.take()
+        {
+            filter.take_down();
+        }
+        result
     }
 
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
@@ -197,7 +228,11 @@ impl Agent {
 
     fn show_enforcement(&self) {
         let enforcement = self.enforcer.as_ref().map(Enforcer::status);
-        self.shared.update(|status| status.enforcement = enforcement);
+        let firewall = self.filter.as_ref().map(PacketFilter::status);
+        self.shared.update(|status| {
+            status.enforcement = enforcement;
+            status.firewall = firewall;
+        });
     }
 
     fn interfaces_changed(&mut self) {
@@ -234,9 +269,36 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
-        match (self.enforcer.take(), wants_ebpf(&config)) {
+        // iptables first: what it refuses it refuses whole, and can be taken back.
+        let before = self.filter.as_ref().map(PacketFilter::policy);
+        match (&mut self.filter, packet_filter::is_wanted(&config)) {
+            (Some(filter), true) => filter.reload(&config)?,
+            (filter @ None, true) => *filter = Some(PacketFilter::start(&config)?),
+            (_, false) => {}
+        }
+        if let Err(error) = self.reload_ebpf(&config) {
+            match (before, self.filter.take()) {
+                (Some(policy), Some(filter)) => {
+                    filter.restore(policy);
+                    self.filter = Some(filter);
+                }
+                (None, Some(filter)) => filter.take_down(),
+                (_, None) => {}
+            }
+            return Err(error);
+        }
+        if !packet_filter::is_wanted(&config)
+            && let Some(filter) = self.filter.take()
+        {
+            filter.take_down();
+        }
+        Ok(())
+    }
+
+    fn reload_ebpf(&mut self, config: &Config) -> Result<(), Error> {
+        match (self.enforcer.take(), wants_ebpf(config)) {
             (Some(mut enforcer), true) => {
-                let result = enforcer.reload(&config);
+                let result = enforcer.reload(config);
                 self.enforcer = Some(enforcer);
                 result?;
             }
@@ -245,7 +307,7 @@ impl Agent {
                 self.shared.set_maps(None);
                 enforcer.take_down(&self.pins)?;
             }
-            (None, _) => self.bring_up(&config)?,
+            (None, _) => self.bring_up(config)?,
         }
         Ok(())
     }
@@ -292,6 +354,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         }
         .to_owned(),
         enforcement: None,
+        firewall: None,
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),

@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::enforcer::Enforcement;
+use super::{enforcer::Enforcement, packet_filter::FirewallStatus};
 use crate::datapath::{FlowCounts, Maps, Verdict};
 
 /// What the agent says of itself.
@@ -30,6 +30,8 @@ pub struct Status {
     pub role: String,
     /// The packet path, if it is to enforce by eBPF.
     pub enforcement: Option<Enforcement>,
+    /// The iptables rules, if it is to enforce by iptables.
+    pub firewall: Option<FirewallStatus>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.
@@ -122,5 +124,10 @@ impl Shared {
 
 /// Now, as RFC 3339 in UTC.
 pub(super) fn wall_clock() -> String {
-    crate::time::rfc3339(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+    at(SystemTime::now())
+}
+
+/// A time, as RFC 3339 in UTC.
+pub(super) fn at(time: SystemTime) -> String {
+    crate::time::rfc3339(time.duration_since(UNIX_EPOCH).unwrap_or_default())
 }

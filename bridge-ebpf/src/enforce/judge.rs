@@ -70,9 +70,11 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
         let from_initiator = flow.initiator == packet.end_of_source;
         let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
         let audited = flow.flags & flag::AUDIT != 0;
-        if !track::is_expired(flow, active.settings, active.now)
-            && !(audited && active.settings.audit == 0)
-            && !(from_lan && hook == Hook::Internal)
+        let usable = !audited || active.settings.audit != 0;
+        let spoofed = from_lan && hook == Hook::Internal;
+        if usable
+            && !spoofed
+            && !track::is_expired(flow, active.settings, active.now)
             && track::established(flow, packet, from_initiator, active.now) == Seen::Pass
         {
             // SAFETY: the context is valid while the program runs.
@@ -238,6 +240,14 @@ fn conclude(
         }
         return NEXT;
     }
+    debug!(
+        &TcContext::new(skb),
+        "deny: reason {} direction {} protocol {} bytes {}",
+        outcome.reason as u8,
+        direction,
+        packet.protocol,
+        length
+    );
     if settings.audit != 0 {
         // The rest of the flow is not reported again: it follows from its first packet.
         if matches!(outcome.reason, Reason::no_rule | Reason::deny_rule) {

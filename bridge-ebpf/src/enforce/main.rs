@@ -10,6 +10,15 @@
     unreachable_pub,
     reason = "the attribute of a program adds a function that only the loader reaches"
 )]
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key by value would be copied onto a stack of 512 bytes"
+)]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "header lengths, directions and results of helpers are small, whatever the type of the register"
+)]
 
 mod judge;
 mod maps;

@@ -120,7 +120,7 @@ impl Buffer {
 /// The sum of bytes in the arithmetic of RFC 1071, added to `seed`. N must be a multiple of 4.
 #[inline(always)]
 fn sum<const N: usize>(bytes: &mut [u8; N], seed: u32) -> u32 {
-    const { assert!(N % 4 == 0) };
+    const { assert!(N.is_multiple_of(4)) };
     // SAFETY: the helper reads N bytes.
     unsafe { bpf_csum_diff(core::ptr::null_mut(), 0, bytes.as_mut_ptr().cast(), N as u32, seed) as u32 }
 }

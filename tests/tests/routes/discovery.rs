@@ -50,8 +50,19 @@ impl Host {
             netns.run_async(|| async {
                 let desired = Desired::default();
                 let mut reconciler = Reconciler::new(Settings::default(), desired.clone()).unwrap();
-                let listener =
-                    Listener::bind(options, reconciler.status(), reconciler.happenings()).await.unwrap();
+                // A child that another test is just forking holds the socket of an earlier run until it execs.
+                let (mut bound, mut waited) = (None, 0);
+                while bound.is_none() {
+                    match Listener::bind(options.clone(), reconciler.status(), reconciler.happenings()).await
+                    {
+                        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && waited < 100 => {
+                            waited += 1;
+                            tokio::time::sleep(Duration::from_millis(20)).await;
+                        }
+                        outcome => bound = Some(outcome.unwrap()),
+                    }
+                }
+                let listener = bound.unwrap();
                 ready.send(listener.counters()).unwrap();
                 let publisher = desired.register(SourceKind::Discovery);
                 tokio::select! {

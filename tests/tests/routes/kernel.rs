@@ -247,8 +247,8 @@ fn every_kind_of_route_is_written_compared_and_exchanged_by_this_kernel() {
     assert_eq!(agent.counters.failed.load(Ordering::Relaxed), 0);
     // What was written is what is read: nothing is left to do.
     let done = agent.counters.replaced.load(Ordering::Relaxed);
-    lan.host.ip("address add 192.168.99.1/32 dev lo");
     let syncs = agent.counters.syncs.load(Ordering::Relaxed);
+    lan.host.ip("address add 192.168.99.1/32 dev lo");
     eventually("compared again", SECONDS, || agent.counters.syncs.load(Ordering::Relaxed) > syncs);
     assert_eq!(agent.counters.replaced.load(Ordering::Relaxed), done);
 }

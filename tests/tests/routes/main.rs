@@ -1,4 +1,7 @@
 //! Routes from LAN hosts to pod networks, in network namespaces of their own. Needs root.
 
 mod discovery;
+mod exports;
+mod faults;
+mod health;
 mod kernel;

@@ -15,7 +15,7 @@ use tokio::sync::{Notify, Semaphore, broadcast, watch};
 use super::message::{Announcement, Answer, Key, Message, Status, Token};
 use super::registry::{Entry, Registry, Rules};
 use super::{ExchangeError, clock, receive, send, state, within};
-use crate::routes::model::SourceKind;
+use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::host;
 use crate::routes::sources::{Publisher, Source, SourceError};
 use crate::routes::status::{EventKind, Fate, RouteEvent, Snapshot};
@@ -74,6 +74,21 @@ struct Shared {
     counters: Arc<DiscoveryCounters>,
     renewed: Notify,
     warned: Mutex<Option<Instant>>,
+}
+
+/// The routes to the pods that an earlier run had saved and that have not expired.
+#[must_use]
+pub fn saved_routes(options: &Options) -> Vec<DesiredRoute> {
+    let mut registry = Registry::default();
+    if let Some(path) = &options.state {
+        match state::load(path, options.rules.max_lifetime) {
+            Ok(entries) => registry.restore(entries),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "discovery: what was known cannot be read")
+            }
+        }
+    }
+    registry.routes()
 }
 
 impl Listener {

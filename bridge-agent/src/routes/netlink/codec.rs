@@ -11,6 +11,7 @@ use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteScope, RouteType, RouteVia,
 };
 
+use crate::routes::health::{Ask, Hop};
 use crate::routes::model::{Address, KernelHop, KernelRoute, Link, RouteKey, RouteKind};
 
 const RTA_DST: u16 = 1;
@@ -34,6 +35,8 @@ const RTM_F_CLONED: u32 = 0x200;
 const RTNH_F_ONLINK: u32 = 4;
 /// `struct rtnexthop`.
 const RTNH_LEN: usize = 8;
+/// `NUD_PROBE`: unicast solicitations are sent, and the entry fails if none is answered.
+const NUD_PROBE: u16 = 0x10;
 /// `NTF_USE`: as if a packet were waiting for the neighbour.
 const NTF_USE: u8 = 1;
 
@@ -148,8 +151,8 @@ pub(super) fn decode_address(body: &[u8]) -> Option<Address> {
     Some(Address { ifindex, net })
 }
 
-/// The body of `RTM_NEWNEIGH` or `RTM_DELNEIGH`: address, interface index, `NUD_*` state.
-pub(super) fn decode_neighbour(body: &[u8]) -> Option<(IpAddr, u32, u16)> {
+/// The body of `RTM_NEWNEIGH` or `RTM_DELNEIGH`: the neighbour and its `NUD_*` state.
+pub(super) fn decode_neighbour(body: &[u8]) -> Option<(Hop, u16)> {
     // struct ndmsg: family, pad, pad, ifindex, state, flags, type.
     let (ifindex, state) = (u32_of(body.get(4..)?)?, u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?));
     let mut address = None;
@@ -158,14 +161,17 @@ pub(super) fn decode_neighbour(body: &[u8]) -> Option<(IpAddr, u32, u16)> {
             address = address_of(value);
         }
     });
-    Some((address?, ifindex, state))
+    Some(((address?, ifindex), state))
 }
 
 /// The body of `RTM_NEWNEIGH` that makes the kernel ask whether `address` is still there.
-pub(super) fn encode_neighbour_use(address: IpAddr, ifindex: u32) -> Vec<u8> {
+pub(super) fn encode_neighbour(address: IpAddr, ifindex: u32, ask: Ask) -> Vec<u8> {
     let mut body = vec![0; 12];
     body[4..8].copy_from_slice(&ifindex.to_ne_bytes());
-    body[10] = NTF_USE;
+    match ask {
+        Ask::Resolve => body[10] = NTF_USE,
+        Ask::Verify => body[8..10].copy_from_slice(&NUD_PROBE.to_ne_bytes()),
+    }
     let (family, octets) = match address {
         IpAddr::V4(address) => (super::AF_INET, address.octets().to_vec()),
         IpAddr::V6(address) => (super::AF_INET6, address.octets().to_vec()),

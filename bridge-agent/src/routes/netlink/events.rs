@@ -1,7 +1,6 @@
 //! What others do to routes, links, addresses and neighbours, as it happens.
 
 use std::io;
-use std::net::IpAddr;
 
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
@@ -12,6 +11,7 @@ use super::{
     Error, RECEIVE_BUFFER, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK,
     RTM_NEWNEIGH, RTM_NEWROUTE, codec, receive,
 };
+use crate::routes::health::Hop;
 use crate::routes::model::KernelRoute;
 
 /// `RTNLGRP_*` of `linux/rtnetlink.h`.
@@ -33,10 +33,8 @@ pub enum Event {
     Topology,
     /// What the kernel knows of a neighbour.
     Neighbour {
-        /// Its address.
-        address: IpAddr,
-        /// On this interface.
-        ifindex: u32,
+        /// Which one.
+        hop: Hop,
         /// `NUD_*` of `linux/neighbour.h`; 0 (`NUD_NONE`) if it was forgotten.
         state: u16,
     },
@@ -122,9 +120,9 @@ fn decode(header: &Header, body: &[u8]) -> Option<Event> {
         RTM_NEWROUTE | RTM_DELROUTE => codec::decode_route(body).map(Event::Route),
         RTM_NEWLINK | RTM_DELLINK | RTM_NEWADDR | RTM_DELADDR => Some(Event::Topology),
         RTM_NEWNEIGH | RTM_DELNEIGH => {
-            let (address, ifindex, state) = codec::decode_neighbour(body)?;
+            let (hop, state) = codec::decode_neighbour(body)?;
             let state = if header.kind == RTM_DELNEIGH { 0 } else { state };
-            Some(Event::Neighbour { address, ifindex, state })
+            Some(Event::Neighbour { hop, state })
         }
         _ => None,
     }

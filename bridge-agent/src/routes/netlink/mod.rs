@@ -20,6 +20,7 @@ pub use interest::Interest;
 
 use self::frame::{Reply, frame, parse_replies};
 use super::Operation;
+use super::health::{Ask, Hop};
 use super::model::{KernelHop, KernelRoute, Observed, PROTOCOL, RouteKey, RouteKind, TABLE_MAIN};
 
 /// `sa_family_t`, of one byte in every rtnetlink header.
@@ -127,8 +128,8 @@ impl Netlink {
         Ok(observed)
     }
 
-    /// The neighbours the kernel knows: address, interface index, `NUD_*` state.
-    pub fn neighbours(&mut self) -> Result<Vec<(IpAddr, u32, u16)>, Error> {
+    /// The neighbours the kernel knows, and their `NUD_*` states.
+    pub fn neighbours(&mut self) -> Result<Vec<(Hop, u16)>, Error> {
         let mut neighbours = Vec::new();
         for family in [AF_INET, AF_INET6] {
             let request = [family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -163,15 +164,20 @@ impl Netlink {
         Ok(failures)
     }
 
-    /// Makes the kernel ask each neighbour whether it is still there (ARP, neighbour discovery), as if a packet
-    /// were waiting. The outcome comes as an event, or with [`Self::neighbours`].
-    pub fn probe_neighbours(&mut self, neighbours: &[(IpAddr, u32)]) -> Result<(), Error> {
+    /// Makes the kernel ask whether each neighbour is still there (ARP, neighbour discovery). The outcome comes as
+    /// an event.
+    pub fn ask_neighbours(&mut self, neighbours: &[(Hop, Ask)]) -> Result<(), Error> {
         for batch in neighbours.chunks(BATCH) {
-            let requests = batch.iter().map(|(address, ifindex)| {
-                (RTM_NEWNEIGH, NLM_F_CREATE, codec::encode_neighbour_use(*address, *ifindex))
+            let requests = batch.iter().map(|((address, ifindex), ask)| {
+                let flags = match ask {
+                    Ask::Resolve => NLM_F_CREATE,
+                    Ask::Verify => NLM_F_REPLACE,
+                };
+                (RTM_NEWNEIGH, flags, codec::encode_neighbour(*address, *ifindex, *ask))
             });
+            // An entry that vanished meanwhile is resolved the next time; a link that vanished is planned anew.
             for error in self.request(requests)?.into_iter().flatten() {
-                tracing::debug!(%error, "a neighbour could not be probed");
+                tracing::debug!(%error, "the kernel does not ask for a neighbour");
             }
         }
         Ok(())

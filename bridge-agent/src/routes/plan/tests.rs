@@ -156,8 +156,8 @@ fn a_next_hop_that_is_down_yields_to_the_other_and_then_to_the_backup() {
     backup.push(NextHop::new("192.168.32.19".parse().unwrap()));
     let mut observed = host();
     let mut lines = Vec::new();
-    for down in ["192.168.31.17", "192.168.31.18", "192.168.32.19"] {
-        observed.down.insert(down.parse().unwrap());
+    for (down, ifindex) in [("192.168.31.17", 2), ("192.168.31.18", 2), ("192.168.32.19", 3)] {
+        observed.down.insert((down.parse().unwrap(), ifindex));
         lines.push(plain(std::slice::from_ref(&route), &observed));
     }
     insta::assert_snapshot!(lines.join("\n"), @r"
@@ -278,7 +278,7 @@ fn withdraw_takes_own_routes_and_nothing_else() {
     let mine =
         [own("10.200.1.0/24", "192.168.31.17", 2), kernel("own blackhole", "10.9.0.0/24", None, 0, 100, 3)];
     observed.routes.extend(mine.clone());
-    assert_eq!(withdraw(&observed), mine.map(Operation::Delete));
+    assert_eq!(withdraw(&observed), mine.map(|route| Operation::Delete(Arc::new(route))));
 }
 
 /// What the kernel does with operations (IPv4 rules: one key may bear several routes, `replace` changes the first).
@@ -287,16 +287,16 @@ fn apply(observed: &mut Observed, operations: &[Operation]) {
         match operation {
             Operation::Add(route) => {
                 assert!(!observed.routes.iter().any(|there| there.key == route.key), "EEXIST: {route:?}");
-                observed.routes.push(route.clone());
+                observed.routes.push((**route).clone());
             }
             Operation::Replace { old, new } => {
                 assert_eq!(old.key, new.key);
                 let first = observed.routes.iter_mut().find(|there| there.key == new.key).expect("ENOENT");
-                assert_eq!(first, old, "a foreign or unknown route would be replaced");
-                *first = new.clone();
+                assert_eq!(*first, **old, "a foreign or unknown route would be replaced");
+                *first = (**new).clone();
             }
             Operation::Delete(route) => {
-                let place = observed.routes.iter().position(|there| there == route).expect("ESRCH");
+                let place = observed.routes.iter().position(|there| *there == **route).expect("ESRCH");
                 assert!(observed.routes.remove(place).is_own());
             }
         }
@@ -336,7 +336,7 @@ proptest! {
             route.altered = *altered;
             observed.routes.push(route);
         }
-        observed.down = down.iter().map(|via| via.parse().unwrap()).collect();
+        observed.down = down.iter().map(|via| (via.parse().unwrap(), if via.contains(".32.") { 3 } else { 2 })).collect();
         let settings = Settings { on_withdraw: if blackhole { OnWithdraw::Blackhole } else { OnWithdraw::Remove }, ..Settings::default() };
         let foreign_before: Vec<_> = observed.routes.iter().filter(|route| !route.is_own()).cloned().collect();
 

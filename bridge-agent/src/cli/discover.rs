@@ -1,0 +1,315 @@
+//! `bridge-agent discover`: behind which node a pod is.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use ipnet::IpNet;
+use serde_json::json;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{Error, Global, block_on, print, print_json};
+use crate::api::client::{self, Client};
+use crate::config;
+use crate::routes::discovery::listen;
+use crate::routes::discovery::message::Status;
+use crate::routes::discovery::probe::{self, ProbeError, probe};
+use crate::routes::discovery::registry::Rules;
+use crate::routes::discovery::sniff::Sniffer;
+use crate::routes::discovery::{KeyError, read_key};
+use crate::routes::{Service, Setup, SourceKind};
+
+/// Learn behind which node a pod is.
+#[derive(Debug, Args)]
+pub struct Discover {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// On the host: take announcements of pods and add a route to each, until interrupted
+    Listen(Listen),
+    /// In the pod: announce it to a host; needs no privileges
+    Probe(Probe),
+    /// On the host: show from which addresses connections to a port arrive, whoever makes them
+    Sniff(Sniff),
+}
+
+#[derive(Debug, Args)]
+struct Listen {
+    /// Address and port; left out, `routes.discovery.listen` of the configuration
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "key_file")]
+    listen: Option<SocketAddr>,
+    /// The file with the key; the same as in the pods
+    #[arg(long, value_name = "FILE", requires = "listen")]
+    key_file: Option<PathBuf>,
+    /// Believe only pods of this network; may be repeated; left out, `networks.pods` of the configuration
+    #[arg(long, value_name = "NETWORK")]
+    pods: Vec<IpNet>,
+    /// Do not connect back: whoever holds the key is believed
+    #[arg(long)]
+    no_check: bool,
+}
+
+#[derive(Debug, Args)]
+struct Probe {
+    /// The host that listens, by name or address
+    #[arg(value_name = "HOST:PORT")]
+    host: String,
+    /// The file with the key; the same as on the host
+    #[arg(long, value_name = "FILE", default_value = "/etc/bridge/discovery.key")]
+    key_file: PathBuf,
+    /// The pod's own address; left out, the one the connection leaves from
+    #[arg(long)]
+    address: Option<IpAddr>,
+    /// Where to wait for the host to connect back; 0 is any free port
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    check_port: u16,
+    /// How long the host shall remember, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    lifetime: u32,
+    /// A name for people; left out, the name of the host this runs on, which in a pod is the pod's
+    #[arg(long)]
+    name: Option<String>,
+    /// Announce again every so many seconds, until interrupted
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
+    every: Option<u32>,
+    /// How long one announcement may take, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    timeout: u32,
+}
+
+#[derive(Debug, Args)]
+struct Sniff {
+    /// The TCP port somebody in a pod connects to; nothing needs to listen on it
+    #[arg(long)]
+    port: u16,
+    /// End after so many connections
+    #[arg(long, value_name = "NUMBER")]
+    count: Option<u64>,
+    /// End after so many seconds
+    #[arg(long, value_name = "SECONDS")]
+    seconds: Option<u32>,
+}
+
+/// Why nothing was discovered.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The key.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// No answer.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// The host said no.
+    #[error("{host} refused: {text}")]
+    Refused {
+        /// The host.
+        host: SocketAddr,
+        /// Its words.
+        text: String,
+    },
+    /// The name of the host.
+    #[error("{name}: {reason}; write HOST:PORT, for example 192.168.31.67:12345")]
+    Name {
+        /// As written.
+        name: String,
+        /// Why.
+        reason: String,
+    },
+    /// No packet socket.
+    #[error("cannot see packets: {0}; this takes CAP_NET_RAW")]
+    Sniff(#[source] io::Error),
+    /// Two would undo each other's routes.
+    #[error(
+        "the agent is running and takes announcements itself if `routes.discovery` is configured; its events are those of `bridge-agent monitor`"
+    )]
+    AgentRuns,
+    /// No address to listen on.
+    #[error("{} configures no routes.discovery; add it, or write --listen and --key-file", .0.display())]
+    NotConfigured(PathBuf),
+}
+
+impl Discover {
+    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        block_on(async {
+            match &self.action {
+                Action::Listen(command) => command.run(global).await,
+                Action::Probe(command) => command.run(global).await,
+                Action::Sniff(command) => command.run(global).await,
+            }
+        })
+    }
+}
+
+/// Until SIGINT or SIGTERM.
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    match signal(SignalKind::terminate()) {
+        Ok(mut terminate) => tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        },
+        Err(_) => _ = tokio::signal::ctrl_c().await,
+    }
+}
+
+impl Listen {
+    async fn run(&self, global: &Global) -> Result<(), Error> {
+        match Client::connect(&global.agent_socket()).await {
+            Err(client::Error::NotRunning { .. }) => {}
+            Ok(_) => return Err(Failure::AgentRuns.into()),
+            Err(error) => return Err(error.into()),
+        }
+        let mut service = Service::start(self.setup(&global.config)?).await?;
+        let mut happenings = service.happenings();
+        let end = interrupted();
+        tokio::pin!(end);
+        loop {
+            tokio::select! {
+                () = &mut end => break,
+                error = service.run() => return Err(error.into()),
+                event = happenings.recv() => match event {
+                    Ok(event) if global.json => print_json(&event)?,
+                    Ok(event) => {
+                        let kind = serde_json::to_value(event.kind).unwrap_or_default();
+                        print(&format!("{} {}\n", kind.as_str().unwrap_or_default(), event.text))?;
+                    }
+                    Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => break,
+                },
+            }
+        }
+        // Nobody would be there to let them expire.
+        Ok(service.retire(SourceKind::Discovery)?)
+    }
+
+    /// The whole setup of the configuration, if there is one: routes of its other sources stay as they are.
+    fn setup(&self, path: &Path) -> Result<Setup, Error> {
+        let mut setup = if path.exists() || self.listen.is_none() {
+            Setup::from_config(&config::load(path)?.config)?
+        } else {
+            Setup::default()
+        };
+        if let (Some(listen), Some(key_file)) = (self.listen, &self.key_file) {
+            let key = read_key(key_file, true).map_err(Failure::from)?;
+            let rules = setup.discovery.take().map_or_else(Rules::default, |options| options.rules);
+            setup.discovery = Some(listen::Options { listen, key, rules, check: true, state: None });
+        }
+        let Some(discovery) = &mut setup.discovery else {
+            return Err(Failure::NotConfigured(path.into()).into());
+        };
+        discovery.check &= !self.no_check;
+        if !self.pods.is_empty() {
+            discovery.rules.pods.clone_from(&self.pods);
+        }
+        Ok(setup)
+    }
+}
+
+impl Probe {
+    async fn run(&self, global: &Global) -> Result<(), Error> {
+        let key = read_key(&self.key_file, false).map_err(Failure::from)?;
+        let mut failed = false;
+        loop {
+            let announced = self.once(&key, global).await;
+            match (announced, self.every) {
+                (outcome, None) => return outcome,
+                (Ok(()), Some(_)) => failed = false,
+                (Err(error), Some(_)) => {
+                    // Once, until it works again.
+                    if !std::mem::replace(&mut failed, true) {
+                        error.show(global);
+                    }
+                }
+            }
+            let pause = Duration::from_secs(self.every.unwrap_or(1).into());
+            tokio::select! {
+                () = interrupted() => return Ok(()),
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    async fn once(&self, key: &crate::routes::discovery::message::Key, global: &Global) -> Result<(), Error> {
+        let host = self.resolve().await?;
+        let options = probe::Options {
+            host,
+            key: key.clone(),
+            address: self.address,
+            check_port: self.check_port,
+            lifetime: Duration::from_secs(self.lifetime.into()),
+            name: self
+                .name
+                .clone()
+                .unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned()),
+            timeout: Duration::from_secs(self.timeout.into()),
+        };
+        let answer = probe(&options).await.map_err(Failure::from)?;
+        if answer.status == Status::Refused {
+            return Err(Failure::Refused { host, text: answer.text }.into());
+        }
+        if global.json {
+            return print_json(
+                &json!({ "ok": true, "host": host, "egress": answer.egress, "lifetime": answer.lifetime, "route": answer.text }),
+            );
+        }
+        let egress =
+            answer.egress.map_or_else(|| "an unknown address".to_owned(), |egress| egress.to_string());
+        print(&format!(
+            "{host} sees this pod as {egress} and reaches it for {} s by: {}\n",
+            answer.lifetime, answer.text
+        ))
+    }
+
+    async fn resolve(&self) -> Result<SocketAddr, Failure> {
+        let failed = |reason: String| Failure::Name { name: self.host.clone(), reason };
+        let mut found =
+            tokio::net::lookup_host(&self.host).await.map_err(|error| failed(error.to_string()))?;
+        // Of a host with both, the family of the address that is announced.
+        let fits = |address: &SocketAddr| self.address.is_none_or(|own| own.is_ipv4() == address.is_ipv4());
+        found.find(fits).ok_or_else(|| failed("no address of the right family".to_owned()))
+    }
+}
+
+impl Sniff {
+    async fn run(&self, global: &Global) -> Result<(), Error> {
+        let mut sniffer = Sniffer::open(self.port).map_err(Failure::Sniff)?;
+        let mut seen = BTreeMap::<IpAddr, u64>::new();
+        let end = async {
+            match self.seconds {
+                Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
+                None => interrupted().await,
+            }
+        };
+        tokio::pin!(end);
+        while self.count.is_none_or(|count| seen.values().sum::<u64>() < count) {
+            tokio::select! {
+                () = &mut end => break,
+                attempt = sniffer.next() => {
+                    let attempt = attempt.map_err(Failure::Sniff)?;
+                    *seen.entry(attempt.from.ip()).or_default() += 1;
+                    if !global.json {
+                        print(&format!("{} -> {}\n", attempt.from, attempt.to))?;
+                    }
+                }
+            }
+        }
+        if global.json {
+            let list: Vec<_> = seen
+                .iter()
+                .map(|(egress, connections)| json!({ "egress": egress, "connections": connections }))
+                .collect();
+            return print_json(&list);
+        }
+        let mut text = String::new();
+        for (egress, connections) in seen {
+            text.push_str(&format!("{egress}: {connections} connections\n"));
+        }
+        print(&text)
+    }
+}

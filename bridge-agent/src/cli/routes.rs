@@ -1,0 +1,150 @@
+//! `bridge-agent routes`: what is wanted and what the kernel has, without asking the running agent.
+
+use std::fmt::Write as _;
+
+use clap::{Args, Subcommand};
+
+use super::{Error, Global, print, print_json, table};
+use crate::config;
+use crate::routes::export::{Format, export};
+use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, read_once, withdrawal};
+
+/// List, plan, apply, withdraw or export the routes to pods.
+#[derive(Debug, Args)]
+pub struct Routes {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Show every route that is wanted, where it comes from, and whether the kernel has it
+    List,
+    /// Show what would have to be done
+    Plan,
+    /// Bring the kernel into line, once; `bridge-agent run` does it for good
+    Apply {
+        /// Show what would be done, and do nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Remove every route bridge has added, and nothing else; stop a running agent before
+    Withdraw {
+        /// Show what would be removed, and remove nothing
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Write the routes as commands or files for a host that cannot run the agent
+    Export {
+        /// For what
+        #[arg(long, value_enum)]
+        format: Format,
+        /// The interface of that host which faces the nodes
+        #[arg(long, value_name = "NAME")]
+        dev: Option<String>,
+    },
+}
+
+impl Routes {
+    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        match &self.action {
+            Action::List => list(global),
+            Action::Plan => show_plan(&Comparison::new(&setup(global)?)?, global),
+            Action::Apply { dry_run: true } => show_plan(&Comparison::new(&setup(global)?)?, global),
+            Action::Apply { dry_run: false } => {
+                let mut comparison = Comparison::new(&setup(global)?)?;
+                let failures = comparison.apply()?;
+                show_plan(&comparison, global)?;
+                partly(&failures, &comparison.observed)
+            }
+            Action::Withdraw { dry_run } => {
+                let (observed, operations) = withdrawal()?;
+                let failures = if *dry_run { Vec::new() } else { carry_out(&operations)? };
+                show_operations(&operations, &[], &observed, global)?;
+                partly(&failures, &observed)
+            }
+            Action::Export { format, dev } => {
+                let setup = setup(global)?;
+                let merged = read_once(&setup)?;
+                let text = export(
+                    *format,
+                    merged.routes.iter().map(AsRef::as_ref),
+                    &setup.settings,
+                    dev.as_deref(),
+                )?;
+                if global.json {
+                    return print_json(
+                        &serde_json::json!({ "ok": true, "format": format.to_string(), "text": text }),
+                    );
+                }
+                print(&text)
+            }
+        }
+    }
+}
+
+fn setup(global: &Global) -> Result<Setup, Error> {
+    let loaded = config::load(&global.config)?;
+    Ok(Setup::from_config(&loaded.config)?)
+}
+
+fn list(global: &Global) -> Result<(), Error> {
+    let snapshot = Comparison::new(&setup(global)?)?.snapshot();
+    if global.json {
+        return print_json(&snapshot.rows().collect::<Vec<_>>());
+    }
+    let mut table = table::table(&["network", "source", "state", "route"]);
+    let mut reasons = String::new();
+    for row in snapshot.rows() {
+        let source = if row.origin.is_empty() {
+            row.source.to_string()
+        } else {
+            format!("{} {}", row.source, row.origin)
+        };
+        let state = format!("{:?}", row.state).to_lowercase();
+        if let Some(reason) = row.reason {
+            _ = writeln!(reasons, "{state}: {reason}");
+        }
+        table.add_row([row.to.to_string(), source, state, row.route]);
+    }
+    print(&(table::render(&table) + &reasons))
+}
+
+fn show_plan(comparison: &Comparison, global: &Global) -> Result<(), Error> {
+    let refusals: Vec<_> =
+        comparison.plan.verdicts.iter().filter_map(Verdict::refusal).map(ToString::to_string).collect();
+    show_operations(&comparison.plan.operations, &refusals, &comparison.observed, global)
+}
+
+/// `+` added, `~` exchanged, `-` removed, `!` refused.
+fn show_operations(
+    operations: &[Operation],
+    refusals: &[String],
+    observed: &Observed,
+    global: &Global,
+) -> Result<(), Error> {
+    let lines = operations.iter().map(|operation| operation.show(observed));
+    if global.json {
+        return print_json(
+            &serde_json::json!({ "operations": lines.collect::<Vec<_>>(), "refused": refusals }),
+        );
+    }
+    let mut text: String = lines.map(|line| line + "\n").collect();
+    for refusal in refusals {
+        _ = writeln!(text, "! {refusal}");
+    }
+    if text.is_empty() {
+        text.push_str("Nothing to do.\n");
+    }
+    print(&text)
+}
+
+fn partly(failures: &[(Operation, String)], observed: &Observed) -> Result<(), Error> {
+    if failures.is_empty() {
+        return Ok(());
+    }
+    let line = |(operation, reason): &(Operation, String)| {
+        format!("the kernel refused `{}`: {reason}", operation.show(observed))
+    };
+    Err(Error::Partly(failures.iter().map(line).collect()))
+}

@@ -1,0 +1,304 @@
+//! The driver: the pure parts put together with the programs.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::backend;
+use super::error::Error;
+use super::kernel::{self, Nft};
+use super::observe::{ObservedTable, OwnRules, parse};
+use super::plan::{self, Restore};
+use super::programs::{Backend, Programs};
+use super::render::{self, Options};
+use super::ruleset::{Family, Ruleset, Table, TableRules};
+use super::{apply, save};
+use crate::firewall::{Firewall, Hits, Remains};
+use crate::model::Policy;
+
+/// How the driver works.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// What the rules say beside the policy.
+    pub options: Options,
+    /// Where programs are and how long they may wait.
+    pub programs: Programs,
+    /// The back end that the operator wants; `None`: the one that is in use.
+    pub backend: Option<Backend>,
+    /// Whether and where rules are saved.
+    pub saving: save::Saving,
+}
+
+/// iptables and ip6tables on one back end.
+#[derive(Debug)]
+pub struct Iptables {
+    config: Config,
+    choice: backend::Choice,
+    /// What stood there right after the last apply.
+    written: BTreeMap<(Family, Table), OwnRules>,
+}
+
+/// See [`Firewall::Observed`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Of the back end in use.
+    pub tables: BTreeMap<(Family, Table), ObservedTable>,
+    /// Of the other one: bridge's rules there are from before it was changed.
+    pub other: BTreeMap<(Family, Table), ObservedTable>,
+}
+
+/// See [`Firewall::Plan`]. Each part is one table, all or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// For the back end in use.
+    pub restores: Vec<Restore>,
+    /// For the other one, afterwards: takes away what is bridge's.
+    pub removals: Vec<Restore>,
+}
+
+impl Iptables {
+    /// Chooses a back end.
+    ///
+    /// # Errors
+    /// If iptables is not installed.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let choice = backend::choose(&config.programs, config.backend)?;
+        if let Some(warning) = &choice.warning {
+            tracing::warn!("{warning}");
+        }
+        Ok(Self { config, choice, written: BTreeMap::new() })
+    }
+
+    /// The back end in use, and what the operator should know about it.
+    #[must_use]
+    pub const fn choice(&self) -> &backend::Choice {
+        &self.choice
+    }
+
+    pub(super) const fn backend(&self) -> Backend {
+        self.choice.backend
+    }
+
+    fn rulesets(&self, policy: &Policy) -> [Ruleset; 2] {
+        Family::ALL.map(|family| render::ruleset(policy, &self.config.options, family))
+    }
+
+    fn read(&self, backend: Backend, family: Family, table: Table) -> Result<ObservedTable, Error> {
+        // Without the program nothing was ever written; with it, asking it for a table may make the table.
+        self.config.programs.tool(family, backend, "-save")?;
+        let exists = match backend {
+            Backend::Legacy => kernel::legacy_tables(family).iter().any(|name| name == table.name()),
+            Backend::Nft => Nft::open().and_then(|nft| nft.has_table(family, table)).map_err(|source| {
+                if source.kind() == std::io::ErrorKind::PermissionDenied {
+                    return Error::NotPermitted { program: "nf_tables".into() };
+                }
+                Error::Kernel { what: format!("look for {family} table {table}"), source }
+            })?,
+        };
+        if !exists {
+            return Ok(ObservedTable::default());
+        }
+        let text = apply::save(&self.config.programs, backend, family, table)?;
+        Ok(parse(&text).remove(table.name()).unwrap_or_default())
+    }
+
+    /// Both families; of IPv6 what there is.
+    fn read_all(&self, backend: Backend) -> Result<BTreeMap<(Family, Table), ObservedTable>, Error> {
+        let mut tables = BTreeMap::new();
+        for family in Family::ALL {
+            for table in Table::ALL {
+                match self.read(backend, family, table) {
+                    Ok(observed) => drop(tables.insert((family, table), observed)),
+                    // A host without IPv6 has no use for ip6tables. If the policy has, applying it tells.
+                    Err(error) if family == Family::V6 && self.may_be_missing(backend, family, &error) => {
+                        tracing::debug!(%error, "no ip6tables");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Puts back the tables that were found changed, and leaves the others alone.
+    ///
+    /// # Errors
+    /// Those of [`Firewall::apply`] and [`Firewall::verify`].
+    pub(super) fn repair(&mut self, policy: &Policy, changed: &Observed) -> Result<(), Error> {
+        let mut plan = self.plan(policy, changed);
+        plan.restores.retain(|restore| changed.tables.contains_key(&(restore.family, restore.table)));
+        self.apply(&plan)?;
+        let rulesets = self.rulesets(policy);
+        for (family, table) in changed.tables.keys() {
+            let there = self.read(self.backend(), *family, *table)?;
+            let wanted = rulesets.iter().find(|r| r.family == *family).and_then(|r| r.table(*table));
+            self.accept(*family, *table, wanted, &there)?;
+        }
+        Ok(())
+    }
+
+    /// Keeps what stands there to compare later states with, if it is what was wanted.
+    fn accept(
+        &mut self,
+        family: Family,
+        table: Table,
+        wanted: Option<&TableRules>,
+        there: &ObservedTable,
+    ) -> Result<(), Error> {
+        if let Some(what) = there.mismatch(table, wanted) {
+            return Err(Error::NotAsWritten { family, what });
+        }
+        self.written.insert((family, table), there.own());
+        Ok(())
+    }
+
+    /// Whether rules that cannot be read need not be looked for.
+    fn may_be_missing(&self, backend: Backend, family: Family, error: &Error) -> bool {
+        backend != self.backend()
+            || matches!(error, Error::ProgramMissing { .. })
+            || (family == Family::V6 && !Path::new("/proc/thread-self/net/if_inet6").exists())
+    }
+
+    /// Deletes a table that bridge made, if it is as empty as it was made.
+    fn remove_table(&self, family: Family, table: Table) -> Result<bool, Error> {
+        let failed = |source| Error::Kernel { what: format!("remove {family} table {table}"), source };
+        let nft = Nft::open().map_err(failed)?;
+        let generation = nft.generation().map_err(failed)?;
+        if !self.read(Backend::Nft, family, table)?.is_pristine() {
+            return Ok(false);
+        }
+        match nft.delete_table(family, table, generation) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(libc::ERESTART) => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Applies one part of a plan; what remains of a table that bridge made and has no more use for, in words.
+    fn restore(&self, backend: Backend, restore: &Restore) -> Result<Option<String>, Error> {
+        apply::restore(&self.config.programs, backend, restore)?;
+        let Restore { family, table, last, .. } = *restore;
+        Ok(match backend {
+            _ if !last => None,
+            Backend::Legacy => Some(format!(
+                "{family} table {table} of iptables-legacy was not there before and stays, empty: \
+                 it goes with its kernel module (iptable_{table}, ip6table_{table}) or at the next boot"
+            )),
+            Backend::Nft if self.remove_table(family, table)? => None,
+            Backend::Nft => Some(format!(
+                "{family} table {table} was not there before and stays: other programs use it now"
+            )),
+        })
+    }
+}
+
+impl Firewall for Iptables {
+    type Error = Error;
+    type Observed = Observed;
+    type Plan = Plan;
+
+    fn observe(&self) -> Result<Observed, Error> {
+        let other = self.read_all(self.backend().other()).unwrap_or_else(|error| {
+            tracing::debug!(%error, "the other back end is not there");
+            BTreeMap::new()
+        });
+        Ok(Observed { tables: self.read_all(self.backend())?, other })
+    }
+
+    fn plan(&self, policy: &Policy, observed: &Observed) -> Plan {
+        let rulesets = self.rulesets(policy);
+        let mut plan = Plan::default();
+        for ruleset in &rulesets {
+            for table in Table::ALL {
+                let absent = ObservedTable::default();
+                let there = observed.tables.get(&(ruleset.family, table)).unwrap_or(&absent);
+                plan.restores.extend(plan::restore(ruleset.family, table, ruleset.table(table), there));
+            }
+        }
+        for ((family, table), there) in &observed.other {
+            plan.removals.extend(plan::restore(*family, *table, None, there));
+        }
+        plan
+    }
+
+    fn apply(&mut self, plan: &Plan) -> Result<(), Error> {
+        let restores = plan.restores.iter().map(|restore| (self.backend(), restore));
+        let removals = plan.removals.iter().map(|removal| (self.backend().other(), removal));
+        for (backend, restore) in restores.chain(removals) {
+            if let Some(remains) = self.restore(backend, restore)? {
+                tracing::info!("{remains}");
+            }
+        }
+        Ok(())
+    }
+
+    fn verify(&mut self, policy: &Policy) -> Result<(), Error> {
+        let observed = self.read_all(self.backend())?;
+        let absent = ObservedTable::default();
+        for ruleset in self.rulesets(policy) {
+            for table in Table::ALL {
+                let there = observed.get(&(ruleset.family, table)).unwrap_or(&absent);
+                self.accept(ruleset.family, table, ruleset.table(table), there)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn drift(&self) -> Result<Option<(String, Observed)>, Error> {
+        let mut drift = None;
+        let mut tables = BTreeMap::new();
+        for (key, written) in &self.written {
+            let (family, table) = *key;
+            if *written == OwnRules::default() {
+                continue;
+            }
+            let now = self.read(self.backend(), family, table)?;
+            if let Some(what) = written.drift(table, &now.own()) {
+                drift.get_or_insert_with(|| format!("{family} {what}"));
+                tables.insert(*key, now);
+            }
+        }
+        Ok(drift.map(|drift| (drift, Observed { tables, other: BTreeMap::new() })))
+    }
+
+    fn save(&self, policy: &Policy) -> Result<Vec<PathBuf>, Error> {
+        self.config.saving.save(&self.rulesets(policy))
+    }
+
+    fn hits(&self) -> Result<BTreeMap<String, Hits>, Error> {
+        let mut hits: BTreeMap<String, Hits> = BTreeMap::new();
+        for table in self.read_all(self.backend())?.values() {
+            for (name, of) in table.hits() {
+                *hits.entry(name).or_default() += of;
+            }
+        }
+        Ok(hits)
+    }
+
+    fn teardown(&mut self) -> Remains<Error> {
+        let mut remains = Remains::default();
+        for backend in [self.backend(), self.backend().other()] {
+            for (family, table) in Family::ALL.into_iter().flat_map(|f| Table::ALL.map(|table| (f, table))) {
+                match self.read(backend, family, table) {
+                    Ok(observed) => {
+                        let removal = plan::restore(family, table, None, &observed);
+                        match removal.map(|removal| self.restore(backend, &removal)) {
+                            Some(Ok(note)) => remains.notes.extend(note),
+                            Some(Err(error)) => remains.errors.push(error),
+                            None => {}
+                        }
+                    }
+                    // Where the program, its back end or IPv6 is missing, nothing was ever written.
+                    Err(error) if self.may_be_missing(backend, family, &error) => {
+                        tracing::debug!(%error, "nothing to remove");
+                    }
+                    Err(error) => remains.errors.push(error),
+                }
+            }
+        }
+        if let Err(error) = self.config.saving.remove() {
+            remains.errors.push(error);
+        }
+        self.written.clear();
+        remains
+    }
+}

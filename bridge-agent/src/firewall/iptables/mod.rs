@@ -1,0 +1,18 @@
+//! iptables and ip6tables, on either of their back ends.
+
+mod apply;
+pub mod backend;
+mod driver;
+mod error;
+mod kernel;
+pub mod observe;
+pub mod plan;
+mod programs;
+pub mod render;
+pub mod ruleset;
+pub mod save;
+pub mod watch;
+
+pub use driver::{Config, Iptables, Observed, Plan};
+pub use error::Error;
+pub use programs::{Backend, Programs};

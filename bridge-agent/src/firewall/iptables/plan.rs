@@ -1,0 +1,141 @@
+//! From what is wanted and what is there to what `iptables-restore --noflush` is given: pure.
+
+use super::observe::{ObservedTable, TABLE_WAS_ABSENT};
+use super::ruleset::{CHAIN_PREFIX, Family, Ruleset, Table, TableRules};
+
+/// The input of one `iptables-restore` call: one table, all or nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restore {
+    /// Which program.
+    pub family: Family,
+    /// Which table.
+    pub table: Table,
+    /// From `*table` to `COMMIT`.
+    pub lines: Vec<RestoreLine>,
+    /// Nothing of bridge's is left in the table then, and bridge made it: it may go.
+    pub last: bool,
+}
+
+/// See [`Restore::lines`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RestoreLine {
+    /// As iptables-restore reads it.
+    pub text: String,
+    /// Name of the rule that it comes from; empty where there is none.
+    pub name: String,
+}
+
+impl Restore {
+    /// What iptables-restore is given.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.lines.iter().flat_map(|line| [line.text.as_str(), "\n"]).collect()
+    }
+}
+
+/// Collects lines and the names that errors in them are told by.
+struct Writer {
+    lines: Vec<RestoreLine>,
+}
+
+impl Writer {
+    fn new(table: Table) -> Self {
+        let mut writer = Self { lines: Vec::new() };
+        writer.line(&format!("*{table}"), "");
+        writer
+    }
+
+    fn line(&mut self, line: &str, name: &str) {
+        self.lines.push(RestoreLine { text: line.into(), name: name.into() });
+    }
+
+    /// Declared chains are emptied first (`--noflush` spares the built-in ones and those that are not named), so the
+    /// new content replaces the old in the same commit.
+    fn chains(&mut self, wanted: &TableRules) {
+        for chain in &wanted.chains {
+            self.line(&format!(":{} - [0:0]", chain.name), "");
+        }
+    }
+
+    fn rules(&mut self, wanted: &TableRules) {
+        for chain in &wanted.chains {
+            for line in &chain.lines {
+                self.line(&format!("-A {}{line}", chain.name), &line.name);
+            }
+        }
+    }
+
+    fn finish(mut self, family: Family, table: Table, last: bool) -> Restore {
+        self.line("COMMIT", "");
+        Restore { family, table, lines: self.lines, last }
+    }
+}
+
+/// What turns `observed` into `wanted`; `None` if neither has anything of bridge's.
+///
+/// Jumps that are where they belong are left in place, with their counters.
+#[must_use]
+pub fn restore(
+    family: Family,
+    table: Table,
+    wanted: Option<&TableRules>,
+    observed: &ObservedTable,
+) -> Option<Restore> {
+    let stale: Vec<&str> = observed
+        .own_chains()
+        .filter(|name| !wanted.is_some_and(|wanted| wanted.chains.iter().any(|chain| chain.name == *name)))
+        .collect();
+    let jumps = observed.own_jumps();
+    if wanted.is_none() && stale.is_empty() && jumps.is_empty() {
+        return None;
+    }
+    let mut writer = Writer::new(table);
+    if let Some(wanted) = wanted {
+        writer.chains(wanted);
+    }
+    for name in &stale {
+        writer.line(&format!(":{name} - [0:0]"), "");
+    }
+    let in_place = |hook: &str| {
+        let there: Vec<_> = jumps.iter().filter(|jump| jump.hook == hook).collect();
+        let wanted = wanted.into_iter().flat_map(|wanted| &wanted.jumps).find(|jump| jump.hook == hook);
+        matches!((there.as_slice(), wanted), ([one], Some(wanted)) if one.is(wanted))
+    };
+    for jump in jumps.iter().filter(|jump| !in_place(&jump.hook)) {
+        writer.line(&format!("-D {} {}", jump.hook, jump.rule), "bridge:jump");
+    }
+    if let Some(wanted) = wanted {
+        // Teardown takes away a table that was not there before; the kernel itself keeps the memory of it.
+        let absent = !observed.present || observed.was_absent();
+        for jump in wanted.jumps.iter().filter(|jump| !in_place(jump.hook)) {
+            let mut line = jump.line.clone();
+            if absent {
+                TABLE_WAS_ABSENT.clone_into(&mut line.name);
+            }
+            writer.line(&format!("-I {} 1{line}", jump.hook), &line.name);
+        }
+        writer.rules(wanted);
+    }
+    for name in &stale {
+        writer.line(&format!("-X {name}"), "");
+    }
+    Some(writer.finish(family, table, wanted.is_none() && observed.was_absent()))
+}
+
+/// All tables of a ruleset, for a host on which bridge has no rules yet.
+#[must_use]
+pub fn fresh(ruleset: &Ruleset) -> String {
+    let empty = ObservedTable { present: true, chains: Vec::new() };
+    ruleset
+        .tables
+        .iter()
+        .filter_map(|wanted| restore(ruleset.family, wanted.table, Some(wanted), &empty))
+        .map(|restore| restore.text())
+        .collect()
+}
+
+/// Whether `chain` is one of bridge's.
+#[must_use]
+pub fn is_own(chain: &str) -> bool {
+    chain.starts_with(CHAIN_PREFIX)
+}

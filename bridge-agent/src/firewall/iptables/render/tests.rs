@@ -1,0 +1,225 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::model::{NodePorts, PortRange};
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
+}
+
+fn ports(texts: &[(u16, u16)]) -> Vec<PortRange> {
+    texts.iter().map(|(first, last)| PortRange { first: *first, last: *last }).collect()
+}
+
+fn rule(name: &str, direction: Direction, protocol: Protocol, action: Action) -> Rule {
+    Rule {
+        name: name.into(),
+        direction,
+        external: None,
+        pods: None,
+        protocol,
+        ports: Vec::new(),
+        source_ports: Vec::new(),
+        action,
+    }
+}
+
+fn policy() -> Policy {
+    Policy {
+        mode: Mode::Enforce,
+        on_deny: OnDeny::Reject,
+        pods: nets(&["10.200.1.0/24", "fd00:200:1::/64"]),
+        external: nets(&["192.168.31.0/24", "fd00:31::/64"]),
+        nodes: nets(&["192.168.31.17/32"]),
+        rules: vec![
+            Rule {
+                external: Some(nets(&["192.168.31.67/32"])),
+                ports: ports(&[(40002, 40002), (60001, 60100)]),
+                source_ports: ports(&[(61001, 61100)]),
+                ..rule("devices-to-api", Direction::Inbound, Protocol::Tcp, Action::Allow)
+            },
+            Rule {
+                external: Some(nets(&["192.168.31.99/32"])),
+                ..rule("not-that-one", Direction::Inbound, Protocol::Any, Action::Deny)
+            },
+            Rule {
+                ports: ports(&[(53, 53)]),
+                ..rule("dns", Direction::Outbound, Protocol::Any, Action::Allow)
+            },
+            rule("ping", Direction::Outbound, Protocol::Icmp, Action::Allow),
+        ],
+        node_ports: Some(NodePorts {
+            range: PortRange { first: 30000, last: 32767 },
+            allow: ports(&[(30080, 30080), (31000, 31100)]),
+        }),
+    }
+}
+
+#[test]
+fn reject() {
+    insta::assert_snapshot!("reject_v4", restore_input(&policy(), &Options::default(), Family::V4));
+    insta::assert_snapshot!("reject_v6", restore_input(&policy(), &Options::default(), Family::V6));
+}
+
+#[test]
+fn drop_has_no_use_for_a_mark() {
+    let policy = Policy { on_deny: OnDeny::Drop, ..policy() };
+    let text = restore_input(&policy, &Options::default(), Family::V4);
+    assert!(!text.contains("MARK") && !text.contains("BRIDGE-INPUT") && !text.contains("REJECT"), "{text}");
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn audit_denies_nothing() {
+    let policy = Policy { mode: Mode::Audit, ..policy() };
+    let options = Options { log_per_second: NonZeroU32::new(10), ..Options::default() };
+    let text = restore_input(&policy, &options, Family::V4);
+    for verdict in ["-j DROP", "-j REJECT", "-j MARK"] {
+        assert!(!text.contains(verdict), "{verdict} in\n{text}");
+    }
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn strict_ends_in_deny() {
+    let options = Options { scope: Scope::Strict, ..Options::default() };
+    insta::assert_snapshot!(restore_input(&Policy { node_ports: None, ..policy() }, &options, Family::V4));
+}
+
+#[test]
+fn a_family_without_networks_is_left_alone() {
+    let policy = Policy { external: nets(&["192.168.31.0/24"]), ..policy() };
+    assert_eq!(restore_input(&policy, &Options::default(), Family::V6), "");
+    let strict = Options { scope: Scope::Strict, ..Options::default() };
+    let text = restore_input(&policy, &strict, Family::V6);
+    assert!(
+        text.contains("-A BRIDGE-FORWARD -m comment --comment \"bridge:strict\" -g BRIDGE-DENY"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_rule_of_the_other_family_or_for_no_pod_has_no_line() {
+    let mut policy = policy();
+    policy.rules[0].external = Some(nets(&["fd00:31::67/128"]));
+    policy.rules[1].pods = Some(Vec::new());
+    let v4 = restore_input(&policy, &Options::default(), Family::V4);
+    assert!(!v4.contains("devices-to-api") && !v4.contains("not-that-one"), "{v4}");
+    let v6 = restore_input(&policy, &Options::default(), Family::V6);
+    assert!(v6.contains("-s fd00:31::67/128 -p tcp"), "{v6}");
+}
+
+#[test]
+fn many_hosts_and_many_pods_are_not_multiplied() {
+    let mut policy = policy();
+    let hosts = (0..50).map(|i| format!("192.168.31.{}/32", i * 2).parse().unwrap()).collect();
+    let pods = (0..100).map(|i| format!("10.200.1.{}/32", i * 2).parse().unwrap()).collect();
+    policy.rules[0].external = Some(hosts);
+    policy.rules[0].pods = Some(pods);
+    let lines = restore_input(&policy, &Options::default(), Family::V4).lines().count();
+    assert!(lines < 300, "{lines} lines");
+}
+
+#[test]
+fn every_rule_has_a_comment_and_every_chain_is_led_to() {
+    for options in [Options::default(), Options { scope: Scope::Strict, ..Options::default() }] {
+        for table in ruleset(&policy(), &options, Family::V4).tables {
+            let targets: Vec<_> = table
+                .chains
+                .iter()
+                .flat_map(|chain| &chain.lines)
+                .chain(table.jumps.iter().map(|jump| &jump.line))
+                .filter_map(|line| line.target.split_whitespace().nth(1).map(str::to_owned))
+                .collect();
+            for chain in &table.chains {
+                assert!(chain.name.len() <= 28, "{} is longer than the kernel takes", chain.name);
+                assert!(targets.contains(&chain.name), "{} is led to by nothing", chain.name);
+                assert!(chain.lines.iter().all(|line| !line.name.is_empty()));
+            }
+        }
+    }
+}
+
+/// What a small model of iptables says of a new flow that is in scope.
+fn walk<'a>(table: &'a TableRules, chain: &str, source: &IpNet, destination: &IpNet) -> Option<&'a str> {
+    let chain = table.chains.iter().find(|c| c.name == chain).unwrap();
+    for line in &chain.lines {
+        let words: Vec<_> = line.matches.split_whitespace().collect();
+        let side = |option: &str, address: &IpNet| {
+            words
+                .iter()
+                .position(|word| *word == option)
+                .is_none_or(|at| words[at + 1].parse::<IpNet>().unwrap().contains(address))
+        };
+        if words.contains(&"--ctstate") || !side("-s", source) || !side("-d", destination) {
+            continue;
+        }
+        let (option, to) = line.target.split_once(' ').unwrap_or_default();
+        match (option, to) {
+            ("-j", "RETURN") => return Some(&line.name),
+            (_, "BRIDGE-DENY") => return Some("denied"),
+            ("-g", to) => return walk(table, to, source, destination),
+            ("-j", to) => {
+                if let Some(verdict) = walk(table, to, source, destination) {
+                    return Some(verdict);
+                }
+            }
+            _ => unreachable!("{}", line.target),
+        }
+    }
+    None
+}
+
+fn some_nets(base: &'static str) -> impl Strategy<Value = Option<Vec<IpNet>>> {
+    let net = (0u8..64, 27u8..=32)
+        .prop_map(move |(host, length)| format!("{base}.{host}/{length}").parse::<IpNet>().unwrap().trunc());
+    prop::option::of(prop::collection::vec(net, 0..8))
+}
+
+fn some_rule() -> impl Strategy<Value = Rule> {
+    let action = prop_oneof![Just(Action::Allow), Just(Action::Deny)];
+    let direction = prop_oneof![Just(Direction::Inbound), Just(Direction::Outbound)];
+    (some_nets("192.168.31"), some_nets("10.200.1"), direction, action).prop_map(
+        |(external, pods, direction, action)| Rule {
+            external,
+            pods,
+            ..rule("x", direction, Protocol::Any, action)
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn looking_up_by_pod_changes_no_verdict(
+        rules in prop::collection::vec(some_rule(), 0..8),
+        host in 0u8..64,
+        pod in 0u8..64,
+        inbound: bool,
+        audit: bool,
+    ) {
+        let mode = if audit { Mode::Audit } else { Mode::Enforce };
+        let policy = Policy { mode, rules, nodes: Vec::new(), node_ports: None, ..policy() };
+        let host: IpNet = format!("192.168.31.{host}/32").parse().unwrap();
+        let pod: IpNet = format!("10.200.1.{pod}/32").parse().unwrap();
+        let direction = if inbound { Direction::Inbound } else { Direction::Outbound };
+        let within = |nets: &Option<Vec<IpNet>>, address| {
+            nets.as_ref().is_none_or(|nets| nets.iter().any(|net| net.contains(address)))
+        };
+        let matching = |action| policy.rules.iter().any(|rule| {
+            rule.direction == direction && rule.action == action
+                && within(&rule.external, &host) && within(&rule.pods, &pod)
+        });
+        let expected = matching(Action::Allow) && !matching(Action::Deny);
+
+        let ruleset = ruleset(&policy, &Options::default(), Family::V4);
+        let table = ruleset.table(Table::Filter).unwrap();
+        let (source, destination) = if inbound { (&host, &pod) } else { (&pod, &host) };
+        // The rules for what opens no flow are for TCP and SCTP alone; this packet is neither.
+        let mut table = table.clone();
+        for chain in &mut table.chains {
+            chain.lines.retain(|line| !line.name.starts_with("bridge:not-"));
+        }
+        let verdict = walk(&table, FORWARD, source, destination);
+        prop_assert_eq!(verdict, Some(if expected { "x" } else { "denied" }));
+    }
+}

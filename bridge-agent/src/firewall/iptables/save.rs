@@ -1,0 +1,159 @@
+//! Saved rules: own chains put into the files from which the system restores its tables at boot.
+//!
+//! What others have in those files is kept, byte for byte; what they have in the kernel is not added (chains of a
+//! kube-proxy or a container engine are made anew at boot and would only be in the way).
+
+mod file;
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::error::Error;
+use super::ruleset::{Family, Ruleset};
+
+/// Whether and where rules are saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saving {
+    /// False (`persistence.save: never`): no file is touched.
+    pub enabled: bool,
+    /// The root directory; `/` but for tests and images.
+    pub root: PathBuf,
+}
+
+impl Default for Saving {
+    fn default() -> Self {
+        Self { enabled: true, root: "/".into() }
+    }
+}
+
+/// A service that restores tables at boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// iptables-services of Fedora, RHEL and their kin.
+    IptablesServices,
+    /// netfilter-persistent (package iptables-persistent) of Debian, Ubuntu and their kin.
+    NetfilterPersistent,
+}
+
+impl Service {
+    const ALL: [Self; 2] = [Self::IptablesServices, Self::NetfilterPersistent];
+
+    /// Relative to the root.
+    const fn file(self, family: Family) -> &'static str {
+        match (self, family) {
+            (Self::IptablesServices, Family::V4) => "etc/sysconfig/iptables",
+            (Self::IptablesServices, Family::V6) => "etc/sysconfig/ip6tables",
+            (Self::NetfilterPersistent, Family::V4) => "etc/iptables/rules.v4",
+            (Self::NetfilterPersistent, Family::V6) => "etc/iptables/rules.v6",
+        }
+    }
+
+    /// Any of these tells that the service is installed.
+    const fn traces(self) -> &'static [&'static str] {
+        match self {
+            Self::IptablesServices => &[
+                "etc/sysconfig/iptables",
+                "usr/lib/systemd/system/iptables.service",
+                "usr/libexec/iptables/iptables.init",
+            ],
+            Self::NetfilterPersistent => &[
+                "etc/iptables/rules.v4",
+                "usr/sbin/netfilter-persistent",
+                "usr/share/netfilter-persistent/plugins.d/15-ip4tables",
+            ],
+        }
+    }
+}
+
+impl Saving {
+    /// The services that are installed.
+    #[must_use]
+    pub fn services(&self) -> Vec<Service> {
+        let installed =
+            |service: &Service| service.traces().iter().any(|trace| self.root.join(trace).exists());
+        Service::ALL.into_iter().filter(installed).collect()
+    }
+
+    /// Makes the saved rules of bridge the given ones; returns the files that were replaced.
+    ///
+    /// # Errors
+    /// If a file cannot be read or replaced; it is as before then.
+    pub fn save(&self, rulesets: &[Ruleset]) -> Result<Vec<PathBuf>, Error> {
+        let mut replaced = Vec::new();
+        if !self.enabled {
+            return Ok(replaced);
+        }
+        let services = self.services();
+        if services.is_empty() {
+            tracing::info!(
+                "rules are not saved: neither iptables-services nor iptables-persistent is installed; until \
+                 bridge-agent runs, a reboot leaves pods open"
+            );
+        }
+        for service in services {
+            for ruleset in rulesets {
+                replaced.extend(self.update(service, ruleset.family, |old| file::with(old, ruleset))?);
+            }
+        }
+        Ok(replaced)
+    }
+
+    /// Takes everything of bridge's out of the saved rules, saving enabled or not.
+    ///
+    /// # Errors
+    /// If a file cannot be read or replaced; it is as before then.
+    pub fn remove(&self) -> Result<Vec<PathBuf>, Error> {
+        let mut replaced = Vec::new();
+        for service in Service::ALL {
+            for family in Family::ALL {
+                replaced.extend(self.update(service, family, file::without)?);
+            }
+        }
+        Ok(replaced)
+    }
+
+    /// Replaces a file if its content changes; an empty one is removed if it was not there before bridge came.
+    fn update(
+        &self,
+        service: Service,
+        family: Family,
+        change: impl FnOnce(&str) -> String,
+    ) -> Result<Option<PathBuf>, Error> {
+        let path = self.root.join(service.file(family));
+        let failed = |source| Error::Save { path: path.clone(), source };
+        let old = match std::fs::read_to_string(&path) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(failed(error)),
+        };
+        let new = change(old.as_deref().unwrap_or(file::NEW));
+        match old {
+            None if new == file::NEW => return Ok(None),
+            Some(old) if old == new => return Ok(None),
+            Some(_) if new == file::NEW => std::fs::remove_file(&path).map_err(failed)?,
+            _ => replace(&path, &new).map_err(failed)?,
+        }
+        Ok(Some(path))
+    }
+}
+
+/// The old content or the new one is there at any time, also after a power cut.
+fn replace(path: &Path, text: &str) -> io::Result<()> {
+    // A link is followed: what it points to is replaced.
+    let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    std::fs::create_dir_all(directory)?;
+    let mut file = tempfile::Builder::new().prefix(".bridge-").tempfile_in(directory)?;
+    file.write_all(text.as_bytes())?;
+    if let Ok(old) = std::fs::metadata(&path) {
+        use std::os::unix::fs::MetadataExt as _;
+        file.as_file().set_permissions(old.permissions())?;
+        std::os::unix::fs::fchown(file.as_file(), Some(old.uid()), Some(old.gid()))?;
+    }
+    file.as_file().sync_all()?;
+    file.persist(&path).map_err(|error| error.error)?;
+    std::fs::File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+//! What a configuration says about routes.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use thiserror::Error;
+
+use super::Settings;
+use super::discovery::listen;
+use super::discovery::registry::Rules;
+use super::discovery::{KeyError, read_key};
+use super::health;
+use super::model::{DesiredRoute, NextHop, PROTOCOL, SourceKind, Target};
+use super::netlink;
+use super::sources::FileError;
+use crate::config::Config;
+
+/// Where discovered pods outlive a restart.
+const DISCOVERED: &str = "/run/bridge/discovered.json";
+
+/// Why routes cannot be looked after.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] netlink::Error),
+    /// The key of discovery.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// `cluster.yaml`.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The address of discovery.
+    #[error(
+        "discovery cannot listen on {address}: {error}; check that the address is this host's and that nothing else has the port"
+    )]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        error: std::io::Error,
+    },
+    /// A key of the configuration that has one possible value.
+    #[error(
+        "routes.protocol is {PROTOCOL} in every bridge, so that its routes are known everywhere; leave it out"
+    )]
+    Protocol,
+}
+
+/// Everything that decides about routes.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// How routes are written.
+    pub settings: Settings,
+    /// `routes.static`.
+    pub fixed: Vec<DesiredRoute>,
+    /// `routes.file`.
+    pub file: Option<PathBuf>,
+    /// `routes.discovery`.
+    pub discovery: Option<listen::Options>,
+    /// Whether the API server names routes too.
+    pub kubernetes: bool,
+}
+
+impl Setup {
+    /// What the configuration comes to; reads the key file of discovery.
+    pub fn from_config(config: &Config) -> Result<Self, Error> {
+        let Some(routes) = &config.routes else { return Ok(Self::default()) };
+        if routes.protocol != PROTOCOL {
+            return Err(Error::Protocol);
+        }
+        let settings = Settings {
+            table: routes.table,
+            metric: routes.metric,
+            health: Some(health::Options::default()),
+            ..Settings::default()
+        };
+        let fixed = routes.fixed.iter().map(|route| {
+            let hop = NextHop { dev: route.dev.as_ref().map(|dev| dev.0.clone()), ..NextHop::new(route.via) };
+            DesiredRoute {
+                to: route.to.net(),
+                target: Target::Forward { via: vec![hop], backup: Vec::new() },
+                metric: route.metric,
+                table: None,
+                source: SourceKind::Static,
+                origin: String::new(),
+            }
+        });
+        let pods: Vec<IpNet> = config.networks.pods.iter().map(|network| network.net()).collect();
+        let discovery = routes.discovery.as_ref().map(|discovery| {
+            let key = read_key(&discovery.key_file.0, true)?;
+            let rules = Rules { pods, ..Rules::default() };
+            Ok::<_, Error>(listen::Options {
+                listen: discovery.listen.0,
+                key,
+                rules,
+                check: true,
+                state: Some(DISCOVERED.into()),
+            })
+        });
+        Ok(Self {
+            settings,
+            fixed: fixed.collect(),
+            file: routes.file.as_ref().map(|file| file.0.clone()),
+            discovery: discovery.transpose()?,
+            kubernetes: config.kubernetes.is_some(),
+        })
+    }
+}

@@ -1,0 +1,101 @@
+//! Random policies, and packets that are likely to show where two engines differ. Pure: what is sent where is up to
+//! the caller.
+//!
+//! A packet comes from the LAN or from the pods, as its source address tells: [`LAN`] and [`PODS`] are blocks of
+//! addresses that the node routes to either side. Its verdict is whether it comes out on the other side (all of its
+//! fragments, if it has such), or at the node itself if it is addressed there.
+
+mod dice;
+mod endpoints;
+mod policies;
+mod scripts;
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+
+use bridge_agent::model::Policy;
+
+use self::dice::Dice;
+pub use self::endpoints::Flow;
+use crate::packet::Packet;
+
+/// Addresses that the node routes to the LAN.
+pub const LAN: [&str; 2] = ["192.168.0.0/16", "fd31::/32"];
+/// Addresses that the node routes to the pods.
+pub const PODS: [&str; 2] = ["10.200.0.0/16", "fd20::/32"];
+
+/// The node's own addresses.
+#[must_use]
+pub fn local() -> [IpAddr; 2] {
+    [IpAddr::from([192, 168, 31, 17]), IpAddr::from([0xfd31, 0, 0, 0, 0, 0, 0, 0x17])]
+}
+
+/// A side of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// LAN hosts.
+    Lan,
+    /// Pods.
+    Pods,
+}
+
+impl Side {
+    /// The side across the node.
+    #[must_use]
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Lan => Self::Pods,
+            Self::Pods => Self::Lan,
+        }
+    }
+}
+
+/// One packet on its way.
+#[derive(Clone, Debug)]
+pub struct Sent {
+    /// What it is, for a report.
+    pub what: &'static str,
+    /// Where it is put onto the wire.
+    pub from: Side,
+    /// The packet, or its fragments in the order to be sent.
+    pub packets: Vec<Packet>,
+    /// Whether it should pass if all before it were sent: what the documentation says. `None`: it says nothing.
+    pub passes: Option<bool>,
+}
+
+/// A policy and what is sent through it.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// What the case is made from.
+    pub seed: u64,
+    /// Its rules. In enforce mode: in audit mode every packet passes.
+    pub policy: Policy,
+    /// To be sent in order. No two stories share a flow.
+    pub sent: Vec<Sent>,
+}
+
+impl Case {
+    /// The case of a seed: a policy and at least `packets` packets. The same for ever.
+    #[must_use]
+    pub fn new(seed: u64, packets: usize) -> Self {
+        let mut dice = Dice::new(seed);
+        let policy = policies::policy(&mut dice);
+        let mut flows = HashSet::new();
+        let mut sent = Vec::new();
+        let mut tag = 0;
+        while sent.len() < packets {
+            tag += 1;
+            let (flow, protocol, packets) = scripts::story(&mut dice, &policy, tag);
+            let Flow { source, destination, source_port, destination_port } = flow;
+            let mut ends = [(source, source_port), (destination, destination_port)];
+            ends.sort_unstable();
+            if flows.insert((protocol, ends)) {
+                sent.extend(packets);
+            }
+        }
+        Self { seed, policy, sent }
+    }
+}
+
+#[cfg(test)]
+mod tests;

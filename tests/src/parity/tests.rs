@@ -1,0 +1,117 @@
+use std::collections::{BTreeMap, HashMap};
+
+use bridge_agent::model::{Action, Direction, Protocol};
+use ipnet::IpNet;
+
+use super::*;
+
+fn cases() -> impl Iterator<Item = Case> {
+    (0..300).map(|seed| Case::new(seed, 200))
+}
+
+#[test]
+fn a_seed_gives_the_same_case_again() {
+    for seed in [0, 1, u64::MAX] {
+        let (a, b) = (Case::new(seed, 300), Case::new(seed, 300));
+        assert_eq!(a.policy, b.policy);
+        let bytes = |case: &Case| -> Vec<Vec<u8>> {
+            case.sent.iter().flat_map(|sent| &sent.packets).map(Packet::ip).collect()
+        };
+        assert_eq!(bytes(&a), bytes(&b));
+    }
+    assert_ne!(Case::new(1, 10).policy, Case::new(2, 10).policy);
+}
+
+#[test]
+fn policies_are_what_the_model_promises() {
+    for case in cases() {
+        let policy = case.policy;
+        let within = |nets: &[IpNet], blocks: [&str; 2]| {
+            let blocks = blocks.map(|block| block.parse::<IpNet>().unwrap());
+            nets.iter().all(|net| blocks.iter().any(|block| block.contains(net)))
+        };
+        assert!(within(&policy.external, LAN) && within(&policy.pods, PODS), "seed {}", case.seed);
+        assert!(local().iter().all(|own| policy.nodes.contains(&IpNet::from(*own))));
+        for rule in &policy.rules {
+            assert!(rule.ports.iter().chain(&rule.source_ports).all(|range| range.first <= range.last));
+            assert!(rule.protocol != Protocol::Icmp || rule.ports.is_empty() && rule.source_ports.is_empty());
+        }
+        if let Some(node_ports) = policy.node_ports {
+            let range = node_ports.range;
+            assert!(node_ports.allow.iter().all(|a| range.first <= a.first && a.last <= range.last));
+        }
+    }
+}
+
+#[test]
+fn every_packet_comes_from_its_side_and_can_be_told_from_all_others() {
+    for case in cases() {
+        let mut seen = HashMap::new();
+        for sent in &case.sent {
+            for packet in &sent.packets {
+                let (source, destination) = packet.addresses();
+                let block = if sent.from == Side::Lan { LAN } else { PODS };
+                assert!(block.iter().any(|b| b.parse::<IpNet>().unwrap().contains(&source)), "{sent:?}");
+                assert!(!local().contains(&source), "{sent:?}");
+                assert_ne!(source, destination);
+                let before = seen.insert(packet.ip(), sent.what);
+                assert!(
+                    before.is_none(),
+                    "seed {}: {before:?} and {} are the same packet",
+                    case.seed,
+                    sent.what
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn everything_happens_often_enough_both_ways() {
+    let mut verdicts: BTreeMap<&str, [u32; 3]> = BTreeMap::new();
+    let mut total = [0u32; 3];
+    for case in cases() {
+        for sent in case.sent {
+            let column = sent.passes.map_or(2, usize::from);
+            verdicts.entry(sent.what).or_default()[column] += 1;
+            total[column] += 1;
+        }
+    }
+    let table: String =
+        verdicts.iter().map(|(what, [no, yes, open])| format!("{what}: {no} {yes} {open}\n")).collect();
+    for (what, [denied, passed, open]) in &verdicts {
+        assert!(*open > 0 || *denied >= 20 && *passed >= 20, "{what}\n{table}");
+    }
+    assert!(verdicts.len() >= 40, "{table}");
+    let [denied, passed, open] = total;
+    assert!(
+        denied > passed / 4 && passed > denied / 4 && open < (denied + passed) / 20,
+        "{total:?}\n{table}"
+    );
+}
+
+#[test]
+fn policies_speak_of_everything_a_rule_can_say() {
+    let rules: Vec<_> = cases().flat_map(|case| case.policy.rules).collect();
+    let some = |what: &str, holds: &dyn Fn(&bridge_agent::model::Rule) -> bool| {
+        assert!(rules.iter().filter(|rule| holds(rule)).count() > 10, "{what}");
+    };
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp, Protocol::Icmp, Protocol::Any] {
+        for direction in [Direction::Inbound, Direction::Outbound] {
+            for action in [Action::Allow, Action::Deny] {
+                some("each", &|rule| {
+                    (rule.protocol, rule.direction, rule.action) == (protocol, direction, action)
+                });
+            }
+        }
+    }
+    some("source and destination ports", &|rule| !rule.ports.is_empty() && !rule.source_ports.is_empty());
+    some("more ports than a multiport match holds", &|rule| rule.ports.len() > 15);
+    some("no pod", &|rule| rule.pods.as_ref().is_some_and(Vec::is_empty));
+    some("many of both", &|rule| {
+        let many = |side: &Option<Vec<IpNet>>| side.as_ref().is_some_and(|nets| nets.len() >= 3);
+        many(&rule.external) && many(&rule.pods)
+    });
+    some("port 0", &|rule| rule.ports.iter().any(|range| range.first == 0));
+    some("port 65535", &|rule| rule.ports.iter().any(|range| range.last == u16::MAX));
+}

@@ -1,0 +1,11 @@
+//! The agent in the lab, end to end: real sockets, and the packets that the kernel let through or did not.
+
+mod icmp;
+mod masquerade;
+mod node_ports;
+mod path_mtu;
+mod reject;
+mod reload;
+mod scenes;
+mod scope;
+mod support;
