@@ -16,6 +16,10 @@ impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         let (removed, result) = datapath::down(&global.pins());
+        // A running agent would put everything back.
+        if matches!(result, Err(datapath::Error::Locked { .. })) {
+            return result.map_err(Error::from);
+        }
         // Teardown goes on after an error, and tells all of them.
         let (notes, errors) = remove_iptables(global);
         result?;

@@ -92,7 +92,7 @@ fn rules_hold_are_counted_and_outlive_the_agent() -> Result<()> {
     agent.run(&["down"])?;
     ensure!(reaches(&lab, DENIED)?, "something is enforced after `down`");
     ensure!(!agent.pins().exists());
-    ensure!(agent.run(&["down"])?.contains("nothing to remove"));
+    ensure!(agent.run(&["down"])?.contains("no eBPF enforcement to remove"));
     let error = agent.run(&["status"]).unwrap_err().to_string();
     ensure!(error.contains("exit status: 1") && error.contains("does not run here"), "{error}");
     Ok(())
