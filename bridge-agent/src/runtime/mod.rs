@@ -309,8 +309,8 @@ fn notify_reloading() {
     }
 }
 
-/// Compiling takes memory once that running does not need.
-fn trim_memory() {
+/// Compiling takes memory once that running does not need, and so does a first sync of many routes.
+pub(crate) fn trim_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointers; gives free pages of the heap back.
     unsafe {
