@@ -102,7 +102,7 @@ pub fn plan<R: Borrow<DesiredRoute>>(
 ) -> Plan {
     let surroundings = Surroundings::new(observed, settings);
     let mut plan = Plan::default();
-    let mut wanted = BTreeMap::<RouteKey, Arc<KernelRoute>>::new();
+    let mut wanted = Vec::<Arc<KernelRoute>>::with_capacity(desired.len());
     let mut refused = BTreeSet::new();
     for desired in desired.iter().map(Borrow::borrow) {
         let Resolved { route, refusal, down } = surroundings.resolve(desired);
@@ -114,37 +114,39 @@ pub fn plan<R: Borrow<DesiredRoute>>(
             (None, None, false) => unreachable!("resolve gives a route or a reason"),
         });
         match route {
-            Some(route) => _ = wanted.insert(route.key, route),
+            Some(route) => wanted.push(route),
             None => _ = refused.insert(surroundings.key(desired)),
         }
     }
 
     plan.next_hops = surroundings.next_hops();
 
+    wanted.sort_unstable_by_key(|route| route.key);
     // Stable: of several routes with one key the first stays the first.
     let mut own: Vec<_> = observed.routes.iter().filter(|route| route.is_own()).collect();
     own.sort_by_key(|route| route.key);
     let mut deletes = Vec::new();
-    let mut there = BTreeSet::new();
     let mut unwanted = Vec::new();
+    // Both are in order of key: one walk finds what is on one side only.
+    let mut missing = wanted.iter().peekable();
     for present in own.chunk_by(|a, b| a.key == b.key) {
         let (first, rest) = present.split_first().expect("a chunk is not empty");
-        let Some(route) = wanted.get(&first.key) else {
+        while let Some(route) = missing.next_if(|route| route.key < first.key) {
+            plan.operations.push(Operation::Add(route.clone()));
+        }
+        let Some(route) = missing.next_if(|route| route.key == first.key) else {
             unwanted.push(present);
             continue;
         };
-        there.insert(first.key);
         if **first != **route {
             plan.operations.push(Operation::Replace { old: copy(first), new: route.clone() });
         }
         // IPv4 can hold several routes of one key (`ip route append`); only the first one forwards.
         deletes.extend(rest.iter().map(|route| Operation::Delete(copy(route))));
     }
-    let missing = wanted.iter().filter(|(key, _)| !there.contains(key));
-    plan.operations.extend(missing.map(|(_, route)| Operation::Add(route.clone())));
+    plan.operations.extend(missing.map(|route| Operation::Add(route.clone())));
 
-    let wanted_networks =
-        if unwanted.is_empty() { BTreeMap::new() } else { networks_by_table(wanted.keys()) };
+    let wanted_networks = if unwanted.is_empty() { BTreeMap::new() } else { networks_by_table(&wanted) };
     for present in unwanted {
         let key = present[0].key;
         if keep_unwanted && !refused.contains(&key) {
@@ -191,10 +193,10 @@ fn copy(route: &KernelRoute) -> Arc<KernelRoute> {
     Arc::new(route.clone())
 }
 
-fn networks_by_table<'a>(keys: impl Iterator<Item = &'a RouteKey>) -> BTreeMap<u32, PrefixMap<()>> {
+fn networks_by_table(routes: &[Arc<KernelRoute>]) -> BTreeMap<u32, PrefixMap<()>> {
     let mut tables = BTreeMap::<u32, PrefixMap<()>>::new();
-    for key in keys {
-        tables.entry(key.table).or_default().insert(key.to, ());
+    for route in routes {
+        tables.entry(route.key.table).or_default().insert(route.key.to, ());
     }
     tables
 }

@@ -17,8 +17,10 @@ use super::status::{Counters, EventKind, RouteEvent, Snapshot};
 use super::watchdog::Watchdog;
 use super::{Operation, Settings, Verdict, plan};
 
-/// Between two comparisons at least this long, or as long as the last one took: at most half the time is spent.
+/// Between two comparisons at least this long, or as long as the last one took: at most half the time is spent;
+/// but never so long that a repair has to wait for it.
 const REST: Duration = Duration::from_millis(2);
+const REST_MAX: Duration = Duration::from_millis(20);
 /// Compared at least this often, whatever the events say.
 const AUDIT: Duration = Duration::from_secs(30);
 /// After a refusal of the kernel: again after this long, doubled up to [`RETRY_MAX`].
@@ -56,6 +58,14 @@ struct Next {
     at: Instant,
     /// Not before this, however urgent.
     rested: Instant,
+}
+
+/// What a comparison came to.
+struct Outcome {
+    /// Whether the kernel is as planned now.
+    clean: bool,
+    /// How much was to be done.
+    operations: usize,
 }
 
 impl Next {
@@ -211,11 +221,14 @@ impl Reconciler {
     fn sync(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
         let start = Instant::now();
         let outcome = self.compare_and_apply(events);
+        if outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK) {
+            crate::runtime::trim_memory();
+        }
         let end = Instant::now();
-        let rested = end + REST.max(end - start);
+        let rested = end + (end - start).clamp(REST, REST_MAX);
         let wait = match outcome {
-            Ok(true) => AUDIT,
-            Ok(false) => self.back_off(),
+            Ok(Outcome { clean: true, .. }) => AUDIT,
+            Ok(Outcome { clean: false, .. }) => self.back_off(),
             Err(Error::Interrupted | Error::Overrun) => {
                 Counters::add(&self.counters.interrupted, 1);
                 self.back_off()
@@ -235,8 +248,7 @@ impl Reconciler {
         wait
     }
 
-    /// True if the kernel is as planned.
-    fn compare_and_apply(&mut self, events: &mut Vec<Event>) -> Result<bool, Error> {
+    fn compare_and_apply(&mut self, events: &mut Vec<Event>) -> Result<Outcome, Error> {
         Counters::add(&self.counters.syncs, 1);
         let mut observed = self.netlink.observe(&self.interest)?;
         observed.down = self.watchdog.as_ref().map(Watchdog::down).unwrap_or_default();
@@ -269,16 +281,15 @@ impl Reconciler {
         let merged = self.merged.clone();
         // What the rows need of the observation is the names of the links.
         let observed = super::Observed { routes: Vec::new(), ..observed };
-        let super::Plan { verdicts, .. } = planned;
         self.snapshot.send_replace(Arc::new(Snapshot {
             version: self.version,
             merged,
-            verdicts,
+            verdicts: planned.verdicts,
             failures,
             pending: BTreeSet::new(),
             observed,
         }));
-        Ok(clean && !replan)
+        Ok(Outcome { clean: clean && !replan, operations: planned.operations.len() })
     }
 
     fn report(&self, operation: &Operation, observed: &super::Observed, failure: Option<&str>) {

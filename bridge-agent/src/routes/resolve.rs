@@ -1,7 +1,9 @@
 //! One desired route against one observation: the route as the kernel shall have it, or why not.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::rc::Rc;
 
 use ipnet::IpNet;
 
@@ -25,6 +27,9 @@ pub(super) struct Resolved {
     pub(super) down: bool,
 }
 
+/// Where a next hop is on-link: asked from this table, for this address, on this interface if one is named.
+type Question = (u32, IpAddr, Option<u32>);
+
 /// The foreign part of an observation, indexed.
 pub(super) struct Surroundings<'a> {
     observed: &'a Observed,
@@ -33,7 +38,7 @@ pub(super) struct Surroundings<'a> {
     own_addresses: HashMap<IpAddr, u32>,
     devices: HashMap<&'a str, u32>,
     // Thousands of routes share few next hops on few links, and a /32 per pod shares its node with all others.
-    on_link: std::cell::RefCell<BTreeMap<(u32, NextHop), Result<u32, String>>>,
+    on_link: RefCell<HashMap<Question, Result<u32, Rc<str>>>>,
 }
 
 impl<'a> Surroundings<'a> {
@@ -48,7 +53,7 @@ impl<'a> Surroundings<'a> {
         let own_addresses =
             observed.addresses.iter().map(|address| (address.net.addr(), address.ifindex)).collect();
         let devices = observed.links.iter().map(|(index, link)| (link.name.as_str(), *index)).collect();
-        Self { observed, settings, foreign, own_addresses, devices, on_link: std::cell::RefCell::default() }
+        Self { observed, settings, foreign, own_addresses, devices, on_link: RefCell::default() }
     }
 
     /// Where the route lives in the kernel, if it may.
@@ -199,12 +204,10 @@ impl<'a> Surroundings<'a> {
         if device.is_none() && matches!(via, IpAddr::V6(via) if via.is_unicast_link_local()) {
             return Err(Refusal::LinkLocalWithoutDev { route: route(), via });
         }
-        self.on_link
-            .borrow_mut()
-            .entry((key.table, hop.clone()))
-            .or_insert_with(|| self.find_link(via, device, key.table))
-            .clone()
-            .map_err(|why| Refusal::NotOnLink { route: route(), via, why })
+        let question = (key.table, via, device);
+        let find = || self.find_link(via, device, key.table).map_err(Rc::from);
+        let found = self.on_link.borrow_mut().entry(question).or_insert_with(find).clone();
+        found.map_err(|why| Refusal::NotOnLink { route: route(), via, why: why.to_string() })
     }
 
     fn not_a_host(&self, via: IpAddr) -> Option<&'static str> {
@@ -228,7 +231,7 @@ impl<'a> Surroundings<'a> {
     /// Every next hop that was found on-link so far, whether it answers or not.
     pub(super) fn next_hops(&self) -> BTreeSet<Hop> {
         let found = self.on_link.borrow();
-        found.iter().filter_map(|((_, hop), link)| Some((hop.via, *link.as_ref().ok()?))).collect()
+        found.iter().filter_map(|((_, via, _), link)| Some((*via, *link.as_ref().ok()?))).collect()
     }
 
     /// The interface whose connected network holds `via`, found as the kernel finds it: longest prefix first.

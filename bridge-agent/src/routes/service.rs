@@ -86,6 +86,12 @@ impl Service {
         self.reconciler.run().await.into()
     }
 
+    /// Ends all sources and leaves the routes: for a configuration that has changed, start another one after this,
+    /// which compares what is there and takes up what discovery had saved.
+    pub async fn stop(mut self) {
+        self.sources.shutdown().await;
+    }
+
     /// Stops a source and takes away the routes that only it wanted.
     pub fn retire(&mut self, kind: SourceKind) -> Result<(), Error> {
         if kind == SourceKind::Discovery {

@@ -375,7 +375,8 @@ fn notify_reloading() {
     }
 }
 
-/// Gives memory back that was needed for a moment only: for compiling, or for an answer with many rules.
+/// Gives memory back that was needed for a moment only: for compiling, a first sync of many routes, an answer with many
+/// rules.
 pub(crate) fn trim_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: takes no pointers; gives free pages of the heap back.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bridge_agent::routes::netlink::{Interest, Netlink};
 use bridge_agent::routes::{DesiredRoute, NextHop, OnWithdraw, Settings, State, Target, withdraw};
 use bridge_tests::netns::{Ns, SECONDS, acquaint, eventually};
-use bridge_tests::routes::{Agent, eventually_own, own, want};
+use bridge_tests::routes::{Agent, eventually_own, hurry, own, want};
 
 /// A LAN host with two LANs; on each one node.
 struct Lan {
@@ -54,6 +54,7 @@ fn count_own(ns: &Ns) -> impl FnMut() -> usize + use<> {
     let (ask, asked) = std::sync::mpsc::channel::<()>();
     let (answer, answered) = std::sync::mpsc::channel();
     ns.spawn(move || {
+        hurry();
         let mut netlink = Netlink::open().unwrap();
         while asked.recv().is_ok() {
             let routes = netlink.observe(&Interest::default()).unwrap().routes;
@@ -72,6 +73,7 @@ fn routes_are_there_as_wanted_and_deleted_ones_are_back_within_100_ms() {
     let agent = Agent::with_static(&lan.host, Settings::default(), both_families());
     eventually_own(&lan.host, &both_families_installed());
     let mut count = count_own(&lan.host);
+    hurry();
     let mut slowest = Duration::ZERO;
     for round in 0..20 {
         let victim = ["10.200.1.0/24", "10.200.2.91/32", "fd00:200:1::/64", "fd00:200:2::5b/128"][round % 4];
@@ -123,6 +125,7 @@ fn an_interface_that_comes_up_is_used_at_once() {
         })
     });
     let mut count = count_own(&lan.host);
+    hurry();
     lan.host.ip("link set eth1 up");
     // The IPv6 address went with the link.
     let took = eventually("the IPv4 route is back", Duration::from_millis(100), || count() == 3);
