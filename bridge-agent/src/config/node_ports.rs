@@ -8,7 +8,8 @@ use super::ports::{PortItem, Ports};
 use super::report::{Path, Report};
 use crate::model::{self, PortRange};
 
-/// Which NodePorts of this node the LAN may use. Without this section, traffic to NodePorts is not judged.
+/// Which NodePorts of this node the LAN may use. Without this section, packets to NodePorts are not judged, but the
+/// answers of the pods behind them are, as all that pods send to LAN hosts; they are denied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct NodePorts {

@@ -7,7 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use anyhow::{Context as _, Result, ensure};
 use bridge_tests::agent::Agent;
 use bridge_tests::lab::{Family, Host, Lab};
-use bridge_tests::traffic::{tcp, udp};
+use bridge_tests::traffic::icmp::echo;
+use bridge_tests::traffic::{Attempt, tcp, udp};
 use bridge_tests::wait::eventually;
 use bridge_tests::wire::{Capture, Frame};
 use etherparse::{NetHeaders, TransportHeader};
@@ -40,6 +41,9 @@ fn narrow_link(lab: &Lab, router: &Host, far: &Host, address: IpAddr, by: &str) 
     router.netns.set_sysctl("ipv6/conf/all/forwarding", "1")?;
     let via = router.ip(if address.is_ipv4() { Family::V4 } else { Family::V6 });
     lab.b().netns.ip(&format!("route add {address} via {via} dev {by}"))?;
+    // Neighbours are found; of the node's own packets nobody judges any.
+    let is_there = || echo(&lab.b().netns, address, SECOND).ok().filter(Attempt::succeeded);
+    eventually(DEADLINE, is_there).with_context(|| format!("no answer from {address} to the node"))?;
     Ok(())
 }
 

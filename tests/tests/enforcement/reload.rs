@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, ensure};
 use bridge_tests::agent::Agent;
 use bridge_tests::lab::{Family, Host, Lab};
+use bridge_tests::traffic::icmp::echo;
 use bridge_tests::traffic::{Attempt, tcp};
 use bridge_tests::wait::eventually;
 
@@ -112,6 +113,9 @@ fn an_interface_that_appears_is_enforced_when_it_comes_up() -> Result<()> {
         c2.netns.ip(&format!("address add {} dev eth0 {nodad}", c2.ip(family)))?;
         c2.netns.ip(&format!("route add {gateway} dev eth0"))?;
         c2.netns.ip(&format!("route add default via {gateway} dev eth0"))?;
+        // Neighbours are found; what goes to the node is not judged.
+        let is_there = || echo(&c2.netns, gateway.parse().ok()?, SECOND).ok().filter(Attempt::succeeded);
+        eventually(DEADLINE, is_there).with_context(|| format!("no answer from {gateway}"))?;
     }
     let (allowed, denied) = (servers(lab.a(), OUTBOUND)?, servers(lab.a(), DENIED)?);
     for (allowed, denied) in allowed.iter().zip(&denied) {
