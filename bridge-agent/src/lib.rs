@@ -4,3 +4,4 @@
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
 pub mod model;
+pub mod pool;

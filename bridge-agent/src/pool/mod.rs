@@ -1,0 +1,17 @@
+//! The port pool: source ports from an allowed range, never the same 4-tuple twice.
+//!
+//! [`settings`] and [`layout`] say which ports there are (pure), [`kernel`] loads and pins the hooks, [`tables`] are
+//! the words and tables that the hooks and the agent change together, [`attach`] finds control groups.
+
+pub mod attach;
+pub mod kernel;
+pub mod layout;
+pub mod pins;
+pub mod ports;
+pub mod settings;
+pub mod tables;
+pub mod words;
+
+pub use kernel::KernelPool;
+pub use layout::Layout;
+pub use settings::Settings;
