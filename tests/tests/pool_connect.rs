@@ -29,7 +29,9 @@ fn first() {
     let mount = attach::mount_point().unwrap();
     let name = format!("poolt-{}", std::process::id());
     fs::create_dir(mount.join(&name)).unwrap();
+    let t = std::time::Instant::now();
     let mut pool = KernelPool::load(&object(), &base, layout).unwrap();
+    println!("load {:?}", t.elapsed());
     pool.set_networks(&settings.destinations).unwrap();
     pool.attach(&mount, Path::new(&name)).unwrap();
     let procs = mount.join(&name).join("cgroup.procs");
@@ -46,12 +48,19 @@ for i in range(120):
     try:
         c.connect(l.getsockname()); ps.append(c)
     except OSError as e: print(i, e); break
+import sys; sys.stdout.flush(); input()
 print(sorted(c.getsockname()[1] for c in ps))
 "#,
         )
         .stdout(Stdio::piped());
     unsafe { command.pre_exec(move || fs::write(&procs, "0")) };
-    let out = command.output().unwrap();
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let walk = pool.walk().unwrap();
+    println!("{} {:?}", walk.len(), walk[0]);
+    println!("{}", String::from_utf8_lossy(&Command::new("sh").arg("-c").arg("bpftool prog show | grep pool_ -A1; bpftool -j prog show | python3 -c 'import json,sys; [print(p.get(\"name\"),p.get(\"bytes_xlated\")) for p in json.load(sys.stdin)]'").output().unwrap().stdout));
+    drop(child.stdin.take());
+    let out = child.wait_with_output().unwrap();
     println!("{}", String::from_utf8_lossy(&out.stdout));
     let c = pool.counters().unwrap();
     println!("{c:?}");

@@ -15,7 +15,7 @@ use aya::{
         links::{FdLink, LinkError},
     },
 };
-use bridge_common::pool::{Config, counter};
+use bridge_common::pool::{Config, Lease, counter};
 use ipnet::IpNet;
 
 use super::{
@@ -23,6 +23,7 @@ use super::{
     attach::{self, CgroupError},
     pins::{self, PinError},
     tables::KernelTables,
+    walk::Walker,
     words::Words,
 };
 
@@ -69,6 +70,9 @@ pub enum KernelPoolError {
         reason: String,
     },
     /// See the text.
+    #[error("cannot list the sockets that hold a port: {0}")]
+    Walk(String),
+    /// See the text.
     #[error("cannot map the words of the pool into memory: {0}")]
     Mmap(io::Error),
 }
@@ -92,6 +96,7 @@ pub struct KernelPool {
     tables: KernelTables,
     networks: LpmTrie<MapData, [u8; 16], u32>,
     counters: PerCpuArray<MapData, u64>,
+    walker: Result<Walker, String>,
     layout: Layout,
     pins: PathBuf,
 }
@@ -149,7 +154,17 @@ impl KernelPool {
         config
             .set(0, layout.config, 0)
             .map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })?;
-        Ok(Self { ebpf, tables, networks, counters, layout, pins })
+        let walker = Walker::load(&mut ebpf);
+        Ok(Self { ebpf, tables, networks, counters, walker, layout, pins })
+    }
+
+    /// Every port that a socket holds now, in all network namespaces.
+    ///
+    /// # Errors
+    /// [`KernelPoolError::Walk`]: this kernel cannot tell.
+    pub fn walk(&self) -> Result<Vec<Lease>, KernelPoolError> {
+        let walker = self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
+        walker.walk().map_err(|error| KernelPoolError::Walk(error.to_string()))
     }
 
     /// The tables that the hooks and the agent change together.

@@ -9,8 +9,13 @@ pub mod layout;
 pub mod pins;
 pub mod ports;
 pub mod settings;
+pub mod sweep;
 pub mod tables;
+pub mod walk;
 pub mod words;
+
+#[cfg(test)]
+mod model_tests;
 
 pub use kernel::KernelPool;
 pub use layout::Layout;

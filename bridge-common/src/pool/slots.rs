@@ -155,8 +155,15 @@ pub fn claim_exact<T: Tables>(tables: &T, seat: Seat, index: u32) -> Result<Clai
 
 /// Puts a port that was never used back to where it came from. The seat stays.
 #[inline(always)]
-pub fn unclaim<T: Tables>(tables: &T, claim: Claim) {
+pub fn unclaim<T: Tables>(tables: &T, seat: Seat, claim: Claim) {
+    touch(tables, seat, claim.index);
     bitmap::free(tables, tables.geometry().free(claim.from), claim.index);
+}
+
+/// Notes that a port was given back, for the sweep and for the search for ports that got lost.
+#[inline(always)]
+fn touch<T: Tables>(tables: &T, seat: Seat, index: u32) {
+    tables.fetch_or(tables.geometry().touched(seat.owner_slot) + (index >> 6), 1 << (index & 63));
 }
 
 /// Gives a used port back: it is warm from now on. The seat ends.
@@ -164,7 +171,7 @@ pub fn unclaim<T: Tables>(tables: &T, claim: Claim) {
 pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     let geometry = tables.geometry();
     // First touched, then free: a sweep that finds the port free finds it touched as well.
-    tables.fetch_or(geometry.touched(seat.owner_slot) + (index >> 6), 1 << (index & 63));
+    touch(tables, seat, index);
     bitmap::free(tables, geometry.free(seat.owner_slot), index);
     leave(tables, seat);
 }

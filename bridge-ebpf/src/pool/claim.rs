@@ -60,7 +60,7 @@ pub(crate) fn claim_and_bind(
         if bind(ctx, family, port) == 0 {
             return Ok(claim.index);
         }
-        slots::unclaim(&tables, claim);
+        slots::unclaim(&tables, seat, claim);
         count(counter::BIND_RETRIES);
         tries += 1;
     }
