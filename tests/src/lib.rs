@@ -1,1 +1,13 @@
-//! The lab.
+//! The lab: LAN hosts, nodes and pods as network namespaces on one machine, joined by veth pairs, with real
+//! sockets and hand-made packets to send through them. `cargo xtask run`, the privileged tests and the
+//! benchmarks all stand on it.
+//!
+//! Needs root, iproute2, and for masquerade, NodePorts and connection tracking nftables.
+
+pub mod agent;
+pub mod lab;
+pub mod packet;
+pub mod scenes;
+pub mod traffic;
+pub mod wait;
+pub mod wire;

@@ -1,0 +1,104 @@
+//! A network namespace: running code, async code and commands inside it.
+//!
+//! Only the network namespace is entered. `ip netns exec` would mount a /sys of its own on top, and hide
+//! cgroups and pinned eBPF objects.
+
+use std::fs::{self, File};
+use std::future::Future;
+use std::io;
+use std::os::fd::AsFd;
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context as _, Result};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::id::LabId;
+use super::process::{self, Process};
+
+/// Where iproute2 keeps the names of network namespaces.
+pub(super) const NAMES: &str = "/run/netns";
+
+/// A network namespace of a lab. Clones stand for the same namespace; it goes when its lab goes.
+#[derive(Clone, Debug)]
+pub struct Netns {
+    name: String,
+    lab: LabId,
+    handle: Arc<File>,
+}
+
+impl Netns {
+    /// Opens the namespace that iproute2 knows by `name`.
+    pub(super) fn open(lab: LabId, name: String) -> Result<Self> {
+        let path = Path::new(NAMES).join(&name);
+        let handle = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Self { name, lab, handle: Arc::new(handle) })
+    }
+
+    /// The name, as `ip netns` lists it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Moves the calling thread into the namespace, for good.
+    fn enter(&self) -> io::Result<()> {
+        Ok(move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))?)
+    }
+
+    /// Runs `work` on a thread of its own inside the namespace. A panic in it goes on in the caller.
+    ///
+    /// A socket belongs for ever to the namespace it was made in: make it here, use it anywhere.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let inside = || {
+            self.enter().unwrap_or_else(|e| panic!("enter network namespace {}: {e}", self.name));
+            work()
+        };
+        thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// Runs a future to its end inside the namespace, on a thread of its own with a current-thread runtime:
+    /// no task of it can wander to a thread that is elsewhere.
+    pub fn run_async<F: Future<Output = T>, T: Send>(&self, work: impl FnOnce() -> F + Send) -> T {
+        self.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.expect("a current-thread runtime").block_on(work())
+        })
+    }
+
+    /// Starts `command` inside the namespace. It dies with its handle, with the lab, and with this process.
+    pub fn spawn_command(&self, command: Command) -> io::Result<Process> {
+        process::spawn(command, self.lab, Arc::clone(&self.handle))
+    }
+
+    /// Runs `command` inside the namespace to its end and returns what it printed on standard output.
+    /// A failure is an error with what it printed on standard error.
+    pub fn output(&self, mut command: Command) -> Result<String> {
+        let what = format!("{command:?}");
+        let output =
+            self.run(|| command.output()).with_context(|| format!("start {what} (is it installed?)"))?;
+        anyhow::ensure!(
+            output.status.success(),
+            "{what} in {}: {}: {}",
+            self.name,
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs `ip` with these arguments, separated by spaces, inside the namespace.
+    pub fn ip(&self, arguments: &str) -> Result<String> {
+        let mut command = Command::new("ip");
+        command.args(arguments.split_ascii_whitespace());
+        self.output(command)
+    }
+
+    /// Writes a sysctl of the namespace, named by its path below `/proc/sys/net`.
+    pub fn set_sysctl(&self, path: &str, value: &str) -> Result<()> {
+        let path = Path::new("/proc/sys/net").join(path);
+        self.run(|| fs::write(&path, value)).with_context(|| format!("write {value} to {}", path.display()))
+    }
+}

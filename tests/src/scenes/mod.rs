@@ -1,0 +1,97 @@
+//! What `cargo xtask run` shows: one scene after the other on one stage, each with what is expected and what
+//! was seen.
+
+mod routing;
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+
+use crate::lab::Lab;
+use crate::traffic::Attempt;
+
+/// Of the table, in characters: so that it also fits into a README.
+const WIDTH: u16 = 120;
+
+/// Where the scenes are played. They build on one another: what one sets up, the next one finds.
+#[derive(Debug)]
+pub struct Stage {
+    /// The lab.
+    pub lab: Lab,
+}
+
+impl Stage {
+    /// Sets the stage for the first scene.
+    pub fn set() -> Result<Self> {
+        Ok(Self { lab: Lab::builder().without_routes().build()? })
+    }
+}
+
+/// One thing to show.
+#[derive(Clone, Copy, Debug)]
+pub struct Scene {
+    /// What happens.
+    pub name: &'static str,
+    /// What has to come of it.
+    pub expected: &'static str,
+    /// Makes it happen.
+    pub run: fn(&mut Stage) -> Result<Seen>,
+}
+
+/// What came of a scene.
+#[derive(Debug)]
+pub struct Seen {
+    /// In words, with times.
+    pub text: String,
+    /// Whether it is what was expected.
+    pub ok: bool,
+}
+
+impl Seen {
+    /// Several attempts, each with whether it came out as expected.
+    fn attempts<T>(attempts: impl IntoIterator<Item = (&'static str, Attempt<T>, bool)>) -> Self {
+        let mut seen = Self { text: String::new(), ok: true };
+        for (what, attempt, ok) in attempts {
+            let separator = if seen.text.is_empty() { "" } else { "; " };
+            write!(seen.text, "{separator}{what} {attempt}").expect("writing to a string");
+            seen.ok &= ok;
+        }
+        seen
+    }
+}
+
+/// A scene that has been played; its fields are those of `--json`.
+#[derive(Debug, Serialize)]
+pub struct Played {
+    name: &'static str,
+    expected: &'static str,
+    seen: String,
+    /// Whether the scene came out.
+    pub ok: bool,
+}
+
+/// All scenes, in their order.
+pub fn all() -> impl Iterator<Item = Scene> {
+    routing::SCENES.iter().copied()
+}
+
+/// Plays one scene. An error in it is something seen that was not expected.
+pub fn play(scene: Scene, stage: &mut Stage) -> Played {
+    let Seen { text, ok } =
+        (scene.run)(stage).unwrap_or_else(|error| Seen { text: format!("error: {error:#}"), ok: false });
+    Played { name: scene.name, expected: scene.expected, seen: text, ok }
+}
+
+/// The scenes as a table.
+pub fn table(scenes: &[Played]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_width(WIDTH).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["scene", "expected", "seen", ""]);
+    for scene in scenes {
+        table.add_row([scene.name, scene.expected, &scene.seen, if scene.ok { "ok" } else { "FAILED" }]);
+    }
+    table
+}
