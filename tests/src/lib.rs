@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod lab;
 pub mod packet;
+pub mod pool;
 pub mod scenes;
 pub mod traffic;
 pub mod wait;

@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use etherparse::{LaxPacketHeaders, NetHeaders, TransportHeader};
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::lab::Netns;
@@ -79,6 +79,12 @@ impl Capture {
         set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER)?;
         set(&socket, libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
         Ok(Self { socket })
+    }
+
+    /// From now on sees only the frames that a classic BPF program lets through: the kernel throws the others
+    /// away before they take room.
+    pub fn filter(&self, program: &[SockFilter]) -> io::Result<()> {
+        self.socket.attach_filter(program)
     }
 
     /// The next frame; `None` if there is none within `deadline`.
