@@ -1,6 +1,7 @@
 //! Loads the hooks of the pool, pins what must outlive the agent, and adopts what is pinned.
 
 use std::{
+    collections::HashMap,
     fmt, fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -9,19 +10,25 @@ use std::{
 
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key},
+    maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
     programs::{
         CgroupAttachMode, Program, ProgramError,
         links::{FdLink, LinkError},
     },
 };
-use bridge_common::pool::{Config, Lease, counter};
+use bridge_common::pool::{
+    self, Config, Destination, Lease,
+    bitmap::Memory as _,
+    counter,
+    slots::{self, Seat},
+};
 use ipnet::IpNet;
 
 use super::{
     Layout,
     attach::{self, CgroupError},
     pins::{self, PinError},
+    sweep::{self, Sweeper, Swept, View},
     tables::KernelTables,
     walk::Walker,
     words::Words,
@@ -97,6 +104,8 @@ pub struct KernelPool {
     networks: LpmTrie<MapData, [u8; 16], u32>,
     counters: PerCpuArray<MapData, u64>,
     walker: Result<Walker, String>,
+    sweeper: Sweeper,
+    events: Option<RingBuf<MapData>>,
     layout: Layout,
     pins: PathBuf,
 }
@@ -155,7 +164,73 @@ impl KernelPool {
             .set(0, layout.config, 0)
             .map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })?;
         let walker = Walker::load(&mut ebpf);
-        Ok(Self { ebpf, tables, networks, counters, walker, layout, pins })
+        let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
+        let sweeper = Sweeper::default();
+        let pool = Self { ebpf, tables, networks, counters, walker, sweeper, events, layout, pins };
+        pool.adopt()?;
+        Ok(pool)
+    }
+
+    /// Puts in order what an earlier agent left: its templates, its grants, slots that it was taking back.
+    fn adopt(&self) -> Result<(), KernelPoolError> {
+        let map = |name| move |source| KernelPoolError::Map { name, source };
+        let geometry = self.layout.geometry();
+        for slot in 0..pool::FIRST_SLOT {
+            let (map, ports) = (geometry.free(slot), self.layout.template(slot));
+            for word in 0..geometry.words {
+                let bits = ports.word((self.layout.config.base / 64 + word) as usize);
+                self.tables.store(map.word(word), bits);
+                let (summary, bit) = (map.at + word / 64, 1 << (word % 64));
+                if bits == 0 {
+                    self.tables.fetch_and(summary, !bit);
+                } else {
+                    self.tables.fetch_or(summary, bit);
+                }
+            }
+        }
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        sweep::reopen(
+            &self.tables,
+            &View { held: &HashMap::new(), destinations: &destinations, owners: &owners },
+        );
+        // Ports that left the pool are not given out any more; those that are new are found by the sweep.
+        for (destination, slot) in &destinations {
+            let ports = self.layout.template(slots::template(destination));
+            for word in 0..geometry.words {
+                let bits = ports.word((self.layout.config.base / 64 + word) as usize);
+                self.tables.fetch_and(geometry.free(*slot).word(word), bits);
+            }
+        }
+        for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
+            if self.tables.revoke(&grant) {
+                let seat = Seat { slot: granted.slot, owner_slot: granted.owner_slot };
+                slots::release(&self.tables, seat, grant.index());
+            }
+        }
+        Ok(())
+    }
+
+    /// The ring buffer of [`bridge_common::pool::Event`]; can be had once.
+    pub fn take_events(&mut self) -> Option<RingBuf<MapData>> {
+        self.events.take()
+    }
+
+    /// One round of [`super::sweep`].
+    ///
+    /// # Errors
+    /// [`KernelPoolError::Walk`] if this kernel cannot tell which ports sockets hold: then nothing is done.
+    pub fn sweep(&mut self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
+        let map = |name| move |source| KernelPoolError::Map { name, source };
+        let mut held: HashMap<_, _> =
+            self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)).collect();
+        for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
+            held.insert((granted.slot, grant.index()), granted.owner_slot);
+        }
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        let view = View { held: &held, destinations: &destinations, owners: &owners };
+        Ok(self.sweeper.round(&self.tables, &self.layout, &view, known))
     }
 
     /// Every port that a socket holds now, in all network namespaces.

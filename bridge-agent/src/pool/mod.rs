@@ -3,11 +3,16 @@
 //! [`settings`] and [`layout`] say which ports there are (pure), [`kernel`] loads and pins the hooks, [`tables`] are
 //! the words and tables that the hooks and the agent change together, [`attach`] finds control groups.
 
+pub mod api;
 pub mod attach;
+pub mod backend;
+pub mod fifo;
 pub mod kernel;
 pub mod layout;
+pub mod owner;
 pub mod pins;
 pub mod ports;
+pub mod service;
 pub mod settings;
 pub mod sweep;
 pub mod tables;

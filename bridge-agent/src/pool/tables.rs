@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use aya::maps::{HashMap, MapData, MapError};
 use bridge_common::pool::{Destination, Geometry, Grant, Granted, Owner, bitmap::Memory, slots::Tables};
 
-use super::words::Words;
+use super::{sweep::Removal, words::Words};
 
 const BPF_NOEXIST: u64 = 1;
 
@@ -108,5 +108,28 @@ impl Tables for KernelTables {
 
     fn random(&self) -> u32 {
         rand::random()
+    }
+}
+
+impl Removal for KernelTables {
+    fn remove_destination(&self, destination: &Destination) {
+        // An error can only mean that it is gone.
+        let _ = lock(&self.destinations).remove(destination);
+    }
+
+    fn remove_owner(&self, owner: &Owner) {
+        // As above.
+        let _ = lock(&self.owners).remove(owner);
+    }
+
+    fn current_owners(&self) -> Option<Vec<(Owner, u32)>> {
+        self.owners().ok()
+    }
+
+    fn grace_period(&self) -> bool {
+        // The hooks run under RCU, and this waits for `synchronize_rcu` (kernel/sched/membarrier.c).
+        const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+        // SAFETY: the system call takes numbers only.
+        unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 }
     }
 }
