@@ -3,7 +3,10 @@
 use std::{
     fs::{self, File},
     io,
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
     thread,
 };
@@ -67,6 +70,9 @@ fn pod_of(cgroup: &str) -> Option<String> {
 /// The process is gone, or the agent may not enter its namespace (it needs CAP_SYS_ADMIN), or the kernel is too old.
 pub fn netns_cookie(pid: u32) -> io::Result<u64> {
     let namespace = File::open(Path::new("/proc").join(pid.to_string()).join("ns/net"))?;
+    if namespace.metadata()?.ino() == fs::metadata("/proc/self/ns/net")?.ino() {
+        return own_netns_cookie();
+    }
     // A thread of its own: it does not come back.
     let visit = move || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;

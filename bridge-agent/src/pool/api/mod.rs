@@ -8,7 +8,7 @@
 //! GET    /v1/pool          ports, destinations, counters
 //! ```
 //! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
-//! docs/openapi.yaml describes all of it, and is tested against this server.
+//! docs/openapi.json describes all of it, and is tested against this server.
 
 mod peer;
 mod reply;
@@ -71,11 +71,25 @@ pub fn router(service: Arc<Service>) -> Router {
             Problem::new(
                 StatusCode::METHOD_NOT_ALLOWED,
                 "method",
-                "this path does not take this method; see docs/openapi.yaml",
+                "this path does not take this method; see docs/openapi.json",
             )
+        })
+        .fallback(async || {
+            Problem::new(StatusCode::NOT_FOUND, "path", "there is no such path; see docs/openapi.json")
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .with_state(service)
+}
+
+/// Ends leases whose time is over, for as long as it runs.
+pub async fn expire(service: Arc<Service>) {
+    /// So that a lease that begins meanwhile does not live much too long.
+    const AT_LEAST_EVERY: Duration = Duration::from_millis(100);
+    loop {
+        let next = service.expire().map(tokio::time::Instant::from_std);
+        let soon = tokio::time::Instant::now() + AT_LEAST_EVERY;
+        tokio::time::sleep_until(next.map_or(soon, |next| next.min(soon))).await;
+    }
 }
 
 async fn acquire(
