@@ -180,6 +180,9 @@ pub struct Watched {
     pub outside: Vec<(SocketAddr, SocketAddr)>,
     /// New connections on a 4-tuple whose client had not ended the previous one.
     pub duplicates: Vec<(SocketAddr, SocketAddr)>,
+    /// New connections on a 4-tuple whose client had sent a SYN and nothing else: a program that was killed before the
+    /// answer came ends such a connection without a word.
+    pub abandoned: u64,
     /// New connections on a 4-tuple whose server had not ended the previous one.
     pub early: u64,
     /// Frames the capture lost.
@@ -215,6 +218,8 @@ impl Watch {
 
 struct Tuple {
     sequence: u32,
+    /// The client has sent data, so it has an established connection.
+    established: bool,
     client_ended: bool,
     server_ended: bool,
 }
@@ -238,30 +243,37 @@ fn watch(capture: &mut Capture, stop: &AtomicBool, ports: PortRange, silent: u16
             if !ports.contains(from.port()) {
                 seen.outside.push((from, to));
             }
-            let new = Tuple { sequence: tcp.sequence_number, client_ended: false, server_ended: false };
+            let new = Tuple {
+                sequence: tcp.sequence_number,
+                established: false,
+                client_ended: false,
+                server_ended: false,
+            };
             if let Some(old) = tuples.insert((from.port(), to), new)
                 && old.sequence != tcp.sequence_number
                 && to.port() != silent
             {
-                if !old.client_ended {
-                    seen.duplicates.push((from, to));
+                match (old.client_ended, old.established) {
+                    (false, true) => seen.duplicates.push((from, to)),
+                    (false, false) => seen.abandoned += 1,
+                    (true, _) => seen.early += u64::from(!old.server_ended),
                 }
-                seen.early += u64::from(!old.server_ended);
             }
             continue;
         }
         if let Some(tuple) = tuples.get_mut(&(from.port(), to)) {
-            tuple.client_ended = true;
+            tuple.established |= tcp.psh;
+            tuple.client_ended |= tcp.fin || tcp.rst;
             tuple.server_ended |= tcp.rst;
         }
         if let Some(tuple) = tuples.get_mut(&(to.port(), from)) {
-            tuple.server_ended = true;
+            tuple.server_ended |= tcp.fin || tcp.rst;
             tuple.client_ended |= tcp.rst;
         }
     }
 }
 
-/// IPv4 TCP over Ethernet with SYN and no ACK, or FIN, or RST.
+/// IPv4 TCP over Ethernet with SYN and no ACK, or FIN, RST or PSH.
 fn begins_and_ends() -> Vec<SockFilter> {
     // Headers are enough.
     const ACCEPT: u32 = 128;
@@ -272,7 +284,7 @@ fn begins_and_ends() -> Vec<SockFilter> {
         SockFilter::new(0x15, 0, 7, 6),       // jne TCP, reject
         SockFilter::new(0xb1, 0, 0, 14),      // ldx 4 * ([14] & 15)
         SockFilter::new(0x50, 0, 0, 14 + 13), // ldb [x + 27]
-        SockFilter::new(0x45, 3, 0, 0x05),    // jset FIN or RST, accept
+        SockFilter::new(0x45, 3, 0, 0x0d),    // jset FIN, RST or PSH, accept
         SockFilter::new(0x54, 0, 0, 0x12),    // and SYN, ACK
         SockFilter::new(0x15, 1, 0, 0x02),    // je SYN, accept
         SockFilter::new(0x05, 0, 0, 1),       // ja reject

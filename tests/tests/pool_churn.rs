@@ -109,10 +109,11 @@ fn churn(total: u64) -> Result<()> {
     let seen = watch.finish()?;
     println!("{killed} killed; {sum:?}; {served:?}");
     println!(
-        "{claims} claims and releases; {} SYNs, {} outside, {} duplicates, {} early, {} lost; counters {:?}",
+        "{claims} claims and releases; {} SYNs, {} outside, {} duplicates, {} abandoned, {} early, {} lost; counters {:?}",
         seen.syns,
         seen.outside.len(),
         seen.duplicates.len(),
+        seen.abandoned,
         seen.early,
         seen.lost,
         stand.pool.counters()?
@@ -124,6 +125,11 @@ fn churn(total: u64) -> Result<()> {
         &seen.outside[..seen.outside.len().min(10)]
     );
     ensure!(seen.duplicates.is_empty(), "twice: {:?}", &seen.duplicates[..seen.duplicates.len().min(10)]);
+    ensure!(
+        seen.abandoned <= killed as u64,
+        "{} connections were abandoned, {killed} clients killed",
+        seen.abandoned
+    );
     ensure!(sum.outside == 0 && sum.other.is_empty());
     ensure!(served.translated == 0, "masquerade changed {} ports", served.translated);
     ensure!(sum.attempts == each * 2 * lab.pods().len() as u64 && claims >= sum.attempts - sum.exhausted);

@@ -6,12 +6,15 @@
 pub mod api;
 pub mod attach;
 pub mod backend;
+pub mod checks;
+pub mod conntrack;
 pub mod fifo;
 pub mod kernel;
 pub mod layout;
 pub mod owner;
 pub mod pins;
 pub mod ports;
+pub mod run;
 pub mod service;
 pub mod settings;
 pub mod sweep;
