@@ -3,5 +3,12 @@
 //! One direction of dependency: configuration and cluster become a desired state ([`model`]), a plan is made from
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
+pub mod cli;
+pub mod config;
+pub mod datapath;
+pub mod log;
 pub mod model;
+pub mod netlink;
+pub mod policy;
 pub mod pool;
+pub mod routes;

@@ -1,3 +1,25 @@
 //! The `bridge-agent` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+use bridge_agent::cli::Cli;
+use bridge_agent::log;
+use clap::Parser;
+
+/// As clap's own exit code for wrong usage.
+const WRONG_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = log::init(cli.global.log_format, &cli.global.log_level) {
+        eprintln!("error: {error}");
+        return ExitCode::from(WRONG_USAGE);
+    }
+    match cli.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error.show(&cli.global);
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -6,6 +6,7 @@
 use std::fmt;
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Who may talk to whom, on which ports, and what becomes of the rest.
@@ -28,8 +29,8 @@ pub struct Policy {
     pub node_ports: Option<NodePorts>,
 }
 
-/// See [`Policy::mode`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Whether a denied packet is stopped, or only reported as if it were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// Denied packets do not pass.
@@ -39,8 +40,8 @@ pub enum Mode {
     Audit,
 }
 
-/// See [`Policy::on_deny`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What the sender of a denied packet gets to see.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnDeny {
     /// TCP gets an RST, UDP an ICMP port unreachable; everything else is dropped.
@@ -72,7 +73,7 @@ pub struct Rule {
 }
 
 /// Which side opens the flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// A LAN host opens a flow to a pod.
@@ -81,8 +82,8 @@ pub enum Direction {
     Outbound,
 }
 
-/// See [`Rule::protocol`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+/// Layer 4 protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// RFC 9293.
@@ -97,8 +98,8 @@ pub enum Protocol {
     Any,
 }
 
-/// See [`Rule::action`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+/// What happens to a new flow that matches a rule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {
     /// The flow is let through, and its replies with it.
@@ -125,6 +126,12 @@ impl PortRange {
     #[must_use]
     pub const fn contains(self, port: u16) -> bool {
         self.first <= port && port <= self.last
+    }
+
+    /// How many ports it has, 1 to 65536.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        u32::from(self.last - self.first) + 1
     }
 }
 

@@ -6,8 +6,12 @@
 
 pub mod agent;
 pub mod lab;
+pub mod netns;
 pub mod packet;
 pub mod pool;
+pub mod prog;
+pub mod routes;
+pub mod routes_bench;
 pub mod scenes;
 pub mod traffic;
 pub mod wait;

@@ -1,3 +1,107 @@
-//! Set up, build, run, test and measure bridge.
+//! Set up, build, run, test and measure bridge: `cargo xtask help`.
 
-fn main() {}
+mod abi;
+mod build;
+mod cmd;
+mod lint;
+mod run;
+mod setup;
+mod steps;
+mod test;
+mod workspace;
+
+use std::{ffi::OsString, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+/// Set up, build, run, test and measure bridge
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing to build, run and test; the other commands do so by themselves
+    Setup,
+    /// Build the eBPF objects, and the agent that embeds them
+    Build {
+        /// Optimise the agent (the eBPF objects always are)
+        #[arg(long)]
+        release: bool,
+    },
+    /// Run the lab: LAN host, node and pods with real traffic through them; or the agent on this very host
+    Run {
+        /// Arguments of the lab, for instance --once or --json
+        #[arg(allow_hyphen_values = true)]
+        lab: Vec<OsString>,
+        /// Run `bridge-agent` with these arguments on this host instead
+        #[arg(last = true)]
+        agent: Vec<OsString>,
+    },
+    /// Check and test everything, from formatting to privileged tests; or only the tests whose name contains FILTER
+    Test {
+        /// Part of the name of a test
+        filter: Option<String>,
+    },
+    /// Check formatting, lints, licences and the ABI
+    Lint,
+    /// Compare the layout of bridge-common with the one on record
+    Abi {
+        /// Record the present one
+        #[arg(long)]
+        bless: bool,
+    },
+    /// Measure, side by side with what a user would otherwise pick
+    Bench {
+        /// Arguments of the benchmark
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Setup => setup::main(),
+        Command::Build { release } => build::main(release),
+        Command::Run { lab, agent } => run::main(&lab, &agent),
+        Command::Test { filter } => test::main(filter.as_deref()),
+        Command::Lint => lint::main(),
+        Command::Abi { bless } => abi::main(bless),
+        Command::Bench { arguments } => run::bench(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_of_the_lab_and_of_the_agent_are_told_apart() {
+        let parse =
+            |words: &[&str]| match Arguments::try_parse_from([&["cargo xtask", "run"], words].concat()) {
+                Ok(Arguments { command: Command::Run { lab, agent } }) => (lab, agent),
+                _ => panic!("{words:?}"),
+            };
+        let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(parse(&[]), (vec![], vec![]));
+        assert_eq!(parse(&["--once", "--json"]), (words(&["--once", "--json"]), vec![]));
+        assert_eq!(parse(&["--", "run", "--config", "F"]), (vec![], words(&["run", "--config", "F"])));
+    }
+
+    #[test]
+    fn arguments_of_the_benchmark_pass_through() {
+        let parsed = Arguments::try_parse_from(["cargo xtask", "bench", "--quick", "forward"]);
+        let Ok(Arguments { command: Command::Bench { arguments } }) = parsed else { panic!() };
+        assert_eq!(arguments, ["--quick", "forward"]);
+    }
+}

@@ -1,14 +1,55 @@
 //! Judges packets between pods and LAN hosts.
+//!
+//! The path of a packet is [`judge::judge`]: parse ([`packet`]), flow table ([`track`]), scope ([`scope`]), policy
+//! ([`policy`]), verdict ([`report`], [`reject`]).
 
 #![no_std]
 #![no_main]
+#![expect(
+    missing_docs,
+    unreachable_pub,
+    reason = "the attribute of a program adds a function that only the loader reaches"
+)]
+
+mod judge;
+mod maps;
+mod packet;
+mod policy;
+mod reject;
+mod report;
+mod scope;
+mod track;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
+use judge::Hook;
+
+/// Go on with the next program, and with the stack after the last (`TCX_NEXT`, and `TC_ACT_UNSPEC` for clsact).
+const NEXT: i32 = -1;
 
 /// LAN -> pod, and LAN -> node on a NodePort.
 #[classifier]
-pub fn external_ingress(_ctx: TcContext) -> i32 {
-    -1
+pub fn external_ingress(ctx: TcContext) -> i32 {
+    judge::judge(ctx.skb.skb, Hook::External)
+}
+
+/// Pod -> LAN, with the pod's own address.
+#[classifier]
+pub fn internal_ingress(ctx: TcContext) -> i32 {
+    judge::judge(ctx.skb.skb, Hook::Internal)
+}
+
+/// Node -> pod: observes.
+#[classifier]
+pub fn internal_egress(ctx: TcContext) -> i32 {
+    judge::observe_to_pod(ctx.skb.skb);
+    NEXT
+}
+
+/// Node -> LAN: observes replies from NodePorts.
+#[classifier]
+pub fn external_egress(ctx: TcContext) -> i32 {
+    judge::observe_to_lan(ctx.skb.skb);
+    NEXT
 }
 
 #[panic_handler]

@@ -76,6 +76,12 @@ impl Packet {
         }
     }
 
+    /// Source and destination address.
+    #[must_use]
+    pub fn addresses(&self) -> (IpAddr, IpAddr) {
+        (self.source, self.destination)
+    }
+
     /// Source and destination MAC address.
     pub fn macs(mut self, source: [u8; 6], destination: [u8; 6]) -> Self {
         self.macs = (source, destination);

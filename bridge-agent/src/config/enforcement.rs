@@ -1,0 +1,187 @@
+//! `enforcement`: how the rules are made to hold.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::interface::InterfacePattern;
+use super::leaf::Problem;
+use super::report::{Path, Report};
+use super::time_span::TimeSpan;
+use crate::model::{Mode, OnDeny};
+
+/// How the rules are made to hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Enforcement {
+    /// Whether denied packets are stopped, or only counted and reported.
+    pub mode: Mode,
+    /// What enforces the rules. Several engines enforce the same rules side by side.
+    #[serde(serialize_with = "super::flow")]
+    pub engines: Vec<Engine>,
+    /// What the sender of a denied packet gets to see.
+    pub on_deny: OnDeny,
+    /// What iptables refuses besides traffic between pods and LAN hosts.
+    pub scope: Scope,
+    /// The network interfaces that packets are judged on. Left out, they are found from the routing table.
+    pub interfaces: Interfaces,
+    /// How long an idle flow stays known, by its state.
+    pub timeouts: Timeouts,
+    /// Which events are reported, and how many.
+    pub events: Events,
+    /// How many flows are remembered.
+    pub flows: Flows,
+}
+
+impl Default for Enforcement {
+    fn default() -> Self {
+        Self {
+            mode: Mode::default(),
+            engines: vec![Engine::Ebpf, Engine::Iptables],
+            on_deny: OnDeny::default(),
+            scope: Scope::default(),
+            interfaces: Interfaces::default(),
+            timeouts: Timeouts::default(),
+            events: Events::default(),
+            flows: Flows::default(),
+        }
+    }
+}
+
+/// What enforces the rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// Programs at the traffic-control hooks of the interfaces.
+    Ebpf,
+    /// The chain BRIDGE-FORWARD of iptables and ip6tables.
+    Iptables,
+}
+
+/// What iptables refuses besides traffic between pods and LAN hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Nothing: other traffic is left to the other rules of the host.
+    #[default]
+    Scoped,
+    /// All forwarded traffic that no rule allows. For a host that is a gateway and nothing else.
+    Strict,
+}
+
+/// The network interfaces that packets are judged on. In a name, `*` stands for any number of characters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Interfaces {
+    /// Interfaces towards the LAN. Left out: those that the routes to `networks.external` leave by.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    pub external: Vec<InterfacePattern>,
+    /// Interfaces towards the pods. Left out: those that the routes to `networks.pods` leave by.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    pub internal: Vec<InterfacePattern>,
+}
+
+/// How long an idle flow stays known, by its state, such as 30s, 5m or 1d.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Timeouts {
+    /// TCP from the first SYN until the handshake is complete.
+    pub tcp_handshake: TimeSpan,
+    /// TCP after the handshake.
+    pub tcp_established: TimeSpan,
+    /// TCP after the first FIN.
+    pub tcp_closing: TimeSpan,
+    /// TCP after an RST.
+    pub tcp_reset: TimeSpan,
+    /// UDP that was never replied to.
+    pub udp_unreplied: TimeSpan,
+    /// UDP that was replied to.
+    pub udp_replied: TimeSpan,
+    /// ICMP and ICMPv6 queries.
+    pub icmp: TimeSpan,
+    /// SCTP and every other IP protocol.
+    pub other: TimeSpan,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            tcp_handshake: TimeSpan::seconds(30),
+            tcp_established: TimeSpan::seconds(86_400),
+            tcp_closing: TimeSpan::seconds(120),
+            tcp_reset: TimeSpan::seconds(120),
+            udp_unreplied: TimeSpan::seconds(30),
+            udp_replied: TimeSpan::seconds(180),
+            icmp: TimeSpan::seconds(30),
+            other: TimeSpan::seconds(600),
+        }
+    }
+}
+
+/// Which events are reported, and how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Events {
+    /// The most events per second and CPU; what exceeds it is counted, not reported. 0: none are reported.
+    #[schemars(range(max = 1_000_000))]
+    pub rate: u32,
+    /// Whether new flows that were allowed are reported too, not only what was denied.
+    pub allowed: bool,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self { rate: 100, allowed: false }
+    }
+}
+
+/// How many flows are remembered. When a table is full, its longest idle flow is forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Flows {
+    /// Flows that were replied to.
+    #[schemars(range(min = 1024, max = 16_777_216))]
+    pub established: u32,
+    /// Flows that were not yet replied to; apart, so that a flood of them cannot push out an established one.
+    #[schemars(range(min = 1024, max = 16_777_216))]
+    pub half_open: u32,
+}
+
+impl Default for Flows {
+    fn default() -> Self {
+        Self { established: 262_144, half_open: 65_536 }
+    }
+}
+
+impl Enforcement {
+    pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
+        let engines = path.key("engines");
+        if self.engines.is_empty() && report.intact(&engines) {
+            report.error(
+                &engines,
+                Problem::new(
+                    "no engine is given, so nothing would enforce the rules",
+                    "write [ebpf, iptables], one of them, or remove the key for both",
+                ),
+            );
+        }
+        for (index, engine) in self.engines.iter().enumerate() {
+            if self.engines[..index].contains(engine) {
+                let problem = Problem::new("this engine is in the list twice", "remove one of them");
+                report.error(&engines.index(index), problem);
+            }
+        }
+        let interfaces = path.key("interfaces");
+        let internal = interfaces.key("internal");
+        for (index, pattern) in self.interfaces.internal.iter().enumerate() {
+            if self.interfaces.external.contains(pattern) {
+                report.error(
+                    &internal.index(index),
+                    Problem::new(
+                        format!("`{pattern}` is both an external and an internal interface"),
+                        "write it on the side it faces: external towards the LAN, internal towards the pods",
+                    ),
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! The configuration file: YAML to a validated desired state.
+//!
+//! Three steps, each of which goes on after a mistake so that all are reported at once: the text becomes a tree
+//! that knows its places ([`yaml`], [`node`]), the tree is held against the JSON schema of [`Config`] ([`shape`]), and the
+//! values are held against each other (`check` of each section).
+
+mod api;
+mod effective;
+mod enforcement;
+mod interface;
+mod kubernetes;
+pub mod leaf;
+mod network;
+mod networks;
+mod node;
+mod node_ports;
+mod persistence;
+mod port_pool;
+mod ports;
+pub mod report;
+mod routes;
+mod rules;
+mod shape;
+#[cfg(test)]
+mod tests;
+mod time_span;
+mod yaml;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path as FilePath;
+use std::sync::LazyLock;
+
+use ipnet::IpNet;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, Serializer};
+use serde_saphyr::FlowSeq;
+
+pub use api::{Api, DEFAULT_SOCKET};
+pub use enforcement::{Enforcement, Engine, Events, Flows, Interfaces, Scope, Timeouts};
+pub use interface::{InterfaceName, InterfacePattern};
+pub use kubernetes::Kubernetes;
+pub use network::{HostOrNetwork, Network};
+pub use networks::Networks;
+pub use node_ports::NodePorts;
+pub use persistence::{Persistence, Save};
+pub use port_pool::{CgroupPath, PortPool, Transparent};
+pub use ports::{PortItem, Ports};
+pub use report::{ConfigErrors, Diagnostic, Diagnostics};
+pub use routes::{Discovery, Routes, StaticRoute};
+pub use rules::{LabelOperator, LabelRequirement, LabelSelector, MAX_RULES, Rule, RuleName};
+pub use time_span::TimeSpan;
+
+use self::leaf::Problem;
+use self::node::Node;
+use self::report::{Findings, Path, Report, Severity};
+use self::shape::Shape;
+use crate::model::Policy;
+
+/// The largest file that is read, in bytes. A million rules take about 150 MB.
+const MAX_FILE: u64 = 512 * 1024 * 1024;
+
+/// The configuration of bridge-agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// What this machine is: a node of the cluster, or a host of the LAN around it.
+    pub role: Role,
+    /// Who is a pod, who is a LAN host.
+    #[serde(default)]
+    pub networks: Networks,
+    /// How the rules are made to hold.
+    #[serde(default)]
+    pub enforcement: Enforcement,
+    /// Which flows may be opened between pods and LAN hosts. A flow that no rule allows is denied.
+    #[serde(default)]
+    pub rules: Vec<Rule>,
+    /// Which NodePorts of this node the LAN may use. Left out: traffic to NodePorts is not judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_ports: Option<NodePorts>,
+    /// The source ports that clients may take. Left out: there is no pool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port_pool: Option<PortPool>,
+    /// Routes to pod networks. Left out: no route is touched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routes: Option<Routes>,
+    /// Learns pods, nodes and rules from a cluster. Left out: nothing is asked of a cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kubernetes: Option<Kubernetes>,
+    /// What outlives a reboot.
+    #[serde(default)]
+    pub persistence: Persistence,
+    /// How the agent is talked to.
+    #[serde(default)]
+    pub api: Api,
+}
+
+/// What this machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// A node of the cluster: forwards between its pods and the LAN, and enforces the rules.
+    Node,
+    /// A host of the LAN: has routes to the pods, and a port pool of its own.
+    Host,
+}
+
+/// A configuration without errors.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The configuration, defaults filled in where they do not depend on other values.
+    pub config: Config,
+    /// What is allowed, but hardly meant.
+    pub warnings: Diagnostics,
+}
+
+/// Reads and checks a configuration file.
+///
+/// # Errors
+/// All that is wrong with it: what, where, and what to write instead.
+pub fn load(path: &FilePath) -> Result<Loaded, ConfigErrors> {
+    let text =
+        read(path).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))?;
+    let loaded = parse(&text, Some(path));
+    drop(text);
+    release_memory();
+    loaded
+}
+
+/// Checks the text of a configuration; `file` is what messages call it.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse(text: &str, file: Option<&FilePath>) -> Result<Loaded, ConfigErrors> {
+    let mut findings = Findings::default();
+    let config = yaml::parse(text, &mut findings).and_then(|mut tree| config_of(&mut tree, &mut findings));
+    let failed = findings.has_errors();
+    let diagnostics = findings.into_diagnostics(file, Some(text));
+    match config {
+        Some(config) if !failed => Ok(Loaded { config, warnings: diagnostics }),
+        _ => Err(ConfigErrors(diagnostics)),
+    }
+}
+
+/// The JSON schema of the configuration file (draft 2020-12).
+#[must_use]
+pub fn schema() -> serde_json::Value {
+    let mut schema = shape::schema_of::<Config>(false);
+    schema["title"] = "bridge-agent configuration".into();
+    schema
+}
+
+fn config_of(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Config> {
+    static SHAPE: LazyLock<Shape> = LazyLock::new(Shape::of::<Config>);
+    if !SHAPE.fit(tree, &Path::Root, findings) {
+        return None;
+    }
+    match Config::deserialize(&*tree) {
+        Ok(config) => {
+            config.check(&mut Report::new(tree, findings));
+            Some(config)
+        }
+        // The schema let it pass, and the types do not: nobody can say where. The tests look for such a value.
+        Err(error) => {
+            let help = "compare the file with `bridge-agent check --schema`";
+            findings.push(Severity::Error, &Path::Root, None, Problem::new(error.to_string(), help));
+            None
+        }
+    }
+}
+
+impl Config {
+    fn check(&self, report: &mut Report<'_>) {
+        let (root, kubernetes) = (Path::Root, self.kubernetes.is_some());
+        self.networks.check(&root.key("networks"), self.role, kubernetes, report);
+        self.enforcement.check(&root.key("enforcement"), report);
+        rules::check(&self.rules, &root.key("rules"), &self.networks, kubernetes, report);
+        if let Some(node_ports) = &self.node_ports {
+            node_ports.check(&root.key("nodePorts"), report);
+        }
+        if let Some(pool) = &self.port_pool {
+            let implied = kubernetes || !self.pool_destinations().is_empty();
+            pool.check(&root.key("portPool"), self.node_ports.as_ref(), implied, report);
+        }
+        if let Some(routes) = &self.routes {
+            routes.check(&root.key("routes"), report);
+        }
+        if let Some(section) = &self.kubernetes {
+            section.check(&root.key("kubernetes"), report);
+        }
+        self.api.check(&root.key("api"), report);
+        if self.role == Role::Host {
+            for (key, there) in [("rules", !self.rules.is_empty()), ("nodePorts", self.node_ports.is_some())]
+            {
+                if there {
+                    report.error(
+                        &root.key(key),
+                        Problem::new(
+                            format!("`{key}` is enforced on a node, and this is a host"),
+                            "write `role: node`, or remove the section",
+                        ),
+                    );
+                }
+            }
+        }
+    }
+
+    /// The policy that the rules come to. Rules that select pods by label match nothing in it, until the pods
+    /// are filled in from the cluster.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        Policy {
+            mode: self.enforcement.mode,
+            on_deny: self.enforcement.on_deny,
+            pods: self.networks.pod_nets(),
+            external: self.networks.external_nets(),
+            nodes: self.networks.node_nets(),
+            rules: self.rules.iter().map(Rule::to_model).collect(),
+            node_ports: self.node_ports.as_ref().map(NodePorts::to_model),
+        }
+    }
+
+    /// The networks that the port pool serves, as far as the file tells.
+    #[must_use]
+    pub fn pool_destinations(&self) -> Vec<IpNet> {
+        match self.port_pool.as_ref().and_then(|pool| pool.destinations.as_ref()) {
+            Some(networks) => networks.iter().map(|network| network.net()).collect(),
+            None if self.role == Role::Node => self.networks.external_nets(),
+            None => self.networks.pod_nets(),
+        }
+    }
+}
+
+impl Loaded {
+    /// See [`Config::policy`].
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        self.config.policy()
+    }
+}
+
+/// Gives back to the kernel what only reading needed: several times what a large configuration keeps.
+fn release_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: malloc_trim has no precondition, and touches no memory in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+fn read(path: &FilePath) -> io::Result<String> {
+    let mut bytes = Vec::new();
+    let read = File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if read as u64 > MAX_FILE {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {MAX_FILE} bytes")));
+    }
+    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()))
+}
+
+fn unreadable(path: &FilePath, error: &io::Error) -> Problem {
+    let help = match error.kind() {
+        io::ErrorKind::NotFound => {
+            "write the file, starting from deploy/examples, or name another one with --config FILE".into()
+        }
+        io::ErrorKind::PermissionDenied => format!("run as a user who may read it: ls -l {}", path.display()),
+        io::ErrorKind::IsADirectory => "name a file in this directory with --config FILE".into(),
+        io::ErrorKind::InvalidData => "save the file as UTF-8".into(),
+        io::ErrorKind::FileTooLarge => "join rules: one rule takes several networks and port ranges".into(),
+        _ => "check the file and its file system".to_owned(),
+    };
+    Problem::new(format!("cannot read the configuration: {error}"), help)
+}
+
+/// A list on one line.
+fn flow<T: Serialize, S: Serializer>(list: &Vec<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    FlowSeq(list).serialize(serializer)
+}
+
+fn flow_option<T: Serialize, S: Serializer>(list: &Option<Vec<T>>, serializer: S) -> Result<S::Ok, S::Error> {
+    list.as_ref().map(FlowSeq).serialize(serializer)
+}

@@ -1,0 +1,123 @@
+//! `networks`: who is a pod, who is a LAN host.
+
+use ipnet::IpNet;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Role;
+use super::leaf::Problem;
+use super::network::{HostOrNetwork, Network};
+use super::report::{Path, Report};
+
+/// The networks whose traffic with each other is judged. Everything else passes untouched.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Networks {
+    /// The networks of the pods. With a `kubernetes` section, the pod networks of the cluster's nodes are added.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    pub pods: Vec<Network>,
+    /// The networks of the LAN hosts.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    pub external: Vec<Network>,
+    /// Addresses inside `external` or `pods` that belong to cluster nodes, and are judged neither as a LAN host nor
+    /// as a pod. The addresses of this node are added by themselves.
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    pub nodes: Vec<HostOrNetwork>,
+}
+
+impl Networks {
+    pub(crate) fn pod_nets(&self) -> Vec<IpNet> {
+        self.pods.iter().map(|network| network.net()).collect()
+    }
+
+    pub(crate) fn external_nets(&self) -> Vec<IpNet> {
+        self.external.iter().map(|network| network.net()).collect()
+    }
+
+    pub(crate) fn node_nets(&self) -> Vec<IpNet> {
+        self.nodes.iter().map(|host| host.net()).collect()
+    }
+
+    pub(crate) fn check(&self, path: &Path<'_>, role: Role, kubernetes: bool, report: &mut Report<'_>) {
+        let (pods, external) = (path.key("pods"), path.key("external"));
+        if role == Role::Node && report.intact(path) {
+            if self.pods.is_empty() && !kubernetes {
+                report.error(
+                    &pods,
+                    Problem::new(
+                        "no pod network is given",
+                        "write the networks of this node's pods, such as `pods: [10.200.1.0/24]` under `networks`, \
+                         or a `kubernetes` section to learn them from the cluster",
+                    ),
+                );
+            }
+            if self.external.is_empty() {
+                report.error(
+                    &external,
+                    Problem::new(
+                        "no external network is given",
+                        "write the networks of the LAN hosts, such as `external: [192.168.31.0/24]` under `networks`",
+                    ),
+                );
+            }
+        }
+        let (pod_nets, external_nets) = (self.pod_nets(), self.external_nets());
+        repeated(&pods, &pod_nets, report);
+        repeated(&external, &external_nets, report);
+        for (index, net) in external_nets.iter().enumerate() {
+            if let Some(pod) = pod_nets.iter().find(|pod| overlap(pod, net)) {
+                report.error(
+                    &external.index(index),
+                    Problem::new(
+                        format!("{net} overlaps the pod network {pod}"),
+                        "write networks that share no address: one address cannot be both a pod and a LAN host",
+                    ),
+                );
+            }
+        }
+        let nodes = path.key("nodes");
+        if report.intact(&pods) && report.intact(&external) && !kubernetes {
+            for (index, host) in self.nodes.iter().enumerate() {
+                let net = host.net();
+                if !contained(&net, &pod_nets) && !contained(&net, &external_nets) {
+                    report.warn(
+                        &nodes.index(index),
+                        Problem::new(
+                            format!(
+                                "{host} lies in no network of `pods` or `external`, so this changes nothing"
+                            ),
+                            "remove it, or correct it",
+                        ),
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Warns of networks that another one of the same list already contains.
+pub(crate) fn repeated(path: &Path<'_>, nets: &[IpNet], report: &mut Report<'_>) {
+    // A prefix sorts right before what it contains.
+    let mut sorted: Vec<(IpNet, usize)> = nets.iter().enumerate().map(|(index, net)| (*net, index)).collect();
+    sorted.sort_unstable();
+    let mut outer: Option<IpNet> = None;
+    for (net, index) in sorted {
+        match outer {
+            Some(outer) if outer.contains(&net) => report.warn(
+                &path.index(index),
+                Problem::new(format!("{net} is already covered by {outer} in the same list"), "remove it"),
+            ),
+            _ => outer = Some(net),
+        }
+    }
+}
+
+/// Whether the two share an address.
+pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
+/// Whether one of `nets` contains all of `net`.
+pub(crate) fn contained(net: &IpNet, nets: &[IpNet]) -> bool {
+    nets.iter().any(|outer| outer.contains(net))
+}

@@ -1,0 +1,314 @@
+//! Ports as they are written: a number, a `"first-last"` text, or a list of them.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde::{Deserialize, Serialize, Serializer};
+use serde_saphyr::FlowSeq;
+
+use super::leaf::{Leaf, Problem};
+use super::report::{Path, Report};
+use crate::model::PortRange;
+
+/// One port or one range of ports, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortItem(pub PortRange);
+
+impl Leaf for PortItem {
+    const FORMAT: &'static str = "port-range";
+    const EXAMPLE: &'static str = "60001-60100";
+
+    fn parse(text: &str) -> Result<Self, Problem> {
+        match text.split_once('-') {
+            None => port(text, text).map(|port| Self(PortRange { first: port, last: port })),
+            Some((first_text, last_text)) => {
+                let (first, last) = (port(first_text, text)?, port(last_text, text)?);
+                if first > last {
+                    return Err(Problem::new(
+                        format!("port range `{text}` ends before it begins"),
+                        format!("write \"{last}-{first}\""),
+                    ));
+                }
+                Ok(Self(PortRange { first, last }))
+            }
+        }
+    }
+}
+
+/// One port out of `whole`, which the message quotes.
+fn port(text: &str, whole: &str) -> Result<u16, Problem> {
+    let trimmed = text.trim();
+    let number: u64 = trimmed
+        .parse()
+        .ok()
+        .filter(|_| text == trimmed && !text.starts_with('+'))
+        .ok_or_else(|| not_a_port(whole))?;
+    match u16::try_from(number) {
+        Ok(0) => Err(Problem::new(
+            format!("port 0 in `{whole}` is not a port anyone can use"),
+            "write ports from 1 to 65535",
+        )),
+        Ok(port) => Ok(port),
+        Err(_) => Err(Problem::new(
+            format!("port {number} in `{whole}` is above 65535"),
+            "write ports from 1 to 65535",
+        )),
+    }
+}
+
+fn not_a_port(whole: &str) -> Problem {
+    // "60001 - 60100", "60001:60100" and "60001..60100" are what other tools accept.
+    let numbers: Vec<&str> =
+        whole.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty()).collect();
+    let help = match numbers.as_slice() {
+        [first, last] if !whole.contains([',', '+']) => format!("write \"{first}-{last}\""),
+        [_, _, ..] => "write a list, such as [40002, \"60001-60100\"]".into(),
+        _ => "write a number such as 40002, or a range such as \"60001-60100\", both ends included".into(),
+    };
+    Problem::new(format!("`{whole}` is not a port or a range of ports"), help)
+}
+
+impl fmt::Display for PortItem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Serialize for PortItem {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.0.first == self.0.last {
+            serializer.serialize_u16(self.0.first)
+        } else {
+            serializer.collect_str(&self.0)
+        }
+    }
+}
+
+struct ItemVisitor;
+
+impl Visitor<'_> for ItemVisitor {
+    type Value = PortItem;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a port or a \"first-last\" range")
+    }
+
+    fn visit_i64<E: de::Error>(self, number: i64) -> Result<PortItem, E> {
+        self.visit_str(&number.to_string())
+    }
+
+    fn visit_u64<E: de::Error>(self, number: u64) -> Result<PortItem, E> {
+        self.visit_str(&number.to_string())
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<PortItem, E> {
+        PortItem::parse(text).map_err(E::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for PortItem {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(ItemVisitor)
+    }
+}
+
+impl JsonSchema for PortItem {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        "PortItem".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": u16::MAX},
+                {"type": "string", "pattern": "^[0-9]{1,5}(-[0-9]{1,5})?$"},
+            ],
+            "format": Self::FORMAT,
+        })
+    }
+}
+
+/// Ports: a number, a `"first-last"` range with both ends included, or a list of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ports(pub Vec<PortItem>);
+
+impl Ports {
+    /// The ranges in the order they were written.
+    pub fn ranges(&self) -> impl Iterator<Item = PortRange> + '_ {
+        self.0.iter().map(|item| item.0)
+    }
+
+    /// The ranges, sorted, adjacent ones joined.
+    #[must_use]
+    pub fn normalised(&self) -> Vec<PortRange> {
+        let mut sorted: Vec<PortRange> = self.ranges().collect();
+        sorted.sort_unstable();
+        let mut joined: Vec<PortRange> = Vec::with_capacity(sorted.len());
+        for range in sorted {
+            match joined.last_mut() {
+                Some(last) if u32::from(range.first) <= u32::from(last.last) + 1 => {
+                    last.last = last.last.max(range.last);
+                }
+                _ => joined.push(range),
+            }
+        }
+        joined
+    }
+
+    /// How many ports there are, 0 to 65535, if no two ranges overlap.
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        self.normalised().iter().map(PortRange::count).sum()
+    }
+
+    /// Reports an empty list, and ranges of the list that overlap.
+    pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
+        if self.0.is_empty() && report.intact(path) {
+            let help = "name at least one port, or remove the key";
+            report.error(path, Problem::new("the list of ports is empty", help));
+        }
+        let mut sorted: Vec<(PortRange, usize)> =
+            self.ranges().enumerate().map(|(index, range)| (range, index)).collect();
+        sorted.sort_unstable();
+        // The widest so far, not merely the neighbour: 1-100, 2-3, 50-60 overlap twice.
+        let mut widest: Option<(PortRange, usize)> = None;
+        for (range, index) in sorted {
+            if let Some((other, other_index)) = widest
+                && range.first <= other.last
+            {
+                let (late, early) =
+                    if index > other_index { ((range, index), other) } else { ((other, other_index), range) };
+                report.error(&path.index(late.1), overlap(late.0, early));
+            }
+            if widest.is_none_or(|(other, _)| range.last > other.last) {
+                widest = Some((range, index));
+            }
+        }
+    }
+}
+
+fn overlap(late: PortRange, early: PortRange) -> Problem {
+    if late == early {
+        return Problem::new(format!("{late} is in this list twice"), "remove one of them");
+    }
+    let joined = PortRange { first: late.first.min(early.first), last: late.last.max(early.last) };
+    Problem::new(
+        format!("{late} overlaps {early} in the same list"),
+        format!("write \"{joined}\" for both, or make them disjoint"),
+    )
+}
+
+impl Serialize for Ports {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        FlowSeq(&self.0).serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Ports {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PortsVisitor;
+
+        impl<'de> Visitor<'de> for PortsVisitor {
+            type Value = Ports;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a port, a \"first-last\" range, or a list of them")
+            }
+
+            fn visit_i64<E: de::Error>(self, number: i64) -> Result<Ports, E> {
+                ItemVisitor.visit_i64(number).map(|item| Ports(vec![item]))
+            }
+
+            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Ports, E> {
+                ItemVisitor.visit_u64(number).map(|item| Ports(vec![item]))
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Ports, E> {
+                ItemVisitor.visit_str(text).map(|item| Ports(vec![item]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Ports, A::Error> {
+                let mut items = Vec::with_capacity(list.size_hint().unwrap_or(0).min(1024));
+                while let Some(item) = list.next_element()? {
+                    items.push(item);
+                }
+                Ok(Ports(items))
+            }
+        }
+
+        deserializer.deserialize_any(PortsVisitor)
+    }
+}
+
+impl JsonSchema for Ports {
+    fn schema_name() -> Cow<'static, str> {
+        "Ports".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let item = PortItem::json_schema(generator);
+        json_schema!({
+            "description": "A port, a \"first-last\" range with both ends included, or a list of them",
+            "anyOf": [item, {"type": "array", "items": item}],
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(first: u16, last: u16) -> PortRange {
+        PortRange { first, last }
+    }
+
+    #[test]
+    fn both_ends_are_kept() {
+        assert_eq!(PortItem::parse("60001-60100"), Ok(PortItem(range(60001, 60100))));
+        assert_eq!(PortItem::parse("1-65535"), Ok(PortItem(range(1, 65535))));
+        assert_eq!(PortItem::parse("40002"), Ok(PortItem(range(40002, 40002))));
+        assert_eq!(PortItem::parse("7-7").unwrap().to_string(), "7");
+    }
+
+    #[test]
+    fn each_mistake_has_its_remedy() {
+        let help = |text: &str| PortItem::parse(text).unwrap_err().help;
+        assert_eq!(help("60100-60001"), "write \"60001-60100\"");
+        assert_eq!(help("60001:60100"), "write \"60001-60100\"");
+        assert_eq!(help("60001 - 60100"), "write \"60001-60100\"");
+        assert_eq!(help("80,443"), "write a list, such as [40002, \"60001-60100\"]");
+        assert_eq!(help("0"), "write ports from 1 to 65535");
+        assert_eq!(help("0-100"), "write ports from 1 to 65535");
+        assert_eq!(help("65536"), "write ports from 1 to 65535");
+        assert_eq!(help("99999999999999999999"), help("http"));
+        for bad in ["", "-", "-5", "5-", "+5", "5-+6", "5-6-7", "٣", "1e3", "0x50"] {
+            assert!(PortItem::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn normalising_joins_neighbours() {
+        let ports = Ports(vec![
+            PortItem(range(200, 300)),
+            PortItem(range(100, 199)),
+            PortItem(range(65535, 65535)),
+            PortItem(range(302, 302)),
+        ]);
+        assert_eq!(ports.normalised(), [range(100, 300), range(302, 302), range(65535, 65535)]);
+        assert_eq!(ports.count(), 203);
+    }
+
+    #[test]
+    fn scalar_and_list_read_alike() {
+        let read = |json: &str| serde_json::from_str::<Ports>(json).unwrap();
+        assert_eq!(read("80"), read("[80]"));
+        assert_eq!(read("\"80-90\""), read("[\"80-90\"]"));
+        assert_eq!(serde_json::to_string(&read("[80, \"81-82\"]")).unwrap(), "[80,\"81-82\"]");
+    }
+}

@@ -1,0 +1,451 @@
+//! Attaches the programs to interfaces, first in order, and keeps them there.
+//!
+//! What is attached lives on without the agent: a TCX link by its pin, a clsact filter by itself. A start adopts what
+//! is there and replaces the program inside it, so there is no moment without enforcement.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier,
+        links::{FdLink, LinkError, PinnedLink},
+        tc::{SchedClassifierLink, TcAttachOptions},
+    },
+    sys::SyscallError,
+};
+use bridge_common::interface::Interface;
+use rustix::fs::{CWD, RenameFlags};
+
+use super::{
+    clsact,
+    error::{Error, Result},
+    hook::{Hook, Role},
+    load::{Datapath, program},
+    pins::{self, Attached},
+    sys,
+};
+
+/// An interface that packets are judged on.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Target {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Where it leads to.
+    pub role: Role,
+    /// Length of its link layer header in bytes.
+    pub link_header: u32,
+}
+
+/// What was done to one interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Name of the interface.
+    pub interface: String,
+    /// The program.
+    pub hook: Hook,
+    /// What was done.
+    pub action: Action,
+}
+
+/// See [`Change::action`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Newly attached.
+    Attached,
+    /// The program of an earlier agent was replaced.
+    Replaced,
+    /// Detached, or its interface is gone.
+    Removed,
+    /// The interface has a new name.
+    Renamed,
+}
+
+/// A pinned link, as found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Link {
+    path: PathBuf,
+    interface: String,
+    hook: Hook,
+    /// Index of the interface; 0: it is gone.
+    index: u32,
+    /// Id of the program in it.
+    program: u32,
+}
+
+/// A step towards what is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Step {
+    /// Forget a link whose interface is gone.
+    Forget(Link),
+    Rename(Link, PathBuf, String),
+    Replace(Link),
+    Attach(String, Hook, PathBuf),
+    Detach(Link),
+}
+
+/// What is to be done so that exactly `wanted` is attached, each with the program whose id `current` tells.
+fn plan(
+    wanted: &[(Target, Hook)],
+    links: Vec<Link>,
+    current: impl Fn(Hook) -> u32,
+    path_of: impl Fn(&str, Hook) -> PathBuf,
+) -> Vec<Step> {
+    let (alive, gone): (Vec<Link>, Vec<Link>) = links.into_iter().partition(|link| link.index != 0);
+    let mut replace = Vec::new();
+    let mut rename = Vec::new();
+    let mut unwanted = Vec::new();
+    let mut kept = BTreeSet::new();
+    for link in alive {
+        let target = wanted.iter().find(|(target, hook)| target.index == link.index && *hook == link.hook);
+        match target {
+            Some((target, hook)) if kept.insert((target.index, *hook)) => {
+                if link.program != current(*hook) {
+                    replace.push(Step::Replace(link.clone()));
+                }
+                let path = path_of(&target.name, *hook);
+                if link.path != path {
+                    rename.push((link, path, target.name.clone()));
+                }
+            }
+            _ => unwanted.push(link),
+        }
+    }
+    let attach = wanted
+        .iter()
+        .filter(|(target, hook)| !kept.contains(&(target.index, *hook)))
+        .map(|(target, hook)| Step::Attach(target.name.clone(), *hook, path_of(&target.name, *hook)));
+    // What is unwanted goes last, unless its pin is in the way of another.
+    let taken: BTreeSet<PathBuf> =
+        rename.iter().map(|(_, to, _)| to.clone()).chain(attach.clone().filter_map(Step::pin)).collect();
+    let (in_the_way, last): (Vec<Link>, Vec<Link>) =
+        unwanted.into_iter().partition(|link| taken.contains(&link.path));
+    gone.into_iter()
+        .map(Step::Forget)
+        .chain(replace)
+        .chain(in_the_way.into_iter().map(Step::Detach))
+        .chain(rename.into_iter().map(|(link, to, name)| Step::Rename(link, to, name)))
+        .chain(attach)
+        .chain(last.into_iter().map(Step::Detach))
+        .collect()
+}
+
+impl Step {
+    /// The pin that this makes.
+    fn pin(self) -> Option<PathBuf> {
+        match self {
+            Self::Attach(_, _, path) | Self::Rename(_, path, _) => Some(path),
+            Self::Forget(_) | Self::Replace(_) | Self::Detach(_) => None,
+        }
+    }
+}
+
+impl Datapath {
+    /// Attaches to exactly these interfaces; may be called as often as anything changes. Errors with one interface
+    /// leave the others as wanted.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Attach`] and [`Error::Path`], more than one in [`Error::Several`], beside what was done.
+    pub fn attach(&mut self, targets: &[Target], node_ports: bool) -> (Vec<Change>, Result<()>) {
+        let mut changes = Vec::new();
+        let mut errors = Vec::new();
+        if let Err(error) = self.write_interfaces(targets) {
+            return (changes, Err(error));
+        }
+        let wanted: Vec<(Target, Hook)> = targets
+            .iter()
+            .flat_map(|target| target.role.hooks(node_ports).iter().map(|hook| (target.clone(), *hook)))
+            .collect();
+        if self.tcx {
+            self.attach_links(&wanted, &mut changes, &mut errors);
+            self.remove_filters(|_, _| false, &mut changes, &mut errors);
+        } else {
+            self.attach_filters(&wanted, &mut changes, &mut errors);
+        }
+        if let Err(error) = self.forget_interfaces(targets) {
+            errors.push(error);
+        }
+        (changes, Error::collect(errors))
+    }
+
+    /// What the kernel side must know of an interface before it sees a packet of it.
+    fn write_interfaces(&mut self, targets: &[Target]) -> Result<()> {
+        targets.iter().try_for_each(|target| {
+            let value = Interface { role: target.role.number(), link_header: target.link_header };
+            self.maps.interfaces.insert(target.index, value, 0).map_err(Error::aya_map("interfaces"))
+        })
+    }
+
+    fn forget_interfaces(&mut self, targets: &[Target]) -> Result<()> {
+        let known: Vec<u32> =
+            self.maps.interfaces.keys().collect::<Result<_, _>>().map_err(Error::aya_map("interfaces"))?;
+        for index in known.into_iter().filter(|index| targets.iter().all(|target| target.index != *index)) {
+            match self.maps.interfaces.remove(&index).map_err(Error::aya_map("interfaces")) {
+                Err(Error::Map { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_links(&mut self, wanted: &[(Target, Hook)], changes: &mut Vec<Change>, errors: &mut Vec<Error>) {
+        let (links, current) = match (self.links(), self.program_ids()) {
+            (Ok(links), Ok(current)) => (links, current),
+            (links, current) => {
+                errors.extend(links.err());
+                errors.extend(current.err());
+                return;
+            }
+        };
+        let current = |hook: Hook| current.iter().find(|(of, _)| *of == hook).map_or(0, |(_, id)| *id);
+        for step in plan(wanted, links, current, |interface, hook| self.pins.link(interface, hook)) {
+            match self.apply(step) {
+                Ok(change) => changes.push(change),
+                Err(error) => errors.push(error),
+            }
+        }
+    }
+
+    fn links(&self) -> Result<Vec<Link>> {
+        self.pins
+            .attached_links()?
+            .into_iter()
+            .map(|Attached { path, interface, hook, .. }| {
+                let fd = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
+                let (program, index) =
+                    sys::tcx_link_info(fd.as_fd()).map_err(Error::path("looking at", &path))?;
+                Ok(Link { path, interface, hook, index, program })
+            })
+            .collect()
+    }
+
+    fn program_ids(&mut self) -> Result<Vec<(Hook, u32)>> {
+        Hook::ALL
+            .into_iter()
+            .map(|hook| {
+                let info = program(&mut self.ebpf, hook)?
+                    .info()
+                    .map_err(|error| super::error::program_error(hook.name(), error))?;
+                Ok((hook, info.id()))
+            })
+            .collect()
+    }
+
+    fn apply(&mut self, step: Step) -> Result<Change> {
+        let change = |interface: String, hook, action| Ok(Change { interface, hook, action });
+        match step {
+            Step::Forget(link) | Step::Detach(link) => {
+                pins::remove(&link.path)?;
+                change(link.interface, link.hook, Action::Removed)
+            }
+            Step::Rename(link, path, interface) => {
+                // To write over another pin would detach what it stands for.
+                rustix::fs::renameat_with(CWD, &link.path, CWD, &path, RenameFlags::NOREPLACE)
+                    .map_err(|error| Error::path("renaming", &link.path)(error.into()))?;
+                change(interface, link.hook, Action::Renamed)
+            }
+            Step::Replace(link) => match self.replace(&link.path, link.hook) {
+                Ok(()) => change(link.interface, link.hook, Action::Replaced),
+                // The interface has gone, and come again, since it was looked at.
+                Err(error) if errno(&error) == Some(libc::ENOLINK) => {
+                    pins::remove(&link.path)?;
+                    self.attach_link(&link.interface, link.hook, &link.path)?;
+                    change(link.interface, link.hook, Action::Attached)
+                }
+                Err(error) => Err(Error::attach(&link.interface, link.hook.name(), error)),
+            },
+            Step::Attach(interface, hook, path) => {
+                self.attach_link(&interface, hook, &path)?;
+                change(interface, hook, Action::Attached)
+            }
+        }
+    }
+
+    fn replace(&mut self, path: &Path, hook: Hook) -> std::result::Result<(), ProgramError> {
+        let link_error = |error: LinkError| match error {
+            LinkError::SyscallError(error) => ProgramError::SyscallError(error),
+            error => ProgramError::IOError(io::Error::other(error)),
+        };
+        let program =
+            program(&mut self.ebpf, hook).map_err(|error| ProgramError::IOError(io::Error::other(error)))?;
+        let link: FdLink = PinnedLink::from_pin(path).map_err(link_error)?.into();
+        let link: SchedClassifierLink = link.try_into().map_err(link_error)?;
+        let id = program.attach_to_link(link)?;
+        // Dropping the descriptor leaves the link to its pin.
+        drop(program.take_link(id)?);
+        Ok(())
+    }
+
+    fn attach_link(&mut self, interface: &str, hook: Hook, path: &Path) -> Result<()> {
+        let failed = |error: ProgramError| Error::attach(interface, hook.name(), super::error::chain(&error));
+        let program = program(&mut self.ebpf, hook)?;
+        let id = program
+            .attach_with_options(interface, hook.attach_type(), TcAttachOptions::TcxOrder(LinkOrder::first()))
+            .map_err(failed)?;
+        let link: FdLink = program
+            .take_link(id)
+            .map_err(failed)?
+            .try_into()
+            .map_err(|error: LinkError| Error::attach(interface, hook.name(), error))?;
+        // Whoever dies before the pin is made leaves nothing attached.
+        link.pin(path).map_err(|error| Error::attach(interface, hook.name(), super::error::chain(&error)))?;
+        Ok(())
+    }
+
+    fn attach_filters(
+        &mut self,
+        wanted: &[(Target, Hook)],
+        changes: &mut Vec<Change>,
+        errors: &mut Vec<Error>,
+    ) {
+        for (target, hook) in wanted {
+            match self.attach_filter(target, *hook) {
+                Ok(Some(action)) => changes.push(Change { interface: target.name.clone(), hook: *hook, action }),
+                Ok(None) => {}
+                Err(error) => errors.push(error),
+            }
+        }
+        self.remove_filters(
+            |index, hook| wanted.iter().any(|(target, wanted)| (target.index, *wanted) == (index, hook)),
+            changes,
+            errors,
+        );
+    }
+
+    fn attach_filter(&mut self, target: &Target, hook: Hook) -> Result<Option<Action>> {
+        let failed = |error: ProgramError| Error::attach(&target.name, hook.name(), super::error::chain(&error));
+        let path = self.pins.filter(target.index, &target.name, hook);
+        let qdisc = self.pins.qdisc(target.index, &target.name);
+        clsact::ensure_qdisc(&target.name, &qdisc)
+            .map_err(|error| Error::attach(&target.name, hook.name(), error))?;
+        let program = program(&mut self.ebpf, hook)?;
+        let id = program.info().map_err(failed)?.id();
+        let replaced = path.exists();
+        let unchanged = replaced && pinned_program(&path) == Some(id);
+        let filter_is_there = clsact::put(program, &target.name, hook.attach_type(), replaced).map_err(failed)?;
+        if unchanged && filter_is_there {
+            return Ok(None);
+        }
+        pins::remove(&path)?;
+        program.pin(&path).map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
+        Ok(Some(if filter_is_there { Action::Replaced } else { Action::Attached }))
+    }
+
+    fn remove_filters(
+        &self,
+        keep: impl Fn(u32, Hook) -> bool,
+        changes: &mut Vec<Change>,
+        errors: &mut Vec<Error>,
+    ) {
+        match self.pins.attached_filters() {
+            Ok(filters) => {
+                for filter in filters.into_iter().filter(|filter| !keep(filter.index.unwrap_or(0), filter.hook)) {
+                    match clsact::remove(&filter) {
+                        Ok(()) => changes.push(Change {
+                            interface: filter.interface,
+                            hook: filter.hook,
+                            action: Action::Removed,
+                        }),
+                        Err(error) => errors.push(error),
+                    }
+                }
+            }
+            Err(error) => errors.push(error),
+        }
+    }
+}
+
+fn pinned_program(path: &Path) -> Option<u32> {
+    Some(SchedClassifier::from_pin(path).ok()?.info().ok()?.id())
+}
+
+/// The system's error number inside aya's error.
+pub(super) fn errno(error: &ProgramError) -> Option<i32> {
+    use aya::programs::tc::TcError;
+    match error {
+        ProgramError::SyscallError(SyscallError { io_error, .. }) | ProgramError::IOError(io_error) => {
+            io_error.raw_os_error()
+        }
+        ProgramError::TcError(TcError::NetlinkError(error)) | ProgramError::NetlinkError(error) => {
+            error.raw_os_error()
+        }
+        ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEW: u32 = 9;
+
+    fn target(index: u32, name: &str) -> Target {
+        Target { index, name: name.to_owned(), role: Role::External, link_header: 14 }
+    }
+
+    fn link(name: &str, index: u32, program: u32) -> Link {
+        let (interface, hook) = (name.to_owned(), Hook::ExternalIngress);
+        Link { path: path(name, hook), interface, hook, index, program }
+    }
+
+    fn path(name: &str, hook: Hook) -> PathBuf {
+        format!("/l/{name}-{}", hook.name()).into()
+    }
+
+    fn steps(wanted: &[Target], links: Vec<Link>) -> Vec<Step> {
+        let wanted: Vec<_> = wanted.iter().map(|target| (target.clone(), Hook::ExternalIngress)).collect();
+        plan(&wanted, links, |_| NEW, path)
+    }
+
+    #[test]
+    fn what_is_as_wanted_is_left_alone() {
+        assert_eq!(steps(&[target(1, "eth0")], vec![link("eth0", 1, NEW)]), []);
+    }
+
+    #[test]
+    fn an_adopted_link_gets_the_new_program_and_is_not_detached() {
+        let old = link("eth0", 1, 8);
+        assert_eq!(steps(&[target(1, "eth0")], vec![old.clone()]), [Step::Replace(old)]);
+    }
+
+    #[test]
+    fn a_recreated_interface_is_attached_afresh() {
+        let dead = link("eth0", 0, NEW);
+        let hook = Hook::ExternalIngress;
+        let attach = Step::Attach("eth0".into(), hook, path("eth0", hook));
+        assert_eq!(steps(&[target(2, "eth0")], vec![dead.clone()]), [Step::Forget(dead), attach]);
+    }
+
+    #[test]
+    fn a_renamed_interface_keeps_its_link() {
+        let old = link("eth0", 1, 8);
+        let to = path("lan0", Hook::ExternalIngress);
+        let expected = [Step::Replace(old.clone()), Step::Rename(old.clone(), to, "lan0".into())];
+        assert_eq!(steps(&[target(1, "lan0")], vec![old]), expected);
+    }
+
+    #[test]
+    fn an_unwanted_link_in_the_way_of_a_name_goes_first() {
+        let (stays, goes) = (link("eth0", 1, NEW), link("lan0", 2, NEW));
+        let expected = [
+            Step::Detach(goes.clone()),
+            Step::Rename(stays.clone(), path("lan0", Hook::ExternalIngress), "lan0".into()),
+        ];
+        assert_eq!(steps(&[target(1, "lan0")], vec![stays, goes]), expected);
+    }
+
+    #[test]
+    fn new_links_come_before_old_ones_go() {
+        let old = link("eth0", 1, NEW);
+        let attach = Step::Attach("eth1".into(), Hook::ExternalIngress, path("eth1", Hook::ExternalIngress));
+        assert_eq!(steps(&[target(2, "eth1")], vec![old.clone()]), [attach, Step::Detach(old)]);
+    }
+}

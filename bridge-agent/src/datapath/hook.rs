@@ -1,0 +1,81 @@
+//! The places in the packet path that programs are attached to.
+
+use aya::programs::TcAttachType;
+use bridge_common::interface::role;
+use serde::Serialize;
+
+/// What an interface leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Towards the LAN.
+    External,
+    /// Towards pods.
+    Internal,
+}
+
+impl Role {
+    /// As the kernel side knows it: [`bridge_common::interface::role`].
+    #[must_use]
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::External => role::EXTERNAL,
+            Self::Internal => role::INTERNAL,
+        }
+    }
+
+    /// The hooks of an interface of this role. What only observes comes first: it must be there before the first
+    /// packet is judged.
+    #[must_use]
+    pub const fn hooks(self, node_ports: bool) -> &'static [Hook] {
+        match self {
+            Self::External if node_ports => &[Hook::ExternalEgress, Hook::ExternalIngress],
+            Self::External => &[Hook::ExternalIngress],
+            Self::Internal => &[Hook::InternalEgress, Hook::InternalIngress],
+        }
+    }
+}
+
+/// A program, and the direction on its interface that it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Hook {
+    /// Judges LAN -> pod, and LAN -> node on a NodePort.
+    ExternalIngress,
+    /// Observes replies from NodePorts.
+    ExternalEgress,
+    /// Judges pod -> LAN.
+    InternalIngress,
+    /// Observes node -> pod.
+    InternalEgress,
+}
+
+impl Hook {
+    /// Every hook.
+    pub const ALL: [Self; 4] =
+        [Self::ExternalIngress, Self::ExternalEgress, Self::InternalIngress, Self::InternalEgress];
+
+    /// Name of the program.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ExternalIngress => "external_ingress",
+            Self::ExternalEgress => "external_egress",
+            Self::InternalIngress => "internal_ingress",
+            Self::InternalEgress => "internal_egress",
+        }
+    }
+
+    /// The hook whose program has this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|hook| hook.name() == name)
+    }
+
+    pub(super) const fn attach_type(self) -> TcAttachType {
+        match self {
+            Self::ExternalIngress | Self::InternalIngress => TcAttachType::Ingress,
+            Self::ExternalEgress | Self::InternalEgress => TcAttachType::Egress,
+        }
+    }
+}

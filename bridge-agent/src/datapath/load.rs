@@ -1,0 +1,288 @@
+//! Brings programs and maps into the kernel, or takes over those that are pinned.
+
+use std::{
+    collections::BTreeMap,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::MapData,
+    programs::{SchedClassifier, TcAttachType},
+};
+use aya_obj::{Object, generated::bpf_map_type};
+use bridge_common::control::SLOTS;
+
+use super::{
+    error::{Error, Result, load_error, program_error},
+    hook::Hook,
+    maps::{DIGESTS, Digest, Maps, Table},
+    object,
+    pins::{self, Lock, Pins},
+    sys,
+};
+
+/// How the packet path is brought up.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where it is pinned.
+    pub pins: Pins,
+    /// How many established flows are remembered; only where the table is not there yet.
+    pub flows: u32,
+    /// How many flows that wait for a reply are remembered; only where the table is not there yet.
+    pub half_open: u32,
+    /// How programs are attached.
+    pub mechanism: Mechanism,
+}
+
+/// How programs are attached to an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mechanism {
+    /// By TCX, where the kernel has it.
+    #[default]
+    Best,
+    /// By a filter of the clsact qdisc.
+    Clsact,
+}
+
+/// The packet path, loaded by this process, which alone works on its pins.
+#[derive(Debug)]
+pub struct Datapath {
+    pub(super) pins: Pins,
+    pub(super) ebpf: Ebpf,
+    /// Maps, read and written.
+    pub maps: Maps,
+    pub(super) templates: Templates,
+    pub(super) tcx: bool,
+    adopted: bool,
+    _lock: Lock,
+}
+
+/// Maps whose size the configuration sets.
+const SIZED: [&str; 2] = ["flows", "half_open"];
+
+impl Datapath {
+    /// Loads the programs and makes the maps, or takes over those that are pinned. What enforces goes on enforcing.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is in the way; nothing is left behind then that was not there before.
+    pub fn load(options: &Options) -> Result<Self> {
+        require_capabilities()?;
+        let pins = options.pins.clone();
+        pins.prepare_root()?;
+        let lock = pins.lock()?;
+        let adopted = pins.exist();
+        let result = Self::load_locked(options, adopted, lock);
+        if result.is_err() && !adopted {
+            let mut errors = Vec::new();
+            pins::remove_tree(pins.directory(), &mut errors);
+            for error in errors {
+                tracing::warn!(%error, "left behind after a failed start");
+            }
+        }
+        result
+    }
+
+    fn load_locked(options: &Options, adopted: bool, lock: Lock) -> Result<Self> {
+        let pins = options.pins.clone();
+        let mut object = Object::parse(object::ENFORCE).map_err(|error| load_error(error.into()))?;
+        let sizes = BTreeMap::from([(SIZED[0], options.flows), (SIZED[1], options.half_open)]);
+        check_pins(&pins, &object, &sizes)?;
+        pins.prepare_directories()?;
+
+        let mut loader = EbpfLoader::new();
+        // No program has relocations against the kernel's types.
+        loader.btf(None);
+        let names: Vec<String> = object.maps.keys().cloned().collect();
+        for name in &names {
+            loader.map_pin_path(name.as_str(), pins.map(name));
+        }
+        for (name, entries) in &sizes {
+            loader.map_max_entries(name, *entries);
+        }
+        let mut ebpf = loader.load(object::ENFORCE).map_err(load_error)?;
+        for hook in Hook::ALL {
+            program(&mut ebpf, hook)?.load().map_err(|error| program_error(hook.name(), error))?;
+        }
+        if !pins.map(DIGESTS).exists() {
+            let map = MapData::create(digests(), DIGESTS, None).map_err(Error::aya_map(DIGESTS))?;
+            map.pin(pins.map(DIGESTS)).map_err(|error| Error::map(DIGESTS)(std::io::Error::other(error)))?;
+        }
+        let templates = Templates::new(&mut object)?;
+        let maps = Maps::open(&pins)?;
+        let tcx = options.mechanism == Mechanism::Best && has_tcx();
+        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, _lock: lock })
+    }
+
+    /// Whether maps were pinned before this process came.
+    #[must_use]
+    pub const fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// Whether there has never been a policy: nothing was enforced so far, and nothing is known of existing flows.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn is_first_start(&self) -> Result<bool> {
+        Ok(self.maps.last_generation()? == 0)
+    }
+
+    /// Whether programs are attached by TCX links rather than filters of the clsact qdisc.
+    #[must_use]
+    pub const fn uses_tcx(&self) -> bool {
+        self.tcx
+    }
+}
+
+pub(super) fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
+    ebpf.program_mut(hook.name())
+        .and_then(|program| program.try_into().ok())
+        .ok_or(Error::Kernel { feature: hook.name(), remedy: "the agent was built with another eBPF object" })
+}
+
+/// TCX is there (Linux 6.6) if an interface can be asked what it has of it.
+fn has_tcx() -> bool {
+    match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+        Ok(_) => true,
+        Err(error) => {
+            tracing::info!(%error, "this kernel has no TCX: attaching by clsact");
+            false
+        }
+    }
+}
+
+/// The map of [`Digest`]s.
+fn digests() -> aya_obj::Map {
+    let size = |bytes: usize| u32::try_from(bytes).expect("a digest is small");
+    aya_obj::Map::new_from_params(
+        bpf_map_type::BPF_MAP_TYPE_ARRAY as u32,
+        size(size_of::<u32>()),
+        size(size_of::<Digest>()),
+        SLOTS,
+        0,
+    )
+}
+
+/// Compares every pin that is there with what the object would make, before any of them is used.
+fn check_pins(pins: &Pins, object: &Object, sizes: &BTreeMap<&str, u32>) -> Result<()> {
+    let mut expected: Vec<(&str, &aya_obj::Map)> =
+        object.maps.iter().map(|(name, map)| (name.as_str(), map)).collect();
+    let digests = digests();
+    expected.push((DIGESTS, &digests));
+    expected.sort_by_key(|(name, _)| *name);
+    for (name, map) in expected {
+        let path = pins.map(name);
+        if path.exists() {
+            check_pin(&path, map, sizes.get(name).copied())?;
+        }
+    }
+    Ok(())
+}
+
+fn check_pin(path: &Path, expected: &aya_obj::Map, configured_entries: Option<u32>) -> Result<()> {
+    let foreign = |what, found: String, expected: String| {
+        Err(Error::ForeignPin { path: path.to_owned(), what, found, expected })
+    };
+    let fd = sys::obj_get(path).map_err(Error::path("opening", path))?;
+    let kind = sys::Kind::of(fd.as_fd()).map_err(Error::path("looking at", path))?;
+    if kind != sys::Kind::Map {
+        return foreign("its kind", format!("{kind:?}"), format!("{:?}", sys::Kind::Map));
+    }
+    let found = sys::map_info(fd.as_fd()).map_err(Error::path("looking at", path))?;
+    let properties = [
+        ("its map type", found.type_, expected.map_type()),
+        ("its key size", found.key_size, expected.key_size()),
+        ("its value size", found.value_size, value_size(expected)),
+        ("its flags", found.map_flags, expected.map_flags()),
+    ];
+    for (what, found, expected) in properties {
+        if found != expected {
+            return foreign(what, found.to_string(), expected.to_string());
+        }
+    }
+    match configured_entries {
+        Some(entries) if entries != found.max_entries => tracing::warn!(
+            map = %path.display(), pinned = found.max_entries, configured = entries,
+            "keeping the size of the pinned table: `bridge-agent down` before the next start applies the configured one"
+        ),
+        None if found.max_entries != expected.max_entries() => {
+            return foreign("its size", found.max_entries.to_string(), expected.max_entries().to_string());
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The kernel rather than the object sets the value size of maps of maps.
+fn value_size(map: &aya_obj::Map) -> u32 {
+    const MAPS_OF_MAPS: [u32; 2] =
+        [bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS as u32, bpf_map_type::BPF_MAP_TYPE_HASH_OF_MAPS as u32];
+    if MAPS_OF_MAPS.contains(&map.map_type()) { 4 } else { map.value_size() }
+}
+
+/// Reads the effective capabilities of this thread (capabilities(7)).
+fn require_capabilities() -> Result<()> {
+    const NEEDED: [(u32, &str); 3] = [(39, "CAP_BPF"), (12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON")];
+    const CAP_SYS_ADMIN: u32 = 21;
+    let status = std::fs::read_to_string("/proc/thread-self/status")
+        .map_err(Error::path("reading", "/proc/thread-self/status"))?;
+    let Some(effective) = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+    else {
+        return Ok(());
+    };
+    let has = |capability: u32| effective >> capability & 1 == 1;
+    let missing: Vec<&str> = NEEDED
+        .into_iter()
+        // CAP_SYS_ADMIN includes what was split off it in Linux 5.8.
+        .filter(|&(number, name)| !(has(number) || name != "CAP_NET_ADMIN" && has(CAP_SYS_ADMIN)))
+        .map(|(_, name)| name)
+        .collect();
+    if missing.is_empty() { Ok(()) } else { Err(Error::Capability { missing: missing.join(", ") }) }
+}
+
+/// What the inner maps of a policy are made from: the object's definitions, and its type information, by which
+/// `bpftool map dump` prints fields by name.
+#[derive(Debug)]
+pub(super) struct Templates {
+    inner: Vec<aya_obj::Map>,
+    btf: Option<OwnedFd>,
+}
+
+impl Templates {
+    fn new(object: &mut Object) -> Result<Self> {
+        let inner = Table::ALL
+            .into_iter()
+            .map(|table| {
+                object.maps.get(table.name()).and_then(aya_obj::Map::inner).ok_or(Error::Kernel {
+                    feature: table.name(),
+                    remedy: "the agent was built with another eBPF object",
+                })
+            })
+            .collect::<Result<_>>()?;
+        let btf = match aya::features().btf() {
+            Some(features) => object
+                .fixup_and_sanitize_btf(features)
+                .map_err(|error| load_error(error.into()))?
+                .and_then(|btf| sys::btf_load(&btf.to_bytes()).ok()),
+            None => None,
+        };
+        if btf.is_none() {
+            tracing::warn!("this kernel takes no BTF: dumps of maps will show bytes instead of fields");
+        }
+        Ok(Self { inner, btf })
+    }
+
+    /// A new map for `table` of a policy, with room for `entries`.
+    pub(super) fn create(&self, table: Table, entries: u32) -> Result<MapData, aya::maps::MapError> {
+        let mut map = self.inner[table as usize].clone();
+        map.set_max_entries(entries.max(1));
+        MapData::create(map, table.name(), self.btf.as_ref().map(AsFd::as_fd))
+    }
+}

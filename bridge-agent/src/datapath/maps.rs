@@ -1,0 +1,240 @@
+//! The pinned maps, opened. This alone needs no running agent.
+
+use std::fmt;
+
+use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
+use bridge_common::{
+    control::{Control, SLOTS, Settings},
+    counters::Counters,
+    event::EventBudget,
+    flow::{ClientKey, Flow, FlowKey},
+    interface::Interface,
+    policy::{RuleHits, RuleInfo},
+};
+
+use super::{
+    error::{Error, Result},
+    pins::Pins,
+    sys::{self, SharedWord},
+};
+
+/// The tables that a policy is made of, each of which has an inner map per slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Table {
+    Addresses4,
+    Addresses6,
+    Pairs,
+    RuleSets,
+    Narrows,
+    Pages,
+    RuleHits,
+    RuleInfo,
+}
+
+impl Table {
+    pub(super) const ALL: [Self; 8] = [
+        Self::Addresses4,
+        Self::Addresses6,
+        Self::Pairs,
+        Self::RuleSets,
+        Self::Narrows,
+        Self::Pages,
+        Self::RuleHits,
+        Self::RuleInfo,
+    ];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Addresses4 => "addresses4",
+            Self::Addresses6 => "addresses6",
+            Self::Pairs => "pairs",
+            Self::RuleSets => "rule_sets",
+            Self::Narrows => "narrows",
+            Self::Pages => "pages",
+            Self::RuleHits => "rule_hits",
+            Self::RuleInfo => "rule_info",
+        }
+    }
+}
+
+/// Name of the map that the agent keeps beside those of the object: a digest of the policy of each slot.
+pub(super) const DIGESTS: &str = "digests";
+
+/// SHA-256 of a compiled policy.
+pub(super) type Digest = [u8; 32];
+
+/// The pinned maps.
+pub struct Maps {
+    pins: Pins,
+    control: SharedWord,
+    pub(super) settings: Array<MapData, Settings>,
+    pub(super) digests: Array<MapData, Digest>,
+    pub(super) outer: Vec<ArrayOfMaps<MapData>>,
+    pub(super) flows: MapData,
+    pub(super) half_open: MapData,
+    pub(super) node_port_peers: MapData,
+    pub(super) counters: PerCpuArray<MapData, Counters>,
+    pub(super) audited: PerCpuArray<MapData, Counters>,
+    pub(super) event_budget: PerCpuArray<MapData, EventBudget>,
+    pub(super) interfaces: HashMap<MapData, u32, Interface>,
+}
+
+impl fmt::Debug for Maps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Maps").field("pins", &self.pins).finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    /// Opens the maps under `pins`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotRunning`] if there are none, [`Error::Map`] if one is missing or may not be opened.
+    pub fn open(pins: &Pins) -> Result<Self> {
+        match pins.map("control").try_exists() {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::NotRunning(pins.root().to_owned())),
+            Err(error) => return Err(Error::path("looking at", pins.directory())(error)),
+        }
+        let control = SharedWord::new(data(pins, "control")?.fd()).map_err(Error::map("control"))?;
+        Ok(Self {
+            control,
+            settings: typed(pins, "settings")?,
+            digests: typed(pins, DIGESTS)?,
+            outer: Table::ALL.into_iter().map(|table| typed(pins, table.name())).collect::<Result<_>>()?,
+            flows: data(pins, "flows")?,
+            half_open: data(pins, "half_open")?,
+            node_port_peers: data(pins, "node_port_peers")?,
+            counters: typed(pins, "counters")?,
+            audited: typed(pins, "audited")?,
+            event_budget: typed(pins, "event_budget")?,
+            interfaces: typed(pins, "interfaces")?,
+            pins: pins.clone(),
+        })
+    }
+
+    /// Where they are pinned.
+    #[must_use]
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+
+    /// The word that says which policy is in force.
+    #[must_use]
+    pub fn control(&self) -> Control {
+        Control { word: self.control.load() }
+    }
+
+    pub(super) fn set_control(&self, control: Control) {
+        self.control.store(control.word);
+    }
+
+    /// The slot in force.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.control().slot_at(now())
+    }
+
+    /// Settings of the policy in `slot`; with generation 0 if there is none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn settings(&self, slot: u32) -> Result<Settings> {
+        self.settings.get(&slot, 0).map_err(Error::aya_map("settings"))
+    }
+
+    /// Settings of the policy in force; with generation 0 if there has never been one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn settings_in_force(&self) -> Result<Settings> {
+        self.settings(self.slot())
+    }
+
+    /// The ring buffer of events. Who reads takes: with two readers, each gets a part.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn events(&self) -> Result<RingBuf<MapData>> {
+        typed(&self.pins, "events")
+    }
+
+    /// The rules of the policy in `slot`, by index.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn rule_info(&self, slot: u32) -> Result<Vec<RuleInfo>> {
+        let count = self.settings(slot)?.rule_count as usize;
+        let mut rules: Vec<RuleInfo> = self.inner_values(slot, Table::RuleInfo)?;
+        rules.truncate(count);
+        Ok(rules)
+    }
+
+    /// Hits of the rules of the policy in `slot`, by index, summed over CPUs and what was carried over.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn rule_hits(&self, slot: u32) -> Result<Vec<RuleHits>> {
+        let count = self.settings(slot)?.rule_count as usize;
+        let mut sums = vec![RuleHits::default(); count];
+        if count > 0 {
+            for row in self.inner_values::<RuleHits>(slot, Table::RuleHits)?.chunks_exact(count) {
+                for (sum, hits) in sums.iter_mut().zip(row) {
+                    sum.packets += hits.packets;
+                    sum.bytes += hits.bytes;
+                }
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Every value of one of the arrays that a policy is made of; none if the slot was never written.
+    fn inner_values<V: aya::Pod>(&self, slot: u32, table: Table) -> Result<Vec<V>> {
+        let path = self.pins.table(slot, table.name());
+        if !path.exists() {
+            return Ok(Vec::new());
+        }
+        let map = MapData::from_pin(path).map_err(Error::aya_map(table.name()))?;
+        let entries = sys::lookup_all::<u32, V>(sys::fd(&map)).map_err(Error::map(table.name()))?;
+        Ok(entries.into_iter().map(|(_, value)| value).collect())
+    }
+
+    /// Forgets the LAN hosts that were let through to a NodePort.
+    pub(super) fn node_port_peers(&self) -> Result<Vec<(ClientKey, u64)>> {
+        sys::lookup_all(sys::fd(&self.node_port_peers)).map_err(Error::map("node_port_peers"))
+    }
+
+    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 2] {
+        [("flows", &self.flows), ("half_open", &self.half_open)]
+    }
+
+    pub(super) fn flow_entries(&self, name: &'static str, map: &MapData) -> Result<Vec<(FlowKey, Flow)>> {
+        sys::lookup_all(sys::fd(map)).map_err(Error::map(name))
+    }
+
+    /// How many slots were ever written.
+    pub(super) fn last_generation(&self) -> Result<u32> {
+        (0..SLOTS).try_fold(0, |last, slot| Ok(last.max(self.settings(slot)?.generation)))
+    }
+}
+
+/// Nanoseconds of `CLOCK_MONOTONIC`, as the kernel side counts them.
+#[must_use]
+pub fn now() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
+}
+
+fn data(pins: &Pins, name: &'static str) -> Result<MapData> {
+    MapData::from_pin(pins.map(name)).map_err(Error::aya_map(name))
+}
+
+fn typed<T: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<T> {
+    Map::from_map_data(data(pins, name)?).and_then(T::try_from).map_err(Error::aya_map(name))
+}

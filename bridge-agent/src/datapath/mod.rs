@@ -1,0 +1,26 @@
+//! The packet path in the kernel, seen from the user side: loads its programs and maps, pins them, attaches them to
+//! interfaces, writes policies, and reads back what the kernel side has seen.
+//!
+//! Nothing here is needed for packets to be judged: maps and links are pinned, and go on without a process.
+//! [`Datapath`] is what changes them, by one process at a time; [`Maps`] is what reads them, by anyone.
+
+mod attach;
+mod clsact;
+mod down;
+mod error;
+mod hook;
+mod load;
+mod maps;
+pub mod object;
+mod pins;
+mod sys;
+mod tables;
+
+pub use attach::{Action, Change, Target};
+pub use down::{Removed, down};
+pub use error::{Error, Result};
+pub use hook::{Hook, Role};
+pub use load::{Datapath, Mechanism, Options};
+pub use maps::{Maps, now};
+pub use pins::{DEFAULT_ROOT, Lock, Pins};
+pub use tables::{Behaviour, Published};

@@ -1,0 +1,29 @@
+//! The eBPF objects that the agent carries inside it, as `cargo xtask build` made them.
+
+/// Embeds an object, aligned for the ELF parser.
+macro_rules! embed {
+    ($name:literal) => {
+        aya::include_bytes_aligned!(concat!(env!("BRIDGE_BPF_OBJECTS"), "/", $name))
+    };
+}
+
+/// Judges packets between pods and LAN hosts.
+pub static ENFORCE: &[u8] = embed!("enforce");
+
+/// Every object, with the name of the binary of `bridge-ebpf` that it was built from.
+pub static ALL: &[(&str, &[u8])] = &[("enforce", ENFORCE)];
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs};
+
+    #[test]
+    fn every_built_object_is_listed() {
+        let built: BTreeSet<_> = fs::read_dir(env!("BRIDGE_BPF_OBJECTS"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let listed: BTreeSet<_> = super::ALL.iter().map(|(name, _)| (*name).to_owned()).collect();
+        assert_eq!(built, listed);
+    }
+}

@@ -1,0 +1,309 @@
+//! The few `bpf(2)` commands that aya does not offer.
+
+use std::{
+    ffi::{CString, c_void},
+    io, mem,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    ptr,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use aya::{Pod, maps::MapData};
+use aya_obj::generated::{bpf_attr, bpf_attr__bindgen_ty_3, bpf_cmd, bpf_link_info, bpf_map_info};
+
+/// `errno` that the kernel gives where a map type has no batch commands; not known to `libc`.
+const ENOTSUPP: i32 = 524;
+
+/// Calls `bpf(2)`.
+///
+/// # Safety
+///
+/// What the fields of `attr` that `command` reads point to must be valid for what `command` does with it.
+unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
+    // SAFETY: `attr` lives through the call and its size is passed; the rest is the caller's promise.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(i32::MAX)) }
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: a union of structs of integers; all zeros is a value of each.
+    unsafe { mem::zeroed() }
+}
+
+/// An own descriptor from the result of a command that makes one.
+fn owned(fd: i32) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us alone.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The descriptor of a map.
+pub(super) fn fd(map: &MapData) -> BorrowedFd<'_> {
+    map.fd().as_fd()
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+/// What a pin stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Map,
+    Program,
+    Link,
+    Other,
+}
+
+impl Kind {
+    /// Reads it from the name that the kernel gives the descriptor in /proc (`bpf_map_new_fd` and its kin,
+    /// kernel/bpf/syscall.c): `BPF_OBJ_GET_INFO_BY_FD` would answer for any of them without saying which.
+    pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        let target = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        Ok(match target.as_os_str().as_bytes() {
+            b"anon_inode:bpf-map" => Self::Map,
+            b"anon_inode:bpf-prog" => Self::Program,
+            b"anon_inode:bpf_link" | b"anon_inode:bpf-link" => Self::Link,
+            _ => Self::Other,
+        })
+    }
+}
+
+/// Opens a pin of any kind.
+pub(super) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    // SAFETY: writing a field of a union of integers; `path` lives through the call and ends in zero.
+    let fd = unsafe {
+        attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+        bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?
+    };
+    Ok(owned(fd))
+}
+
+/// Fills in one of the kernel's info structs.
+///
+/// # Safety
+///
+/// `T` must be the info struct of what `fd` is.
+unsafe fn info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
+    // SAFETY: the info structs are made of integers.
+    let mut info: T = unsafe { mem::zeroed() };
+    let mut attr = zeroed();
+    // SAFETY: the kernel writes at most `info_len` bytes to `info`, which lives through the call.
+    unsafe {
+        attr.info.bpf_fd = raw(fd);
+        attr.info.info = ptr::from_mut(&mut info) as u64;
+        attr.info.info_len = u32::try_from(size_of::<T>()).expect("a struct of the kernel is small");
+        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    }
+    Ok(info)
+}
+
+/// What the kernel knows of a map.
+pub(super) fn map_info(fd: BorrowedFd<'_>) -> io::Result<bpf_map_info> {
+    // SAFETY: the type of `fd` is checked; the struct is the map's.
+    match Kind::of(fd)? {
+        Kind::Map => unsafe { info(fd) },
+        kind => Err(io::Error::other(format!("is not a map ({kind:?})"))),
+    }
+}
+
+/// Of a TCX link: id of its program, and index of its interface, 0 once that is gone.
+pub(super) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    match Kind::of(fd)? {
+        Kind::Link => {}
+        kind => return Err(io::Error::other(format!("is not a link ({kind:?})"))),
+    }
+    // SAFETY: the type of `fd` is checked; every member of the union is made of integers.
+    unsafe {
+        let info: bpf_link_info = info(fd)?;
+        Ok((info.prog_id, info.__bindgen_anon_1.tcx.ifindex))
+    }
+}
+
+/// Loads type information.
+pub(super) fn btf_load(btf: &[u8]) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    // SAFETY: writing fields of a union of integers; `btf` lives through the call and its size is passed.
+    let fd = unsafe {
+        attr.__bindgen_anon_7.btf = btf.as_ptr() as u64;
+        attr.__bindgen_anon_7.btf_size = u32::try_from(btf.len()).map_err(io::Error::other)?;
+        bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr)?
+    };
+    Ok(owned(fd))
+}
+
+/// Writes many entries with few system calls.
+pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], values: &[V]) -> io::Result<()> {
+    assert_eq!(keys.len(), values.len());
+    let mut done = 0;
+    while done < keys.len() {
+        let mut attr = zeroed();
+        attr.batch = bpf_attr__bindgen_ty_3 {
+            in_batch: 0,
+            out_batch: 0,
+            keys: keys[done..].as_ptr() as u64,
+            values: values[done..].as_ptr() as u64,
+            count: u32::try_from(keys.len() - done).map_err(io::Error::other)?,
+            map_fd: raw(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: both slices hold `count` entries of the map's key and value size, and are only read.
+        let result = unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) };
+        match result {
+            Ok(_) => return Ok(()),
+            // Below 5.14 tries have no batch commands.
+            Err(error) if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)) => {
+                return keys[done..].iter().zip(&values[done..]).try_for_each(|(key, value)| update(map, key, value, 0));
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                // SAFETY: the kernel leaves the number of entries written in the same member.
+                done += unsafe { attr.batch.count } as usize;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes one entry; `flags` as of `BPF_MAP_UPDATE_ELEM`.
+pub(super) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V, flags: u64) -> io::Result<()> {
+    let mut attr = zeroed();
+    // SAFETY: key and value have the map's sizes, live through the call and are only read.
+    unsafe {
+        attr.__bindgen_anon_2.map_fd = raw(map);
+        attr.__bindgen_anon_2.key = ptr::from_ref(key) as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = ptr::from_ref(value) as u64;
+        attr.__bindgen_anon_2.flags = flags;
+        bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr)?;
+    }
+    Ok(())
+}
+
+/// Reads every entry of a hash or an array in chunks: unlike a walk from key to key, this neither starts anew nor
+/// loses entries when the kernel removes the key it stands on.
+///
+/// A bucket that holds more than `CHUNK` entries makes the kernel ask for more room, so the room grows.
+pub(super) fn lookup_all<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    const CHUNK: usize = 4096;
+    let mut room = CHUNK;
+    let mut entries = Vec::new();
+    // The kernel's cursor: a bucket number, or the last key.
+    let mut cursor = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
+    let mut begun = false;
+    loop {
+        let mut keys = Vec::<K>::with_capacity(room);
+        let mut values = Vec::<V>::with_capacity(room);
+        let mut attr = zeroed();
+        attr.batch = bpf_attr__bindgen_ty_3 {
+            in_batch: if begun { cursor.as_ptr() as u64 } else { 0 },
+            out_batch: cursor.as_mut_ptr() as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: u32::try_from(room).map_err(io::Error::other)?,
+            map_fd: raw(map),
+            elem_flags: 0,
+            flags: 0,
+        };
+        // SAFETY: keys and values have room for `count` entries of the map's sizes, the cursor for one key.
+        let result = unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) };
+        let last = match result {
+            Ok(_) => false,
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT) => true,
+                Some(libc::ENOSPC) if room < 1 << 24 => {
+                    room *= 2;
+                    continue;
+                }
+                _ => return Err(error),
+            },
+        };
+        // SAFETY: the kernel has written this many entries, at most as many as there was room for; any bit
+        // pattern is a value of a `Pod` type.
+        unsafe {
+            let count = (attr.batch.count as usize).min(room);
+            keys.set_len(count);
+            values.set_len(count);
+        }
+        entries.extend(keys.into_iter().zip(values));
+        if last {
+            return Ok(entries);
+        }
+        begun = true;
+    }
+}
+
+/// Waits until every packet that was under way has left the programs: an RCU grace period
+/// (`MEMBARRIER_CMD_GLOBAL`, kernel/sched/membarrier.c).
+///
+/// # Errors
+///
+/// `EINVAL` on kernels that run with `nohz_full`.
+pub(super) fn grace_period() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    let result = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The first eight bytes of an array map, shared with the kernel.
+#[derive(Debug)]
+pub(super) struct SharedWord {
+    word: ptr::NonNull<AtomicU64>,
+    length: usize,
+}
+
+// SAFETY: the mapping belongs to the process, not to a thread, and is accessed atomically.
+unsafe impl Send for SharedWord {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWord {}
+
+impl SharedWord {
+    /// Maps a map that was made with `BPF_F_MMAPABLE`.
+    pub(super) fn new(map: impl AsFd) -> io::Result<Self> {
+        let length = rustix::param::page_size();
+        // SAFETY: a new mapping of a descriptor that we hold, at no address in particular.
+        let address: *mut c_void = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                map.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let word = ptr::NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
+        Ok(Self { word, length })
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: page-aligned, and mapped as long as `self` lives.
+        unsafe { self.word.as_ref() }
+    }
+
+    pub(super) fn load(&self) -> u64 {
+        self.word().load(Ordering::Acquire)
+    }
+
+    pub(super) fn store(&self, value: u64) {
+        self.word().store(value, Ordering::Release);
+    }
+}
+
+impl Drop for SharedWord {
+    fn drop(&mut self) {
+        // SAFETY: what `new` mapped, once.
+        unsafe {
+            libc::munmap(self.word.as_ptr().cast(), self.length);
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! Writes a compiled policy beside the one in force, and switches to it by one store.
+//!
+//! A slot is written only after a grace period since it was last in force, so no packet ever finds tables of two
+//! policies in it.
+
+use std::{
+    collections::HashMap,
+    io,
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Pod,
+    maps::{MapData, lpm_trie::Key},
+};
+use bridge_common::{
+    control::{Control, SLOTS, Settings},
+    policy::{AddressInfo, RuleHits, RuleInfo},
+};
+use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
+
+use super::{
+    error::{Error, Result},
+    load::Datapath,
+    maps::{Digest, Maps, Table, now},
+    pins, sys,
+};
+use crate::policy::Tables;
+
+/// What holds beside the rules; goes into [`Settings`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Behaviour {
+    /// Nanoseconds by [`bridge_common::flow::state`].
+    pub timeouts: [u64; bridge_common::flow::state::COUNT],
+    /// Denied packets pass, and are counted and reported as they would have been.
+    pub audit: bool,
+    /// Denied packets are answered.
+    pub reject: bool,
+    /// Events each CPU may send in a second.
+    pub events_per_second: u32,
+    /// New flows that were let through are reported too.
+    pub report_allowed: bool,
+}
+
+/// What became of a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Published {
+    /// It was in force already; nothing was written, every counter goes on.
+    Unchanged {
+        /// Number of the policy.
+        generation: u32,
+    },
+    /// It is in force now.
+    Switched {
+        /// Number of the policy.
+        generation: u32,
+        /// From the first write to the moment it was in force.
+        took: Duration,
+    },
+}
+
+impl Published {
+    /// Number of the policy in force.
+    #[must_use]
+    pub const fn generation(self) -> u32 {
+        match self {
+            Self::Unchanged { generation } | Self::Switched { generation, .. } => generation,
+        }
+    }
+}
+
+impl Datapath {
+    /// Puts a policy in force, unless the very same is in force already.
+    ///
+    /// With `trial`, the policy before it is in force again after that time, unless [`Datapath::confirm`] comes
+    /// first; the kernel side sees to that, with or without an agent.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Table`], [`Error::Map`], [`Error::Unconfirmed`]. The policy in force stays.
+    pub fn publish(
+        &mut self,
+        tables: &Tables,
+        behaviour: &Behaviour,
+        trial: Option<Duration>,
+    ) -> Result<Published> {
+        let start = Instant::now();
+        let control = self.maps.control();
+        let active = control.slot_at(now());
+        if is_trial(control) {
+            return Err(Error::Unconfirmed);
+        }
+        let digest = digest(tables, behaviour);
+        let in_force = self.maps.settings(active)?;
+        if in_force.generation != 0 && self.digest(active)? == digest {
+            // The fallback may have come into force by its deadline: make that final.
+            self.maps.set_control(Control::slot(active));
+            return Ok(Published::Unchanged { generation: in_force.generation });
+        }
+
+        let target = (active + 1) % SLOTS;
+        let generation = self.maps.last_generation()?.checked_add(1).unwrap_or(1);
+        let settings = settings(tables, behaviour, generation);
+        let carried = Carried::new(&self.maps, active, &tables.rules)?;
+        let filled = self.fill(tables, &carried)?;
+        // Whoever switched last may have been killed before the grace period was over.
+        quiesce(&self.maps, active)?;
+        self.install(target, filled, settings, digest)?;
+
+        let next = match trial {
+            None => Control::slot(target),
+            Some(time) => {
+                let deadline = now() / 1_000_000 + u64::try_from(time.as_millis()).unwrap_or(u64::MAX >> 16);
+                Control::until(target, active, deadline)
+            }
+        };
+        self.maps.set_control(next);
+        let took = start.elapsed();
+
+        // Packets under way have counted on the old policy until now.
+        quiesce(&self.maps, target)?;
+        let carried = Carried::new(&self.maps, active, &tables.rules)?;
+        let hits = MapData::from_pin(self.pins.table(target, Table::RuleHits.name()))
+            .map_err(Error::aya_map(Table::RuleHits.name()))?;
+        carried.write(&hits).map_err(Error::map(Table::RuleHits.name()))?;
+        Ok(Published::Switched { generation, took })
+    }
+
+    /// Makes a policy on trial final.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unconfirmed`] if its time was over: the policy before it is in force again.
+    pub fn confirm(&mut self) -> Result<()> {
+        let control = self.maps.control();
+        if !is_trial(control) {
+            return Err(Error::Unconfirmed);
+        }
+        self.maps.set_control(Control::slot(control.slot_at(now())));
+        Ok(())
+    }
+
+    fn digest(&self, slot: u32) -> Result<Digest> {
+        self.maps.digests.get(&slot, 0).map_err(Error::aya_map("digests"))
+    }
+
+    /// Makes the inner maps of a policy.
+    fn fill(&self, tables: &Tables, carried: &Carried) -> Result<Vec<(Table, MapData)>> {
+        let mut v4 = Vec::new();
+        let mut v6 = Vec::new();
+        for (prefix, info) in &tables.addresses {
+            let length = u32::from(prefix.prefix_len());
+            match prefix {
+                IpNet::V4(prefix) => v4.push((Key::new(length, prefix.network().octets()), *info)),
+                IpNet::V6(prefix) => v6.push((Key::new(length, prefix.network().octets()), *info)),
+            }
+        }
+        let filled = vec![
+            (Table::Addresses4, self.keyed(Table::Addresses4, v4)?),
+            (Table::Addresses6, self.keyed(Table::Addresses6, v6)?),
+            (Table::Pairs, self.keyed(Table::Pairs, tables.pairs.clone())?),
+            (Table::RuleSets, self.array(Table::RuleSets, &tables.rule_sets)?),
+            (Table::Narrows, self.array(Table::Narrows, &tables.narrows)?),
+            (Table::Pages, self.array(Table::Pages, &tables.pages)?),
+            (Table::RuleInfo, self.array(Table::RuleInfo, &tables.rules)?),
+            (Table::RuleHits, self.hits(carried)?),
+        ];
+        Ok(filled)
+    }
+
+    fn keyed<K: Pod, V: Pod>(&self, table: Table, entries: Vec<(K, V)>) -> Result<MapData> {
+        let (keys, values): (Vec<K>, Vec<V>) = entries.into_iter().unzip();
+        self.filled(table, keys.len(), &keys, &values)
+    }
+
+    fn array<V: Pod>(&self, table: Table, values: &[V]) -> Result<MapData> {
+        self.filled(table, values.len(), &indices(values.len()), values)
+    }
+
+    /// A row of counters per CPU, and one more for what was counted before, which no CPU writes to.
+    fn hits(&self, carried: &Carried) -> Result<MapData> {
+        let rows = carried.cpus + 1;
+        let map = self.filled::<u32, RuleHits>(Table::RuleHits, rows * carried.hits.len(), &[], &[])?;
+        carried.write(&map).map_err(Error::map(Table::RuleHits.name()))?;
+        Ok(map)
+    }
+
+    fn filled<K: Pod, V: Pod>(&self, table: Table, room: usize, keys: &[K], values: &[V]) -> Result<MapData> {
+        let failed = |source| Error::Table { table: table.name(), entries: room, source };
+        let entries = u32::try_from(room).map_err(|error| failed(io::Error::other(error)))?;
+        let map = self.templates.create(table, entries).map_err(|error| match error {
+            aya::maps::MapError::CreateError { io_error, .. } => failed(io_error),
+            error => failed(io::Error::other(error)),
+        })?;
+        sys::update_batch(sys::fd(&map), keys, values).map_err(failed)?;
+        Ok(map)
+    }
+
+    /// Puts inner maps and settings into a slot that is not in force.
+    fn install(
+        &mut self,
+        slot: u32,
+        filled: Vec<(Table, MapData)>,
+        settings: Settings,
+        digest: Digest,
+    ) -> Result<()> {
+        // Until everything is in place, the slot holds no policy.
+        let mut set = |settings| self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"));
+        set(Settings { generation: 0, ..settings })?;
+        // Each update of an outer map waits for a grace period of its own: side by side they share one.
+        let mut outer: HashMap<&str, _> =
+            Table::ALL.iter().map(|table| table.name()).zip(self.maps.outer.iter_mut()).collect();
+        let errors: Vec<Error> = std::thread::scope(|scope| {
+            let workers: Vec<_> = filled
+                .iter()
+                .filter_map(|(table, inner)| Some((table.name(), inner, outer.remove(table.name())?)))
+                .map(|(name, inner, outer)| {
+                    scope.spawn(move || outer.set(slot, inner, 0).map_err(Error::aya_map(name)))
+                })
+                .collect();
+            workers
+                .into_iter()
+                .filter_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).err())
+                .collect()
+        });
+        Error::collect(errors)?;
+        for (table, inner) in &filled {
+            let path = self.pins.table(slot, table.name());
+            pins::remove(&path)?;
+            inner.pin(&path).map_err(|error| Error::map(table.name())(io::Error::other(error)))?;
+        }
+        self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"))?;
+        self.maps.digests.set(slot, digest, 0).map_err(Error::aya_map("digests"))
+    }
+}
+
+/// Hits that rules of the same name had in the policy before.
+struct Carried {
+    cpus: usize,
+    /// By index of the rule in the new policy.
+    hits: Vec<RuleHits>,
+}
+
+impl Carried {
+    fn new(maps: &Maps, old: u32, rules: &[RuleInfo]) -> Result<Self> {
+        let cpus =
+            aya::util::nr_cpus().map_err(|(path, error)| Error::path("counting the CPUs in", path)(error))?;
+        let old_rules = maps.rule_info(old)?;
+        let old_hits: HashMap<[u8; 64], RuleHits> =
+            old_rules.iter().map(|rule| rule.name).zip(maps.rule_hits(old)?).collect();
+        let hits = rules.iter().map(|rule| old_hits.get(&rule.name).copied().unwrap_or_default()).collect();
+        Ok(Self { cpus, hits })
+    }
+
+    /// Writes the row behind those of the CPUs.
+    fn write(&self, map: &MapData) -> io::Result<()> {
+        let row: Vec<u32> = indices((self.cpus + 1) * self.hits.len()).split_off(self.cpus * self.hits.len());
+        sys::update_batch(sys::fd(map), &row, &self.hits)
+    }
+}
+
+/// Whether a policy is in force that will take itself back.
+fn is_trial(control: Control) -> bool {
+    let deadline = control.word >> 16;
+    deadline != 0 && now() / 1_000_000 < deadline
+}
+
+fn indices(count: usize) -> Vec<u32> {
+    (0..u32::try_from(count).unwrap_or(u32::MAX)).collect()
+}
+
+/// Waits until no packet reads any slot but `active`.
+fn quiesce(maps: &Maps, active: u32) -> Result<()> {
+    if sys::grace_period().is_ok() {
+        return Ok(());
+    }
+    // Where membarrier is not to be had: writing an outer map waits too (maybe_wait_bpf_programs,
+    // kernel/bpf/syscall.c), also if it writes what is there already.
+    let path = maps.pins().table(active, Table::RuleInfo.name());
+    if !path.exists() {
+        return Ok(());
+    }
+    let name = Table::RuleInfo.name();
+    let inner = MapData::from_pin(path).map_err(Error::aya_map(name))?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&sys::fd(&inner));
+    let outer = MapData::from_pin(maps.pins().map(name)).map_err(Error::aya_map(name))?;
+    sys::update(sys::fd(&outer), &active, &fd, 0).map_err(Error::map(name))
+}
+
+fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings {
+    Settings {
+        timeouts: behaviour.timeouts,
+        generation,
+        audit: behaviour.audit.into(),
+        reject: behaviour.reject.into(),
+        events_per_second: behaviour.events_per_second,
+        report_allowed: behaviour.report_allowed.into(),
+        global_sets: tables.global_sets,
+        node_ports: tables.node_ports,
+        node_port_root: tables.node_port_root,
+        rule_count: tables.rule_count,
+    }
+}
+
+/// What makes two policies the same, whatever their number.
+fn digest(tables: &Tables, behaviour: &Behaviour) -> Digest {
+    let mut hash = Sha256::new();
+    let mut v4: Vec<(IpNet, AddressInfo)> = tables.addresses.clone();
+    v4.sort_by_key(|(prefix, _)| *prefix);
+    let mut pairs = tables.pairs.clone();
+    pairs.sort_by_key(|(key, _)| (key.external, key.pod));
+    for (prefix, info) in v4 {
+        hash.update(prefix.to_string());
+        hash.update(bytes(&[info]));
+    }
+    hash.update(bytes(&pairs.iter().map(|(key, _)| *key).collect::<Vec<_>>()));
+    hash.update(bytes(&pairs.iter().map(|(_, sets)| *sets).collect::<Vec<_>>()));
+    for table in [bytes(&tables.rule_sets), bytes(&tables.narrows), bytes(&tables.pages), bytes(&tables.rules)] {
+        hash.update((table.len() as u64).to_le_bytes());
+        hash.update(table);
+    }
+    hash.update(bytes(&[settings(tables, behaviour, 0)]));
+    hash.finalize().into()
+}
+
+fn bytes<T: Pod>(values: &[T]) -> &[u8] {
+    // SAFETY: plain old data without padding of the compiler's; the length is that of the slice.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}

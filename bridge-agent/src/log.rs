@@ -1,0 +1,132 @@
+//! Logs on standard error, for people or for machines.
+
+use std::io::{IsTerminal, stderr};
+
+use clap::ValueEnum;
+use tracing::Subscriber;
+use tracing_subscriber::filter::{EnvFilter, ParseError};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::Registry;
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// One line for people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Why logging could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The filter is not one of tracing's.
+    #[error(
+        "`{filter}` is no log level: {source}; write error, warn, info, debug or trace, or target=level,..."
+    )]
+    Filter {
+        /// What was given.
+        filter: String,
+        /// What is wrong with it.
+        source: ParseError,
+    },
+    /// Something else in this process logs already.
+    #[error("logging is already set up: {0}")]
+    Taken(#[from] tracing::subscriber::SetGlobalDefaultError),
+}
+
+/// Sends the logs of this process to standard error. `filter` is a level, or tracing's `target=level,...`.
+///
+/// # Errors
+/// If `filter` is not a filter, or logging is set up already.
+pub fn init(format: Format, filter: &str) -> Result<(), Error> {
+    // The journal has a time for every line and shows no colours.
+    let journal = std::env::var_os("JOURNAL_STREAM").is_some();
+    let style = Style { colours: stderr().is_terminal() && !journal, time: !journal };
+    tracing::subscriber::set_global_default(subscriber(format, filter, style, stderr)?)?;
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Style {
+    colours: bool,
+    time: bool,
+}
+
+fn subscriber<W>(
+    format: Format,
+    filter: &str,
+    style: Style,
+    writer: W,
+) -> Result<impl Subscriber + use<W>, Error>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let filter =
+        EnvFilter::try_new(filter).map_err(|source| Error::Filter { filter: filter.to_owned(), source })?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(style.colours);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = match (format, style.time) {
+        (Format::Json, _) => Box::new(lines.json().flatten_event(true).with_current_span(false)),
+        (Format::Text, true) => Box::new(lines.with_target(false)),
+        (Format::Text, false) => Box::new(lines.with_target(false).without_time()),
+    };
+    Ok(tracing_subscriber::registry().with(lines).with(filter))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn logged(format: Format, filter: &str) -> String {
+        let buffer = Buffer::default();
+        let writer = buffer.clone();
+        let style = Style { colours: false, time: false };
+        let subscriber = subscriber(format, filter, style, move || writer.clone()).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(rules = 3, "policy switched");
+            tracing::debug!("detail");
+        });
+        String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap()
+    }
+
+    #[test]
+    fn text_is_one_line_per_event_above_the_level() {
+        assert_eq!(logged(Format::Text, "info").trim(), "INFO policy switched rules=3");
+        assert_eq!(logged(Format::Text, "debug").lines().count(), 2);
+        assert_eq!(logged(Format::Text, "error"), "");
+    }
+
+    #[test]
+    fn json_is_one_object_per_event() {
+        let line: serde_json::Value = serde_json::from_str(&logged(Format::Json, "info")).unwrap();
+        assert_eq!(line["level"], "INFO");
+        assert_eq!(line["message"], "policy switched");
+        assert_eq!(line["rules"], 3);
+        assert!(line["timestamp"].is_string());
+    }
+
+    #[test]
+    fn a_wrong_filter_says_what_to_write() {
+        let style = Style { colours: false, time: false };
+        let error = subscriber(Format::Text, "bridge_agent=loud", style, io::sink).err().unwrap();
+        assert!(error.to_string().contains("write error, warn, info, debug or trace"), "{error}");
+    }
+}

@@ -1,0 +1,187 @@
+//! The policy's meaning, twice: read from the tables as the kernel reads them, and from the rules one by one as they
+//! are documented. What holds for one must hold for the other.
+
+use std::net::IpAddr;
+
+use bridge_common::policy::{AddressInfo, PairKey, direction, protocol, reference, side};
+use ipnet::IpNet;
+
+use super::Tables;
+use crate::model::{Action, Direction, Policy, PortRange, Protocol, Rule};
+
+/// The first packet of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Where it comes from.
+    pub source: IpAddr,
+    /// Where it goes.
+    pub destination: IpAddr,
+    /// One of [`bridge_common::policy::protocol`].
+    pub protocol: usize,
+    /// Host byte order; 0 where the protocol has no ports.
+    pub source_port: u16,
+    /// Host byte order; 0 where the protocol has no ports.
+    pub destination_port: u16,
+}
+
+/// Which direction's rules judge `packet`, by the tables: one of [`bridge_common::policy::direction`].
+/// `None`: it is out of scope and passes.
+#[must_use]
+pub fn scope_tables(tables: &Tables, packet: &Packet) -> Option<u8> {
+    let has = |address, bit| look_up(tables, address).side & bit != 0;
+    if packet.source.is_ipv4() != packet.destination.is_ipv4() {
+        None
+    } else if has(packet.source, side::EXTERNAL) && has(packet.destination, side::POD) {
+        Some(direction::INBOUND)
+    } else if has(packet.source, side::POD) && has(packet.destination, side::EXTERNAL) {
+        Some(direction::OUTBOUND)
+    } else if has(packet.source, side::EXTERNAL)
+        && has(packet.destination, side::LOCAL)
+        && has_ports(packet.protocol)
+        && tables.node_ports != [0, 0]
+        && (tables.node_ports[0]..=tables.node_ports[1]).contains(&packet.destination_port)
+    {
+        Some(direction::NODE_PORT)
+    } else {
+        None
+    }
+}
+
+/// Index and action of the rule that decides about `packet`, by the tables. `None`: no rule matches, or the packet
+/// is out of scope.
+///
+/// # Panics
+/// If a table refers to an entry that is not there.
+#[must_use]
+pub fn evaluate_tables(tables: &Tables, packet: &Packet) -> Option<(u32, Action)> {
+    let direction = scope_tables(tables, packet)?;
+    if direction == direction::NODE_PORT {
+        return verdict(resolve(tables, tables.node_port_root, packet.destination_port));
+    }
+    let (source, destination) = (look_up(tables, packet.source), look_up(tables, packet.destination));
+    let (external, pod) =
+        if direction == direction::INBOUND { (source, destination) } else { (destination, source) };
+    let key = PairKey { external: external.class, pod: pod.class };
+    let pair = tables.pairs.iter().find(|(other, _)| *other == key);
+    let pair = pair.map_or([0; 2], |(_, pair)| pair.sets);
+    let mut winner = None;
+    for sets in [tables.global_sets, external.sets, pod.sets, pair] {
+        let set = tables.rule_sets[sets[usize::from(direction)] as usize];
+        let mut answer = resolve(tables, set.roots[packet.protocol], packet.destination_port);
+        if reference::tag(answer) != reference::LEAF {
+            answer = resolve(tables, answer, packet.source_port);
+        }
+        winner = better(winner, verdict(answer));
+    }
+    winner
+}
+
+fn look_up(tables: &Tables, address: IpAddr) -> AddressInfo {
+    let matching = tables.addresses.iter().filter(|(prefix, _)| prefix.contains(&address));
+    matching.max_by_key(|(prefix, _)| prefix.prefix_len()).map_or(AddressInfo::default(), |&(_, info)| info)
+}
+
+fn resolve(tables: &Tables, root: u32, port: u16) -> u32 {
+    let value = (root & reference::VALUE) as usize;
+    let [high, low] = port.to_be_bytes().map(usize::from);
+    match reference::tag(root) {
+        reference::LEAF => root,
+        reference::NARROW => {
+            let narrow = &tables.narrows[value];
+            let slot = narrow.first.iter().filter(|&&first| first <= port).count() - 1;
+            narrow.references[slot]
+        }
+        reference::WIDE => {
+            let entry = tables.pages[value].references[high];
+            if reference::tag(entry) == reference::PAGE {
+                tables.pages[(entry & reference::VALUE) as usize].references[low]
+            } else {
+                entry
+            }
+        }
+        _ => panic!("reference {root:#x} is a page outside a directory"),
+    }
+}
+
+fn verdict(leaf: u32) -> Option<(u32, Action)> {
+    assert_eq!(reference::tag(leaf), reference::LEAF, "reference {leaf:#x} is no verdict");
+    let index = (leaf & reference::RULE).checked_sub(1)?;
+    Some((index, if leaf & reference::DENY == 0 { Action::Allow } else { Action::Deny }))
+}
+
+fn better(a: Option<(u32, Action)>, b: Option<(u32, Action)>) -> Option<(u32, Action)> {
+    a.into_iter().chain(b).min_by_key(|&(index, action)| (action == Action::Allow, index))
+}
+
+/// As [`scope_tables`], by the model. `local`: the own addresses of the node.
+#[must_use]
+pub fn scope_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option<u8> {
+    let is_node = |address: &IpAddr| local.contains(address) || contains(&policy.nodes, *address);
+    let is_external = |address: &IpAddr| !is_node(address) && contains(&policy.external, *address);
+    let is_pod = |address: &IpAddr| !is_node(address) && contains(&policy.pods, *address);
+    let Packet { source, destination, .. } = packet;
+    if source.is_ipv4() != destination.is_ipv4() {
+        return None;
+    }
+    if is_external(source) && is_pod(destination) {
+        return Some(direction::INBOUND);
+    }
+    if is_pod(source) && is_external(destination) {
+        return Some(direction::OUTBOUND);
+    }
+    let node_ports = policy.node_ports.as_ref()?;
+    let to_node_port = is_external(source)
+        && local.contains(destination)
+        && has_ports(packet.protocol)
+        && node_ports.range.contains(packet.destination_port);
+    to_node_port.then_some(direction::NODE_PORT)
+}
+
+/// As [`evaluate_tables`], by the model: every rule is asked. `local`: the own addresses of the node.
+#[must_use]
+pub fn evaluate_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option<(u32, Action)> {
+    let (direction, external, pod) = match scope_model(policy, local, packet)? {
+        direction::INBOUND => (Direction::Inbound, packet.source, packet.destination),
+        direction::OUTBOUND => (Direction::Outbound, packet.destination, packet.source),
+        _ => {
+            let allow = &policy.node_ports.as_ref()?.allow;
+            let allowed = allow.iter().any(|range| range.contains(packet.destination_port));
+            let index = u32::try_from(policy.rules.len()).ok()?;
+            return allowed.then_some((index, Action::Allow));
+        }
+    };
+    let matching: Vec<(u32, Action)> = (0..)
+        .zip(&policy.rules)
+        .filter(|(_, rule)| {
+            rule.direction == direction
+                && rule.external.as_ref().is_none_or(|named| contains(named, external))
+                && rule.pods.as_ref().is_none_or(|named| contains(named, pod))
+                && speaks_of(rule, packet)
+        })
+        .map(|(index, rule)| (index, rule.action))
+        .collect();
+    let deny = matching.iter().find(|(_, action)| *action == Action::Deny);
+    deny.or(matching.first()).copied()
+}
+
+fn speaks_of(rule: &Rule, packet: &Packet) -> bool {
+    let named =
+        |ranges: &[PortRange], port| ranges.is_empty() || ranges.iter().any(|range| range.contains(port));
+    let by_port = !rule.ports.is_empty() || !rule.source_ports.is_empty();
+    let protocol = match rule.protocol {
+        Protocol::Tcp => packet.protocol == protocol::TCP,
+        Protocol::Udp => packet.protocol == protocol::UDP,
+        Protocol::Sctp => packet.protocol == protocol::SCTP,
+        Protocol::Icmp => packet.protocol == protocol::ICMP,
+        Protocol::Any => !by_port || has_ports(packet.protocol),
+    };
+    protocol && named(&rule.ports, packet.destination_port) && named(&rule.source_ports, packet.source_port)
+}
+
+fn has_ports(protocol: usize) -> bool {
+    matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
+}
+
+fn contains(prefixes: &[IpNet], address: IpAddr) -> bool {
+    prefixes.iter().any(|prefix| prefix.contains(&address))
+}

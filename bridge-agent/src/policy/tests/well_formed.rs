@@ -1,0 +1,105 @@
+//! What the kernel relies on without looking.
+
+use bridge_common::policy::{NARROW_WIDTH, reference as abi};
+use ipnet::IpNet;
+
+use crate::model::Policy;
+use crate::policy::{NODE_PORTS_RULE, Tables};
+
+/// Where a reference stands, and so what it may be.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    /// Resolved by destination port.
+    Root,
+    /// A result by destination port; resolved by source port.
+    Second,
+    /// A result by source port.
+    Leaf,
+}
+
+pub(super) fn check(policy: &Policy, tables: &Tables) {
+    let rules = u32::try_from(tables.rules.len()).expect("few");
+    assert_eq!(tables.rule_count, rules);
+    assert_eq!(tables.rules.len(), policy.rules.len() + usize::from(policy.node_ports.is_some()));
+    for (index, info) in tables.rules.iter().enumerate() {
+        let name = policy.rules.get(index).map_or(NODE_PORTS_RULE, |rule| &rule.name);
+        assert_eq!(&info.name[..name.len()], name.as_bytes());
+        assert!(info.name[name.len()..].iter().all(|&byte| byte == 0), "filled up with zeros");
+    }
+
+    assert!(tables.addresses.is_sorted_by(|a, b| a.0 < b.0), "prefixes ascend, each once");
+    assert!(tables.addresses.iter().all(|(prefix, _)| *prefix == prefix.trunc()), "no host bits");
+    assert!(tables.pairs.is_sorted_by(|a, b| (a.0.external, a.0.pod) < (b.0.external, b.0.pod)));
+    let used_by_addresses = tables.addresses.iter().flat_map(|(_, info)| info.sets);
+    let used_by_pairs = tables.pairs.iter().flat_map(|(_, pair)| pair.sets);
+    for set in used_by_addresses.chain(used_by_pairs).chain(tables.global_sets) {
+        assert!((set as usize) < tables.rule_sets.len(), "set {set} is there");
+    }
+    assert!(tables.pairs.iter().all(|(key, _)| key.external != 0 && key.pod != 0), "class 0 is in no pair");
+    assert_eq!(tables.rule_sets[0].roots, [0; 5], "set 0 is empty");
+    for set in &tables.rule_sets {
+        for (protocol, &root) in set.roots.iter().enumerate() {
+            reference(tables, root, Place::Root);
+            if protocol > 2 {
+                assert_eq!(abi::tag(root), abi::LEAF, "protocol {protocol} has no ports");
+            }
+        }
+    }
+    reference(tables, tables.node_port_root, Place::Root);
+
+    for (index, narrow) in tables.narrows.iter().enumerate() {
+        assert!(!tables.narrows[..index].contains(narrow), "narrow {index} is there once");
+    }
+    for (index, page) in tables.pages.iter().enumerate() {
+        assert!(!tables.pages[..index].contains(page), "page {index} is there once");
+    }
+    let v4 = tables.addresses.iter().filter(|(prefix, _)| matches!(prefix, IpNet::V4(_))).count();
+    assert_eq!(tables.stats().addresses4, v4);
+    assert_eq!(tables.stats().addresses6, tables.addresses.len() - v4);
+}
+
+fn reference(tables: &Tables, value: u32, place: Place) {
+    let index = (value & abi::VALUE) as usize;
+    let below = if place == Place::Root { Place::Second } else { Place::Leaf };
+    match abi::tag(value) {
+        abi::LEAF => {
+            let rule = value & abi::RULE;
+            assert!(rule <= tables.rule_count, "rule {rule} is there");
+            if rule > 0 {
+                let info = tables.rules[rule as usize - 1];
+                assert_eq!(
+                    value & abi::DENY != 0,
+                    info.deny == 1,
+                    "leaf {value:#x} says what rule {rule} does"
+                );
+            } else {
+                assert_eq!(value, 0, "no rule, no verdict");
+            }
+        }
+        _ if place == Place::Leaf => panic!("{value:#x} would need a third lookup"),
+        abi::NARROW => narrow(tables, index, below),
+        abi::WIDE => {
+            for &entry in &tables.pages[index].references {
+                if abi::tag(entry) == abi::PAGE {
+                    let page = &tables.pages[(entry & abi::VALUE) as usize];
+                    page.references.iter().for_each(|&result| reference(tables, result, below));
+                } else {
+                    reference(tables, entry, below);
+                }
+            }
+        }
+        _ => panic!("{value:#x} is a page outside a directory"),
+    }
+}
+
+fn narrow(tables: &Tables, index: usize, below: Place) {
+    let narrow = &tables.narrows[index];
+    assert_eq!(narrow.first[0], 0, "covers every port");
+    assert_eq!(narrow.padding, 0);
+    let used = 1 + narrow.first.windows(2).take_while(|pair| pair[0] < pair[1]).count();
+    for slot in used..NARROW_WIDTH {
+        assert_eq!(narrow.first[slot], narrow.first[used - 1], "unused intervals repeat the last");
+        assert_eq!(narrow.references[slot], narrow.references[used - 1], "unused intervals repeat the last");
+    }
+    narrow.references.iter().for_each(|&result| reference(tables, result, below));
+}

@@ -1,0 +1,275 @@
+//! Keeps the kernel's tables as the plan says.
+//!
+//! The kernel is read again whenever something happened that a plan depends on, and never remembered: IPv4 routes
+//! vanish without a word when a link goes down, and events can be lost.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{broadcast, watch};
+use tokio::time::Instant;
+
+use super::netlink::{Error, Event, Events, Interest, Netlink};
+use super::sources::{Desired, Merged};
+use super::status::{Counters, EventKind, RouteEvent, Snapshot};
+use super::{Operation, Settings, Verdict, plan};
+
+/// Between two comparisons at least this long, or as long as the last one took: at most half the time is spent.
+const REST: Duration = Duration::from_millis(2);
+/// Compared at least this often, whatever the events say.
+const AUDIT: Duration = Duration::from_secs(30);
+/// After a refusal of the kernel: again after this long, doubled up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(20);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Operations between two looks at the event socket, so that the kernel need not hold thousands of echoes.
+const CHUNK: usize = 256;
+/// What the kernel may hold for the event socket. A full table of 10,000 routes flushed at once does not fit, nor
+/// need it: the loss is noticed.
+const EVENT_BUFFER: usize = 1 << 20;
+
+/// Owns the routes of one network namespace. Dropping it leaves them in the kernel.
+pub struct Reconciler {
+    settings: Settings,
+    desired: Desired,
+    changes: watch::Receiver<u64>,
+    netlink: Netlink,
+    events: Events,
+    merged: Merged,
+    interest: Interest,
+    snapshot: watch::Sender<Arc<Snapshot>>,
+    happenings: broadcast::Sender<RouteEvent>,
+    counters: Arc<Counters>,
+    retry: Duration,
+    next: Next,
+    /// Whether something else is wanted than at the last comparison; if not, what there is to do is a repair.
+    wishes_changed: bool,
+}
+
+/// When the kernel is read next.
+#[derive(Clone, Copy, Debug)]
+struct Next {
+    at: Instant,
+    /// Not before this, however urgent.
+    rested: Instant,
+}
+
+impl Next {
+    fn no_later_than(&mut self, at: Instant) {
+        self.at = self.at.min(at.max(self.rested));
+    }
+}
+
+impl Reconciler {
+    /// Opens its sockets in the network namespace of the calling thread; needs a tokio runtime with I/O and time.
+    pub fn new(settings: Settings, desired: Desired) -> Result<Self, Error> {
+        let netlink = Netlink::open()?;
+        let events = Events::open(netlink.port(), EVENT_BUFFER)?;
+        let now = Instant::now();
+        Ok(Self {
+            changes: desired.changes(),
+            settings,
+            desired,
+            netlink,
+            events,
+            merged: Merged::default(),
+            interest: Interest::default(),
+            snapshot: watch::Sender::default(),
+            happenings: broadcast::Sender::new(1024),
+            counters: Arc::default(),
+            retry: RETRY_MIN,
+            next: Next { at: now, rested: now },
+            wishes_changed: true,
+        })
+    }
+
+    /// The outcome of the latest comparison; changes with each.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.snapshot.subscribe()
+    }
+
+    /// What happens from here on.
+    #[must_use]
+    pub fn happenings(&self) -> broadcast::Sender<RouteEvent> {
+        self.happenings.clone()
+    }
+
+    /// Counts, for metrics.
+    #[must_use]
+    pub fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
+    /// Keeps the routes true until it is dropped. Returns only if the kernel can no longer be talked to; make a new
+    /// one then.
+    pub async fn run(&mut self) -> Error {
+        self.merge();
+        let mut events = Vec::new();
+        loop {
+            let outcome = tokio::select! {
+                biased;
+                () = tokio::time::sleep_until(self.next.at) => self.sync(&mut events),
+                changed = self.changes.changed() => {
+                    // The sender lives in `self.desired`.
+                    debug_assert!(changed.is_ok());
+                    self.merge();
+                    self.next.no_later_than(Instant::now());
+                    Ok(())
+                }
+                read = self.events.next(&mut events) => read.and_then(|()| self.events.drain(&mut events)),
+            };
+            if let Err(error) = outcome {
+                return error;
+            }
+            if self.concerns(&mut events) {
+                self.next.no_later_than(Instant::now());
+            }
+        }
+    }
+
+    /// Brings the kernel into line now. For `routes apply` and for tests; [`Self::run`] does it by itself.
+    pub fn sync_now(&mut self) -> Result<Arc<Snapshot>, Error> {
+        self.merge();
+        let mut events = Vec::new();
+        self.sync(&mut events)?;
+        let snapshot = self.snapshot.borrow().clone();
+        Ok(snapshot)
+    }
+
+    fn merge(&mut self) {
+        self.changes.mark_unchanged();
+        let merged = self.desired.merged(self.settings.table);
+        self.interest = Interest::of(&merged.routes, &self.settings);
+        self.merged = merged;
+        self.wishes_changed = true;
+    }
+
+    /// Whether one of the events can change the plan.
+    fn concerns(&mut self, events: &mut Vec<Event>) -> bool {
+        let mut concerns = false;
+        for event in events.drain(..) {
+            concerns |= match event {
+                Event::Route(route) => self.interest.matters(&route),
+                Event::Topology => true,
+                Event::Neighbour { .. } => false,
+                Event::Overrun => {
+                    Counters::add(&self.counters.overruns, 1);
+                    true
+                }
+            };
+        }
+        concerns
+    }
+
+    fn sync(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
+        let start = Instant::now();
+        let outcome = self.compare_and_apply(events);
+        let end = Instant::now();
+        let rested = end + REST.max(end - start);
+        let wait = match outcome {
+            Ok(true) => AUDIT,
+            Ok(false) => self.back_off(),
+            Err(Error::Interrupted | Error::Overrun) => {
+                Counters::add(&self.counters.interrupted, 1);
+                self.back_off()
+            }
+            Err(error) => return Err(error),
+        };
+        self.next = Next { at: rested.max(end + wait), rested };
+        if wait == AUDIT {
+            self.retry = RETRY_MIN;
+        }
+        Ok(())
+    }
+
+    fn back_off(&mut self) -> Duration {
+        let wait = self.retry;
+        self.retry = (wait * 2).min(RETRY_MAX);
+        wait
+    }
+
+    /// True if the kernel is as planned.
+    fn compare_and_apply(&mut self, events: &mut Vec<Event>) -> Result<bool, Error> {
+        Counters::add(&self.counters.syncs, 1);
+        let observed = self.netlink.observe(&self.interest)?;
+        let planned = plan(&self.merged.routes, &observed, &self.settings, !self.merged.silent.is_empty());
+        let mut failures = BTreeMap::new();
+        for chunk in planned.operations.chunks(CHUNK) {
+            let failed = self.netlink.apply(chunk)?;
+            self.events.drain(events)?;
+            let mut failed = failed.into_iter().peekable();
+            for (index, operation) in chunk.iter().enumerate() {
+                let failure =
+                    failed.next_if(|failure| failure.index == index).map(|failure| failure.error.to_string());
+                self.report(operation, &observed, failure.as_deref());
+                if let Some(failure) = failure {
+                    failures.insert(operation.key(), failure);
+                }
+            }
+        }
+        let clean = failures.is_empty();
+        if !std::mem::take(&mut self.wishes_changed) {
+            Counters::add(&self.counters.repaired, planned.operations.len() - failures.len());
+        }
+        self.report_refusals(&planned.verdicts);
+        let merged = self.merged.clone();
+        // What the rows need of the observation is the names of the links.
+        let observed = super::Observed { routes: Vec::new(), ..observed };
+        self.snapshot.send_replace(Arc::new(Snapshot {
+            merged,
+            verdicts: planned.verdicts,
+            failures,
+            observed,
+        }));
+        Ok(clean)
+    }
+
+    fn report(&self, operation: &Operation, observed: &super::Observed, failure: Option<&str>) {
+        let (counter, kind) = match operation {
+            Operation::Add(_) => (&self.counters.added, EventKind::RouteAdded),
+            Operation::Replace { .. } => (&self.counters.replaced, EventKind::RouteReplaced),
+            Operation::Delete(_) => (&self.counters.deleted, EventKind::RouteDeleted),
+        };
+        match failure {
+            None => {
+                Counters::add(counter, 1);
+                self.happened(kind, || operation.show(observed));
+            }
+            Some(failure) => {
+                Counters::add(&self.counters.failed, 1);
+                self.happened(EventKind::RouteFailed, || format!("{}: {failure}", operation.show(observed)));
+            }
+        }
+    }
+
+    /// An event for each refusal that was not there before.
+    fn report_refusals(&self, verdicts: &[Verdict]) {
+        let before = self.snapshot.borrow().clone();
+        let told: BTreeMap<_, _> = (before.merged.routes.iter().zip(&before.verdicts))
+            .filter_map(|(route, verdict)| Some(((route.table, route.to), verdict.refusal()?)))
+            .collect();
+        for (route, verdict) in self.merged.routes.iter().zip(verdicts) {
+            if let Some(refusal) = verdict.refusal()
+                && told.get(&(route.table, route.to)) != Some(&refusal)
+            {
+                self.happened(EventKind::RouteRefused, || refusal.to_string());
+            }
+        }
+    }
+
+    fn happened(&self, kind: EventKind, text: impl FnOnce() -> String) {
+        let worth = matches!(kind, EventKind::RouteRefused | EventKind::RouteFailed);
+        if self.happenings.receiver_count() == 0 && !worth && !tracing::enabled!(tracing::Level::INFO) {
+            return;
+        }
+        let text = text();
+        if worth {
+            tracing::warn!(?kind, "{text}");
+        } else {
+            tracing::info!(?kind, "{text}");
+        }
+        // Nobody listening is fine.
+        _ = self.happenings.send(RouteEvent { kind, text });
+    }
+}

@@ -1,0 +1,41 @@
+//! What an operator decides about all routes of a host.
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::model::{DEFAULT_METRIC, TABLE_MAIN};
+
+/// How routes are written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Routing table, 1 to 2^32-1 without 255 (local). With another than the main table the operator adds the `ip rule`.
+    pub table: u32,
+    /// `RTA_PRIORITY`; lower is preferred.
+    pub metric: u32,
+    /// What stands in the place of a route that is no longer wanted or whose next hops are all down.
+    pub on_withdraw: OnWithdraw,
+    /// Networks of foreign routes that desired routes may lie inside, for example a company's `10.0.0.0/8`.
+    pub allow_inside: Vec<IpNet>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            table: TABLE_MAIN,
+            metric: DEFAULT_METRIC,
+            on_withdraw: OnWithdraw::Remove,
+            allow_inside: Vec::new(),
+        }
+    }
+}
+
+/// See [`Settings::on_withdraw`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWithdraw {
+    /// Nothing: packets follow the next wider route, usually the default route.
+    #[default]
+    Remove,
+    /// A blackhole of the same network, until it is wanted again or `routes withdraw` takes it away.
+    Blackhole,
+}

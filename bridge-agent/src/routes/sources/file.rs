@@ -1,0 +1,330 @@
+//! `cluster.yaml`: a description of the cluster, watched.
+//!
+//! ```yaml
+//! nodes:
+//!   - name: node-1
+//!     addresses: [192.168.31.17, "fd31::17"]     # first of a family: next hop; others of it: backups
+//!     podNetworks: [10.200.1.0/24, "fd00:200:1::/64"]
+//!   - {name: node-2, addresses: [192.168.31.18], podNetworks: [10.200.2.0/24], ready: false}   # withdrawn
+//! pods:
+//!   - {address: 10.200.9.91, node: node-1}       # outside its node's networks
+//! ```
+//!
+//! A file that cannot be read or understood changes nothing: the routes of the last good one stay.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
+use std::future::Future;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+
+use futures_util::StreamExt;
+use inotify::{EventMask, Inotify, WatchMask};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::{Publisher, Source, SourceError};
+use crate::routes::model::{DesiredRoute, NextHop, SourceKind, Target};
+use crate::routes::prefix_map::host;
+
+/// The whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct ClusterFile {
+    /// The nodes that forward to pods.
+    #[serde(default)]
+    pub nodes: Vec<Node>,
+    /// Single pods outside the networks of their node.
+    #[serde(default)]
+    pub pods: Vec<Pod>,
+}
+
+/// A cluster node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Node {
+    /// Unique.
+    pub name: String,
+    /// Its addresses on the LAN, preferred first.
+    pub addresses: Vec<IpAddr>,
+    /// The networks of its pods.
+    #[serde(default)]
+    pub pod_networks: Vec<IpNet>,
+    /// A node that is not ready has no routes.
+    #[serde(default = "yes")]
+    pub ready: bool,
+}
+
+/// A single pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Pod {
+    /// Its address.
+    pub address: IpAddr,
+    /// The name of its node.
+    pub node: String,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+/// What is wrong with `cluster.yaml`.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// It cannot be read.
+    #[error("{}: {error}; create it, or take `routes.file` out of the configuration", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        error: std::io::Error,
+    },
+    /// It is not YAML, or not of this form.
+    #[error("{}: {text}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Place and reason.
+        text: String,
+    },
+    /// It contradicts itself.
+    #[error("{}: {text}", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What, and what to write instead.
+        text: String,
+    },
+}
+
+impl ClusterFile {
+    /// Reads and checks a file.
+    pub fn read(path: &Path) -> Result<Self, FileError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|error| FileError::Read { path: path.into(), error })?;
+        let file: Self = serde_saphyr::from_str(&text)
+            .map_err(|error| FileError::Syntax { path: path.into(), text: error.to_string() })?;
+        file.check().map_err(|text| FileError::Content { path: path.into(), text })?;
+        Ok(file)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let mut owners = BTreeMap::new();
+        let mut names = BTreeSet::new();
+        for node in &self.nodes {
+            let name = &node.name;
+            if !names.insert(name.as_str()) {
+                return Err(format!(
+                    "node {name} is written twice; write one entry with all its podNetworks"
+                ));
+            }
+            if node.addresses.is_empty() {
+                return Err(format!("node {name} has no addresses; write its addresses on the LAN"));
+            }
+            for net in &node.pod_networks {
+                if *net != net.trunc() {
+                    return Err(format!("node {name}: {net} has host bits set; write {}", net.trunc()));
+                }
+                if let Some(other) = owners.insert(*net, name) {
+                    return Err(format!(
+                        "{net} is a pod network of both {other} and {name}; write it at the node that has it"
+                    ));
+                }
+                if node.next_hops(*net).is_empty() {
+                    return Err(format!(
+                        "node {name}: {net} is IPv6, and the node has no IPv6 address; add one to addresses"
+                    ));
+                }
+            }
+        }
+        let nodes = self.nodes_by_name();
+        for pod in &self.pods {
+            let node = nodes.get(pod.node.as_str());
+            let node = node.ok_or_else(|| {
+                format!("pod {} is on node {}, which is not among the nodes", pod.address, pod.node)
+            })?;
+            if node.next_hops(host(pod.address)).is_empty() {
+                return Err(format!(
+                    "pod {}: node {} has no IPv6 address; add one to addresses",
+                    pod.address, node.name
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn nodes_by_name(&self) -> BTreeMap<&str, &Node> {
+        self.nodes.iter().map(|node| (node.name.as_str(), node)).collect()
+    }
+
+    /// The routes the file describes.
+    #[must_use]
+    pub fn routes(&self) -> Vec<DesiredRoute> {
+        let segments = self
+            .nodes
+            .iter()
+            .filter(|node| node.ready)
+            .flat_map(|node| node.pod_networks.iter().map(|net| node.route(*net)));
+        let nodes = self.nodes_by_name();
+        let pods = self.pods.iter().filter_map(|pod| {
+            let node = nodes.get(pod.node.as_str()).filter(|node| node.ready)?;
+            Some(node.route(host(pod.address)))
+        });
+        segments.chain(pods).collect()
+    }
+}
+
+impl Node {
+    /// The addresses that can carry `net`: those of its own family, or IPv6 for IPv4 if there is nothing else.
+    fn next_hops(&self, net: IpNet) -> Vec<NextHop> {
+        let of = |v4: bool| {
+            self.addresses.iter().filter(move |address| address.is_ipv4() == v4).copied().map(NextHop::new)
+        };
+        let same: Vec<_> = of(matches!(net, IpNet::V4(_))).collect();
+        if same.is_empty() && matches!(net, IpNet::V4(_)) { of(false).collect() } else { same }
+    }
+
+    fn route(&self, to: IpNet) -> DesiredRoute {
+        let mut via = self.next_hops(to);
+        let backup = via.split_off(via.len().min(1));
+        let target = Target::Forward { via, backup };
+        DesiredRoute {
+            to,
+            target,
+            metric: None,
+            table: None,
+            source: SourceKind::File,
+            origin: self.name.clone(),
+        }
+    }
+}
+
+/// Publishes the routes of a file each time it changes.
+#[derive(Debug)]
+pub struct FileSource {
+    path: PathBuf,
+}
+
+impl FileSource {
+    /// Does not touch the file yet.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    async fn watch(self, publisher: Publisher) -> Result<(), SourceError> {
+        let failed = |reason: String| SourceError { kind: SourceKind::File, reason };
+        let directory = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let name = self
+            .path
+            .file_name()
+            .map(OsString::from)
+            .ok_or_else(|| failed(format!("{} is not a file", self.path.display())))?;
+        // The directory, not the file: editors and Kubernetes replace files by renaming others (or a symlink) over
+        // them, and a watch on the file would follow the old one.
+        let inotify = Inotify::init()
+            .map_err(|error| failed(format!("inotify: {error}; see fs.inotify.max_user_instances")))?;
+        let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::DELETE;
+        inotify
+            .watches()
+            .add(&directory, mask)
+            .map_err(|error| failed(format!("cannot watch {}: {error}", directory.display())))?;
+        let mut events =
+            inotify.into_event_stream([0; 4096]).map_err(|error| failed(format!("inotify: {error}")))?;
+        self.publish(&publisher);
+        while let Some(event) = events.next().await {
+            let event = event.map_err(|error| failed(format!("inotify: {error}")))?;
+            // `..data` is the symlink Kubernetes exchanges when a ConfigMap changes. CREATE comes before the
+            // content is written, but a symlink or a hard link has no other event.
+            let concerns = event.mask.contains(EventMask::Q_OVERFLOW)
+                || event.name.as_ref().is_some_and(|changed| *changed == name || changed == "..data");
+            if concerns {
+                self.publish(&publisher);
+            }
+        }
+        Ok(())
+    }
+
+    fn publish(&self, publisher: &Publisher) {
+        match ClusterFile::read(&self.path) {
+            Ok(file) => publisher.publish(file.routes()),
+            Err(error) => tracing::warn!(%error, "the routes of the last good file stay"),
+        }
+    }
+}
+
+impl Source for FileSource {
+    fn kind(&self) -> SourceKind {
+        SourceKind::File
+    }
+
+    fn run(
+        self: Box<Self>,
+        publisher: Publisher,
+    ) -> Pin<Box<dyn Future<Output = Result<(), SourceError>> + Send>> {
+        Box::pin(self.watch(publisher))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(yaml: &str) -> Result<String, String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), yaml).unwrap();
+        let cluster = ClusterFile::read(file.path()).map_err(|error| error.to_string())?;
+        Ok(cluster.routes().iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+    }
+
+    #[test]
+    fn nodes_and_pods_become_routes() {
+        let yaml = r#"
+nodes:
+  - name: node-1
+    addresses: [192.168.31.17, "fd31::17", 192.168.32.17]
+    podNetworks: [10.200.1.0/24, "fd00:200:1::/64"]
+  - {name: node-2, addresses: [192.168.31.18], podNetworks: [10.200.2.0/24], ready: false}
+  - {name: node-3, addresses: ["fd31::19"], podNetworks: [10.200.3.0/24]}
+pods:
+  - {address: 10.200.9.91, node: node-1}
+  - {address: 10.200.9.92, node: node-2}
+"#;
+        insta::assert_snapshot!(read(yaml).unwrap(), @r"
+        10.200.1.0/24 via 192.168.31.17 backup 192.168.32.17 (file node-1)
+        fd00:200:1::/64 via fd31::17 (file node-1)
+        10.200.3.0/24 via fd31::19 (file node-3)
+        10.200.9.91/32 via 192.168.31.17 backup 192.168.32.17 (file node-1)
+        ");
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused_with_what_to_write() {
+        for (yaml, text) in [
+            ("nodes: [{name: a, addresses: [], podNetworks: []}]", "no addresses"),
+            (
+                "nodes: [{name: a, addresses: [192.0.2.1]}, {name: a, addresses: [192.0.2.2]}]",
+                "written twice",
+            ),
+            ("nodes: [{name: a, addresses: [192.0.2.1], podNetworks: [10.1.0.1/24]}]", "write 10.1.0.0/24"),
+            (
+                "nodes: [{name: a, addresses: [192.0.2.1], podNetworks: [10.1.0.0/24]}, {name: b, addresses: [192.0.2.2], podNetworks: [10.1.0.0/24]}]",
+                "of both a and b",
+            ),
+            ("nodes: [{name: a, addresses: [192.0.2.1], podNetworks: ['fd00::/64']}]", "no IPv6 address"),
+            ("pods: [{address: 10.1.0.1, node: x}]", "not among the nodes"),
+            ("nodes: [{name: a, addresses: [192.0.2.1], cidr: 10.1.0.0/24}]", "cidr"),
+            ("nodes: {", "line"),
+        ] {
+            let error = read(yaml).unwrap_err();
+            assert!(error.contains(text), "{yaml}: {error}");
+        }
+    }
+}

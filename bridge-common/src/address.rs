@@ -1,0 +1,71 @@
+//! IP addresses as map keys hold them.
+
+/// An IP address in network byte order; IPv4 as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address {
+    /// The sixteen bytes, most significant first.
+    pub octets: [u8; 16],
+}
+
+impl Address {
+    /// From the four bytes of an IPv4 header field.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_v4(v4: [u8; 4]) -> Self {
+        Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]] }
+    }
+
+    /// From the sixteen bytes of an IPv6 header field.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_v6(v6: [u8; 16]) -> Self {
+        Self { octets: v6 }
+    }
+
+    /// The last four bytes: the IPv4 address, where it is one.
+    #[must_use]
+    #[inline(always)]
+    pub const fn v4(&self) -> [u8; 4] {
+        let o = &self.octets;
+        [o[12], o[13], o[14], o[15]]
+    }
+
+    /// Whether this stands for an IPv4 address.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_v4(&self) -> bool {
+        let (high, low) = self.halves();
+        high == 0 && low >> 32 == 0xffff
+    }
+
+    /// The address as two numbers, the more significant first.
+    #[must_use]
+    #[inline(always)]
+    pub const fn halves(&self) -> (u64, u64) {
+        let o = &self.octets;
+        (
+            u64::from_be_bytes([o[0], o[1], o[2], o[3], o[4], o[5], o[6], o[7]]),
+            u64::from_be_bytes([o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]]),
+        )
+    }
+}
+
+#[cfg(feature = "user")]
+impl From<core::net::IpAddr> for Address {
+    fn from(address: core::net::IpAddr) -> Self {
+        match address {
+            core::net::IpAddr::V4(v4) => Self::from_v4(v4.octets()),
+            core::net::IpAddr::V6(v6) => Self::from_v6(v6.octets()),
+        }
+    }
+}
+
+#[cfg(feature = "user")]
+impl From<Address> for core::net::IpAddr {
+    fn from(address: Address) -> Self {
+        if address.is_v4() { Self::V4(address.v4().into()) } else { Self::V6(address.octets.into()) }
+    }
+}
+
+crate::plain_old_data!(Address: 16);

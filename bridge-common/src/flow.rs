@@ -1,0 +1,175 @@
+//! The flow table: keys, values, states.
+
+use crate::address::Address;
+
+/// What names a flow whichever way its packets go: the end with the smaller (address, port) is `low`.
+///
+/// For ICMP queries both ports hold the identifier.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Address of the smaller end.
+    pub low: Address,
+    /// Address of the greater end.
+    pub high: Address,
+    /// Port of the smaller end, network byte order.
+    pub low_port: [u8; 2],
+    /// Port of the greater end, network byte order.
+    pub high_port: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 3],
+}
+
+/// Which end of a [`FlowKey`] something is.
+pub const END_LOW: u8 = 0;
+/// See [`END_LOW`].
+pub const END_HIGH: u8 = 1;
+
+impl FlowKey {
+    /// The key of a packet with this source and destination, and which end the source is. Ports in network byte order.
+    #[must_use]
+    pub fn new(
+        source: &Address,
+        source_port: [u8; 2],
+        destination: &Address,
+        destination_port: [u8; 2],
+        protocol: u8,
+    ) -> (Self, u8) {
+        let mut key = Self::default();
+        let end = key.set(source, source_port, destination, destination_port, protocol);
+        (key, end)
+    }
+
+    /// As [`FlowKey::new`], in place.
+    #[inline(always)]
+    pub fn set(
+        &mut self,
+        source: &Address,
+        source_port: [u8; 2],
+        destination: &Address,
+        destination_port: [u8; 2],
+        protocol: u8,
+    ) -> u8 {
+        let (sh, sl) = source.halves();
+        let (dh, dl) = destination.halves();
+        let source_is_low = if sh != dh {
+            sh < dh
+        } else if sl != dl {
+            sl < dl
+        } else {
+            u16::from_be_bytes(source_port) <= u16::from_be_bytes(destination_port)
+        };
+        self.protocol = protocol;
+        self.padding = [0; 3];
+        if source_is_low {
+            (self.low, self.low_port) = (*source, source_port);
+            (self.high, self.high_port) = (*destination, destination_port);
+            END_LOW
+        } else {
+            (self.low, self.low_port) = (*destination, destination_port);
+            (self.high, self.high_port) = (*source, source_port);
+            END_HIGH
+        }
+    }
+}
+
+/// What is known of a flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Time of the last packet, nanoseconds of `CLOCK_MONOTONIC`, coarse and updated at most once a second.
+    pub last_seen: u64,
+    /// Time of the first packet, nanoseconds of `CLOCK_MONOTONIC`.
+    pub created: u64,
+    /// Number of the policy that admitted the flow; 0: seeded from the kernel's conntrack.
+    pub generation: u32,
+    /// Index of the rule that admitted it, in that policy.
+    pub rule: u32,
+    /// Initial sequence number of the responder, host byte order; only while the handshake lasts.
+    pub responder_isn: u32,
+    /// One of [`state`].
+    pub state: u8,
+    /// Which end opened the flow: [`END_LOW`] or [`END_HIGH`].
+    pub initiator: u8,
+    /// One of [`crate::policy::direction`].
+    pub direction: u8,
+    /// Bits of [`flag`].
+    pub flags: u8,
+}
+
+/// Values of [`Flow::state`]; also the index of its timeout in [`crate::control::Settings::timeouts`].
+pub mod state {
+    /// TCP: SYN seen.
+    pub const SYN_SENT: u8 = 1;
+    /// TCP: SYN-ACK seen.
+    pub const SYN_RECEIVED: u8 = 2;
+    /// TCP: the initiator has acknowledged the responder's SYN.
+    pub const ESTABLISHED: u8 = 3;
+    /// TCP: one side has sent FIN.
+    pub const FIN_WAIT: u8 = 4;
+    /// TCP: both sides have sent FIN.
+    pub const CLOSING: u8 = 5;
+    /// TCP: RST seen, from either side.
+    pub const RESET: u8 = 6;
+    /// UDP: no reply yet.
+    pub const UDP_UNREPLIED: u8 = 7;
+    /// UDP: packets of both directions seen.
+    pub const UDP_REPLIED: u8 = 8;
+    /// ICMP query: no reply yet.
+    pub const ICMP_UNREPLIED: u8 = 9;
+    /// ICMP query: replied to.
+    pub const ICMP_REPLIED: u8 = 10;
+    /// SCTP and every other protocol: no reply yet.
+    pub const OTHER_UNREPLIED: u8 = 11;
+    /// SCTP and every other protocol: packets of both directions seen.
+    pub const OTHER_REPLIED: u8 = 12;
+    /// One more than the greatest state.
+    pub const COUNT: usize = 13;
+    /// The states by number, as they are shown.
+    pub const NAMES: [&str; COUNT] = [
+        "none",
+        "syn-sent",
+        "syn-received",
+        "established",
+        "fin-wait",
+        "closing",
+        "reset",
+        "udp-unreplied",
+        "udp-replied",
+        "icmp-unreplied",
+        "icmp-replied",
+        "other-unreplied",
+        "other-replied",
+    ];
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flag {
+    /// The initiator has sent FIN.
+    pub const FIN_INITIATOR: u8 = 1;
+    /// The responder has sent FIN.
+    pub const FIN_RESPONDER: u8 = 2;
+    /// Would have been denied: such a flow passes in audit mode only.
+    pub const AUDIT: u8 = 4;
+    /// Taken over from the kernel's conntrack at first start.
+    pub const SEEDED: u8 = 8;
+}
+
+/// A LAN host's end of a NodePort flow, by which the flow is known again after the node has rewritten its
+/// destination to the address of a pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ClientKey {
+    /// Address of the LAN host.
+    pub address: Address,
+    /// Its port, network byte order.
+    pub port: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 5],
+}
+
+crate::plain_old_data!(FlowKey: 40, Flow: 32, ClientKey: 24);

@@ -1,0 +1,316 @@
+//! The path of a packet: parse, flow table, scope, policy, verdict.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, TC_ACT_SHOT},
+    helpers::generated::bpf_ktime_get_coarse_ns,
+};
+use bridge_common::{
+    control::Settings,
+    counters::Reason,
+    event::verdict,
+    flow::flag,
+    policy::{direction, reference},
+};
+
+use crate::{
+    NEXT,
+    maps::{CONTROL, FLOWS, HALF_OPEN, SETTINGS, Scratch, scratch},
+    packet::{self, Kind, Packet},
+    policy, reject,
+    report::{self, Told},
+    scope::{self, Scope},
+    track::{self, Admission, Seen},
+};
+
+/// Which way packets go at the hook.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum Hook {
+    /// From the LAN into the node.
+    External,
+    /// From a pod into the node.
+    Internal,
+}
+
+/// The policy in force.
+struct Active {
+    slot: u32,
+    settings: &'static Settings,
+    now: u64,
+}
+
+#[inline(always)]
+fn active() -> Option<Active> {
+    // SAFETY: no precondition.
+    let now = unsafe { bpf_ktime_get_coarse_ns() };
+    let slot = CONTROL.get(0)?.slot_at(now);
+    let settings = SETTINGS.get(slot)?;
+    if settings.generation == 0 { None } else { Some(Active { slot, settings, now }) }
+}
+
+/// Judges a packet that came in by an interface.
+#[inline(always)]
+pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    let Some(scratch) = scratch() else { return NEXT };
+    let packet = &mut scratch.packet;
+    if !packet::parse(skb, packet) {
+        return NEXT;
+    }
+    let Some(active) = active() else { return NEXT };
+    if follows_flow(packet)
+        && let Some(flow) = FLOWS.get_ptr_mut(&packet.key)
+    {
+        // SAFETY: a valid element; the fields that racing CPUs write are single bytes and a time stamp.
+        let flow = unsafe { &mut *flow };
+        let from_initiator = flow.initiator == packet.end_of_source;
+        let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
+        let audited = flow.flags & flag::AUDIT != 0;
+        if !track::is_expired(flow, active.settings, active.now)
+            && !(audited && active.settings.audit == 0)
+            && !(from_lan && hook == Hook::Internal)
+            && track::established(flow, packet, from_initiator, active.now) == Seen::Pass
+        {
+            // SAFETY: the context is valid while the program runs.
+            let length = unsafe { (*skb).len };
+            if audited {
+                report::count_audited(flow.direction, Reason::established, length);
+            } else {
+                report::count(flow.direction, Reason::established, length);
+            }
+            return NEXT;
+        }
+    }
+    judge_unknown(skb, active.slot, hook as u32, active.now)
+}
+
+/// Judges a packet that belongs to no established flow.
+///
+/// This and the other functions with C linkage are subprograms that the verifier looks at once, whatever their callers
+/// know of the arguments: inlined, the paths through one multiply with the paths through the next.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64) -> i32 {
+    let Some(Scratch { packet, scope, .. }) = scratch() else { return NEXT };
+    let Some(settings) = SETTINGS.get(slot) else { return NEXT };
+    let active = Active { slot, settings, now };
+    let from_lan = hook == Hook::External as u32;
+    if !scope::find(slot, settings, packet, from_lan, scope) {
+        return NEXT;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let length = unsafe { (*skb).len };
+    let outcome = decide(skb, from_lan, &active, scope, packet, length);
+    conclude(skb, &active, scope, packet, &outcome, length)
+}
+
+/// Whether a packet can be found in the flow tables by its own ports.
+#[inline(always)]
+fn follows_flow(packet: &Packet) -> bool {
+    packet.is_intact() && matches!(packet.kind, Kind::Plain | Kind::Query | Kind::Reply)
+}
+
+/// What becomes of a packet, and by which leaf of the policy; 0 where none decided.
+struct Outcome {
+    reason: Reason,
+    leaf: u32,
+}
+
+impl Outcome {
+    #[inline(always)]
+    fn of(reason: Reason) -> Self {
+        Self { reason, leaf: 0 }
+    }
+}
+
+#[inline(always)]
+fn decide(
+    skb: *mut __sk_buff,
+    from_lan: bool,
+    active: &Active,
+    scope: &Scope,
+    packet: &Packet,
+    length: u32,
+) -> Outcome {
+    if !packet.is_intact() {
+        return Outcome::of(packet.problem);
+    }
+    if scope.direction == u32::from(direction::INBOUND) && !from_lan {
+        return Outcome::of(Reason::spoofed);
+    }
+    match packet.kind {
+        Kind::LaterFragment => return Outcome::of(Reason::later_fragment),
+        Kind::Error => {
+            return Outcome::of(if quotes_flow(skb, active.slot, active.now) != 0 {
+                Reason::related
+            } else {
+                Reason::icmp_unrelated
+            });
+        }
+        _ => {}
+    }
+    if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
+        // SAFETY: as for established flows in `judge`.
+        let flow = unsafe { &mut *flow };
+        let from_initiator = flow.initiator == packet.end_of_source;
+        let usable = flow.flags & flag::AUDIT == 0 || active.settings.audit != 0;
+        if usable && !track::is_expired(flow, active.settings, active.now) {
+            match track::half_open(flow, packet, from_initiator, active.now) {
+                Seen::Pass => return Outcome::of(Reason::established),
+                Seen::Deny(reason) => return Outcome::of(reason),
+                Seen::Judge => {}
+            }
+        }
+    }
+    if let Err(reason) = track::opening(packet) {
+        return Outcome::of(reason);
+    }
+    let leaf = policy::evaluate(active.slot);
+    if leaf == 0 {
+        return Outcome::of(Reason::no_rule);
+    }
+    policy::count_hit(active.slot, active.settings, leaf, length);
+    if leaf & reference::DENY != 0 {
+        return Outcome { reason: Reason::deny_rule, leaf };
+    }
+    let admission = Admission {
+        direction: scope.direction as u8,
+        generation: active.settings.generation,
+        rule: (leaf & reference::RULE) - 1,
+        flags: 0,
+    };
+    match track::open(packet, &admission, active.now) {
+        Ok(()) => Outcome { reason: Reason::new_flow, leaf },
+        Err(reason) => Outcome::of(reason),
+    }
+}
+
+/// Whether an ICMP error quotes a packet that its addressee has sent in a known flow: 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
+    let Some(Scratch { packet: error, quoted, .. }) = scratch() else { return 0 };
+    let Some(settings) = SETTINGS.get(slot) else { return 0 };
+    if !packet::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
+        return 0;
+    }
+    let flow = match FLOWS.get_ptr(&quoted.key) {
+        Some(flow) => flow,
+        None => match HALF_OPEN.get_ptr(&quoted.key) {
+            Some(flow) => flow,
+            None => return 0,
+        },
+    };
+    // SAFETY: a valid element, only read.
+    let flow = unsafe { &*flow };
+    let usable = flow.flags & flag::AUDIT == 0 || settings.audit != 0;
+    u32::from(usable && !track::is_expired(flow, settings, now))
+}
+
+/// Counts, tells, and carries out.
+#[inline(always)]
+fn conclude(
+    skb: *mut __sk_buff,
+    active: &Active,
+    scope: &Scope,
+    packet: &Packet,
+    outcome: &Outcome,
+    length: u32,
+) -> i32 {
+    let settings = active.settings;
+    let direction = scope.direction as u8;
+    let mut told = Told {
+        now: active.now,
+        rule: outcome.leaf & reference::RULE,
+        verdict: verdict::ALLOW,
+        reason: outcome.reason as u8,
+        direction,
+        padding: 0,
+    };
+    if !outcome.reason.denies() {
+        report::count(direction, outcome.reason, length);
+        if settings.report_allowed != 0 && outcome.reason == Reason::new_flow {
+            report::tell(skb, active.slot, &told);
+        }
+        return NEXT;
+    }
+    if settings.audit != 0 {
+        // The rest of the flow is not reported again: it follows from its first packet.
+        if matches!(outcome.reason, Reason::no_rule | Reason::deny_rule) {
+            let admission = Admission {
+                direction: scope.direction as u8,
+                generation: settings.generation,
+                rule: told.rule.wrapping_sub(1),
+                flags: flag::AUDIT,
+            };
+            let _ = track::open(packet, &admission, active.now);
+        }
+        report::count_audited(direction, outcome.reason, length);
+        told.verdict = verdict::AUDIT;
+        report::tell(skb, active.slot, &told);
+        return NEXT;
+    }
+    report::count(direction, outcome.reason, length);
+    let answerable = settings.reject != 0 && reject::is_answerable(packet);
+    told.verdict = if answerable { verdict::REJECT } else { verdict::DROP };
+    report::tell(skb, active.slot, &told);
+    if answerable { reject::answer(skb) } else { TC_ACT_SHOT }
+}
+
+/// Takes note of a packet on its way out to a pod: of replies that came in addressed to the node (masqueraded
+/// flows), and of packets that came in on a NodePort.
+#[inline(always)]
+pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
+    let Some(Scratch { packet, scope, .. }) = scratch() else { return };
+    if !packet::parse(skb, packet) || !follows_flow(packet) {
+        return;
+    }
+    let Some(active) = active() else { return };
+    if observe(&active, packet) {
+        return;
+    }
+    if scope::find(active.slot, active.settings, packet, false, scope)
+        && scope.direction == u32::from(direction::INBOUND)
+    {
+        track::adopt_node_port(packet, active.settings, active.now);
+    }
+}
+
+/// Takes note of a packet on its way out to the LAN: of replies from NodePorts.
+#[inline(always)]
+pub(crate) fn observe_to_lan(skb: *mut __sk_buff) {
+    let Some(Scratch { packet, .. }) = scratch() else { return };
+    if !packet::parse(skb, packet) || !follows_flow(packet) {
+        return;
+    }
+    let Some(active) = active() else { return };
+    let [first, last] = active.settings.node_ports;
+    let port = u16::from_be_bytes(packet.source_port);
+    if last != 0 && first <= port && port <= last {
+        observe(&active, packet);
+    }
+}
+
+/// Brings the flow of a packet up to date. `false`: there is none.
+#[inline(always)]
+fn observe(active: &Active, packet: &Packet) -> bool {
+    if let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
+        // SAFETY: as for established flows in `judge`.
+        let flow = unsafe { &mut *flow };
+        if !track::is_expired(flow, active.settings, active.now) {
+            let from_initiator = flow.initiator == packet.end_of_source;
+            if track::established(flow, packet, from_initiator, active.now) == Seen::Pass {
+                return true;
+            }
+        }
+    }
+    if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
+        // SAFETY: as for established flows in `judge`.
+        let flow = unsafe { &mut *flow };
+        if !track::is_expired(flow, active.settings, active.now) {
+            let from_initiator = flow.initiator == packet.end_of_source;
+            track::half_open(flow, packet, from_initiator, active.now);
+            return true;
+        }
+    }
+    false
+}

@@ -1,0 +1,104 @@
+//! Counters and events.
+
+use aya_ebpf::bindings::__sk_buff;
+use bridge_common::{
+    counters::{Counter, Counters, Reason},
+    event::Event,
+};
+
+use crate::maps::{AUDITED, COUNTERS, EVENT_BUDGET, EVENTS, SETTINGS, Scratch, scratch};
+
+/// Counts a packet that was let through, or denied.
+#[inline(always)]
+pub(crate) fn count(direction: u8, reason: Reason, length: u32) {
+    if let Some(counters) = COUNTERS.get_ptr_mut(u32::from(direction)) {
+        add(counters, reason, length);
+    }
+}
+
+/// Counts a packet that was let through in audit mode, but would have been denied.
+#[inline(always)]
+pub(crate) fn count_audited(direction: u8, reason: Reason, length: u32) {
+    if let Some(counters) = AUDITED.get_ptr_mut(u32::from(direction)) {
+        add(counters, reason, length);
+    }
+}
+
+#[inline(always)]
+fn add(counters: *mut Counters, reason: Reason, length: u32) {
+    // The compiler knows that no reason is out of bounds, and would leave out the test that the verifier asks for.
+    let index = core::hint::black_box(reason as usize);
+    if index >= Reason::ALL.len() {
+        return;
+    }
+    // SAFETY: `Counters` is as many `Counter`s as there are reasons, in the order of their numbers; the element is
+    // this CPU's own.
+    unsafe {
+        let counter = counters.cast::<Counter>().add(index);
+        (*counter).packets += 1;
+        (*counter).bytes += u64::from(length);
+    }
+}
+
+/// What there is to tell of a verdict, beside the packet.
+#[repr(C)]
+pub(crate) struct Told {
+    pub(crate) now: u64,
+    /// Index of the rule that decided, plus one.
+    pub(crate) rule: u32,
+    pub(crate) verdict: u8,
+    pub(crate) reason: u8,
+    pub(crate) direction: u8,
+    pub(crate) padding: u8,
+}
+
+/// Sends an event about the packet of [`scratch`], unless this CPU has sent its share of this second or nobody makes room in the buffer.
+/// Returns how many were sent.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn tell(skb: *mut __sk_buff, slot: u32, told: *const Told) -> u32 {
+    // SAFETY: the caller's own, or null as far as the verifier knows.
+    let Some(told) = (unsafe { told.as_ref() }) else { return 0 };
+    let Some(Scratch { packet, .. }) = scratch() else { return 0 };
+    let Some(settings) = SETTINGS.get(slot) else { return 0 };
+    let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return 0 };
+    // SAFETY: the element is this CPU's own.
+    let budget = unsafe { &mut *budget };
+    let second = told.now / 1_000_000_000;
+    if budget.second != second {
+        budget.second = second;
+        budget.sent = 0;
+    }
+    if budget.sent < settings.events_per_second
+        && let Some(mut entry) = EVENTS.reserve(0)
+    {
+        // SAFETY: the context is valid while the program runs.
+        let (ifindex, length) = unsafe { ((*skb).ifindex, (*skb).len) };
+        entry.write(Event {
+            time: told.now,
+            source: packet.source,
+            destination: packet.destination,
+            ifindex,
+            generation: settings.generation,
+            rule: told.rule,
+            length,
+            suppressed: budget.suppressed,
+            source_port: packet.source_port,
+            destination_port: packet.destination_port,
+            protocol: packet.protocol,
+            verdict: told.verdict,
+            reason: told.reason,
+            direction: told.direction,
+            detail: packet.detail,
+            padding: [0; 11],
+        });
+        entry.submit(0);
+        budget.sent += 1;
+        budget.suppressed = 0;
+        1
+    } else {
+        budget.suppressed += 1;
+        budget.suppressed_total += 1;
+        0
+    }
+}

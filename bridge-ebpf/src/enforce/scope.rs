@@ -1,0 +1,77 @@
+//! Whether a packet is judged at all, and as what.
+
+use aya_ebpf::btf_maps::lpm_trie::Key;
+use bridge_common::{
+    address::Address,
+    control::Settings,
+    policy::{AddressInfo, direction, side},
+};
+
+use crate::{
+    maps::{ADDRESSES4, ADDRESSES6},
+    packet::{Kind, Packet, protocol},
+};
+
+/// A packet that is judged.
+#[repr(C)]
+pub(crate) struct Scope {
+    /// Of the LAN host.
+    pub(crate) external: AddressInfo,
+    /// Of the pod, or of the node for a NodePort.
+    pub(crate) internal: AddressInfo,
+    /// One of [`direction`].
+    pub(crate) direction: u32,
+}
+
+#[inline(always)]
+fn lookup(slot: u32, address: &Address, version: u8) -> Option<&'static AddressInfo> {
+    if version == 4 {
+        ADDRESSES4.get(slot)?.get(&Key::new(32, address.v4()))
+    } else {
+        ADDRESSES6.get(slot)?.get(&Key::new(128, address.octets))
+    }
+}
+
+/// Fills in the scope of a packet. `false`: it is none of our business.
+#[inline(always)]
+pub(crate) fn find(
+    slot: u32,
+    settings: &Settings,
+    packet: &Packet,
+    from_lan: bool,
+    scope: &mut Scope,
+) -> bool {
+    let Some(destination) = lookup(slot, &packet.destination, packet.version) else { return false };
+    let Some(source) = lookup(slot, &packet.source, packet.version) else { return false };
+    if source.side == side::POD && destination.side == side::EXTERNAL {
+        scope.direction = u32::from(direction::OUTBOUND);
+        (scope.internal, scope.external) = (*source, *destination);
+        return true;
+    }
+    if source.side != side::EXTERNAL {
+        return false;
+    }
+    (scope.internal, scope.external) = (*destination, *source);
+    if destination.side == side::POD {
+        scope.direction = u32::from(direction::INBOUND);
+        true
+    } else {
+        scope.direction = u32::from(direction::NODE_PORT);
+        from_lan && destination.side == side::LOCAL && is_node_port(settings, packet)
+    }
+}
+
+/// Whether the destination port of the packet is in the NodePort range.
+#[inline(always)]
+fn is_node_port(settings: &Settings, packet: &Packet) -> bool {
+    // Without a layer 4 header that could be read there is no port, and what cannot be reassembled goes nowhere.
+    if packet.kind == Kind::LaterFragment {
+        return false;
+    }
+    let [first, last] = settings.node_ports;
+    let port = u16::from_be_bytes(packet.destination_port);
+    last != 0
+        && first <= port
+        && port <= last
+        && matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
+}

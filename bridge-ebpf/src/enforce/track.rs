@@ -1,0 +1,234 @@
+//! Follows flows: what a packet means to an entry of the flow tables.
+
+use bridge_common::{
+    control::Settings,
+    counters::Reason,
+    flow::{ClientKey, Flow, FlowKey, flag, state},
+    policy::direction,
+};
+
+use crate::{
+    maps::{FLOWS, HALF_OPEN, NODE_PORT_PEERS},
+    packet::{Kind, Packet, protocol, tcp},
+};
+
+/// How much a flow's time may lag behind: so often, and no oftener, packets write to the entry they share.
+const TOUCH_INTERVAL: u64 = 1_000_000_000;
+
+/// How far beyond the responder's first sequence number the initiator's first acknowledgement may be: as much as the
+/// responder may have sent by then, with room to spare. Keeps those who cannot see the SYN-ACK from completing a
+/// handshake.
+const ISN_WINDOW: u32 = 1 << 20;
+
+/// What the flow table says of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// Belongs to the flow.
+    Pass,
+    /// Cannot be a packet of the flow.
+    Deny(Reason),
+    /// Would open a flow, and is to be judged by policy.
+    Judge,
+}
+
+#[inline(always)]
+pub(crate) fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
+    match settings.timeouts.get(usize::from(flow.state)) {
+        Some(timeout) => now.saturating_sub(flow.last_seen) > *timeout,
+        None => true,
+    }
+}
+
+/// A packet of a flow in the established table.
+#[inline(always)]
+pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> Seen {
+    match packet.kind {
+        // A query in the direction of the replies asks for a flow of its own.
+        Kind::Query if !from_initiator => return Seen::Judge,
+        Kind::Reply if from_initiator => return Seen::Deny(Reason::icmp_unsolicited),
+        _ => {}
+    }
+    if packet.protocol == protocol::TCP {
+        if packet.opens_tcp() && (!from_initiator || flow.state != state::ESTABLISHED) {
+            // The ports are used again, or a SYN was repeated after its connection stood: only the latter passes.
+            return Seen::Judge;
+        }
+        tcp_established(flow, packet, from_initiator);
+    }
+    if now.saturating_sub(flow.last_seen) > TOUCH_INTERVAL {
+        flow.last_seen = now;
+    }
+    Seen::Pass
+}
+
+#[inline(always)]
+fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
+    if packet.detail & tcp::RST != 0 {
+        if flow.state != state::RESET {
+            flow.state = state::RESET;
+        }
+    } else if packet.detail & tcp::FIN != 0 {
+        let fin = if from_initiator { flag::FIN_INITIATOR } else { flag::FIN_RESPONDER };
+        if flow.flags & fin == 0 {
+            flow.flags |= fin;
+            let both = flag::FIN_INITIATOR | flag::FIN_RESPONDER;
+            flow.state = if flow.flags & both == both { state::CLOSING } else { state::FIN_WAIT };
+        }
+    } else if flow.state == state::RESET && flow.flags & (flag::FIN_INITIATOR | flag::FIN_RESPONDER) == 0 {
+        // Whoever was meant did not take the RST: it was forged or out of window (RFC 5961, 3.2).
+        flow.state = state::ESTABLISHED;
+    }
+}
+
+/// A packet of a flow in the half-open table.
+#[inline(always)]
+pub(crate) fn half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> Seen {
+    if packet.protocol == protocol::TCP {
+        return tcp_half_open(flow, packet, from_initiator, now);
+    }
+    match packet.kind {
+        Kind::Query if !from_initiator => return Seen::Judge,
+        Kind::Reply if from_initiator => return Seen::Deny(Reason::icmp_unsolicited),
+        _ => {}
+    }
+    if from_initiator {
+        // Nobody has answered: the policy of now decides, not the one of the first packet.
+        return Seen::Judge;
+    }
+    promote(flow, &packet.key, replied(packet), now)
+}
+
+#[inline(always)]
+fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> Seen {
+    let flags = packet.detail;
+    if packet.opens_tcp() {
+        return Seen::Judge;
+    }
+    if flags & tcp::RST != 0 {
+        flow.state = state::RESET;
+        flow.last_seen = now;
+        return Seen::Pass;
+    }
+    if !from_initiator {
+        if flags & tcp::SYN != 0 {
+            flow.state = state::SYN_RECEIVED;
+            flow.responder_isn = packet.sequence;
+            flow.last_seen = now;
+        }
+        // Anything else answers a SYN with what an older connection would have said; the initiator will reset it.
+        return Seen::Pass;
+    }
+    let beyond = packet.acknowledgement.wrapping_sub(flow.responder_isn.wrapping_add(1));
+    if flow.state == state::SYN_RECEIVED && flags & tcp::SYN == 0 && beyond < ISN_WINDOW {
+        let seen = promote(flow, &packet.key, state::ESTABLISHED, now);
+        if flags & tcp::FIN != 0
+            && let Some(promoted) = FLOWS.get_ptr_mut(&packet.key)
+        {
+            // SAFETY: a valid element; racing writers set the same bits.
+            tcp_established(unsafe { &mut *promoted }, packet, true);
+        }
+        return seen;
+    }
+    Seen::Deny(Reason::invalid_state)
+}
+
+/// Moves a flow to the established table.
+#[inline(always)]
+fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
+    let promoted = Flow { last_seen: now, state, responder_isn: 0, ..*flow };
+    if FLOWS.insert(key, &promoted, 0).is_err() {
+        return Seen::Deny(Reason::table_full);
+    }
+    let _ = HALF_OPEN.remove(key);
+    Seen::Pass
+}
+
+#[inline(always)]
+fn replied(packet: &Packet) -> u8 {
+    match packet.protocol {
+        protocol::UDP => state::UDP_REPLIED,
+        protocol::ICMP | protocol::ICMPV6 => state::ICMP_REPLIED,
+        _ => state::OTHER_REPLIED,
+    }
+}
+
+#[inline(always)]
+fn unreplied(packet: &Packet) -> u8 {
+    match packet.protocol {
+        protocol::TCP => state::SYN_SENT,
+        protocol::UDP => state::UDP_UNREPLIED,
+        protocol::ICMP | protocol::ICMPV6 => state::ICMP_UNREPLIED,
+        _ => state::OTHER_UNREPLIED,
+    }
+}
+
+/// Why a packet cannot open a flow.
+#[inline(always)]
+pub(crate) fn opening(packet: &Packet) -> Result<(), Reason> {
+    match packet.protocol {
+        protocol::TCP if !packet.opens_tcp() => Err(Reason::not_syn),
+        protocol::SCTP if !packet.opens_sctp() => Err(Reason::not_init),
+        _ if packet.kind == Kind::Reply => Err(Reason::icmp_unsolicited),
+        _ => Ok(()),
+    }
+}
+
+/// What admitted a flow.
+pub(crate) struct Admission {
+    pub(crate) direction: u8,
+    pub(crate) generation: u32,
+    pub(crate) rule: u32,
+    /// Bits of [`flag`].
+    pub(crate) flags: u8,
+}
+
+/// Enters the flow that a packet opens, or reopens.
+#[inline(always)]
+pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64) -> Result<(), Reason> {
+    let flow = Flow {
+        last_seen: now,
+        created: now,
+        generation: admission.generation,
+        rule: admission.rule,
+        responder_isn: 0,
+        state: unreplied(packet),
+        initiator: packet.end_of_source,
+        direction: admission.direction,
+        flags: admission.flags,
+    };
+    if HALF_OPEN.insert(&packet.key, &flow, 0).is_err() {
+        return Err(Reason::table_full);
+    }
+    // What the ports were used for before is over.
+    let _ = FLOWS.remove(&packet.key);
+    if admission.direction == direction::NODE_PORT {
+        let _ = NODE_PORT_PEERS.insert(&client(packet), &now, 0);
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn client(packet: &Packet) -> ClientKey {
+    ClientKey { address: packet.source, port: packet.source_port, protocol: packet.protocol, padding: [0; 5] }
+}
+
+/// A packet from a LAN host towards a pod that belongs to no flow: it was let in as one to a NodePort, and has got
+/// its pod's address since. The flow is entered under that address, so that the pod may reply.
+#[inline(always)]
+pub(crate) fn adopt_node_port(packet: &Packet, settings: &Settings, now: u64) {
+    let client = client(packet);
+    // SAFETY: only copied.
+    let Some(seen) = (unsafe { NODE_PORT_PEERS.get(&client) }) else { return };
+    let age = now.saturating_sub(*seen);
+    let state = usize::from(unreplied(packet));
+    if settings.timeouts.get(state).is_none_or(|timeout| age > *timeout) || opening(packet).is_err() {
+        return;
+    }
+    let admission = Admission {
+        direction: direction::INBOUND,
+        generation: settings.generation,
+        rule: u32::MAX,
+        flags: 0,
+    };
+    let _ = open(packet, &admission, now);
+}

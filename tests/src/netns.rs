@@ -1,0 +1,176 @@
+//! Network namespaces without names: they are gone when the last descriptor is closed, also after a crash.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+/// A network namespace, with loopback up.
+pub struct Ns {
+    file: Arc<File>,
+}
+
+impl Default for Ns {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Ns {
+    /// Needs CAP_SYS_ADMIN.
+    #[must_use]
+    pub fn new() -> Self {
+        let file = std::thread::spawn(|| {
+            // SAFETY: only the network namespace of this thread changes; no descriptor or memory is unshared.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace takes CAP_SYS_ADMIN");
+            File::open("/proc/thread-self/ns/net").unwrap()
+        })
+        .join()
+        .unwrap();
+        let ns = Self { file: Arc::new(file) };
+        ns.ip("link set lo up");
+        // Link-local addresses too are usable at once, and nothing changes by itself later.
+        ns.enter(|| std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap());
+        ns
+    }
+
+    /// Where other programs find it, as long as this process lives.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
+    }
+
+    /// Runs `body` on a thread inside.
+    pub fn enter<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> T {
+        match self.spawn(body).join() {
+            Ok(value) => value,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    /// Likewise, without waiting.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        body: impl FnOnce() -> T + Send + 'static,
+    ) -> std::thread::JoinHandle<T> {
+        let file = self.file.clone();
+        std::thread::spawn(move || {
+            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            body()
+        })
+    }
+
+    /// A program inside; it must succeed.
+    pub fn run(&self, program: &str, arguments: &[&str]) -> String {
+        let (program, arguments) =
+            (program.to_owned(), arguments.iter().map(ToString::to_string).collect::<Vec<_>>());
+        self.enter(move || {
+            let output = Command::new(&program).args(&arguments).output().unwrap();
+            assert!(
+                output.status.success(),
+                "{program} {arguments:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            String::from_utf8(output.stdout).unwrap()
+        })
+    }
+
+    /// `ip` with these words.
+    pub fn ip(&self, words: &str) -> String {
+        self.run("ip", &words.split_whitespace().collect::<Vec<_>>())
+    }
+
+    /// A veth pair: `mine` in here, `theirs` in there, both up.
+    pub fn link(&self, mine: &str, there: &Self, theirs: &str) {
+        self.ip(&format!("link add {mine} type veth peer name {theirs} netns {}", there.path()));
+        self.ip(&format!("link set {mine} up"));
+        there.ip(&format!("link set {theirs} up"));
+    }
+
+    /// An address; IPv6 is usable at once, without duplicate address detection.
+    pub fn address(&self, device: &str, net: &str) {
+        let nodad = if net.contains(':') { " nodad" } else { "" };
+        self.ip(&format!("address add {net} dev {device}{nodad}"));
+        // The kernel makes an IPv6 address usable from a work queue.
+        let address = net.split('/').next().unwrap();
+        eventually("the address is usable", SECONDS, || {
+            self.ip("-6 route show table local").contains(address)
+                || self.ip("-4 route show table local").contains(address)
+        });
+    }
+
+    /// bridge's routes, as another program reads them: `ip -json route`, one line each.
+    pub fn own_routes(&self) -> BTreeSet<String> {
+        self.routes(|protocol| protocol == "98")
+    }
+
+    /// Everybody else's.
+    pub fn foreign_routes(&self) -> BTreeSet<String> {
+        self.routes(|protocol| protocol != "98")
+    }
+
+    fn routes(&self, wanted: impl Fn(&str) -> bool) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        for family in ["-4", "-6"] {
+            let json = self.ip(&format!("-json -details {family} route show table all"));
+            let routes: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+            for route in routes.iter().filter(|route| wanted(route["protocol"].as_str().unwrap_or_default()))
+            {
+                found.insert(line(route));
+            }
+        }
+        found
+    }
+}
+
+fn line(route: &serde_json::Value) -> String {
+    let text =
+        |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned);
+    let hop = |hop: &serde_json::Value| {
+        let via = if hop["via"].is_object() { text(&hop["via"]["host"]) } else { text(&hop["gateway"]) };
+        format!(" via {via} dev {}", text(&hop["dev"]))
+    };
+    let mut line = format!("{} {}", text(&route["type"]), text(&route["dst"]));
+    match route["nexthops"].as_array() {
+        Some(hops) => {
+            let mut hops: Vec<_> =
+                hops.iter().map(|one| format!("{} weight {}", hop(one), one["weight"])).collect();
+            hops.sort();
+            line.push_str(&hops.concat());
+        }
+        None if route["type"] == "blackhole" => {}
+        None => line.push_str(&hop(route)),
+    }
+    line + &format!(" metric {} table {}", text(&route["metric"]), text(&route["table"]))
+}
+
+/// Polls until `condition` holds; how long it took.
+#[track_caller]
+pub fn eventually(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    loop {
+        if condition() {
+            return start.elapsed();
+        }
+        assert!(start.elapsed() < deadline, "not within {deadline:?}: {what}");
+        std::thread::sleep(Duration::from_micros(500));
+    }
+}
+
+/// A deadline for what takes milliseconds, on a machine that is busy.
+pub const SECONDS: Duration = Duration::from_secs(5);
+
+/// Both sides know each other's hardware address: no packet has to wait for ARP or neighbour discovery.
+pub fn acquaint(ns: &Ns, address: &str) {
+    let to = address.to_owned();
+    ns.enter(move || {
+        let any = if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+        std::net::UdpSocket::bind(any).unwrap().send_to(b"", (to.as_str(), 9)).unwrap();
+    });
+    eventually("the neighbour answers", SECONDS, || {
+        ns.ip(&format!("neigh show {address}")).contains("lladdr")
+    });
+}

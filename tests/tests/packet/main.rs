@@ -1,0 +1,13 @@
+//! The packet path, packet by packet.
+
+mod audit;
+mod fragments;
+mod icmp;
+mod node_ports;
+mod ports;
+mod reject;
+mod scope;
+mod tcp;
+mod transport;
+mod truncation;
+mod world;

@@ -1,0 +1,164 @@
+//! `cargo xtask build`: the eBPF objects, then the agent that embeds them.
+
+use std::{collections::BTreeSet, env, fs, path::Path, process::Command};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    cmd,
+    setup::{self, Scope, toolchain::EbpfToolchain},
+    workspace::{self, Metadata},
+};
+
+const PACKAGE: &str = "bridge-ebpf";
+const TARGET: &str = "bpfel-unknown-none";
+
+/// What cargo and rustup set for the toolchain that runs us, and what would change how the kernel side is built.
+const FOREIGN_ENVIRONMENT: [&str; 9] = [
+    "CARGO",
+    "CARGO_BUILD_TARGET",
+    "CARGO_ENCODED_RUSTFLAGS",
+    "LD_LIBRARY_PATH",
+    "RUSTC",
+    "RUSTC_WORKSPACE_WRAPPER",
+    "RUSTC_WRAPPER",
+    "RUSTFLAGS",
+    "RUSTUP_TOOLCHAIN",
+];
+
+/// `cargo xtask build`.
+///
+/// # Errors
+/// Setup or a build fails.
+pub(crate) fn main(release: bool) -> Result<()> {
+    let ready = setup::ensure(Scope::Build)?;
+    objects(&ready.ebpf)?;
+    user_side(release, &["--package", "bridge-agent"])
+}
+
+/// Builds the user side's `packages` (arguments of cargo), optimised if `release`.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn user_side(release: bool, packages: &[&str]) -> Result<()> {
+    let mut cargo = cmd::cargo();
+    cargo.arg("build").args(packages).current_dir(workspace::root());
+    if release {
+        cargo.arg("--release");
+    }
+    cmd::run(&mut cargo)
+}
+
+/// Builds the kernel side into [`workspace::objects`], touching only what has changed.
+///
+/// # Errors
+/// The build fails, or a file cannot be written.
+pub(crate) fn objects(toolchain: &EbpfToolchain) -> Result<()> {
+    cmd::run(&mut ebpf_cargo(toolchain, &toolchain.cargo, "build"))?;
+    let bins = Metadata::read()?.bins(PACKAGE);
+    let built = workspace::root().join("target/ebpf").join(TARGET).join("release");
+    publish(&built, &workspace::objects(), &bins)
+}
+
+/// Checks the kernel side by clippy, warnings as errors.
+///
+/// # Errors
+/// There are warnings or errors.
+pub(crate) fn lint_objects(toolchain: &EbpfToolchain) -> Result<()> {
+    // Called directly: `cargo clippy` would look in CARGO_HOME first and find rustup's proxy there.
+    let clippy = toolchain.cargo.with_file_name("cargo-clippy");
+    let mut command = ebpf_cargo(toolchain, &clippy, "clippy");
+    cmd::run(command.env("CARGO", &toolchain.cargo).args(["--", "-D", "warnings"]))
+}
+
+/// `program` (a cargo, or a subcommand of it) doing `what` to the kernel side.
+fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, what: &str) -> Command {
+    let mut command = cmd::command(program);
+    for name in FOREIGN_ENVIRONMENT {
+        command.env_remove(name);
+    }
+    command.current_dir(workspace::root()).env("RUSTC", &toolchain.rustc);
+    if toolchain.stable {
+        command.env("RUSTC_BOOTSTRAP", "1");
+    }
+    // Debug information becomes BTF, whose source paths an operator sees: relative ones.
+    let flags = [
+        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
+        "-Cdebuginfo=2".into(),
+        format!("-Clinker={}", toolchain.linker.display()),
+        "-Clink-arg=--btf".into(),
+        format!("--remap-path-prefix={}=.", workspace::root().display()),
+    ];
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    command.args([
+        what,
+        "--package",
+        PACKAGE,
+        "--bins",
+        "--target",
+        TARGET,
+        "-Z",
+        "build-std=core",
+        "--release",
+    ]);
+    command.args(["--target-dir", "target/ebpf"]);
+    command
+}
+
+/// Makes `to` hold exactly the files `names` of `from`; files that are the same already are left alone, so that
+/// what embeds them is not built again.
+fn publish(from: &Path, to: &Path, names: &[String]) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| to.display().to_string())?;
+    for name in names {
+        let (source, target) = (from.join(name), to.join(name));
+        let object = fs::read(&source).with_context(|| source.display().to_string())?;
+        if fs::read(&target).is_ok_and(|present| present == object) {
+            continue;
+        }
+        // A build that is interrupted here must not leave half an object.
+        let temporary = to.join(format!(".{name}.new"));
+        fs::write(&temporary, object).with_context(|| temporary.display().to_string())?;
+        fs::rename(&temporary, &target).with_context(|| target.display().to_string())?;
+    }
+    let names: BTreeSet<_> = names.iter().map(String::as_str).collect();
+    for entry in fs::read_dir(to)? {
+        let entry = entry?;
+        if !entry.file_name().to_str().is_some_and(|name| names.contains(name)) {
+            fs::remove_file(entry.path()).with_context(|| entry.path().display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn publishing_writes_what_changed_and_removes_what_is_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (from, to) = (folder.path().join("from"), folder.path().join("to"));
+        fs::create_dir_all(&from).unwrap();
+        fs::create_dir_all(&to).unwrap();
+        fs::write(from.join("same"), "1").unwrap();
+        fs::write(from.join("changed"), "2").unwrap();
+        fs::write(to.join("same"), "1").unwrap();
+        fs::write(to.join("changed"), "1").unwrap();
+        fs::write(to.join("gone"), "1").unwrap();
+        let same = || fs::metadata(to.join("same")).unwrap().modified().unwrap();
+        let before = same();
+
+        publish(&from, &to, &["same".into(), "changed".into()]).unwrap();
+
+        assert_eq!(same(), before);
+        assert_eq!(fs::read(to.join("changed")).unwrap(), b"2");
+        assert_eq!(fs::read_dir(&to).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_missing_object_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = publish(folder.path(), &folder.path().join("to"), &["enforce".into()]).unwrap_err();
+        assert!(format!("{error:#}").contains("enforce"), "{error:#}");
+    }
+}

@@ -1,0 +1,49 @@
+//! `cargo xtask lint`: what can be checked without running anything.
+
+use anyhow::Result;
+
+use crate::{
+    abi, build, cmd,
+    setup::{self, Checks, Ready, Scope},
+    steps::Steps,
+    workspace,
+};
+
+/// `cargo xtask lint`.
+///
+/// # Errors
+/// Setup or a check fails.
+pub(crate) fn main() -> Result<()> {
+    let mut steps = Steps::default();
+    if let Some((ready, checks)) = prepare(&mut steps) {
+        check(&mut steps, &ready, &checks);
+    }
+    steps.finish()
+}
+
+/// Sets up and builds what every other step stands on; nothing if that failed.
+pub(crate) fn prepare(steps: &mut Steps) -> Option<(Ready, Checks)> {
+    let mut ready = steps.step("setup", || setup::ensure(Scope::Test))?;
+    let checks = ready.checks.take()?;
+    steps.step("eBPF objects", || build::objects(&ready.ebpf))?;
+    Some((ready, checks))
+}
+
+/// Every check.
+pub(crate) fn check(steps: &mut Steps, ready: &Ready, checks: &Checks) {
+    steps.step("rustfmt", || cargo(&["fmt", "--all", "--check"]));
+    steps.step("clippy", || {
+        cargo(&["clippy", "--workspace", "--exclude", "bridge-ebpf", "--all-targets", "--", "-D", "warnings"])
+    });
+    steps.step("clippy, kernel side", || build::lint_objects(&ready.ebpf));
+    steps.step("licences, bans, sources", || {
+        let mut deny = cmd::command(&checks.deny);
+        deny.args(["--workspace", "check", "--hide-inclusion-graph", "licenses", "bans", "sources"]);
+        cmd::run(deny.current_dir(workspace::root()))
+    });
+    steps.step("ABI", abi::check);
+}
+
+fn cargo(arguments: &[&str]) -> Result<()> {
+    cmd::run(cmd::cargo().args(arguments).current_dir(workspace::root()))
+}

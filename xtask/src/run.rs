@@ -1,0 +1,44 @@
+//! `cargo xtask run` and `cargo xtask bench`: build, and become the program, as root.
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+
+use crate::{
+    build, cmd,
+    setup::{self, Scope},
+    workspace::Metadata,
+};
+
+/// `cargo xtask run`: the lab, or with arguments for it the agent on this host.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn main(lab: &[OsString], agent: &[OsString]) -> Result<()> {
+    if agent.is_empty() {
+        built(false, "bridge-tests", "lab", lab)
+    } else {
+        built(false, "bridge-agent", "bridge-agent", agent)
+    }
+}
+
+/// `cargo xtask bench`.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
+    built(true, "bridge-tests", "bench", arguments)
+}
+
+/// Builds binary `bin` of `package`, and the agent beside it, and becomes it.
+fn built(release: bool, package: &str, bin: &str, arguments: &[OsString]) -> Result<()> {
+    let ready = setup::ensure(Scope::Lab)?;
+    build::objects(&ready.ebpf)?;
+    build::user_side(
+        release,
+        &["--package", package, "--package", "bridge-agent", "--bin", bin, "--bin", "bridge-agent"],
+    )?;
+    let profile = if release { "release" } else { "debug" };
+    let program = Metadata::read()?.target_directory()?.join(profile).join(bin);
+    cmd::become_command(&mut cmd::as_root(&program, arguments)?)
+}

@@ -1,0 +1,114 @@
+//! `cargo xtask setup`: what must be on the machine, and how it gets there.
+//!
+//! Every part is probed by looking at files, so that asking again costs next to nothing; what is missing is
+//! installed by the package manager it belongs to, and said.
+
+mod apt;
+mod rust_tools;
+pub(crate) mod toolchain;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::cmd;
+use toolchain::EbpfToolchain;
+
+/// A program that is run by name.
+struct Program {
+    name: &'static str,
+    /// The Debian package that holds it.
+    package: &'static str,
+    why: &'static str,
+}
+
+const fn program(name: &'static str, package: &'static str, why: &'static str) -> Program {
+    Program { name, package, why }
+}
+
+/// What the lab, the privileged tests and the benchmarks run.
+const LAB: [Program; 11] = [
+    program("iptables", "iptables", "the rules beside those in eBPF, by iptables-nft and iptables-legacy"),
+    program("nft", "nftables", "to look at and to measure what iptables-nft makes"),
+    program("ip", "iproute2", "network namespaces, links and routes of the lab"),
+    program("tc", "iproute2", "to look at what is attached to an interface"),
+    program("bpftool", "bpftool", "to look at maps and programs"),
+    program("conntrack", "conntrack", "to look at the kernel's connection tracking"),
+    program("iperf3", "iperf3", "bulk traffic"),
+    program("tcpdump", "tcpdump", "to see what really crosses a link"),
+    program("curl", "curl", "an unmodified client, and the lease API"),
+    program("nc", "netcat-openbsd", "an unmodified client and server"),
+    program("python3", "python3", "an unmodified client"),
+];
+
+/// What is wanted of the machine.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Scope {
+    /// To build everything.
+    Build,
+    /// And to run the lab.
+    Lab,
+    /// And to check and test everything.
+    Test,
+}
+
+/// What [`ensure`] found or made.
+pub(crate) struct Ready {
+    /// Builds the kernel side.
+    pub(crate) ebpf: EbpfToolchain,
+    /// Only with [`Scope::Test`].
+    pub(crate) checks: Option<Checks>,
+}
+
+/// The programs that check and test.
+pub(crate) struct Checks {
+    /// `cargo-nextest`.
+    pub(crate) nextest: PathBuf,
+    /// `cargo-deny`.
+    pub(crate) deny: PathBuf,
+}
+
+/// Sees to it that what `scope` needs is there; silent if it is.
+///
+/// # Errors
+/// Something cannot be installed; the message names the command to type.
+pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
+    let mut apt = apt::Apt::default();
+    if scope >= Scope::Lab {
+        let missing = LAB.iter().filter(|program| cmd::find_program(program.name).is_none());
+        apt.install(missing.map(|program| (program.package, program.why)))?;
+    }
+    let ebpf = toolchain::ensure(&mut apt)?;
+    let checks = if scope >= Scope::Test {
+        let user_side = cmd::cargo_path();
+        let bin = |cargo: &Path| cargo.parent().map(Path::to_owned).unwrap_or_default();
+        rust_tools::components(&mut apt, &bin(&user_side), &[rust_tools::RUSTFMT, rust_tools::CLIPPY])?;
+        rust_tools::components(&mut apt, &bin(&ebpf.cargo), &[rust_tools::CLIPPY])?;
+        let [nextest, deny] = [rust_tools::NEXTEST, rust_tools::DENY].map(|tool| tool.ensure());
+        Some(Checks { nextest: nextest?, deny: deny? })
+    } else {
+        None
+    };
+    Ok(Ready { ebpf, checks })
+}
+
+/// `cargo xtask setup`.
+///
+/// # Errors
+/// As [`ensure`].
+pub(crate) fn main() -> Result<()> {
+    let ready = ensure(Scope::Test)?;
+    println!("eBPF toolchain  {}", ready.ebpf.name);
+    println!("eBPF linker     {}", ready.ebpf.linker.display());
+    if let Some(checks) = ready.checks {
+        println!("cargo-nextest   {}", checks.nextest.display());
+        println!("cargo-deny      {}", checks.deny.display());
+    }
+    println!("everything is in place");
+    Ok(())
+}
+
+/// Tells the user what is about to be installed.
+fn announce(what: &str, why: &str) {
+    eprintln!("setup: installing {what}: {why}");
+}

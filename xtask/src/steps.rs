@@ -1,0 +1,96 @@
+//! A run of several steps, each timed, with a table at the end.
+
+use std::{
+    fmt,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail};
+
+/// Steps that were run. A failed one does not keep the next from running, so that one run shows all that is wrong.
+#[derive(Default)]
+pub(crate) struct Steps(Vec<Step>);
+
+struct Step {
+    name: &'static str,
+    took: Duration,
+    ok: bool,
+    /// Closing line of a test runner.
+    closing: Option<String>,
+}
+
+impl Steps {
+    /// Runs `action` under `name`; nothing is returned if it failed.
+    pub(crate) fn step<T>(&mut self, name: &'static str, action: impl FnOnce() -> Result<T>) -> Option<T> {
+        println!("==> {name}");
+        let start = Instant::now();
+        let result = action();
+        let took = start.elapsed();
+        if let Err(error) = &result {
+            eprintln!("error: {name}: {error:#}");
+        }
+        self.0.push(Step { name, took, ok: result.is_ok(), closing: None });
+        result.ok()
+    }
+
+    /// Shows `line` beside the last step.
+    pub(crate) fn closing(&mut self, line: Option<String>) {
+        if let Some(step) = self.0.last_mut() {
+            step.closing = line;
+        }
+    }
+
+    /// Prints the table.
+    ///
+    /// # Errors
+    /// A step failed.
+    pub(crate) fn finish(self) -> Result<()> {
+        println!("\n{self}");
+        let failed: Vec<_> = self.0.iter().filter(|step| !step.ok).map(|step| step.name).collect();
+        if !failed.is_empty() {
+            bail!("failed: {}", failed.join("; "));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Steps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for step in &self.0 {
+            let outcome = if step.ok { "ok    " } else { "FAILED" };
+            write!(f, "{outcome} {:7.1} s  {}", step.took.as_secs_f64(), step.name)?;
+            if let Some(closing) = &step.closing {
+                write!(f, ": {closing}")?;
+            }
+            writeln!(f)?;
+        }
+        let total: Duration = self.0.iter().map(|step| step.took).sum();
+        write!(f, "       {:7.1} s  in all", total.as_secs_f64())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_step_fails_the_run_and_not_the_next_step() {
+        let mut steps = Steps::default();
+        assert_eq!(steps.step("first", || Ok(1)), Some(1));
+        assert_eq!(steps.step("second", || Err::<(), _>(anyhow!("broken"))), None);
+        assert_eq!(steps.step("third", || Ok(3)), Some(3));
+        steps.closing(Some("7 tests run".into()));
+        let table = steps.to_string();
+        assert!(table.contains("FAILED") && table.contains("third: 7 tests run"), "{table}");
+        assert_eq!(steps.finish().unwrap_err().to_string(), "failed: second");
+    }
+
+    #[test]
+    fn a_run_without_failures_succeeds() {
+        let mut steps = Steps::default();
+        steps.step("only", || Ok(()));
+        steps.finish().unwrap();
+    }
+}
