@@ -133,11 +133,8 @@ impl Node {
     pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Result<Judged> {
         let (counted, audited) = (self.counters("counters")?, self.counters("audited")?);
         let mut out = vec![0; frame.len() + 256];
-        let options = TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ..TestRunOptions::new()
-        };
+        let options =
+            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
         let result = program(&mut self.programs, hook)?.test_run(options)?;
         let length = result.data_size_out as usize;
         out.truncate(length);

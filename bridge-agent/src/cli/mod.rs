@@ -3,6 +3,8 @@
 //! One file per command; what all of them share is here.
 
 mod check;
+mod exec;
+mod ports;
 
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
@@ -55,6 +57,8 @@ pub struct Global {
 pub enum Command {
     /// Validate the configuration and print what it comes to; needs no privilege
     Check(check::Check),
+    Ports(ports::Ports),
+    Exec(exec::Exec),
 }
 
 /// Why a command failed.
@@ -71,6 +75,12 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// The agent did not do it.
+    #[error("{0}")]
+    Ports(String),
+    /// The program could not be run as asked.
+    #[error("{0}")]
+    Exec(String),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -84,6 +94,8 @@ impl Cli {
     pub fn run(&self) -> Result<(), Error> {
         match &self.command {
             Command::Check(command) => command.run(&self.global),
+            Command::Ports(command) => command.run(&self.global),
+            Command::Exec(command) => command.run(&self.global),
         }
     }
 }
@@ -92,7 +104,7 @@ impl Error {
     /// What the user can do about it, where the message does not say so itself.
     fn help(&self) -> Option<&'static str> {
         match self {
-            Self::Config(_) | Self::Format(_) => None,
+            Self::Config(_) | Self::Format(_) | Self::Ports(_) | Self::Exec(_) => None,
             Self::Stream { .. } => Some("check what standard input and output are connected to"),
         }
     }

@@ -195,7 +195,12 @@ impl Datapath {
         Ok(())
     }
 
-    fn attach_links(&mut self, wanted: &[(Target, Hook)], changes: &mut Vec<Change>, errors: &mut Vec<Error>) {
+    fn attach_links(
+        &mut self,
+        wanted: &[(Target, Hook)],
+        changes: &mut Vec<Change>,
+        errors: &mut Vec<Error>,
+    ) {
         let (links, current) = match (self.links(), self.program_ids()) {
             (Ok(links), Ok(current)) => (links, current),
             (links, current) => {
@@ -307,7 +312,9 @@ impl Datapath {
     ) {
         for (target, hook) in wanted {
             match self.attach_filter(target, *hook) {
-                Ok(Some(action)) => changes.push(Change { interface: target.name.clone(), hook: *hook, action }),
+                Ok(Some(action)) => {
+                    changes.push(Change { interface: target.name.clone(), hook: *hook, action })
+                }
                 Ok(None) => {}
                 Err(error) => errors.push(error),
             }
@@ -320,7 +327,8 @@ impl Datapath {
     }
 
     fn attach_filter(&mut self, target: &Target, hook: Hook) -> Result<Option<Action>> {
-        let failed = |error: ProgramError| Error::attach(&target.name, hook.name(), super::error::chain(&error));
+        let failed =
+            |error: ProgramError| Error::attach(&target.name, hook.name(), super::error::chain(&error));
         let path = self.pins.filter(target.index, &target.name, hook);
         let qdisc = self.pins.qdisc(target.index, &target.name);
         clsact::ensure_qdisc(&target.name, &qdisc)
@@ -329,12 +337,15 @@ impl Datapath {
         let id = program.info().map_err(failed)?.id();
         let replaced = path.exists();
         let unchanged = replaced && pinned_program(&path) == Some(id);
-        let filter_is_there = clsact::put(program, &target.name, hook.attach_type(), replaced).map_err(failed)?;
+        let filter_is_there =
+            clsact::put(program, &target.name, hook.attach_type(), replaced).map_err(failed)?;
         if unchanged && filter_is_there {
             return Ok(None);
         }
         pins::remove(&path)?;
-        program.pin(&path).map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
+        program
+            .pin(&path)
+            .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
         Ok(Some(if filter_is_there { Action::Replaced } else { Action::Attached }))
     }
 
@@ -346,7 +357,9 @@ impl Datapath {
     ) {
         match self.pins.attached_filters() {
             Ok(filters) => {
-                for filter in filters.into_iter().filter(|filter| !keep(filter.index.unwrap_or(0), filter.hook)) {
+                for filter in
+                    filters.into_iter().filter(|filter| !keep(filter.index.unwrap_or(0), filter.hook))
+                {
                     match clsact::remove(&filter) {
                         Ok(()) => changes.push(Change {
                             interface: filter.interface,

@@ -75,7 +75,10 @@ pub(super) fn put(
     }
 }
 
-fn filter(interface: &str, direction: TcAttachType) -> std::result::Result<SchedClassifierLink, ProgramError> {
+fn filter(
+    interface: &str,
+    direction: TcAttachType,
+) -> std::result::Result<SchedClassifierLink, ProgramError> {
     SchedClassifierLink::attached(interface, direction, PRIORITY, HANDLE, None)
         .map_err(|error| ProgramError::TcError(TcError::IoError(error)))
 }
@@ -98,7 +101,8 @@ pub(super) fn remove(made: &Attached) -> Result<()> {
 
 /// The name of the interface with this index.
 fn interface_name(index: u32) -> Option<String> {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
+    let socket =
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
     rustix::net::netdevice::index_to_name(socket, index).ok()
 }
 
@@ -139,7 +143,8 @@ fn remove_qdisc(index: u32) -> io::Result<()> {
     }
     let mut request = header(0xfff1);
     request.handle = Handle { major: u16::MAX, minor: 0 };
-    match route.change(RouteNetlinkMessage::DelQueueDiscipline(TcMessage::from_parts(request, Vec::new())), 0) {
+    match route.change(RouteNetlinkMessage::DelQueueDiscipline(TcMessage::from_parts(request, Vec::new())), 0)
+    {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
         result => result,
     }

@@ -79,8 +79,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
         Err(error) => errors.push(error),
     }
     clsact::remove_qdiscs(pins, errors);
-    removed.maps += pins::entries(pins.directory()).map_or(0, |entries| {
-        entries.iter().filter(|path| !path.is_dir()).count()
-    });
+    removed.maps += pins::entries(pins.directory())
+        .map_or(0, |entries| entries.iter().filter(|path| !path.is_dir()).count());
     pins::remove_tree(pins.directory(), errors);
 }

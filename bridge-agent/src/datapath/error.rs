@@ -20,7 +20,9 @@ pub enum Error {
     #[error("the pin directory {} holds a dot, which a BPF file system does not take: choose a name without", .0.display())]
     DotInPath(PathBuf),
     /// The process lacks what it takes to load programs.
-    #[error("missing {missing}: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add)")]
+    #[error(
+        "missing {missing}: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add)"
+    )]
     Capability {
         /// Names of capabilities, with `,` between them.
         missing: String,
@@ -57,7 +59,9 @@ pub enum Error {
         remedy: &'static str,
     },
     /// The kernel's verifier turned a program down.
-    #[error("the kernel did not accept the program {program}; this is a fault of bridge, please report it with the kernel's version and this log:\n{log}")]
+    #[error(
+        "the kernel did not accept the program {program}; this is a fault of bridge, please report it with the kernel's version and this log:\n{log}"
+    )]
     Rejected {
         /// The program.
         program: String,
@@ -75,7 +79,9 @@ pub enum Error {
         source: io::Error,
     },
     /// A policy is in force for a trial only.
-    #[error("the policy in force waits for its confirmation: confirm it, or wait until it has taken itself back")]
+    #[error(
+        "the policy in force waits for its confirmation: confirm it, or wait until it has taken itself back"
+    )]
     Unconfirmed,
     /// A program could not be attached.
     #[error("cannot attach {hook} to {interface}: {source}")]
@@ -175,13 +181,18 @@ fn io_of_map_error(error: MapError) -> io::Error {
 /// Names what stands behind an error of the loader.
 pub(super) fn load_error(error: EbpfError) -> Error {
     match error {
-        EbpfError::MapError(MapError::CreateError { ref name, ref io_error }) => match io_error.raw_os_error() {
-            Some(libc::EPERM) => Error::Capability { missing: "CAP_BPF, or a larger `ulimit -l` below Linux 5.11".into() },
-            Some(libc::EINVAL) if name == "events" => {
-                Error::Kernel { feature: "BPF ring buffers", remedy: "Linux 5.8 has them; the floor of bridge is 5.15" }
+        EbpfError::MapError(MapError::CreateError { ref name, ref io_error }) => {
+            match io_error.raw_os_error() {
+                Some(libc::EPERM) => {
+                    Error::Capability { missing: "CAP_BPF, or a larger `ulimit -l` below Linux 5.11".into() }
+                }
+                Some(libc::EINVAL) if name == "events" => Error::Kernel {
+                    feature: "BPF ring buffers",
+                    remedy: "Linux 5.8 has them; the floor of bridge is 5.15",
+                },
+                _ => Error::Load(Box::new(error)),
             }
-            _ => Error::Load(Box::new(error)),
-        },
+        }
         EbpfError::ProgramError(error) => program_error("?", error),
         error => Error::Load(Box::new(error)),
     }

@@ -127,7 +127,8 @@ impl Pins {
         #[expect(clippy::unnecessary_cast, reason = "the type of f_type depends on the architecture")]
         if system.f_type as i64 != BPF_FS_MAGIC {
             let mount_point =
-                if self.root.starts_with("/sys/fs/bpf") { Path::new("/sys/fs/bpf") } else { parent }.to_owned();
+                if self.root.starts_with("/sys/fs/bpf") { Path::new("/sys/fs/bpf") } else { parent }
+                    .to_owned();
             return Err(Error::NotBpffs { path: self.root.clone(), mount_point });
         }
         let below = self.root.strip_prefix(parent).unwrap_or(&self.root);
@@ -280,7 +281,9 @@ pub(super) fn remove_tree(path: &Path, errors: &mut Vec<Error>) {
         Err(error) => errors.push(error),
     }
     match fs::remove_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => errors.push(Error::path("removing", path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            errors.push(Error::path("removing", path)(error))
+        }
         _ => {}
     }
 }
@@ -311,7 +314,10 @@ mod tests {
                 let link = parse(pins.link(interface, hook), false).unwrap();
                 assert_eq!((link.interface.as_str(), link.hook, link.index), (interface, hook, None));
                 let filter = parse(pins.filter(7, interface, hook), true).unwrap();
-                assert_eq!((filter.interface.as_str(), filter.hook, filter.index), (interface, hook, Some(7)));
+                assert_eq!(
+                    (filter.interface.as_str(), filter.hook, filter.index),
+                    (interface, hook, Some(7))
+                );
                 assert!(!link.path.file_name().unwrap().to_str().unwrap().contains('.'));
             }
         }
@@ -322,7 +328,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let error = Pins::new(directory.path().join("bridge")).prepare_root().unwrap_err();
         assert!(matches!(error, Error::NotBpffs { .. }));
-        assert!(error.to_string().contains(&format!("mount -t bpf bpf {}", directory.path().display())), "{error}");
+        assert!(
+            error.to_string().contains(&format!("mount -t bpf bpf {}", directory.path().display())),
+            "{error}"
+        );
     }
 
     #[test]
@@ -331,7 +340,10 @@ mod tests {
         let pins = Pins::new(directory.path());
         let lock = pins.lock().unwrap();
         let error = pins.lock().unwrap_err();
-        assert!(matches!(error, Error::Locked { pid: Some(pid), .. } if pid == std::process::id()), "{error}");
+        assert!(
+            matches!(error, Error::Locked { pid: Some(pid), .. } if pid == std::process::id()),
+            "{error}"
+        );
         drop(lock);
         pins.lock().unwrap();
     }

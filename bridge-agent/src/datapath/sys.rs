@@ -25,8 +25,9 @@ const ENOTSUPP: i32 = 524;
 /// What the fields of `attr` that `command` reads point to must be valid for what `command` does with it.
 unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
     // SAFETY: `attr` lives through the call and its size is passed; the rest is the caller's promise.
-    let result =
-        unsafe { libc::syscall(libc::SYS_bpf, command as libc::c_long, ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    let result = unsafe {
+        libc::syscall(libc::SYS_bpf, command as libc::c_long, ptr::from_mut(attr), size_of::<bpf_attr>())
+    };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(i32::try_from(result).unwrap_or(i32::MAX)) }
 }
 
@@ -159,8 +160,13 @@ pub(super) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], valu
         match result {
             Ok(_) => return Ok(()),
             // Below 5.14 tries have no batch commands.
-            Err(error) if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)) => {
-                return keys[done..].iter().zip(&values[done..]).try_for_each(|(key, value)| update(map, key, value, 0));
+            Err(error)
+                if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)) =>
+            {
+                return keys[done..]
+                    .iter()
+                    .zip(&values[done..])
+                    .try_for_each(|(key, value)| update(map, key, value, 0));
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
                 // SAFETY: the kernel leaves the number of entries written in the same member.

@@ -206,7 +206,8 @@ impl Datapath {
         digest: Digest,
     ) -> Result<()> {
         // Until everything is in place, the slot holds no policy.
-        let mut set = |settings| self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"));
+        let mut set =
+            |settings| self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"));
         set(Settings { generation: 0, ..settings })?;
         // Each update of an outer map waits for a grace period of its own: side by side they share one.
         let mut outer: HashMap<&str, _> =
@@ -221,7 +222,9 @@ impl Datapath {
                 .collect();
             workers
                 .into_iter()
-                .filter_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).err())
+                .filter_map(|worker| {
+                    worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)).err()
+                })
                 .collect()
         });
         Error::collect(errors)?;
@@ -316,7 +319,9 @@ fn digest(tables: &Tables, behaviour: &Behaviour) -> Digest {
     }
     hash.update(bytes(&pairs.iter().map(|(key, _)| *key).collect::<Vec<_>>()));
     hash.update(bytes(&pairs.iter().map(|(_, sets)| *sets).collect::<Vec<_>>()));
-    for table in [bytes(&tables.rule_sets), bytes(&tables.narrows), bytes(&tables.pages), bytes(&tables.rules)] {
+    for table in
+        [bytes(&tables.rule_sets), bytes(&tables.narrows), bytes(&tables.pages), bytes(&tables.rules)]
+    {
         hash.update((table.len() as u64).to_le_bytes());
         hash.update(table);
     }

@@ -133,13 +133,41 @@ impl KernelPool {
             Some(config) => layout.fit_into(config)?,
             None => layout,
         };
+        let mut pool = Self::open(object, pins, layout, true)?;
+        if pinned.is_none() {
+            pool.layout.initialise(&pool.tables);
+        }
+        // Last: whoever finds a configuration finds all that it speaks of.
+        let mut config: Array<MapData, Config> = take(&mut pool.ebpf, "POOL_CONFIG")?;
+        let set = config.set(0, pool.layout.config, 0);
+        set.map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })?;
+        pool.adopt()?;
+        Ok(pool)
+    }
+
+    /// Loads hooks that claim in the pool that an agent has pinned below `base`: for the agent's networks (`share`), or
+    /// for networks of their own ([`KernelPool::set_networks`]). `None`: there is no pool.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn join(object: &[u8], base: &Path, share: bool) -> Result<Option<Self>, KernelPoolError> {
+        let pins = pins::directory(base);
+        match pinned_config(&pins.join("POOL_CONFIG"))? {
+            Some(config) => Self::open(object, pins, Layout::of(config), share).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn open(object: &[u8], pins: PathBuf, layout: Layout, all: bool) -> Result<Self, KernelPoolError> {
         let total = layout.geometry().total(layout.config.slots);
         let mut loader = EbpfLoader::new();
         loader.map_max_entries("POOL_WORDS", total);
         for shape in pins::shapes(total) {
             let path = pins.join(shape.name);
             pins::check(&path, &shape)?;
-            loader.map_pin_path(shape.name, path);
+            if all || shape.name != "POOL_NETWORKS" {
+                loader.map_pin_path(shape.name, path);
+            }
         }
         let mut ebpf = loader.load(object)?;
         load_programs(&mut ebpf)?;
@@ -156,19 +184,10 @@ impl KernelPool {
         };
         let networks = take(&mut ebpf, "POOL_NETWORKS")?;
         let counters = take(&mut ebpf, "POOL_COUNTERS")?;
-        if pinned.is_none() {
-            layout.initialise(&tables);
-        }
-        let mut config: Array<MapData, Config> = take(&mut ebpf, "POOL_CONFIG")?;
-        config
-            .set(0, layout.config, 0)
-            .map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })?;
         let walker = Walker::load(&mut ebpf);
         let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
         let sweeper = Sweeper::default();
-        let pool = Self { ebpf, tables, networks, counters, walker, sweeper, events, layout, pins };
-        pool.adopt()?;
-        Ok(pool)
+        Ok(Self { ebpf, tables, networks, counters, walker, sweeper, events, layout, pins })
     }
 
     /// Puts in order what an earlier agent left: its templates, its grants, slots that it was taking back.

@@ -106,6 +106,12 @@ impl Layout {
         Ok(Self { config, ports, unconnected })
     }
 
+    /// The span of a pool that exists already, without its ports.
+    #[must_use]
+    pub fn of(config: Config) -> Self {
+        Self { config, ports: PortSet::default(), unconnected: PortSet::default() }
+    }
+
     /// The same ports in the span of a pool that exists already.
     ///
     /// # Errors

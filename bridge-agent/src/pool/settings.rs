@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 
-use crate::model::PortRange;
+use crate::{config::Config, model::PortRange};
 
 /// What the pool is asked to be; validated by the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,5 +37,47 @@ impl Default for Settings {
             strict: true,
             bind_udp: true,
         }
+    }
+}
+
+impl Settings {
+    /// What the configuration asks for; `None`: no pool.
+    #[must_use]
+    pub fn from_config(config: &Config) -> Option<Self> {
+        let pool = config.port_pool.as_ref()?;
+        let transparent = pool.transparent.iter().flat_map(|transparent| &transparent.cgroups);
+        Some(Self {
+            ports: pool.available(),
+            destinations: config.pool_destinations(),
+            cgroups: transparent.map(|cgroup| PathBuf::from(cgroup.as_str())).collect(),
+            quota: pool.quota,
+            ..Self::default()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn the_configuration_says_what_is_asked_for() {
+        let text = "\
+role: host
+networks: {pods: [10.200.1.0/24], external: [192.168.31.0/24]}
+portPool:
+  ports: [\"61001-61100\"]
+  exclude: [61050]
+  transparent: {cgroups: [/system.slice]}
+  quota: 7
+";
+        let settings = Settings::from_config(&config::parse(text, None).unwrap().config).unwrap();
+        let range = |first, last| PortRange { first, last };
+        assert_eq!(settings.ports, [range(61001, 61049), range(61051, 61100)]);
+        assert_eq!(settings.destinations, ["10.200.1.0/24".parse().unwrap()]);
+        assert_eq!(settings.cgroups, [PathBuf::from("/system.slice")]);
+        assert_eq!((settings.quota, settings.strict), (Some(7), true));
+        assert_eq!(Settings::from_config(&config::parse("role: node\n", None).unwrap().config), None);
     }
 }

@@ -41,7 +41,8 @@ fn what_audit_would_have_denied_is_denied_once_the_mode_is_enforce() {
         node.publish(&usual_policy(), &audit).expect("a policy");
         let (shut, open) = (Connection::inbound(f, SHUT), Connection::inbound(f, OPEN));
         for c in [shut, open] {
-            for (hook, packet) in [(c.client_hook, c.syn()), (c.server_hook, c.syn_ack()), (c.client_hook, c.ack())]
+            for (hook, packet) in
+                [(c.client_hook, c.syn()), (c.server_hook, c.syn_ack()), (c.client_hook, c.ack())]
             {
                 assert_eq!(node.run(hook, &packet.frame()).expect("the program runs").action, Action::Next);
             }

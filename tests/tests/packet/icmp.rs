@@ -73,9 +73,8 @@ fn eight_bytes_of_the_quoted_header_are_enough_and_fewer_are_not() {
         c.establish(&mut node);
         let quoted = c.syn_ack().ip();
         let header = if f.lan.is_ipv4() { 20 } else { 40 };
-        let error = |length: usize| {
-            Packet::new(f.lan, f.pod).icmp(&Icmp::Unreachable(1, quoted[..length].to_vec()))
-        };
+        let error =
+            |length: usize| Packet::new(f.lan, f.pod).icmp(&Icmp::Unreachable(1, quoted[..length].to_vec()));
         node.passes(ExternalIngress, &error(header + 8), Reason::related);
         for length in [header + 7, header, header - 1, 1, 0] {
             node.denies(ExternalIngress, &error(length), Reason::icmp_unrelated);

@@ -98,7 +98,10 @@ fn source_ports_in_both_directions() {
 fn a_deny_beats_every_allow_and_the_event_names_the_rule() {
     let rules = vec![
         rule("wide", Direction::Inbound, Protocol::Any, &[]),
-        Rule { action: Action::Deny, ..rule("no-telnet", Direction::Inbound, Protocol::Tcp, &[range(23, 23)]) },
+        Rule {
+            action: Action::Deny,
+            ..rule("no-telnet", Direction::Inbound, Protocol::Tcp, &[range(23, 23)])
+        },
         rule("telnet", Direction::Inbound, Protocol::Tcp, &[range(23, 23)]),
     ];
     let mut node = Node::new(&policy(rules), &behaviour()).expect("the packet path loads");

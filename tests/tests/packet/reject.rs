@@ -21,7 +21,9 @@ fn check_answer<'a>(frame: &'a [u8], packet: &Packet) -> SlicedPacket<'a> {
         NetSlice::Ipv4(ip) => {
             let header = ip.header();
             assert_eq!((header.source_addr(), header.destination_addr()), {
-                let (std::net::IpAddr::V4(s), std::net::IpAddr::V4(d)) = (source, destination) else { panic!() };
+                let (std::net::IpAddr::V4(s), std::net::IpAddr::V4(d)) = (source, destination) else {
+                    panic!()
+                };
                 (d, s)
             });
             assert_eq!(header.header_checksum(), header.to_header().calc_header_checksum());
@@ -30,7 +32,9 @@ fn check_answer<'a>(frame: &'a [u8], packet: &Packet) -> SlicedPacket<'a> {
         NetSlice::Ipv6(ip) => {
             let header = ip.header();
             assert_eq!((header.source_addr(), header.destination_addr()), {
-                let (std::net::IpAddr::V6(s), std::net::IpAddr::V6(d)) = (source, destination) else { panic!() };
+                let (std::net::IpAddr::V6(s), std::net::IpAddr::V6(d)) = (source, destination) else {
+                    panic!()
+                };
                 (d, s)
             });
             assert_eq!(usize::from(header.payload_length()), frame.len() - 14 - 40, "the length is right");

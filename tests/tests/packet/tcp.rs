@@ -11,9 +11,9 @@ use bridge_tests::{
 use crate::world::{Connection, ExternalIngress, OPEN, OUT, SHUT, families, node, policy, usual_policy};
 
 fn connections() -> impl Iterator<Item = Connection> {
-    families().into_iter().flat_map(|family| {
-        [Connection::inbound(family, OPEN), Connection::outbound(family, OUT)]
-    })
+    families()
+        .into_iter()
+        .flat_map(|family| [Connection::inbound(family, OPEN), Connection::outbound(family, OUT)])
 }
 
 #[test]
@@ -21,14 +21,20 @@ fn a_connection_passes_from_syn_to_fin_and_its_table_entry_follows() {
     let mut node = node();
     for c in connections() {
         node.passes(c.client_hook, &c.syn(), Reason::new_flow);
-        assert_eq!(node.flow(&c.key()).map(|(table, f)| (table, f.state)), Some(("half_open", state::SYN_SENT)));
+        assert_eq!(
+            node.flow(&c.key()).map(|(table, f)| (table, f.state)),
+            Some(("half_open", state::SYN_SENT))
+        );
         node.passes(c.server_hook, &c.syn_ack(), Reason::established);
         assert_eq!(
             node.flow(&c.key()).map(|(table, f)| (table, f.state)),
             Some(("half_open", state::SYN_RECEIVED))
         );
         node.passes(c.client_hook, &c.ack(), Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(table, f)| (table, f.state)), Some(("flows", state::ESTABLISHED)));
+        assert_eq!(
+            node.flow(&c.key()).map(|(table, f)| (table, f.state)),
+            Some(("flows", state::ESTABLISHED))
+        );
         node.passes(c.server_hook, &c.server_ack(), Reason::established);
 
         let fin = c.from_client(|s, d| Tcp::fin(s, d, 1001, 5001));

@@ -98,6 +98,10 @@ fn icmp_of_the_other_ip_version_is_no_ping() {
     let mut node = node();
     let [v4, v6] = families();
     let echo = [8, 0, 0, 0, 0, 1, 0, 1];
-    node.denies(ExternalIngress, &Packet::new(v4.lan, v4.pod).raw(IpNumber::IPV6_ICMP, &echo), Reason::no_rule);
+    node.denies(
+        ExternalIngress,
+        &Packet::new(v4.lan, v4.pod).raw(IpNumber::IPV6_ICMP, &echo),
+        Reason::no_rule,
+    );
     node.denies(ExternalIngress, &Packet::new(v6.lan, v6.pod).raw(IpNumber::ICMP, &echo), Reason::no_rule);
 }
