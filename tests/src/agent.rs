@@ -220,7 +220,7 @@ impl Notification {
 }
 
 /// `$BRIDGE_AGENT`, else `bridge-agent` beside this program, or one up (test programs are in `deps`).
-fn program() -> Result<PathBuf> {
+pub fn program() -> Result<PathBuf> {
     if let Some(path) = env::var_os("BRIDGE_AGENT") {
         return Ok(path.into());
     }

@@ -46,8 +46,6 @@ pub struct Stand {
     pub base: PathBuf,
     /// The hooked control group.
     pub cgroup: PathBuf,
-    /// The programs for traffic.
-    pub traffic: PathBuf,
 }
 
 impl Stand {
@@ -60,7 +58,7 @@ impl Stand {
         pool.set_networks(&settings.destinations)?;
         let mount = attach::mount_point()?;
         pool.attach(&mount, cgroup.strip_prefix(&mount)?)?;
-        Ok(Self { pool, base, cgroup, traffic: PathBuf::new() })
+        Ok(Self { pool, base, cgroup })
     }
 
     /// Puts a command into the hooked control group.

@@ -57,7 +57,9 @@ pub struct Global {
 pub enum Command {
     /// Validate the configuration and print what it comes to; needs no privilege
     Check(check::Check),
+    /// Lease source ports, give them back, list them, watch them
     Ports(ports::Ports),
+    /// Run a program whose connections come from ports of the pool
     Exec(exec::Exec),
 }
 
