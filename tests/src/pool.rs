@@ -37,7 +37,7 @@ pub fn object() -> Result<Vec<u8>> {
     fs::read(&path).with_context(|| format!("{}: build it with `cargo xtask build`", path.display()))
 }
 
-/// A pool in the kernel, with a control group of its own; gone when dropped.
+/// A pool in the kernel, with a control group of its own; its traces go with the lab.
 #[derive(Debug)]
 pub struct Stand {
     /// The pool.

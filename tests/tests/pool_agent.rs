@@ -225,7 +225,7 @@ fn a_port_that_got_lost_is_found_and_slots_come_back() -> Result<()> {
     let free = (FIRST_SLOT..slots)
         .filter(|slot| bitmap::is_free(stand.pool.tables(), bridge_common::pool::ALLOCATOR, *slot))
         .count();
-    ensure!(free as u32 == slots - FIRST_SLOT, "{free} of {slots} slots are free");
+    ensure!(free == (slots - FIRST_SLOT) as usize, "{free} of {slots} slots are free");
     Ok(())
 }
 
@@ -388,6 +388,27 @@ fn the_client_library_connects_from_a_leased_port() -> Result<()> {
     let stream = lab.a().netns.run(|| connector.connect(to))?;
     ensure!(PORTS.contains(stream.local_addr()?.port()) && stream.lease().is_some());
     drop(stream);
+    served.becomes(&[])
+}
+
+#[test]
+fn the_examples_in_other_languages_work() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let served = Served::new(&lab, Stand::new(&lab, &settings()?)?)?;
+    let _server = serve(&lab.a().netns, 8080)?;
+    let examples = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../bridge-client/examples"));
+    let compiled = lab.directory().join("connect");
+    let mut compile = Command::new("cc");
+    compile.args(["-Wall", "-Wextra", "-Werror", "-o"]).arg(&compiled).arg(examples.join("connect.c"));
+    ensure!(compile.status()?.success(), "the C example does not compile");
+    let mut python = Command::new("python3");
+    python.arg(examples.join("connect.py"));
+    for mut client in [Command::new(compiled), python] {
+        let what = format!("{client:?}");
+        client.arg(&served.socket).args([&lab.a().v4.to_string(), "8080"]);
+        let port: u16 = output(&lab.c1().netns, client, SOON)?.trim().parse()?;
+        ensure!(PORTS.contains(port), "{what} came from {port}");
+    }
     served.becomes(&[])
 }
 

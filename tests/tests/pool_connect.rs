@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeSet,
     fmt::Write as _,
-    net::{IpAddr, SocketAddr},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -199,6 +198,7 @@ print(json.dumps(dict(ports=ports, full=full, refusal=refusal, success=success, 
     ensure!(seen.refusal < 3.0 * seen.success, "a refusal takes longer than three connects");
     ensure!(stand.counter(counter::REFUSALS + Refusal::EXHAUSTED.0)? >= 81);
     let item = events.next().context("no event")?;
+    // SAFETY: the hooks write events and nothing else.
     let event: Event = unsafe { item.as_ptr().cast::<Event>().read_unaligned() };
     ensure!(Refusal(event.refusal) == Refusal::EXHAUSTED && event.destination.port() == 8080);
     ensure!(event.comm.starts_with(b"python3"), "{:?}", event.comm);
@@ -329,7 +329,7 @@ print(json.dumps(dict(
 fn ipv6_and_what_the_pool_is_not_for() -> Result<()> {
     let lab = Lab::builder().build()?;
     let settings = Settings {
-        destinations: vec!["192.168.31.67/32".parse()?, IpAddr::from(lab.a().ip(Family::V6)).into()],
+        destinations: vec!["192.168.31.67/32".parse()?, lab.a().ip(Family::V6).into()],
         ..settings()?
     };
     let stand = Stand::new(&lab, &settings)?;
@@ -347,7 +347,7 @@ fn ipv6_and_what_the_pool_is_not_for() -> Result<()> {
         ),
     )?;
     ensure!(in_pool(six) && in_pool(mapped), "{six} {mapped}");
-    ensure!(!in_pool(other), "{other} for {}", SocketAddr::from(b));
+    ensure!(!in_pool(other), "{other} for {}", b);
     ensure!(stand.settled(SOON)? == 2);
     Ok(())
 }

@@ -29,7 +29,7 @@ pub enum Backend {
     /// The bitmap that the hooks use too.
     Kernel(Box<Mutex<KernelPool>>),
     /// The agent's own memory, on kernels without what the hooks need.
-    Userspace(Mutex<FifoPool>, Layout),
+    Userspace(Box<Mutex<FifoPool>>, Layout),
 }
 
 impl Backend {
@@ -42,7 +42,7 @@ impl Backend {
     /// A pool in the agent's memory; `quarantine` is how long conntrack remembers a closed connection.
     #[must_use]
     pub fn userspace(layout: Layout, quarantine: Duration) -> Self {
-        Self::Userspace(Mutex::new(FifoPool::new(layout.clone(), quarantine)), layout)
+        Self::Userspace(Box::new(Mutex::new(FifoPool::new(layout.clone(), quarantine))), layout)
     }
 
     /// The name of the kind.

@@ -175,7 +175,7 @@ mod tests {
             for (destination, owner, seconds, release) in steps {
                 now += Duration::from_secs(seconds / 10);
                 if release && !held.is_empty() {
-                    let (destination, port) = held.remove(seconds as usize % held.len());
+                    let (destination, port) = held.remove(usize::try_from(seconds).unwrap() % held.len());
                     prop_assert!(pool.release(&to(destination), port, now));
                 } else if let Ok(port) = pool.acquire(&to(destination), owner, now) {
                     prop_assert!((61001..=61008).contains(&port));

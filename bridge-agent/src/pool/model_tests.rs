@@ -188,7 +188,7 @@ proptest! {
         prop_assert!(lock(&tables.owners).is_empty());
         prop_assert!(lock(&tables.destinations).is_empty());
         let free = (pool::FIRST_SLOT..layout.config.slots).filter(|slot| bitmap::is_free(&tables, pool::ALLOCATOR, *slot));
-        prop_assert_eq!(free.count() as u32, layout.config.slots - pool::FIRST_SLOT);
+        prop_assert_eq!(free.count(), (layout.config.slots - pool::FIRST_SLOT) as usize);
     }
 
     #[test]

@@ -6,11 +6,11 @@ use crate::model::PortRange;
 
 /// A set of ports.
 #[derive(Clone, PartialEq, Eq)]
-pub struct PortSet([u64; 1024]);
+pub struct PortSet(Box<[u64; 1024]>);
 
 impl Default for PortSet {
     fn default() -> Self {
-        Self([0; 1024])
+        Self(Box::new([0; 1024]))
     }
 }
 
@@ -40,14 +40,14 @@ impl PortSet {
 
     /// Removes every port of another set.
     pub fn remove_all(&mut self, other: &Self) {
-        for (word, gone) in self.0.iter_mut().zip(&other.0) {
+        for (word, gone) in self.0.iter_mut().zip(other.0.iter()) {
             *word &= !gone;
         }
     }
 
     /// Keeps the ports that are in another set as well.
     pub fn keep_all(&mut self, other: &Self) {
-        for (word, kept) in self.0.iter_mut().zip(&other.0) {
+        for (word, kept) in self.0.iter_mut().zip(other.0.iter()) {
             *word &= kept;
         }
     }

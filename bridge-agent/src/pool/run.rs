@@ -196,8 +196,9 @@ async fn sweep(service: Arc<Service>, every: Duration) {
 
 /// Passes on what the hooks report.
 async fn report(service: Arc<Service>, events: Option<RingBuf<MapData>>) {
+    let Some(ring) = events else { return };
     // SAFETY: the ring owns its descriptor, which stays open and the same until the ring goes, together with this.
-    let Some(Ok(mut events)) = events.map(|ring| unsafe { AsyncFd::register(ring) }) else { return };
+    let Ok(mut events) = (unsafe { AsyncFd::register(ring) }) else { return };
     loop {
         let Ok(mut ready) = events.readable_mut().await else { return };
         while let Some(item) = ready.get_inner_mut().next() {

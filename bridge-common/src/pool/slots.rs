@@ -96,14 +96,14 @@ pub fn enter<T: Tables>(
             continue;
         }
         let owner = Owner { netns_cookie, slot, reserved: 0 };
-        if let Some(owner_slot) = owner_slot(tables, &owner) {
-            if arrive(tables, geometry, owner_slot) {
-                if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
-                    leave(tables, Seat { slot, owner_slot });
-                    return Err(Refusal::QUOTA);
-                }
-                return Ok(Seat { slot, owner_slot });
+        if let Some(owner_slot) = owner_slot(tables, &owner)
+            && arrive(tables, geometry, owner_slot)
+        {
+            if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
+                leave(tables, Seat { slot, owner_slot });
+                return Err(Refusal::QUOTA);
             }
+            return Ok(Seat { slot, owner_slot });
         }
         depart(tables, geometry, slot);
     }

@@ -8,6 +8,10 @@
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the kernel keeps 16-bit ports in 32-bit context fields, and takes sizes of small structs as int"
+)]
 
 mod bind;
 mod claim;

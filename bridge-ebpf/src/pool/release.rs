@@ -54,15 +54,13 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
                 let _ = ctx.set_cb_flags(flags);
             }
         }
-        BPF_SOCK_OPS_STATE_CB => {
-            if ctx.arg(1) == TCP_CLOSE {
-                let lease = lease(sock_ops_socket(ctx.ops));
-                if !lease.is_null() {
-                    // SAFETY: the storage of the socket of the context.
-                    let before = unsafe { atomic_or(&raw mut (*lease).state, LEASE_TCP_CLOSED) };
-                    if before & LEASE_FILE_CLOSED != 0 {
-                        give_back(lease);
-                    }
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == TCP_CLOSE => {
+            let lease = lease(sock_ops_socket(ctx.ops));
+            if !lease.is_null() {
+                // SAFETY: the storage of the socket of the context.
+                let before = unsafe { atomic_or(&raw mut (*lease).state, LEASE_TCP_CLOSED) };
+                if before & LEASE_FILE_CLOSED != 0 {
+                    give_back(lease);
                 }
             }
         }

@@ -107,7 +107,7 @@ fn run(args: &RunArgs) -> Result<(Option<Stage>, ExitCode)> {
 fn up() -> Result<(Option<Stage>, ExitCode)> {
     let lab = Lab::builder().build()?;
     explain(&lab);
-    Ok((Some(Stage { lab }), ExitCode::SUCCESS))
+    Ok((Some(Stage { lab, pool: None }), ExitCode::SUCCESS))
 }
 
 fn clean() -> Result<(Option<Stage>, ExitCode)> {

@@ -1,6 +1,7 @@
 //! What `cargo xtask run` shows: one scene after the other on one stage, each with what is expected and what
 //! was seen.
 
+mod port_pool;
 mod routing;
 
 use std::fmt::Write as _;
@@ -10,6 +11,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
 use crate::lab::Lab;
+use crate::pool::Stand;
 use crate::traffic::Attempt;
 
 /// Of the table, in characters: so that it also fits into a README.
@@ -20,12 +22,14 @@ const WIDTH: u16 = 120;
 pub struct Stage {
     /// The lab.
     pub lab: Lab,
+    /// The port pool, from its first scene on.
+    pub pool: Option<Stand>,
 }
 
 impl Stage {
     /// Sets the stage for the first scene.
     pub fn set() -> Result<Self> {
-        Ok(Self { lab: Lab::builder().without_routes().build()? })
+        Ok(Self { lab: Lab::builder().without_routes().build()?, pool: None })
     }
 }
 
@@ -74,7 +78,7 @@ pub struct Played {
 
 /// All scenes, in their order.
 pub fn all() -> impl Iterator<Item = Scene> {
-    routing::SCENES.iter().copied()
+    routing::SCENES.iter().chain(port_pool::SCENES).copied()
 }
 
 /// Plays one scene. An error in it is something seen that was not expected.
