@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs,
     io::{self, Read as _},
-    net::{SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -198,11 +198,15 @@ impl Watch {
     /// Begins to watch. `silent` is the port of the server that never answers: whoever gives up there tells nobody.
     pub fn start(netns: &Netns, interface: &str, ports: PortRange, silent: u16) -> Result<Self> {
         let mut capture = Capture::start(netns, interface)?;
-        capture.filter(&begins_and_ends())?;
+        capture.filter(&begins_and_ends(ports))?;
         let stop = Arc::new(AtomicBool::new(false));
         let thread = {
             let stop = Arc::clone(&stop);
-            thread::spawn(move || watch(&mut capture, &stop, ports, silent))
+            thread::spawn(move || {
+                // Before the programs that it watches: what it cannot keep up with is lost.
+                rustix::process::setpriority_process(Some(rustix::thread::gettid()), -10)?;
+                watch(&mut capture, &stop, ports, silent)
+            })
         };
         Ok(Self { stop, thread })
     }
@@ -235,20 +239,21 @@ fn watch(capture: &mut Capture, stop: &AtomicBool, ports: PortRange, silent: u16
             }
             continue;
         };
-        let (Some(tcp), Some((from, to))) = (frame.tcp(), frame.endpoints()) else { continue };
-        if tcp.syn {
+        let Some(segment) = Segment::parse(&frame.bytes) else { continue };
+        let (from, to) = (segment.from, segment.to);
+        if segment.has(Segment::SYN) {
             seen.syns += 1;
             if !ports.contains(from.port()) {
                 seen.outside.push((from, to));
             }
             let new = Tuple {
-                sequence: tcp.sequence_number,
+                sequence: segment.sequence,
                 established: false,
                 client_ended: false,
                 server_ended: false,
             };
             if let Some(old) = tuples.insert((from.port(), to), new)
-                && old.sequence != tcp.sequence_number
+                && old.sequence != segment.sequence
                 && to.port() != silent
             {
                 match (old.client_ended, old.established) {
@@ -260,33 +265,67 @@ fn watch(capture: &mut Capture, stop: &AtomicBool, ports: PortRange, silent: u16
             continue;
         }
         if let Some(tuple) = tuples.get_mut(&(from.port(), to)) {
-            tuple.established |= tcp.psh;
-            tuple.client_ended |= tcp.fin || tcp.rst;
-            tuple.server_ended |= tcp.rst;
+            tuple.established |= segment.has(Segment::PSH);
+            tuple.client_ended |= segment.has(Segment::FIN | Segment::RST);
+            tuple.server_ended |= segment.has(Segment::RST);
         }
         if let Some(tuple) = tuples.get_mut(&(to.port(), from)) {
-            tuple.server_ended |= tcp.fin || tcp.rst;
-            tuple.client_ended |= tcp.rst;
+            tuple.server_ended |= segment.has(Segment::FIN | Segment::RST);
+            tuple.client_ended |= segment.has(Segment::RST);
         }
     }
 }
 
-/// IPv4 TCP over Ethernet with SYN and no ACK, or FIN, RST or PSH.
-fn begins_and_ends() -> Vec<SockFilter> {
+/// IPv4 TCP over Ethernet with SYN and no ACK, FIN, RST, or PSH from a client.
+fn begins_and_ends(ports: PortRange) -> Vec<SockFilter> {
     // Headers are enough.
     const ACCEPT: u32 = 128;
     vec![
-        SockFilter::new(0x28, 0, 0, 12),      // ldh [12]
-        SockFilter::new(0x15, 0, 9, 0x0800),  // jne IPv4, reject
-        SockFilter::new(0x30, 0, 0, 23),      // ldb [23]
-        SockFilter::new(0x15, 0, 7, 6),       // jne TCP, reject
-        SockFilter::new(0xb1, 0, 0, 14),      // ldx 4 * ([14] & 15)
-        SockFilter::new(0x50, 0, 0, 14 + 13), // ldb [x + 27]
-        SockFilter::new(0x45, 3, 0, 0x0d),    // jset FIN, RST or PSH, accept
-        SockFilter::new(0x54, 0, 0, 0x12),    // and SYN, ACK
-        SockFilter::new(0x15, 1, 0, 0x02),    // je SYN, accept
-        SockFilter::new(0x05, 0, 0, 1),       // ja reject
+        SockFilter::new(0x28, 0, 0, 12),                     // ldh [12]
+        SockFilter::new(0x15, 0, 11, 0x0800),                // jne IPv4, reject
+        SockFilter::new(0x30, 0, 0, 23),                     // ldb [23]
+        SockFilter::new(0x15, 0, 9, 6),                      // jne TCP, reject
+        SockFilter::new(0xb1, 0, 0, 14),                     // ldx 4 * ([14] & 15)
+        SockFilter::new(0x50, 0, 0, 14 + 13),                // ldb [x + 27]: flags
+        SockFilter::new(0x45, 5, 0, 0x05),                   // jset FIN or RST, accept
+        SockFilter::new(0x45, 2, 0, 0x08),                   // jset PSH, look at the port
+        SockFilter::new(0x54, 0, 0, 0x12),                   // and SYN, ACK
+        SockFilter::new(0x15, 2, 3, 0x02),                   // je SYN, accept; else reject
+        SockFilter::new(0x48, 0, 0, 14 + 2),                 // ldh [x + 16]: destination port
+        SockFilter::new(0x35, 1, 0, u32::from(ports.first)), // jge the pool, reject
         SockFilter::new(0x06, 0, 0, ACCEPT),
         SockFilter::new(0x06, 0, 0, 0),
     ]
+}
+
+/// What the watch looks at in a frame that the filter lets through; etherparse would take longer than there is time.
+struct Segment {
+    from: SocketAddr,
+    to: SocketAddr,
+    sequence: u32,
+    flags: u8,
+}
+
+impl Segment {
+    const FIN: u8 = 1;
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    const PSH: u8 = 8;
+
+    fn parse(frame: &[u8]) -> Option<Self> {
+        let ip = frame.get(14..)?;
+        let tcp = ip.get(usize::from(ip.first()? & 15) * 4..)?;
+        let port = |at: usize| Some(u16::from_be_bytes(*tcp.get(at..)?.first_chunk()?));
+        let address = |at: usize| Some(Ipv4Addr::from(*ip.get(at..)?.first_chunk::<4>()?));
+        Some(Self {
+            from: (address(12)?, port(0)?).into(),
+            to: (address(16)?, port(2)?).into(),
+            sequence: u32::from_be_bytes(*tcp.get(4..)?.first_chunk()?),
+            flags: *tcp.get(13)?,
+        })
+    }
+
+    fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
 }

@@ -19,7 +19,7 @@ use bridge_agent::{
         api::{self, Access, Server},
         attach,
         backend::Backend,
-        conntrack,
+        checks, conntrack,
         layout::Occupied,
         service::Service,
     },
@@ -27,7 +27,7 @@ use bridge_agent::{
 use bridge_common::pool::{FIRST_SLOT, bitmap};
 use bridge_tests::{
     agent,
-    lab::{Lab, Netns, Process},
+    lab::{Family, Lab, Netns, Process},
     pool::{Stand, finish, object, output, python},
     wait::eventually,
 };
@@ -389,6 +389,51 @@ fn the_client_library_connects_from_a_leased_port() -> Result<()> {
     ensure!(PORTS.contains(stream.local_addr()?.port()) && stream.lease().is_some());
     drop(stream);
     served.becomes(&[])
+}
+
+#[test]
+fn random_masquerade_is_warned_of_and_the_safety_net_outdoes_it() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let node = &lab.b().netns;
+    let pods = lab.pod_network(0, Family::V4);
+    let ports = &stand.pool.layout().ports;
+    let nft = |script: &str| -> Result<()> {
+        let mut child = Command::new("nft");
+        child.args(["-f", "-"]).stdin(Stdio::piped());
+        let mut process = node.spawn_command(child)?;
+        process.child().stdin.take().context("a pipe")?.write_all(script.as_bytes())?;
+        ensure!(process.wait(SOON)?.context("nft does not end")?.success(), "{script}");
+        Ok(())
+    };
+    ensure!(node.run(|| checks::look(ports)).is_empty());
+    nft(&format!(
+        "table ip other {{ chain post {{ type nat hook postrouting priority srcnat; ip saddr {pods} masquerade fully-random; }}; }}"
+    ))?;
+    let warnings = node.run(|| checks::look(ports));
+    ensure!(warnings.len() == 1 && warnings[0].problem.contains("fully-random"), "{warnings:?}");
+    // Which port the LAN host sees, and which one the pod has.
+    let listener = lab.a().netns.run(|| std::net::TcpListener::bind((lab.a().v4, 8080)))?;
+    let connect = || -> Result<(u16, u16)> {
+        let script = format!(
+            "import socket; s = socket.create_connection(('{}', 8080), 10); print(s.getsockname()[1])",
+            lab.a().v4
+        );
+        let own = output(&lab.c1().netns, stand.hooked(python(&script)), SOON)?.trim().parse()?;
+        Ok((own, listener.accept()?.1.port()))
+    };
+    let (own, seen) = connect()?;
+    ensure!(PORTS.contains(own) && !PORTS.contains(seen), "{own} became {seen}: the trouble is there");
+    nft(&checks::safety_net(&[pods], &settings()?.destinations, ports))?;
+    for _ in 0..5 {
+        let (own, seen) = connect()?;
+        ensure!(PORTS.contains(own) && own == seen, "{own} became {seen}");
+    }
+    nft(checks::NO_SAFETY_NET)?;
+    nft(checks::NO_SAFETY_NET)?;
+    let (_, seen) = connect()?;
+    ensure!(!PORTS.contains(seen), "the table is gone");
+    Ok(())
 }
 
 #[test]

@@ -266,6 +266,8 @@ def bound():
         let seen = ask(&lab.c2().netns, outside)?;
         ensure!(seen == "EADDRNOTAVAIL", "{outside}: {seen}");
     }
+    ensure!(stand.counter(counter::REFUSALS + Refusal::OUTSIDE.0)? == 4);
+    ensure!(stand.counter(counter::ADOPTIONS)? == 1);
     ensure!(ask(&lab.c2().netns, 61006)? == "connected");
     drop(holder.child().stdin.take());
     finish(holder, SOON)?;

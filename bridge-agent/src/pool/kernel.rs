@@ -12,9 +12,10 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
     programs::{
-        CgroupAttachMode, Program, ProgramError,
+        CgroupAttachMode, Program, ProgramError, ProgramType,
         links::{FdLink, LinkError},
     },
+    sys::{BpfHelper, is_helper_supported},
 };
 use bridge_common::pool::{
     self, Config, Destination, Lease,
@@ -169,6 +170,8 @@ impl KernelPool {
                 loader.map_pin_path(shape.name, path);
             }
         }
+        let has_set_retval = u8::from(has_set_retval());
+        loader.override_global("POOL_HAS_SET_RETVAL", &has_set_retval, true);
         let mut ebpf = loader.load(object)?;
         load_programs(&mut ebpf)?;
         let words = match ebpf.take_map("POOL_WORDS") {
@@ -396,6 +399,12 @@ pub fn remove(base: &Path) -> Result<(), KernelPoolError> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether a hook can choose the error that a program sees (Linux 5.18). A probe that fails says nothing: the kernel
+/// will say so itself.
+fn has_set_retval() -> bool {
+    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(true)
 }
 
 fn load_programs(ebpf: &mut Ebpf) -> Result<(), KernelPoolError> {

@@ -3,8 +3,8 @@
 use aya_ebpf::{btf_maps::lpm_trie::Key, macros::cgroup_sock_addr, programs::SockAddrContext};
 use bridge_common::pool::{
     Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, Lease,
-    Refusal, counter,
-    slots::{self, Seat},
+    Refusal, bitmap, counter,
+    slots::{self, Seat, Tables as _},
 };
 
 use crate::{
@@ -61,7 +61,7 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
     // SAFETY: the socket of the context; host byte order.
     let bound = unsafe { (*socket).src_port };
     let index = bound.wrapping_sub(config.base);
-    if bound != 0 && index >= config.words * 64 {
+    if bound != 0 && !is_of_the_pool(config, destination, index) {
         return if config.flags & FLAG_STRICT != 0 { Err(Refusal::OUTSIDE) } else { Ok(()) };
     }
     let (seat, index) = if bound == 0 {
@@ -71,8 +71,9 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
             Err(refusal) => return Err(stand(config, seat, refusal)),
         }
     } else {
+        let seat = adopt(ctx, config, destination, index)?;
         count(counter::ADOPTIONS);
-        (adopt(ctx, config, destination, index)?, index)
+        (seat, index)
     };
     if held & LEASE_HELD != 0 {
         // The socket was connected elsewhere before and keeps its port, towards a new destination.
@@ -81,6 +82,14 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
     reopen(lease);
     note(ctx, lease, seat, index, destination, 0);
     Ok(())
+}
+
+/// Whether a port, counted from the base, is one that this destination may be reached from.
+#[inline(always)]
+fn is_of_the_pool(config: &Config, destination: &Destination, index: u32) -> bool {
+    let tables = Maps { words: config.words };
+    let template = tables.geometry().free(slots::template(destination));
+    index < config.words * 64 && bitmap::is_free(&tables, template, index)
 }
 
 /// Claims the port that the program has bound itself.
