@@ -5,7 +5,7 @@
 //! bitmap of free slots, then come the slots, all alike ([`Geometry::stride`] words each):
 //!
 //! ```text
-//! header (2)  state, live claims
+//! header (10) state, live claims, eight ports that were given back lately, and when (owner slots only)
 //! summary (S) bit w is set while word w of `free` may have a set bit
 //! free (W)    bit i is set while port `base + i` may be taken
 //! touched (W) bit i is set when port `base + i` came back since the last sweep (owner slots only)
@@ -37,7 +37,9 @@ pub const ALLOCATOR_SUMMARY: u32 = ALLOCATOR_WORDS / 64;
 /// Most slots there can be.
 pub const MAX_SLOTS: u32 = ALLOCATOR_WORDS * 64;
 /// Words before the summary of a slot.
-pub const HEADER_WORDS: u32 = 2;
+pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS;
+/// Words of a slot that remember a port that was given back lately.
+pub const CLOSING_WORDS: u32 = 8;
 
 /// The slot whose free ports a new TCP destination begins with.
 pub const TEMPLATE_TCP: u32 = 0;
@@ -126,6 +128,13 @@ impl Geometry {
     #[must_use]
     pub const fn live(self, slot: u32) -> u32 {
         self.slot(slot) + 1
+    }
+
+    /// Index of the word that remembers when a port was given back.
+    #[inline(always)]
+    #[must_use]
+    pub const fn closing(self, slot: u32, index: u32) -> u32 {
+        self.slot(slot) + 2 + index % CLOSING_WORDS
     }
 
     /// The bitmap of ports that may be taken from a slot.

@@ -12,6 +12,9 @@ use bridge_common::pool::{
 
 use super::{KernelPool, Layout, fifo::FifoPool, kernel::KernelPoolError, sweep::Swept, tables::lock};
 
+/// How often another port is looked for in the place of one whose last connection is just about to end.
+const SETTLE_TRIES: u32 = 4;
+
 /// A port that the agent has claimed for a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claimed {
@@ -77,11 +80,18 @@ impl Backend {
         };
         let (tables, config) = (pool.tables(), pool.layout().config);
         let seat = slots::enter(tables, destination, netns, config.quota)?;
-        let index = match slots::claim(tables, seat, false) {
-            Ok(claim) => claim.index,
-            Err(refusal) => {
-                slots::leave(tables, seat);
-                return Err(refusal);
+        let mut tries = 0;
+        let index = loop {
+            match slots::claim(tables, seat, tries > 0) {
+                Ok(claim) if tries < SETTLE_TRIES && slots::settling(tables, seat, claim) => {
+                    slots::unclaim(tables, seat, claim);
+                    tries += 1;
+                }
+                Ok(claim) => break claim.index,
+                Err(refusal) => {
+                    slots::leave(tables, seat);
+                    return Err(refusal);
+                }
             }
         };
         let granted = Granted { netns_cookie: netns, slot: seat.slot, owner_slot: seat.owner_slot };

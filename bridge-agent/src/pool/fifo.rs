@@ -97,8 +97,11 @@ impl Ports {
             return None;
         }
         self.oldest.pop_first();
-        if let Some(queue) = self.warm.get_mut(&owner) {
-            queue.pop_front();
+        if let Some(queue) = self.warm.get_mut(&owner)
+            // Among the first: only those that came back at the very same moment can be before it.
+            && let Some(place) = queue.iter().position(|entry| *entry == (at, port))
+        {
+            queue.remove(place);
         }
         Some(port)
     }

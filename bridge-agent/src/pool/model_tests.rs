@@ -83,6 +83,9 @@ impl Tables for Private {
         let mut map = lock(&self.owners);
         !map.contains_key(owner) && map.insert(*owner, slot).is_none()
     }
+    fn now(&self) -> u64 {
+        super::tables::monotonic_ns()
+    }
     fn random(&self) -> u32 {
         thread_local!(static STATE: Cell<u32> = const { Cell::new(0x9e37_79b9) });
         STATE.with(|state| {
@@ -294,4 +297,20 @@ fn threads_never_hold_the_same_port() {
             });
         }
     });
+}
+
+#[test]
+fn a_port_that_was_just_given_back_is_known_to_be_settling() {
+    let layout = layout(&[(61001, 61009)]);
+    let tables = Private::new(&layout);
+    let seat = || slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    let first = seat();
+    let claim = slots::claim(&tables, first, false).unwrap();
+    assert!(!slots::settling(&tables, first, claim), "never used");
+    slots::release(&tables, first, claim.index);
+    let again = slots::claim(&tables, seat(), false).unwrap();
+    assert_eq!(again.index, claim.index, "the only warm one");
+    assert!(slots::settling(&tables, first, again));
+    std::thread::sleep(std::time::Duration::from_micros(300));
+    assert!(!slots::settling(&tables, first, again), "200 us later");
 }

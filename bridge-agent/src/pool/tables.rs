@@ -24,6 +24,13 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+/// `CLOCK_MONOTONIC`, in nanoseconds, as `bpf_ktime_get_ns` has it.
+pub(super) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // The monotonic clock is never negative.
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
 impl KernelTables {
     /// Notes that a port is granted to a client that will bind it itself.
     ///
@@ -108,6 +115,10 @@ impl Tables for KernelTables {
 
     fn random(&self) -> u32 {
         rand::random()
+    }
+
+    fn now(&self) -> u64 {
+        monotonic_ns()
     }
 }
 

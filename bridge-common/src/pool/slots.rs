@@ -14,6 +14,15 @@ use super::{
 /// they have been idle for minutes.
 const ENTER_TRIES: u32 = 3;
 
+/// How long, in nanoseconds, a port that was given back is passed over if there is another one.
+///
+/// TCP says that a connection is in CLOSE before it sends the RST that ends it (`tcp_disconnect`, `__tcp_close`): a
+/// connect on another processor could overtake that.
+const SETTLING_NS: u64 = 200_000;
+
+/// The low bits of a `closing` word hold the port; what is left of the time has a grain of 65.5 us.
+const CLOSING_INDEX: u64 = 0xffff;
+
 /// The tables of the pool.
 pub trait Tables: Memory {
     /// See [`Geometry`].
@@ -28,6 +37,8 @@ pub trait Tables: Memory {
     fn insert_owner(&self, owner: &Owner, slot: u32) -> bool;
     /// A random number; need not be unpredictable.
     fn random(&self) -> u32;
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    fn now(&self) -> u64;
 
     /// [`bitmap::claim`].
     fn claim(&self, map: Bitmap, random: u32) -> Option<u32> {
@@ -153,6 +164,14 @@ pub fn claim_exact<T: Tables>(tables: &T, seat: Seat, index: u32) -> Result<Clai
     }
 }
 
+/// Whether a port was given back so lately that its connection may still have something to send.
+#[inline(always)]
+pub fn settling<T: Tables>(tables: &T, seat: Seat, claim: Claim) -> bool {
+    let closing = tables.load(tables.geometry().closing(seat.owner_slot, claim.index));
+    closing & CLOSING_INDEX == u64::from(claim.index)
+        && tables.now().wrapping_sub(closing & !CLOSING_INDEX) < SETTLING_NS
+}
+
 /// Puts a port that was never used back to where it came from. The seat stays.
 #[inline(always)]
 pub fn unclaim<T: Tables>(tables: &T, seat: Seat, claim: Claim) {
@@ -170,6 +189,8 @@ fn touch<T: Tables>(tables: &T, seat: Seat, index: u32) {
 #[inline(always)]
 pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     let geometry = tables.geometry();
+    let closing = (tables.now() & !CLOSING_INDEX) | u64::from(index);
+    tables.store(geometry.closing(seat.owner_slot, index), closing);
     // First touched, then free: a sweep that finds the port free finds it touched as well.
     touch(tables, seat, index);
     bitmap::free(tables, geometry.free(seat.owner_slot), index);

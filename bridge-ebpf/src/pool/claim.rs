@@ -21,7 +21,9 @@ use crate::{
 };
 
 /// How many ports are tried when sockets outside the pool have bound some exclusively.
-const BIND_TRIES: u32 = 8;
+const BIND_TRIES: u32 = 12;
+/// How many of these may go to ports whose last connection is just about to end.
+const SETTLE_TRIES: u32 = 4;
 
 /// `struct sockaddr_in`.
 #[repr(C)]
@@ -56,13 +58,18 @@ pub(crate) fn claim_and_bind(
     while tries < BIND_TRIES {
         // A warm port that somebody else has bound would be found warm again at once.
         let claim = slots::claim(&tables, seat, tries > 0)?;
+        tries += 1;
+        // If nothing else is free it has to be this one.
+        if tries <= SETTLE_TRIES && slots::settling(&tables, seat, claim) {
+            slots::unclaim(&tables, seat, claim);
+            continue;
+        }
         let port = (config.base + claim.index) as u16;
         if bind(ctx, family, port) == 0 {
             return Ok(claim.index);
         }
         slots::unclaim(&tables, seat, claim);
         count(counter::BIND_RETRIES);
-        tries += 1;
     }
     Err(Refusal::BIND)
 }

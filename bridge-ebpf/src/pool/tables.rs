@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner,
     bitmap::{self, Bitmap, Memory},
@@ -138,6 +138,12 @@ impl Tables for Maps {
     fn random(&self) -> u32 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: the helper takes no argument.
+        unsafe { bpf_ktime_get_ns() }
     }
 
     #[inline(always)]
