@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    fs,
     io::{Read as _, Write as _},
     net::SocketAddr,
     path::PathBuf,
@@ -21,6 +22,7 @@ use bridge_agent::{
         backend::Backend,
         checks, conntrack,
         layout::Occupied,
+        run::{self, Places},
         service::Service,
     },
 };
@@ -389,6 +391,34 @@ fn the_client_library_connects_from_a_leased_port() -> Result<()> {
     ensure!(PORTS.contains(stream.local_addr()?.port()) && stream.lease().is_some());
     drop(stream);
     served.becomes(&[])
+}
+
+#[test]
+fn starting_keeps_the_ports_from_others_and_stopping_gives_them_back() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let places = Places { pins: lab.pin_directory()?, state: lab.directory() };
+    let node = &lab.b().netns;
+    let reserved = || node.run(|| fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports"));
+    node.set_sysctl("ipv4/ip_local_reserved_ports", "8080,61003")?;
+    let node_ports = Some(PortRange { first: 61031, last: 61040 });
+    let start =
+        |object: &[u8]| node.run(|| run::start(object, &settings()?, node_ports, &places).context("start"));
+    // 40 ports, of which one is promised to somebody else and ten are NodePorts.
+    let started = start(&object()?)?;
+    ensure!(started.service.backend().name() == "kernel" && started.warnings.is_empty(), "{started:?}");
+    ensure!(started.service.backend().layout().ports.len() == 29);
+    ensure!(reserved()?.trim() == "8080,61001-61030", "{}", reserved()?);
+    drop(started);
+    // What the agent itself has reserved does not keep it from starting again.
+    ensure!(start(&object()?)?.service.backend().layout().ports.len() == 29);
+    node.run(|| run::stop(&places)).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    ensure!(!places.pins.join("pool-1").exists());
+    ensure!(reserved()?.trim() == "8080,61003", "{}", reserved()?);
+    // A kernel that does not take the object: the agent leases by itself.
+    let started = start(b"not an object")?;
+    ensure!(started.service.backend().name() == "userspace");
+    node.run(|| run::stop(&places)).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    Ok(())
 }
 
 #[test]

@@ -28,14 +28,15 @@ struct Private {
     words: Words,
     destinations: Mutex<HashMap<Destination, u32>>,
     owners: Mutex<HashMap<Owner, u32>>,
+    processor: std::sync::atomic::AtomicU32,
 }
 
 impl Private {
     fn new(layout: &Layout) -> Self {
         let words = Words::private(layout.geometry().total(layout.config.slots));
         layout.initialise(&words);
-        let (destinations, owners) = Default::default();
-        Self { geometry: layout.geometry(), words, destinations, owners }
+        let (destinations, owners, processor) = Default::default();
+        Self { geometry: layout.geometry(), words, destinations, owners, processor }
     }
 
     fn sweep(&self, layout: &Layout, sweeper: &mut Sweeper, held: &[(u8, Seat, u32)]) -> super::sweep::Swept {
@@ -85,6 +86,9 @@ impl Tables for Private {
     }
     fn now(&self) -> u64 {
         super::tables::monotonic_ns()
+    }
+    fn processor(&self) -> u32 {
+        self.processor.load(std::sync::atomic::Ordering::SeqCst)
     }
     fn random(&self) -> u32 {
         thread_local!(static STATE: Cell<u32> = const { Cell::new(0x9e37_79b9) });
@@ -310,6 +314,8 @@ fn a_port_that_was_just_given_back_is_known_to_be_settling() {
     slots::release(&tables, first, claim.index);
     let again = slots::claim(&tables, seat(), false).unwrap();
     assert_eq!(again.index, claim.index, "the only warm one");
+    assert!(!slots::settling(&tables, first, again), "on the same processor it is over");
+    tables.processor.store(1, std::sync::atomic::Ordering::SeqCst);
     assert!(slots::settling(&tables, first, again));
     std::thread::sleep(std::time::Duration::from_micros(300));
     assert!(!slots::settling(&tables, first, again), "200 us later");

@@ -3,7 +3,11 @@
 use std::sync::Mutex;
 
 use aya::maps::{HashMap, MapData, MapError};
-use bridge_common::pool::{Destination, Geometry, Grant, Granted, Owner, bitmap::Memory, slots::Tables};
+use bridge_common::pool::{
+    Destination, Geometry, Grant, Granted, Owner,
+    bitmap::Memory,
+    slots::{self, Tables},
+};
 
 use super::{sweep::Removal, words::Words};
 
@@ -119,6 +123,10 @@ impl Tables for KernelTables {
 
     fn now(&self) -> u64 {
         monotonic_ns()
+    }
+
+    fn processor(&self) -> u32 {
+        slots::NO_PROCESSOR
     }
 }
 

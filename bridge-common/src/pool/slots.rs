@@ -14,14 +14,23 @@ use super::{
 /// they have been idle for minutes.
 const ENTER_TRIES: u32 = 3;
 
-/// How long, in nanoseconds, a port that was given back is passed over if there is another one.
+/// How long, in microseconds, a port that was given back on another processor is passed over if there is another one.
 ///
 /// TCP says that a connection is in CLOSE before it sends the RST that ends it (`tcp_disconnect`, `__tcp_close`): a
-/// connect on another processor could overtake that.
-const SETTLING_NS: u64 = 200_000;
+/// connect on another processor could overtake that. On the same one it comes after, and takes the port as it is: who
+/// connects in a loop does not spread over the whole pool.
+const SETTLING_US: u64 = 200;
 
-/// The low bits of a `closing` word hold the port; what is left of the time has a grain of 65.5 us.
-const CLOSING_INDEX: u64 = 0xffff;
+/// Stands for no processor in particular. Numbers of processors are kept modulo 1024, so some machines have one of this
+/// number; there it is passed over too seldom, for 200 us.
+pub const NO_PROCESSOR: u32 = 1023;
+
+/// A `closing` word: the port in the low 16 bits, the processor in the next 10, the time in the 38 above.
+#[inline(always)]
+fn closing<T: Tables>(tables: &T, index: u32) -> u64 {
+    let place = u64::from(tables.processor() & NO_PROCESSOR) << 16 | u64::from(index & 0xffff);
+    (tables.now() / 1000) << 26 | place
+}
 
 /// The tables of the pool.
 pub trait Tables: Memory {
@@ -39,6 +48,8 @@ pub trait Tables: Memory {
     fn random(&self) -> u32;
     /// `CLOCK_MONOTONIC`, in nanoseconds.
     fn now(&self) -> u64;
+    /// The processor that runs this; [`NO_PROCESSOR`] if it may be another one at the next instruction.
+    fn processor(&self) -> u32;
 
     /// [`bitmap::claim`].
     fn claim(&self, map: Bitmap, random: u32) -> Option<u32> {
@@ -167,9 +178,14 @@ pub fn claim_exact<T: Tables>(tables: &T, seat: Seat, index: u32) -> Result<Clai
 /// Whether a port was given back so lately that its connection may still have something to send.
 #[inline(always)]
 pub fn settling<T: Tables>(tables: &T, seat: Seat, claim: Claim) -> bool {
-    let closing = tables.load(tables.geometry().closing(seat.owner_slot, claim.index));
-    closing & CLOSING_INDEX == u64::from(claim.index)
-        && tables.now().wrapping_sub(closing & !CLOSING_INDEX) < SETTLING_NS
+    let then = tables.load(tables.geometry().closing(seat.owner_slot, claim.index));
+    let now = closing(tables, claim.index);
+    let same_port = (then ^ now) & 0xffff == 0;
+    let same_processor =
+        ((then ^ now) >> 16) & u64::from(NO_PROCESSOR) == 0 && tables.processor() != NO_PROCESSOR;
+    // 38 bits of microseconds wrap around after three days.
+    let age = (now >> 26).wrapping_sub(then >> 26) & ((1 << 38) - 1);
+    same_port && !same_processor && age < SETTLING_US
 }
 
 /// Puts a port that was never used back to where it came from. The seat stays.
@@ -189,8 +205,7 @@ fn touch<T: Tables>(tables: &T, seat: Seat, index: u32) {
 #[inline(always)]
 pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     let geometry = tables.geometry();
-    let closing = (tables.now() & !CLOSING_INDEX) | u64::from(index);
-    tables.store(geometry.closing(seat.owner_slot, index), closing);
+    tables.store(geometry.closing(seat.owner_slot, index), closing(tables, index));
     // First touched, then free: a sweep that finds the port free finds it touched as well.
     touch(tables, seat, index);
     bitmap::free(tables, geometry.free(seat.owner_slot), index);

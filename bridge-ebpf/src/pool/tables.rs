@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner,
     bitmap::{self, Bitmap, Memory},
@@ -144,6 +144,12 @@ impl Tables for Maps {
     fn now(&self) -> u64 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn processor(&self) -> u32 {
+        // SAFETY: the helper takes no argument. Hooks do not migrate.
+        unsafe { bpf_get_smp_processor_id() }
     }
 
     #[inline(always)]
