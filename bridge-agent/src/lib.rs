@@ -14,6 +14,7 @@ pub mod log;
 pub mod model;
 pub mod netlink;
 pub mod policy;
+pub mod pool;
 pub mod routes;
 pub mod runtime;
 pub mod time;

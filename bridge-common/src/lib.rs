@@ -13,6 +13,7 @@ pub mod event;
 pub mod flow;
 pub mod interface;
 pub mod policy;
+pub mod pool;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
 pub const ABI_VERSION: u32 = 1;

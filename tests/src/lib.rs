@@ -10,6 +10,7 @@ pub mod lab;
 pub mod netns;
 pub mod packet;
 pub mod parity;
+pub mod pool;
 pub mod prog;
 pub mod routes;
 pub mod routes_bench;

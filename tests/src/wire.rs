@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use etherparse::{LaxPacketHeaders, NetHeaders, TransportHeader};
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::lab::Netns;
@@ -70,6 +70,8 @@ impl Frame {
 #[derive(Debug)]
 pub struct Capture {
     socket: Socket,
+    /// Room for the longest frame, used again and again.
+    buffer: Vec<u8>,
 }
 
 impl Capture {
@@ -78,14 +80,20 @@ impl Capture {
         let socket = bound(netns, interface, libc::ETH_P_ALL)?;
         set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER)?;
         set(&socket, libc::SOL_PACKET, libc::PACKET_AUXDATA, 1)?;
-        Ok(Self { socket })
+        Ok(Self { socket, buffer: vec![0; LONGEST] })
+    }
+
+    /// From now on sees only the frames that a classic BPF program lets through: the kernel throws the others
+    /// away before they take room.
+    pub fn filter(&self, program: &[SockFilter]) -> io::Result<()> {
+        self.socket.attach_filter(program)
     }
 
     /// The next frame; `None` if there is none within `deadline`.
     pub fn next(&mut self, deadline: Duration) -> io::Result<Option<Frame>> {
         // A timeout of zero would mean for ever.
         self.socket.set_read_timeout(Some(deadline.max(Duration::from_micros(1))))?;
-        match receive(&self.socket) {
+        match receive(&self.socket, &mut self.buffer) {
             Ok(frame) => Ok(Some(frame)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(e) => Err(e),
@@ -213,12 +221,11 @@ fn set(socket: &Socket, level: libc::c_int, option: libc::c_int, value: libc::c_
 }
 
 /// Receives one frame and puts back the VLAN tag that the kernel has taken out of it.
-fn receive(socket: &Socket) -> io::Result<Frame> {
+fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Frame> {
     /// Aligned as cmsg(3) demands, with room for the one message that is asked for.
     #[repr(align(8))]
     struct Control([u8; 64]);
 
-    let mut buffer = vec![0_u8; LONGEST];
     let mut control = Control([0; 64]);
     let mut vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: plain data, for which all zeroes is a value.
@@ -234,14 +241,14 @@ fn receive(socket: &Socket) -> io::Result<Frame> {
     // SAFETY: every pointer in `message` is to a live buffer of the length beside it.
     let length = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
     let Ok(length) = usize::try_from(length) else { return Err(io::Error::last_os_error()) };
-    buffer.truncate(length);
+    let mut bytes = buffer[..length].to_vec();
     if let Some(tag) = vlan_tag(&message) {
         let at = 2 * size_of::<[u8; 6]>();
-        if buffer.len() >= at {
-            buffer.splice(at..at, tag);
+        if bytes.len() >= at {
+            bytes.splice(at..at, tag);
         }
     }
-    Ok(Frame { bytes: buffer, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING })
+    Ok(Frame { bytes, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING })
 }
 
 /// The tag beside a received frame, as it would stand in it (IEEE 802.1Q).

@@ -5,8 +5,10 @@
 mod check;
 mod discover;
 mod down;
+mod exec;
 mod flows;
 mod monitor;
+mod ports;
 mod routes;
 mod rules;
 mod run;
@@ -80,6 +82,10 @@ pub enum Command {
     Routes(routes::Routes),
     /// Learn behind which node a pod is
     Discover(discover::Discover),
+    /// Lease source ports, give them back, list them, watch them
+    Ports(ports::Ports),
+    /// Run a program whose connections come from ports of the pool
+    Exec(exec::Exec),
     /// Stop enforcing: remove every program, map and policy of bridge
     Down(down::Down),
 }
@@ -167,6 +173,12 @@ pub enum Error {
     /// The kernel refused a part.
     #[error("{}", .0.join("\n"))]
     Partly(Vec<String>),
+    /// The agent did not do it.
+    #[error("{0}")]
+    Ports(String),
+    /// The program could not be run as asked.
+    #[error("{0}")]
+    Exec(String),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -188,6 +200,8 @@ impl Cli {
             Command::Routes(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
+            Command::Ports(command) => command.run(&self.global),
+            Command::Exec(command) => command.run(&self.global),
         }
     }
 }
@@ -206,6 +220,8 @@ impl Error {
             | Self::Export(_)
             | Self::Discover(_)
             | Self::Partly(_)
+            | Self::Ports(_)
+            | Self::Exec(_)
             | Self::Format(_) => None,
             Self::Stream { .. } => Some("check what standard input and output are connected to"),
         }

@@ -10,8 +10,11 @@ macro_rules! embed {
 /// Judges packets between pods and LAN hosts.
 pub static ENFORCE: &[u8] = embed!("enforce");
 
+/// Gives connections a source port of the pool.
+pub static POOL: &[u8] = embed!("pool");
+
 /// Every object, with the name of the binary of `bridge-ebpf` that it was built from.
-pub static ALL: &[(&str, &[u8])] = &[("enforce", ENFORCE)];
+pub static ALL: &[(&str, &[u8])] = &[("enforce", ENFORCE), ("pool", POOL)];
 
 #[cfg(test)]
 mod tests {

@@ -2,6 +2,7 @@
 //! was seen.
 
 mod enforcement;
+mod port_pool;
 mod routing;
 
 use std::fmt::{Display, Write as _};
@@ -12,6 +13,7 @@ use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::lab::Lab;
+use crate::pool::Stand;
 use crate::traffic::Attempt;
 
 /// Of the table, in characters: so that it also fits into a README.
@@ -24,6 +26,8 @@ pub struct Stage {
     pub lab: Lab,
     /// The agent on the node, once it has been started.
     pub agent: Option<Agent>,
+    /// The port pool, from its first scene on.
+    pub pool: Option<Stand>,
     held: Option<enforcement::Held>,
 }
 
@@ -35,7 +39,7 @@ impl Stage {
 
     /// A lab without an agent.
     pub fn on(lab: Lab) -> Self {
-        Self { lab, agent: None, held: None }
+        Self { lab, agent: None, pool: None, held: None }
     }
 }
 
@@ -84,7 +88,7 @@ pub struct Played {
 
 /// All scenes, in their order.
 pub fn all() -> impl Iterator<Item = Scene> {
-    routing::SCENES.iter().chain(enforcement::SCENES).copied()
+    routing::SCENES.iter().chain(enforcement::SCENES).chain(port_pool::SCENES).copied()
 }
 
 /// Plays one scene. An error in it is something seen that was not expected.

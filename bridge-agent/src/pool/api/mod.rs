@@ -1,0 +1,196 @@
+//! The pool over HTTP/1.1 and JSON, on the agent's unix socket.
+//!
+//! ```text
+//! POST   /v1/leases        {"destination": "192.168.31.67:443", "count": 1, "waitMs": 0, "ttlMs": 60000}
+//! DELETE /v1/leases/{id}
+//! GET    /v1/leases        ports in use, of all clients
+//! GET    /v1/leases/watch  what happens, one JSON object a line
+//! GET    /v1/pool          ports, destinations, counters
+//! ```
+//! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
+//! docs/openapi.json describes all of it, and is tested against this server.
+
+mod peer;
+mod reply;
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::{ConnectInfo, DefaultBodyLimit, Path, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{delete, get, post},
+};
+use bridge_common::pool::counter;
+use futures_util::stream;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::sync::broadcast::error::RecvError;
+
+pub use self::peer::{Access, ApiError, Peer, Server, listen};
+use self::reply::Problem;
+use super::service::{Service, Transport, Wish};
+
+/// Most bytes of a request's body.
+pub const MAX_BODY: usize = 16 << 10;
+/// Most ports of one request.
+pub const MAX_COUNT: u32 = 1024;
+/// Longest wait for a port.
+pub const MAX_WAIT: Duration = Duration::from_secs(60);
+/// Longest time of a lease.
+pub const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
+
+/// What `POST /v1/leases` takes.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Acquire {
+    destination: String,
+    #[serde(default)]
+    protocol: Transport,
+    #[serde(default = "one")]
+    count: u32,
+    #[serde(default)]
+    wait_ms: u64,
+    ttl_ms: Option<u64>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// The routes; to be served with [`Peer`] as connection info, as [`Server::serve`] does.
+pub fn router(service: Arc<Service>) -> Router {
+    Router::new()
+        .route("/v1/leases", post(acquire).get(list))
+        .route("/v1/leases/watch", get(watch))
+        .route("/v1/leases/{id}", delete(release))
+        .route("/v1/pool", get(summary))
+        .method_not_allowed_fallback(async || {
+            Problem::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method",
+                "this path does not take this method; see docs/openapi.json",
+            )
+        })
+        .fallback(async || {
+            Problem::new(StatusCode::NOT_FOUND, "path", "there is no such path; see docs/openapi.json")
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(service)
+}
+
+/// Ends leases whose time is over, for as long as it runs.
+pub async fn expire(service: Arc<Service>) {
+    /// So that a lease that begins meanwhile does not live much too long.
+    const AT_LEAST_EVERY: Duration = Duration::from_millis(100);
+    loop {
+        let next = service.expire().map(tokio::time::Instant::from_std);
+        let soon = tokio::time::Instant::now() + AT_LEAST_EVERY;
+        tokio::time::sleep_until(next.map_or(soon, |next| next.min(soon))).await;
+    }
+}
+
+async fn acquire(
+    State(service): State<Arc<Service>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+) -> Result<Response, Problem> {
+    let body = body.map_err(|error| Problem::new(error.status(), "body", error.body_text()))?;
+    let wish = wish(&body)?;
+    let leases = service.acquire(peer.client(), &wish).await?;
+    Ok((StatusCode::CREATED, axum::Json(json!({ "leases": leases }))).into_response())
+}
+
+fn wish(body: &[u8]) -> Result<Wish, Problem> {
+    let bad = |reason: String| Problem::new(StatusCode::BAD_REQUEST, "request", reason);
+    let order: Acquire = serde_json::from_slice(body).map_err(|error| {
+        bad(format!("the body is not what is expected: {error}; for example {{\"destination\": \"192.168.31.67:443\"}}"))
+    })?;
+    let destination = order.destination.parse().map_err(|_| {
+        bad(format!(
+            "destination {:?} is not an address and a port, such as 192.168.31.67:443 or [fd00::1]:443",
+            order.destination
+        ))
+    })?;
+    if !(1..=MAX_COUNT).contains(&order.count) {
+        return Err(bad(format!("count {} is not between 1 and {MAX_COUNT}", order.count)));
+    }
+    let wait = Duration::from_millis(order.wait_ms);
+    if wait > MAX_WAIT {
+        return Err(bad(format!("waitMs {} is above {}", order.wait_ms, MAX_WAIT.as_millis())));
+    }
+    let time = order.ttl_ms.map(Duration::from_millis);
+    if time.is_some_and(|time| time.is_zero() || time > MAX_TIME) {
+        return Err(bad(format!("ttlMs is not between 1 and {}", MAX_TIME.as_millis())));
+    }
+    Ok(Wish { destination, transport: order.protocol, count: order.count, wait, time })
+}
+
+async fn release(
+    State(service): State<Arc<Service>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, Problem> {
+    let id = id.parse().map_err(|_| {
+        Problem::new(StatusCode::BAD_REQUEST, "request", format!("{id:?} is not the number of a lease"))
+    })?;
+    service.release(peer.client(), id)?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn list(State(service): State<Arc<Service>>) -> Result<Response, Problem> {
+    let list = tokio::task::spawn_blocking(move || service.list()).await;
+    match list {
+        Ok(Ok(list)) => Ok(axum::Json(json!({ "ports": list })).into_response()),
+        Ok(Err(error)) => Err(Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string())),
+        Err(error) => Err(Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "agent", error.to_string())),
+    }
+}
+
+async fn watch(State(service): State<Arc<Service>>) -> Response {
+    let happenings = stream::unfold(service.watch(), async |mut receiver| {
+        let line = match receiver.recv().await {
+            Ok(happening) => serde_json::to_string(&happening).unwrap_or_default(),
+            Err(RecvError::Lagged(missed)) => json!({ "event": "missed", "count": missed }).to_string(),
+            Err(RecvError::Closed) => return None,
+        };
+        Some((Ok::<_, Infallible>(line + "\n"), receiver))
+    });
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(happenings)).into_response()
+}
+
+async fn summary(State(service): State<Arc<Service>>) -> Result<Response, Problem> {
+    let backend = service.backend();
+    let layout = backend.layout();
+    let counters = match backend {
+        super::backend::Backend::Kernel(pool) => {
+            let counters = super::tables::lock(pool).counters().map_err(|error| {
+                Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string())
+            })?;
+            let refusals = (1..bridge_common::pool::Refusal::COUNT)
+                .map(|code| {
+                    (bridge_common::pool::Refusal(code).name(), counters[(counter::REFUSALS + code) as usize])
+                })
+                .collect::<std::collections::BTreeMap<_, _>>();
+            json!({
+                "claims": counters[counter::CLAIMS as usize],
+                "releases": counters[counter::RELEASES as usize],
+                "adoptions": counters[counter::ADOPTIONS as usize],
+                "bindRetries": counters[counter::BIND_RETRIES as usize],
+                "eventsLost": counters[counter::EVENTS_LOST as usize],
+                "refusals": refusals,
+            })
+        }
+        super::backend::Backend::Userspace(..) => json!({}),
+    };
+    Ok(axum::Json(json!({
+        "mode": backend.name(),
+        "ports": layout.ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "available": layout.ports.len(),
+        "destinations": service.networks(),
+        "counters": counters,
+    }))
+    .into_response())
+}

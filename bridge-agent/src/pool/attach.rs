@@ -1,0 +1,105 @@
+//! Control groups (version 2) and where they are.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Why a control group cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// See the text.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// What was read.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// See the text.
+    #[error(
+        "no cgroup2 file system is mounted, so no program can be hooked; mount one: mkdir -p /sys/fs/cgroup/unified && \
+         mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
+    )]
+    NotMounted,
+    /// See the text.
+    #[error("there is no control group {path}: {source}; see the directories below {mount}")]
+    Missing {
+        /// The directory.
+        path: PathBuf,
+        /// Where the hierarchy is mounted.
+        mount: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Where the cgroup2 hierarchy is mounted, from `/proc/self/mountinfo`; works on hybrid systems too, where it is beside
+/// version 1.
+///
+/// # Errors
+/// [`CgroupError`].
+pub fn mount_point() -> Result<PathBuf, CgroupError> {
+    let path = Path::new("/proc/self/mountinfo");
+    let table = fs::read_to_string(path).map_err(|source| CgroupError::Read { path: path.into(), source })?;
+    find_mount(&table).ok_or(CgroupError::NotMounted)
+}
+
+/// The control group `path`, below the mount.
+///
+/// # Errors
+/// [`CgroupError::Missing`].
+pub fn open(mount: &Path, path: &Path) -> Result<fs::File, CgroupError> {
+    let path = mount.join(path.strip_prefix("/").unwrap_or(path));
+    let open = |path: &Path| {
+        let file = fs::File::open(path)?;
+        if file.metadata()?.is_dir() { Ok(file) } else { Err(io::Error::from(io::ErrorKind::NotADirectory)) }
+    };
+    open(&path).map_err(|source| CgroupError::Missing { path, mount: mount.into(), source })
+}
+
+/// The first cgroup2 mount that shows the whole hierarchy, else the first one (proc_pid_mountinfo(5)).
+fn find_mount(table: &str) -> Option<PathBuf> {
+    let mounts = table.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        if right.split(' ').next()? != "cgroup2" {
+            return None;
+        }
+        let mut fields = left.split(' ').skip(3);
+        Some((fields.next()?, PathBuf::from(unescape(fields.next()?))))
+    });
+    let mounts: Vec<_> = mounts.collect();
+    mounts.iter().find(|(root, _)| *root == "/").or(mounts.first()).map(|(_, mount)| mount.clone())
+}
+
+/// Undoes the octal escapes of the mount table.
+fn unescape(text: &str) -> String {
+    ["\\040", "\\011", "\\012", "\\134"]
+        .iter()
+        .zip([" ", "\t", "\n", "\\"])
+        .fold(text.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hybrid_hierarchy_is_found_beside_version_1() {
+        let table = "\
+            25 1 0:22 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro\n\
+            26 25 0:23 / /sys/fs/cgroup/systemd rw shared:9 - cgroup cgroup rw,name=systemd\n\
+            27 25 0:24 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_mount(table), Some("/sys/fs/cgroup/unified".into()));
+    }
+
+    #[test]
+    fn a_mount_of_a_part_of_the_hierarchy_comes_second() {
+        let table = "\
+            30 1 0:24 /kubepods /mnt/part rw - cgroup2 cgroup2 rw\n\
+            31 1 0:24 / /mnt/all\\040of\\040it rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_mount(table), Some("/mnt/all of it".into()));
+        assert_eq!(find_mount("30 1 0:24 /x /mnt/part rw - cgroup2 cgroup2 rw\n"), Some("/mnt/part".into()));
+        assert_eq!(find_mount("1 1 0:1 / / rw - ext4 /dev/vda rw\n"), None);
+    }
+}

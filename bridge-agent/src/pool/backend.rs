@@ -1,0 +1,146 @@
+//! Where ports come from: the bitmap that the hooks use too, or the agent's own memory.
+
+use std::{
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use bridge_common::pool::{
+    Destination, Grant, Granted, Lease, Refusal,
+    slots::{self, Seat},
+};
+
+use super::{KernelPool, Layout, fifo::FifoPool, kernel::KernelPoolError, sweep::Swept, tables::lock};
+
+/// How often another port is looked for in the place of one whose last connection is just about to end.
+const SETTLE_TRIES: u32 = 4;
+
+/// A port that the agent has claimed for a client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    /// Where it leads to.
+    pub destination: Destination,
+    /// Host byte order.
+    pub port: u16,
+    /// Where it is noted in the kernel; `None` in the agent's own memory.
+    seat: Option<(Seat, u32)>,
+}
+
+/// Where ports come from.
+#[derive(Debug)]
+pub enum Backend {
+    /// The bitmap that the hooks use too.
+    Kernel(Box<Mutex<KernelPool>>),
+    /// The agent's own memory, on kernels without what the hooks need.
+    Userspace(Box<Mutex<FifoPool>>, Layout),
+}
+
+impl Backend {
+    /// A pool in the kernel.
+    #[must_use]
+    pub fn kernel(pool: KernelPool) -> Self {
+        Self::Kernel(Box::new(Mutex::new(pool)))
+    }
+
+    /// A pool in the agent's memory; `quarantine` is how long conntrack remembers a closed connection.
+    #[must_use]
+    pub fn userspace(layout: Layout, quarantine: Duration) -> Self {
+        Self::Userspace(Box::new(Mutex::new(FifoPool::new(layout.clone(), quarantine))), layout)
+    }
+
+    /// The name of the kind.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Kernel(_) => "kernel",
+            Self::Userspace(..) => "userspace",
+        }
+    }
+
+    /// The ports of the pool.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        match self {
+            Self::Kernel(pool) => lock(pool).layout().clone(),
+            Self::Userspace(_, layout) => layout.clone(),
+        }
+    }
+
+    /// Claims a port for a client in the network namespace `netns`.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub fn acquire(&self, destination: &Destination, netns: u64) -> Result<Claimed, Refusal> {
+        let pool = match self {
+            Self::Kernel(pool) => lock(pool),
+            Self::Userspace(pool, _) => {
+                let port = lock(pool).acquire(destination, netns, Instant::now())?;
+                return Ok(Claimed { destination: *destination, port, seat: None });
+            }
+        };
+        let (tables, config) = (pool.tables(), pool.layout().config);
+        let seat = slots::enter(tables, destination, netns, config.quota)?;
+        let mut tries = 0;
+        let index = loop {
+            match slots::claim(tables, seat, tries > 0) {
+                Ok(claim) if tries < SETTLE_TRIES && slots::settling(tables, seat, claim) => {
+                    slots::unclaim(tables, seat, claim);
+                    tries += 1;
+                }
+                Ok(claim) => break claim.index,
+                Err(refusal) => {
+                    slots::leave(tables, seat);
+                    return Err(refusal);
+                }
+            }
+        };
+        let granted = Granted { netns_cookie: netns, slot: seat.slot, owner_slot: seat.owner_slot };
+        if tables.grant(Grant::new(*destination, index), granted).is_err() {
+            slots::release(tables, seat, index);
+            return Err(Refusal::TABLE_FULL);
+        }
+        let port = pool.layout().port(index);
+        Ok(Claimed { destination: *destination, port, seat: Some((seat, index)) })
+    }
+
+    /// Gives a port back, unless the socket that was bound to it is hooked: then the hook will.
+    pub fn release(&self, claimed: &Claimed) {
+        match (self, claimed.seat) {
+            (Self::Kernel(pool), Some((seat, index))) => {
+                let pool = lock(pool);
+                if pool.tables().revoke(&Grant::new(claimed.destination, index)) {
+                    slots::release(pool.tables(), seat, index);
+                }
+            }
+            (Self::Userspace(pool, _), None) => {
+                lock(pool).release(&claimed.destination, claimed.port, Instant::now());
+            }
+            _ => {}
+        }
+    }
+
+    /// The ports that sockets hold.
+    ///
+    /// # Errors
+    /// This kernel cannot tell.
+    pub fn sockets(&self) -> Result<Vec<Lease>, KernelPoolError> {
+        match self {
+            Self::Kernel(pool) => lock(pool).walk(),
+            Self::Userspace(..) => Ok(Vec::new()),
+        }
+    }
+
+    /// What is to be done from time to time; see [`super::sweep`].
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn sweep(&self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
+        match self {
+            Self::Kernel(pool) => lock(pool).sweep(known),
+            Self::Userspace(pool, _) => {
+                lock(pool).sweep(Instant::now());
+                Ok(Swept::default())
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! What on this machine would spoil the pool, and what to do about it.
+
+use std::{fs, path::Path, process::Command};
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use super::ports::PortSet;
+use crate::model::PortRange;
+
+/// Something that spoils the pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Warning {
+    /// What it is and what it does.
+    pub problem: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+/// Looks for everything known to spoil the pool in this network namespace.
+#[must_use]
+pub fn look(ports: &PortSet) -> Vec<Warning> {
+    let mut warnings = Vec::new();
+    if let Ok(value) = fs::read_to_string("/proc/sys/net/ipv4/tcp_timestamps") {
+        warnings.extend(timestamps(&value));
+    }
+    let run = |program: &str, arguments: &[&str]| {
+        let output = Command::new(program).args(arguments).output().ok()?;
+        String::from_utf8(output.stdout).ok()
+    };
+    // nft does not show what iptables-legacy made.
+    let rules = [
+        ("nft", run("nft", &["list", "ruleset"])),
+        ("iptables", run("iptables-save", &["-t", "nat"])),
+        ("ip6tables", run("ip6tables-save", &["-t", "nat"])),
+    ];
+    for (tool, text) in rules {
+        warnings.extend(text.as_deref().and_then(|text| masquerade(tool, text, ports)));
+    }
+    if let Ok(range) = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range") {
+        let reserved = fs::read_to_string(RESERVED).unwrap_or_default();
+        warnings.extend(ephemeral(&range, &reserved, ports));
+    }
+    warnings
+}
+
+/// `net.ipv4.tcp_timestamps`: without it a 4-tuple in TIME_WAIT cannot be used again before its 60 s are over.
+fn timestamps(value: &str) -> Option<Warning> {
+    (value.trim() == "0").then(|| Warning {
+        problem: "net.ipv4.tcp_timestamps is 0: a port stays unusable for 60 s after each connection (TIME_WAIT), and \
+                  the pool runs dry"
+            .into(),
+        remedy: "sysctl -w net.ipv4.tcp_timestamps=1".into(),
+    })
+}
+
+/// Masquerade that chooses a port itself, at random: it takes every connection out of the pool.
+fn masquerade(tool: &str, rules: &str, ports: &PortSet) -> Option<Warning> {
+    let rule = rules.lines().map(str::trim).find(|rule| {
+        let words = || rule.split([' ', ',']);
+        let nft = words().any(|word| word == "masquerade" || word == "snat")
+            && words().any(|word| matches!(word, "random" | "fully-random"));
+        let iptables = words().any(|word| word == "MASQUERADE" || word == "SNAT")
+            && words().any(|word| word == "--random" || word == "--random-fully");
+        nft || iptables
+    })?;
+    let range = ports.ranges().first().map(ToString::to_string).unwrap_or_default();
+    Some(Warning {
+        problem: format!(
+            "{tool} has a masquerade with random ports ({rule}): connections leave the node from ports outside the pool"
+        ),
+        remedy: format!(
+            "take the random flag away (kube-proxy and flannel: --random-fully; Calico: natOutgoing without it), or let \
+             bridge install its own `masquerade to :{range}` before it with portPool.masquerade: true"
+        ),
+    })
+}
+
+const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+
+/// Ports that the kernel gives to programs outside the pool.
+fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
+    let mut ends = range.split_ascii_whitespace().map(str::parse);
+    let (Some(Ok(first)), Some(Ok(last))) = (ends.next(), ends.next()) else { return None };
+    let mut open = ports.clone();
+    open.keep_all(&[PortRange { first, last }].into_iter().collect());
+    open.remove_all(&parse_ranges(reserved).into_iter().collect());
+    (!open.is_empty()).then(|| Warning {
+        problem: format!(
+            "{} ports of the pool are also in net.ipv4.ip_local_port_range: the kernel gives them to programs outside \
+             the pool, and those block them",
+            open.len()
+        ),
+        remedy: format!("sysctl -w net.ipv4.ip_local_reserved_ports={}", print_ranges(&union(reserved, ports))),
+    })
+}
+
+/// Adds the ports to `net.ipv4.ip_local_reserved_ports`: the kernel gives them to nobody who does not ask for them.
+///
+/// # Errors
+/// What the kernel says.
+pub fn reserve(ports: &PortSet) -> std::io::Result<()> {
+    let reserved = fs::read_to_string(RESERVED)?;
+    fs::write(RESERVED, print_ranges(&union(&reserved, ports)))
+}
+
+/// Takes the ports out of `net.ipv4.ip_local_reserved_ports`.
+///
+/// # Errors
+/// What the kernel says.
+pub fn unreserve(ports: &PortSet) -> std::io::Result<()> {
+    let mut reserved: PortSet = parse_ranges(&fs::read_to_string(RESERVED)?).into_iter().collect();
+    reserved.remove_all(ports);
+    // An empty line means none; an empty write does nothing.
+    fs::write(RESERVED, print_ranges(&reserved) + "\n")
+}
+
+/// What `net.ipv4.ip_local_reserved_ports` holds, without the ports that this agent itself noted in `own` (a file).
+#[must_use]
+pub fn reserved_by_others(own: &Path) -> Vec<PortRange> {
+    let mut reserved: PortSet =
+        parse_ranges(&fs::read_to_string(RESERVED).unwrap_or_default()).into_iter().collect();
+    reserved.remove_all(&parse_ranges(&fs::read_to_string(own).unwrap_or_default()).into_iter().collect());
+    reserved.ranges()
+}
+
+fn union(reserved: &str, ports: &PortSet) -> PortSet {
+    parse_ranges(reserved).into_iter().chain(ports.ranges()).collect()
+}
+
+/// The kernel's form: `8080,61001-61100`.
+#[must_use]
+pub fn parse_ranges(text: &str) -> Vec<PortRange> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(PortRange { first: first.parse().ok()?, last: last.parse().ok()? })
+    };
+    text.trim().split(',').filter_map(range).collect()
+}
+
+fn print_ranges(ports: &PortSet) -> String {
+    ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// An nftables table that masquerades what goes from `sources` to `destinations` with a port of the pool, whatever other
+/// tables would do: the first one to translate wins. To be fed to `nft -f -`; [`NO_SAFETY_NET`] takes it away.
+#[must_use]
+pub fn safety_net(sources: &[IpNet], destinations: &[IpNet], ports: &PortSet) -> String {
+    let mut rules = String::new();
+    for v4 in [true, false] {
+        let of = |nets: &[IpNet]| {
+            let nets: Vec<String> = nets
+                .iter()
+                .filter(|net| matches!(net, IpNet::V4(_)) == v4)
+                .map(ToString::to_string)
+                .collect();
+            (!nets.is_empty()).then(|| nets.join(", "))
+        };
+        let (Some(from), Some(to)) = (of(sources), of(destinations)) else { continue };
+        let family = if v4 { "ip" } else { "ip6" };
+        // A connection that has a port of the pool keeps it, if it can; each range is one rule, since a translation
+        // takes one range only.
+        for range in ports.ranges() {
+            for protocol in ["tcp", "udp"] {
+                rules += &format!(
+                    "    {family} saddr {{ {from} }} {family} daddr {{ {to} }} {protocol} sport {range} masquerade to :{range}\n"
+                );
+            }
+        }
+        if let Some(range) = ports.ranges().iter().max_by_key(|range| range.last - range.first) {
+            for protocol in ["tcp", "udp"] {
+                rules += &format!(
+                    "    {family} saddr {{ {from} }} {family} daddr {{ {to} }} meta l4proto {protocol} masquerade to :{range}\n"
+                );
+            }
+        }
+    }
+    format!(
+        "{NO_SAFETY_NET}table inet bridge-pool {{\n  chain postrouting {{\n    type nat hook postrouting priority srcnat - 5\n{rules}  }}\n}}\n"
+    )
+}
+
+/// Takes the table of [`safety_net`] away, also if there is none.
+pub const NO_SAFETY_NET: &str = "table inet bridge-pool\ndelete table inet bridge-pool\n";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ports() -> PortSet {
+        [PortRange { first: 61001, last: 61100 }].into_iter().collect()
+    }
+
+    #[test]
+    fn random_masquerade_is_found_in_either_syntax() {
+        for rule in [
+            "oifname \"eth0\" masquerade random",
+            "ip saddr 10.0.0.0/8 masquerade fully-random,persistent",
+            "-A POSTROUTING -s 10.42.0.0/16 ! -d 224.0.0.0/4 -j MASQUERADE --random-fully",
+        ] {
+            let warning = masquerade("nft", &format!("table inet x {{\n  {rule}\n}}"), &ports());
+            assert!(
+                warning.is_some_and(|w| w.problem.contains(rule) && w.remedy.contains("61001-61100")),
+                "{rule}"
+            );
+        }
+        for rule in ["oifname eth0 masquerade", "-A POSTROUTING -j MASQUERADE", "comment \"random\" accept"] {
+            assert_eq!(masquerade("nft", rule, &ports()), None, "{rule}");
+        }
+    }
+
+    #[test]
+    fn timestamps_must_be_on() {
+        assert!(timestamps("0\n").is_some());
+        assert_eq!(timestamps("1\n"), None);
+        assert_eq!(timestamps("2\n"), None);
+    }
+
+    #[test]
+    fn ports_that_the_kernel_gives_away_are_found_unless_reserved() {
+        assert!(ephemeral("32768\t60999\n", "", &ports()).is_none());
+        let warning = ephemeral("32768\t61005\n", "8080\n", &ports()).unwrap();
+        assert!(warning.problem.starts_with("5 ports"), "{warning:?}");
+        assert!(warning.remedy.ends_with("=8080,61001-61100"), "{warning:?}");
+        assert!(ephemeral("32768\t65535\n", "61001-61100\n", &ports()).is_none());
+    }
+
+    #[test]
+    fn the_safety_net_keeps_families_apart() {
+        let net = |text: &str| text.parse().unwrap();
+        let text = safety_net(&[net("10.200.1.0/24")], &[net("192.168.31.0/24"), net("fd31::/64")], &ports());
+        assert!(text.contains("ip saddr { 10.200.1.0/24 } ip daddr { 192.168.31.0/24 } tcp sport 61001-61100 masquerade to :61001-61100"), "{text}");
+        assert!(!text.contains("ip6"), "{text}");
+    }
+}

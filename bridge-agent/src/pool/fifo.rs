@@ -1,0 +1,197 @@
+//! The pool for kernels without the hooks (pure): ports are given out and taken back by the agent alone.
+//!
+//! A port that somebody has used goes back to the same owner first; to another one only after `quarantine`, when
+//! conntrack has forgotten it. Among several the one that was given back first is taken first: it had the longest time
+//! to be forgotten by everything else.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    time::{Duration, Instant},
+};
+
+use bridge_common::pool::{Destination, Refusal, slots};
+
+use super::Layout;
+
+/// The pool in the agent's own memory.
+#[derive(Debug)]
+pub struct FifoPool {
+    layout: Layout,
+    quarantine: Duration,
+    destinations: HashMap<Destination, Ports>,
+}
+
+#[derive(Debug, Default)]
+struct Ports {
+    /// Never used, in random order.
+    fresh: Vec<u16>,
+    /// Given back, by owner, the oldest first.
+    warm: HashMap<u64, VecDeque<(Instant, u16)>>,
+    /// The same, over all owners.
+    oldest: BTreeSet<(Instant, u16, u64)>,
+    /// In use.
+    held: HashMap<u16, u64>,
+}
+
+impl FifoPool {
+    /// An empty pool.
+    #[must_use]
+    pub fn new(layout: Layout, quarantine: Duration) -> Self {
+        Self { layout, quarantine, destinations: HashMap::new() }
+    }
+
+    /// Takes a port (host byte order).
+    ///
+    /// # Errors
+    /// [`Refusal::EXHAUSTED`] or [`Refusal::QUOTA`].
+    pub fn acquire(&mut self, destination: &Destination, owner: u64, now: Instant) -> Result<u16, Refusal> {
+        let layout = &self.layout;
+        let ports = self.destinations.entry(*destination).or_insert_with(|| {
+            let mut fresh: Vec<u16> = layout.template(slots::template(destination)).iter().collect();
+            rand::seq::SliceRandom::shuffle(&mut fresh[..], &mut rand::rng());
+            Ports { fresh, ..Ports::default() }
+        });
+        let quota = layout.config.quota as usize;
+        if quota != 0 && ports.held.values().filter(|holder| **holder == owner).count() >= quota {
+            return Err(Refusal::QUOTA);
+        }
+        let port = ports
+            .own(owner)
+            .or_else(|| ports.fresh.pop())
+            .or_else(|| ports.foreign(now, self.quarantine))
+            .ok_or(Refusal::EXHAUSTED)?;
+        ports.held.insert(port, owner);
+        Ok(port)
+    }
+
+    /// Takes a port back. `false`: nobody had it.
+    pub fn release(&mut self, destination: &Destination, port: u16, now: Instant) -> bool {
+        let Some(ports) = self.destinations.get_mut(destination) else { return false };
+        let Some(owner) = ports.held.remove(&port) else { return false };
+        ports.warm.entry(owner).or_default().push_back((now, port));
+        ports.oldest.insert((now, port, owner));
+        true
+    }
+
+    /// Forgets destinations that nobody has used for the quarantine.
+    pub fn sweep(&mut self, now: Instant) {
+        let over = |ports: &Ports| {
+            let last = ports.oldest.last().map(|(at, ..)| *at);
+            ports.held.is_empty()
+                && last.is_none_or(|at| now.saturating_duration_since(at) >= self.quarantine)
+        };
+        self.destinations.retain(|_, ports| !over(ports));
+    }
+}
+
+impl Ports {
+    fn own(&mut self, owner: u64) -> Option<u16> {
+        let (at, port) = self.warm.get_mut(&owner)?.pop_front()?;
+        self.oldest.remove(&(at, port, owner));
+        Some(port)
+    }
+
+    fn foreign(&mut self, now: Instant, quarantine: Duration) -> Option<u16> {
+        let &(at, port, owner) = self.oldest.first()?;
+        if now.saturating_duration_since(at) < quarantine {
+            return None;
+        }
+        self.oldest.pop_first();
+        if let Some(queue) = self.warm.get_mut(&owner)
+            // Among the first: only those that came back at the very same moment can be before it.
+            && let Some(place) = queue.iter().position(|entry| *entry == (at, port))
+        {
+            queue.remove(place);
+        }
+        Some(port)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        model::PortRange,
+        pool::{Settings, layout::Occupied},
+    };
+
+    fn pool(first: u16, last: u16, quota: Option<u32>) -> FifoPool {
+        let settings = Settings {
+            ports: vec![PortRange { first, last }],
+            bind_udp: false,
+            quota,
+            ..Settings::default()
+        };
+        let layout = Layout::plan(&settings, &Occupied::default()).unwrap();
+        FifoPool::new(layout, Duration::from_secs(120))
+    }
+
+    fn to(n: u8) -> Destination {
+        Destination::from_network_v4([10, 0, 0, n], [1, 187], bridge_common::pool::TCP)
+    }
+
+    #[test]
+    fn the_port_given_back_first_is_taken_first() {
+        let mut pool = pool(61001, 61003, None);
+        let now = Instant::now();
+        let ports: Vec<u16> = (0..3).map(|_| pool.acquire(&to(1), 1, now).unwrap()).collect();
+        assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::EXHAUSTED));
+        for (i, port) in ports.iter().enumerate() {
+            assert!(pool.release(&to(1), *port, now + Duration::from_secs(i as u64)));
+            assert!(!pool.release(&to(1), *port, now), "given back twice");
+        }
+        let again: Vec<u16> = (0..3).map(|_| pool.acquire(&to(1), 1, now).unwrap()).collect();
+        assert_eq!(again, ports);
+    }
+
+    #[test]
+    fn another_owner_waits_for_the_quarantine() {
+        let mut pool = pool(61001, 61001, None);
+        let now = Instant::now();
+        let port = pool.acquire(&to(1), 1, now).unwrap();
+        assert!(pool.release(&to(1), port, now));
+        assert_eq!(pool.acquire(&to(1), 2, now + Duration::from_secs(119)), Err(Refusal::EXHAUSTED));
+        assert_eq!(pool.acquire(&to(1), 2, now + Duration::from_secs(120)), Ok(port));
+        assert_eq!(pool.acquire(&to(2), 1, now), Ok(port), "another destination is another bitmap");
+    }
+
+    #[test]
+    fn a_quota_leaves_the_rest_to_others() {
+        let mut pool = pool(61001, 61003, Some(2));
+        let now = Instant::now();
+        pool.acquire(&to(1), 1, now).unwrap();
+        pool.acquire(&to(1), 1, now).unwrap();
+        assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::QUOTA));
+        assert!(pool.acquire(&to(1), 2, now).is_ok());
+    }
+
+    proptest! {
+        #[test]
+        fn no_port_is_held_twice(steps in prop::collection::vec((0..3_u8, 1..4_u64, 0..200_u64, any::<bool>()), 0..400)) {
+            let mut pool = pool(61001, 61008, None);
+            let mut now = Instant::now();
+            let mut held: Vec<(u8, u16)> = Vec::new();
+            for (destination, owner, seconds, release) in steps {
+                now += Duration::from_secs(seconds / 10);
+                if release && !held.is_empty() {
+                    let (destination, port) = held.remove(usize::try_from(seconds).unwrap() % held.len());
+                    prop_assert!(pool.release(&to(destination), port, now));
+                } else if let Ok(port) = pool.acquire(&to(destination), owner, now) {
+                    prop_assert!((61001..=61008).contains(&port));
+                    held.push((destination, port));
+                } else {
+                    // All eight are in use, or warm with somebody else.
+                    let in_use = held.iter().filter(|(d, _)| *d == destination).count();
+                    prop_assert!(in_use + pool.destinations[&to(destination)].oldest.len() == 8);
+                }
+                let unique: HashSet<_> = held.iter().collect();
+                prop_assert_eq!(unique.len(), held.len());
+                pool.sweep(now);
+            }
+        }
+    }
+}

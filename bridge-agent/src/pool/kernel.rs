@@ -1,0 +1,451 @@
+//! Loads the hooks of the pool, pins what must outlive the agent, and adopts what is pinned.
+
+use std::{
+    collections::HashMap,
+    fmt, fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::Mutex,
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+    programs::{
+        CgroupAttachMode, Program, ProgramError, ProgramType,
+        links::{FdLink, LinkError},
+    },
+    sys::{BpfHelper, is_helper_supported},
+};
+use bridge_common::pool::{
+    self, Config, Destination, Lease,
+    bitmap::Memory as _,
+    counter,
+    slots::{self, Seat},
+};
+use ipnet::IpNet;
+
+use super::{
+    Layout,
+    attach::{self, CgroupError},
+    pins::{self, PinError},
+    sweep::{self, Sweeper, Swept, View},
+    tables::KernelTables,
+    walk::Walker,
+    words::Words,
+};
+
+/// Why the pool is not in the kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelPoolError {
+    /// See the text.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// See the text.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// See the text.
+    #[error(transparent)]
+    Layout(#[from] super::layout::LayoutError),
+    /// See the text.
+    #[error("the kernel does not take the pool's object: {0}")]
+    Load(#[from] EbpfError),
+    /// See the text.
+    #[error("map {name}: {source}")]
+    Map {
+        /// Its name.
+        name: &'static str,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// See the text.
+    #[error("the object has no {0}: it was built from another version")]
+    Missing(&'static str),
+    /// See the text.
+    #[error("program {name}: {source}")]
+    Program {
+        /// Its name.
+        name: &'static str,
+        /// What the kernel said.
+        source: ProgramError,
+    },
+    /// See the text.
+    #[error("cannot pin {path}: {reason}")]
+    Link {
+        /// The pin.
+        path: PathBuf,
+        /// What went wrong.
+        reason: String,
+    },
+    /// See the text.
+    #[error("cannot list the sockets that hold a port: {0}")]
+    Walk(String),
+    /// See the text.
+    #[error("cannot map the words of the pool into memory: {0}")]
+    Mmap(io::Error),
+}
+
+/// The programs of the object, in the order in which they are attached: what releases comes before what claims, so that
+/// no claim goes unseen.
+pub const PROGRAMS: [&str; 8] = [
+    "pool_sock_ops",
+    "pool_release",
+    "pool_sendmsg4",
+    "pool_sendmsg6",
+    "pool_bind4",
+    "pool_bind6",
+    "pool_connect4",
+    "pool_connect6",
+];
+
+/// The pool in the kernel.
+pub struct KernelPool {
+    ebpf: Ebpf,
+    tables: KernelTables,
+    networks: LpmTrie<MapData, [u8; 16], u32>,
+    counters: PerCpuArray<MapData, u64>,
+    walker: Result<Walker, String>,
+    sweeper: Sweeper,
+    events: Option<RingBuf<MapData>>,
+    layout: Layout,
+    pins: PathBuf,
+}
+
+impl fmt::Debug for KernelPool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KernelPool")
+            .field("layout", &self.layout)
+            .field("pins", &self.pins)
+            .finish_non_exhaustive()
+    }
+}
+
+impl KernelPool {
+    /// Loads the object and pins its maps below `base`; maps that are pinned there already are used again, with all
+    /// that they hold.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn load(object: &[u8], base: &Path, layout: Layout) -> Result<Self, KernelPoolError> {
+        let pins = pins::directory(base);
+        pins::make_directory(&pins)?;
+        let pinned = pinned_config(&pins.join("POOL_CONFIG"))?;
+        let layout = match &pinned {
+            Some(config) => layout.fit_into(config)?,
+            None => layout,
+        };
+        let mut pool = Self::open(object, pins, layout, true)?;
+        if pinned.is_none() {
+            pool.layout.initialise(&pool.tables);
+        }
+        // Last: whoever finds a configuration finds all that it speaks of.
+        let mut config: Array<MapData, Config> = take(&mut pool.ebpf, "POOL_CONFIG")?;
+        let set = config.set(0, pool.layout.config, 0);
+        set.map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })?;
+        pool.adopt()?;
+        Ok(pool)
+    }
+
+    /// Loads hooks that claim in the pool that an agent has pinned below `base`: for the agent's networks (`share`), or
+    /// for networks of their own ([`KernelPool::set_networks`]). `None`: there is no pool.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn join(object: &[u8], base: &Path, share: bool) -> Result<Option<Self>, KernelPoolError> {
+        let pins = pins::directory(base);
+        match pinned_config(&pins.join("POOL_CONFIG"))? {
+            Some(config) => Self::open(object, pins, Layout::of(config), share).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn open(object: &[u8], pins: PathBuf, layout: Layout, all: bool) -> Result<Self, KernelPoolError> {
+        let total = layout.geometry().total(layout.config.slots);
+        let mut loader = EbpfLoader::new();
+        loader.map_max_entries("POOL_WORDS", total);
+        for shape in pins::shapes(total) {
+            let path = pins.join(shape.name);
+            pins::check(&path, &shape)?;
+            if all || shape.name != "POOL_NETWORKS" {
+                loader.map_pin_path(shape.name, path);
+            }
+        }
+        let has_set_retval = u8::from(has_set_retval());
+        loader.override_global("POOL_HAS_SET_RETVAL", &has_set_retval, true);
+        let mut ebpf = loader.load(object)?;
+        load_programs(&mut ebpf)?;
+        let words = match ebpf.take_map("POOL_WORDS") {
+            Some(Map::Array(map)) => Words::map(map.fd(), total).map_err(KernelPoolError::Mmap)?,
+            _ => return Err(KernelPoolError::Missing("POOL_WORDS")),
+        };
+        let tables = KernelTables {
+            geometry: layout.geometry(),
+            words,
+            destinations: Mutex::new(take(&mut ebpf, "POOL_DESTINATIONS")?),
+            owners: Mutex::new(take(&mut ebpf, "POOL_OWNERS")?),
+            grants: Mutex::new(take(&mut ebpf, "POOL_GRANTS")?),
+        };
+        let networks = take(&mut ebpf, "POOL_NETWORKS")?;
+        let counters = take(&mut ebpf, "POOL_COUNTERS")?;
+        let walker = Walker::load(&mut ebpf);
+        let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
+        let sweeper = Sweeper::default();
+        Ok(Self { ebpf, tables, networks, counters, walker, sweeper, events, layout, pins })
+    }
+
+    /// Puts in order what an earlier agent left: its templates, its grants, slots that it was taking back.
+    fn adopt(&self) -> Result<(), KernelPoolError> {
+        let map = |name| move |source| KernelPoolError::Map { name, source };
+        let geometry = self.layout.geometry();
+        for slot in 0..pool::FIRST_SLOT {
+            let (map, ports) = (geometry.free(slot), self.layout.template(slot));
+            for word in 0..geometry.words {
+                let bits = ports.word((self.layout.config.base / 64 + word) as usize);
+                self.tables.store(map.word(word), bits);
+                let (summary, bit) = (map.at + word / 64, 1 << (word % 64));
+                if bits == 0 {
+                    self.tables.fetch_and(summary, !bit);
+                } else {
+                    self.tables.fetch_or(summary, bit);
+                }
+            }
+        }
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        sweep::reopen(
+            &self.tables,
+            &View { held: &HashMap::new(), destinations: &destinations, owners: &owners },
+        );
+        // Ports that left the pool are not given out any more; those that are new are found by the sweep.
+        for (destination, slot) in &destinations {
+            let ports = self.layout.template(slots::template(destination));
+            for word in 0..geometry.words {
+                let bits = ports.word((self.layout.config.base / 64 + word) as usize);
+                self.tables.fetch_and(geometry.free(*slot).word(word), bits);
+            }
+        }
+        for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
+            if self.tables.revoke(&grant) {
+                let seat = Seat { slot: granted.slot, owner_slot: granted.owner_slot };
+                slots::release(&self.tables, seat, grant.index());
+            }
+        }
+        Ok(())
+    }
+
+    /// The ring buffer of [`bridge_common::pool::Event`]; can be had once.
+    pub fn take_events(&mut self) -> Option<RingBuf<MapData>> {
+        self.events.take()
+    }
+
+    /// One round of [`super::sweep`].
+    ///
+    /// # Errors
+    /// [`KernelPoolError::Walk`] if this kernel cannot tell which ports sockets hold: then nothing is done.
+    pub fn sweep(&mut self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
+        let map = |name| move |source| KernelPoolError::Map { name, source };
+        let mut held: HashMap<_, _> =
+            self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)).collect();
+        for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
+            held.insert((granted.slot, grant.index()), granted.owner_slot);
+        }
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        let view = View { held: &held, destinations: &destinations, owners: &owners };
+        Ok(self.sweeper.round(&self.tables, &self.layout, &view, known))
+    }
+
+    /// Every port that a socket holds now, in all network namespaces.
+    ///
+    /// # Errors
+    /// [`KernelPoolError::Walk`]: this kernel cannot tell.
+    pub fn walk(&self) -> Result<Vec<Lease>, KernelPoolError> {
+        let walker = self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
+        walker.walk().map_err(|error| KernelPoolError::Walk(error.to_string()))
+    }
+
+    /// The tables that the hooks and the agent change together.
+    #[must_use]
+    pub fn tables(&self) -> &KernelTables {
+        &self.tables
+    }
+
+    /// The ports of the pool.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Makes these, and no others, the networks whose connections use the pool.
+    ///
+    /// # Errors
+    /// What the kernel says; what was asked for before an error may be there already.
+    pub fn set_networks(&mut self, networks: &[IpNet]) -> Result<(), KernelPoolError> {
+        let map = |source| KernelPoolError::Map { name: "POOL_NETWORKS", source };
+        let wanted: Vec<_> = networks.iter().map(network_key).collect();
+        let there: Vec<_> = self.networks.keys().collect::<Result<_, _>>().map_err(map)?;
+        // First the new ones: a network that is in both stays covered all the time.
+        for key in &wanted {
+            self.networks.insert(key, 1, 0).map_err(map)?;
+        }
+        let same =
+            |a: &Key<[u8; 16]>, b: &Key<[u8; 16]>| a.prefix_len() == b.prefix_len() && a.data() == b.data();
+        for key in there.iter().filter(|key| !wanted.iter().any(|w| same(w, key))) {
+            self.networks.remove(key).map_err(map)?;
+        }
+        Ok(())
+    }
+
+    /// The sum over all CPUs of every counter of [`counter`].
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn counters(&self) -> Result<[u64; counter::COUNT as usize], KernelPoolError> {
+        let mut sums = [0; counter::COUNT as usize];
+        for (index, sum) in (0..).zip(&mut sums) {
+            let per_cpu = self
+                .counters
+                .get(&index, 0)
+                .map_err(|source| KernelPoolError::Map { name: "POOL_COUNTERS", source })?;
+            *sum = per_cpu.iter().sum();
+        }
+        Ok(sums)
+    }
+
+    /// Hooks a control group, given by its path below `mount`, and pins the links: the hooks stay when the agent ends.
+    ///
+    /// What an earlier agent hooked is replaced without a gap: for a moment both are there, and the second one finds the
+    /// port already claimed.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn attach(&mut self, mount: &Path, cgroup: &Path) -> Result<(), KernelPoolError> {
+        let group = attach::open(mount, cgroup)?;
+        let directory = self.links(&group)?;
+        pins::make_directory(&directory)?;
+        for name in PROGRAMS {
+            let link = self.attach_one(name, &group)?;
+            let (path, next) = (directory.join(name), directory.join(format!("{name}_next")));
+            let _ = fs::remove_file(&next);
+            link.pin(&next)
+                .map_err(|error| KernelPoolError::Link { path: next.clone(), reason: error.to_string() })?;
+            fs::rename(&next, &path)
+                .map_err(|error| KernelPoolError::Link { path: path.clone(), reason: error.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// Hooks a control group for as long as the answer lives.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn attach_for_now(&mut self, group: &fs::File) -> Result<Vec<FdLink>, KernelPoolError> {
+        PROGRAMS.into_iter().map(|name| self.attach_one(name, group)).collect()
+    }
+
+    /// Ends what [`KernelPool::attach`] began.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`]; a group that was not hooked is none.
+    pub fn detach(&mut self, mount: &Path, cgroup: &Path) -> Result<(), KernelPoolError> {
+        let directory = self.links(&attach::open(mount, cgroup)?)?;
+        match fs::remove_dir_all(&directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(KernelPoolError::Link { path: directory, reason: error.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// bpffs takes no dots in names, so a group goes by the number of its directory, which is also its id.
+    fn links(&self, group: &fs::File) -> Result<PathBuf, KernelPoolError> {
+        let id =
+            group.metadata().map_err(|source| CgroupError::Read { path: "cgroup".into(), source })?.ino();
+        Ok(self.pins.join(format!("cgroup-{id}")))
+    }
+
+    fn attach_one(&mut self, name: &'static str, group: &fs::File) -> Result<FdLink, KernelPoolError> {
+        let error = |source| KernelPoolError::Program { name, source };
+        let pin = |error: LinkError| KernelPoolError::Link { path: name.into(), reason: error.to_string() };
+        // A link is always one among several, and takes no flag that says so.
+        let mode = CgroupAttachMode::Single;
+        match self.ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
+            Program::CgroupSockAddr(program) => {
+                let id = program.attach(group, mode).map_err(error)?;
+                program.take_link(id).map_err(error)?.try_into().map_err(pin)
+            }
+            Program::CgroupSock(program) => {
+                let id = program.attach(group, mode).map_err(error)?;
+                program.take_link(id).map_err(error)?.try_into().map_err(pin)
+            }
+            Program::SockOps(program) => {
+                let id = program.attach(group, mode).map_err(error)?;
+                program.take_link(id).map_err(error)?.try_into().map_err(pin)
+            }
+            _ => Err(KernelPoolError::Missing(name)),
+        }
+    }
+}
+
+/// Removes every pin of the pool below `base`: hooks, claims and all. Established connections live on.
+///
+/// # Errors
+/// [`KernelPoolError::Link`]; no pins is no error.
+pub fn remove(base: &Path) -> Result<(), KernelPoolError> {
+    let pins = pins::directory(base);
+    match fs::remove_dir_all(&pins) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(KernelPoolError::Link { path: pins, reason: error.to_string() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether a hook can choose the error that a program sees (Linux 5.18). A probe that fails says nothing: the kernel
+/// will say so itself.
+fn has_set_retval() -> bool {
+    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(true)
+}
+
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), KernelPoolError> {
+    for name in PROGRAMS {
+        match ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            Program::SockOps(program) => program.load(),
+            _ => return Err(KernelPoolError::Missing(name)),
+        }
+        .map_err(|source| KernelPoolError::Program { name, source })?;
+    }
+    Ok(())
+}
+
+fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, KernelPoolError>
+where
+    M: TryFrom<Map, Error = MapError>,
+{
+    let map = ebpf.take_map(name).ok_or(KernelPoolError::Missing(name))?;
+    M::try_from(map).map_err(|source| KernelPoolError::Map { name, source })
+}
+
+fn pinned_config(path: &Path) -> Result<Option<Config>, KernelPoolError> {
+    let map = |source| KernelPoolError::Map { name: "POOL_CONFIG", source };
+    let Some(shape) = pins::shapes(0).into_iter().find(|shape| path.ends_with(shape.name)) else {
+        return Ok(None);
+    };
+    if !pins::check(path, &shape)? {
+        return Ok(None);
+    }
+    let pinned = MapData::from_pin(path).and_then(Map::from_map_data).map_err(map)?;
+    let config = Array::<_, Config>::try_from(pinned).map_err(map)?.get(&0, 0).map_err(map)?;
+    // All zeros: an agent ended between making the map and filling it.
+    Ok((config.words != 0).then_some(config))
+}
+
+/// The key of a prefix; IPv4 as v4-mapped.
+fn network_key(network: &IpNet) -> Key<[u8; 16]> {
+    match network {
+        IpNet::V4(net) => Key::new(96 + u32::from(net.prefix_len()), net.network().to_ipv6_mapped().octets()),
+        IpNet::V6(net) => Key::new(u32::from(net.prefix_len()), net.network().octets()),
+    }
+}

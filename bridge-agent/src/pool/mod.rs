@@ -1,0 +1,30 @@
+//! The port pool: source ports from an allowed range, never the same 4-tuple twice.
+//!
+//! [`settings`] and [`layout`] say which ports there are (pure), [`kernel`] loads and pins the hooks, [`tables`] are
+//! the words and tables that the hooks and the agent change together, [`attach`] finds control groups.
+
+pub mod api;
+pub mod attach;
+pub mod backend;
+pub mod checks;
+pub mod conntrack;
+pub mod fifo;
+pub mod kernel;
+pub mod layout;
+pub mod owner;
+pub mod pins;
+pub mod ports;
+pub mod run;
+pub mod service;
+pub mod settings;
+pub mod sweep;
+pub mod tables;
+pub mod walk;
+pub mod words;
+
+#[cfg(test)]
+mod model_tests;
+
+pub use kernel::KernelPool;
+pub use layout::Layout;
+pub use settings::Settings;

@@ -1,0 +1,322 @@
+//! The pool's own code, in memory that no kernel knows of: whatever is asked for in whatever order, no port is ever held
+//! twice, none gets lost, and none comes from outside.
+
+use std::{
+    cell::Cell,
+    collections::{HashMap, HashSet},
+    sync::Mutex,
+};
+
+use bridge_common::pool::{
+    self, Destination, Geometry, Owner, Refusal,
+    bitmap::{self, Bitmap, Memory},
+    slots::{self, Seat, Tables},
+};
+use proptest::prelude::*;
+
+use super::{
+    Layout, Settings,
+    layout::Occupied,
+    sweep::{Removal, Sweeper, View},
+    tables::lock,
+    words::Words,
+};
+use crate::model::PortRange;
+
+struct Private {
+    geometry: Geometry,
+    words: Words,
+    destinations: Mutex<HashMap<Destination, u32>>,
+    owners: Mutex<HashMap<Owner, u32>>,
+    processor: std::sync::atomic::AtomicU32,
+}
+
+impl Private {
+    fn new(layout: &Layout) -> Self {
+        let words = Words::private(layout.geometry().total(layout.config.slots));
+        layout.initialise(&words);
+        let (destinations, owners, processor) = Default::default();
+        Self { geometry: layout.geometry(), words, destinations, owners, processor }
+    }
+
+    fn sweep(&self, layout: &Layout, sweeper: &mut Sweeper, held: &[(u8, Seat, u32)]) -> super::sweep::Swept {
+        let destinations: Vec<_> = lock(&self.destinations).iter().map(|(d, s)| (*d, *s)).collect();
+        let owners: Vec<_> = lock(&self.owners).iter().map(|(o, s)| (*o, *s)).collect();
+        let held = held.iter().map(|(_, seat, index)| ((seat.slot, *index), seat.owner_slot)).collect();
+        let view = View { held: &held, destinations: &destinations, owners: &owners };
+        sweeper.round(self, layout, &view, |_, _| false)
+    }
+}
+
+impl Memory for Private {
+    fn load(&self, at: u32) -> u64 {
+        self.words.load(at)
+    }
+    fn store(&self, at: u32, value: u64) {
+        self.words.store(at, value);
+    }
+    fn fetch_or(&self, at: u32, bits: u64) -> u64 {
+        self.words.fetch_or(at, bits)
+    }
+    fn fetch_and(&self, at: u32, bits: u64) -> u64 {
+        self.words.fetch_and(at, bits)
+    }
+    fn fetch_add(&self, at: u32, n: u64) -> u64 {
+        self.words.fetch_add(at, n)
+    }
+}
+
+impl Tables for Private {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+    fn destination_slot(&self, destination: &Destination) -> Option<u32> {
+        lock(&self.destinations).get(destination).copied()
+    }
+    fn insert_destination(&self, destination: &Destination, slot: u32) -> bool {
+        let mut map = lock(&self.destinations);
+        !map.contains_key(destination) && map.insert(*destination, slot).is_none()
+    }
+    fn owner_slot(&self, owner: &Owner) -> Option<u32> {
+        lock(&self.owners).get(owner).copied()
+    }
+    fn insert_owner(&self, owner: &Owner, slot: u32) -> bool {
+        let mut map = lock(&self.owners);
+        !map.contains_key(owner) && map.insert(*owner, slot).is_none()
+    }
+    fn now(&self) -> u64 {
+        super::tables::monotonic_ns()
+    }
+    fn processor(&self) -> u32 {
+        self.processor.load(std::sync::atomic::Ordering::SeqCst)
+    }
+    fn random(&self) -> u32 {
+        thread_local!(static STATE: Cell<u32> = const { Cell::new(0x9e37_79b9) });
+        STATE.with(|state| {
+            let mut x = state.get();
+            x ^= x << 13;
+            x ^= x >> 17;
+            x ^= x << 5;
+            state.set(x);
+            x
+        })
+    }
+}
+
+impl Removal for Private {
+    fn remove_destination(&self, destination: &Destination) {
+        lock(&self.destinations).remove(destination);
+    }
+    fn remove_owner(&self, owner: &Owner) {
+        lock(&self.owners).remove(owner);
+    }
+    fn current_owners(&self) -> Option<Vec<(Owner, u32)>> {
+        Some(lock(&self.owners).iter().map(|(o, s)| (*o, *s)).collect())
+    }
+    fn grace_period(&self) -> bool {
+        true
+    }
+}
+
+fn layout(ports: &[(u16, u16)]) -> Layout {
+    let ports = ports.iter().map(|&(first, last)| PortRange { first, last }).collect();
+    Layout::plan(&Settings { ports, bind_udp: false, ..Settings::default() }, &Occupied::default()).unwrap()
+}
+
+fn destination(n: u8) -> Destination {
+    Destination::from_network_v4([192, 168, 31, n], 443_u16.to_be_bytes(), pool::TCP)
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Claim {
+        to: u8,
+        by: u64,
+    },
+    Release(prop::sample::Index),
+    /// A socket vanishes and nobody gives its port back.
+    Lose(prop::sample::Index),
+    Sweep,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..3_u8, 1..4_u64).prop_map(|(to, by)| Step::Claim { to, by }),
+        4 => any::<prop::sample::Index>().prop_map(Step::Release),
+        1 => any::<prop::sample::Index>().prop_map(Step::Lose),
+        1 => Just(Step::Sweep),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn no_port_is_held_twice_and_none_gets_lost(steps in prop::collection::vec(step(), 1..300)) {
+        let layout = layout(&[(61003, 61010), (61060, 61070)]);
+        let tables = Private::new(&layout);
+        let mut sweeper = Sweeper::default();
+        let mut held: Vec<(u8, Seat, u32)> = Vec::new();
+        for step in steps {
+            match step {
+                Step::Claim { to, by } => {
+                    let seat = slots::enter(&tables, &destination(to), by, 0).unwrap();
+                    match slots::claim(&tables, seat, false) {
+                        Ok(claim) => {
+                            prop_assert!(layout.ports.contains(layout.port(claim.index)));
+                            prop_assert!(held.iter().all(|(d, _, i)| (*d, *i) != (to, claim.index)));
+                            held.push((to, seat, claim.index));
+                        }
+                        Err(refusal) => {
+                            prop_assert_eq!(refusal, Refusal::EXHAUSTED);
+                            slots::leave(&tables, seat);
+                        }
+                    }
+                }
+                Step::Release(which) if !held.is_empty() => {
+                    let (_, seat, index) = held.swap_remove(which.index(held.len()));
+                    slots::release(&tables, seat, index);
+                }
+                Step::Lose(which) if !held.is_empty() => {
+                    tables.sweep(&layout, &mut sweeper, &held);
+                    held.swap_remove(which.index(held.len()));
+                }
+                Step::Sweep => {
+                    tables.sweep(&layout, &mut sweeper, &held);
+                }
+                Step::Release(_) | Step::Lose(_) => {}
+            }
+        }
+        // Afterwards everything comes back: two rounds find what is lost, one more cools what is warm.
+        for (_, seat, index) in held {
+            slots::release(&tables, seat, index);
+        }
+        for _ in 0..4 {
+            tables.sweep(&layout, &mut sweeper, &[]);
+        }
+        prop_assert!(lock(&tables.owners).is_empty());
+        prop_assert!(lock(&tables.destinations).is_empty());
+        let free = (pool::FIRST_SLOT..layout.config.slots).filter(|slot| bitmap::is_free(&tables, pool::ALLOCATOR, *slot));
+        prop_assert_eq!(free.count(), (layout.config.slots - pool::FIRST_SLOT) as usize);
+    }
+
+    #[test]
+    fn every_free_bit_is_found_and_nothing_else(
+        words in 1..1025_u32,
+        bits in prop::collection::hash_set(0..65536_u32, 0..40),
+        random: u32,
+    ) {
+        let map = Bitmap { at: 3, summary: words.div_ceil(64), words };
+        let memory = Words::private(3 + map.summary + words);
+        let mut bits: HashSet<_> = bits.into_iter().map(|bit| bit % (words * 64)).collect();
+        for bit in &bits {
+            prop_assert!(bitmap::free(&memory, map, *bit));
+        }
+        let mut random = random;
+        while let Some(bit) = bitmap::claim(&memory, map, random) {
+            prop_assert!(bits.remove(&bit));
+            random = random.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f);
+        }
+        prop_assert!(bits.is_empty());
+    }
+
+    #[test]
+    fn the_lowest_bit_is_found_without_a_branch(word in 1..u64::MAX) {
+        prop_assert_eq!(bitmap::lowest(word), word.trailing_zeros());
+    }
+}
+
+#[test]
+fn a_full_pool_says_so_and_a_warm_port_is_for_its_owner_only() {
+    let layout = layout(&[(61001, 61003)]);
+    let tables = Private::new(&layout);
+    let (one, other) = (1, 2);
+    let seat = || slots::enter(&tables, &destination(1), one, 0).unwrap();
+    let held: Vec<_> =
+        (0..3).map(|_| seat()).map(|s| (s, slots::claim(&tables, s, false).unwrap())).collect();
+    let late = slots::enter(&tables, &destination(1), other, 0).unwrap();
+    assert_eq!(slots::claim(&tables, late, false), Err(Refusal::EXHAUSTED));
+    let (seat, claim) = held[1];
+    slots::release(&tables, seat, claim.index);
+    assert_eq!(slots::claim(&tables, late, false), Err(Refusal::EXHAUSTED));
+    assert_eq!(slots::claim_exact(&tables, late, claim.index), Err(Refusal::TAKEN));
+    let again = slots::enter(&tables, &destination(1), one, 0).unwrap();
+    assert_eq!(slots::claim(&tables, again, false).unwrap().index, claim.index);
+    // Towards another destination all three are free.
+    let elsewhere = slots::enter(&tables, &destination(2), other, 0).unwrap();
+    assert!((0..3).all(|_| slots::claim(&tables, elsewhere, false).is_ok()));
+}
+
+#[test]
+fn a_quota_counts_what_is_held_at_once() {
+    let layout = layout(&[(61001, 61100)]);
+    let tables = Private::new(&layout);
+    let first = slots::enter(&tables, &destination(1), 1, 2).unwrap();
+    let claim = slots::claim(&tables, first, false).unwrap();
+    slots::enter(&tables, &destination(1), 1, 2).unwrap();
+    assert_eq!(slots::enter(&tables, &destination(1), 1, 2), Err(Refusal::QUOTA));
+    assert!(slots::enter(&tables, &destination(1), 2, 2).is_ok());
+    slots::release(&tables, first, claim.index);
+    assert!(slots::enter(&tables, &destination(1), 1, 2).is_ok());
+}
+
+#[test]
+fn a_warm_port_that_conntrack_knows_stays_warm() {
+    let layout = layout(&[(61001, 61001)]);
+    let tables = Private::new(&layout);
+    let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    let claim = slots::claim(&tables, seat, false).unwrap();
+    slots::release(&tables, seat, claim.index);
+    let (destinations, owners) = (
+        [(destination(1), seat.slot)],
+        [(Owner { netns_cookie: 1, slot: seat.slot, reserved: 0 }, seat.owner_slot)],
+    );
+    let view = View { held: &HashMap::new(), destinations: &destinations, owners: &owners };
+    let mut sweeper = Sweeper::default();
+    let mut round = |known: bool| sweeper.round(&tables, &layout, &view, |_, port| known && port == 61001);
+    assert_eq!(round(true).cooled, 0, "touched since the last round");
+    assert_eq!(round(true).kept, 1);
+    assert_eq!(round(false).cooled, 1);
+    assert!(bitmap::is_free(&tables, layout.geometry().free(seat.slot), claim.index));
+}
+
+#[test]
+fn threads_never_hold_the_same_port() {
+    let layout = layout(&[(61001, 61040)]);
+    let tables = Private::new(&layout);
+    let held: Vec<std::sync::atomic::AtomicBool> = (0..65536).map(|_| Default::default()).collect();
+    std::thread::scope(|scope| {
+        for owner in 1..=4 {
+            let (tables, layout, held) = (&tables, &layout, &held);
+            scope.spawn(move || {
+                for _ in 0..20_000 {
+                    let seat = slots::enter(tables, &destination(1), owner, 0).unwrap();
+                    let Ok(claim) = slots::claim(tables, seat, false) else {
+                        slots::leave(tables, seat);
+                        continue;
+                    };
+                    let port = usize::from(layout.port(claim.index));
+                    assert!(!held[port].swap(true, std::sync::atomic::Ordering::SeqCst));
+                    held[port].store(false, std::sync::atomic::Ordering::SeqCst);
+                    slots::release(tables, seat, claim.index);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_port_that_was_just_given_back_is_known_to_be_settling() {
+    let layout = layout(&[(61001, 61009)]);
+    let tables = Private::new(&layout);
+    let seat = || slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    let first = seat();
+    let claim = slots::claim(&tables, first, false).unwrap();
+    assert!(!slots::settling(&tables, first, claim), "never used");
+    slots::release(&tables, first, claim.index);
+    let again = slots::claim(&tables, seat(), false).unwrap();
+    assert_eq!(again.index, claim.index, "the only warm one");
+    assert!(!slots::settling(&tables, first, again), "on the same processor it is over");
+    tables.processor.store(1, std::sync::atomic::Ordering::SeqCst);
+    assert!(slots::settling(&tables, first, again));
+    std::thread::sleep(std::time::Duration::from_micros(300));
+    assert!(!slots::settling(&tables, first, again), "200 us later");
+}

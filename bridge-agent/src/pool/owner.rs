@@ -1,0 +1,126 @@
+//! Who a process is: its command, its control group, its pod, its network namespace.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _},
+        unix::fs::MetadataExt as _,
+    },
+    path::Path,
+    thread,
+};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde::Serialize;
+
+/// What `/proc` tells of a process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Owner {
+    /// Process id in the agent's namespace.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// Name of the program.
+    pub command: String,
+    /// Path of its control group (version 2) below the mount.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<String>,
+    /// UID of its pod, if it runs in one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+}
+
+impl Owner {
+    /// What is known of a process by its id; gaps stay empty, the process may be gone.
+    #[must_use]
+    pub fn of(pid: u32, uid: u32, command: Option<String>) -> Self {
+        let proc = Path::new("/proc").join(pid.to_string());
+        let read = |name: &str| fs::read_to_string(proc.join(name)).ok();
+        let command =
+            command.or_else(|| read("comm").map(|comm| comm.trim_end().to_owned())).unwrap_or_default();
+        let cgroup = read("cgroup").and_then(|table| cgroup_of(&table).map(str::to_owned));
+        let pod = cgroup.as_deref().and_then(pod_of);
+        Self { pid, uid, command, cgroup, pod }
+    }
+}
+
+/// The version 2 line of `/proc/PID/cgroup`.
+fn cgroup_of(table: &str) -> Option<&str> {
+    table.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+/// The pod's UID in the name of its control group, as both of kubelet's drivers write it (`pod<uid>`,
+/// `kubepods-besteffort-pod<uid with _>.slice`).
+fn pod_of(cgroup: &str) -> Option<String> {
+    cgroup.split('/').rev().find_map(|part| {
+        let part = part.strip_suffix(".slice").unwrap_or(part);
+        let at = part.rfind("pod")?;
+        let uid = part[at + 3..].replace('_', "-");
+        let shape: Vec<usize> = uid.split('-').map(str::len).collect();
+        let hex = uid.chars().all(|c| c == '-' || c.is_ascii_hexdigit());
+        (hex && (shape == [8, 4, 4, 4, 12] || shape == [32])).then_some(uid)
+    })
+}
+
+/// `SO_NETNS_COOKIE` (Linux 5.14) of the network namespace of a process.
+///
+/// # Errors
+/// The process is gone, or the agent may not enter its namespace (it needs CAP_SYS_ADMIN), or the kernel is too old.
+pub fn netns_cookie(pid: u32) -> io::Result<u64> {
+    let namespace = File::open(Path::new("/proc").join(pid.to_string()).join("ns/net"))?;
+    if namespace.metadata()?.ino() == fs::metadata("/proc/self/ns/net")?.ino() {
+        return own_netns_cookie();
+    }
+    // A thread of its own: it does not come back.
+    let visit = move || {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        own_netns_cookie()
+    };
+    thread::spawn(visit).join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
+}
+
+fn own_netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
+    let mut cookie = 0_u64;
+    let mut length: libc::socklen_t = 8;
+    // SAFETY: the kernel writes at most `length` bytes to a u64.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pod_is_read_from_the_control_group_of_either_driver() {
+        let uid = "1f0c3e9a-7a2b-4c5d-8e9f-0a1b2c3d4e5f";
+        let systemd = "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod1f0c3e9a_7a2b_4c5d_8e9f_0a1b2c3d4e5f.slice/cri-containerd-abc.scope";
+        assert_eq!(pod_of(systemd).as_deref(), Some(uid));
+        assert_eq!(pod_of(&format!("/kubepods/burstable/pod{uid}/0123abcd")).as_deref(), Some(uid));
+        assert_eq!(pod_of("/kubepods.slice/podman-1234.scope"), None);
+        assert_eq!(pod_of("/user.slice/user-0.slice"), None);
+    }
+
+    #[test]
+    fn the_version_2_line_is_the_one_with_number_0() {
+        assert_eq!(cgroup_of("12:pids:/x\n1:name=systemd:/y\n0::/z\n"), Some("/z"));
+        assert_eq!(cgroup_of("12:pids:/x\n"), None);
+    }
+
+    #[test]
+    fn this_process_has_a_namespace_with_a_cookie() {
+        assert_ne!(netns_cookie(std::process::id()).unwrap(), 0);
+    }
+}

@@ -1,0 +1,131 @@
+//! Pins of maps and links.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{MapError, MapInfo, MapType};
+use bridge_common::pool::{self, Config, Destination, Grant, Granted, Lease, Owner, counter};
+
+/// What a map of the pool must look like.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    /// Its name, and that of its pin.
+    pub name: &'static str,
+    /// Its type.
+    pub map_type: MapType,
+    /// Bytes of a key.
+    pub key: usize,
+    /// Bytes of a value.
+    pub value: usize,
+    /// Elements; `None` where the kernel decides.
+    pub entries: Option<u32>,
+    /// `BPF_F_*`.
+    pub flags: u32,
+}
+
+/// Why a pin cannot be used again.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// See the text.
+    #[error("cannot read the pinned map {path}: {source}")]
+    Read {
+        /// The pin.
+        path: PathBuf,
+        /// What the kernel said.
+        source: MapError,
+    },
+    /// See the text.
+    #[error(
+        "the pinned map {path} has {field} {found}, this version needs {wanted}: the range of the pool grew beyond \
+         what is pinned, or another version made it; run `bridge-agent down` to remove the pins (established \
+         connections live on, their ports are not tracked any more)"
+    )]
+    Different {
+        /// The pin.
+        path: PathBuf,
+        /// What differs.
+        field: &'static str,
+        /// What is pinned.
+        found: u64,
+        /// What is needed.
+        wanted: u64,
+    },
+    /// See the text.
+    #[error("cannot use {path} for pins: {source}; is a bpf file system mounted at /sys/fs/bpf?")]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+const MMAPABLE: u32 = 1 << 10;
+const NO_PREALLOC: u32 = 1;
+
+/// The maps that are pinned; `words` is the size of the array of words.
+#[must_use]
+pub fn shapes(words: u32) -> [Shape; 9] {
+    let shape =
+        |name, map_type, key, value, entries, flags| Shape { name, map_type, key, value, entries, flags };
+    [
+        shape("POOL_CONFIG", MapType::Array, 4, size_of::<Config>(), Some(1), 0),
+        shape("POOL_WORDS", MapType::Array, 4, 8, Some(words), MMAPABLE),
+        shape("POOL_NETWORKS", MapType::LpmTrie, 20, 4, Some(4096), NO_PREALLOC),
+        shape("POOL_DESTINATIONS", MapType::Hash, size_of::<Destination>(), 4, Some(16384), NO_PREALLOC),
+        shape("POOL_OWNERS", MapType::Hash, size_of::<Owner>(), 4, Some(16384), NO_PREALLOC),
+        shape(
+            "POOL_GRANTS",
+            MapType::Hash,
+            size_of::<Grant>(),
+            size_of::<Granted>(),
+            Some(65536),
+            NO_PREALLOC,
+        ),
+        shape("POOL_LEASES", MapType::SkStorage, 4, size_of::<Lease>(), None, NO_PREALLOC),
+        shape("POOL_COUNTERS", MapType::PerCpuArray, 4, 8, Some(counter::COUNT), 0),
+        shape("POOL_EVENTS", MapType::RingBuf, 0, 0, Some(262_144), 0),
+    ]
+}
+
+/// The directory of the pool's pins below a base such as `/sys/fs/bpf/bridge`.
+#[must_use]
+pub fn directory(base: &Path) -> PathBuf {
+    base.join(format!("pool-{}", pool::ABI_VERSION))
+}
+
+/// Makes a directory for pins.
+///
+/// # Errors
+/// [`PinError::Directory`].
+pub fn make_directory(path: &Path) -> Result<(), PinError> {
+    fs::create_dir_all(path).map_err(|source| PinError::Directory { path: path.into(), source })
+}
+
+/// Compares a pin with what it must look like. `false`: there is no pin.
+///
+/// # Errors
+/// [`PinError`]: it cannot be read, or is of another shape.
+pub fn check(path: &Path, shape: &Shape) -> Result<bool, PinError> {
+    if !path.exists() {
+        return Ok(false);
+    }
+    let read = |source| PinError::Read { path: path.into(), source };
+    let info = MapInfo::from_pin(path).map_err(read)?;
+    let map_type = info.map_type().map_err(read)?;
+    let mut facts = vec![
+        ("type", map_type as u64, shape.map_type as u64),
+        ("key size", info.key_size().into(), shape.key as u64),
+        ("value size", info.value_size().into(), shape.value as u64),
+        ("flags", info.map_flags().into(), shape.flags.into()),
+    ];
+    if let Some(entries) = shape.entries {
+        facts.push(("max entries", info.max_entries().into(), entries.into()));
+    }
+    match facts.into_iter().find(|(_, found, wanted)| found != wanted) {
+        None => Ok(true),
+        Some((field, found, wanted)) => Err(PinError::Different { path: path.into(), field, found, wanted }),
+    }
+}

@@ -1,0 +1,231 @@
+//! What the agent does in the pool from time to time: warm ports that conntrack has forgotten become free for everybody,
+//! ports that got lost are found, slots that nobody needs are taken back.
+//!
+//! The hooks go on meanwhile. Why nothing is found that is not lost: a port is missing if no socket held it, and then no
+//! place had it free. One that was merely on its way at that moment is held by a socket from then on, or has been given
+//! back since, which leaves a mark. A port is lost only if it is missing twice in a row without that mark.
+
+use std::collections::{HashMap, HashSet};
+
+use bridge_common::pool::{
+    self, Destination, Owner, SLOT_CLOSED, SLOT_OPEN, bitmap,
+    slots::{self, Seat, Tables},
+};
+
+use super::Layout;
+
+/// What one round did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Warm ports that became free for everybody.
+    pub cooled: u32,
+    /// Idle warm ports that conntrack still knows.
+    pub kept: u32,
+    /// Lost ports that became free again.
+    pub recovered: u32,
+    /// Slots taken back.
+    pub retired: u32,
+}
+
+/// What one round sees of the pool.
+#[derive(Debug)]
+pub struct View<'a> {
+    /// Every port (slot of the destination, index) that a socket or a lease of the agent holds, and the owner's slot;
+    /// looked up before the rest.
+    pub held: &'a HashMap<(u32, u32), u32>,
+    /// Every destination and its slot.
+    pub destinations: &'a [(Destination, u32)],
+    /// Every owner and its slot.
+    pub owners: &'a [(Owner, u32)],
+}
+
+/// How entries are taken out of the tables, and how to wait until no hook works with what it looked up before.
+pub trait Removal {
+    /// Removes a destination.
+    fn remove_destination(&self, destination: &Destination);
+    /// Removes an owner.
+    fn remove_owner(&self, owner: &Owner);
+    /// Every owner and its slot, now.
+    fn current_owners(&self) -> Option<Vec<(Owner, u32)>>;
+    /// Waits until every hook that runs now has ended. `false`: it could not wait.
+    fn grace_period(&self) -> bool;
+}
+
+/// What is remembered from one round to the next.
+#[derive(Debug, Default)]
+pub struct Sweeper {
+    missing: HashSet<(u32, u32)>,
+    /// The owner's slot of ports that were held in an earlier round, as long as they are held or missing.
+    holders: HashMap<(u32, u32), u32>,
+}
+
+impl Sweeper {
+    /// One round. `known` says whether conntrack still has the tuple of a destination and a port (host byte order).
+    /// Rounds lie at least a second apart, better as much as conntrack remembers a closed connection (120 s).
+    pub fn round<T: Tables + Removal>(
+        &mut self,
+        tables: &T,
+        layout: &Layout,
+        view: &View<'_>,
+        mut known: impl FnMut(&Destination, u16) -> bool,
+    ) -> Swept {
+        let mut swept = Swept::default();
+        let destinations: HashMap<u32, &Destination> =
+            view.destinations.iter().map(|(d, slot)| (*slot, d)).collect();
+        let mut touched = HashSet::new();
+        for (owner, owner_slot) in view.owners {
+            if let Some(destination) = destinations.get(&owner.slot) {
+                let mut cooling = Cooling { tables, layout, swept: &mut swept, touched: &mut touched };
+                cooling.owner(owner, *owner_slot, destination, &mut known);
+            }
+        }
+        let missing = missing(tables, layout, view);
+        for &(slot, index) in &missing {
+            let lost = self.missing.contains(&(slot, index)) && !touched.contains(&(slot, index));
+            if lost && !known(destinations[&slot], layout.port(index)) {
+                bitmap::free(tables, layout.geometry().free(slot), index);
+                if let Some(&owner_slot) = self.holders.get(&(slot, index)) {
+                    slots::leave(tables, Seat { slot, owner_slot });
+                }
+                swept.recovered += 1;
+            }
+        }
+        self.holders.retain(|port, _| missing.contains(port));
+        self.holders.extend(view.held);
+        self.missing = missing;
+        swept.retired = retire(tables, view);
+        swept
+    }
+}
+
+struct Cooling<'a, T> {
+    tables: &'a T,
+    layout: &'a Layout,
+    swept: &'a mut Swept,
+    touched: &'a mut HashSet<(u32, u32)>,
+}
+
+impl<T: Tables> Cooling<'_, T> {
+    /// Frees the ports that were warm, and not touched, for a whole round.
+    fn owner(
+        &mut self,
+        owner: &Owner,
+        owner_slot: u32,
+        destination: &Destination,
+        known: &mut impl FnMut(&Destination, u16) -> bool,
+    ) {
+        let (tables, geometry) = (self.tables, self.layout.geometry());
+        let template = self.layout.template(slots::template(destination));
+        let (warm, free) = (geometry.free(owner_slot), geometry.free(owner.slot));
+        for word in 0..geometry.words {
+            let touched = tables.fetch_and(geometry.touched(owner_slot) + word, 0);
+            self.touched.extend(bits(touched).map(|bit| (owner.slot, word * 64 + bit)));
+            for bit in bits(tables.load(warm.word(word)) & !touched) {
+                let (index, mask) = (word * 64 + bit, 1 << bit);
+                if known(destination, self.layout.port(index)) {
+                    self.swept.kept += 1;
+                    continue;
+                }
+                if !bitmap::take(tables, warm, index) {
+                    continue;
+                }
+                if tables.load(geometry.touched(owner_slot) + word) & mask != 0 {
+                    // It was claimed and given back while we looked at it.
+                    bitmap::free(tables, warm, index);
+                } else if template.contains(self.layout.port(index)) {
+                    bitmap::free(tables, free, index);
+                    self.swept.cooled += 1;
+                }
+            }
+        }
+    }
+}
+
+/// The ports that are nowhere: not held, not free, not warm.
+fn missing<T: Tables>(tables: &T, layout: &Layout, view: &View<'_>) -> HashSet<(u32, u32)> {
+    let geometry = layout.geometry();
+    let mut owner_slots: HashMap<u32, Vec<u32>> = HashMap::new();
+    for (owner, slot) in view.owners {
+        owner_slots.entry(owner.slot).or_default().push(*slot);
+    }
+    let mut missing = HashSet::new();
+    for (destination, slot) in view.destinations {
+        let template = layout.template(slots::template(destination));
+        for word in 0..geometry.words {
+            let wanted = template.word((layout.config.base / 64 + word) as usize);
+            let places = owner_slots.get(slot).into_iter().flatten().chain([slot]);
+            let somewhere = places.fold(0, |all, place| all | tables.load(geometry.free(*place).word(word)));
+            let nowhere = bits(wanted & !somewhere).map(|bit| (*slot, word * 64 + bit));
+            missing.extend(nowhere.filter(|port| !view.held.contains_key(port)));
+        }
+    }
+    missing
+}
+
+/// Takes back the slots of owners without a port, and of destinations without an owner.
+fn retire<T: Tables + Removal>(tables: &T, view: &View<'_>) -> u32 {
+    let geometry = tables.geometry();
+    let mut unused = Vec::new();
+    for (owner, slot) in view.owners {
+        let warm =
+            |slot: u32| (0..geometry.words).any(|word| tables.load(geometry.free(slot).word(word)) != 0);
+        if close(tables, *slot, || !warm(*slot)) {
+            tables.remove_owner(owner);
+            unused.push(*slot);
+        }
+    }
+    let busy = |slot: u32| match tables.current_owners() {
+        Some(owners) => owners.iter().any(|(owner, _)| owner.slot == slot),
+        None => true,
+    };
+    for (destination, slot) in view.destinations {
+        if tables.load(geometry.live(*slot)) == 0 && !busy(*slot) && close(tables, *slot, || !busy(*slot)) {
+            tables.remove_destination(destination);
+            unused.push(*slot);
+        }
+    }
+    if unused.is_empty() || !tables.grace_period() {
+        // Without a grace period the slots stay unused, closed, and out of every table: safe, but gone.
+        return 0;
+    }
+    for slot in &unused {
+        slots::free_slot(tables, *slot);
+    }
+    u32::try_from(unused.len()).unwrap_or(u32::MAX)
+}
+
+/// Closes a slot, unless somebody has a seat in it or it is not `idle`.
+fn close<T: Tables>(tables: &T, slot: u32, idle: impl Fn() -> bool) -> bool {
+    let geometry = tables.geometry();
+    if tables.load(geometry.live(slot)) != 0 || !idle() {
+        return false;
+    }
+    tables.store(geometry.slot(slot), SLOT_CLOSED);
+    if tables.load(geometry.live(slot)) == 0 && idle() {
+        return true;
+    }
+    tables.store(geometry.slot(slot), SLOT_OPEN);
+    false
+}
+
+/// Repairs what an agent left behind that ended in the middle of a round: slots that are closed and still in a table.
+pub fn reopen<T: Tables>(tables: &T, view: &View<'_>) {
+    let slots =
+        view.destinations.iter().map(|(_, slot)| slot).chain(view.owners.iter().map(|(_, slot)| slot));
+    for slot in slots {
+        let state = tables.geometry().slot(*slot);
+        if tables.load(state) == pool::SLOT_CLOSED {
+            tables.store(state, SLOT_OPEN);
+        }
+    }
+}
+
+fn bits(mut word: u64) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        (word != 0).then(|| {
+            let bit = word.trailing_zeros();
+            word &= word - 1;
+            bit
+        })
+    })
+}

@@ -1,0 +1,154 @@
+//! The tables of the pool as the agent sees them: the same that the hooks use.
+
+use std::sync::Mutex;
+
+use aya::maps::{HashMap, MapData, MapError};
+use bridge_common::pool::{
+    Destination, Geometry, Grant, Granted, Owner,
+    bitmap::Memory,
+    slots::{self, Tables},
+};
+
+use super::{sweep::Removal, words::Words};
+
+const BPF_NOEXIST: u64 = 1;
+
+/// The words and hash tables of a loaded pool.
+#[derive(Debug)]
+pub struct KernelTables {
+    pub(super) geometry: Geometry,
+    pub(super) words: Words,
+    pub(super) destinations: Mutex<HashMap<MapData, Destination, u32>>,
+    pub(super) owners: Mutex<HashMap<MapData, Owner, u32>>,
+    pub(super) grants: Mutex<HashMap<MapData, Grant, Granted>>,
+}
+
+/// A mutex is only poisoned by a panic between two calls into the kernel, each of which is complete by itself.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds, as `bpf_ktime_get_ns` has it.
+pub(super) fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // The monotonic clock is never negative.
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+impl KernelTables {
+    /// Notes that a port is granted to a client that will bind it itself.
+    ///
+    /// # Errors
+    /// What the kernel says: the table is full.
+    pub fn grant(&self, grant: Grant, granted: Granted) -> Result<(), MapError> {
+        lock(&self.grants).insert(grant, granted, BPF_NOEXIST)
+    }
+
+    /// Ends a grant. `false`: the hook has taken the port over, and will give it back itself.
+    pub fn revoke(&self, grant: &Grant) -> bool {
+        lock(&self.grants).remove(grant).is_ok()
+    }
+
+    /// Every destination and its slot.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn destinations(&self) -> Result<Vec<(Destination, u32)>, MapError> {
+        lock(&self.destinations).iter().collect()
+    }
+
+    /// Every owner and its slot.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn owners(&self) -> Result<Vec<(Owner, u32)>, MapError> {
+        lock(&self.owners).iter().collect()
+    }
+
+    /// Every grant.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn grants(&self) -> Result<Vec<(Grant, Granted)>, MapError> {
+        lock(&self.grants).iter().collect()
+    }
+}
+
+impl Memory for KernelTables {
+    fn load(&self, at: u32) -> u64 {
+        self.words.load(at)
+    }
+
+    fn store(&self, at: u32, value: u64) {
+        self.words.store(at, value);
+    }
+
+    fn fetch_or(&self, at: u32, bits: u64) -> u64 {
+        self.words.fetch_or(at, bits)
+    }
+
+    fn fetch_and(&self, at: u32, bits: u64) -> u64 {
+        self.words.fetch_and(at, bits)
+    }
+
+    fn fetch_add(&self, at: u32, n: u64) -> u64 {
+        self.words.fetch_add(at, n)
+    }
+}
+
+impl Tables for KernelTables {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn destination_slot(&self, destination: &Destination) -> Option<u32> {
+        lock(&self.destinations).get(destination, 0).ok()
+    }
+
+    fn insert_destination(&self, destination: &Destination, slot: u32) -> bool {
+        lock(&self.destinations).insert(destination, slot, BPF_NOEXIST).is_ok()
+    }
+
+    fn owner_slot(&self, owner: &Owner) -> Option<u32> {
+        lock(&self.owners).get(owner, 0).ok()
+    }
+
+    fn insert_owner(&self, owner: &Owner, slot: u32) -> bool {
+        lock(&self.owners).insert(owner, slot, BPF_NOEXIST).is_ok()
+    }
+
+    fn random(&self) -> u32 {
+        rand::random()
+    }
+
+    fn now(&self) -> u64 {
+        monotonic_ns()
+    }
+
+    fn processor(&self) -> u32 {
+        slots::NO_PROCESSOR
+    }
+}
+
+impl Removal for KernelTables {
+    fn remove_destination(&self, destination: &Destination) {
+        // An error can only mean that it is gone.
+        let _ = lock(&self.destinations).remove(destination);
+    }
+
+    fn remove_owner(&self, owner: &Owner) {
+        // As above.
+        let _ = lock(&self.owners).remove(owner);
+    }
+
+    fn current_owners(&self) -> Option<Vec<(Owner, u32)>> {
+        self.owners().ok()
+    }
+
+    fn grace_period(&self) -> bool {
+        // The hooks run under RCU, and this waits for `synchronize_rcu` (kernel/sched/membarrier.c).
+        const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+        // SAFETY: the system call takes numbers only.
+        unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 }
+    }
+}

@@ -1,0 +1,386 @@
+//! The lease API over its unix socket, with ports from the agent's own memory: what it answers is what docs/openapi.json
+//! says, a lease ends when it should, and nothing that is thrown at it does harm.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bridge_agent::{
+    model::PortRange,
+    pool::{
+        Layout, Settings,
+        api::{self, Access, Server},
+        backend::Backend,
+        layout::Occupied,
+        service::Service,
+    },
+};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+struct Agent {
+    socket: PathBuf,
+    service: Arc<Service>,
+    _directory: tempfile::TempDir,
+    /// Dropping it stops the server.
+    _stop: tokio::sync::oneshot::Sender<()>,
+}
+
+impl Agent {
+    fn start(ports: PortRange, quota: Option<u32>) -> Self {
+        let settings = Settings {
+            ports: vec![ports],
+            destinations: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
+            quota,
+            bind_udp: false,
+            ..Settings::default()
+        };
+        let layout = Layout::plan(&settings, &Occupied::default()).unwrap();
+        let service = Service::new(Backend::userspace(layout, Duration::ZERO), settings.destinations);
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let listener = {
+            let _inside = runtime.enter();
+            api::listen(&socket, &Access { mode: 0o600, group: None }).unwrap()
+        };
+        runtime.spawn(api::expire(Arc::clone(&service)));
+        let server = Server::new(listener, Arc::clone(&service));
+        runtime.spawn(server.serve(api::router(Arc::clone(&service))));
+        std::thread::spawn(move || runtime.block_on(stopped));
+        Self { socket, service, _directory: directory, _stop: stop }
+    }
+
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        stream
+    }
+
+    /// Sends one request on a connection of its own.
+    fn ask(&self, method: &str, path: &str, body: &str) -> (u16, Value) {
+        ask(&mut self.connect(), method, path, body)
+    }
+
+    fn leases(&self) -> usize {
+        self.service.list().unwrap().len()
+    }
+
+    fn becomes_empty(&self) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while self.leases() > 0 {
+            assert!(Instant::now() < deadline, "{} leases are left", self.leases());
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Sends a request and reads its answer; the connection stays open.
+fn ask(stream: &mut UnixStream, method: &str, path: &str, body: &str) -> (u16, Value) {
+    let length = body.len();
+    write!(stream, "{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}").unwrap();
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    let status = line.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or_else(|| panic!("{line:?}"));
+    let mut length = 0;
+    loop {
+        line.clear();
+        reader.read_line(&mut line).unwrap();
+        if line.trim().is_empty() {
+            break;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    let value = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
+    documented(method, path, status, &value);
+    (status, value)
+}
+
+const TO: &str = r#"{"destination":"192.0.2.1:443"}"#;
+
+fn range(first: u16, last: u16) -> PortRange {
+    PortRange { first, last }
+}
+
+#[test]
+fn a_lease_ends_with_its_connection() {
+    let agent = Agent::start(range(61001, 61002), None);
+    let mut connection = agent.connect();
+    let (status, answer) = ask(&mut connection, "POST", "/v1/leases", TO);
+    assert_eq!(status, 201, "{answer}");
+    assert!((61001..=61002).contains(&answer["leases"][0]["port"].as_u64().unwrap()));
+    let (_, list) = agent.ask("GET", "/v1/leases", "");
+    assert_eq!(list["ports"][0]["pid"], std::process::id());
+    assert_eq!(list["ports"][0]["kind"], "lease");
+    assert_eq!(agent.leases(), 1);
+    drop(connection);
+    agent.becomes_empty();
+}
+
+#[test]
+fn a_lease_with_a_time_outlives_its_connection_and_not_its_time() {
+    let agent = Agent::start(range(61001, 61001), None);
+    let start = Instant::now();
+    let (status, answer) = agent.ask("POST", "/v1/leases", r#"{"destination":"192.0.2.1:443","ttlMs":400}"#);
+    assert_eq!(status, 201, "{answer}");
+    let (status, full) = agent.ask("POST", "/v1/leases", TO);
+    assert_eq!((status, full["code"].as_str()), (409, Some("exhausted")), "{full}");
+    agent.becomes_empty();
+    assert!(start.elapsed() >= Duration::from_millis(400));
+}
+
+#[test]
+fn a_release_frees_the_port_for_whoever_waits() {
+    let agent = Agent::start(range(61001, 61001), None);
+    let mut holder = agent.connect();
+    let id = ask(&mut holder, "POST", "/v1/leases", TO).1["leases"][0]["id"].as_u64().unwrap();
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| {
+            let mut connection = agent.connect();
+            ask(&mut connection, "POST", "/v1/leases", r#"{"destination":"192.0.2.1:443","waitMs":5000}"#)
+        });
+        let start = Instant::now();
+        assert_eq!(agent.ask("DELETE", &format!("/v1/leases/{id}"), "").0, 204);
+        assert_eq!(waiter.join().unwrap().0, 201);
+        assert!(start.elapsed() < Duration::from_secs(4));
+    });
+    assert_eq!(agent.ask("DELETE", &format!("/v1/leases/{id}"), "").0, 404);
+    agent.becomes_empty();
+}
+
+#[test]
+fn a_full_pool_answers_at_once_or_after_the_wait_and_keeps_nothing() {
+    let agent = Agent::start(range(61001, 61003), None);
+    let mut holder = agent.connect();
+    let two = r#"{"destination":"192.0.2.1:443","count":2}"#;
+    assert_eq!(ask(&mut holder, "POST", "/v1/leases", two).0, 201);
+    let start = Instant::now();
+    assert_eq!(agent.ask("POST", "/v1/leases", two).0, 409, "all or none");
+    assert!(start.elapsed() < Duration::from_millis(200));
+    assert_eq!(agent.leases(), 2);
+    let waiting = r#"{"destination":"192.0.2.1:443","count":2,"waitMs":300}"#;
+    let start = Instant::now();
+    assert_eq!(agent.ask("POST", "/v1/leases", waiting).0, 409);
+    assert!(start.elapsed() >= Duration::from_millis(300));
+    // Towards another destination, and with another protocol, the same ports are free.
+    let udp = r#"{"destination":"192.0.2.1:443","protocol":"udp","count":3,"ttlMs":60000}"#;
+    assert_eq!(agent.ask("POST", "/v1/leases", udp).0, 201);
+    let v6 = r#"{"destination":"[2001:db8::1]:443","count":3,"ttlMs":60000}"#;
+    assert_eq!(agent.ask("POST", "/v1/leases", v6).0, 201);
+    // A v4-mapped address is the IPv4 address.
+    let mapped = r#"{"destination":"[::ffff:192.0.2.1]:443","count":2}"#;
+    assert_eq!(agent.ask("POST", "/v1/leases", mapped).0, 409);
+}
+
+#[test]
+fn a_quota_is_not_exhaustion() {
+    let agent = Agent::start(range(61001, 61010), Some(2));
+    let (status, answer) = agent.ask("POST", "/v1/leases", r#"{"destination":"192.0.2.1:443","count":3}"#);
+    assert_eq!((status, answer["code"].as_str()), (429, Some("quota")), "{answer}");
+    assert_eq!(agent.leases(), 0);
+}
+
+#[test]
+fn what_happens_can_be_watched() {
+    let agent = Agent::start(range(61001, 61001), None);
+    let mut watcher = agent.connect();
+    write!(watcher, "GET /v1/leases/watch HTTP/1.0\r\n\r\n").unwrap();
+    let mut lines = BufReader::new(watcher).lines().map(Result::unwrap);
+    lines.by_ref().find(String::is_empty).unwrap();
+    let mut connection = agent.connect();
+    ask(&mut connection, "POST", "/v1/leases", TO);
+    agent.ask("POST", "/v1/leases", TO);
+    drop(connection);
+    let seen: Vec<Value> = lines.take(3).map(|line| serde_json::from_str(&line).unwrap()).collect();
+    assert_eq!(seen[0]["event"], "acquired");
+    assert_eq!(seen[0]["lease"]["port"], 61001);
+    assert_eq!((&seen[1]["event"], &seen[1]["reason"]), (&json!("refused"), &json!("exhausted")));
+    assert_eq!((&seen[2]["event"], &seen[2]["reason"]), (&json!("released"), &json!("connection closed")));
+}
+
+#[test]
+fn malformed_requests_get_a_reason() {
+    let agent = Agent::start(range(61001, 61010), None);
+    let cases = [
+        ("{", "request"),
+        ("", "request"),
+        ("null", "request"),
+        ("[]", "request"),
+        (r#"{"destination":"192.0.2.1"}"#, "request"),
+        (r#"{"destination":"host.example:443"}"#, "request"),
+        (r#"{"destination":"192.0.2.1:0"}"#, "destination"),
+        (r#"{"destination":"198.51.100.1:443"}"#, "destination"),
+        (r#"{"destination":"192.0.2.1:443","count":0}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","count":-1}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","count":11}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","count":4294967296}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","waitMs":60001}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","ttlMs":0}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","ttlMs":86400001}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","protocol":"sctp"}"#, "request"),
+        (r#"{"destination":"192.0.2.1:443","weight":1}"#, "request"),
+    ];
+    for (body, code) in cases {
+        let (status, answer) = agent.ask("POST", "/v1/leases", body);
+        assert_eq!((status, answer["code"].as_str()), (400, Some(code)), "{body}: {answer}");
+        assert!(answer["error"].as_str().unwrap().len() > 20, "{answer}");
+    }
+    assert_eq!(agent.ask("DELETE", "/v1/leases/x", "").0, 400);
+    assert_eq!(agent.ask("DELETE", "/v1/leases/18446744073709551616", "").0, 400);
+    assert_eq!(agent.ask("POST", "/v1/leases", &" ".repeat(api::MAX_BODY + 1)).0, 413);
+    assert_eq!(agent.leases(), 0);
+}
+
+#[test]
+fn the_socket_has_its_permissions_and_only_one_agent() {
+    let agent = Agent::start(range(61001, 61010), None);
+    let mode = std::fs::metadata(&agent.socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let second = api::listen(&agent.socket, &Access::default());
+    assert!(matches!(second, Err(api::ApiError::InUse(_))), "{second:?}");
+    let file = agent.socket.with_extension("txt");
+    std::fs::write(&file, "precious").unwrap();
+    assert!(matches!(api::listen(&file, &Access::default()), Err(api::ApiError::NotASocket(_))));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
+}
+
+/// Requests that look right from afar.
+fn hostile() -> impl Strategy<Value = Vec<u8>> {
+    let method = prop_oneof![
+        Just("GET"),
+        Just("POST"),
+        Just("DELETE"),
+        Just("PUT"),
+        "[A-Z]{0,9}".prop_map(|m| &*m.leak())
+    ];
+    let path = prop_oneof![
+        Just("/v1/leases".to_owned()),
+        Just("/v1/pool".to_owned()),
+        any::<u64>().prop_map(|id| format!("/v1/leases/{id}")),
+        "/[ -~]{0,40}",
+    ];
+    let body = prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..200),
+        r#"\{"destination":"[0-9.:\[\]a-f]{0,30}","(count|ttlMs|waitMs)":-?[0-9]{1,3}\}"#
+            .prop_map(String::into_bytes),
+        r#"\{"destination":"192.0.2.1:443","(count|ttlMs)":[0-9]{1,2}\}"#.prop_map(String::into_bytes),
+    ];
+    let whole = (method, path, body, -3..3_i64).prop_map(|(method, path, body, lie)| {
+        let length = (body.len() as i64 + lie).max(0);
+        let mut request =
+            format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n").into_bytes();
+        request.extend(body);
+        request
+    });
+    prop_oneof![4 => whole, 1 => prop::collection::vec(any::<u8>(), 0..300)]
+}
+
+#[test]
+fn whatever_is_thrown_at_it_the_agent_goes_on_and_leaks_nothing() {
+    let agent = Agent::start(range(61001, 61010), None);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(1500));
+    runner
+        .run(&hostile(), |request| {
+            let mut stream = agent.connect();
+            // It may hang up in the middle of nonsense.
+            let _ = stream.write_all(&request);
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            let text = String::from_utf8_lossy(&answer);
+            prop_assert!(!text.contains("HTTP/1.1 5"), "{}", text);
+            Ok(())
+        })
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while agent.leases() > 0 && Instant::now() < deadline {
+        // Leases with a time of up to 99 ms.
+        std::thread::yield_now();
+    }
+    assert_eq!(agent.leases(), 0);
+    let mut all = agent.connect();
+    let ten = r#"{"destination":"192.0.2.77:443","count":10}"#;
+    assert_eq!(ask(&mut all, "POST", "/v1/leases", ten).0, 201, "all ten ports are there");
+}
+
+/// That this answer is in docs/openapi.json, with this status and of this shape.
+fn documented(method: &str, path: &str, status: u16, body: &Value) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
+    let document: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    let template =
+        if path.starts_with("/v1/leases/") && path != "/v1/leases/watch" { "/v1/leases/{id}" } else { path };
+    let responses = &document["paths"][template][method.to_ascii_lowercase()]["responses"];
+    let response = &responses[status.to_string()];
+    assert!(response.is_object(), "{method} {template} answers {status}, which is not documented: {body}");
+    let schema = &response["content"]["application/json"]["schema"];
+    if schema.is_null() {
+        assert!(body.is_null(), "{method} {template} {status} has a body: {body}");
+    } else if let Err(reason) = conforms(&document, schema, body) {
+        panic!("{method} {template} {status}: {reason} in {body}");
+    }
+}
+
+/// As much of JSON schema as the document uses.
+fn conforms(document: &Value, schema: &Value, value: &Value) -> Result<(), String> {
+    if let Some(reference) = schema["$ref"].as_str() {
+        return conforms(document, document.pointer(&reference[1..]).ok_or(reference)?, value);
+    }
+    if let Some(allowed) = schema["enum"].as_array()
+        && !allowed.contains(value)
+    {
+        return Err(format!("{value} is none of {allowed:?}"));
+    }
+    let fits = match schema["type"].as_str() {
+        None => true,
+        Some("object") => value.is_object(),
+        Some("array") => value.is_array(),
+        Some("string") => value.is_string(),
+        Some("integer") => value.is_u64() || value.is_i64(),
+        Some(other) => return Err(format!("type {other} is not known to this test")),
+    };
+    if !fits {
+        return Err(format!("{value} is not {}", schema["type"]));
+    }
+    let beyond = |key: &str, wrong: fn(f64, f64) -> bool| {
+        schema[key].as_f64().zip(value.as_f64()).is_some_and(|(limit, value)| wrong(value, limit))
+    };
+    if beyond("minimum", |v, l| v < l) || beyond("maximum", |v, l| v > l) {
+        return Err(format!("{value} is out of range"));
+    }
+    for item in value.as_array().into_iter().flatten() {
+        conforms(document, &schema["items"], item)?;
+    }
+    for required in schema["required"].as_array().into_iter().flatten() {
+        if value.get(required.as_str().unwrap()).is_none() {
+            return Err(format!("{required} is missing"));
+        }
+    }
+    for (name, field) in value.as_object().into_iter().flatten() {
+        match schema["properties"].get(name) {
+            Some(schema) => conforms(document, schema, field)?,
+            None if schema["additionalProperties"] == json!(false) => {
+                return Err(format!("{name} is not documented"));
+            }
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_documented_path_is_there() {
+    let agent = Agent::start(range(61001, 61010), None);
+    assert_eq!(agent.ask("GET", "/v1/pool", "").0, 200);
+    assert_eq!(agent.ask("GET", "/v1/leases", "").0, 200);
+    assert_eq!(agent.ask("DELETE", "/v1/leases/999", "").0, 404);
+}

@@ -1,0 +1,407 @@
+//! The port pool: what the connect hooks and the agent share.
+//!
+//! The pool lives in one array of 64-bit words that both sides change with atomic operations only, so that a port is
+//! claimed by the kernel (a connect hook) and by the agent (a lease) in the same place. The array begins with the
+//! bitmap of free slots, then come the slots, all alike ([`Geometry::stride`] words each):
+//!
+//! ```text
+//! header (10) state, live claims, eight ports that were given back lately, and when (owner slots only)
+//! summary (S) bit w is set while word w of `free` may have a set bit
+//! free (W)    bit i is set while port `base + i` may be taken
+//! touched (W) bit i is set when port `base + i` came back since the last sweep (owner slots only)
+//! ```
+//!
+//! A *destination slot* belongs to a (destination address, destination port, protocol) and holds the ports that
+//! nobody uses. An *owner slot* belongs to a destination slot and a network namespace and holds that namespace's
+//! *warm* ports: closed, but maybe still known to conntrack on this node, and therefore only for the same namespace.
+
+pub mod bitmap;
+pub mod slots;
+
+use bitmap::Bitmap;
+
+/// Changes whenever a type or the layout in this module does; part of the path under which the maps are pinned.
+pub const ABI_VERSION: u32 = 1;
+
+/// `IPPROTO_TCP`.
+pub const TCP: u8 = 6;
+/// `IPPROTO_UDP`.
+pub const UDP: u8 = 17;
+
+/// Most words of a bitmap: all 65,536 ports.
+pub const MAX_WORDS: u32 = 1024;
+/// Words of the bitmap of free slots.
+pub const ALLOCATOR_WORDS: u32 = 256;
+/// Summary words of the bitmap of free slots.
+pub const ALLOCATOR_SUMMARY: u32 = ALLOCATOR_WORDS / 64;
+/// Most slots there can be.
+pub const MAX_SLOTS: u32 = ALLOCATOR_WORDS * 64;
+/// Words before the summary of a slot.
+pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS;
+/// Words of a slot that remember a port that was given back lately.
+pub const CLOSING_WORDS: u32 = 8;
+
+/// The slot whose free ports a new TCP destination begins with.
+pub const TEMPLATE_TCP: u32 = 0;
+/// The slot whose free ports a new UDP destination begins with.
+pub const TEMPLATE_UDP: u32 = 1;
+/// The slot whose free ports are for unconnected UDP. Disjoint from [`TEMPLATE_UDP`]: an unconnected socket may send to
+/// every destination, and no bitmap of one destination could know.
+pub const TEMPLATE_UDP_ANY: u32 = 2;
+/// The slot without any port that an owner slot begins with.
+pub const TEMPLATE_EMPTY: u32 = 3;
+/// Slots below are templates and never handed out.
+pub const FIRST_SLOT: u32 = 4;
+
+/// Slot state: not in use. Zero, so that a fresh map says it.
+pub const SLOT_FREE: u64 = 0;
+/// Slot state: ports may be claimed in it.
+pub const SLOT_OPEN: u64 = 1;
+/// Slot state: the agent is taking the slot away.
+pub const SLOT_CLOSED: u64 = 2;
+
+/// [`Lease::state`]: the socket holds its port.
+pub const LEASE_HELD: u64 = 1;
+/// [`Lease::state`]: the last descriptor of the socket is gone.
+pub const LEASE_FILE_CLOSED: u64 = 2;
+/// [`Lease::state`]: TCP has entered CLOSE.
+pub const LEASE_TCP_CLOSED: u64 = 4;
+/// [`Lease::state`]: the socket is an unconnected UDP socket; its port is good for every destination.
+pub const LEASE_ANY: u64 = 8;
+
+/// [`Config::flags`]: a socket that is bound outside the pool must not connect to a destination of the pool.
+pub const FLAG_STRICT: u32 = 1;
+/// [`Config::flags`]: UDP sockets that bind port 0 get a port of the pool.
+pub const FLAG_BIND_UDP: u32 = 2;
+
+/// How the pool is laid out and what it enforces; the only element of map `POOL_CONFIG`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Lowest port of the span, host byte order; a multiple of 64.
+    pub base: u32,
+    /// Words of a slot's `free`; 1 to [`MAX_WORDS`]. The span has 64 times as many ports.
+    pub words: u32,
+    /// Slots there are, templates included; at most [`MAX_SLOTS`].
+    pub slots: u32,
+    /// `FLAG_*`.
+    pub flags: u32,
+    /// Most ports that one namespace may hold at once towards one destination; 0 for no limit.
+    pub quota: u32,
+    /// Explicit padding.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Config>() == 24 && align_of::<Config>() == 4);
+
+/// Where the words of a slot lie; follows from [`Config`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// See [`Config::words`].
+    pub words: u32,
+}
+
+impl Geometry {
+    /// Words of a slot's summary.
+    #[inline(always)]
+    #[must_use]
+    pub const fn summary(self) -> u32 {
+        self.words.div_ceil(64)
+    }
+
+    /// Words from one slot to the next.
+    #[inline(always)]
+    #[must_use]
+    pub const fn stride(self) -> u32 {
+        HEADER_WORDS + self.summary() + 2 * self.words
+    }
+
+    /// Index of the first word (the state) of a slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot(self, slot: u32) -> u32 {
+        ALLOCATOR_SUMMARY + ALLOCATOR_WORDS + slot * self.stride()
+    }
+
+    /// Index of the count of live claims of a slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn live(self, slot: u32) -> u32 {
+        self.slot(slot) + 1
+    }
+
+    /// Index of the word that remembers when a port was given back.
+    #[inline(always)]
+    #[must_use]
+    pub const fn closing(self, slot: u32, index: u32) -> u32 {
+        self.slot(slot) + 2 + index % CLOSING_WORDS
+    }
+
+    /// The bitmap of ports that may be taken from a slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn free(self, slot: u32) -> Bitmap {
+        Bitmap { at: self.slot(slot) + HEADER_WORDS, summary: self.summary(), words: self.words }
+    }
+
+    /// Index of the first `touched` word of a slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn touched(self, slot: u32) -> u32 {
+        self.slot(slot) + HEADER_WORDS + self.summary() + self.words
+    }
+
+    /// Words of the whole array for so many slots.
+    #[inline(always)]
+    #[must_use]
+    pub const fn total(self, slots: u32) -> u32 {
+        self.slot(slots)
+    }
+}
+
+/// The bitmap of free slots.
+pub const ALLOCATOR: Bitmap = Bitmap { at: 0, summary: ALLOCATOR_SUMMARY, words: ALLOCATOR_WORDS };
+
+/// What a source port must be unique towards. Key of map `POOL_DESTINATIONS`; its value is a slot (`u32`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Destination {
+    /// Network byte order; an IPv4 address is v4-mapped (RFC 4291 section 2.5.5.2).
+    address: [u8; 16],
+    /// Network byte order.
+    port: [u8; 2],
+    /// [`TCP`] or [`UDP`].
+    protocol: u8,
+    reserved: u8,
+}
+
+const _: () = assert!(size_of::<Destination>() == 20 && align_of::<Destination>() == 1);
+
+impl Destination {
+    /// A destination from the bytes of a packet or a `sockaddr`: address and port in network byte order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_network(address: [u8; 16], port: [u8; 2], protocol: u8) -> Self {
+        Self { address, port, protocol, reserved: 0 }
+    }
+
+    /// An IPv4 destination from the bytes of a packet or a `sockaddr_in`: address and port in network byte order.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_network_v4(a: [u8; 4], port: [u8; 2], protocol: u8) -> Self {
+        Self::from_network([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a[0], a[1], a[2], a[3]], port, protocol)
+    }
+
+    /// Stands for all destinations of an unconnected UDP socket.
+    pub const ANY_UDP: Self = Self::from_network([0; 16], [0; 2], UDP);
+
+    /// Network byte order, IPv4 as v4-mapped.
+    #[must_use]
+    pub const fn address(&self) -> [u8; 16] {
+        self.address
+    }
+
+    /// Host byte order.
+    #[must_use]
+    pub const fn port(&self) -> u16 {
+        u16::from_be_bytes(self.port)
+    }
+
+    /// [`TCP`] or [`UDP`].
+    #[must_use]
+    pub const fn protocol(&self) -> u8 {
+        self.protocol
+    }
+}
+
+/// Key of map `POOL_OWNERS`; its value is a slot (`u32`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// `SO_NETNS_COOKIE` of the namespace; never 0.
+    pub netns_cookie: u64,
+    /// Slot of the destination.
+    pub slot: u32,
+    /// Explicit padding.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Owner>() == 16 && align_of::<Owner>() == 8);
+
+/// The port a socket holds, and for whom; kept in the socket's own storage (map `POOL_LEASES`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// `LEASE_*`; changed by atomic operations only. Whoever takes [`LEASE_HELD`] away gives the port back.
+    pub state: u64,
+    /// `SO_NETNS_COOKIE` of the socket's namespace.
+    pub netns_cookie: u64,
+    /// Id of the cgroup (version 2) of the connecting process: the inode number of its directory.
+    pub cgroup_id: u64,
+    /// `CLOCK_MONOTONIC`, in nanoseconds, of the claim.
+    pub since_ns: u64,
+    /// Slot of the destination.
+    pub slot: u32,
+    /// Slot of the namespace's warm ports.
+    pub owner_slot: u32,
+    /// The port, counted from [`Config::base`].
+    pub index: u32,
+    /// Process id, in the initial namespace, of the connecting process.
+    pub pid: u32,
+    /// User id, in the initial namespace, of the connecting process.
+    pub uid: u32,
+    /// Where the port leads to.
+    pub destination: Destination,
+    /// Name of the connecting thread, padded with zeros.
+    pub comm: [u8; 16],
+    /// Explicit padding.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Lease>() == 96 && align_of::<Lease>() == 8);
+const _: () = assert!(core::mem::offset_of!(Lease, destination) == 52);
+
+/// A port that the agent has claimed for a client that will bind it itself. Key of map `POOL_GRANTS`.
+///
+/// The hook takes the port over by removing the entry, the agent ends an unused grant by removing it: whose removal
+/// succeeds owns the port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Grant {
+    /// Where the port leads to.
+    pub destination: Destination,
+    /// The port, counted from [`Config::base`], in the byte order of the host.
+    index: [u8; 4],
+}
+
+const _: () = assert!(size_of::<Grant>() == 24 && align_of::<Grant>() == 1);
+
+impl Grant {
+    /// The grant of the port `index` (counted from [`Config::base`]) towards `destination`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(destination: Destination, index: u32) -> Self {
+        Self { destination, index: index.to_ne_bytes() }
+    }
+
+    /// The port, counted from [`Config::base`].
+    #[must_use]
+    pub const fn index(&self) -> u32 {
+        u32::from_ne_bytes(self.index)
+    }
+}
+
+/// Value of map `POOL_GRANTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granted {
+    /// The namespace the port was granted to; no other may use it.
+    pub netns_cookie: u64,
+    /// Slot of the destination.
+    pub slot: u32,
+    /// Slot of the namespace's warm ports.
+    pub owner_slot: u32,
+}
+
+const _: () = assert!(size_of::<Granted>() == 16 && align_of::<Granted>() == 8);
+
+/// Why the pool refused a connect (`EADDRNOTAVAIL` to the program).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct Refusal(pub u32);
+
+impl Refusal {
+    /// Every port of the pool is in use towards the destination, or warm with another namespace.
+    pub const EXHAUSTED: Self = Self(1);
+    /// The socket is bound to a port outside the pool.
+    pub const OUTSIDE: Self = Self(2);
+    /// The socket is bound to a port that another connection to the destination uses.
+    pub const TAKEN: Self = Self(3);
+    /// The namespace holds as many ports towards the destination as its quota allows.
+    pub const QUOTA: Self = Self(4);
+    /// No slot is left for one more destination or namespace.
+    pub const TABLE_FULL: Self = Self(5);
+    /// Every port that was tried is bound exclusively by a socket that does not use the pool.
+    pub const BIND: Self = Self(6);
+    /// The kernel had no memory for the socket's storage.
+    pub const MEMORY: Self = Self(7);
+    /// One above the highest.
+    pub const COUNT: u32 = 8;
+
+    /// The name used in metrics and events.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::EXHAUSTED => "exhausted",
+            Self::OUTSIDE => "outside",
+            Self::TAKEN => "taken",
+            Self::QUOTA => "quota",
+            Self::TABLE_FULL => "table-full",
+            Self::BIND => "bind",
+            Self::MEMORY => "memory",
+            _ => "unknown",
+        }
+    }
+}
+
+/// Indexes into the per-CPU counters of map `POOL_COUNTERS`.
+pub mod counter {
+    /// Ports claimed by the hooks, taken over from the agent included.
+    pub const CLAIMS: u32 = 0;
+    /// Ports given back by the hooks.
+    pub const RELEASES: u32 = 1;
+    /// Claims of a port that the program had bound itself.
+    pub const ADOPTIONS: u32 = 2;
+    /// Binds of a claimed port that the kernel refused, because of a socket outside the pool.
+    pub const BIND_RETRIES: u32 = 3;
+    /// Events that were not written: the ring was full, or one was written less than 10 ms before on the CPU.
+    pub const EVENTS_LOST: u32 = 4;
+    /// Counters of refusals begin here, in the order of [`super::Refusal`].
+    pub const REFUSALS: u32 = 8;
+    /// How many there are.
+    pub const COUNT: u32 = REFUSALS + super::Refusal::COUNT;
+}
+
+/// A refused connect, in ring buffer `POOL_EVENTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    pub time_ns: u64,
+    /// `SO_NETNS_COOKIE` of the socket's namespace.
+    pub netns_cookie: u64,
+    /// Id of the cgroup (version 2) of the process.
+    pub cgroup_id: u64,
+    /// A [`Refusal`].
+    pub refusal: u32,
+    /// Process id in the initial namespace.
+    pub pid: u32,
+    /// User id in the initial namespace.
+    pub uid: u32,
+    /// Where the program wanted to connect to.
+    pub destination: Destination,
+    /// Name of the thread, padded with zeros.
+    pub comm: [u8; 16],
+}
+
+const _: () = assert!(size_of::<Event>() == 72 && align_of::<Event>() == 8);
+
+#[cfg(feature = "user")]
+mod user {
+    use super::{Config, Destination, Event, Grant, Granted, Lease, Owner};
+
+    // SAFETY: repr(C), no padding outside named fields, every bit pattern is a value.
+    unsafe impl aya::Pod for Config {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Destination {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Owner {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Lease {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Grant {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Granted {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Event {}
+}

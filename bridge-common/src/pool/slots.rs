@@ -1,0 +1,276 @@
+//! Claiming and giving back ports: what the connect hooks and the agent do alike.
+//!
+//! A port is free in exactly one place: the destination's slot, or the slot of one namespace (warm), or nowhere while a
+//! socket or a lease holds it. Moving it is taking its bit away in one place before setting it in another, so it can
+//! never be held twice.
+
+use super::bitmap::{self, Bitmap, Memory};
+use super::{
+    ALLOCATOR, Destination, Geometry, Owner, Refusal, SLOT_OPEN, TEMPLATE_EMPTY, TEMPLATE_TCP, TEMPLATE_UDP,
+    TEMPLATE_UDP_ANY, UDP,
+};
+
+/// How often a claim is tried again when the agent takes a slot away under its hands. Slots are taken away only when
+/// they have been idle for minutes.
+const ENTER_TRIES: u32 = 3;
+
+/// How long, in microseconds, a port that was given back on another processor is passed over if there is another one.
+///
+/// TCP says that a connection is in CLOSE before it sends the RST that ends it (`tcp_disconnect`, `__tcp_close`): a
+/// connect on another processor could overtake that. On the same one it comes after, and takes the port as it is: who
+/// connects in a loop does not spread over the whole pool.
+const SETTLING_US: u64 = 200;
+
+/// Stands for no processor in particular. Numbers of processors are kept modulo 1024, so some machines have one of this
+/// number; there it is passed over too seldom, for 200 us.
+pub const NO_PROCESSOR: u32 = 1023;
+
+/// A `closing` word: the port in the low 16 bits, the processor in the next 10, the time in the 38 above.
+#[inline(always)]
+fn closing<T: Tables>(tables: &T, index: u32) -> u64 {
+    let place = u64::from(tables.processor() & NO_PROCESSOR) << 16 | u64::from(index & 0xffff);
+    (tables.now() / 1000) << 26 | place
+}
+
+/// The tables of the pool.
+pub trait Tables: Memory {
+    /// See [`Geometry`].
+    fn geometry(&self) -> Geometry;
+    /// Slot of a destination.
+    fn destination_slot(&self, destination: &Destination) -> Option<u32>;
+    /// Enters a destination unless it is there; `false` if it is, or if the table is full.
+    fn insert_destination(&self, destination: &Destination, slot: u32) -> bool;
+    /// Slot of an owner.
+    fn owner_slot(&self, owner: &Owner) -> Option<u32>;
+    /// Enters an owner unless it is there; `false` if it is, or if the table is full.
+    fn insert_owner(&self, owner: &Owner, slot: u32) -> bool;
+    /// A random number; need not be unpredictable.
+    fn random(&self) -> u32;
+    /// `CLOCK_MONOTONIC`, in nanoseconds.
+    fn now(&self) -> u64;
+    /// The processor that runs this; [`NO_PROCESSOR`] if it may be another one at the next instruction.
+    fn processor(&self) -> u32;
+
+    /// [`bitmap::claim`].
+    fn claim(&self, map: Bitmap, random: u32) -> Option<u32> {
+        bitmap::claim(self, map, random)
+    }
+
+    /// Copies summary, free and touched words from a template to a slot that nobody uses.
+    fn fill(&self, slot: u32, template: u32) {
+        let geometry = self.geometry();
+        let (to, from) = (geometry.free(slot).at, geometry.free(template).at);
+        for word in 0..geometry.summary() + 2 * geometry.words {
+            self.store(to + word, self.load(from + word));
+        }
+    }
+}
+
+/// A namespace's seat at a destination: as long as it lasts, the agent takes neither slot away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seat {
+    /// Slot of the destination.
+    pub slot: u32,
+    /// Slot of the namespace's warm ports.
+    pub owner_slot: u32,
+}
+
+/// Where a claimed port came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// The port, counted from the base of the pool.
+    pub index: u32,
+    /// The slot it was taken from.
+    pub from: u32,
+}
+
+/// The template of a destination.
+#[inline(always)]
+#[must_use]
+pub fn template(destination: &Destination) -> u32 {
+    if destination.protocol() != UDP {
+        TEMPLATE_TCP
+    } else if destination.port() == 0 {
+        TEMPLATE_UDP_ANY
+    } else {
+        TEMPLATE_UDP
+    }
+}
+
+/// Finds or makes the slots of a destination and a namespace, and counts one live claim in both.
+///
+/// # Errors
+/// [`Refusal::TABLE_FULL`] if no slot is left, [`Refusal::QUOTA`] if the namespace has `quota` live claims already
+/// (0: no limit).
+#[inline(always)]
+pub fn enter<T: Tables>(
+    tables: &T,
+    destination: &Destination,
+    netns_cookie: u64,
+    quota: u32,
+) -> Result<Seat, Refusal> {
+    let geometry = tables.geometry();
+    let mut tries = 0;
+    while tries < ENTER_TRIES {
+        tries += 1;
+        let Some(slot) = destination_slot(tables, destination) else { continue };
+        if !arrive(tables, geometry, slot) {
+            continue;
+        }
+        let owner = Owner { netns_cookie, slot, reserved: 0 };
+        if let Some(owner_slot) = owner_slot(tables, &owner)
+            && arrive(tables, geometry, owner_slot)
+        {
+            if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
+                leave(tables, Seat { slot, owner_slot });
+                return Err(Refusal::QUOTA);
+            }
+            return Ok(Seat { slot, owner_slot });
+        }
+        depart(tables, geometry, slot);
+    }
+    Err(Refusal::TABLE_FULL)
+}
+
+/// Ends what [`enter`] began, for a claim that did not come about.
+#[inline(always)]
+pub fn leave<T: Tables>(tables: &T, seat: Seat) {
+    let geometry = tables.geometry();
+    depart(tables, geometry, seat.owner_slot);
+    depart(tables, geometry, seat.slot);
+}
+
+/// Takes any port: a warm one first, then one that nobody has used lately. `fresh_first` turns that around.
+///
+/// # Errors
+/// [`Refusal::EXHAUSTED`].
+#[inline(always)]
+pub fn claim<T: Tables>(tables: &T, seat: Seat, fresh_first: bool) -> Result<Claim, Refusal> {
+    let geometry = tables.geometry();
+    let random = tables.random();
+    let (first, second) =
+        if fresh_first { (seat.slot, seat.owner_slot) } else { (seat.owner_slot, seat.slot) };
+    if let Some(index) = tables.claim(geometry.free(first), random) {
+        return Ok(Claim { index, from: first });
+    }
+    match tables.claim(geometry.free(second), random) {
+        Some(index) => Ok(Claim { index, from: second }),
+        None => Err(Refusal::EXHAUSTED),
+    }
+}
+
+/// Takes this very port if it is warm with the namespace or free for everybody.
+///
+/// # Errors
+/// [`Refusal::TAKEN`].
+#[inline(always)]
+pub fn claim_exact<T: Tables>(tables: &T, seat: Seat, index: u32) -> Result<Claim, Refusal> {
+    let geometry = tables.geometry();
+    if bitmap::take(tables, geometry.free(seat.owner_slot), index) {
+        Ok(Claim { index, from: seat.owner_slot })
+    } else if bitmap::take(tables, geometry.free(seat.slot), index) {
+        Ok(Claim { index, from: seat.slot })
+    } else {
+        Err(Refusal::TAKEN)
+    }
+}
+
+/// Whether a port was given back so lately that its connection may still have something to send.
+#[inline(always)]
+pub fn settling<T: Tables>(tables: &T, seat: Seat, claim: Claim) -> bool {
+    let then = tables.load(tables.geometry().closing(seat.owner_slot, claim.index));
+    let now = closing(tables, claim.index);
+    let same_port = (then ^ now) & 0xffff == 0;
+    let same_processor =
+        ((then ^ now) >> 16) & u64::from(NO_PROCESSOR) == 0 && tables.processor() != NO_PROCESSOR;
+    // 38 bits of microseconds wrap around after three days.
+    let age = (now >> 26).wrapping_sub(then >> 26) & ((1 << 38) - 1);
+    same_port && !same_processor && age < SETTLING_US
+}
+
+/// Puts a port that was never used back to where it came from. The seat stays.
+#[inline(always)]
+pub fn unclaim<T: Tables>(tables: &T, seat: Seat, claim: Claim) {
+    touch(tables, seat, claim.index);
+    bitmap::free(tables, tables.geometry().free(claim.from), claim.index);
+}
+
+/// Notes that a port was given back, for the sweep and for the search for ports that got lost.
+#[inline(always)]
+fn touch<T: Tables>(tables: &T, seat: Seat, index: u32) {
+    tables.fetch_or(tables.geometry().touched(seat.owner_slot) + (index >> 6), 1 << (index & 63));
+}
+
+/// Gives a used port back: it is warm from now on. The seat ends.
+#[inline(always)]
+pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
+    let geometry = tables.geometry();
+    tables.store(geometry.closing(seat.owner_slot, index), closing(tables, index));
+    // First touched, then free: a sweep that finds the port free finds it touched as well.
+    touch(tables, seat, index);
+    bitmap::free(tables, geometry.free(seat.owner_slot), index);
+    leave(tables, seat);
+}
+
+/// Counts one more live claim, unless the slot is being taken away.
+///
+/// The agent closes a slot before it looks at the count; this counts before it looks at the state: one of them sees the
+/// other.
+#[inline(always)]
+fn arrive<T: Tables>(tables: &T, geometry: Geometry, slot: u32) -> bool {
+    tables.fetch_add(geometry.live(slot), 1);
+    if tables.load(geometry.slot(slot)) == SLOT_OPEN {
+        return true;
+    }
+    depart(tables, geometry, slot);
+    false
+}
+
+#[inline(always)]
+fn depart<T: Tables>(tables: &T, geometry: Geometry, slot: u32) {
+    tables.fetch_add(geometry.live(slot), u64::MAX);
+}
+
+#[inline(always)]
+fn destination_slot<T: Tables>(tables: &T, destination: &Destination) -> Option<u32> {
+    if let Some(slot) = tables.destination_slot(destination) {
+        return Some(slot);
+    }
+    let slot = new_slot(tables, template(destination))?;
+    if tables.insert_destination(destination, slot) {
+        return Some(slot);
+    }
+    free_slot(tables, slot);
+    tables.destination_slot(destination)
+}
+
+#[inline(always)]
+fn owner_slot<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
+    if let Some(slot) = tables.owner_slot(owner) {
+        return Some(slot);
+    }
+    let slot = new_slot(tables, TEMPLATE_EMPTY)?;
+    if tables.insert_owner(owner, slot) {
+        return Some(slot);
+    }
+    free_slot(tables, slot);
+    tables.owner_slot(owner)
+}
+
+#[inline(always)]
+fn new_slot<T: Tables>(tables: &T, template: u32) -> Option<u32> {
+    let geometry = tables.geometry();
+    let slot = tables.claim(ALLOCATOR, tables.random())?;
+    tables.fill(slot, template);
+    tables.store(geometry.live(slot), 0);
+    tables.fetch_and(geometry.slot(slot), 0);
+    tables.fetch_or(geometry.slot(slot), SLOT_OPEN);
+    Some(slot)
+}
+
+/// Hands a slot that no table mentions back to the allocator.
+#[inline(always)]
+pub fn free_slot<T: Tables>(tables: &T, slot: u32) {
+    tables.fetch_and(tables.geometry().slot(slot), 0);
+    bitmap::free(tables, ALLOCATOR, slot);
+}

@@ -1,0 +1,157 @@
+//! Claiming a port for a socket and binding it.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{bpf_sock, sockaddr},
+    helpers::{
+        bpf_get_current_comm,
+        generated::{bpf_bind, bpf_get_current_cgroup_id, bpf_ktime_get_ns},
+    },
+    programs::SockAddrContext,
+};
+use bridge_common::pool::{
+    Config, Destination, Grant, LEASE_HELD, Lease, Refusal, counter,
+    slots::{self, Seat},
+};
+
+use crate::{
+    maps::{POOL_GRANTS, count},
+    sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address},
+    tables::{Maps, atomic_or},
+};
+
+/// How many ports are tried when sockets outside the pool have bound some exclusively.
+const BIND_TRIES: u32 = 12;
+/// How many of these may go to ports whose last connection is just about to end.
+const SETTLE_TRIES: u32 = 4;
+
+/// `struct sockaddr_in`.
+#[repr(C)]
+struct SockaddrIn {
+    family: u16,
+    port: [u8; 2],
+    address: u32,
+    zero: [u8; 8],
+}
+
+/// `struct sockaddr_in6`.
+#[repr(C)]
+struct SockaddrIn6 {
+    family: u16,
+    port: [u8; 2],
+    flow_info: u32,
+    address: [u32; 4],
+    scope_id: u32,
+}
+
+/// Claims some port and binds the socket to it.
+#[inline(always)]
+pub(crate) fn claim_and_bind(
+    ctx: &SockAddrContext,
+    family: Family,
+    config: &Config,
+    seat: Seat,
+) -> Result<u32, Refusal> {
+    let tables = Maps { words: config.words };
+    reuse_address(ctx);
+    let mut tries = 0;
+    while tries < BIND_TRIES {
+        // A warm port that somebody else has bound would be found warm again at once.
+        let claim = slots::claim(&tables, seat, tries > 0)?;
+        tries += 1;
+        // If nothing else is free it has to be this one.
+        if tries <= SETTLE_TRIES && slots::settling(&tables, seat, claim) {
+            slots::unclaim(&tables, seat, claim);
+            continue;
+        }
+        let port = (config.base + claim.index) as u16;
+        if bind(ctx, family, port) == 0 {
+            return Ok(claim.index);
+        }
+        slots::unclaim(&tables, seat, claim);
+        count(counter::BIND_RETRIES);
+    }
+    Err(Refusal::BIND)
+}
+
+/// Takes over the port that the agent has granted to this namespace, together with the seat that the grant has.
+#[inline(always)]
+pub(crate) fn take_grant(ctx: &SockAddrContext, destination: &Destination, index: u32) -> Option<Seat> {
+    let grant = Grant::new(*destination, index);
+    // SAFETY: the value is written once, at insertion, and copied before anything is removed.
+    let granted = unsafe { POOL_GRANTS.get(grant) }.copied()?;
+    if granted.netns_cookie != netns_cookie(ctx) {
+        return None;
+    }
+    // Removing it is what decides: the agent may be ending the grant at this moment.
+    POOL_GRANTS.remove(grant).ok()?;
+    Some(Seat { slot: granted.slot, owner_slot: granted.owner_slot })
+}
+
+/// Notes in the socket's storage what it holds. The last step of a claim.
+#[inline(always)]
+pub(crate) fn note(
+    ctx: &SockAddrContext,
+    lease: *mut Lease,
+    seat: Seat,
+    index: u32,
+    destination: &Destination,
+    extra: u64,
+) {
+    // SAFETY: `lease` is the storage of a socket that is locked by the system call that runs this hook; `state` alone is
+    // touched from elsewhere, and as long as LEASE_HELD is not set nobody acts on the rest.
+    unsafe {
+        (*lease).netns_cookie = netns_cookie(ctx);
+        (*lease).cgroup_id = bpf_get_current_cgroup_id();
+        (*lease).since_ns = bpf_ktime_get_ns();
+        (*lease).slot = seat.slot;
+        (*lease).owner_slot = seat.owner_slot;
+        (*lease).index = index;
+        (*lease).pid = ctx.tgid();
+        (*lease).uid = ctx.uid();
+        (*lease).destination = *destination;
+        (*lease).comm = bpf_get_current_comm().unwrap_or_default();
+        atomic_or(&raw mut (*lease).state, LEASE_HELD | extra);
+    }
+    count(counter::CLAIMS);
+}
+
+/// Binds the socket to its source address, if it has one, and `port` (host byte order).
+#[inline(always)]
+fn bind(ctx: &SockAddrContext, family: Family, port: u16) -> i64 {
+    let socket: *const bpf_sock = crate::sock::socket(ctx.sock_addr);
+    match family {
+        Family::V4 => {
+            let mut address = SockaddrIn {
+                family: AF_INET as u16,
+                port: port.to_be_bytes(),
+                // SAFETY: the socket of the context; the verifier checks the access.
+                address: unsafe { (*socket).src_ip4 },
+                zero: [0; 8],
+            };
+            let at = (&raw mut address).cast::<sockaddr>();
+            // SAFETY: an initialised address of the size said.
+            unsafe { bpf_bind(ctx.sock_addr, at, size_of::<SockaddrIn>() as i32) }
+        }
+        Family::V6 => {
+            let mut address = SockaddrIn6 {
+                family: AF_INET6 as u16,
+                port: port.to_be_bytes(),
+                flow_info: 0,
+                // SAFETY: as above; volatile, since a socket allows single 32-bit reads but no wider ones.
+                address: unsafe {
+                    [
+                        (&raw const (*socket).src_ip6[0]).read_volatile(),
+                        (&raw const (*socket).src_ip6[1]).read_volatile(),
+                        (&raw const (*socket).src_ip6[2]).read_volatile(),
+                        (&raw const (*socket).src_ip6[3]).read_volatile(),
+                    ]
+                },
+                scope_id: 0,
+            };
+            let at = (&raw mut address).cast::<sockaddr>();
+            // SAFETY: an initialised address of the size said.
+            unsafe { bpf_bind(ctx.sock_addr, at, size_of::<SockaddrIn6>() as i32) }
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! `connect`: the moment a source port is chosen.
+
+use aya_ebpf::{btf_maps::lpm_trie::Key, macros::cgroup_sock_addr, programs::SockAddrContext};
+use bridge_common::pool::{
+    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, Lease,
+    Refusal, bitmap, counter,
+    slots::{self, Seat, Tables as _},
+};
+
+use crate::{
+    claim::{claim_and_bind, note, take_grant},
+    maps::{POOL_CONFIG, POOL_NETWORKS, count},
+    refuse::{PASS, refuse},
+    release::give_back,
+    sock::{Family, destination, lease_or_new, netns_cookie, socket},
+    tables::{Maps, atomic_and},
+};
+
+/// `connect` of an IPv4 socket.
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn pool_connect4(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, Family::V4)
+}
+
+/// `connect` of an IPv6 socket, also to a v4-mapped address.
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn pool_connect6(ctx: SockAddrContext) -> i32 {
+    connect(&ctx, Family::V6)
+}
+
+#[inline(always)]
+fn connect(ctx: &SockAddrContext, family: Family) -> i32 {
+    let Some(destination) = destination(ctx.sock_addr, family) else { return PASS };
+    if POOL_NETWORKS.get(&Key::new(128, destination.address())).is_none() {
+        return PASS;
+    }
+    match try_connect(ctx, family, &destination) {
+        Ok(()) => PASS,
+        Err(refusal) => refuse(ctx, &destination, refusal),
+    }
+}
+
+#[inline(always)]
+fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination) -> Result<(), Refusal> {
+    let Some(config) = POOL_CONFIG.get(0) else { return Ok(()) };
+    let socket = socket(ctx.sock_addr);
+    let lease = lease_or_new(socket);
+    if lease.is_null() {
+        return Err(Refusal::MEMORY);
+    }
+    // SAFETY: the storage of a socket that is locked by this very `connect`.
+    let held = unsafe { (&raw const (*lease).state).read_volatile() };
+    if held & LEASE_HELD != 0 {
+        // SAFETY: as above.
+        if held & LEASE_ANY != 0 || unsafe { (*lease).destination } == *destination {
+            // The same connection, tried again: the port is still bound and still ours.
+            reopen(lease);
+            return Ok(());
+        }
+    }
+    // SAFETY: the socket of the context; host byte order.
+    let bound = unsafe { (*socket).src_port };
+    let index = bound.wrapping_sub(config.base);
+    if bound != 0 && !is_of_the_pool(config, destination, index) {
+        return if config.flags & FLAG_STRICT != 0 { Err(Refusal::OUTSIDE) } else { Ok(()) };
+    }
+    let (seat, index) = if bound == 0 {
+        let seat = sit(ctx, config, destination)?;
+        match claim_and_bind(ctx, family, config, seat) {
+            Ok(index) => (seat, index),
+            Err(refusal) => return Err(stand(config, seat, refusal)),
+        }
+    } else {
+        let seat = adopt(ctx, config, destination, index)?;
+        count(counter::ADOPTIONS);
+        (seat, index)
+    };
+    if held & LEASE_HELD != 0 {
+        // The socket was connected elsewhere before and keeps its port, towards a new destination.
+        give_back(lease);
+    }
+    reopen(lease);
+    note(ctx, lease, seat, index, destination, 0);
+    Ok(())
+}
+
+/// Whether a port, counted from the base, is one that this destination may be reached from.
+#[inline(always)]
+fn is_of_the_pool(config: &Config, destination: &Destination, index: u32) -> bool {
+    let tables = Maps { words: config.words };
+    let template = tables.geometry().free(slots::template(destination));
+    index < config.words * 64 && bitmap::is_free(&tables, template, index)
+}
+
+/// Claims the port that the program has bound itself.
+#[inline(always)]
+fn adopt(
+    ctx: &SockAddrContext,
+    config: &Config,
+    destination: &Destination,
+    index: u32,
+) -> Result<Seat, Refusal> {
+    if let Some(seat) = take_grant(ctx, destination, index) {
+        return Ok(seat);
+    }
+    let seat = sit(ctx, config, destination)?;
+    match slots::claim_exact(&Maps { words: config.words }, seat, index) {
+        Ok(_) => Ok(seat),
+        Err(refusal) => Err(stand(config, seat, refusal)),
+    }
+}
+
+#[inline(always)]
+fn sit(ctx: &SockAddrContext, config: &Config, destination: &Destination) -> Result<Seat, Refusal> {
+    slots::enter(&Maps { words: config.words }, destination, netns_cookie(ctx), config.quota)
+}
+
+#[inline(always)]
+fn stand(config: &Config, seat: Seat, refusal: Refusal) -> Refusal {
+    slots::leave(&Maps { words: config.words }, seat);
+    refusal
+}
+
+/// The socket is about to connect: whatever it was closed from is over.
+#[inline(always)]
+fn reopen(lease: *mut Lease) {
+    // SAFETY: the storage of a socket of the context.
+    unsafe { atomic_and(&raw mut (*lease).state, !(LEASE_FILE_CLOSED | LEASE_TCP_CLOSED)) };
+}

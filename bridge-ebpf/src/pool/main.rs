@@ -1,0 +1,33 @@
+//! Gives every connection to a destination of the pool a source port of the pool.
+//!
+//! The life of a port: a program calls `connect` ([`connect`]), a port is claimed in the bitmap of the destination and
+//! bound ([`claim`]); the claim is noted in the socket's own storage. When the socket is both closed as a file and in
+//! state CLOSE ([`release`]), the port becomes warm: free again, for the same namespace only, until the agent sees that
+//! conntrack has forgotten it.
+
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the kernel keeps 16-bit ports in 32-bit context fields, and takes sizes of small structs as int"
+)]
+
+mod bind;
+mod claim;
+mod connect;
+mod iter;
+mod maps;
+mod refuse;
+mod release;
+mod sock;
+mod tables;
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,55 @@
+//! The maps of the pool. Sizes that depend on the configuration are set by the loader.
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage},
+    macros::btf_map,
+};
+use bridge_common::pool::{Config, Destination, Event, Grant, Granted, Lease, Owner, counter};
+
+/// `BPF_F_MMAPABLE`: the agent claims ports in the same words.
+const MMAPABLE: usize = 1 << 10;
+/// `BPF_F_NO_PREALLOC`.
+const NO_PREALLOC: usize = 1;
+
+#[btf_map]
+pub(crate) static POOL_CONFIG: Array<Config, 1> = Array::new();
+
+/// See [`bridge_common::pool`]. The loader sets the size.
+#[btf_map]
+pub(crate) static POOL_WORDS: Array<u64, 1024, MMAPABLE> = Array::new();
+
+/// Prefixes whose connections use the pool; IPv4 as v4-mapped. The value says nothing.
+#[btf_map]
+pub(crate) static POOL_NETWORKS: LpmTrie<[u8; 16], u32, 4096> = LpmTrie::new();
+
+#[btf_map]
+pub(crate) static POOL_DESTINATIONS: HashMap<Destination, u32, 16384, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static POOL_OWNERS: HashMap<Owner, u32, 16384, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = HashMap::new();
+
+#[btf_map]
+pub(crate) static POOL_LEASES: SkStorage<Lease> = SkStorage::new();
+
+#[btf_map]
+pub(crate) static POOL_COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
+
+/// `CLOCK_MONOTONIC`, in nanoseconds, of the last event on each CPU.
+#[btf_map]
+pub(crate) static POOL_LAST_EVENT: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+#[btf_map]
+pub(crate) static POOL_EVENTS: RingBuf<Event, 262_144> = RingBuf::new();
+
+/// Adds one to a counter of [`counter`].
+#[inline(always)]
+pub(crate) fn count(index: u32) {
+    if let Some(value) = POOL_COUNTERS.get_ptr_mut(index) {
+        // SAFETY: the pointer is to this CPU's element. A hook that preempts another one here may lose a count to it
+        // only on a preemptible kernel; the atomic add keeps the sum right even then.
+        unsafe { crate::tables::atomic_add(value, 1) };
+    }
+}

@@ -1,0 +1,67 @@
+//! Saying no, with a reason.
+
+use aya_ebpf::{
+    EbpfContext as _, Global,
+    helpers::{
+        bpf_get_current_comm,
+        generated::{bpf_get_current_cgroup_id, bpf_ktime_get_ns, bpf_set_retval},
+    },
+    programs::SockAddrContext,
+};
+use bridge_common::pool::{Destination, Event, Refusal, counter};
+
+use crate::{
+    maps::{POOL_EVENTS, POOL_LAST_EVENT, count},
+    sock::netns_cookie,
+};
+
+/// What a hook answers: the call goes on.
+pub(crate) const PASS: i32 = 1;
+const REFUSE: i32 = 0;
+const EADDRNOTAVAIL: i32 = 99;
+
+/// At most one event in so many nanoseconds on each CPU; the counters see all.
+const EVENT_INTERVAL_NS: u64 = 10_000_000;
+
+/// Whether the kernel has `bpf_set_retval` (Linux 5.18). Without it the program sees EPERM. Set by the loader.
+#[unsafe(no_mangle)]
+static POOL_HAS_SET_RETVAL: Global<u8> = Global::new(1);
+
+/// Counts and reports a refusal; the program will see EADDRNOTAVAIL.
+#[inline(always)]
+pub(crate) fn refuse(ctx: &SockAddrContext, destination: &Destination, refusal: Refusal) -> i32 {
+    count(counter::REFUSALS + refusal.0);
+    report(ctx, destination, refusal);
+    if POOL_HAS_SET_RETVAL.load() != 0 {
+        // SAFETY: the helper takes a number.
+        unsafe { bpf_set_retval(-EADDRNOTAVAIL) };
+    }
+    REFUSE
+}
+
+#[inline(always)]
+fn report(ctx: &SockAddrContext, destination: &Destination, refusal: Refusal) {
+    // SAFETY: the helper takes no argument.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let Some(last) = POOL_LAST_EVENT.get_ptr_mut(0) else { return };
+    // SAFETY: this CPU's element of a map; that a preempting hook may write in between costs one event more or less.
+    if now - unsafe { last.read_volatile() } < EVENT_INTERVAL_NS {
+        return count(counter::EVENTS_LOST);
+    }
+    // SAFETY: as above.
+    unsafe { last.write_volatile(now) };
+    let event = Event {
+        time_ns: now,
+        netns_cookie: netns_cookie(ctx),
+        // SAFETY: the helper takes no argument.
+        cgroup_id: unsafe { bpf_get_current_cgroup_id() },
+        refusal: refusal.0,
+        pid: ctx.tgid(),
+        uid: ctx.uid(),
+        destination: *destination,
+        comm: bpf_get_current_comm().unwrap_or_default(),
+    };
+    if POOL_EVENTS.output(event, 0).is_err() {
+        count(counter::EVENTS_LOST);
+    }
+}

@@ -1,0 +1,208 @@
+//! The tables of the pool, as the hooks see them.
+
+use core::arch::asm;
+
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns};
+use bridge_common::pool::{
+    Destination, Geometry, MAX_WORDS, Owner,
+    bitmap::{self, Bitmap, Memory},
+    slots::Tables,
+};
+
+use crate::maps::{POOL_DESTINATIONS, POOL_OWNERS, POOL_WORDS};
+
+const BPF_NOEXIST: u64 = 1;
+
+/// Adds to a word that other CPUs may change.
+///
+/// # Safety
+/// `word` is a pointer to a map's value.
+#[inline(always)]
+pub(crate) unsafe fn atomic_add(word: *mut u64, n: u64) -> u64 {
+    let mut value = n;
+    // SAFETY: the caller's promise; the instruction touches this word alone.
+    unsafe { asm!("{v} = atomic_fetch_add((u64 *)({p} + 0), {v})", p = in(reg) word, v = inout(reg) value) };
+    value
+}
+
+/// Sets bits in a word that other CPUs may change.
+///
+/// # Safety
+/// As [`atomic_add`].
+#[inline(always)]
+pub(crate) unsafe fn atomic_or(word: *mut u64, bits: u64) -> u64 {
+    let mut value = bits;
+    // SAFETY: as in `atomic_add`.
+    unsafe { asm!("{v} = atomic_fetch_or((u64 *)({p} + 0), {v})", p = in(reg) word, v = inout(reg) value) };
+    value
+}
+
+/// Keeps bits in a word that other CPUs may change.
+///
+/// # Safety
+/// As [`atomic_add`].
+#[inline(always)]
+pub(crate) unsafe fn atomic_and(word: *mut u64, bits: u64) -> u64 {
+    let mut value = bits;
+    // SAFETY: as in `atomic_add`.
+    unsafe { asm!("{v} = atomic_fetch_and((u64 *)({p} + 0), {v})", p = in(reg) word, v = inout(reg) value) };
+    value
+}
+
+/// The maps of the pool.
+#[derive(Clone, Copy)]
+pub(crate) struct Maps {
+    pub(crate) words: u32,
+}
+
+impl Memory for Maps {
+    #[inline(always)]
+    fn load(&self, at: u32) -> u64 {
+        match POOL_WORDS.get_ptr(at) {
+            // SAFETY: a pointer to a map's value; an aligned 64-bit load is one instruction.
+            Some(word) => unsafe { word.read_volatile() },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn store(&self, at: u32, value: u64) {
+        if let Some(word) = POOL_WORDS.get_ptr_mut(at) {
+            // SAFETY: as in `load`.
+            unsafe { word.write_volatile(value) };
+        }
+    }
+
+    #[inline(always)]
+    fn fetch_or(&self, at: u32, bits: u64) -> u64 {
+        match POOL_WORDS.get_ptr_mut(at) {
+            // SAFETY: a pointer to a map's value.
+            Some(word) => unsafe { atomic_or(word, bits) },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn fetch_and(&self, at: u32, bits: u64) -> u64 {
+        match POOL_WORDS.get_ptr_mut(at) {
+            // SAFETY: a pointer to a map's value.
+            Some(word) => unsafe { atomic_and(word, bits) },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn fetch_add(&self, at: u32, n: u64) -> u64 {
+        match POOL_WORDS.get_ptr_mut(at) {
+            // SAFETY: a pointer to a map's value.
+            Some(word) => unsafe { atomic_add(word, n) },
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn find_word(&self, map: Bitmap, start: u32) -> Option<u32> {
+        u32::try_from(pool_find(map.at, map.summary, start)).ok()
+    }
+}
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn geometry(&self) -> Geometry {
+        Geometry { words: self.words }
+    }
+
+    #[inline(always)]
+    fn destination_slot(&self, destination: &Destination) -> Option<u32> {
+        // SAFETY: the value is an aligned u32 that is written once, at insertion.
+        unsafe { POOL_DESTINATIONS.get(destination) }.copied()
+    }
+
+    #[inline(always)]
+    fn insert_destination(&self, destination: &Destination, slot: u32) -> bool {
+        POOL_DESTINATIONS.insert(destination, slot, BPF_NOEXIST).is_ok()
+    }
+
+    #[inline(always)]
+    fn owner_slot(&self, owner: &Owner) -> Option<u32> {
+        // SAFETY: as in `destination_slot`.
+        unsafe { POOL_OWNERS.get(owner) }.copied()
+    }
+
+    #[inline(always)]
+    fn insert_owner(&self, owner: &Owner, slot: u32) -> bool {
+        POOL_OWNERS.insert(owner, slot, BPF_NOEXIST).is_ok()
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper takes no argument.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: the helper takes no argument.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
+    #[inline(always)]
+    fn processor(&self) -> u32 {
+        // SAFETY: the helper takes no argument. Hooks do not migrate.
+        unsafe { bpf_get_smp_processor_id() }
+    }
+
+    #[inline(always)]
+    fn claim(&self, map: Bitmap, random: u32) -> Option<u32> {
+        let index = pool_claim(map.at, map.summary, map.words, random);
+        u32::try_from(index).ok()
+    }
+
+    #[inline(always)]
+    fn fill(&self, slot: u32, template: u32) {
+        let geometry = self.geometry();
+        pool_copy(
+            geometry.free(slot).at,
+            geometry.free(template).at,
+            geometry.summary() + 2 * geometry.words,
+        );
+    }
+}
+
+/// [`bitmap::find_word`] as a global function: the verifier follows it once, for all arguments, and not once per call.
+/// Answers -1 if there is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_find(at: u32, summary: u32, start: u32) -> i64 {
+    match bitmap::find_word(&Maps { words: 0 }, Bitmap { at, summary, words: 0 }, start) {
+        Some(word) => i64::from(word),
+        None => -1,
+    }
+}
+
+/// [`bitmap::claim`]; global for the same reason as [`pool_find`].
+/// Answers -1 if nothing is free.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 {
+    match bitmap::claim(&Maps { words }, Bitmap { at, summary, words }, random) {
+        Some(index) => i64::from(index),
+        None => -1,
+    }
+}
+
+/// Copies words between slots; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_copy(to: u32, from: u32, words: u32) -> i64 {
+    let maps = Maps { words };
+    let mut word = 0;
+    while word < 2 * MAX_WORDS + MAX_WORDS / 64 {
+        if word >= words {
+            break;
+        }
+        maps.store(to + word, maps.load(from + word));
+        word += 1;
+    }
+    i64::from(word)
+}
