@@ -16,8 +16,8 @@ use super::netlink;
 use super::sources::FileError;
 use crate::config::Config;
 
-/// Where discovered pods outlive a restart.
-const DISCOVERED: &str = "/run/bridge/discovered.json";
+/// Where discovered pods outlive a restart: beside the socket of the agent.
+const DISCOVERED: &str = "discovered.json";
 
 /// Why routes cannot be looked after.
 #[derive(Debug, Error)]
@@ -50,7 +50,7 @@ pub enum Error {
 }
 
 /// Everything that decides about routes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setup {
     /// How routes are written.
     pub settings: Settings,
@@ -97,7 +97,7 @@ impl Setup {
                 key,
                 rules,
                 check: true,
-                state: Some(DISCOVERED.into()),
+                state: Some(config.api.socket.0.with_file_name(DISCOVERED)),
             })
         });
         Ok(Self {
