@@ -16,7 +16,7 @@ use prometheus_client::{
 
 use crate::{
     datapath::{Maps, ReasonCount, RuleCount},
-    runtime::{Shared, Status},
+    runtime::{RoutesStatus, Shared, Status},
 };
 
 pub(super) async fn serve(State(shared): State<Shared>) -> Response {
@@ -146,9 +146,32 @@ impl Collector for Scrape {
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
             family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
         }
+        if let Some(routes) = &self.status.routes {
+            encode_routes(encoder, routes)?;
+        }
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));
         family(encoder, ("reloads", "Reloads of the configuration"), COUNTER, results)
     }
+}
+
+/// Names of routes themselves are in `GET /v1/routes`: a cluster may have thousands.
+fn encode_routes(encoder: &mut DescriptorEncoder<'_>, routes: &RoutesStatus) -> fmt::Result {
+    let states = routes.states.iter().map(|(state, count)| ([("state", state.to_string())], *count as u64));
+    family(encoder, ("routes", "Routes that are wanted, by what became of them"), GAUGE, states)?;
+    let down = routes.next_hops_down.len();
+    let next_hops = [("up", routes.next_hops - down), ("down", down)];
+    let next_hops = next_hops.map(|(state, count)| ([("state", state)], count as u64));
+    family(encoder, ("next_hops", "Nodes on the way to pods"), GAUGE, next_hops)?;
+    let named = |(name, count): (&String, &u64)| ([("kind", name.clone())], *count);
+    let name = ("route_operations", "What was done to keep the routes true, and what happened to next hops");
+    family(encoder, name, COUNTER, routes.counters.iter().map(named))?;
+    if let Some(discovery) = &routes.discovery {
+        let pods = ("discovery_pods", "Pods that have announced themselves and have not expired");
+        single(encoder, pods, GAUGE, discovery.pods as u64)?;
+        let name = ("discovery_announcements", "Announcements of pods, by what became of them");
+        family(encoder, name, COUNTER, discovery.counters.iter().map(named))?;
+    }
+    Ok(())
 }

@@ -5,13 +5,15 @@
 //! GET  /v1/flows            known flows; ?address= ?port= ?state= ?protocol= ?limit=
 //! GET  /v1/rules            rules in force with their hits
 //! GET  /v1/counters         packets judged, by direction and reason
-//! GET  /v1/events           verdicts as they happen, a JSON object per line; ?verdict= ?address= ?port=
+//! GET  /v1/routes           routes that are wanted, what became of them, and the nodes on the way
+//! GET  /v1/events           verdicts, and what happens to routes, a JSON object per line; ?verdict= ?address= ?port=
 //! POST /v1/reload           read the configuration again
 //! GET  /metrics             Prometheus text format
 //! ```
 
 pub mod client;
 mod metrics;
+mod routes;
 
 use std::{
     convert::Infallible,
@@ -171,6 +173,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/events", get(events))
         .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics::serve))
+        .merge(routes::router())
         .with_state(shared)
 }
 
@@ -252,29 +255,50 @@ async fn counters(State(shared): State<Shared>) -> Response {
     maps.reason_counts().map_or_else(IntoResponse::into_response, |counts| Json(counts).into_response())
 }
 
+/// Of an event.
+type Line = Result<Vec<u8>, serde_json::Error>;
+
 async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter>) -> Response {
-    if shared.maps().is_none() {
+    if shared.maps().is_none() && shared.routes().is_none() {
         return not_enforcing();
     }
-    let receiver = shared.verdicts.subscribe();
-    let lines = stream::unfold((receiver, filter), |(mut receiver, filter)| async {
-        loop {
-            let line = match receiver.recv().await {
-                Ok(verdict) if filter.matches(&verdict) => serde_json::to_vec(&*verdict),
-                Ok(_) => continue,
-                Err(RecvError::Lagged(missed)) => serde_json::to_vec(&Missed { missed }),
-                Err(RecvError::Closed) => return None,
+    // A filter names what only verdicts have.
+    let everything = filter == VerdictFilter::default();
+    let receivers = (shared.verdicts.subscribe(), shared.happenings.subscribe());
+    let lines = stream::unfold(
+        (receivers, filter),
+        move |((mut verdicts, mut happenings), filter)| async move {
+            let line = loop {
+                let line = tokio::select! {
+                    verdict = verdicts.recv() => line(verdict, |verdict| filter.matches(verdict).then_some(&**verdict)),
+                    happening = happenings.recv(), if everything => line(happening, |happening| Some(happening)),
+                };
+                if let Some(line) = line? {
+                    break line;
+                }
             };
-            // Neither type can fail to be serialized.
+            // None of the types can fail to be serialized.
             let mut line = line.unwrap_or_default();
             line.push(b'\n');
-            return Some((Ok::<_, Infallible>(Bytes::from(line)), (receiver, filter)));
-        }
-    });
+            Some((Ok::<_, Infallible>(Bytes::from(line)), ((verdicts, happenings), filter)))
+        },
+    );
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
-/// In the place of verdicts that a client was too slow to take.
+/// What is to be sent of what was received: `None` at the end, nothing if it is not wanted.
+fn line<T, S: Serialize>(
+    received: Result<T, RecvError>,
+    wanted: impl FnOnce(&T) -> Option<&S>,
+) -> Option<Option<Line>> {
+    Some(match received {
+        Ok(event) => wanted(&event).map(serde_json::to_vec),
+        Err(RecvError::Lagged(missed)) => Some(serde_json::to_vec(&Missed { missed })),
+        Err(RecvError::Closed) => return None,
+    })
+}
+
+/// In the place of events that a client was too slow to take.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Missed {
     /// How many.

@@ -21,6 +21,7 @@ pub mod report;
 mod routes;
 mod rules;
 mod shape;
+mod static_route;
 #[cfg(test)]
 mod tests;
 mod time_span;
@@ -47,8 +48,9 @@ pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
-pub use routes::{Discovery, Routes, StaticRoute};
+pub use routes::{Discovery, Health, Routes};
 pub use rules::{LabelOperator, LabelRequirement, LabelSelector, MAX_RULES, Rule, RuleName};
+pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};
 pub use time_span::TimeSpan;
 
 use self::leaf::Problem;
@@ -81,7 +83,7 @@ pub struct Config {
     /// The source ports that clients may take. Left out: there is no pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_pool: Option<PortPool>,
-    /// Routes to pod networks. Left out: no route is touched.
+    /// Routes to pod networks. Left out: none is wanted, and those of an earlier configuration are withdrawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routes: Option<Routes>,
     /// Learns pods, nodes and rules from a cluster. Left out: nothing is asked of a cluster.
@@ -183,7 +185,8 @@ impl Config {
             pool.check(&root.key("portPool"), self.node_ports.as_ref(), implied, report);
         }
         if let Some(routes) = &self.routes {
-            routes.check(&root.key("routes"), report);
+            let pods = kubernetes || !self.networks.pods.is_empty();
+            routes.check(pods, &root.key("routes"), report);
         }
         if let Some(section) = &self.kubernetes {
             section.check(&root.key("kubernetes"), report);

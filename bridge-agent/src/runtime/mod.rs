@@ -5,6 +5,7 @@
 mod enforcer;
 mod file;
 mod packet_filter;
+mod routing;
 mod status;
 
 use std::{
@@ -22,15 +23,17 @@ use tokio::{
 
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
 pub use packet_filter::{FirewallStatus, settings as firewall_settings};
+pub use routing::{DiscoveryStatus, RouteList, RoutesStatus};
 pub use status::{Reload, Reloads, Request, Shared, Status};
 
-use self::{enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter};
+use self::{enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter, routing::Routing};
 use crate::{
     api,
     config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
     datapath::{self, EventReader, Pins},
     firewall,
     interfaces::Watch,
+    routes,
 };
 
 /// What the agent is told on its command line.
@@ -56,6 +59,9 @@ pub enum Error {
     /// The iptables rules are not as they should be.
     #[error(transparent)]
     Firewall(#[from] firewall::iptables::Error),
+    /// The routes cannot be looked after.
+    #[error(transparent)]
+    Routes(#[from] routes::Error),
     /// The API could not be served.
     #[error(transparent)]
     Api(#[from] api::Error),
@@ -96,6 +102,7 @@ struct Agent {
     api: Api,
     enforcer: Option<Enforcer>,
     filter: Option<PacketFilter>,
+    routing: Routing,
     events: Option<EventReader>,
     shared: Shared,
 }
@@ -130,6 +137,7 @@ impl Agent {
             api: config.api.clone(),
             enforcer: None,
             filter: None,
+            routing: Routing::default(),
             events: None,
             shared: shared.clone(),
         };
@@ -150,7 +158,7 @@ impl Agent {
         server.abort();
         // Dropping the server removes the socket.
         drop(server.await);
-        tracing::info!("stopped; what enforces goes on enforcing");
+        tracing::info!("stopped; what enforces goes on enforcing, and routes stay");
         Ok(())
     }
 
@@ -193,6 +201,7 @@ impl Agent {
 
     /// Brings every engine up. A start that fails leaves nothing that was not there before.
     fn start(&mut self, config: &Config) -> Result<(), Error> {
+        let routes = self.routing.prepare(config, &self.shared.happenings)?;
         if packet_filter::is_wanted(config) {
             self.filter = Some(PacketFilter::start(config)?);
         }
@@ -204,7 +213,10 @@ impl Agent {
         {
             filter.take_down();
         }
-        result
+        result?;
+        self.routing.commit(routes);
+        self.shared.set_routes(self.routing.view());
+        Ok(())
     }
 
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
@@ -269,6 +281,7 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
+        let routes = self.routing.prepare(&config, &self.shared.happenings)?;
         // iptables first: what it refuses it refuses whole, and can be taken back.
         let before = self.filter.as_ref().map(PacketFilter::policy);
         match (&mut self.filter, packet_filter::is_wanted(&config)) {
@@ -292,6 +305,8 @@ impl Agent {
         {
             filter.take_down();
         }
+        self.routing.commit(routes);
+        self.shared.set_routes(self.routing.view());
         Ok(())
     }
 
@@ -355,6 +370,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         .to_owned(),
         enforcement: None,
         firewall: None,
+        routes: None,
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),

@@ -9,8 +9,11 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::{enforcer::Enforcement, packet_filter::FirewallStatus};
-use crate::datapath::{FlowCounts, Maps, Verdict};
+use super::{enforcer::Enforcement, packet_filter::FirewallStatus, routing::RoutesStatus};
+use crate::{
+    datapath::{FlowCounts, Maps, Verdict},
+    routes::{RouteEvent, View},
+};
 
 /// What the agent says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +35,8 @@ pub struct Status {
     pub enforcement: Option<Enforcement>,
     /// The iptables rules, if it is to enforce by iptables.
     pub firewall: Option<FirewallStatus>,
+    /// The routes to pods, if the configuration has any to look after.
+    pub routes: Option<RoutesStatus>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.
@@ -70,30 +75,32 @@ pub enum Request {
 }
 
 /// What the run loop shares with those who serve clients.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Shared {
     inner: Arc<RwLock<Inner>>,
     /// Verdicts as they happen.
     pub verdicts: broadcast::Sender<Arc<Verdict>>,
+    /// What happens to routes, next hops and discovered pods, as it happens.
+    pub happenings: broadcast::Sender<RouteEvent>,
     /// To the run loop.
     pub requests: mpsc::Sender<Request>,
 }
 
-#[derive(Debug)]
 struct Inner {
     status: Status,
     maps: Option<Arc<Maps>>,
+    routes: Option<View>,
 }
 
-/// How many verdicts a slow reader may lag behind before it loses some.
-const VERDICT_BACKLOG: usize = 1024;
+/// How many verdicts, or events of routes, a slow reader may lag behind before it loses some.
+const BACKLOG: usize = 1024;
 
 impl Shared {
     pub(super) fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(16);
-        let (verdicts, _) = broadcast::channel(VERDICT_BACKLOG);
-        let inner = Arc::new(RwLock::new(Inner { status, maps: None }));
-        (Self { inner, verdicts, requests }, receiver)
+        let (verdicts, _) = broadcast::channel(BACKLOG);
+        let inner = Arc::new(RwLock::new(Inner { status, maps: None, routes: None }));
+        (Self { inner, verdicts, happenings: broadcast::Sender::new(BACKLOG), requests }, receiver)
     }
 
     pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {
@@ -102,6 +109,16 @@ impl Shared {
 
     pub(super) fn set_maps(&self, maps: Option<Arc<Maps>>) {
         self.inner.write().unwrap_or_else(PoisonError::into_inner).maps = maps;
+    }
+
+    pub(super) fn set_routes(&self, routes: Option<View>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).routes = routes;
+    }
+
+    /// The routes, if this agent looks after any.
+    #[must_use]
+    pub fn routes(&self) -> Option<View> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).routes.clone()
     }
 
     /// The pinned maps, if this agent enforces by eBPF.
@@ -118,6 +135,7 @@ impl Shared {
             status.flows = maps.count_flows().ok();
             status.suppressed_events = maps.suppressed_events().ok();
         }
+        status.routes = self.routes().as_ref().map(RoutesStatus::of);
         status
     }
 }
