@@ -14,17 +14,18 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::{
+    api::Server,
+    config,
     model::PortRange,
     pool::{
-        KernelPool, Layout, Settings,
-        api::{self, Access, Server},
-        attach,
+        KernelPool, Layout, Settings, api, attach,
         backend::Backend,
         checks, conntrack,
         layout::Occupied,
         run::{self, Places},
         service::Service,
     },
+    runtime::{Request, Shared, Status},
 };
 use bridge_common::pool::{FIRST_SLOT, bitmap};
 use bridge_tests::{
@@ -236,6 +237,7 @@ struct Served {
     service: Arc<Service>,
     socket: PathBuf,
     cgroup: PathBuf,
+    _requests: tokio::sync::mpsc::Receiver<Request>,
     _stop: tokio::sync::oneshot::Sender<()>,
 }
 
@@ -245,16 +247,17 @@ impl Served {
         let service = Service::new(Backend::kernel(pool), settings()?.destinations);
         let socket = lab.directory().join("pool.sock");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = {
+        let server = {
             let _inside = runtime.enter();
-            api::listen(&socket, &Access::default())?
+            Server::bind(&socket, &config::Api::default())?
         };
-        let server = Server::new(listener, Arc::clone(&service));
-        runtime.spawn(server.serve(api::router(Arc::clone(&service))));
+        let (shared, requests) = Shared::new(Status::default());
+        shared.set_pool(Some(Arc::clone(&service)));
+        runtime.spawn(server.serve(shared));
         runtime.spawn(api::expire(Arc::clone(&service)));
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         thread::spawn(move || runtime.block_on(stopped));
-        Ok(Self { service, socket, cgroup, _stop: stop })
+        Ok(Self { service, socket, cgroup, _requests: requests, _stop: stop })
     }
 
     fn kinds(&self) -> Result<Vec<&'static str>> {
@@ -400,24 +403,27 @@ fn starting_keeps_the_ports_from_others_and_stopping_gives_them_back() -> Result
     let node = &lab.b().netns;
     let reserved = || node.run(|| fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports"));
     node.set_sysctl("ipv4/ip_local_reserved_ports", "8080,61003")?;
-    let node_ports = Some(PortRange { first: 61031, last: 61040 });
-    let start =
-        |object: &[u8]| node.run(|| run::start(object, &settings()?, node_ports, &places).context("start"));
+    let settings =
+        Settings { node_ports: Some(PortRange { first: 61031, last: 61040 }), ..settings()? };
+    let start = |object: &[u8]| node.run(|| run::start(object, &settings, &places).context("start"));
     // 40 ports, of which one is promised to somebody else and ten are NodePorts.
     let started = start(&object()?)?;
-    ensure!(started.service.backend().name() == "kernel" && started.warnings.is_empty(), "{started:?}");
+    let summary = started.service.summary()?;
+    ensure!(summary.mode == "kernel" && summary.warnings.is_empty(), "{summary:?}");
+    // While an agent has it, nobody takes it away.
+    ensure!(matches!(node.run(|| run::stop(&places)), Err(run::StopError::Locked(_))));
     ensure!(started.service.backend().layout().ports.len() == 29);
     ensure!(reserved()?.trim() == "8080,61001-61030", "{}", reserved()?);
     drop(started);
     // What the agent itself has reserved does not keep it from starting again.
     ensure!(start(&object()?)?.service.backend().layout().ports.len() == 29);
-    node.run(|| run::stop(&places)).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    node.run(|| run::stop(&places))?;
     ensure!(!places.pins.join("pool-1").exists());
     ensure!(reserved()?.trim() == "8080,61003", "{}", reserved()?);
     // A kernel that does not take the object: the agent leases by itself.
     let started = start(b"not an object")?;
     ensure!(started.service.backend().name() == "userspace");
-    node.run(|| run::stop(&places)).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    node.run(|| run::stop(&places))?;
     Ok(())
 }
 

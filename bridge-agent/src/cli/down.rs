@@ -6,6 +6,7 @@ use super::{Error, Global, print, print_json};
 use crate::config;
 use crate::datapath;
 use crate::firewall::{Firewall as _, iptables};
+use crate::pool::run::{self, StopError};
 use crate::runtime;
 
 /// Stop enforcing: remove every program, map and policy of bridge.
@@ -15,6 +16,12 @@ pub struct Down {}
 impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        let places = runtime::pool_places(&global.pin_root, &global.agent_socket());
+        // Before the rest: where nothing is enforced, only the pool tells that an agent runs.
+        let pool = run::stop(&places);
+        if let Err(StopError::Locked(error)) = pool {
+            return Err(error.into());
+        }
         let (removed, result) = datapath::down(&global.pins());
         // A running agent would put everything back.
         if matches!(result, Err(datapath::Error::Locked { .. })) {
@@ -23,6 +30,7 @@ impl Down {
         // Teardown goes on after an error, and tells all of them.
         let (notes, errors) = remove_iptables(global);
         result?;
+        pool?;
         if let Some(error) = errors.into_iter().next() {
             return Err(error.into());
         }

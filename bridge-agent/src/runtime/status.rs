@@ -10,10 +10,13 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 use super::{enforcer::Enforcement, packet_filter::FirewallStatus};
-use crate::datapath::{FlowCounts, Maps, Verdict};
+use crate::{
+    datapath::{FlowCounts, Maps, Verdict},
+    pool::{Summary, service::Service},
+};
 
 /// What the agent says of itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Version of the agent.
@@ -32,6 +35,8 @@ pub struct Status {
     pub enforcement: Option<Enforcement>,
     /// The iptables rules, if it is to enforce by iptables.
     pub firewall: Option<FirewallStatus>,
+    /// The port pool, if there is one.
+    pub pool: Option<Summary>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.
@@ -83,16 +88,19 @@ pub struct Shared {
 struct Inner {
     status: Status,
     maps: Option<Arc<Maps>>,
+    pool: Option<Arc<Service>>,
 }
 
 /// How many verdicts a slow reader may lag behind before it loses some.
 const VERDICT_BACKLOG: usize = 1024;
 
 impl Shared {
-    pub(super) fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
+    /// Shared by a run loop, which has the other end, and its servers.
+    #[must_use]
+    pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(16);
         let (verdicts, _) = broadcast::channel(VERDICT_BACKLOG);
-        let inner = Arc::new(RwLock::new(Inner { status, maps: None }));
+        let inner = Arc::new(RwLock::new(Inner { status, maps: None, pool: None }));
         (Self { inner, verdicts, requests }, receiver)
     }
 
@@ -102,6 +110,17 @@ impl Shared {
 
     pub(super) fn set_maps(&self, maps: Option<Arc<Maps>>) {
         self.inner.write().unwrap_or_else(PoisonError::into_inner).maps = maps;
+    }
+
+    /// Makes this the pool that clients get their ports from.
+    pub fn set_pool(&self, pool: Option<Arc<Service>>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).pool = pool;
+    }
+
+    /// The port pool, if this agent has one.
+    #[must_use]
+    pub fn pool(&self) -> Option<Arc<Service>> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).pool.clone()
     }
 
     /// The pinned maps, if this agent enforces by eBPF.
@@ -118,6 +137,7 @@ impl Shared {
             status.flows = maps.count_flows().ok();
             status.suppressed_events = maps.suppressed_events().ok();
         }
+        status.pool = self.pool().and_then(|pool| pool.summary().ok());
         status
     }
 }
