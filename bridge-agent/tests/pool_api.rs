@@ -395,7 +395,10 @@ fn the_pool_tells_its_figures() {
     assert_eq!((&pool["mode"], &pool["available"]), (&json!("userspace"), &json!(2)));
     assert_eq!((&pool["held"], &pool["warm"]), (&json!(1), &json!(1)));
     let leases = &pool["leases"];
-    assert_eq!((&leases["held"], &leases["acquired"], &leases["released"]), (&json!(1), &json!(2), &json!(1)));
+    assert_eq!(
+        (&leases["held"], &leases["acquired"], &leases["released"]),
+        (&json!(1), &json!(2), &json!(1))
+    );
     assert_eq!(leases["refusals"]["exhausted"], 1);
     let mut stream = agent.connect();
     write!(stream, "GET /metrics HTTP/1.0\r\n\r\n").unwrap();

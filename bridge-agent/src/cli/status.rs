@@ -121,7 +121,8 @@ impl Report {
             }
             if let Some(pool) = &status.pool {
                 let Summary { mode, ports, available, held, warm, leases, warnings, .. } = pool;
-                let place = if mode == "kernel" { "in the kernel" } else { "in the agent alone, without hooks" };
+                let place =
+                    if mode == "kernel" { "in the kernel" } else { "in the agent alone, without hooks" };
                 let ports = ports.join(",");
                 line(
                     "port pool",

@@ -130,19 +130,7 @@ impl KernelPool {
         let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
         let sweeper = Sweeper::default();
         let _lock = None;
-        Ok(Self {
-            ebpf,
-            config,
-            tables,
-            networks,
-            counters,
-            walker,
-            sweeper,
-            events,
-            layout,
-            pins,
-            _lock,
-        })
+        Ok(Self { ebpf, config, tables, networks, counters, walker, sweeper, events, layout, pins, _lock })
     }
 
     /// Goes over to other ports and settings: what is held stays held, ports that left are not given out again, those that

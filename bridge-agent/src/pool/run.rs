@@ -228,7 +228,8 @@ pub enum StopError {
 /// [`StopError`].
 pub fn stop(places: &Places) -> Result<(), StopError> {
     let pins = pins::directory(&places.pins);
-    let lock = if places.is_pinned() { Some(Pins::new(&pins).lock().map_err(StopError::Locked)?) } else { None };
+    let lock =
+        if places.is_pinned() { Some(Pins::new(&pins).lock().map_err(StopError::Locked)?) } else { None };
     let own = reserved_file(&places.state);
     let mut errors = Vec::new();
     errors.extend(kernel::remove(&places.pins).err().map(|error| error.to_string()));

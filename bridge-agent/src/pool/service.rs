@@ -116,8 +116,10 @@ impl Service {
 
     /// Says what spoils the pool.
     pub fn set_warnings(&self, warnings: &[Warning]) {
-        *lock(&self.warnings) =
-            warnings.iter().map(|Warning { problem, remedy, .. }| format!("{problem}; remedy: {remedy}")).collect();
+        *lock(&self.warnings) = warnings
+            .iter()
+            .map(|Warning { problem, remedy, .. }| format!("{problem}; remedy: {remedy}"))
+            .collect();
     }
 
     /// The pool in figures.

@@ -93,7 +93,8 @@ portPool:
         let text = format!("{text}  strict: false\n  bindUdp: false\n");
         let other = Settings::from_config(&config::parse(&text, None).unwrap().config).unwrap();
         assert_eq!(other, Settings { strict: false, bind_udp: false, ..settings });
-        let node = text.replace("role: host", "role: node") + "  masquerade: true\nnodePorts: {range: 30000-32767}\n";
+        let node = text.replace("role: host", "role: node")
+            + "  masquerade: true\nnodePorts: {range: 30000-32767}\n";
         let node = Settings::from_config(&config::parse(&node, None).unwrap().config).unwrap();
         assert_eq!(node.masquerade, ["10.200.1.0/24".parse().unwrap()]);
         assert_eq!(node.node_ports, Some(range(30000, 32767)));
