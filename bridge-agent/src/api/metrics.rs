@@ -16,6 +16,7 @@ use prometheus_client::{
 
 use crate::{
     datapath::{Maps, ReasonCount, RuleCount},
+    pool::Summary,
     runtime::{RoutesStatus, Shared, Status},
 };
 
@@ -149,6 +150,9 @@ impl Collector for Scrape {
         if let Some(routes) = &self.status.routes {
             encode_routes(encoder, routes)?;
         }
+        if let Some(pool) = &self.status.pool {
+            encode_pool(encoder, pool)?;
+        }
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));
@@ -174,4 +178,28 @@ fn encode_routes(encoder: &mut DescriptorEncoder<'_>, routes: &RoutesStatus) -> 
         family(encoder, name, COUNTER, discovery.counters.iter().map(named))?;
     }
     Ok(())
+}
+
+fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Result {
+    let Summary { mode, available, held, warm, counters, leases, .. } = pool;
+    let kernel = ("pool_in_kernel", "1: hooks claim ports; 0: ports are leased by the agent alone");
+    single(encoder, kernel, GAUGE, u64::from(mode == "kernel"))?;
+    let ports = ("pool_available_ports", "Ports of the pool, towards each destination");
+    single(encoder, ports, GAUGE, u64::from(*available))?;
+    let states = [("held", *held), ("warm", *warm)].map(|(state, count)| ([("state", state)], count));
+    family(encoder, ("pool_ports", "Ports that are not free, over all destinations"), GAUGE, states)?;
+    let of = |hooks: u64, agent: u64| [([("by", "hook")], hooks), ([("by", "agent")], agent)];
+    let claims = ("pool_claims", "Ports claimed by hooks, and leased by the agent");
+    family(encoder, claims, COUNTER, of(counters.claims, leases.acquired))?;
+    let releases = ("pool_releases", "Ports given back");
+    family(encoder, releases, COUNTER, of(counters.releases, leases.released))?;
+    let adoptions = ("pool_adoptions", "Claims of a port that the program had bound itself");
+    single(encoder, adoptions, COUNTER, counters.adoptions)?;
+    let refusals = [("hook", counters.refusals), ("agent", leases.refusals)];
+    let refusals = refusals.into_iter().flat_map(|(by, refusals)| {
+        refusals.iter().map(move |(reason, count)| ([("by", by), ("reason", reason)], count))
+    });
+    family(encoder, ("pool_refusals", "Connects and requests that got no port"), COUNTER, refusals)?;
+    let lost = ("pool_lost_events", "Refusals that were counted only, and not reported");
+    single(encoder, lost, COUNTER, counters.events_lost)
 }

@@ -10,9 +10,11 @@
 //! POST /v1/reload           read the configuration again
 //! GET  /metrics             Prometheus text format
 //! ```
+//! and the routes of the port pool, see [`crate::pool::api`].
 
 pub mod client;
 mod metrics;
+mod peer;
 mod routes;
 
 use std::{
@@ -20,7 +22,7 @@ use std::{
     fs, io,
     net::SocketAddr,
     os::unix::{
-        fs::{PermissionsExt, chown},
+        fs::{FileTypeExt, PermissionsExt, chown},
         net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -29,7 +31,7 @@ use std::{
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Query, State},
+    extract::{DefaultBodyLimit, Query, State},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -42,9 +44,13 @@ use tokio::{
     sync::{broadcast::error::RecvError, oneshot},
 };
 
+pub(crate) use self::peer::Peer;
+use self::peer::Peers;
+use crate::pool::api::Problem;
 use crate::{
     config::Api,
     datapath::{self, FlowFilter, FlowView, VerdictFilter},
+    pool,
     runtime::{Request, Shared},
 };
 
@@ -59,6 +65,9 @@ pub enum Error {
         /// The other agent, if it is in a PID namespace that we see.
         pid: Option<i32>,
     },
+    /// Something else is where the socket is to be.
+    #[error("{} exists and is not a socket: remove it, or write another api.socket", .0.display())]
+    NotASocket(PathBuf),
     /// There is no such group.
     #[error("there is no group {0}: correct api.group, or make it with `groupadd --system {0}`")]
     NoGroup(String),
@@ -108,12 +117,13 @@ impl Server {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(failed)?;
         }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
+        if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+            return Err(Error::NotASocket(path.to_owned()));
         }
         // Nobody may connect before it is theirs to: the permissions are set before it has its name.
-        let staging = path.with_extension("new");
+        let mut staging = path.as_os_str().to_owned();
+        staging.push(".new");
+        let staging = PathBuf::from(staging);
         drop(fs::remove_file(&staging));
         let listener = UnixListener::bind(&staging).map_err(failed)?;
         let socket = Socket(path.to_owned());
@@ -130,7 +140,8 @@ impl Server {
     pub async fn serve(self, shared: Shared) {
         let Self { socket: _socket, listener, metrics } = self;
         let metrics_router = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
-        let api = axum::serve(listener, router(shared));
+        let peers = Peers { listener, shared: shared.clone() };
+        let api = axum::serve(peers, router(shared).into_make_service_with_connect_info::<Peer>());
         let ended = match metrics {
             Some(listener) => tokio::select! {
                 ended = api => ended,
@@ -174,6 +185,15 @@ fn router(shared: Shared) -> Router {
         .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics::serve))
         .merge(routes::router())
+        .merge(pool::api::routes())
+        .method_not_allowed_fallback(async || {
+            let text = "this path does not take this method; see docs/openapi.json";
+            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method", text)
+        })
+        .fallback(async || {
+            Problem::new(StatusCode::NOT_FOUND, "path", "there is no such path; see docs/openapi.json")
+        })
+        .layer(DefaultBodyLimit::max(pool::api::MAX_BODY))
         .with_state(shared)
 }
 

@@ -6,6 +6,7 @@ use super::{Error, Global, nobody_keeps_routes, print, print_json};
 use crate::config;
 use crate::datapath;
 use crate::firewall::{Firewall as _, iptables};
+use crate::pool::run::{self, StopError};
 use crate::routes::{carry_out, withdrawal};
 use crate::runtime;
 
@@ -17,6 +18,12 @@ impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         nobody_keeps_routes(global)?;
+        let places = runtime::pool_places(&global.pin_root, &global.agent_socket());
+        // Before the rest: where nothing is enforced, only the pool tells that an agent runs.
+        let pool = run::stop(&places);
+        if let Err(StopError::Locked(error)) = pool {
+            return Err(error.into());
+        }
         let (removed, result) = datapath::down(&global.pins());
         // A running agent would put everything back.
         if matches!(result, Err(datapath::Error::Locked { .. })) {
@@ -26,6 +33,7 @@ impl Down {
         let (notes, errors) = remove_iptables(global);
         let routes = remove_routes();
         result?;
+        pool?;
         if let Some(error) = errors.into_iter().next() {
             return Err(error.into());
         }

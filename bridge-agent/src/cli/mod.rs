@@ -192,6 +192,9 @@ pub enum Error {
     /// The kernel refused a part.
     #[error("{}", .0.join("\n"))]
     Partly(Vec<String>),
+    /// Something of the port pool could not be removed.
+    #[error(transparent)]
+    Pool(#[from] crate::pool::run::StopError),
     /// The agent did not do it.
     #[error("{0}")]
     Ports(String),
@@ -240,6 +243,7 @@ impl Error {
             | Self::AgentKeepsRoutes(_)
             | Self::Discover(_)
             | Self::Partly(_)
+            | Self::Pool(_)
             | Self::Ports(_)
             | Self::Exec(_)
             | Self::Format(_) => None,

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, ReasonCount};
+use crate::pool::Summary;
 use crate::runtime::{DiscoveryStatus, Enforcement, FirewallStatus, Reload, RoutesStatus, Status};
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
@@ -116,6 +117,22 @@ impl Report {
                 line("iptables", format!("in force ({backend}), put back {repairs} times{last}"));
                 if let Some(failure) = failure {
                     line("iptables", failure.clone());
+                }
+            }
+            if let Some(pool) = &status.pool {
+                let Summary { mode, ports, available, held, warm, leases, warnings, .. } = pool;
+                let place =
+                    if mode == "kernel" { "in the kernel" } else { "in the agent alone, without hooks" };
+                let ports = ports.join(",");
+                line(
+                    "port pool",
+                    format!(
+                        "{place}, {available} ports ({ports}), {held} held, {} of them leased, {warm} warm",
+                        leases.held
+                    ),
+                );
+                for warning in warnings {
+                    line("warning", warning.clone());
                 }
             }
             if let Some(Enforcement { mechanism, remarks, .. }) = &status.enforcement {

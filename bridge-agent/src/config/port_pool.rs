@@ -33,6 +33,32 @@ pub struct PortPool {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]
     pub quota: Option<u32>,
+    /// Whether a program that binds a port outside the pool itself is kept from connecting to `destinations`, so that
+    /// no connection to them leaves from another port.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub strict: bool,
+    /// Whether UDP sockets that bind port 0 get a port of the pool, so that they may send without connecting. The
+    /// highest eighth of the ports is set aside for them.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub bind_udp: bool,
+    /// On a node: whether bridge masquerades the connections of pods to `destinations` itself, with their port of the
+    /// pool, before another masquerade gives them one at random. Needs nftables.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub masquerade: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_no(value: &bool) -> bool {
+    !*value
 }
 
 /// Whose connections get a port from the pool without asking for it.

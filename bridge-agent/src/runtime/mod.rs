@@ -5,6 +5,7 @@
 mod enforcer;
 mod file;
 mod packet_filter;
+mod port_pool;
 mod routing;
 mod status;
 
@@ -23,17 +24,20 @@ use tokio::{
 
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
 pub use packet_filter::{FirewallStatus, settings as firewall_settings};
+pub(crate) use port_pool::places as pool_places;
 pub use routing::{DiscoveryStatus, RouteList, RoutesStatus};
 pub use status::{Reload, Reloads, Request, Shared, Status};
 
-use self::{enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter, routing::Routing};
+use self::{
+    enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter, port_pool::PortPool, routing::Routing,
+};
 use crate::{
     api,
     config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
     datapath::{self, EventReader, Pins},
     firewall,
     interfaces::Watch,
-    routes,
+    pool, routes,
 };
 
 /// What the agent is told on its command line.
@@ -62,6 +66,9 @@ pub enum Error {
     /// The routes cannot be looked after.
     #[error(transparent)]
     Routes(#[from] routes::Error),
+    /// The port pool is not as it should be.
+    #[error(transparent)]
+    Pool(#[from] pool::run::StartError),
     /// The API could not be served.
     #[error(transparent)]
     Api(#[from] api::Error),
@@ -103,6 +110,7 @@ struct Agent {
     enforcer: Option<Enforcer>,
     filter: Option<PacketFilter>,
     routing: Routing,
+    pool: PortPool,
     events: Option<EventReader>,
     shared: Shared,
 }
@@ -131,6 +139,7 @@ impl Agent {
             FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
+        let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let mut agent = Self {
             path: options.config.clone(),
             pins: Pins::new(&options.pin_root),
@@ -138,11 +147,11 @@ impl Agent {
             enforcer: None,
             filter: None,
             routing: Routing::default(),
+            pool: PortPool::new(port_pool::places(&options.pin_root, &socket), shared.clone()),
             events: None,
             shared: shared.clone(),
         };
         // What can fail without a trace comes first.
-        let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let api = api::Server::bind(&socket, &config.api)?;
         agent.start(&config)?;
         // With many rules it takes much memory, and is not needed again.
@@ -201,7 +210,28 @@ impl Agent {
 
     /// Brings every engine up. A start that fails leaves nothing that was not there before.
     fn start(&mut self, config: &Config) -> Result<(), Error> {
+        self.change(config, Self::start_engines)
+    }
+
+    /// Brings everything to `config`; what packets need, `engines` does. Nothing is changed if that fails.
+    fn change(
+        &mut self,
+        config: &Config,
+        engines: fn(&mut Self, &Config) -> Result<(), Error>,
+    ) -> Result<(), Error> {
         let routes = self.routing.prepare(config, &self.shared.happenings)?;
+        let before = self.pool.prepare(config)?;
+        if let Err(error) = engines(self, config) {
+            self.pool.undo(before);
+            return Err(error);
+        }
+        self.pool.settle(config);
+        self.routing.commit(routes);
+        self.shared.set_routes(self.routing.view());
+        Ok(())
+    }
+
+    fn start_engines(&mut self, config: &Config) -> Result<(), Error> {
         if packet_filter::is_wanted(config) {
             self.filter = Some(PacketFilter::start(config)?);
         }
@@ -213,10 +243,7 @@ impl Agent {
         {
             filter.take_down();
         }
-        result?;
-        self.routing.commit(routes);
-        self.shared.set_routes(self.routing.view());
-        Ok(())
+        result
     }
 
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
@@ -281,15 +308,18 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
-        let routes = self.routing.prepare(&config, &self.shared.happenings)?;
+        self.change(&config, Self::reload_engines)
+    }
+
+    fn reload_engines(&mut self, config: &Config) -> Result<(), Error> {
         // iptables first: what it refuses it refuses whole, and can be taken back.
         let before = self.filter.as_ref().map(PacketFilter::policy);
-        match (&mut self.filter, packet_filter::is_wanted(&config)) {
-            (Some(filter), true) => filter.reload(&config)?,
-            (filter @ None, true) => *filter = Some(PacketFilter::start(&config)?),
+        match (&mut self.filter, packet_filter::is_wanted(config)) {
+            (Some(filter), true) => filter.reload(config)?,
+            (filter @ None, true) => *filter = Some(PacketFilter::start(config)?),
             (_, false) => {}
         }
-        if let Err(error) = self.reload_ebpf(&config) {
+        if let Err(error) = self.reload_ebpf(config) {
             match (before, self.filter.take()) {
                 (Some(policy), Some(filter)) => {
                     filter.restore(policy);
@@ -300,13 +330,11 @@ impl Agent {
             }
             return Err(error);
         }
-        if !packet_filter::is_wanted(&config)
+        if !packet_filter::is_wanted(config)
             && let Some(filter) = self.filter.take()
         {
             filter.take_down();
         }
-        self.routing.commit(routes);
-        self.shared.set_routes(self.routing.view());
         Ok(())
     }
 
@@ -371,6 +399,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         enforcement: None,
         firewall: None,
         routes: None,
+        pool: None,
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),

@@ -1,6 +1,7 @@
 //! What the agent says of itself, and what its parts share.
 
 use std::{
+    fmt,
     path::PathBuf,
     sync::{Arc, PoisonError, RwLock},
     time::{SystemTime, UNIX_EPOCH},
@@ -12,11 +13,12 @@ use tokio::sync::{broadcast, mpsc, oneshot};
 use super::{enforcer::Enforcement, packet_filter::FirewallStatus, routing::RoutesStatus};
 use crate::{
     datapath::{FlowCounts, Maps, Verdict},
+    pool::{Summary, service::Service},
     routes::{RouteEvent, View},
 };
 
 /// What the agent says of itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Version of the agent.
@@ -37,6 +39,8 @@ pub struct Status {
     pub firewall: Option<FirewallStatus>,
     /// The routes to pods, if the configuration has any to look after.
     pub routes: Option<RoutesStatus>,
+    /// The port pool, if there is one.
+    pub pool: Option<Summary>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.
@@ -90,16 +94,25 @@ struct Inner {
     status: Status,
     maps: Option<Arc<Maps>>,
     routes: Option<View>,
+    pool: Option<Arc<Service>>,
 }
 
 /// How many verdicts, or events of routes, a slow reader may lag behind before it loses some.
 const BACKLOG: usize = 1024;
 
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
 impl Shared {
-    pub(super) fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
+    /// Shared by a run loop, which has the other end, and its servers.
+    #[must_use]
+    pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(16);
         let (verdicts, _) = broadcast::channel(BACKLOG);
-        let inner = Arc::new(RwLock::new(Inner { status, maps: None, routes: None }));
+        let inner = Arc::new(RwLock::new(Inner { status, maps: None, routes: None, pool: None }));
         (Self { inner, verdicts, happenings: broadcast::Sender::new(BACKLOG), requests }, receiver)
     }
 
@@ -121,6 +134,17 @@ impl Shared {
         self.inner.read().unwrap_or_else(PoisonError::into_inner).routes.clone()
     }
 
+    /// Makes this the pool that clients get their ports from.
+    pub fn set_pool(&self, pool: Option<Arc<Service>>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).pool = pool;
+    }
+
+    /// The port pool, if this agent has one.
+    #[must_use]
+    pub fn pool(&self) -> Option<Arc<Service>> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).pool.clone()
+    }
+
     /// The pinned maps, if this agent enforces by eBPF.
     #[must_use]
     pub fn maps(&self) -> Option<Arc<Maps>> {
@@ -136,6 +160,7 @@ impl Shared {
             status.suppressed_events = maps.suppressed_events().ok();
         }
         status.routes = self.routes().as_ref().map(RoutesStatus::of);
+        status.pool = self.pool().and_then(|pool| pool.summary().ok());
         status
     }
 }
