@@ -270,7 +270,7 @@ impl Agent {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
         // iptables first: what it refuses it refuses whole, and can be taken back.
-        let before = self.filter.as_ref().map(PacketFilter::policy);
+        let before = self.filter.as_ref().map(PacketFilter::in_force);
         match (&mut self.filter, packet_filter::is_wanted(&config)) {
             (Some(filter), true) => filter.reload(&config)?,
             (filter @ None, true) => *filter = Some(PacketFilter::start(&config)?),
@@ -278,8 +278,8 @@ impl Agent {
         }
         if let Err(error) = self.reload_ebpf(&config) {
             match (before, self.filter.take()) {
-                (Some(policy), Some(filter)) => {
-                    filter.restore(policy);
+                (Some(before), Some(mut filter)) => {
+                    filter.restore(before);
                     self.filter = Some(filter);
                 }
                 (None, Some(filter)) => filter.take_down(),
