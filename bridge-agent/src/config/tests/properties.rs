@@ -12,7 +12,8 @@ use super::{FilePath, parse};
 use crate::config::leaf::Leaf;
 use crate::config::{
     Backend, Config, Enforcement, Engine, Events, Flows, InterfacePattern, Interfaces, Iptables, Network,
-    Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan, Timeouts,
+    Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan,
+    Timeouts,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 

@@ -102,6 +102,11 @@ impl Guard {
     /// If it cannot be put in force.
     pub fn update(&self, policy: Policy) -> Result<(), Error> {
         let mut state = self.shared.state();
+        // A file that is written and a signal that says so are two reloads: the second keeps the counters.
+        if policy == state.policy && matches!(state.firewall.drift(), Ok(None)) {
+            save(&state.firewall, &policy);
+            return Ok(());
+        }
         if let Err(error) = state.firewall.converge(&policy) {
             // Tables are committed one by one: those before the refused one are taken back.
             let before = state.policy.clone();
