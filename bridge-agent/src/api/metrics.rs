@@ -153,6 +153,13 @@ impl Collector for Scrape {
         if let Some(pool) = &self.status.pool {
             encode_pool(encoder, pool)?;
         }
+        if let Some(firewall) = &self.status.firewall {
+            let repairs =
+                ("iptables_repairs", "How often rules that another program had changed were put back");
+            single(encoder, repairs, COUNTER, firewall.repairs)?;
+            let failure = ("iptables_failure", "1: the rules cannot be read or put back");
+            single(encoder, failure, GAUGE, u64::from(firewall.failure.is_some()))?;
+        }
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));

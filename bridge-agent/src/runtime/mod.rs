@@ -313,7 +313,7 @@ impl Agent {
 
     fn reload_engines(&mut self, config: &Config) -> Result<(), Error> {
         // iptables first: what it refuses it refuses whole, and can be taken back.
-        let before = self.filter.as_ref().map(PacketFilter::policy);
+        let before = self.filter.as_ref().map(PacketFilter::in_force);
         match (&mut self.filter, packet_filter::is_wanted(config)) {
             (Some(filter), true) => filter.reload(config)?,
             (filter @ None, true) => *filter = Some(PacketFilter::start(config)?),
@@ -321,8 +321,8 @@ impl Agent {
         }
         if let Err(error) = self.reload_ebpf(config) {
             match (before, self.filter.take()) {
-                (Some(policy), Some(filter)) => {
-                    filter.restore(policy);
+                (Some(before), Some(mut filter)) => {
+                    filter.restore(before);
                     self.filter = Some(filter);
                 }
                 (None, Some(filter)) => filter.take_down(),

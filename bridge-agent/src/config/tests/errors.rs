@@ -53,7 +53,7 @@ fn unknown_keys_get_a_suggestion() {
     assert_snapshot!(findings(&format!("{MINIMAL}rule: []\nenforcement: {{ondeny: drop, colour: red}}\nmode: audit\nnode-ports: {{}}\n")), @r"
     3:1 rule: unknown key `rule`; did you mean `rules`?
     4:15 ondeny: unknown key `ondeny`; did you mean `onDeny`?
-    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, flows, interfaces, mode, onDeny, scope, timeouts
+    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, flows, interfaces, iptables, mode, onDeny, scope, timeouts
     5:1 mode: unknown key `mode`; write it under `api` or `enforcement`
     6:1 node-ports: unknown key `node-ports`; did you mean `nodePorts`?
     ");
@@ -267,6 +267,17 @@ routes:
 "), @r"
     3:35 2s: a check may take 2s, and the next begins after 1s; write a timeout no longer than `interval`
     4:14 {listen: 0.0.0.0:12345, keyFile: /etc/bridge/discovery.key}: nothing says which addresses pods may announce; write their networks under `networks.pods`
+    ");
+}
+
+#[test]
+fn iptables_is_told_what_it_can_do() {
+    assert_snapshot!(findings(&format!("{MINIMAL}enforcement:\n  iptables: {{backend: nftables, mark: 0x3000, logRate: 10001, lockWait: 1500ms, lock: 1s}}\n")), @r"
+    4:23 nftables: `nftables` is not known here; write one of: auto, nft, legacy
+    4:39 0x3000: `0x3000` is not one bit of the packet mark; write one bit from 0x1 to 0x80000000, such as 0x2000, that no other program uses
+    4:56 10001: 10001 is out of bounds; write a whole number from 0 to 10000
+    4:73 1500ms: iptables cannot wait 1s500ms for its lock; write whole seconds, from 1s to 1m
+    4:81 lock: unknown key `lock`; remove it, or write one of: backend, lockWait, logRate, mark
     ");
 }
 

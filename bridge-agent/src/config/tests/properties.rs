@@ -11,8 +11,9 @@ use proptest::sample::select;
 use super::{FilePath, parse};
 use crate::config::leaf::Leaf;
 use crate::config::{
-    Config, Enforcement, Engine, Events, Flows, InterfacePattern, Interfaces, Network, Networks, NodePorts,
-    PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan, Timeouts,
+    Backend, Config, Enforcement, Engine, Events, Flows, InterfacePattern, Interfaces, Iptables, Network,
+    Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan,
+    Timeouts,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 
@@ -102,6 +103,12 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                 engines: if one { vec![Engine::Iptables] } else { vec![Engine::Ebpf, Engine::Iptables] },
                 on_deny: if drop { OnDeny::Drop } else { OnDeny::Reject },
                 scope: if strict { Scope::Strict } else { Scope::Scoped },
+                iptables: Iptables {
+                    backend: if one { Backend::Legacy } else { Backend::Auto },
+                    mark: PacketMark::parse(&format!("{:#x}", 1_u32 << (rate % 32))).unwrap(),
+                    log_rate: rate % 10_001,
+                    lock_wait: TimeSpan::seconds(seconds % 60 + 1),
+                },
                 interfaces: Interfaces { external: patterns(external), internal: patterns(internal) },
                 timeouts: Timeouts { tcp_established: TimeSpan::seconds(seconds), ..Timeouts::default() },
                 events: Events { rate, allowed },
