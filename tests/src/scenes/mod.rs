@@ -24,6 +24,8 @@ const WIDTH: u16 = 120;
 pub struct Stage {
     /// The lab.
     pub lab: Lab,
+    /// The agent on the LAN host, once it has been started: the way to the pods is its.
+    pub host_agent: Option<Agent>,
     /// The agent on the node, once it has been started.
     pub agent: Option<Agent>,
     /// The port pool, from its first scene on.
@@ -39,7 +41,7 @@ impl Stage {
 
     /// A lab without an agent.
     pub fn on(lab: Lab) -> Self {
-        Self { lab, agent: None, pool: None, held: None }
+        Self { lab, host_agent: None, agent: None, pool: None, held: None }
     }
 }
 
