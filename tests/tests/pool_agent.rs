@@ -93,8 +93,7 @@ print(n)
     ensure!(line(&mut more)? == libc::EADDRNOTAVAIL.to_string());
     drop(pool);
     let wide = Settings { ports: vec![PortRange { first: 50000, last: 61006 }], ..settings()? };
-    let error =
-        KernelPool::load(&object()?, &base, Layout::plan(&wide, &Occupied::default())?).unwrap_err();
+    let error = KernelPool::load(&object()?, &base, Layout::plan(&wide, &Occupied::default())?).unwrap_err();
     ensure!(error.to_string().contains("bridge-agent down"), "{error}");
     Ok(())
 }
