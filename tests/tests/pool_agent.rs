@@ -85,14 +85,15 @@ print(n)
     end(rest)?;
     stand.settled(SOON)?;
     // Another range inside the span is taken over; one beyond it is refused with a remedy.
+    let Stand { pool, base, cgroup } = stand;
+    drop(pool);
     let narrow = Settings { ports: vec![PortRange { first: 61005, last: 61006 }], ..settings()? };
-    let pool = KernelPool::load(&object()?, &stand.base, Layout::plan(&narrow, &Occupied::default())?)?;
-    let mut more = hold(&stand.cgroup, &lab.c2().netns, to, 3)?;
+    let pool = KernelPool::load(&object()?, &base, Layout::plan(&narrow, &Occupied::default())?)?;
+    let mut more = hold(&cgroup, &lab.c2().netns, to, 3)?;
     ensure!(line(&mut more)? == libc::EADDRNOTAVAIL.to_string());
     drop(pool);
     let wide = Settings { ports: vec![PortRange { first: 50000, last: 61006 }], ..settings()? };
-    let error =
-        KernelPool::load(&object()?, &stand.base, Layout::plan(&wide, &Occupied::default())?).unwrap_err();
+    let error = KernelPool::load(&object()?, &base, Layout::plan(&wide, &Occupied::default())?).unwrap_err();
     ensure!(error.to_string().contains("bridge-agent down"), "{error}");
     Ok(())
 }

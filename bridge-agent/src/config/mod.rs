@@ -184,7 +184,11 @@ impl Config {
         }
         if let Some(pool) = &self.port_pool {
             let implied = kubernetes || !self.pool_destinations().is_empty();
-            pool.check(&root.key("portPool"), self.node_ports.as_ref(), implied, report);
+            let path = root.key("portPool");
+            pool.check(&path, self.node_ports.as_ref(), implied, report);
+            if pool.masquerade {
+                pool.check_masquerade(&path, self.role, &self.networks, report);
+            }
         }
         if let Some(routes) = &self.routes {
             let pods = kubernetes || !self.networks.pods.is_empty();

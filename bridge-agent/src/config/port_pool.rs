@@ -5,8 +5,10 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Role;
 use super::leaf::{Leaf, Problem, leaf};
 use super::network::Network;
+use super::networks::Networks;
 use super::node_ports::NodePorts;
 use super::ports::Ports;
 use super::report::{Path, Report};
@@ -204,6 +206,27 @@ impl PortPool {
                 );
             }
         }
+    }
+
+    pub(crate) fn check_masquerade(
+        &self,
+        path: &Path<'_>,
+        role: Role,
+        networks: &Networks,
+        report: &mut Report<'_>,
+    ) {
+        let problem = match role {
+            Role::Host => Problem::new(
+                "connections of pods are masqueraded on a node, and this is a host",
+                "write `role: node`, or remove `masquerade`",
+            ),
+            Role::Node if networks.pod_nets().is_empty() => Problem::new(
+                "`masquerade` is for connections of pods, and `networks.pods` names none",
+                "add `pods: [...]` under `networks`, or remove `masquerade`",
+            ),
+            Role::Node => return,
+        };
+        report.error(&path.key("masquerade"), problem);
     }
 
     fn check_destinations(&self, path: &Path<'_>, implied: bool, report: &mut Report<'_>) {

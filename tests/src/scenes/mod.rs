@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::lab::Lab;
-use crate::pool::Stand;
 use crate::traffic::Attempt;
 
 /// Of the table, in characters: so that it also fits into a README.
@@ -28,8 +27,7 @@ pub struct Stage {
     pub host_agent: Option<Agent>,
     /// The agent on the node, once it has been started.
     pub agent: Option<Agent>,
-    /// The port pool, from its first scene on.
-    pub pool: Option<Stand>,
+    pool: Option<port_pool::Pool>,
     held: Option<enforcement::Held>,
 }
 

@@ -206,6 +206,8 @@ fn a_pool_beside_node_ports_and_servers() {
     3:66 0: 0 is out of bounds; write a whole number from 1 to 65535
     3:93 x: `x` is not the path of a control group; write the path below the cgroup2 mount, such as / or /kubepods.slice
     ");
+    assert_snapshot!(findings("role: host\nnetworks: {pods: [10.0.0.0/8]}\nportPool: {ports: 61001-61100, masquerade: true}\n"), @"3:44 true: connections of pods are masqueraded on a node, and this is a host; write `role: node`, or remove `masquerade`");
+    assert_snapshot!(findings("role: node\nnetworks: {external: [10.0.0.0/8]}\nkubernetes: {}\nportPool: {ports: 61001-61100, masquerade: true}\n"), @"4:44 true: `masquerade` is for connections of pods, and `networks.pods` names none; add `pods: [...]` under `networks`, or remove `masquerade`");
     assert_snapshot!(findings("role: host\nportPool: {ports: 61001-61100}\n"), @r"
     2:11 {ports: 61001-61100}: the pool has no destinations, and `networks` names none to take instead; add `destinations: [...]`, or the networks under `networks`
     ");

@@ -119,7 +119,12 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
 
 fn config() -> impl Strategy<Value = Config> {
     let node_ports = option::of(option::of(ports(30000, 32767)));
-    (vec(rule(), 0..6), enforcement(), node_ports, option::of((ports(33000, 65535), option::of(1_u32..3))))
+    (
+        vec(rule(), 0..6),
+        enforcement(),
+        node_ports,
+        option::of((ports(33000, 65535), option::of(1_u32..3), proptest::bool::ANY)),
+    )
         .prop_map(|(mut rules, enforcement, node_ports, pool)| {
             rules.sort_by(|a, b| a.name.cmp(&b.name));
             rules.dedup_by(|a, b| a.name == b.name);
@@ -130,12 +135,15 @@ fn config() -> impl Strategy<Value = Config> {
                 rules,
                 node_ports: node_ports
                     .map(|allow| NodePorts { allow: allow.unwrap_or_default(), ..NodePorts::default() }),
-                port_pool: pool.map(|(ports, quota)| PortPool {
+                port_pool: pool.map(|(ports, quota, flag)| PortPool {
                     ports,
                     exclude: None,
                     destinations: None,
                     transparent: None,
                     quota,
+                    strict: !flag,
+                    bind_udp: flag,
+                    masquerade: flag,
                 }),
                 routes: None,
                 kubernetes: None,
