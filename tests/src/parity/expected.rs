@@ -13,12 +13,20 @@ pub enum Difference {
     Checksum,
     /// A SYN from the side that was asked, while the connection stands.
     TurnedRound,
+    /// An ICMP error of a LAN router about a flow between others that was never seen.
+    UntrackedError,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 5] =
-        [Self::ShortFragment, Self::AuthenticationHeader, Self::Window, Self::Checksum, Self::TurnedRound];
+    pub const ALL: [Self; 6] = [
+        Self::ShortFragment,
+        Self::AuthenticationHeader,
+        Self::Window,
+        Self::Checksum,
+        Self::TurnedRound,
+        Self::UntrackedError,
+    ];
 
     /// As docs/parity.md calls it.
     #[must_use]
@@ -29,6 +37,7 @@ impl Difference {
             Self::Window => "outside the window",
             Self::Checksum => "wrong checksum",
             Self::TurnedRound => "connection turned round",
+            Self::UntrackedError => "error about what is not followed",
         }
     }
 }

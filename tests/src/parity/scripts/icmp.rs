@@ -3,7 +3,7 @@
 use bridge_common::policy::protocol;
 
 use super::super::dice::Dice;
-use super::super::{Flow, endpoints};
+use super::super::{Difference, Expected, Flow, endpoints};
 use super::Story;
 use crate::packet::{Icmp, Packet};
 
@@ -81,8 +81,16 @@ impl Story<'_> {
         let what = match (known, from_router) {
             (true, false) => "error about a known flow",
             (true, true) => "error of a router about a known flow",
-            (false, _) => "error about an unknown flow",
+            (false, false) => "error about an unknown flow",
+            (false, true) => "error of a router about an unknown flow",
         };
-        self.send(what, false, Packet::new(router, source).icmp(&error), unjudged || known && opens);
+        let expected = if unjudged {
+            true.into()
+        } else {
+            let untracked = self.is_free(of);
+            let related = known && opens;
+            Expected::differing(Difference::UntrackedError, untracked || related, related)
+        };
+        self.send(what, false, Packet::new(router, source).icmp(&error), expected);
     }
 }

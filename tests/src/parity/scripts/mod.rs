@@ -155,11 +155,17 @@ impl Story<'_> {
         };
         let size = 8 * (1 + dice.below(6));
         let (free, opens) = (self.is_free(protocol), self.opens(protocol));
-        // A fragment at octet 8 has no port in it that would tell that it goes to a NodePort; no harm is done
-        // without a first fragment.
         let to_node = local().contains(&self.flow.destination);
-        let short = size < header || size == 8 && !to_node;
-        let expected = Expected::differing(Difference::ShortFragment, free || opens && !short, opens);
+        let expected = if size >= header {
+            // A fragment at octet 8 has no port in it that would tell that it goes to a NodePort.
+            let refused = size == 8 && !to_node;
+            Expected::differing(Difference::ShortFragment, free || opens && !refused, opens)
+        } else if self.flow.source.is_ipv4() {
+            Expected::differing(Difference::ShortFragment, free, opens)
+        } else {
+            // Linux reassembles no such thing (RFC 8200, section 4.5), be it for itself or for connection tracking.
+            Expected::differing(Difference::ShortFragment, free && !to_node, false)
+        };
         let mut fragments = packet.fragments(size, self.tag);
         let what = if dice.percent(50) {
             fragments.reverse();
