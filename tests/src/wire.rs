@@ -16,7 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use crate::lab::Netns;
 
 /// Room for frames that wait to be looked at; with less, a burst is lost.
-const BUFFER: libc::c_int = 32 << 20;
+pub(crate) const BUFFER: libc::c_int = 32 << 20;
 /// The longest frame: an IP packet of 64 KiB (segmentation offload makes such), and its Ethernet header.
 const LONGEST: usize = 66 << 10;
 const VLAN_TAG: usize = 4;
@@ -180,15 +180,18 @@ impl Injector {
     }
 }
 
-/// A packet socket on one interface. It is made deaf, then bound: it never hears another interface.
 fn bound(netns: &Netns, interface: &str, protocol: libc::c_int) -> io::Result<Socket> {
-    netns.run(|| {
-        let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
-        let index = rustix::net::netdevice::name_to_index(&socket, interface)?;
-        let protocol = u16::try_from(protocol).map_err(io::Error::other)?;
-        socket.bind(&link_address(protocol, index.cast_signed()))?;
-        Ok(socket)
-    })
+    netns.run(|| open(interface, protocol))
+}
+
+/// A packet socket on one interface of the namespace that the thread is in. It is made deaf, then bound: it never
+/// hears another interface.
+pub(crate) fn open(interface: &str, protocol: libc::c_int) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0)))?;
+    let index = rustix::net::netdevice::name_to_index(&socket, interface)?;
+    let protocol = u16::try_from(protocol).map_err(io::Error::other)?;
+    socket.bind(&link_address(protocol, index.cast_signed()))?;
+    Ok(socket)
 }
 
 fn link_address(protocol: u16, index: i32) -> SockAddr {
@@ -206,7 +209,8 @@ fn length_of<T>() -> libc::socklen_t {
     libc::socklen_t::try_from(size_of::<T>()).unwrap_or_default()
 }
 
-fn set(socket: &Socket, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+/// An option of a socket that is a number.
+pub(crate) fn set(socket: &Socket, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     // SAFETY: the kernel reads as many octets from `value` as its size says.
     let result = unsafe {
         libc::setsockopt(

@@ -191,7 +191,8 @@ fn decide(
     }
 }
 
-/// Whether an ICMP error quotes a packet that its addressee has sent in a known flow: 1 or 0.
+/// Whether an ICMP error quotes a packet that its addressee has sent in a known flow, or in one that is not followed:
+/// 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
@@ -199,6 +200,10 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
     let Some(settings) = SETTINGS.get(slot) else { return 0 };
     if !packet::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
         return 0;
+    }
+    if !scope::is_judged(slot, settings, quoted) {
+        // A router of the LAN tells about a flow beyond it, which is none of our business.
+        return 1;
     }
     let flow = match FLOWS.get_ptr(&quoted.key) {
         Some(flow) => flow,
@@ -265,7 +270,7 @@ fn conclude(
         return NEXT;
     }
     report::count(direction, outcome.reason, length);
-    let answerable = settings.reject != 0 && reject::is_answerable(packet);
+    let answerable = settings.reject != 0 && reject::is_answerable(packet, outcome.reason);
     told.verdict = if answerable { verdict::REJECT } else { verdict::DROP };
     report::tell(skb, active.slot, &told);
     if !answerable {

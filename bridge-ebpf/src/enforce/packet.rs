@@ -212,6 +212,7 @@ extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, packet: *mut 
     let whole = if quoted { parse_quoted_l4(skb, packet) } else { parse_l4(skb, packet) };
     if !whole {
         packet.problem = if first_fragment { Reason::fragment_short } else { Reason::malformed_l4 };
+        read_ports(skb, packet);
         return 1;
     }
     packet.end_of_source = packet.key.set(
@@ -222,6 +223,17 @@ extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, packet: *mut 
         packet.protocol,
     );
     1
+}
+
+/// Reads the ports of a header that is cut off behind them: they tell whether the packet goes to a NodePort.
+#[inline(always)]
+fn read_ports(skb: *mut __sk_buff, packet: &mut Packet) {
+    if let protocol::TCP | protocol::UDP | protocol::SCTP = packet.protocol
+        && let Some(ports) = load::<4>(skb, packet.l4)
+    {
+        packet.source_port = [ports[0], ports[1]];
+        packet.destination_port = [ports[2], ports[3]];
+    }
 }
 
 /// `Ok`: whether it is the first of several fragments. `Err`: whether the addresses could be read at all.

@@ -7,6 +7,7 @@ use aya_ebpf::{
         bpf_skb_store_bytes,
     },
 };
+use bridge_common::counters::Reason;
 
 use crate::{
     maps::{INTERFACES, Scratch, scratch},
@@ -26,9 +27,13 @@ const ICMPV6_UNREACHABLE: u8 = 1;
 const ICMPV6_PORT_UNREACHABLE: u8 = 4;
 
 /// Whether there is an answer to a packet: TCP that is no RST itself, and UDP. Not where options or extension
-/// headers stand before layer 4, nor with a VLAN tag inside the buffer: those are dropped without a word.
+/// headers stand before layer 4, nor with a VLAN tag inside the buffer: those are dropped without a word. So are segments
+/// that cannot be of the handshake whose ports they bear: the RST, seen on its way to the initiator, would end it.
 #[inline(always)]
-pub(crate) fn is_answerable(packet: &Packet) -> bool {
+pub(crate) fn is_answerable(packet: &Packet, reason: Reason) -> bool {
+    if reason as u8 == Reason::invalid_state as u8 {
+        return false;
+    }
     let plain_header = if packet.version == 4 { IPV4_HEADER } else { IPV6_HEADER };
     if packet.l3 != 0 || packet.l4 != plain_header || !packet.is_intact() {
         return false;

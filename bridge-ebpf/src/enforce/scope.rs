@@ -4,6 +4,7 @@ use aya_ebpf::btf_maps::lpm_trie::Key;
 use bridge_common::{
     address::Address,
     control::Settings,
+    counters::Reason,
     policy::{AddressInfo, direction, side},
 };
 
@@ -61,16 +62,29 @@ pub(crate) fn find(
     }
 }
 
+/// Whether flows that a packet like this one opens are followed.
+#[inline(always)]
+pub(crate) fn is_judged(slot: u32, settings: &Settings, packet: &Packet) -> bool {
+    let Some(destination) = lookup(slot, &packet.destination, packet.version) else { return false };
+    let Some(source) = lookup(slot, &packet.source, packet.version) else { return false };
+    match (source.side, destination.side) {
+        (side::POD, side::EXTERNAL) | (side::EXTERNAL, side::POD) => true,
+        (side::EXTERNAL, side::LOCAL) => is_node_port(settings, packet),
+        _ => false,
+    }
+}
+
 /// Whether the destination port of the packet is in the NodePort range.
 #[inline(always)]
 fn is_node_port(settings: &Settings, packet: &Packet) -> bool {
-    // Without a layer 4 header that could be read there is no port, and what cannot be reassembled goes nowhere.
-    if packet.kind == Kind::LaterFragment {
-        return false;
-    }
+    // Where no layer 4 header was found there is no port. Such a packet goes nowhere without the fragment that has it.
+    let has_port = packet.kind != Kind::LaterFragment
+        && packet.problem as u8 != Reason::fragment_overlap as u8
+        && packet.problem as u8 != Reason::malformed_ip as u8;
     let [first, last] = settings.node_ports;
     let port = u16::from_be_bytes(packet.destination_port);
-    last != 0
+    has_port
+        && last != 0
         && first <= port
         && port <= last
         && matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP)

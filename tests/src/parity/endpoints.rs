@@ -82,6 +82,15 @@ pub(super) fn node_port_flow(dice: &mut Dice, policy: &Policy) -> Option<(Flow, 
     Some((flow, *dice.pick(&[Protocol::Tcp, Protocol::Udp, Protocol::Sctp])))
 }
 
+/// An address on the side that `of` is on: somebody on the way to it.
+pub(super) fn beyond(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
+    let (networks, blocks) = match side(of) {
+        Side::Lan => (&policy.external, &LAN),
+        Side::Pods => (&policy.pods, &PODS),
+    };
+    address(dice, None, networks, blocks, of.is_ipv4())
+}
+
 /// Mostly in the rule's prefixes or at their edges; else in the networks, at their edges, or anywhere in the blocks.
 fn address(
     dice: &mut Dice,

@@ -1,5 +1,5 @@
-//! Random policies, and packets that are likely to show where two engines differ. Pure: what is sent where is up to
-//! the caller.
+//! Random policies, and packets that are likely to show where two engines differ; and both engines, through which
+//! they are sent for real. docs/parity.md tells what came of it.
 //!
 //! A packet comes from the LAN or from the pods, as its source address tells: [`LAN`] and [`PODS`] are blocks of
 //! addresses that the node routes to either side. Its verdict is whether it comes out on the other side (all of its
@@ -7,7 +7,12 @@
 
 mod dice;
 mod endpoints;
+mod engines;
+mod expected;
+mod identity;
+mod node;
 mod policies;
+mod run;
 mod scripts;
 
 use std::collections::HashSet;
@@ -17,6 +22,8 @@ use bridge_agent::model::Policy;
 
 use self::dice::Dice;
 pub use self::endpoints::Flow;
+pub use self::expected::{Difference, Expected};
+pub use self::run::{Nodes, PACKETS_PER_POLICY, Report};
 use crate::packet::Packet;
 
 /// Addresses that the node routes to the LAN.
@@ -59,8 +66,8 @@ pub struct Sent {
     pub from: Side,
     /// The packet, or its fragments in the order to be sent.
     pub packets: Vec<Packet>,
-    /// Whether it should pass if all before it were sent: what the documentation says. `None`: it says nothing.
-    pub passes: Option<bool>,
+    /// What becomes of it if all before it were sent: what the documentation says.
+    pub expected: Expected,
 }
 
 /// A policy and what is sent through it.

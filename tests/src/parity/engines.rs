@@ -1,0 +1,83 @@
+//! The two engines, as the agent uses them.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::config::{Events, Flows};
+use bridge_agent::datapath::{Behaviour, Datapath, FlowFilter, Mechanism, Options, Pins, Role, Target};
+use bridge_agent::firewall::Firewall as _;
+use bridge_agent::firewall::iptables::{Config, Iptables, save::Saving};
+use bridge_agent::model::{OnDeny, Policy};
+use bridge_agent::policy;
+use bridge_common::flow::state;
+
+use super::node::Node;
+use super::{Side, local};
+
+/// No flow expires while a case lasts. In nanoseconds.
+const TIMEOUT: u64 = 60_000_000_000;
+const ETHERNET: u32 = 14;
+
+/// Enforces one policy after the other in the network namespace of its thread.
+pub(super) trait Engine {
+    /// Forgets every flow, and puts the policy in force.
+    fn enforce(&mut self, policy: &Policy) -> Result<()>;
+}
+
+/// iptables alone, on the back end that is the system's default.
+pub(super) struct ByIptables(Iptables);
+
+impl ByIptables {
+    pub(super) fn new() -> Result<Self> {
+        let saving = Saving { enabled: false, ..Saving::default() };
+        Ok(Self(Iptables::new(Config { saving, ..Config::default() })?))
+    }
+}
+
+impl Engine for ByIptables {
+    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+        self.0.converge(policy)?;
+        let output = Command::new("conntrack").arg("--flush").output().context("start conntrack")?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let left = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
+        ensure!(left.trim() == "0", "conntrack still knows {} flows", left.trim());
+        Ok(())
+    }
+}
+
+/// eBPF alone.
+pub(super) struct ByEbpf {
+    datapath: Datapath,
+    targets: [Target; 2],
+}
+
+impl ByEbpf {
+    pub(super) fn new(node: &Node, pins: Pins) -> Result<Self> {
+        let Flows { established, half_open } = Flows::default();
+        let mechanism = Mechanism::Best;
+        let options = Options { pins, flows: established, half_open, mechanism, debug: false };
+        let target = |side, role| -> Result<Target> {
+            let (index, name) = node.interface(side)?;
+            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET })
+        };
+        let targets = [target(Side::Lan, Role::External)?, target(Side::Pods, Role::Internal)?];
+        Ok(Self { datapath: Datapath::load(&options)?, targets })
+    }
+}
+
+impl Engine for ByEbpf {
+    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+        let tables = policy::compile(policy, &local())?;
+        let behaviour = Behaviour {
+            timeouts: [TIMEOUT; state::COUNT],
+            audit: false,
+            reject: policy.on_deny == OnDeny::Reject,
+            events_per_second: Events::default().rate,
+            report_allowed: false,
+        };
+        self.datapath.publish(&tables, &behaviour, None)?;
+        self.datapath.attach(&self.targets, policy.node_ports.is_some()).1?;
+        self.datapath.maps.delete_flows(&FlowFilter::default())?;
+        Ok(())
+    }
+}

@@ -1,0 +1,72 @@
+//! What should become of a packet, and where the engines are meant to differ.
+
+/// Why the engines treat a packet differently, and are meant to. docs/parity.md has the reasons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Difference {
+    /// The first fragment lacks part of the layer 4 header, or the second begins at octet 8.
+    ShortFragment,
+    /// An IPv6 authentication header.
+    AuthenticationHeader,
+    /// A TCP segment outside the window.
+    Window,
+    /// A wrong layer 4 checksum.
+    Checksum,
+    /// A SYN from the side that was asked, while the connection stands.
+    TurnedRound,
+    /// An ICMP error of a LAN router about a flow between others that was never seen.
+    UntrackedError,
+}
+
+impl Difference {
+    /// All there are.
+    pub const ALL: [Self; 6] = [
+        Self::ShortFragment,
+        Self::AuthenticationHeader,
+        Self::Window,
+        Self::Checksum,
+        Self::TurnedRound,
+        Self::UntrackedError,
+    ];
+
+    /// As docs/parity.md calls it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ShortFragment => "short fragment",
+            Self::AuthenticationHeader => "authentication header",
+            Self::Window => "outside the window",
+            Self::Checksum => "wrong checksum",
+            Self::TurnedRound => "connection turned round",
+            Self::UntrackedError => "error about what is not followed",
+        }
+    }
+}
+
+/// Whether a packet passes, by engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// By eBPF alone.
+    pub ebpf: bool,
+    /// By iptables alone.
+    pub iptables: bool,
+    reason: Option<Difference>,
+}
+
+impl Expected {
+    /// Where `reason` may make a difference.
+    pub(super) const fn differing(reason: Difference, ebpf: bool, iptables: bool) -> Self {
+        Self { ebpf, iptables, reason: Some(reason) }
+    }
+
+    /// Why the engines differ over this packet; `None`: they agree.
+    #[must_use]
+    pub fn difference(&self) -> Option<Difference> {
+        self.reason.filter(|_| self.ebpf != self.iptables)
+    }
+}
+
+impl From<bool> for Expected {
+    fn from(passes: bool) -> Self {
+        Self { ebpf: passes, iptables: passes, reason: None }
+    }
+}
