@@ -104,9 +104,7 @@ fn measure(object: &[u8]) -> Result<BTreeMap<String, Cost>> {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: limit.maximum })?;
     let results: Vec<_> =
-        ebpf.programs_mut()
-            .map(|(name, program)| (name.to_owned(), try_load(name, program, &btf)))
-            .collect();
+        ebpf.programs_mut().map(|(name, program)| (name.to_owned(), try_load(name, program, &btf))).collect();
     setrlimit(Resource::Nofile, limit)?;
 
     let mut costs = BTreeMap::new();

@@ -11,8 +11,8 @@ use anyhow::{Context as _, Result, ensure};
 use bridge_agent::model::PortRange;
 use bridge_agent::pool::attach;
 
+use super::routing::static_routes;
 use super::{Scene, Seen, Stage};
-use crate::agent::Agent;
 use crate::lab::{Family, Host};
 use crate::pool::{Watch, in_cgroup, output, python};
 use crate::traffic::{Attempt, tcp};
@@ -26,7 +26,7 @@ pub(super) const SCENES: &[Scene] = &[
         run: pod_is_client,
     },
     Scene {
-        name: "the other way round: an agent on the LAN host, the same programs there connect to the pod",
+        name: "the other way round, port pool on the LAN host: the same programs there connect to the pod",
         expected: "each from a port of the pool; a program outside the pool's control group is refused",
         run: host_is_client,
     },
@@ -43,13 +43,11 @@ const LAN_PORT: u16 = 8443;
 const POD_PORT: u16 = 9443;
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// An agent on the LAN host, and control groups of clients.
+/// Control groups of clients.
 #[derive(Debug)]
 pub(super) struct Pool {
     pods: PathBuf,
     lan: PathBuf,
-    /// Ends with the stage.
-    _on_the_lan_host: Agent,
 }
 
 /// What the agent on the node is told: the pool, and that both directions are open to its ports alone.
@@ -63,27 +61,15 @@ enforcement: {{mode: enforce, engines: [ebpf], onDeny: reject}}
 rules:
   - {{name: lan-to-pod, direction: inbound, protocol: tcp, ports: [{POD_PORT}], sourcePorts: ["{PORTS}"], action: allow}}
   - {{name: pod-to-lan, direction: outbound, protocol: tcp, ports: [{LAN_PORT}], sourcePorts: ["{PORTS}"], action: allow}}
-portPool:
-  ports: ["{PORTS}"]
-  bindUdp: false
-  transparent: {{cgroups: [{cgroup}]}}
 persistence: {{save: never}}
-"#
+{}"#,
+        section(cgroup)
     )
 }
 
-/// What the agent on the LAN host is told.
-fn lan_host(cgroup: &str) -> String {
-    format!(
-        r#"role: host
-networks: {{pods: [10.200.1.0/24, "fd20:1::/64"]}}
-portPool:
-  ports: ["{PORTS}"]
-  bindUdp: false
-  transparent: {{cgroups: [{cgroup}]}}
-persistence: {{save: never}}
-"#
-    )
+/// `portPool`, for the programs of a control group.
+fn section(cgroup: &str) -> String {
+    format!("portPool: {{ports: [\"{PORTS}\"], bindUdp: false, transparent: {{cgroups: [{cgroup}]}}}}\n")
 }
 
 fn pool(stage: &mut Stage) -> Result<&Pool> {
@@ -97,8 +83,9 @@ fn pool(stage: &mut Stage) -> Result<&Pool> {
         agent.reload(&node(&below(&pods)?))?;
         let status: serde_json::Value = serde_json::from_str(&agent.run(&["status", "--json"])?)?;
         ensure!(status["agent"]["pool"]["mode"] == "kernel", "{status}");
-        let on_the_lan_host = Agent::start(&stage.lab, stage.lab.a(), &lan_host(&below(&lan)?))?;
-        stage.pool = Some(Pool { pods, lan, _on_the_lan_host: on_the_lan_host });
+        let agent = stage.host_agent.as_mut().context("the agent was started by a scene before")?;
+        agent.reload(&(static_routes(&stage.lab) + &section(&below(&lan)?)))?;
+        stage.pool = Some(Pool { pods, lan });
     }
     stage.pool.as_ref().context("just made")
 }

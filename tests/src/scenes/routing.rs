@@ -123,11 +123,16 @@ fn by_discovery(_: &mut Stage) -> Result<Seen> {
     Ok(in_turn([with_routes(&lab, 2)?, with_routes(&lab, 0)?]))
 }
 
-fn by_configuration(stage: &mut Stage) -> Result<Seen> {
-    let lab = &stage.lab;
+/// What the agent of the LAN host is told from here on.
+pub(super) fn static_routes(lab: &Lab) -> String {
     let routes = Family::BOTH
         .map(|family| format!("{{to: \"{}\", via: \"{}\"}}", lab.pod_network(0, family), lab.b().ip(family)));
-    let with = config(&format!("{{static: [{}]}}", routes.join(", ")));
+    config(&format!("{{static: [{}]}}", routes.join(", ")))
+}
+
+fn by_configuration(stage: &mut Stage) -> Result<Seen> {
+    let lab = &stage.lab;
+    let with = static_routes(lab);
     let mut agent = Agent::start(lab, lab.a(), &with)?;
     let there = with_routes(lab, 2)?;
     agent.reload(&config("{static: []}"))?;
