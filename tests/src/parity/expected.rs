@@ -15,17 +15,20 @@ pub enum Difference {
     TurnedRound,
     /// An ICMP error of a LAN router about a flow between others that was never seen.
     UntrackedError,
+    /// Two hosts ping each other with the same identifier.
+    CrossingQueries,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
         Self::Checksum,
         Self::TurnedRound,
         Self::UntrackedError,
+        Self::CrossingQueries,
     ];
 
     /// As docs/parity.md calls it.
@@ -38,6 +41,7 @@ impl Difference {
             Self::Checksum => "wrong checksum",
             Self::TurnedRound => "connection turned round",
             Self::UntrackedError => "error about what is not followed",
+            Self::CrossingQueries => "crossing pings",
         }
     }
 }

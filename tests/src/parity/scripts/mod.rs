@@ -60,7 +60,7 @@ pub(super) fn story(dice: &mut Dice, policy: &Policy, tag: u32) -> (Flow, u8, Ve
         Protocol::Any => {
             story.flow = Flow { source_port: 0, destination_port: 0, ..flow };
             let number = *dice.pick(&OTHERS);
-            story.other(number);
+            story.other(dice, number);
             number
         }
     };
@@ -195,9 +195,12 @@ impl Story<'_> {
             let length = u8::try_from(4 + mark.len()).unwrap_or(u8::MAX);
             [&[kind, 0, 0, length], mark].concat()
         };
-        if dice.percent(65) {
-            let passes = self.opens(protocol::SCTP);
-            self.send("INIT", true, self.there().sctp_init(a, b), passes);
+        if dice.percent(40) {
+            self.send("INIT", true, self.there().sctp_init(a, b), self.opens(protocol::SCTP));
+            return;
+        }
+        if dice.percent(40) && !local().contains(&self.flow.destination) {
+            self.sctp_association();
             return;
         }
         let (what, chunk) =
@@ -207,11 +210,39 @@ impl Story<'_> {
         self.send(what, true, packet, passes);
     }
 
-    fn other(&mut self, number: u8) {
-        let passes = self.opens(protocol::OTHER);
+    /// RFC 9260, section 5.1.
+    fn sctp_association(&mut self) {
+        // What Packet::sctp_init asks to be called.
+        const MINE: u32 = 0x0102_0304;
+        const THEIRS: u32 = 0x0506_0708;
+        let opens = self.opens(protocol::SCTP);
+        let Flow { source_port: a, destination_port: b, .. } = self.flow;
+        let init = self.there().sctp_init(a, b);
+        self.send("INIT of an association", true, init, opens);
+        let init_ack = [&[2, 0, 0, 20][..], &THEIRS.to_be_bytes(), &self.mark(), &[0; 4]].concat();
+        self.send("INIT ACK of an association", false, self.back().sctp(b, a, MINE, &init_ack), opens);
+        let chunk = |kind: u8, mark: Vec<u8>| [&[kind, 0, 0, 12][..], &mark].concat();
+        let echo = self.there().sctp(a, b, THEIRS, &chunk(10, self.mark()));
+        self.send("COOKIE ECHO", true, echo, opens);
+        let ack = self.back().sctp(b, a, MINE, &chunk(11, self.mark()));
+        self.send("COOKIE ACK", false, ack, opens);
+        let beat = self.there().sctp(a, b, THEIRS, &chunk(4, self.mark()));
+        self.send("HEARTBEAT of an association", true, beat, opens);
+        let beat = self.back().sctp(b, a, MINE, &chunk(4, self.mark()));
+        self.send("HEARTBEAT of the other side", false, beat, opens);
+    }
+
+    fn other(&mut self, dice: &mut Dice, number: u8) {
+        let opens = self.opens(protocol::OTHER);
         // Zeroes are a plain GRE header, and an ESP header with its index; the mark is behind.
-        let payload = [vec![0; 8], self.mark()].concat();
-        self.send("another protocol", true, self.there().raw(IpNumber(number), &payload), passes);
+        let payload = |mark: Vec<u8>| [vec![0; 8], mark].concat();
+        let packet = self.there().raw(IpNumber(number), &payload(self.mark()));
+        self.send("another protocol", true, packet, opens);
+        if dice.percent(50) {
+            let answer = opens || self.mirrored().opens(protocol::OTHER);
+            let packet = self.back().raw(IpNumber(number), &payload(self.mark()));
+            self.send("answer in another protocol", false, packet, answer);
+        }
     }
 
     /// Now and then with IP options or extension headers. `opens`: whether the packet without passes.
