@@ -210,7 +210,12 @@ fn length_of<T>() -> libc::socklen_t {
 }
 
 /// An option of a socket that is a number.
-pub(crate) fn set(socket: &Socket, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+pub(crate) fn set(
+    socket: &Socket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
     // SAFETY: the kernel reads as many octets from `value` as its size says.
     let result = unsafe {
         libc::setsockopt(

@@ -29,7 +29,12 @@ fn main() -> Result<ExitCode> {
         }
         shown = report.told.len();
         if report.policies % 100 == 0 {
-            eprintln!("{} policies, {} packets, {:.0} per second", report.policies, report.packets, report.rate());
+            eprintln!(
+                "{} policies, {} packets, {:.0} per second",
+                report.policies,
+                report.packets,
+                report.rate()
+            );
         }
     })?;
     println!("seed {seed}\n{report}");

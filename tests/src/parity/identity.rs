@@ -80,11 +80,8 @@ fn parse_v4(ip: &[u8]) -> Option<(Identity, Option<Fragment>)> {
     let address = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(ip.get(at..at + 4)?).ok()?));
     let header = usize::from(ip.first()? & 0xf) * 4;
     let place = word(6)?;
-    let fragment = Fragment {
-        id: word(4)?.into(),
-        offset: usize::from(place & 0x1fff) * 8,
-        more: place & 0x2000 != 0,
-    };
+    let fragment =
+        Fragment { id: word(4)?.into(), offset: usize::from(place & 0x1fff) * 8, more: place & 0x2000 != 0 };
     let identity = Identity {
         source: address(12)?,
         destination: address(16)?,

@@ -23,7 +23,7 @@ use bridge_agent::model::Policy;
 use self::dice::Dice;
 pub use self::endpoints::Flow;
 pub use self::expected::{Difference, Expected};
-pub use self::run::{Nodes, PACKETS_PER_POLICY, Report};
+pub use self::run::{Nodes, PACKETS_PER_POLICY, REGRESSIONS, Report};
 use crate::packet::Packet;
 
 /// Addresses that the node routes to the LAN.

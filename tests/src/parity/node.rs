@@ -52,18 +52,21 @@ pub(super) struct Node {
 impl Node {
     pub(super) fn new() -> Result<Self> {
         let (ns, ends) = (Ns::new(), Ns::new());
-        sysctl(&ns, &[
-            ("ipv4/ip_forward", "1"),
-            ("ipv6/conf/all/forwarding", "1"),
-            // No link-local address, and so nothing said about one.
-            ("ipv6/conf/default/addr_gen_mode", "1"),
-            ("ipv4/conf/all/rp_filter", "0"),
-            ("ipv4/conf/default/rp_filter", "0"),
-            // Parts of datagrams whose first fragment was denied are forgotten before their numbers come again.
-            ("ipv4/ipfrag_time", "1"),
-            ("ipv6/ip6frag_time", "1"),
-            ("netfilter/nf_conntrack_frag6_timeout", "1"),
-        ])?;
+        sysctl(
+            &ns,
+            &[
+                ("ipv4/ip_forward", "1"),
+                ("ipv6/conf/all/forwarding", "1"),
+                // No link-local address, and so nothing said about one.
+                ("ipv6/conf/default/addr_gen_mode", "1"),
+                ("ipv4/conf/all/rp_filter", "0"),
+                ("ipv4/conf/default/rp_filter", "0"),
+                // Parts of datagrams whose first fragment was denied are forgotten before their numbers come again.
+                ("ipv4/ipfrag_time", "1"),
+                ("ipv6/ip6frag_time", "1"),
+                ("netfilter/nf_conntrack_frag6_timeout", "1"),
+            ],
+        )?;
         sysctl(&ends, &[("ipv6/conf/default/disable_ipv6", "1")])?;
         for (side, name, end) in SIDES {
             ns.link(name, &ends, end);

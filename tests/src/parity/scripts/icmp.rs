@@ -81,7 +81,8 @@ impl Story<'_> {
             _ => Icmp::TimeExceeded(quoted),
         };
         let from_router = dice.percent(30);
-        let router = if from_router { endpoints::beyond(dice, self.policy, destination) } else { destination };
+        let router =
+            if from_router { endpoints::beyond(dice, self.policy, destination) } else { destination };
         let back = Flow { source: router, destination: source, source_port: 0, destination_port: 0 };
         let unjudged = Story { flow: back, ..self.mirrored() }.is_free(protocol::ICMP);
         let what = match (known, from_router) {
