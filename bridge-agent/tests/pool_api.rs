@@ -10,14 +10,11 @@ use std::{
 };
 
 use bridge_agent::{
+    api::{self as server, Server},
+    config::{self, leaf::FileMode},
     model::PortRange,
-    pool::{
-        Layout, Settings,
-        api::{self, Access, Server},
-        backend::Backend,
-        layout::Occupied,
-        service::Service,
-    },
+    pool::{Layout, Settings, api, backend::Backend, layout::Occupied, service::Service},
+    runtime::{Request, Shared, Status},
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -25,6 +22,9 @@ use serde_json::{Value, json};
 struct Agent {
     socket: PathBuf,
     service: Arc<Service>,
+    shared: Shared,
+    /// The end that a run loop has.
+    _requests: tokio::sync::mpsc::Receiver<Request>,
     _directory: tempfile::TempDir,
     /// Dropping it stops the server.
     _stop: tokio::sync::oneshot::Sender<()>,
@@ -45,15 +45,16 @@ impl Agent {
         let socket = directory.path().join("agent.sock");
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let listener = {
+        let server = {
             let _inside = runtime.enter();
-            api::listen(&socket, &Access { mode: 0o600, group: None }).unwrap()
+            Server::bind(&socket, &access(0o600)).unwrap()
         };
+        let (shared, requests) = Shared::new(Status::default());
+        shared.set_pool(Some(Arc::clone(&service)));
         runtime.spawn(api::expire(Arc::clone(&service)));
-        let server = Server::new(listener, Arc::clone(&service));
-        runtime.spawn(server.serve(api::router(Arc::clone(&service))));
+        runtime.spawn(server.serve(shared.clone()));
         std::thread::spawn(move || runtime.block_on(stopped));
-        Self { socket, service, _directory: directory, _stop: stop }
+        Self { socket, service, shared, _requests: requests, _directory: directory, _stop: stop }
     }
 
     fn connect(&self) -> UnixStream {
@@ -78,6 +79,10 @@ impl Agent {
             std::thread::yield_now();
         }
     }
+}
+
+fn access(mode: u32) -> config::Api {
+    config::Api { mode: FileMode(mode), ..config::Api::default() }
 }
 
 /// Sends a request and reads its answer; the connection stays open.
@@ -246,11 +251,11 @@ fn the_socket_has_its_permissions_and_only_one_agent() {
     let agent = Agent::start(range(61001, 61010), None);
     let mode = std::fs::metadata(&agent.socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let second = api::listen(&agent.socket, &Access::default());
-    assert!(matches!(second, Err(api::ApiError::InUse(_))), "{second:?}");
+    let second = Server::bind(&agent.socket, &access(0o660));
+    assert!(matches!(second, Err(server::Error::InUse { .. })), "{second:?}");
     let file = agent.socket.with_extension("txt");
     std::fs::write(&file, "precious").unwrap();
-    assert!(matches!(api::listen(&file, &Access::default()), Err(api::ApiError::NotASocket(_))));
+    assert!(matches!(Server::bind(&file, &access(0o660)), Err(server::Error::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 }
 
@@ -375,6 +380,54 @@ fn conforms(document: &Value, schema: &Value, value: &Value) -> Result<(), Strin
         }
     }
     Ok(())
+}
+
+#[test]
+fn the_pool_tells_its_figures() {
+    let agent = Agent::start(range(61001, 61002), None);
+    let mut connection = agent.connect();
+    let two = r#"{"destination":"192.0.2.1:443","count":2}"#;
+    assert_eq!(ask(&mut connection, "POST", "/v1/leases", two).0, 201);
+    assert_eq!(agent.ask("POST", "/v1/leases", TO).0, 409);
+    let id = agent.service.list().unwrap()[0].id.unwrap();
+    assert_eq!(agent.ask("DELETE", &format!("/v1/leases/{id}"), "").0, 204);
+    let (_, pool) = agent.ask("GET", "/v1/pool", "");
+    assert_eq!((&pool["mode"], &pool["available"]), (&json!("userspace"), &json!(2)));
+    assert_eq!((&pool["held"], &pool["warm"]), (&json!(1), &json!(1)));
+    let leases = &pool["leases"];
+    assert_eq!(
+        (&leases["held"], &leases["acquired"], &leases["released"]),
+        (&json!(1), &json!(2), &json!(1))
+    );
+    assert_eq!(leases["refusals"]["exhausted"], 1);
+    let mut stream = agent.connect();
+    write!(stream, "GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut metrics = String::new();
+    stream.read_to_string(&mut metrics).unwrap();
+    for line in [
+        "bridge_pool_ports{state=\"held\"} 1",
+        "bridge_pool_claims_total{by=\"agent\"} 2",
+        "bridge_pool_releases_total{by=\"agent\"} 1",
+        "bridge_pool_refusals_total{by=\"agent\",reason=\"exhausted\"} 1",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
+    }
+}
+
+#[test]
+fn without_a_pool_every_path_of_it_says_so() {
+    let agent = Agent::start(range(61001, 61010), None);
+    agent.shared.set_pool(None);
+    for (method, path, body) in [
+        ("POST", "/v1/leases", TO),
+        ("GET", "/v1/leases", ""),
+        ("DELETE", "/v1/leases/1", ""),
+        ("GET", "/v1/leases/watch", ""),
+        ("GET", "/v1/pool", ""),
+    ] {
+        let (status, answer) = agent.ask(method, path, body);
+        assert_eq!((status, answer["code"].as_str()), (404, Some("no-pool")), "{method} {path}");
+    }
 }
 
 #[test]

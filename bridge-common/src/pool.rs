@@ -41,7 +41,7 @@ pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS;
 /// Words of a slot that remember a port that was given back lately.
 pub const CLOSING_WORDS: u32 = 8;
 
-/// The slot whose free ports a new TCP destination begins with.
+/// The slot whose free ports a new TCP destination begins with: every port of the pool.
 pub const TEMPLATE_TCP: u32 = 0;
 /// The slot whose free ports a new UDP destination begins with.
 pub const TEMPLATE_UDP: u32 = 1;

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::{Read as _, Write as _},
+    io::Write as _,
     net::SocketAddr,
     path::PathBuf,
     process::{Command, Stdio},
@@ -14,23 +14,24 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::{
+    api::Server,
+    config,
     model::PortRange,
     pool::{
-        KernelPool, Layout, Settings,
-        api::{self, Access, Server},
-        attach,
+        KernelPool, Layout, Settings, api, attach,
         backend::Backend,
         checks, conntrack,
         layout::Occupied,
         run::{self, Places},
         service::Service,
     },
+    runtime::{Request, Shared, Status},
 };
 use bridge_common::pool::{FIRST_SLOT, bitmap};
 use bridge_tests::{
     agent,
-    lab::{Family, Lab, Netns, Process},
-    pool::{Stand, finish, object, output, python},
+    lab::{Family, Lab},
+    pool::{Stand, end, finish, hold, in_cgroup, line, object, output, ports, python, serve},
     wait::eventually,
 };
 
@@ -41,78 +42,13 @@ fn settings() -> Result<Settings> {
     Ok(Settings { ports: vec![PORTS], destinations: vec!["192.168.31.0/24".parse()?], ..Settings::default() })
 }
 
-/// Accepts TCP for ever, and closes when the client does.
-fn serve(netns: &Netns, port: u16) -> Result<Process> {
-    let mut command = python(&format!(
-        r"
-import selectors, socket
-sel = selectors.DefaultSelector()
-sel.register(socket.create_server(('', {port}), backlog=4096), selectors.EVENT_READ, 1)
-print('ready', flush=True)
-while True:
-    for key, _ in sel.select():
-        s = key.fileobj
-        if key.data: sel.register(s.accept()[0], selectors.EVENT_READ, 0)
-        else:
-            try: data = s.recv(4096)
-            except OSError: data = b''
-            if not data: sel.unregister(s); s.close()
-"
-    ));
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut process = netns.spawn_command(command)?;
-    process.child().stdout.as_mut().context("a pipe")?.read_exact(&mut [0; 6])?;
-    Ok(process)
-}
-
-/// Opens so many connections in the hooked group, prints how it went, and keeps them until its standard input ends.
-fn hold(stand: &Stand, netns: &Netns, to: SocketAddr, count: u32) -> Result<Process> {
-    let script = format!(
-        r"
-import socket, sys
-s = []
-try:
-    for _ in range({count}):
-        c = socket.socket(); c.settimeout(10); c.connect(('{}', {})); s.append(c)
-    print('all', *[c.getsockname()[1] for c in s], flush=True)
-except OSError as e: print(e.errno, flush=True)
-sys.stdin.read()
-",
-        to.ip(),
-        to.port()
-    );
-    let mut command = stand.hooked(python(&script));
-    command.stdin(Stdio::piped()).stdout(Stdio::piped());
-    Ok(netns.spawn_command(command)?)
-}
-
-fn line(process: &mut Process) -> Result<String> {
-    let mut text = Vec::new();
-    let stdout = process.child().stdout.as_mut().context("a pipe")?;
-    let mut byte = [0];
-    while stdout.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        text.push(byte[0]);
-    }
-    Ok(String::from_utf8(text)?)
-}
-
-fn ports(line: &str) -> Result<BTreeSet<u16>> {
-    let ports = line.strip_prefix("all ").with_context(|| line.to_owned())?;
-    Ok(ports.split(' ').map(str::parse).collect::<Result<_, _>>()?)
-}
-
-fn end(mut process: Process) -> Result<()> {
-    drop(process.child().stdin.take());
-    finish(process, SOON).map(drop)
-}
-
 #[test]
 fn the_hooks_go_on_without_the_agent_and_the_next_one_adopts_what_is_held() -> Result<()> {
     let lab = Lab::builder().build()?;
     let stand = Stand::new(&lab, &settings()?)?;
     let to = SocketAddr::new(lab.a().v4.into(), 8080);
     let _server = serve(&lab.a().netns, 8080)?;
-    let mut first = hold(&stand, &lab.c1().netns, to, 15)?;
+    let mut first = hold(&stand.cgroup, &lab.c1().netns, to, 15)?;
     let held = ports(&line(&mut first)?)?;
     // The agent is gone; a pod goes on connecting while another agent starts and replaces the hooks.
     let (base, cgroup) = (stand.base.clone(), stand.cgroup.clone());
@@ -142,21 +78,22 @@ print(n)
     let known: BTreeSet<u16> =
         stand.pool.walk()?.iter().map(|lease| stand.pool.layout().port(lease.index)).collect();
     ensure!(known == held, "{known:?} {held:?}");
-    let mut rest = hold(&stand, &lab.c1().netns, to, 15)?;
+    let mut rest = hold(&stand.cgroup, &lab.c1().netns, to, 15)?;
     let rest_ports = ports(&line(&mut rest)?);
     ensure!(rest_ports?.is_disjoint(&held));
     end(first)?;
     end(rest)?;
     stand.settled(SOON)?;
     // Another range inside the span is taken over; one beyond it is refused with a remedy.
+    let Stand { pool, base, cgroup } = stand;
+    drop(pool);
     let narrow = Settings { ports: vec![PortRange { first: 61005, last: 61006 }], ..settings()? };
-    let pool = KernelPool::load(&object()?, &stand.base, Layout::plan(&narrow, &Occupied::default())?)?;
-    let mut more = hold(&stand, &lab.c2().netns, to, 3)?;
+    let pool = KernelPool::load(&object()?, &base, Layout::plan(&narrow, &Occupied::default())?)?;
+    let mut more = hold(&cgroup, &lab.c2().netns, to, 3)?;
     ensure!(line(&mut more)? == libc::EADDRNOTAVAIL.to_string());
     drop(pool);
     let wide = Settings { ports: vec![PortRange { first: 50000, last: 61006 }], ..settings()? };
-    let error =
-        KernelPool::load(&object()?, &stand.base, Layout::plan(&wide, &Occupied::default())?).unwrap_err();
+    let error = KernelPool::load(&object()?, &base, Layout::plan(&wide, &Occupied::default())?).unwrap_err();
     ensure!(error.to_string().contains("bridge-agent down"), "{error}");
     Ok(())
 }
@@ -167,7 +104,7 @@ fn warm_ports_cross_to_another_pod_when_conntrack_has_forgotten_them() -> Result
     let stand = Stand::new(&lab, &settings()?)?;
     let to = SocketAddr::new(lab.a().v4.into(), 8080);
     let _server = serve(&lab.a().netns, 8080)?;
-    let mut first = hold(&stand, &lab.c1().netns, to, 40)?;
+    let mut first = hold(&stand.cgroup, &lab.c1().netns, to, 40)?;
     ports(&line(&mut first)?)?;
     end(first)?;
     stand.settled(SOON)?;
@@ -183,7 +120,7 @@ fn warm_ports_cross_to_another_pod_when_conntrack_has_forgotten_them() -> Result
     let swept = round(&mut pool)?;
     ensure!(swept.cooled == 0 && swept.kept == 40, "{swept:?}: conntrack still knows them");
     let stand = Stand { pool, base, cgroup };
-    let mut second = hold(&stand, &lab.c2().netns, to, 1)?;
+    let mut second = hold(&stand.cgroup, &lab.c2().netns, to, 1)?;
     ensure!(line(&mut second)? == libc::EADDRNOTAVAIL.to_string());
     end(second)?;
     let mut forget = Command::new("conntrack");
@@ -193,7 +130,7 @@ fn warm_ports_cross_to_another_pod_when_conntrack_has_forgotten_them() -> Result
     let swept = round(&mut pool)?;
     ensure!(swept.cooled == 40 && swept.recovered == 0, "{swept:?}");
     let stand = Stand { pool, base, cgroup };
-    let mut second = hold(&stand, &lab.c2().netns, to, 40)?;
+    let mut second = hold(&stand.cgroup, &lab.c2().netns, to, 40)?;
     ensure!(ports(&line(&mut second)?)?.len() == 40);
     end(second)?;
     stand.settled(SOON)?;
@@ -206,7 +143,7 @@ fn a_port_that_got_lost_is_found_and_slots_come_back() -> Result<()> {
     let mut stand = Stand::new(&lab, &settings()?)?;
     let to = SocketAddr::new(lab.a().v4.into(), 8080);
     let _server = serve(&lab.a().netns, 8080)?;
-    let mut holder = hold(&stand, &lab.c1().netns, to, 5)?;
+    let mut holder = hold(&stand.cgroup, &lab.c1().netns, to, 5)?;
     let held = ports(&line(&mut holder)?)?;
     let geometry = stand.pool.layout().geometry();
     let slot = stand.pool.walk()?[0].slot;
@@ -236,6 +173,7 @@ struct Served {
     service: Arc<Service>,
     socket: PathBuf,
     cgroup: PathBuf,
+    _requests: tokio::sync::mpsc::Receiver<Request>,
     _stop: tokio::sync::oneshot::Sender<()>,
 }
 
@@ -245,16 +183,17 @@ impl Served {
         let service = Service::new(Backend::kernel(pool), settings()?.destinations);
         let socket = lab.directory().join("pool.sock");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = {
+        let server = {
             let _inside = runtime.enter();
-            api::listen(&socket, &Access::default())?
+            Server::bind(&socket, &config::Api::default())?
         };
-        let server = Server::new(listener, Arc::clone(&service));
-        runtime.spawn(server.serve(api::router(Arc::clone(&service))));
+        let (shared, requests) = Shared::new(Status::default());
+        shared.set_pool(Some(Arc::clone(&service)));
+        runtime.spawn(server.serve(shared));
         runtime.spawn(api::expire(Arc::clone(&service)));
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         thread::spawn(move || runtime.block_on(stopped));
-        Ok(Self { service, socket, cgroup, _stop: stop })
+        Ok(Self { service, socket, cgroup, _requests: requests, _stop: stop })
     }
 
     fn kinds(&self) -> Result<Vec<&'static str>> {
@@ -297,15 +236,8 @@ sys.stdin.read()
         served.socket.display()
     );
     let hooked = |script: &str| {
-        let processes = served.cgroup.join("cgroup.procs");
-        let mut command = python(script);
+        let mut command = in_cgroup(&served.cgroup, python(script));
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        // SAFETY: between fork and exec it opens and writes one file.
-        unsafe {
-            std::os::unix::process::CommandExt::pre_exec(&mut command, move || {
-                std::fs::write(&processes, "0")
-            })
-        };
         command
     };
     let mut client = lab.c1().netns.spawn_command(hooked(&script))?;
@@ -400,24 +332,26 @@ fn starting_keeps_the_ports_from_others_and_stopping_gives_them_back() -> Result
     let node = &lab.b().netns;
     let reserved = || node.run(|| fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports"));
     node.set_sysctl("ipv4/ip_local_reserved_ports", "8080,61003")?;
-    let node_ports = Some(PortRange { first: 61031, last: 61040 });
-    let start =
-        |object: &[u8]| node.run(|| run::start(object, &settings()?, node_ports, &places).context("start"));
+    let settings = Settings { node_ports: Some(PortRange { first: 61031, last: 61040 }), ..settings()? };
+    let start = |object: &[u8]| node.run(|| run::start(object, &settings, &places).context("start"));
     // 40 ports, of which one is promised to somebody else and ten are NodePorts.
     let started = start(&object()?)?;
-    ensure!(started.service.backend().name() == "kernel" && started.warnings.is_empty(), "{started:?}");
+    let summary = started.service.summary()?;
+    ensure!(summary.mode == "kernel" && summary.warnings.is_empty(), "{summary:?}");
+    // While an agent has it, nobody takes it away.
+    ensure!(matches!(node.run(|| run::stop(&places)), Err(run::StopError::Locked(_))));
     ensure!(started.service.backend().layout().ports.len() == 29);
     ensure!(reserved()?.trim() == "8080,61001-61030", "{}", reserved()?);
     drop(started);
     // What the agent itself has reserved does not keep it from starting again.
     ensure!(start(&object()?)?.service.backend().layout().ports.len() == 29);
-    node.run(|| run::stop(&places)).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    node.run(|| run::stop(&places))?;
     ensure!(!places.pins.join("pool-1").exists());
     ensure!(reserved()?.trim() == "8080,61003", "{}", reserved()?);
     // A kernel that does not take the object: the agent leases by itself.
     let started = start(b"not an object")?;
     ensure!(started.service.backend().name() == "userspace");
-    node.run(|| run::stop(&places)).map_err(|errors| anyhow::anyhow!("{errors:?}"))?;
+    node.run(|| run::stop(&places))?;
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
-    EbpfLoader, VerifierLogLevel,
+    Btf, EbpfLoader, VerifierLogLevel,
     programs::{Program, ProgramError},
 };
 use bridge_agent::datapath::object;
@@ -97,12 +97,14 @@ fn complaints(budget: &Costs, measured: &Costs) -> Vec<String> {
 /// What the verifier says of each program of an object.
 fn measure(object: &[u8]) -> Result<BTreeMap<String, Cost>> {
     let mut ebpf = EbpfLoader::new().verifier_log_level(VerifierLogLevel::STATS).load(object)?;
+    // Read while it can be opened.
+    let btf = Btf::from_sys_fs().context("the kernel's types")?;
     // aya hands out the verifier's log with an error only. Without a descriptor to be had, a program that the verifier
     // has accepted still cannot be loaded: the log is complete, and the error is EMFILE.
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: limit.maximum })?;
     let results: Vec<_> =
-        ebpf.programs_mut().map(|(name, program)| (name.to_owned(), try_load(program))).collect();
+        ebpf.programs_mut().map(|(name, program)| (name.to_owned(), try_load(name, program, &btf))).collect();
     setrlimit(Resource::Nofile, limit)?;
 
     let mut costs = BTreeMap::new();
@@ -122,7 +124,7 @@ fn measure(object: &[u8]) -> Result<BTreeMap<String, Cost>> {
     Ok(costs)
 }
 
-fn try_load(program: &mut Program) -> Result<(), ProgramError> {
+fn try_load(name: &str, program: &mut Program, btf: &Btf) -> Result<(), ProgramError> {
     match program {
         Program::SchedClassifier(program) => program.load(),
         Program::CgroupSkb(program) => program.load(),
@@ -130,6 +132,7 @@ fn try_load(program: &mut Program) -> Result<(), ProgramError> {
         Program::CgroupSockAddr(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::Xdp(program) => program.load(),
+        Program::Iter(program) if name == "pool_walk" => program.load("bpf_sk_storage_map", btf),
         other => panic!("this test does not know how to load a program of type {:?}", other.prog_type()),
     }
 }

@@ -16,7 +16,8 @@ use prometheus_client::{
 
 use crate::{
     datapath::{Maps, ReasonCount, RuleCount},
-    runtime::{Shared, Status},
+    pool::Summary,
+    runtime::{RoutesStatus, Shared, Status},
 };
 
 pub(super) async fn serve(State(shared): State<Shared>) -> Response {
@@ -146,9 +147,66 @@ impl Collector for Scrape {
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
             family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
         }
+        if let Some(routes) = &self.status.routes {
+            encode_routes(encoder, routes)?;
+        }
+        if let Some(pool) = &self.status.pool {
+            encode_pool(encoder, pool)?;
+        }
+        if let Some(firewall) = &self.status.firewall {
+            let repairs =
+                ("iptables_repairs", "How often rules that another program had changed were put back");
+            single(encoder, repairs, COUNTER, firewall.repairs)?;
+            let failure = ("iptables_failure", "1: the rules cannot be read or put back");
+            single(encoder, failure, GAUGE, u64::from(firewall.failure.is_some()))?;
+        }
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));
         family(encoder, ("reloads", "Reloads of the configuration"), COUNTER, results)
     }
+}
+
+/// Names of routes themselves are in `GET /v1/routes`: a cluster may have thousands.
+fn encode_routes(encoder: &mut DescriptorEncoder<'_>, routes: &RoutesStatus) -> fmt::Result {
+    let states = routes.states.iter().map(|(state, count)| ([("state", state.to_string())], *count as u64));
+    family(encoder, ("routes", "Routes that are wanted, by what became of them"), GAUGE, states)?;
+    let down = routes.next_hops_down.len();
+    let next_hops = [("up", routes.next_hops - down), ("down", down)];
+    let next_hops = next_hops.map(|(state, count)| ([("state", state)], count as u64));
+    family(encoder, ("next_hops", "Nodes on the way to pods"), GAUGE, next_hops)?;
+    let named = |(name, count): (&String, &u64)| ([("kind", name.clone())], *count);
+    let name = ("route_operations", "What was done to keep the routes true, and what happened to next hops");
+    family(encoder, name, COUNTER, routes.counters.iter().map(named))?;
+    if let Some(discovery) = &routes.discovery {
+        let pods = ("discovery_pods", "Pods that have announced themselves and have not expired");
+        single(encoder, pods, GAUGE, discovery.pods as u64)?;
+        let name = ("discovery_announcements", "Announcements of pods, by what became of them");
+        family(encoder, name, COUNTER, discovery.counters.iter().map(named))?;
+    }
+    Ok(())
+}
+
+fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Result {
+    let Summary { mode, available, held, warm, counters, leases, .. } = pool;
+    let kernel = ("pool_in_kernel", "1: hooks claim ports; 0: ports are leased by the agent alone");
+    single(encoder, kernel, GAUGE, u64::from(mode == "kernel"))?;
+    let ports = ("pool_available_ports", "Ports of the pool, towards each destination");
+    single(encoder, ports, GAUGE, u64::from(*available))?;
+    let states = [("held", *held), ("warm", *warm)].map(|(state, count)| ([("state", state)], count));
+    family(encoder, ("pool_ports", "Ports that are not free, over all destinations"), GAUGE, states)?;
+    let of = |hooks: u64, agent: u64| [([("by", "hook")], hooks), ([("by", "agent")], agent)];
+    let claims = ("pool_claims", "Ports claimed by hooks, and leased by the agent");
+    family(encoder, claims, COUNTER, of(counters.claims, leases.acquired))?;
+    let releases = ("pool_releases", "Ports given back");
+    family(encoder, releases, COUNTER, of(counters.releases, leases.released))?;
+    let adoptions = ("pool_adoptions", "Claims of a port that the program had bound itself");
+    single(encoder, adoptions, COUNTER, counters.adoptions)?;
+    let refusals = [("hook", counters.refusals), ("agent", leases.refusals)];
+    let refusals = refusals.into_iter().flat_map(|(by, refusals)| {
+        refusals.iter().map(move |(reason, count)| ([("by", by), ("reason", reason)], count))
+    });
+    family(encoder, ("pool_refusals", "Connects and requests that got no port"), COUNTER, refusals)?;
+    let lost = ("pool_lost_events", "Refusals that were counted only, and not reported");
+    single(encoder, lost, COUNTER, counters.events_lost)
 }

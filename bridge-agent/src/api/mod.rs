@@ -5,20 +5,24 @@
 //! GET  /v1/flows            known flows; ?address= ?port= ?state= ?protocol= ?limit=
 //! GET  /v1/rules            rules in force with their hits
 //! GET  /v1/counters         packets judged, by direction and reason
-//! GET  /v1/events           verdicts as they happen, a JSON object per line; ?verdict= ?address= ?port=
+//! GET  /v1/routes           routes that are wanted, what became of them, and the nodes on the way
+//! GET  /v1/events           verdicts, and what happens to routes, a JSON object per line; ?verdict= ?address= ?port=
 //! POST /v1/reload           read the configuration again
 //! GET  /metrics             Prometheus text format
 //! ```
+//! and the routes of the port pool, see [`crate::pool::api`].
 
 pub mod client;
 mod metrics;
+mod peer;
+mod routes;
 
 use std::{
     convert::Infallible,
     fs, io,
     net::SocketAddr,
     os::unix::{
-        fs::{PermissionsExt, chown},
+        fs::{FileTypeExt, PermissionsExt, chown},
         net::UnixStream,
     },
     path::{Path, PathBuf},
@@ -27,7 +31,7 @@ use std::{
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Query, State},
+    extract::{DefaultBodyLimit, Query, State},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -40,9 +44,13 @@ use tokio::{
     sync::{broadcast::error::RecvError, oneshot},
 };
 
+pub(crate) use self::peer::Peer;
+use self::peer::Peers;
+use crate::pool::api::Problem;
 use crate::{
     config::Api,
     datapath::{self, FlowFilter, FlowView, VerdictFilter},
+    pool,
     runtime::{Request, Shared},
 };
 
@@ -57,6 +65,9 @@ pub enum Error {
         /// The other agent, if it is in a PID namespace that we see.
         pid: Option<i32>,
     },
+    /// Something else is where the socket is to be.
+    #[error("{} exists and is not a socket: remove it, or write another api.socket", .0.display())]
+    NotASocket(PathBuf),
     /// There is no such group.
     #[error("there is no group {0}: correct api.group, or make it with `groupadd --system {0}`")]
     NoGroup(String),
@@ -106,12 +117,13 @@ impl Server {
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(failed)?;
         }
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
+        if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+            return Err(Error::NotASocket(path.to_owned()));
         }
         // Nobody may connect before it is theirs to: the permissions are set before it has its name.
-        let staging = path.with_extension("new");
+        let mut staging = path.as_os_str().to_owned();
+        staging.push(".new");
+        let staging = PathBuf::from(staging);
         drop(fs::remove_file(&staging));
         let listener = UnixListener::bind(&staging).map_err(failed)?;
         let socket = Socket(path.to_owned());
@@ -128,7 +140,8 @@ impl Server {
     pub async fn serve(self, shared: Shared) {
         let Self { socket: _socket, listener, metrics } = self;
         let metrics_router = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
-        let api = axum::serve(listener, router(shared));
+        let peers = Peers { listener, shared: shared.clone() };
+        let api = axum::serve(peers, router(shared).into_make_service_with_connect_info::<Peer>());
         let ended = match metrics {
             Some(listener) => tokio::select! {
                 ended = api => ended,
@@ -171,6 +184,16 @@ fn router(shared: Shared) -> Router {
         .route("/v1/events", get(events))
         .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics::serve))
+        .merge(routes::router())
+        .merge(pool::api::routes())
+        .method_not_allowed_fallback(async || {
+            let text = "this path does not take this method; see docs/openapi.json";
+            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method", text)
+        })
+        .fallback(async || {
+            Problem::new(StatusCode::NOT_FOUND, "path", "there is no such path; see docs/openapi.json")
+        })
+        .layer(DefaultBodyLimit::max(pool::api::MAX_BODY))
         .with_state(shared)
 }
 
@@ -252,29 +275,50 @@ async fn counters(State(shared): State<Shared>) -> Response {
     maps.reason_counts().map_or_else(IntoResponse::into_response, |counts| Json(counts).into_response())
 }
 
+/// Of an event.
+type Line = Result<Vec<u8>, serde_json::Error>;
+
 async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter>) -> Response {
-    if shared.maps().is_none() {
+    if shared.maps().is_none() && shared.routes().is_none() {
         return not_enforcing();
     }
-    let receiver = shared.verdicts.subscribe();
-    let lines = stream::unfold((receiver, filter), |(mut receiver, filter)| async {
-        loop {
-            let line = match receiver.recv().await {
-                Ok(verdict) if filter.matches(&verdict) => serde_json::to_vec(&*verdict),
-                Ok(_) => continue,
-                Err(RecvError::Lagged(missed)) => serde_json::to_vec(&Missed { missed }),
-                Err(RecvError::Closed) => return None,
+    // A filter names what only verdicts have.
+    let everything = filter == VerdictFilter::default();
+    let receivers = (shared.verdicts.subscribe(), shared.happenings.subscribe());
+    let lines = stream::unfold(
+        (receivers, filter),
+        move |((mut verdicts, mut happenings), filter)| async move {
+            let line = loop {
+                let line = tokio::select! {
+                    verdict = verdicts.recv() => line(verdict, |verdict| filter.matches(verdict).then_some(&**verdict)),
+                    happening = happenings.recv(), if everything => line(happening, |happening| Some(happening)),
+                };
+                if let Some(line) = line? {
+                    break line;
+                }
             };
-            // Neither type can fail to be serialized.
+            // None of the types can fail to be serialized.
             let mut line = line.unwrap_or_default();
             line.push(b'\n');
-            return Some((Ok::<_, Infallible>(Bytes::from(line)), (receiver, filter)));
-        }
-    });
+            Some((Ok::<_, Infallible>(Bytes::from(line)), ((verdicts, happenings), filter)))
+        },
+    );
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
-/// In the place of verdicts that a client was too slow to take.
+/// What is to be sent of what was received: `None` at the end, nothing if it is not wanted.
+fn line<T, S: Serialize>(
+    received: Result<T, RecvError>,
+    wanted: impl FnOnce(&T) -> Option<&S>,
+) -> Option<Option<Line>> {
+    Some(match received {
+        Ok(event) => wanted(&event).map(serde_json::to_vec),
+        Err(RecvError::Lagged(missed)) => Some(serde_json::to_vec(&Missed { missed })),
+        Err(RecvError::Closed) => return None,
+    })
+}
+
+/// In the place of events that a client was too slow to take.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Missed {
     /// How many.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use serde_json::json;
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::{self, error::RecvError};
 
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
@@ -165,19 +165,18 @@ impl Listen {
             Ok(_) => return Err(Failure::AgentRuns.into()),
             Err(error) => return Err(error.into()),
         }
-        let mut service = Service::start(self.setup(&global.config)?).await?;
-        let mut happenings = service.happenings();
+        let told = broadcast::Sender::new(1024);
+        let mut happenings = told.subscribe();
+        let mut service = Service::start(self.setup(&global.config)?, told)?;
         let end = interrupted();
         tokio::pin!(end);
         loop {
             tokio::select! {
                 () = &mut end => break,
-                error = service.run() => return Err(error.into()),
                 event = happenings.recv() => match event {
                     Ok(event) if global.json => print_json(&event)?,
                     Ok(event) => {
-                        let kind = serde_json::to_value(event.kind).unwrap_or_default();
-                        print(&format!("{} {}\n", kind.as_str().unwrap_or_default(), event.text))?;
+                        print(&format!("{} {} {}\n", event.time, event.kind, event.text))?;
                     }
                     Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => break,
@@ -185,7 +184,9 @@ impl Listen {
             }
         }
         // Nobody would be there to let them expire.
-        Ok(service.retire(SourceKind::Discovery)?)
+        service.retire(SourceKind::Discovery);
+        service.compared().await;
+        Ok(())
     }
 
     /// The whole setup of the configuration, if there is one: routes of its other sources stay as they are.

@@ -2,19 +2,28 @@
 
 use clap::Args;
 
-use super::{Error, Global, print, print_json};
+use super::{Error, Global, nobody_keeps_routes, print, print_json};
 use crate::config;
 use crate::datapath;
 use crate::firewall::{Firewall as _, iptables};
+use crate::pool::run::{self, StopError};
+use crate::routes::{carry_out, withdrawal};
 use crate::runtime;
 
-/// Stop enforcing: remove every program, map and policy of bridge.
+/// Stop enforcing: remove every program, map, rule and route of bridge.
 #[derive(Debug, Args)]
 pub struct Down {}
 
 impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        nobody_keeps_routes(global)?;
+        let places = runtime::pool_places(&global.pin_root, &global.agent_socket());
+        // Before the rest: where nothing is enforced, only the pool tells that an agent runs.
+        let pool = run::stop(&places);
+        if let Err(StopError::Locked(error)) = pool {
+            return Err(error.into());
+        }
         let (removed, result) = datapath::down(&global.pins());
         // A running agent would put everything back.
         if matches!(result, Err(datapath::Error::Locked { .. })) {
@@ -22,15 +31,23 @@ impl Down {
         }
         // Teardown goes on after an error, and tells all of them.
         let (notes, errors) = remove_iptables(global);
+        let routes = remove_routes();
         result?;
+        pool?;
         if let Some(error) = errors.into_iter().next() {
             return Err(error.into());
         }
+        let routes = routes?;
         if global.json {
-            return print_json(&serde_json::json!({ "ok": true, "removed": removed, "notes": notes }));
+            return print_json(
+                &serde_json::json!({ "ok": true, "removed": removed, "routes": routes, "notes": notes }),
+            );
         }
         for note in &notes {
             print(&format!("{note}\n"))?;
+        }
+        if routes > 0 {
+            print(&format!("Withdrew {routes} routes.\n"))?;
         }
         match removed.attachments + removed.maps {
             0 => print("There was no eBPF enforcement to remove.\n"),
@@ -39,6 +56,13 @@ impl Down {
             }
         }
     }
+}
+
+/// Removes every route that bears the mark; returns how many there were.
+fn remove_routes() -> Result<usize, Error> {
+    let (observed, operations) = withdrawal()?;
+    super::routes::partly(&carry_out(&operations)?, &observed)?;
+    Ok(operations.len())
 }
 
 /// Removes the iptables rules. The configuration may be gone or invalid: it only tells whether saved files are touched.

@@ -18,14 +18,16 @@ use super::{Error, Global};
 use crate::{
     datapath::object,
     model::PortRange,
-    pool::{KernelPool, Layout, Settings, attach, checks, kernel, layout::Occupied, pins},
+    pool::{
+        KernelPool, Layout, Settings, attach, checks, hooks::EXEC_PREFIX, kernel, layout::Occupied, pins,
+    },
 };
 
 /// Run a program whose connections come from ports of the pool
 #[derive(Debug, Args)]
 pub struct Exec {
     /// Networks that the program reaches from ports of the pool; left out: those of the running agent
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "EXEC_PREFIX")]
     destination: Vec<IpNet>,
     /// Without an agent: the ports, such as 61001-61100; needs --destination
     #[arg(long, value_name = "RANGES", requires = "destination", value_parser = ranges)]
@@ -48,9 +50,6 @@ fn ranges(text: &str) -> Result<Ranges, String> {
     }
 }
 
-/// What the names of the control groups begin with.
-const PREFIX: &str = "bridge-exec-";
-
 /// What is to be taken away at the end.
 struct Group {
     directory: PathBuf,
@@ -70,7 +69,7 @@ impl Exec {
         sweep(&mount, &global.pin_root);
         let (mut pool, own) = self.pool(&global.pin_root)?;
         let base = own.clone().unwrap_or_else(|| global.pin_root.clone());
-        let name = format!("{PREFIX}{}", std::process::id());
+        let name = format!("{EXEC_PREFIX}{}", std::process::id());
         let directory = mount.join(&name);
         let mut group = Group { directory: directory.clone(), links: PathBuf::new(), own };
         fs::create_dir(&directory).map_err(|error| {
@@ -150,7 +149,7 @@ fn links_of(base: &Path, group: &Path) -> io::Result<PathBuf> {
 fn sweep(mount: &Path, pin_root: &Path) {
     for entry in fs::read_dir(mount).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
+        let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(EXEC_PREFIX)) else { continue };
         let own = pin_root.join(format!("exec-{pid}"));
         let links = [links_of(pin_root, &entry.path()), links_of(&own, &entry.path())];
         // A group whose `exec` is about to use it has a process that lives.

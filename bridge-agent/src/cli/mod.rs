@@ -22,7 +22,7 @@ use annotate_snippets::{Level, Renderer};
 use clap::{Args, Parser, Subcommand};
 use serde::{Deserialize, Serialize};
 
-use crate::api::client;
+use crate::api::client::{self, Client};
 use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
 use crate::datapath::{self, Pins};
 use crate::{log, runtime};
@@ -76,7 +76,7 @@ pub enum Command {
     Flows(flows::Flows),
     /// List the rules in force with their hits
     Rules(rules::Rules),
-    /// Show verdicts on packets as they happen
+    /// Show verdicts on packets, and what happens to routes, as it happens
     Monitor(monitor::Monitor),
     /// List, plan, apply, withdraw or export the routes to pods
     Routes(routes::Routes),
@@ -86,7 +86,7 @@ pub enum Command {
     Ports(ports::Ports),
     /// Run a program whose connections come from ports of the pool
     Exec(exec::Exec),
-    /// Stop enforcing: remove every program, map and policy of bridge
+    /// Stop enforcing: remove every program, map, rule and route of bridge
     Down(down::Down),
 }
 
@@ -128,6 +128,20 @@ fn section(text: &str, key: &str) -> String {
     from_key.enumerate().take_while(belongs).map(|(_, line)| format!("{line}\n")).collect()
 }
 
+/// Refuses to go on if an agent runs that would put back the routes that are about to be removed.
+fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
+    block_on(async {
+        match Client::connect(&global.agent_socket()).await {
+            Ok(mut agent) => match agent.get::<runtime::Status>("/v1/status").await? {
+                runtime::Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
+                _ => Ok(()),
+            },
+            Err(client::Error::NotRunning { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
 /// Waits for what an agent has to say.
 fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -167,12 +181,20 @@ pub enum Error {
     /// Routes that cannot be said in a format.
     #[error(transparent)]
     Export(#[from] crate::routes::export::ExportError),
+    /// It would undo what is being removed.
+    #[error(
+        "the agent (pid {0}) is running and would put the routes back; stop it before (`systemctl stop bridge-agent`)"
+    )]
+    AgentKeepsRoutes(u32),
     /// Discovery of pods.
     #[error(transparent)]
     Discover(#[from] discover::Failure),
     /// The kernel refused a part.
     #[error("{}", .0.join("\n"))]
     Partly(Vec<String>),
+    /// Something of the port pool could not be removed.
+    #[error(transparent)]
+    Pool(#[from] crate::pool::run::StopError),
     /// The agent did not do it.
     #[error("{0}")]
     Ports(String),
@@ -218,8 +240,10 @@ impl Error {
             | Self::Client(_)
             | Self::Routes(_)
             | Self::Export(_)
+            | Self::AgentKeepsRoutes(_)
             | Self::Discover(_)
             | Self::Partly(_)
+            | Self::Pool(_)
             | Self::Ports(_)
             | Self::Exec(_)
             | Self::Format(_) => None,

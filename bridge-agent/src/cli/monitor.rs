@@ -1,19 +1,21 @@
-//! `bridge-agent monitor`: verdicts as they happen.
+//! `bridge-agent monitor`: verdicts, and what happens to routes, as it happens.
 
 use std::net::SocketAddr;
 
 use bridge_common::event::verdict;
 use clap::{Args, builder::PossibleValuesParser};
 use ipnet::IpNet;
+use serde::Serialize;
 
 use super::{Error, Global, block_on, flows, print};
 use crate::api::client::{self, Client};
 use crate::datapath::{EventReader, Maps, Verdict, VerdictFilter};
+use crate::routes::RouteEvent;
 
-/// Show verdicts on packets as they happen.
+/// Show verdicts on packets, and what happens to routes, as it happens.
 ///
-/// Denied packets always; allowed ones with `enforcement.events.allowed`. Comes from the agent; when none runs, from the
-/// kernel itself.
+/// Denied packets always; allowed ones with `enforcement.events.allowed`. Routes, next hops and discovered pods if none of
+/// --verdict, --address and --port is given. Comes from the agent; when none runs, verdicts from the kernel itself.
 #[derive(Debug, Args)]
 pub struct Monitor {
     /// Only this verdict
@@ -38,11 +40,11 @@ struct Printer {
 
 impl Printer {
     /// Returns whether to go on.
-    fn show(&mut self, verdict: &Verdict) -> Result<bool, Error> {
+    fn show<T: Serialize>(&mut self, event: &T, text: impl Fn(&T) -> String) -> Result<bool, Error> {
         let line = if self.json {
-            serde_json::to_string(verdict).map_err(|error| Error::Format(error.to_string()))?
+            serde_json::to_string(event).map_err(|error| Error::Format(error.to_string()))?
         } else {
-            line(verdict)
+            text(event)
         };
         print(&format!("{line}\n"))?;
         self.left = self.left.map(|left| left.saturating_sub(1));
@@ -69,14 +71,16 @@ impl Monitor {
 async fn from_agent(client: &mut Client, filter: &VerdictFilter, printer: &mut Printer) -> Result<(), Error> {
     client
         .lines(&format!("/v1/events?{}", query(filter)), |line| {
-            match serde_json::from_slice(line) {
-                Ok(verdict) => printer.show(&verdict),
-                // Not a verdict: it says how many were missed.
-                Err(_) => {
-                    tracing::warn!("too slow: {}", String::from_utf8_lossy(line));
-                    Ok(true)
-                }
+            if let Ok(verdict) = serde_json::from_slice(line) {
+                return printer.show(&verdict, text);
             }
+            if let Ok(happening) = serde_json::from_slice(line) {
+                return printer
+                    .show(&happening, |RouteEvent { time, kind, text }| format!("{time} {kind} {text}"));
+            }
+            // Neither: it says how many were missed.
+            tracing::warn!("too slow: {}", String::from_utf8_lossy(line));
+            Ok(true)
         })
         .await
 }
@@ -101,7 +105,7 @@ async fn from_kernel(maps: &Maps, filter: &VerdictFilter, printer: &mut Printer)
         let read = events
             .read(maps, |verdict| {
                 if matches!(go_on, Ok(true)) && filter.matches(&verdict) {
-                    go_on = printer.show(&verdict);
+                    go_on = printer.show(&verdict, text);
                 }
             })
             .await;
@@ -110,7 +114,7 @@ async fn from_kernel(maps: &Maps, filter: &VerdictFilter, printer: &mut Printer)
     go_on.map(drop)
 }
 
-fn line(verdict: &Verdict) -> String {
+fn text(verdict: &Verdict) -> String {
     let Verdict { time, direction, protocol, interface, reason, length, .. } = verdict;
     let source = SocketAddr::new(verdict.source, verdict.source_port);
     let destination = SocketAddr::new(verdict.destination, verdict.destination_port);

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use clap::{Args, Subcommand};
 
-use super::{Error, Global, print, print_json, table};
+use super::{Error, Global, nobody_keeps_routes, print, print_json, table};
 use crate::config;
 use crate::routes::export::{Format, export};
 use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, read_once, withdrawal};
@@ -28,7 +28,7 @@ enum Action {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Remove every route bridge has added, and nothing else; stop a running agent before
+    /// Remove every route bridge has added, and nothing else; refused while an agent runs that would put them back
     Withdraw {
         /// Show what would be removed, and remove nothing
         #[arg(long)]
@@ -58,6 +58,9 @@ impl Routes {
                 partly(&failures, &comparison.observed)
             }
             Action::Withdraw { dry_run } => {
+                if !dry_run {
+                    nobody_keeps_routes(global)?;
+                }
                 let (observed, operations) = withdrawal()?;
                 let failures = if *dry_run { Vec::new() } else { carry_out(&operations)? };
                 show_operations(&operations, &[], &observed, global)?;
@@ -139,7 +142,7 @@ fn show_operations(
     print(&text)
 }
 
-fn partly(failures: &[(Operation, String)], observed: &Observed) -> Result<(), Error> {
+pub(super) fn partly(failures: &[(Operation, String)], observed: &Observed) -> Result<(), Error> {
     if failures.is_empty() {
         return Ok(());
     }

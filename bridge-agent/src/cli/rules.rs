@@ -6,9 +6,10 @@ use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Error, Global, print, print_json, table};
 use crate::config;
-use crate::datapath::{self, Maps};
+use crate::datapath::{self, Maps, RuleCount};
 use crate::firewall::iptables::{Iptables, render, ruleset::Family};
 use crate::firewall::{Firewall as _, Hits};
+use crate::model::{Policy, Rule};
 use crate::runtime;
 
 /// List the rules in force with their hits.
@@ -44,8 +45,17 @@ enum Format {
 /// A rule, with what each engine counted.
 #[derive(Debug, serde::Serialize)]
 struct Row {
-    #[serde(flatten)]
-    rule: datapath::RuleCount,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<u32>,
+    name: String,
+    direction: String,
+    action: String,
+    /// Flows that the rule decided about in eBPF; absent without that engine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    packets: Option<u64>,
+    /// Length of their first packets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes: Option<u64>,
     /// Packets that the rule matched in iptables; absent without that engine.
     #[serde(skip_serializing_if = "Option::is_none")]
     iptables: Option<Hits>,
@@ -56,30 +66,65 @@ impl Rules {
         if let Some(Action::Render { format: Format::Iptables, ipv6 }) = self.action {
             return render_iptables(global, ipv6);
         }
-        let iptables = iptables_hits();
-        let mut rules = Maps::open(&global.pins())?.rule_counts()?;
-        rules.retain(|rule| !self.hit || rule.packets > 0);
-        let hits = |name: &str| iptables.as_ref().map(|all| all.get(name).copied().unwrap_or_default());
-        let rows = rules.into_iter().map(|rule| Row { iptables: hits(&rule.name), rule });
+        let iptables = iptables_hits(global);
+        let mut rows = match (Maps::open(&global.pins()), iptables) {
+            (Ok(maps), iptables) => of_ebpf(maps.rule_counts()?, iptables.as_ref()),
+            (Err(datapath::Error::NotRunning(_)), Some(hits)) => {
+                of_iptables(&config::load(&global.config)?.policy(), &hits)
+            }
+            (Err(error), _) => return Err(error.into()),
+        };
+        let was_hit = |row: &Row| {
+            row.packets.or(row.iptables.map(|hits| hits.packets)).is_some_and(|packets| packets > 0)
+        };
+        rows.retain(|row| !self.hit || was_hit(row));
         if global.json {
-            return print_json(&rows.collect::<Vec<_>>());
+            return print_json(&rows);
         }
-        let mut header = vec!["rule", "direction", "action", "new flows", "bytes"];
-        header.extend(iptables.as_ref().map(|_| "iptables packets"));
+        let (ebpf, iptables) =
+            (rows.iter().any(|row| row.packets.is_some()), rows.iter().any(|row| row.iptables.is_some()));
+        let mut header = vec!["rule", "direction", "action"];
+        header.extend(["new flows", "bytes"].into_iter().filter(|_| ebpf));
+        header.extend(iptables.then_some("iptables packets"));
         let mut table = table::table(&header);
-        for Row { rule, iptables } in rows {
-            let mut cells = vec![
-                rule.name,
-                rule.direction,
-                rule.action,
-                rule.packets.to_string(),
-                rule.bytes.to_string(),
-            ];
-            cells.extend(iptables.map(|hits| hits.packets.to_string()));
+        for row in rows {
+            let mut cells = vec![row.name, row.direction, row.action];
+            cells.extend([row.packets, row.bytes].into_iter().flatten().map(|count| count.to_string()));
+            cells.extend(row.iptables.map(|hits| hits.packets.to_string()));
             table.add_row(cells);
         }
         print(&table::render(&table))
     }
+}
+
+/// The rules as eBPF has them.
+fn of_ebpf(rules: Vec<RuleCount>, iptables: Option<&BTreeMap<String, Hits>>) -> Vec<Row> {
+    let hits = |name: &str| iptables.map(|all| all.get(name).copied().unwrap_or_default());
+    let row = |rule: RuleCount| Row {
+        index: Some(rule.index),
+        iptables: hits(&rule.name),
+        name: rule.name,
+        direction: rule.direction,
+        action: rule.action,
+        packets: Some(rule.packets),
+        bytes: Some(rule.bytes),
+    };
+    rules.into_iter().map(row).collect()
+}
+
+/// The rules of the configuration that stand in iptables.
+fn of_iptables(policy: &Policy, hits: &BTreeMap<String, Hits>) -> Vec<Row> {
+    let in_force = policy.rules.iter().filter_map(|rule| Some((rule, *hits.get(&rule.name)?)));
+    let row = |(rule, hits): (&Rule, Hits)| Row {
+        index: None,
+        name: rule.name.clone(),
+        direction: format!("{:?}", rule.direction).to_lowercase(),
+        action: format!("{:?}", rule.action).to_lowercase(),
+        packets: None,
+        bytes: None,
+        iptables: Some(hits),
+    };
+    in_force.map(row).collect()
 }
 
 fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {
@@ -89,8 +134,9 @@ fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {
     print(&render::restore_input(&loaded.policy(), &options, family))
 }
 
-/// What iptables counted by rule; nothing if it has no rules of bridge.
-fn iptables_hits() -> Option<BTreeMap<String, Hits>> {
-    let firewall = Iptables::new(crate::firewall::iptables::Config::default()).ok()?;
+/// What iptables counted by rule; nothing if it has no rules of bridge. The configuration only tells the back end.
+fn iptables_hits(global: &Global) -> Option<BTreeMap<String, Hits>> {
+    let settings = config::load(&global.config).map(|loaded| runtime::firewall_settings(&loaded.config));
+    let firewall = Iptables::new(settings.unwrap_or_default()).ok()?;
     firewall.hits().ok().filter(|hits| !hits.is_empty())
 }

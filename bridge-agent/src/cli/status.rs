@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, ReasonCount};
-use crate::runtime::{Enforcement, FirewallStatus, Reload, Status};
+use crate::pool::Summary;
+use crate::runtime::{DiscoveryStatus, Enforcement, FirewallStatus, Reload, RoutesStatus, Status};
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
 #[derive(Debug, Args)]
@@ -118,11 +119,30 @@ impl Report {
                     line("iptables", failure.clone());
                 }
             }
+            if let Some(pool) = &status.pool {
+                let Summary { mode, ports, available, held, warm, leases, warnings, .. } = pool;
+                let place =
+                    if mode == "kernel" { "in the kernel" } else { "in the agent alone, without hooks" };
+                let ports = ports.join(",");
+                line(
+                    "port pool",
+                    format!(
+                        "{place}, {available} ports ({ports}), {held} held, {} of them leased, {warm} warm",
+                        leases.held
+                    ),
+                );
+                for warning in warnings {
+                    line("warning", warning.clone());
+                }
+            }
             if let Some(Enforcement { mechanism, remarks, .. }) = &status.enforcement {
                 line("mechanism", mechanism.clone());
                 for remark in remarks {
                     line("remark", remark.clone());
                 }
+            }
+            if let Some(routes) = &status.routes {
+                show_routes(routes, &mut line);
             }
             if let Some(Reload { time, error }) = &status.reloads.last {
                 match error {
@@ -134,5 +154,31 @@ impl Report {
             }
         }
         text
+    }
+}
+
+fn show_routes(routes: &RoutesStatus, line: &mut impl FnMut(&str, String)) {
+    let RoutesStatus { wanted, states, problems, problems_left_off, next_hops, next_hops_down, .. } = routes;
+    let states: Vec<_> = states.iter().map(|(state, count)| format!("{count} {state}")).collect();
+    let states = if states.is_empty() { String::new() } else { format!(": {}", states.join(", ")) };
+    line("routes", format!("{wanted} wanted{states}"));
+    for problem in problems {
+        line("route", problem.clone());
+    }
+    if *problems_left_off > 0 {
+        line("route", format!("and {problems_left_off} more; `bridge-agent routes list` shows all"));
+    }
+    if !routes.waiting_for.is_empty() {
+        line("routes", format!("nothing is withdrawn before {} has spoken", routes.waiting_for.join(", ")));
+    }
+    let down: Vec<_> = next_hops_down.iter().map(|hop| format!("{} on {}", hop.address, hop.dev)).collect();
+    let down = if down.is_empty() { "all answer".into() } else { format!("down: {}", down.join(", ")) };
+    line("next hops", format!("{next_hops}, {down}"));
+    if let Some(DiscoveryStatus { listen, pods, counters }) = &routes.discovery {
+        let counters: Vec<_> = counters.iter().map(|(name, count)| format!("{count} {name}")).collect();
+        line("discovery", format!("on {listen}, {pods} pods known; announcements: {}", counters.join(", ")));
+    }
+    if let Some(failure) = &routes.failure {
+        line("routes", format!("FAILED: {failure}"));
     }
 }

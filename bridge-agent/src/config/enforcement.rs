@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::interface::InterfacePattern;
+use super::iptables::Iptables;
 use super::leaf::Problem;
 use super::report::{Path, Report};
 use super::time_span::TimeSpan;
@@ -22,6 +23,8 @@ pub struct Enforcement {
     pub on_deny: OnDeny,
     /// What iptables refuses besides traffic between pods and LAN hosts.
     pub scope: Scope,
+    /// What concerns the iptables engine alone.
+    pub iptables: Iptables,
     /// The network interfaces that packets are judged on. Left out, they are found from the routing table.
     pub interfaces: Interfaces,
     /// How long an idle flow stays known, by its state.
@@ -39,6 +42,7 @@ impl Default for Enforcement {
             engines: vec![Engine::Ebpf, Engine::Iptables],
             on_deny: OnDeny::default(),
             scope: Scope::default(),
+            iptables: Iptables::default(),
             interfaces: Interfaces::default(),
             timeouts: Timeouts::default(),
             events: Events::default(),
@@ -170,6 +174,7 @@ impl Enforcement {
                 report.error(&engines.index(index), problem);
             }
         }
+        self.iptables.check(&path.key("iptables"), report);
         let interfaces = path.key("interfaces");
         let internal = interfaces.key("internal");
         for (index, pattern) in self.interfaces.internal.iter().enumerate() {

@@ -109,6 +109,7 @@ pub(crate) fn check_for(format: &str) -> Option<LeafCheck> {
         super::time_span::TimeSpan,
         super::interface::InterfaceName,
         super::interface::InterfacePattern,
+        super::iptables::PacketMark,
         super::rules::RuleName,
         super::port_pool::CgroupPath,
     )

@@ -8,6 +8,7 @@ mod api;
 mod effective;
 mod enforcement;
 mod interface;
+mod iptables;
 mod kubernetes;
 pub mod leaf;
 mod network;
@@ -21,6 +22,7 @@ pub mod report;
 mod routes;
 mod rules;
 mod shape;
+mod static_route;
 #[cfg(test)]
 mod tests;
 mod time_span;
@@ -39,6 +41,7 @@ use serde_saphyr::FlowSeq;
 pub use api::{Api, DEFAULT_SOCKET};
 pub use enforcement::{Enforcement, Engine, Events, Flows, Interfaces, Scope, Timeouts};
 pub use interface::{InterfaceName, InterfacePattern};
+pub use iptables::{Backend, Iptables, PacketMark};
 pub use kubernetes::Kubernetes;
 pub use network::{HostOrNetwork, Network};
 pub use networks::Networks;
@@ -47,8 +50,9 @@ pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
-pub use routes::{Discovery, Routes, StaticRoute};
+pub use routes::{Discovery, Health, Routes};
 pub use rules::{LabelOperator, LabelRequirement, LabelSelector, MAX_RULES, Rule, RuleName};
+pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};
 pub use time_span::TimeSpan;
 
 use self::leaf::Problem;
@@ -81,7 +85,7 @@ pub struct Config {
     /// The source ports that clients may take. Left out: there is no pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port_pool: Option<PortPool>,
-    /// Routes to pod networks. Left out: no route is touched.
+    /// Routes to pod networks. Left out: none is wanted, and those of an earlier configuration are withdrawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub routes: Option<Routes>,
     /// Learns pods, nodes and rules from a cluster. Left out: nothing is asked of a cluster.
@@ -180,10 +184,15 @@ impl Config {
         }
         if let Some(pool) = &self.port_pool {
             let implied = kubernetes || !self.pool_destinations().is_empty();
-            pool.check(&root.key("portPool"), self.node_ports.as_ref(), implied, report);
+            let path = root.key("portPool");
+            pool.check(&path, self.node_ports.as_ref(), implied, report);
+            if pool.masquerade {
+                pool.check_masquerade(&path, self.role, &self.networks, report);
+            }
         }
         if let Some(routes) = &self.routes {
-            routes.check(&root.key("routes"), report);
+            let pods = kubernetes || !self.networks.pods.is_empty();
+            routes.check(pods, &root.key("routes"), report);
         }
         if let Some(section) = &self.kubernetes {
             section.check(&root.key("kubernetes"), report);

@@ -5,8 +5,10 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Role;
 use super::leaf::{Leaf, Problem, leaf};
 use super::network::Network;
+use super::networks::Networks;
 use super::node_ports::NodePorts;
 use super::ports::Ports;
 use super::report::{Path, Report};
@@ -33,6 +35,32 @@ pub struct PortPool {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]
     pub quota: Option<u32>,
+    /// Whether a program that binds a port outside the pool itself is kept from connecting to `destinations`, so that
+    /// no connection to them leaves from another port.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub strict: bool,
+    /// Whether UDP sockets that bind port 0 get a port of the pool, so that they may send without connecting. The
+    /// highest eighth of the ports is set aside for them.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub bind_udp: bool,
+    /// On a node: whether bridge masquerades the connections of pods to `destinations` itself, with their port of the
+    /// pool, before another masquerade gives them one at random. Needs nftables.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub masquerade: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_yes(value: &bool) -> bool {
+    *value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_no(value: &bool) -> bool {
+    !*value
 }
 
 /// Whose connections get a port from the pool without asking for it.
@@ -178,6 +206,27 @@ impl PortPool {
                 );
             }
         }
+    }
+
+    pub(crate) fn check_masquerade(
+        &self,
+        path: &Path<'_>,
+        role: Role,
+        networks: &Networks,
+        report: &mut Report<'_>,
+    ) {
+        let problem = match role {
+            Role::Host => Problem::new(
+                "connections of pods are masqueraded on a node, and this is a host",
+                "write `role: node`, or remove `masquerade`",
+            ),
+            Role::Node if networks.pod_nets().is_empty() => Problem::new(
+                "`masquerade` is for connections of pods, and `networks.pods` names none",
+                "add `pods: [...]` under `networks`, or remove `masquerade`",
+            ),
+            Role::Node => return,
+        };
+        report.error(&path.key("masquerade"), problem);
     }
 
     fn check_destinations(&self, path: &Path<'_>, implied: bool, report: &mut Report<'_>) {

@@ -1,18 +1,20 @@
 //! `routes`: the way from a LAN host to the pods.
 
-use std::net::IpAddr;
+use std::time::Duration;
 
-use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::interface::InterfaceName;
 use super::leaf::{AbsolutePath, Problem, SocketAddress};
 use super::network::Network;
 use super::report::{Path, Report};
-use crate::routes::model::{DEFAULT_METRIC, PROTOCOL, TABLE_LOCAL, TABLE_MAIN};
+use super::static_route::{self, StaticRoute, check_table};
+use super::time_span::TimeSpan;
+use crate::routes::OnWithdraw;
+use crate::routes::model::{DEFAULT_METRIC, TABLE_MAIN};
 
-/// Routes to pod networks that are added, repaired, and withdrawn when they are no longer wanted.
+/// Routes to pod networks that are added, repaired, and withdrawn when they are no longer wanted. They bear the
+/// protocol number 98 (`ip route show proto 98`); no other route is ever touched.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Routes {
@@ -27,10 +29,15 @@ pub struct Routes {
     pub table: u32,
     /// The metric of routes that have none of their own: the lowest wins.
     pub metric: u32,
-    /// The protocol number that marks a route as one of ours (`ip route show proto N`), so that no other is touched.
-    #[schemars(range(min = 5, max = 255))]
-    pub protocol: u8,
-    /// Learns routes from the nodes' announcements.
+    /// What stands in the place of a route that is no longer wanted, or whose next hops are all down.
+    pub on_withdraw: OnWithdraw,
+    /// Networks of foreign routes that ours may lie inside, such as a company's 10.0.0.0/8. Any other overlap with a
+    /// foreign route is refused.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub allow_inside: Vec<Network>,
+    /// How the nodes on the way are watched.
+    pub health: Health,
+    /// Learns routes from announcements of pods.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discovery: Option<Discovery>,
 }
@@ -42,29 +49,37 @@ impl Default for Routes {
             file: None,
             table: TABLE_MAIN,
             metric: DEFAULT_METRIC,
-            protocol: PROTOCOL,
+            on_withdraw: OnWithdraw::Remove,
+            allow_inside: Vec::new(),
+            health: Health::default(),
             discovery: None,
         }
     }
 }
 
-/// A route that is always wanted.
+/// How the nodes on the way are watched: one that does not answer loses its routes, or yields to another next hop.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct StaticRoute {
-    /// The destination, usually the pod network of one node.
-    pub to: Network,
-    /// The next hop, usually the address of that node.
-    pub via: IpAddr,
-    /// The interface to leave by. Left out: the one that `via` is reached by.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub dev: Option<InterfaceName>,
-    /// The metric. Left out: `routes.metric`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub metric: Option<u32>,
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct Health {
+    /// Whether they are watched at all.
+    pub enabled: bool,
+    /// How often the kernel asks each one by ARP or neighbour discovery.
+    pub interval: TimeSpan,
+    /// A TCP port of each node that must accept connections too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub tcp_port: Option<u16>,
+    /// How long a connection to that port may take.
+    pub timeout: TimeSpan,
 }
 
-/// Learns routes from the nodes' announcements.
+impl Default for Health {
+    fn default() -> Self {
+        Self { enabled: true, interval: TimeSpan::seconds(5), tcp_port: None, timeout: TimeSpan::seconds(1) }
+    }
+}
+
+/// Learns routes from announcements of pods.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Discovery {
@@ -75,65 +90,43 @@ pub struct Discovery {
 }
 
 impl Routes {
-    pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
-        if self.table == TABLE_LOCAL {
+    /// `pods` tells whether there are networks that a pod may be believed to be in.
+    pub(crate) fn check(&self, pods: bool, path: &Path<'_>, report: &mut Report<'_>) {
+        check_table(self.table, &path.key("table"), report);
+        static_route::check(&self.fixed, self.table, &path.key("static"), report);
+        self.health.check(&path.key("health"), report);
+        if self.discovery.is_some() && !pods {
             report.error(
-                &path.key("table"),
+                &path.key("discovery"),
                 Problem::new(
-                    "table 255 holds the kernel's own local addresses",
-                    "write 254 for the main table, or a table of your own",
+                    "nothing says which addresses pods may announce",
+                    "write their networks under `networks.pods`",
                 ),
             );
-        }
-        let list = path.key("static");
-        let mut seen: std::collections::HashMap<(IpNet, u32), usize> = std::collections::HashMap::new();
-        for (index, route) in self.fixed.iter().enumerate() {
-            let at = list.index(index);
-            route.check(&at, report);
-            let metric = route.metric.unwrap_or(self.metric);
-            if let Some(first) = seen.insert((route.to.net(), metric), index) {
-                let place = report.place(&list.index(first));
-                report.error(
-                    &at.key("to"),
-                    Problem::new(
-                        format!("{} already has a route with metric {metric} at {place}", route.to),
-                        "remove one of them, or give them different metrics",
-                    ),
-                );
-            }
         }
     }
 }
 
-impl StaticRoute {
+impl Health {
+    /// More often than this is a burden for the LAN.
+    const LEAST: Duration = Duration::from_millis(200);
+
     fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
-        let (to, via) = (self.to.net(), path.key("via"));
-        if self.via.is_ipv4() != matches!(to, IpNet::V4(_)) {
+        if self.interval.duration() < Self::LEAST {
             report.error(
-                &via,
+                &path.key("interval"),
                 Problem::new(
-                    format!("{} and {to} are of different IP versions", self.via),
-                    "write a next hop of the same IP version as the destination",
-                ),
-            );
-        } else if to.prefix_len() > 0 && to.contains(&self.via) {
-            report.error(
-                &via,
-                Problem::new(
-                    format!(
-                        "the next hop {} is itself inside {to}, so the route would lead to itself",
-                        self.via
-                    ),
-                    "write the address that the node has on the LAN",
+                    format!("an interval of {} would flood the LAN", self.interval),
+                    "write 200ms or more",
                 ),
             );
         }
-        if self.via.is_unspecified() || self.via.is_multicast() || self.via.is_loopback() {
+        if self.tcp_port.is_some() && self.timeout > self.interval {
             report.error(
-                &via,
+                &path.key("timeout"),
                 Problem::new(
-                    format!("{} cannot be a next hop", self.via),
-                    "write the address that the node has on the LAN",
+                    format!("a check may take {}, and the next begins after {}", self.timeout, self.interval),
+                    "write a timeout no longer than `interval`",
                 ),
             );
         }

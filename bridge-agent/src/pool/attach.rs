@@ -58,6 +58,14 @@ pub fn open(mount: &Path, path: &Path) -> Result<fs::File, CgroupError> {
     open(&path).map_err(|source| CgroupError::Missing { path, mount: mount.into(), source })
 }
 
+/// The directories in `directory` whose names begin with `prefix`; none if it cannot be read.
+pub(super) fn entries(directory: &Path, prefix: &'static str) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let begins =
+        move |entry: &fs::DirEntry| entry.file_name().to_str().is_some_and(|name| name.starts_with(prefix));
+    entries.filter(begins).map(|entry| entry.path())
+}
+
 /// The first cgroup2 mount that shows the whole hierarchy, else the first one (proc_pid_mountinfo(5)).
 fn find_mount(table: &str) -> Option<PathBuf> {
     let mounts = table.lines().filter_map(|line| {

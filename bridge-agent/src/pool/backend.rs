@@ -10,7 +10,9 @@ use bridge_common::pool::{
     slots::{self, Seat},
 };
 
-use super::{KernelPool, Layout, fifo::FifoPool, kernel::KernelPoolError, sweep::Swept, tables::lock};
+use super::{
+    KernelPool, Layout, Settings, fifo::FifoPool, kernel::KernelPoolError, sweep::Swept, tables::lock,
+};
 
 /// How often another port is looked for in the place of one whose last connection is just about to end.
 const SETTLE_TRIES: u32 = 4;
@@ -26,13 +28,22 @@ pub struct Claimed {
     seat: Option<(Seat, u32)>,
 }
 
+/// How many ports are not free for everybody, over all destinations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// In use.
+    pub held: u64,
+    /// Only for the network namespace that used them last.
+    pub warm: u64,
+}
+
 /// Where ports come from.
 #[derive(Debug)]
 pub enum Backend {
     /// The bitmap that the hooks use too.
     Kernel(Box<Mutex<KernelPool>>),
     /// The agent's own memory, on kernels without what the hooks need.
-    Userspace(Box<Mutex<FifoPool>>, Layout),
+    Userspace(Box<Mutex<FifoPool>>),
 }
 
 impl Backend {
@@ -45,7 +56,7 @@ impl Backend {
     /// A pool in the agent's memory; `quarantine` is how long conntrack remembers a closed connection.
     #[must_use]
     pub fn userspace(layout: Layout, quarantine: Duration) -> Self {
-        Self::Userspace(Box::new(Mutex::new(FifoPool::new(layout.clone(), quarantine))), layout)
+        Self::Userspace(Box::new(Mutex::new(FifoPool::new(layout, quarantine))))
     }
 
     /// The name of the kind.
@@ -53,7 +64,7 @@ impl Backend {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Kernel(_) => "kernel",
-            Self::Userspace(..) => "userspace",
+            Self::Userspace(_) => "userspace",
         }
     }
 
@@ -62,7 +73,7 @@ impl Backend {
     pub fn layout(&self) -> Layout {
         match self {
             Self::Kernel(pool) => lock(pool).layout().clone(),
-            Self::Userspace(_, layout) => layout.clone(),
+            Self::Userspace(pool) => lock(pool).layout().clone(),
         }
     }
 
@@ -73,7 +84,7 @@ impl Backend {
     pub fn acquire(&self, destination: &Destination, netns: u64) -> Result<Claimed, Refusal> {
         let pool = match self {
             Self::Kernel(pool) => lock(pool),
-            Self::Userspace(pool, _) => {
+            Self::Userspace(pool) => {
                 let port = lock(pool).acquire(destination, netns, Instant::now())?;
                 return Ok(Claimed { destination: *destination, port, seat: None });
             }
@@ -112,10 +123,35 @@ impl Backend {
                     slots::release(pool.tables(), seat, index);
                 }
             }
-            (Self::Userspace(pool, _), None) => {
+            (Self::Userspace(pool), None) => {
                 lock(pool).release(&claimed.destination, claimed.port, Instant::now());
             }
             _ => {}
+        }
+    }
+
+    /// Goes over to other ports and settings; what is held stays held.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn change(&self, settings: &Settings, layout: Layout) -> Result<(), KernelPoolError> {
+        match self {
+            Self::Kernel(pool) => lock(pool).change(settings, layout),
+            Self::Userspace(pool) => {
+                lock(pool).change(layout);
+                Ok(())
+            }
+        }
+    }
+
+    /// How many ports are held, and how many are warm.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn held(&self) -> Result<Held, KernelPoolError> {
+        match self {
+            Self::Kernel(pool) => lock(pool).held(),
+            Self::Userspace(pool) => Ok(lock(pool).held()),
         }
     }
 
@@ -126,7 +162,7 @@ impl Backend {
     pub fn sockets(&self) -> Result<Vec<Lease>, KernelPoolError> {
         match self {
             Self::Kernel(pool) => lock(pool).walk(),
-            Self::Userspace(..) => Ok(Vec::new()),
+            Self::Userspace(_) => Ok(Vec::new()),
         }
     }
 
@@ -137,7 +173,7 @@ impl Backend {
     pub fn sweep(&self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
         match self {
             Self::Kernel(pool) => lock(pool).sweep(known),
-            Self::Userspace(pool, _) => {
+            Self::Userspace(pool) => {
                 lock(pool).sweep(Instant::now());
                 Ok(Swept::default())
             }

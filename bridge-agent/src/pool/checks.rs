@@ -1,6 +1,11 @@
 //! What on this machine would spoil the pool, and what to do about it.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    io::{self, Write as _},
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use ipnet::IpNet;
 use serde::Serialize;
@@ -15,6 +20,9 @@ pub struct Warning {
     pub problem: String,
     /// What to do about it.
     pub remedy: String,
+    /// Whether bridge's own masquerade would outdo it.
+    #[serde(skip)]
+    pub masquerade: bool,
 }
 
 /// Looks for everything known to spoil the pool in this network namespace.
@@ -51,6 +59,7 @@ fn timestamps(value: &str) -> Option<Warning> {
                   the pool runs dry"
             .into(),
         remedy: "sysctl -w net.ipv4.tcp_timestamps=1".into(),
+        masquerade: false,
     })
 }
 
@@ -73,6 +82,7 @@ fn masquerade(tool: &str, rules: &str, ports: &PortSet) -> Option<Warning> {
             "take the random flag away (kube-proxy and flannel: --random-fully; Calico: natOutgoing without it), or let \
              bridge install its own `masquerade to :{range}` before it with portPool.masquerade: true"
         ),
+        masquerade: true,
     })
 }
 
@@ -92,6 +102,7 @@ fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
             open.len()
         ),
         remedy: format!("sysctl -w net.ipv4.ip_local_reserved_ports={}", print_ranges(&union(reserved, ports))),
+        masquerade: false,
     })
 }
 
@@ -99,7 +110,7 @@ fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
 ///
 /// # Errors
 /// What the kernel says.
-pub fn reserve(ports: &PortSet) -> std::io::Result<()> {
+pub fn reserve(ports: &PortSet) -> io::Result<()> {
     let reserved = fs::read_to_string(RESERVED)?;
     fs::write(RESERVED, print_ranges(&union(&reserved, ports)))
 }
@@ -108,7 +119,7 @@ pub fn reserve(ports: &PortSet) -> std::io::Result<()> {
 ///
 /// # Errors
 /// What the kernel says.
-pub fn unreserve(ports: &PortSet) -> std::io::Result<()> {
+pub fn unreserve(ports: &PortSet) -> io::Result<()> {
     let mut reserved: PortSet = parse_ranges(&fs::read_to_string(RESERVED)?).into_iter().collect();
     reserved.remove_all(ports);
     // An empty line means none; an empty write does nothing.
@@ -182,6 +193,27 @@ pub fn safety_net(sources: &[IpNet], destinations: &[IpNet], ports: &PortSet) ->
 
 /// Takes the table of [`safety_net`] away, also if there is none.
 pub const NO_SAFETY_NET: &str = "table inet bridge-pool\ndelete table inet bridge-pool\n";
+
+/// Feeds a script to nft; with `optional` it is no error that there is no nft, and so no table of its.
+///
+/// # Errors
+/// There is no nft, or what it says.
+pub fn nft(script: &str, optional: bool) -> io::Result<()> {
+    let mut command = Command::new("nft");
+    command.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = match command.spawn() {
+        Err(error) if optional && error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        child => child.map_err(|error| io::Error::new(error.kind(), format!("cannot run nft: {error}")))?,
+    };
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(script.as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("nft: {}", String::from_utf8_lossy(&output.stderr).trim())))
+}
 
 #[cfg(test)]
 mod tests {

@@ -11,7 +11,7 @@ use std::{
 
 use bridge_common::pool::{Destination, Refusal, slots};
 
-use super::Layout;
+use super::{Layout, backend::Held};
 
 /// The pool in the agent's own memory.
 #[derive(Debug)]
@@ -68,9 +68,45 @@ impl FifoPool {
     pub fn release(&mut self, destination: &Destination, port: u16, now: Instant) -> bool {
         let Some(ports) = self.destinations.get_mut(destination) else { return false };
         let Some(owner) = ports.held.remove(&port) else { return false };
+        if !self.layout.template(slots::template(destination)).contains(port) {
+            // It has left the pool meanwhile.
+            return true;
+        }
         ports.warm.entry(owner).or_default().push_back((now, port));
         ports.oldest.insert((now, port, owner));
         true
+    }
+
+    /// The ports of the pool.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Goes over to other ports. Those that are held stay so, and are not given out again if they have left.
+    pub fn change(&mut self, layout: Layout) {
+        for (destination, ports) in &mut self.destinations {
+            let allowed = layout.template(slots::template(destination));
+            let known = self.layout.template(slots::template(destination));
+            ports.fresh.retain(|port| allowed.contains(*port));
+            for queue in ports.warm.values_mut() {
+                queue.retain(|(_, port)| allowed.contains(*port));
+            }
+            ports.oldest.retain(|(_, port, _)| allowed.contains(*port));
+            let new = |port: &u16| !known.contains(*port) && !ports.held.contains_key(port);
+            ports.fresh.extend(allowed.iter().filter(new));
+            rand::seq::SliceRandom::shuffle(&mut ports.fresh[..], &mut rand::rng());
+        }
+        self.layout = layout;
+    }
+
+    /// How many ports are held, and how many are warm, over all destinations.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        self.destinations.values().fold(Held::default(), |sum, ports| Held {
+            held: sum.held + ports.held.len() as u64,
+            warm: sum.warm + ports.oldest.len() as u64,
+        })
     }
 
     /// Forgets destinations that nobody has used for the quarantine.
@@ -167,6 +203,28 @@ mod tests {
         pool.acquire(&to(1), 1, now).unwrap();
         assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::QUOTA));
         assert!(pool.acquire(&to(1), 2, now).is_ok());
+    }
+
+    #[test]
+    fn a_change_keeps_what_is_held_and_gives_out_the_new_ports_alone() {
+        let mut pool = pool(61001, 61003, None);
+        let now = Instant::now();
+        let held: Vec<u16> = (0..3).map(|_| pool.acquire(&to(1), 1, now).unwrap()).collect();
+        assert!(pool.release(&to(1), 61001, now));
+        assert_eq!(pool.held(), Held { held: 2, warm: 1 });
+        let layout = |first, last| self::pool(first, last, None).layout().clone();
+        pool.change(layout(61003, 61004));
+        assert_eq!(pool.held(), Held { held: 2, warm: 0 });
+        assert_eq!(pool.acquire(&to(1), 1, now), Ok(61004));
+        assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::EXHAUSTED), "{held:?}");
+        assert!(pool.release(&to(1), 61002, now));
+        assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::EXHAUSTED), "61002 has left");
+        // 61001 and 61002 come back, 61003 is still held.
+        pool.change(layout(61001, 61004));
+        let mut back: Vec<u16> = (0..2).map(|_| pool.acquire(&to(1), 1, now).unwrap()).collect();
+        back.sort_unstable();
+        assert_eq!(back, [61001, 61002]);
+        assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::EXHAUSTED));
     }
 
     proptest! {

@@ -3,18 +3,14 @@
 use std::{
     collections::HashMap,
     fmt, fs, io,
-    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Mutex,
 };
 
 use aya::{
-    Ebpf, EbpfError, EbpfLoader,
+    Ebpf, EbpfLoader,
     maps::{Array, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
-    programs::{
-        CgroupAttachMode, Program, ProgramError, ProgramType,
-        links::{FdLink, LinkError},
-    },
+    programs::ProgramType,
     sys::{BpfHelper, is_helper_supported},
 };
 use bridge_common::pool::{
@@ -25,82 +21,22 @@ use bridge_common::pool::{
 };
 use ipnet::IpNet;
 
+pub use super::error::KernelPoolError;
 use super::{
-    Layout,
-    attach::{self, CgroupError},
-    pins::{self, PinError},
+    Layout, Settings,
+    backend::Held,
+    hooks, pins,
     sweep::{self, Sweeper, Swept, View},
     tables::KernelTables,
     walk::Walker,
     words::Words,
 };
-
-/// Why the pool is not in the kernel.
-#[derive(Debug, thiserror::Error)]
-pub enum KernelPoolError {
-    /// See the text.
-    #[error(transparent)]
-    Pin(#[from] PinError),
-    /// See the text.
-    #[error(transparent)]
-    Cgroup(#[from] CgroupError),
-    /// See the text.
-    #[error(transparent)]
-    Layout(#[from] super::layout::LayoutError),
-    /// See the text.
-    #[error("the kernel does not take the pool's object: {0}")]
-    Load(#[from] EbpfError),
-    /// See the text.
-    #[error("map {name}: {source}")]
-    Map {
-        /// Its name.
-        name: &'static str,
-        /// What the kernel said.
-        source: MapError,
-    },
-    /// See the text.
-    #[error("the object has no {0}: it was built from another version")]
-    Missing(&'static str),
-    /// See the text.
-    #[error("program {name}: {source}")]
-    Program {
-        /// Its name.
-        name: &'static str,
-        /// What the kernel said.
-        source: ProgramError,
-    },
-    /// See the text.
-    #[error("cannot pin {path}: {reason}")]
-    Link {
-        /// The pin.
-        path: PathBuf,
-        /// What went wrong.
-        reason: String,
-    },
-    /// See the text.
-    #[error("cannot list the sockets that hold a port: {0}")]
-    Walk(String),
-    /// See the text.
-    #[error("cannot map the words of the pool into memory: {0}")]
-    Mmap(io::Error),
-}
-
-/// The programs of the object, in the order in which they are attached: what releases comes before what claims, so that
-/// no claim goes unseen.
-pub const PROGRAMS: [&str; 8] = [
-    "pool_sock_ops",
-    "pool_release",
-    "pool_sendmsg4",
-    "pool_sendmsg6",
-    "pool_bind4",
-    "pool_bind6",
-    "pool_connect4",
-    "pool_connect6",
-];
+use crate::datapath::{Lock, Pins};
 
 /// The pool in the kernel.
 pub struct KernelPool {
-    ebpf: Ebpf,
+    pub(super) ebpf: Ebpf,
+    config: Array<MapData, Config>,
     tables: KernelTables,
     networks: LpmTrie<MapData, [u8; 16], u32>,
     counters: PerCpuArray<MapData, u64>,
@@ -108,7 +44,9 @@ pub struct KernelPool {
     sweeper: Sweeper,
     events: Option<RingBuf<MapData>>,
     layout: Layout,
-    pins: PathBuf,
+    pub(super) pins: PathBuf,
+    /// Of the agent; `None` for who joined its pool.
+    _lock: Option<Lock>,
 }
 
 impl fmt::Debug for KernelPool {
@@ -129,19 +67,19 @@ impl KernelPool {
     pub fn load(object: &[u8], base: &Path, layout: Layout) -> Result<Self, KernelPoolError> {
         let pins = pins::directory(base);
         pins::make_directory(&pins)?;
+        let lock = Pins::new(&pins).lock()?;
         let pinned = pinned_config(&pins.join("POOL_CONFIG"))?;
         let layout = match &pinned {
             Some(config) => layout.fit_into(config)?,
             None => layout,
         };
         let mut pool = Self::open(object, pins, layout, true)?;
+        pool._lock = Some(lock);
         if pinned.is_none() {
             pool.layout.initialise(&pool.tables);
         }
         // Last: whoever finds a configuration finds all that it speaks of.
-        let mut config: Array<MapData, Config> = take(&mut pool.ebpf, "POOL_CONFIG")?;
-        let set = config.set(0, pool.layout.config, 0);
-        set.map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })?;
+        pool.write_config()?;
         pool.adopt()?;
         Ok(pool)
     }
@@ -173,7 +111,7 @@ impl KernelPool {
         let has_set_retval = u8::from(has_set_retval());
         loader.override_global("POOL_HAS_SET_RETVAL", &has_set_retval, true);
         let mut ebpf = loader.load(object)?;
-        load_programs(&mut ebpf)?;
+        hooks::load_programs(&mut ebpf)?;
         let words = match ebpf.take_map("POOL_WORDS") {
             Some(Map::Array(map)) => Words::map(map.fd(), total).map_err(KernelPoolError::Mmap)?,
             _ => return Err(KernelPoolError::Missing("POOL_WORDS")),
@@ -185,17 +123,37 @@ impl KernelPool {
             owners: Mutex::new(take(&mut ebpf, "POOL_OWNERS")?),
             grants: Mutex::new(take(&mut ebpf, "POOL_GRANTS")?),
         };
+        let config = take(&mut ebpf, "POOL_CONFIG")?;
         let networks = take(&mut ebpf, "POOL_NETWORKS")?;
         let counters = take(&mut ebpf, "POOL_COUNTERS")?;
         let walker = Walker::load(&mut ebpf);
         let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
         let sweeper = Sweeper::default();
-        Ok(Self { ebpf, tables, networks, counters, walker, sweeper, events, layout, pins })
+        let _lock = None;
+        Ok(Self { ebpf, config, tables, networks, counters, walker, sweeper, events, layout, pins, _lock })
     }
 
-    /// Puts in order what an earlier agent left: its templates, its grants, slots that it was taking back.
-    fn adopt(&self) -> Result<(), KernelPoolError> {
-        let map = |name| move |source| KernelPoolError::Map { name, source };
+    /// Goes over to other ports and settings: what is held stays held, ports that left are not given out again, those that
+    /// are new towards a destination that is in use are found by the sweep.
+    ///
+    /// # Errors
+    /// [`KernelPoolError::Layout`] and [`KernelPoolError::Cgroup`] before anything was changed; else what the kernel says.
+    pub fn change(&mut self, settings: &Settings, layout: Layout) -> Result<(), KernelPoolError> {
+        let layout = layout.fit_into(&self.layout.config)?;
+        self.set_cgroups(&settings.cgroups)?;
+        self.set_networks(&settings.destinations)?;
+        self.layout = layout;
+        self.write_config()?;
+        self.write_templates();
+        self.withdraw_ports()
+    }
+
+    fn write_config(&mut self) -> Result<(), KernelPoolError> {
+        let set = self.config.set(0, self.layout.config, 0);
+        set.map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })
+    }
+
+    fn write_templates(&self) {
         let geometry = self.layout.geometry();
         for slot in 0..pool::FIRST_SLOT {
             let (map, ports) = (geometry.free(slot), self.layout.template(slot));
@@ -210,20 +168,37 @@ impl KernelPool {
                 }
             }
         }
+    }
+
+    /// Takes ports that are in no template any more out of every place that they are given out from. Those that are new
+    /// are found by the sweep.
+    fn withdraw_ports(&self) -> Result<(), KernelPoolError> {
+        let geometry = self.layout.geometry();
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        for (destination, slot) in &destinations {
+            let ports = self.layout.template(slots::template(destination));
+            let warm = owners.iter().filter(|(owner, _)| owner.slot == *slot).map(|(_, slot)| slot);
+            for place in warm.chain([slot]) {
+                for word in 0..geometry.words {
+                    let bits = ports.word((self.layout.config.base / 64 + word) as usize);
+                    self.tables.fetch_and(geometry.free(*place).word(word), bits);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts in order what an earlier agent left: its templates, its grants, slots that it was taking back.
+    fn adopt(&self) -> Result<(), KernelPoolError> {
+        self.write_templates();
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         sweep::reopen(
             &self.tables,
             &View { held: &HashMap::new(), destinations: &destinations, owners: &owners },
         );
-        // Ports that left the pool are not given out any more; those that are new are found by the sweep.
-        for (destination, slot) in &destinations {
-            let ports = self.layout.template(slots::template(destination));
-            for word in 0..geometry.words {
-                let bits = ports.word((self.layout.config.base / 64 + word) as usize);
-                self.tables.fetch_and(geometry.free(*slot).word(word), bits);
-            }
-        }
+        self.withdraw_ports()?;
         for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
             if self.tables.revoke(&grant) {
                 let seat = Seat { slot: granted.slot, owner_slot: granted.owner_slot };
@@ -231,6 +206,22 @@ impl KernelPool {
             }
         }
         Ok(())
+    }
+
+    /// How many ports are held, and how many are warm.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn held(&self) -> Result<Held, KernelPoolError> {
+        let geometry = self.layout.geometry();
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let held = destinations.iter().map(|(_, slot)| self.tables.load(geometry.live(*slot))).sum();
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        let warm = |slot: u32| {
+            let words = (0..geometry.words).map(move |word| self.tables.load(geometry.free(slot).word(word)));
+            words.map(|word| u64::from(word.count_ones())).sum::<u64>()
+        };
+        Ok(Held { held, warm: owners.iter().map(|(_, slot)| warm(*slot)).sum() })
     }
 
     /// The ring buffer of [`bridge_common::pool::Event`]; can be had once.
@@ -243,7 +234,6 @@ impl KernelPool {
     /// # Errors
     /// [`KernelPoolError::Walk`] if this kernel cannot tell which ports sockets hold: then nothing is done.
     pub fn sweep(&mut self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
-        let map = |name| move |source| KernelPoolError::Map { name, source };
         let mut held: HashMap<_, _> =
             self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)).collect();
         for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
@@ -311,80 +301,6 @@ impl KernelPool {
         }
         Ok(sums)
     }
-
-    /// Hooks a control group, given by its path below `mount`, and pins the links: the hooks stay when the agent ends.
-    ///
-    /// What an earlier agent hooked is replaced without a gap: for a moment both are there, and the second one finds the
-    /// port already claimed.
-    ///
-    /// # Errors
-    /// [`KernelPoolError`].
-    pub fn attach(&mut self, mount: &Path, cgroup: &Path) -> Result<(), KernelPoolError> {
-        let group = attach::open(mount, cgroup)?;
-        let directory = self.links(&group)?;
-        pins::make_directory(&directory)?;
-        for name in PROGRAMS {
-            let link = self.attach_one(name, &group)?;
-            let (path, next) = (directory.join(name), directory.join(format!("{name}_next")));
-            let _ = fs::remove_file(&next);
-            link.pin(&next)
-                .map_err(|error| KernelPoolError::Link { path: next.clone(), reason: error.to_string() })?;
-            fs::rename(&next, &path)
-                .map_err(|error| KernelPoolError::Link { path: path.clone(), reason: error.to_string() })?;
-        }
-        Ok(())
-    }
-
-    /// Hooks a control group for as long as the answer lives.
-    ///
-    /// # Errors
-    /// [`KernelPoolError`].
-    pub fn attach_for_now(&mut self, group: &fs::File) -> Result<Vec<FdLink>, KernelPoolError> {
-        PROGRAMS.into_iter().map(|name| self.attach_one(name, group)).collect()
-    }
-
-    /// Ends what [`KernelPool::attach`] began.
-    ///
-    /// # Errors
-    /// [`KernelPoolError`]; a group that was not hooked is none.
-    pub fn detach(&mut self, mount: &Path, cgroup: &Path) -> Result<(), KernelPoolError> {
-        let directory = self.links(&attach::open(mount, cgroup)?)?;
-        match fs::remove_dir_all(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(KernelPoolError::Link { path: directory, reason: error.to_string() })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// bpffs takes no dots in names, so a group goes by the number of its directory, which is also its id.
-    fn links(&self, group: &fs::File) -> Result<PathBuf, KernelPoolError> {
-        let id =
-            group.metadata().map_err(|source| CgroupError::Read { path: "cgroup".into(), source })?.ino();
-        Ok(self.pins.join(format!("cgroup-{id}")))
-    }
-
-    fn attach_one(&mut self, name: &'static str, group: &fs::File) -> Result<FdLink, KernelPoolError> {
-        let error = |source| KernelPoolError::Program { name, source };
-        let pin = |error: LinkError| KernelPoolError::Link { path: name.into(), reason: error.to_string() };
-        // A link is always one among several, and takes no flag that says so.
-        let mode = CgroupAttachMode::Single;
-        match self.ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
-            Program::CgroupSockAddr(program) => {
-                let id = program.attach(group, mode).map_err(error)?;
-                program.take_link(id).map_err(error)?.try_into().map_err(pin)
-            }
-            Program::CgroupSock(program) => {
-                let id = program.attach(group, mode).map_err(error)?;
-                program.take_link(id).map_err(error)?.try_into().map_err(pin)
-            }
-            Program::SockOps(program) => {
-                let id = program.attach(group, mode).map_err(error)?;
-                program.take_link(id).map_err(error)?.try_into().map_err(pin)
-            }
-            _ => Err(KernelPoolError::Missing(name)),
-        }
-    }
 }
 
 /// Removes every pin of the pool below `base`: hooks, claims and all. Established connections live on.
@@ -407,17 +323,9 @@ fn has_set_retval() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(true)
 }
 
-fn load_programs(ebpf: &mut Ebpf) -> Result<(), KernelPoolError> {
-    for name in PROGRAMS {
-        match ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
-            Program::CgroupSockAddr(program) => program.load(),
-            Program::CgroupSock(program) => program.load(),
-            Program::SockOps(program) => program.load(),
-            _ => return Err(KernelPoolError::Missing(name)),
-        }
-        .map_err(|source| KernelPoolError::Program { name, source })?;
-    }
-    Ok(())
+/// For `map_err`.
+fn map(name: &'static str) -> impl Fn(MapError) -> KernelPoolError {
+    move |source| KernelPoolError::Map { name, source }
 }
 
 fn take<M>(ebpf: &mut Ebpf, name: &'static str) -> Result<M, KernelPoolError>

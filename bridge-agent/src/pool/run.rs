@@ -19,10 +19,11 @@ use super::{
     conntrack,
     kernel::{self, KernelPoolError},
     layout::{LayoutError, Occupied},
-    pins::PinError,
+    pins::{self, PinError},
+    ports::PortSet,
     service::Service,
 };
-use crate::model::PortRange;
+use crate::datapath::{self, Pins};
 
 /// How long conntrack remembers a closed TCP connection unless told otherwise (`nf_conntrack_tcp_timeout_time_wait`);
 /// also how long the sweep lets a warm port rest.
@@ -37,6 +38,14 @@ pub struct Places {
     pub state: PathBuf,
 }
 
+impl Places {
+    /// Whether a pool is pinned, of whichever agent.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        pins::directory(&self.pins).exists()
+    }
+}
+
 /// Why there is no pool.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -49,30 +58,45 @@ pub enum StartError {
     /// See the text.
     #[error("cannot keep the pool's ports from other programs (net.ipv4.ip_local_reserved_ports): {0}")]
     Reserve(io::Error),
+    /// See the text.
+    #[error("cannot set up portPool.masquerade: {0}; install nftables, or remove the key")]
+    Masquerade(io::Error),
+}
+
+impl StartError {
+    /// Whether another agent has the pool.
+    fn is_locked(&self) -> bool {
+        matches!(self, Self::Kernel(KernelPoolError::Locked(_)))
+    }
 }
 
 /// A pool that has been started.
 pub struct Started {
-    /// To be served; see [`api::router`].
+    /// To be served; see [`api`].
     pub service: Arc<Service>,
-    /// What spoils it.
-    pub warnings: Vec<Warning>,
+    settings: Settings,
+    places: Places,
     events: Option<RingBuf<MapData>>,
 }
 
 /// Starts the pool: in the kernel if it can be, else in the agent's memory.
 ///
 /// # Errors
-/// [`StartError`]: the settings cannot be met, here or anywhere. A kernel that lacks something is no error.
-pub fn start(
-    object: &[u8],
-    settings: &Settings,
-    node_ports: Option<PortRange>,
-    places: &Places,
-) -> Result<Started, StartError> {
-    let own = reserved_file(&places.state);
-    let occupied = Occupied { node_ports, reserved: checks::reserved_by_others(&own) };
-    let layout = Layout::plan(settings, &occupied)?;
+/// [`StartError`]: the settings cannot be met, here or anywhere. A kernel that lacks something is no error. What was not
+/// there before is not there then.
+pub fn start(object: &[u8], settings: &Settings, places: &Places) -> Result<Started, StartError> {
+    let first = !places.is_pinned();
+    let result = try_start(object, settings, places);
+    if first && matches!(&result, Err(error) if !error.is_locked()) {
+        if let Err(error) = stop(places) {
+            warn!(%error, "left behind after a failed start of the port pool");
+        }
+    }
+    result
+}
+
+fn try_start(object: &[u8], settings: &Settings, places: &Places) -> Result<Started, StartError> {
+    let layout = plan(settings, places)?;
     let ports = layout.ports.clone();
     let mut events = None;
     let backend = match in_kernel(object, settings, &layout, &places.pins) {
@@ -86,18 +110,17 @@ pub fn start(
         }
         Err(error) => return Err(error.into()),
     };
-    // First the note: what is noted and not reserved does no harm, the other way round nobody would take it back.
-    let text = ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    fs::create_dir_all(&places.state)
-        .and_then(|()| fs::write(&own, text))
-        .and_then(|()| checks::reserve(&ports))
-        .map_err(StartError::Reserve)?;
-    let warnings = checks::look(&ports);
-    for Warning { problem, remedy } in &warnings {
-        warn!(remedy, "{problem}");
-    }
-    info!(mode = backend.name(), ports = ports.len(), "port pool");
-    Ok(Started { service: Service::new(backend, settings.destinations.clone()), warnings, events })
+    let service = Service::new(backend, settings.destinations.clone());
+    let started = Started { service, settings: settings.clone(), places: places.clone(), events };
+    started.surround(&ports)?;
+    info!(mode = started.service.backend().name(), ports = ports.len(), "port pool");
+    Ok(started)
+}
+
+/// The ports that there are, without those that somebody else on this machine has.
+fn plan(settings: &Settings, places: &Places) -> Result<Layout, LayoutError> {
+    let reserved = checks::reserved_by_others(&reserved_file(&places.state));
+    Layout::plan(settings, &Occupied { node_ports: settings.node_ports, reserved })
 }
 
 impl fmt::Debug for Started {
@@ -107,25 +130,110 @@ impl fmt::Debug for Started {
 }
 
 impl Started {
-    /// Does what is to be done from time to time, until the process ends; beside the server of [`api`].
-    pub async fn keep(self) {
-        let Self { service, events, .. } = self;
-        tokio::join!(
-            api::expire(Arc::clone(&service)),
-            sweep(Arc::clone(&service), REST),
-            report(Arc::clone(&service), events),
-        );
+    /// Does what is to be done from time to time, for as long as it is polled; can be had once.
+    pub fn keep(&mut self) -> impl Future<Output = ()> + Send + use<> {
+        let (service, events) = (Arc::clone(&self.service), self.events.take());
+        async move {
+            tokio::join!(
+                api::expire(Arc::clone(&service)),
+                sweep(Arc::clone(&service), REST),
+                report(Arc::clone(&service), events),
+            );
+        }
     }
+
+    /// What the pool is asked to be.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Goes over to other settings. Ports that are held stay held.
+    ///
+    /// # Errors
+    /// [`StartError`]; the settings of before are in force again.
+    pub fn change(&mut self, settings: &Settings) -> Result<(), StartError> {
+        if *settings == self.settings {
+            return Ok(());
+        }
+        let before = std::mem::replace(&mut self.settings, settings.clone());
+        let result = self.apply();
+        if let Err(error) = &result {
+            self.settings = before;
+            // What could be read before can be read now; a refusal came before anything was changed.
+            if let Err(again) = self.apply() {
+                warn!(%error, %again, "the port pool is between two configurations");
+            }
+        }
+        result
+    }
+
+    fn apply(&self) -> Result<(), StartError> {
+        let layout = plan(&self.settings, &self.places)?;
+        let ports = layout.ports.clone();
+        self.service.change(&self.settings, layout)?;
+        self.surround(&ports)?;
+        info!(ports = ports.len(), "port pool changed");
+        Ok(())
+    }
+
+    /// Sees to what is around the pool: its ports are reserved, connections keep them when they are masqueraded, and
+    /// what spoils it is said.
+    fn surround(&self, ports: &PortSet) -> Result<(), StartError> {
+        // First the note: what is noted and not reserved does no harm, the other way round nobody would take it back.
+        let own = reserved_file(&self.places.state);
+        let mut gone: PortSet =
+            checks::parse_ranges(&fs::read_to_string(&own).unwrap_or_default()).into_iter().collect();
+        gone.remove_all(ports);
+        let text = ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        fs::create_dir_all(&self.places.state)
+            .and_then(|()| if gone.is_empty() { Ok(()) } else { checks::unreserve(&gone) })
+            .and_then(|()| fs::write(&own, text))
+            .and_then(|()| checks::reserve(ports))
+            .map_err(StartError::Reserve)?;
+        if self.settings.masquerade.is_empty() {
+            checks::nft(checks::NO_SAFETY_NET, true)
+        } else {
+            let net = checks::safety_net(&self.settings.masquerade, &self.settings.destinations, ports);
+            checks::nft(&net, false)
+        }
+        .map_err(StartError::Masquerade)?;
+        let mut warnings = checks::look(ports);
+        if !self.settings.masquerade.is_empty() {
+            // It is outdone.
+            warnings.retain(|warning| !warning.masquerade);
+        }
+        for Warning { problem, remedy, .. } in &warnings {
+            warn!(remedy, "{problem}");
+        }
+        self.service.set_warnings(&warnings);
+        Ok(())
+    }
+}
+
+/// Why something of the pool is left.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// An agent that runs has it; nothing was taken away.
+    #[error(transparent)]
+    Locked(datapath::Error),
+    /// All that went wrong; the rest was taken away nevertheless.
+    #[error("{}", .0.join("\n"))]
+    Left(Vec<String>),
 }
 
 /// Takes the pool away: hooks, pins, reserved ports.
 ///
 /// # Errors
-/// All that went wrong; the rest is done nevertheless.
-pub fn stop(places: &Places) -> Result<(), Vec<String>> {
+/// [`StopError`].
+pub fn stop(places: &Places) -> Result<(), StopError> {
+    let pins = pins::directory(&places.pins);
+    let lock =
+        if places.is_pinned() { Some(Pins::new(&pins).lock().map_err(StopError::Locked)?) } else { None };
     let own = reserved_file(&places.state);
     let mut errors = Vec::new();
     errors.extend(kernel::remove(&places.pins).err().map(|error| error.to_string()));
+    drop(lock);
     if let Ok(text) = fs::read_to_string(&own) {
         let ports = checks::parse_ranges(&text).into_iter().collect();
         match checks::unreserve(&ports).and_then(|()| fs::remove_file(&own)) {
@@ -133,7 +241,8 @@ pub fn stop(places: &Places) -> Result<(), Vec<String>> {
             Err(error) => errors.push(format!("net.ipv4.ip_local_reserved_ports: {error}")),
         }
     }
-    if errors.is_empty() { Ok(()) } else { Err(errors) }
+    errors.extend(checks::nft(checks::NO_SAFETY_NET, true).err().map(|error| error.to_string()));
+    if errors.is_empty() { Ok(()) } else { Err(StopError::Left(errors)) }
 }
 
 fn reserved_file(state: &Path) -> PathBuf {
@@ -148,12 +257,7 @@ fn in_kernel(
 ) -> Result<KernelPool, KernelPoolError> {
     let mut pool = KernelPool::load(object, pins, layout.clone())?;
     pool.set_networks(&settings.destinations)?;
-    if !settings.cgroups.is_empty() {
-        let mount = attach::mount_point()?;
-        for cgroup in &settings.cgroups {
-            pool.attach(&mount, cgroup)?;
-        }
-    }
+    pool.set_cgroups(&settings.cgroups)?;
     Ok(pool)
 }
 
@@ -171,14 +275,26 @@ fn lacking(error: &KernelPoolError) -> bool {
         | KernelPoolError::Map { .. }
         | KernelPoolError::Missing(_)
         | KernelPoolError::Link { .. }
+        | KernelPoolError::Locked(_)
         | KernelPoolError::Walk(_) => false,
     }
 }
 
 /// One round of [`super::sweep`] after the other.
 async fn sweep(service: Arc<Service>, every: Duration) {
+    /// After a change of the ports: a port is found in the second round.
+    const SOON: Duration = Duration::from_secs(1);
+    const ROUNDS: u32 = 2;
+    let mut soon = 0_u32;
     loop {
-        tokio::time::sleep(every).await;
+        let pause = if soon > 0 { SOON } else { every };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => soon = soon.saturating_sub(1),
+            () = service.changed() => {
+                soon = ROUNDS;
+                continue;
+            }
+        }
         let service = Arc::clone(&service);
         let round = move || {
             // Without conntrack nothing is translated, and nothing needs to be forgotten.

@@ -1,4 +1,4 @@
-//! The pool as the agent serves it: leases, who holds what, what happens.
+//! The pool as the agent serves it: leases, who holds what.
 
 use std::{
     collections::HashMap,
@@ -13,12 +13,17 @@ use std::{
 
 use bridge_common::pool::{self, Destination, Event, Refusal};
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, broadcast};
 
+pub use super::client::{Client, Happening, Holding, Leased, ServiceError, Transport, Wish};
 use super::{
+    Settings,
     backend::{Backend, Claimed},
+    checks::Warning,
+    kernel::KernelPoolError,
+    layout::Layout,
     owner::Owner,
+    summary::{Leases, Summary},
     tables::lock,
 };
 
@@ -27,171 +32,6 @@ const WATCH_BACKLOG: usize = 1024;
 
 /// How often a request that waits for a port looks again: ports that hooked sockets give back announce nothing.
 const WAIT_STEP: Duration = Duration::from_millis(10);
-
-/// TCP or UDP.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Transport {
-    /// RFC 9293.
-    #[default]
-    Tcp,
-    /// RFC 768, connected sockets.
-    Udp,
-}
-
-/// Who asks: the process at the other end of the socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Client {
-    /// Number of its connection to the agent.
-    pub connection: u64,
-    /// Process id.
-    pub pid: u32,
-    /// User id.
-    pub uid: u32,
-    /// `SO_NETNS_COOKIE` of its network namespace, if it could be found out.
-    pub netns: Option<u64>,
-}
-
-/// What is asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wish {
-    /// Where the client will connect to.
-    pub destination: SocketAddr,
-    /// With which protocol.
-    pub transport: Transport,
-    /// How many ports; all or none.
-    pub count: u32,
-    /// How long to wait for them.
-    pub wait: Duration,
-    /// How long to hold them; `None`: as long as the client's connection to the agent.
-    pub time: Option<Duration>,
-}
-
-/// A port that a client holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Leased {
-    /// For [`Service::release`].
-    pub id: u64,
-    /// The port to bind, with SO_REUSEADDR.
-    pub port: u16,
-    /// The only destination it is good for.
-    pub destination: SocketAddr,
-    /// The only protocol it is good for.
-    pub protocol: Transport,
-    /// Milliseconds left; left out: as long as the connection to the agent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub expires_in_ms: Option<u64>,
-}
-
-/// A port in use.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Holding {
-    /// `lease`: from this API. `socket`: a connection.
-    pub kind: &'static str,
-    /// Of a lease.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<u64>,
-    /// The source port.
-    pub port: u16,
-    /// Where it leads to; left out for an unconnected UDP socket.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub destination: Option<SocketAddr>,
-    /// TCP or UDP.
-    pub protocol: Transport,
-    /// Who has it.
-    #[serde(flatten)]
-    pub owner: Owner,
-    /// Since when, in milliseconds.
-    pub age_ms: u64,
-}
-
-/// Something that happened.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "event", rename_all = "camelCase", rename_all_fields = "camelCase")]
-pub enum Happening {
-    /// A lease began.
-    Acquired {
-        /// The lease.
-        lease: Leased,
-        /// Who has it.
-        pid: u32,
-    },
-    /// A lease ended.
-    Released {
-        /// The lease.
-        id: u64,
-        /// Its port.
-        port: u16,
-        /// Why.
-        reason: &'static str,
-    },
-    /// A program was refused a port.
-    Refused {
-        /// See [`Refusal::name`].
-        reason: &'static str,
-        /// Where it wanted to connect to.
-        destination: SocketAddr,
-        /// TCP or UDP.
-        protocol: Transport,
-        /// The process.
-        pid: u32,
-        /// Its user.
-        uid: u32,
-        /// Its name.
-        command: String,
-    },
-}
-
-/// Why a request is not met.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ServiceError {
-    /// See the text.
-    #[error(
-        "{destination} is not a destination of the pool ({networks}); add it to portPool.destinations, or connect without the pool"
-    )]
-    NotADestination {
-        /// What was asked for.
-        destination: SocketAddr,
-        /// What there is.
-        networks: String,
-    },
-    /// See the text.
-    #[error("{count} ports are asked for, the pool has {available}")]
-    TooMany {
-        /// Asked for.
-        count: u32,
-        /// In the pool.
-        available: u32,
-    },
-    /// See the text.
-    #[error(
-        "the network namespace of the client cannot be found out; the agent must see its process (hostPID: true) and be allowed to enter its namespace"
-    )]
-    Stranger,
-    /// See the text.
-    #[error("no port is left for this destination: {}", hint(*.0))]
-    Refused(Refusal),
-    /// See the text.
-    #[error("there is no lease {0}; it may have ended with its time or its connection")]
-    NoLease(u64),
-    /// See the text.
-    #[error("lease {0} belongs to another user")]
-    NotYours(u64),
-}
-
-fn hint(refusal: Refusal) -> &'static str {
-    match refusal {
-        Refusal::QUOTA => {
-            "the quota of this network namespace is used up; close connections or raise portPool.quota"
-        }
-        Refusal::TABLE_FULL => {
-            "the pool's tables are full; fewer destinations at once, or a smaller span of ports"
-        }
-        _ => "all are in use, or were used by somebody else a moment ago; wait, or enlarge portPool.ports",
-    }
-}
 
 struct Lease {
     claimed: Claimed,
@@ -210,7 +50,10 @@ pub struct Service {
     leases: Mutex<HashMap<u64, Lease>>,
     next: AtomicU64,
     freed: Notify,
+    changed: Notify,
     happenings: broadcast::Sender<Happening>,
+    counted: Mutex<Leases>,
+    warnings: Mutex<Vec<String>>,
 }
 
 impl std::fmt::Debug for Service {
@@ -229,7 +72,10 @@ impl Service {
             leases: Mutex::default(),
             next: AtomicU64::new(1),
             freed: Notify::new(),
+            changed: Notify::new(),
             happenings: broadcast::channel(WATCH_BACKLOG).0,
+            counted: Mutex::default(),
+            warnings: Mutex::default(),
         })
     }
 
@@ -251,10 +97,42 @@ impl Service {
         self.happenings.subscribe()
     }
 
-    /// A number for a new connection.
-    #[must_use]
-    pub fn next_number(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::Relaxed)
+    /// Goes over to other settings. Ports that are held stay held; those that left the pool are not given out again.
+    ///
+    /// # Errors
+    /// Before anything was changed: the ports do not fit. Else what the kernel says.
+    pub fn change(&self, settings: &Settings, layout: Layout) -> Result<(), KernelPoolError> {
+        self.backend.change(settings, layout)?;
+        lock(&self.networks).clone_from(&settings.destinations);
+        self.changed.notify_one();
+        self.freed.notify_waiters();
+        Ok(())
+    }
+
+    /// Waits for the next [`Service::change`].
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Says what spoils the pool.
+    pub fn set_warnings(&self, warnings: &[Warning]) {
+        *lock(&self.warnings) = warnings
+            .iter()
+            .map(|Warning { problem, remedy, .. }| format!("{problem}; remedy: {remedy}"))
+            .collect();
+    }
+
+    /// The pool in figures.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn summary(&self) -> Result<Summary, KernelPoolError> {
+        let mut summary = Summary::of(&self.backend)?;
+        summary.destinations = self.networks();
+        summary.leases = *lock(&self.counted);
+        summary.warnings.clone_from(&lock(&self.warnings));
+        summary.leases.held = lock(&self.leases).len() as u64;
+        Ok(summary)
     }
 
     /// Takes the ports that are wished for: all of them or none.
@@ -312,9 +190,10 @@ impl Service {
     fn note(&self, client: &Client, wish: &Wish, claimed: Vec<Claimed>) -> Vec<Leased> {
         let owner = Owner::of(client.pid, client.uid, None);
         let now = Instant::now();
+        lock(&self.counted).acquired += claimed.len() as u64;
         let mut leases = lock(&self.leases);
         let note = |claimed: Claimed| {
-            let id = self.next_number();
+            let id = self.next.fetch_add(1, Ordering::Relaxed);
             let lease = Lease {
                 claimed,
                 connection: wish.time.is_none().then_some(client.connection),
@@ -335,6 +214,7 @@ impl Service {
 
     fn refused(&self, client: &Client, wish: &Wish, refusal: Refusal) {
         let owner = Owner::of(client.pid, client.uid, None);
+        lock(&self.counted).count_refusal(refusal);
         let _ = self.happenings.send(Happening::Refused {
             reason: refusal.name(),
             destination: wish.destination,
@@ -377,6 +257,7 @@ impl Service {
         let ended: Vec<(u64, Lease)> = lock(&self.leases).extract_if(|id, lease| which(*id, lease)).collect();
         for (id, lease) in ended {
             self.backend.release(&lease.claimed);
+            lock(&self.counted).released += 1;
             let _ = self.happenings.send(Happening::Released { id, port: lease.claimed.port, reason });
             self.freed.notify_waiters();
         }

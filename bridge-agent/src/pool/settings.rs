@@ -24,6 +24,11 @@ pub struct Settings {
     /// Whether UDP sockets that bind port 0 get a port of the pool, so that they may send without connecting. The
     /// highest eighth of the ports is set aside for them.
     pub bind_udp: bool,
+    /// Clients whose connections bridge masquerades itself, with a port of the pool, before anybody else does; empty:
+    /// nobody's.
+    pub masquerade: Vec<IpNet>,
+    /// kube-apiserver's `--service-node-port-range`: not given out.
+    pub node_ports: Option<PortRange>,
 }
 
 impl Default for Settings {
@@ -36,6 +41,8 @@ impl Default for Settings {
             quota: None,
             strict: true,
             bind_udp: true,
+            masquerade: Vec::new(),
+            node_ports: None,
         }
     }
 }
@@ -51,7 +58,11 @@ impl Settings {
             destinations: config.pool_destinations(),
             cgroups: transparent.map(|cgroup| PathBuf::from(cgroup.as_str())).collect(),
             quota: pool.quota,
-            ..Self::default()
+            exclude: Vec::new(),
+            strict: pool.strict,
+            bind_udp: pool.bind_udp,
+            masquerade: if pool.masquerade { config.networks.pod_nets() } else { Vec::new() },
+            node_ports: config.policy().node_ports.map(|node_ports| node_ports.range),
         })
     }
 }
@@ -78,6 +89,15 @@ portPool:
         assert_eq!(settings.destinations, ["10.200.1.0/24".parse().unwrap()]);
         assert_eq!(settings.cgroups, [PathBuf::from("/system.slice")]);
         assert_eq!((settings.quota, settings.strict), (Some(7), true));
+        assert!(settings.bind_udp && settings.masquerade.is_empty());
+        let text = format!("{text}  strict: false\n  bindUdp: false\n");
+        let other = Settings::from_config(&config::parse(&text, None).unwrap().config).unwrap();
+        assert_eq!(other, Settings { strict: false, bind_udp: false, ..settings });
+        let node = text.replace("role: host", "role: node")
+            + "  masquerade: true\nnodePorts: {range: 30000-32767}\n";
+        let node = Settings::from_config(&config::parse(&node, None).unwrap().config).unwrap();
+        assert_eq!(node.masquerade, ["10.200.1.0/24".parse().unwrap()]);
+        assert_eq!(node.node_ports, Some(range(30000, 32767)));
         let without = text.split("portPool").next().unwrap();
         assert_eq!(Settings::from_config(&config::parse(without, None).unwrap().config), None);
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The routing protocol number (`rtm_protocol`) that marks a route as bridge's own.
 ///
@@ -27,7 +27,7 @@ pub const DEFAULT_METRIC: u32 = 1024;
 /// 3. `Kubernetes`: what the API server says.
 /// 4. `Discovery`: what a pod says of itself. A pod is the least trusted of the four, so it also yields to a
 ///    *wider* network of any other source; see [`crate::routes::sources`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
     /// The configuration of this host.

@@ -35,6 +35,9 @@ const EVENT_BUFFER: usize = 1 << 20;
 /// Owns the routes of one network namespace. Dropping it leaves them in the kernel.
 pub struct Reconciler {
     settings: Settings,
+    /// What the settings shall be from the next merge on.
+    set: watch::Sender<Settings>,
+    setting: watch::Receiver<Settings>,
     desired: Desired,
     changes: watch::Receiver<u64>,
     netlink: Netlink,
@@ -80,10 +83,13 @@ impl Reconciler {
         let netlink = Netlink::open()?;
         let events = Events::open(netlink.port(), EVENT_BUFFER)?;
         let now = Instant::now();
+        let (set, setting) = watch::channel(settings.clone());
         Ok(Self {
             watchdog: settings.health.clone().map(Watchdog::new),
             changes: desired.changes(),
             settings,
+            set,
+            setting,
             desired,
             netlink,
             events,
@@ -111,14 +117,36 @@ impl Reconciler {
         self.happenings.clone()
     }
 
+    /// Tells what happens through this channel instead of its own: for listeners that outlive it.
+    #[must_use]
+    pub fn telling(mut self, happenings: broadcast::Sender<RouteEvent>) -> Self {
+        self.happenings = happenings;
+        self
+    }
+
+    /// Where other settings are sent; they count from the next comparison on, which follows at once.
+    #[must_use]
+    pub fn settings(&self) -> watch::Sender<Settings> {
+        self.set.clone()
+    }
+
+    /// Opens new sockets in the place of those that [`Self::run`] gave up.
+    pub fn reopen(&mut self) -> Result<(), Error> {
+        self.netlink = Netlink::open()?;
+        self.events = Events::open(self.netlink.port(), EVENT_BUFFER)?;
+        let now = Instant::now();
+        self.next = Next { at: now, rested: now };
+        Ok(())
+    }
+
     /// Counts, for metrics.
     #[must_use]
     pub fn counters(&self) -> Arc<Counters> {
         self.counters.clone()
     }
 
-    /// Keeps the routes true until it is dropped. Returns only if the kernel can no longer be talked to; make a new
-    /// one then.
+    /// Keeps the routes true until it is dropped. Returns only if the kernel can no longer be talked to; see
+    /// [`Self::reopen`].
     pub async fn run(&mut self) -> Error {
         self.merge();
         let mut events = Vec::new();
@@ -128,6 +156,13 @@ impl Reconciler {
                 () = tokio::time::sleep_until(self.next.at) => self.sync(&mut events),
                 changed = self.changes.changed() => {
                     // The sender lives in `self.desired`.
+                    debug_assert!(changed.is_ok());
+                    self.merge();
+                    self.next.no_later_than(Instant::now());
+                    Ok(())
+                }
+                changed = self.setting.changed() => {
+                    // The sender lives in `self.set`.
                     debug_assert!(changed.is_ok());
                     self.merge();
                     self.next.no_later_than(Instant::now());
@@ -156,7 +191,15 @@ impl Reconciler {
         Ok(snapshot)
     }
 
+    /// Takes up what is wanted and how, both at one moment: no comparison sees the new of one and the old of the other.
     fn merge(&mut self) {
+        let settings = self.setting.borrow_and_update().clone();
+        if settings != self.settings {
+            if settings.health != self.settings.health {
+                self.watchdog = settings.health.clone().map(Watchdog::new);
+            }
+            self.settings = settings;
+        }
         self.changes.mark_unchanged();
         let (merged, version) = self.desired.merged(self.settings.table);
         self.interest = Interest::of(&merged.routes, &self.settings);
@@ -288,6 +331,7 @@ impl Reconciler {
             failures,
             pending: BTreeSet::new(),
             observed,
+            next_hops: planned.next_hops,
         }));
         Ok(Outcome { clean: clean && !replan, operations: planned.operations.len() })
     }
@@ -337,7 +381,7 @@ impl Reconciler {
             tracing::info!(?kind, "{text}");
         }
         // Nobody listening is fine.
-        _ = self.happenings.send(RouteEvent { kind, text });
+        _ = self.happenings.send(RouteEvent::now(kind, text));
     }
 }
 

@@ -1,4 +1,4 @@
-//! Routes as a whole: all configured sources and the reconciler, to be owned by whoever has a runtime.
+//! Routes as a whole: all configured sources and the reconciler, owned by whoever has a runtime.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -6,49 +6,163 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{broadcast, watch};
-use tokio::task::JoinSet;
+use tokio::task::JoinHandle;
 
 use super::discovery;
-use super::discovery::listen::{DiscoveryCounters, Listener};
+use super::discovery::listen::{Handle, Listener, Options};
 use super::model::SourceKind;
 use super::netlink::{Interest, Netlink};
 use super::plan::{Plan, plan, withdraw};
 use super::setup::{Error, Setup};
 use super::sources::{ClusterFile, Desired, FileSource, Merged, Publisher, Source};
 use super::status::{Counters, RouteEvent, Snapshot};
-use super::{Observed, Operation, Reconciler};
+use super::{Observed, Operation, Reconciler, Settings};
 
 /// Between two attempts to watch a file whose directory is not there.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Between two attempts to talk to a kernel that did not answer.
+const REOPEN: Duration = Duration::from_secs(1);
 
-/// Keeps the routes of a [`Setup`] true for as long as it runs. Dropping it leaves them in the kernel.
+/// Keeps the routes of a [`Setup`] true, in tasks of its own. Dropping it ends them and leaves the routes in the
+/// kernel.
 pub struct Service {
-    reconciler: Reconciler,
+    setup: Setup,
+    settings: watch::Sender<Settings>,
     desired: Desired,
-    sources: JoinSet<Infallible>,
-    discovery: Option<Arc<DiscoveryCounters>>,
+    view: View,
+    happenings: broadcast::Sender<RouteEvent>,
+    file: Option<Task>,
+    discovery: Option<(Task, Handle)>,
+    _reconciler: Task,
+}
+
+/// What can be seen of a [`Service`], also from other threads.
+#[derive(Clone)]
+pub struct View {
+    /// The state of every route, after each comparison.
+    pub status: watch::Receiver<Arc<Snapshot>>,
+    /// Counts of the reconciler.
+    pub counters: Arc<Counters>,
+    /// Why the kernel cannot be talked to, if that is so now.
+    pub failure: watch::Receiver<Option<String>>,
+    /// Discovery, if there is any.
+    pub discovery: Option<Handle>,
+}
+
+/// Another [`Setup`], with everything done that can fail.
+pub struct Change {
+    setup: Setup,
+    /// A listener on another address than the one of before.
+    listener: Option<Listener>,
+}
+
+/// Ends with its owner.
+struct Task(JoinHandle<Infallible>);
+
+impl Task {
+    fn spawn(work: impl Future<Output = Infallible> + Send + 'static) -> Self {
+        Self(tokio::spawn(work))
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Service {
-    /// Opens everything; needs a tokio runtime, and the network namespace the routes belong to. Sources that are not
-    /// part of the setup (Kubernetes) are added through [`Self::desired`] before [`Self::run`].
-    pub async fn start(setup: Setup) -> Result<Self, Error> {
+    /// Opens everything; needs a tokio runtime whose threads are in the network namespace the routes belong to. What
+    /// happens is told through `happenings`. Sources that are not part of the setup (Kubernetes) are added through
+    /// [`Self::desired`].
+    pub fn start(setup: Setup, happenings: broadcast::Sender<RouteEvent>) -> Result<Self, Error> {
         let desired = Desired::default();
-        let reconciler = Reconciler::new(setup.settings, desired.clone())?;
-        let mut sources = JoinSet::new();
-        desired.register(SourceKind::Static).publish(setup.fixed);
-        if let Some(path) = setup.file {
-            sources.spawn(follow_file(path, desired.register(SourceKind::File)));
+        let reconciler =
+            Reconciler::new(setup.settings.clone(), desired.clone())?.telling(happenings.clone());
+        let (failed, failure) = watch::channel(None);
+        let view =
+            View { status: reconciler.status(), counters: reconciler.counters(), failure, discovery: None };
+        let mut service = Self {
+            setup: Setup { settings: setup.settings.clone(), ..Setup::default() },
+            settings: reconciler.settings(),
+            desired,
+            view,
+            happenings,
+            file: None,
+            discovery: None,
+            _reconciler: Task::spawn(keep(reconciler, failed)),
+        };
+        let change = service.prepare(setup)?;
+        service.commit(change);
+        Ok(service)
+    }
+
+    /// Does of a change of the setup what can fail; nothing else changes by that.
+    pub fn prepare(&self, setup: Setup) -> Result<Change, Error> {
+        let old = self.setup.discovery.as_ref().map(|options| options.listen);
+        let new = setup.discovery.as_ref().filter(|options| Some(options.listen) != old);
+        let listener = new.map(|options| {
+            Listener::bind(options.clone(), self.view.status.clone(), self.happenings.clone())
+                .map_err(|error| Error::Listen { address: options.listen, error })
+        });
+        Ok(Change { listener: listener.transpose()?, setup })
+    }
+
+    /// Carries out a change. The routes that both setups want are not touched.
+    pub fn commit(&mut self, change: Change) {
+        let Change { setup, listener } = change;
+        // No task of this thread runs before all of it is done: the next comparison sees the whole of it.
+        self.settings.send_if_modified(|settings| {
+            let other = *settings != setup.settings;
+            settings.clone_from(&setup.settings);
+            other
+        });
+        self.desired.register(SourceKind::Static).publish(setup.fixed.clone());
+        if setup.file != self.setup.file {
+            self.file = None;
+            match &setup.file {
+                Some(path) => {
+                    let publisher = self.desired.register(SourceKind::File);
+                    self.file = Some(Task::spawn(follow_file(path.clone(), publisher)));
+                }
+                None => self.desired.unregister(SourceKind::File),
+            }
         }
-        let mut counters = None;
-        if let Some(options) = setup.discovery {
-            let address = options.listen;
-            let listener = Listener::bind(options, reconciler.status(), reconciler.happenings());
-            let listener = listener.await.map_err(|error| Error::Listen { address, error })?;
-            counters = Some(listener.counters());
-            sources.spawn(listen(listener, desired.register(SourceKind::Discovery)));
+        self.commit_discovery(setup.discovery.as_ref(), listener);
+        self.setup = setup;
+    }
+
+    fn commit_discovery(&mut self, options: Option<&Options>, listener: Option<Listener>) {
+        match (listener, options, &self.discovery) {
+            (Some(listener), ..) => {
+                let publisher = self.desired.register(SourceKind::Discovery);
+                let handle = listener.handle();
+                self.discovery = Some((Task::spawn(listen(listener, publisher)), handle));
+            }
+            (None, Some(options), Some((_, handle))) if Some(options) != self.setup.discovery.as_ref() => {
+                handle.adopt(options.clone(), &self.desired.register(SourceKind::Discovery));
+            }
+            (None, None, Some(_)) => self.retire(SourceKind::Discovery),
+            (None, ..) => {}
         }
-        Ok(Self { reconciler, desired, sources, discovery: counters })
+        self.view.discovery = self.discovery.as_ref().map(|(_, handle)| handle.clone());
+    }
+
+    /// Stops a source and, with the next comparison, takes away the routes that only it wanted.
+    pub fn retire(&mut self, kind: SourceKind) {
+        match kind {
+            SourceKind::Discovery => self.discovery = None,
+            SourceKind::File => self.file = None,
+            SourceKind::Static | SourceKind::Kubernetes => {}
+        }
+        self.desired.unregister(kind);
+    }
+
+    /// Waits until the kernel has been compared with what is wanted now.
+    pub async fn compared(&self) {
+        let version = *self.desired.changes().borrow();
+        // The reconciler outlives this borrow: there is no end of its words to hear of.
+        _ = self.view.status.clone().wait_for(|snapshot| snapshot.version() >= version).await;
     }
 
     /// Where further sources register.
@@ -57,49 +171,27 @@ impl Service {
         self.desired.clone()
     }
 
-    /// The state of every route, after each comparison.
+    /// To look at it.
     #[must_use]
-    pub fn status(&self) -> watch::Receiver<Arc<Snapshot>> {
-        self.reconciler.status()
+    pub fn view(&self) -> View {
+        self.view.clone()
     }
+}
 
-    /// Events from here on.
-    #[must_use]
-    pub fn happenings(&self) -> broadcast::Receiver<RouteEvent> {
-        self.reconciler.happenings().subscribe()
-    }
-
-    /// Counts of the reconciler.
-    #[must_use]
-    pub fn counters(&self) -> Arc<Counters> {
-        self.reconciler.counters()
-    }
-
-    /// Counts of discovery, if there is any.
-    #[must_use]
-    pub fn discovery_counters(&self) -> Option<Arc<DiscoveryCounters>> {
-        self.discovery.clone()
-    }
-
-    /// Runs until the kernel can no longer be talked to.
-    pub async fn run(&mut self) -> Error {
-        self.reconciler.run().await.into()
-    }
-
-    /// Ends all sources and leaves the routes: for a configuration that has changed, start another one after this,
-    /// which compares what is there and takes up what discovery had saved.
-    pub async fn stop(mut self) {
-        self.sources.shutdown().await;
-    }
-
-    /// Stops a source and takes away the routes that only it wanted.
-    pub fn retire(&mut self, kind: SourceKind) -> Result<(), Error> {
-        if kind == SourceKind::Discovery {
-            self.sources.abort_all();
+/// Runs the reconciler for good.
+async fn keep(mut reconciler: Reconciler, failed: watch::Sender<Option<String>>) -> Infallible {
+    loop {
+        let error = reconciler.run().await;
+        tracing::error!(%error, "routes cannot be looked after; trying again");
+        failed.send_replace(Some(error.to_string()));
+        loop {
+            tokio::time::sleep(REOPEN).await;
+            match reconciler.reopen() {
+                Ok(()) => break,
+                Err(error) => _ = failed.send_replace(Some(error.to_string())),
+            }
         }
-        self.desired.unregister(kind);
-        self.reconciler.sync_now()?;
-        Ok(())
+        failed.send_replace(None);
     }
 }
 

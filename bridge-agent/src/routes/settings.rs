@@ -1,6 +1,7 @@
 //! What an operator decides about all routes of a host.
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::health;
@@ -34,7 +35,7 @@ impl Default for Settings {
 }
 
 /// See [`Settings::on_withdraw`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnWithdraw {
     /// Nothing: packets follow the next wider route, usually the default route.

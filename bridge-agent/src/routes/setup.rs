@@ -11,13 +11,13 @@ use super::discovery::listen;
 use super::discovery::registry::Rules;
 use super::discovery::{KeyError, read_key};
 use super::health;
-use super::model::{DesiredRoute, NextHop, PROTOCOL, SourceKind, Target};
+use super::model::DesiredRoute;
 use super::netlink;
-use super::sources::FileError;
+use super::sources::{FileError, static_routes};
 use crate::config::Config;
 
-/// Where discovered pods outlive a restart.
-const DISCOVERED: &str = "/run/bridge/discovered.json";
+/// Where discovered pods outlive a restart: beside the socket of the agent.
+const DISCOVERED: &str = "discovered.json";
 
 /// Why routes cannot be looked after.
 #[derive(Debug, Error)]
@@ -42,15 +42,10 @@ pub enum Error {
         #[source]
         error: std::io::Error,
     },
-    /// A key of the configuration that has one possible value.
-    #[error(
-        "routes.protocol is {PROTOCOL} in every bridge, so that its routes are known everywhere; leave it out"
-    )]
-    Protocol,
 }
 
 /// Everything that decides about routes.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Setup {
     /// How routes are written.
     pub settings: Settings,
@@ -68,26 +63,19 @@ impl Setup {
     /// What the configuration comes to; reads the key file of discovery.
     pub fn from_config(config: &Config) -> Result<Self, Error> {
         let Some(routes) = &config.routes else { return Ok(Self::default()) };
-        if routes.protocol != PROTOCOL {
-            return Err(Error::Protocol);
-        }
+        let health = routes.health.enabled.then(|| health::Options {
+            interval: routes.health.interval.duration(),
+            tcp: routes.health.tcp_port,
+            timeout: routes.health.timeout.duration(),
+            ..health::Options::default()
+        });
         let settings = Settings {
             table: routes.table,
             metric: routes.metric,
-            health: Some(health::Options::default()),
-            ..Settings::default()
+            on_withdraw: routes.on_withdraw,
+            allow_inside: routes.allow_inside.iter().map(|network| network.net()).collect(),
+            health,
         };
-        let fixed = routes.fixed.iter().map(|route| {
-            let hop = NextHop { dev: route.dev.as_ref().map(|dev| dev.0.clone()), ..NextHop::new(route.via) };
-            DesiredRoute {
-                to: route.to.net(),
-                target: Target::Forward { via: vec![hop], backup: Vec::new() },
-                metric: route.metric,
-                table: None,
-                source: SourceKind::Static,
-                origin: String::new(),
-            }
-        });
         let pods: Vec<IpNet> = config.networks.pods.iter().map(|network| network.net()).collect();
         let discovery = routes.discovery.as_ref().map(|discovery| {
             let key = read_key(&discovery.key_file.0, true)?;
@@ -97,12 +85,12 @@ impl Setup {
                 key,
                 rules,
                 check: true,
-                state: Some(DISCOVERED.into()),
+                state: Some(config.api.socket.0.with_file_name(DISCOVERED)),
             })
         });
         Ok(Self {
             settings,
-            fixed: fixed.collect(),
+            fixed: static_routes(&routes.fixed),
             file: routes.file.as_ref().map(|file| file.0.clone()),
             discovery: discovery.transpose()?,
             kubernetes: config.kubernetes.is_some(),

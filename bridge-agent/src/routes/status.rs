@@ -1,37 +1,41 @@
 //! What the reconciler tells: the state of each route, events as they happen, counters.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::health::Hop;
 use super::model::{DesiredRoute, Observed, RouteKey, SourceKind};
 use super::plan::Verdict;
 use super::sources::Merged;
 
 /// One desired route and what became of it; a row of `routes list`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteStatus {
     /// The network.
     pub to: IpNet,
     /// Who wants it.
     pub source: SourceKind,
     /// Which entry of the source.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub origin: String,
     /// What became of it.
     pub state: State,
     /// The route in the words of `ip route`, or what was wanted if it is not in the kernel.
     pub route: String,
     /// Why it is not, or not wholly, as wanted.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
 /// What became of a desired route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// In the kernel as wanted.
@@ -60,6 +64,8 @@ pub struct Snapshot {
     /// What is still to be done for these.
     pub(super) pending: BTreeSet<RouteKey>,
     pub(super) observed: Observed,
+    /// All that are on-link, whether they answer or not.
+    pub(super) next_hops: BTreeSet<Hop>,
 }
 
 /// What became of the wish for one network, in short.
@@ -71,6 +77,12 @@ pub enum Fate {
     Not(String),
 }
 
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
 impl Snapshot {
     /// The outcome of a comparison that was not carried out.
     pub(super) const fn compared(
@@ -79,7 +91,15 @@ impl Snapshot {
         pending: BTreeSet<RouteKey>,
         observed: Observed,
     ) -> Self {
-        Self { version: 0, merged, verdicts, failures: BTreeMap::new(), pending, observed }
+        Self {
+            version: 0,
+            merged,
+            verdicts,
+            failures: BTreeMap::new(),
+            pending,
+            observed,
+            next_hops: BTreeSet::new(),
+        }
     }
 
     /// Which version of what the sources want this is the outcome of. 0 before the first comparison.
@@ -154,6 +174,14 @@ impl Snapshot {
         totals
     }
 
+    /// Every next hop that is on-link, in order of address.
+    pub fn next_hops(&self) -> impl Iterator<Item = NextHopStatus> {
+        self.next_hops.iter().map(|hop| {
+            let dev = self.observed.links.get(&hop.1).map(|link| link.name.clone()).unwrap_or_default();
+            NextHopStatus { address: hop.0, dev, up: !self.observed.down.contains(hop) }
+        })
+    }
+
     /// Sources that have not said anything yet; as long as there are any, nothing unwanted is removed.
     #[must_use]
     pub fn silent(&self) -> &[SourceKind] {
@@ -172,17 +200,37 @@ fn row(desired: &Arc<DesiredRoute>, state: State, route: String, reason: Option<
     }
 }
 
+/// A node on the way to pods, and whether it answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextHopStatus {
+    /// Its address.
+    pub address: IpAddr,
+    /// The interface it is on.
+    pub dev: String,
+    /// Whether routes through it are used.
+    pub up: bool,
+}
+
 /// Something an operator wants to know when it happens.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteEvent {
+    /// When; RFC 3339, UTC.
+    pub time: String,
     /// What happened.
     pub kind: EventKind,
     /// To which route or next hop, and why.
     pub text: String,
 }
 
+impl RouteEvent {
+    pub(super) fn now(kind: EventKind, text: String) -> Self {
+        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { time: crate::time::rfc3339(time), kind, text }
+    }
+}
+
 /// See [`RouteEvent::kind`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EventKind {
     /// A route was put into the kernel.
@@ -207,6 +255,12 @@ pub enum EventKind {
     PodRefused,
     /// The announcement of a pod was not renewed in time.
     PodExpired,
+}
+
+impl fmt::Display for EventKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
 }
 
 /// Counts since the start of the process.

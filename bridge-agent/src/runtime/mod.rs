@@ -5,6 +5,8 @@
 mod enforcer;
 mod file;
 mod packet_filter;
+mod port_pool;
+mod routing;
 mod status;
 
 use std::{
@@ -22,15 +24,20 @@ use tokio::{
 
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
 pub use packet_filter::{FirewallStatus, settings as firewall_settings};
+pub(crate) use port_pool::places as pool_places;
+pub use routing::{DiscoveryStatus, RouteList, RoutesStatus};
 pub use status::{Reload, Reloads, Request, Shared, Status};
 
-use self::{enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter};
+use self::{
+    enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter, port_pool::PortPool, routing::Routing,
+};
 use crate::{
     api,
     config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
     datapath::{self, EventReader, Pins},
     firewall,
     interfaces::Watch,
+    pool, routes,
 };
 
 /// What the agent is told on its command line.
@@ -56,6 +63,12 @@ pub enum Error {
     /// The iptables rules are not as they should be.
     #[error(transparent)]
     Firewall(#[from] firewall::iptables::Error),
+    /// The routes cannot be looked after.
+    #[error(transparent)]
+    Routes(#[from] routes::Error),
+    /// The port pool is not as it should be.
+    #[error(transparent)]
+    Pool(#[from] pool::run::StartError),
     /// The API could not be served.
     #[error(transparent)]
     Api(#[from] api::Error),
@@ -96,6 +109,8 @@ struct Agent {
     api: Api,
     enforcer: Option<Enforcer>,
     filter: Option<PacketFilter>,
+    routing: Routing,
+    pool: PortPool,
     events: Option<EventReader>,
     shared: Shared,
 }
@@ -124,17 +139,19 @@ impl Agent {
             FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
+        let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let mut agent = Self {
             path: options.config.clone(),
             pins: Pins::new(&options.pin_root),
             api: config.api.clone(),
             enforcer: None,
             filter: None,
+            routing: Routing::default(),
+            pool: PortPool::new(port_pool::places(&options.pin_root, &socket), shared.clone()),
             events: None,
             shared: shared.clone(),
         };
         // What can fail without a trace comes first.
-        let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let api = api::Server::bind(&socket, &config.api)?;
         agent.start(&config)?;
         // With many rules it takes much memory, and is not needed again.
@@ -150,7 +167,7 @@ impl Agent {
         server.abort();
         // Dropping the server removes the socket.
         drop(server.await);
-        tracing::info!("stopped; what enforces goes on enforcing");
+        tracing::info!("stopped; what enforces goes on enforcing, and routes stay");
         Ok(())
     }
 
@@ -193,6 +210,28 @@ impl Agent {
 
     /// Brings every engine up. A start that fails leaves nothing that was not there before.
     fn start(&mut self, config: &Config) -> Result<(), Error> {
+        self.change(config, Self::start_engines)
+    }
+
+    /// Brings everything to `config`; what packets need, `engines` does. Nothing is changed if that fails.
+    fn change(
+        &mut self,
+        config: &Config,
+        engines: fn(&mut Self, &Config) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let routes = self.routing.prepare(config, &self.shared.happenings)?;
+        let before = self.pool.prepare(config)?;
+        if let Err(error) = engines(self, config) {
+            self.pool.undo(before);
+            return Err(error);
+        }
+        self.pool.settle(config);
+        self.routing.commit(routes);
+        self.shared.set_routes(self.routing.view());
+        Ok(())
+    }
+
+    fn start_engines(&mut self, config: &Config) -> Result<(), Error> {
         if packet_filter::is_wanted(config) {
             self.filter = Some(PacketFilter::start(config)?);
         }
@@ -269,17 +308,21 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
+        self.change(&config, Self::reload_engines)
+    }
+
+    fn reload_engines(&mut self, config: &Config) -> Result<(), Error> {
         // iptables first: what it refuses it refuses whole, and can be taken back.
-        let before = self.filter.as_ref().map(PacketFilter::policy);
-        match (&mut self.filter, packet_filter::is_wanted(&config)) {
-            (Some(filter), true) => filter.reload(&config)?,
-            (filter @ None, true) => *filter = Some(PacketFilter::start(&config)?),
+        let before = self.filter.as_ref().map(PacketFilter::in_force);
+        match (&mut self.filter, packet_filter::is_wanted(config)) {
+            (Some(filter), true) => filter.reload(config)?,
+            (filter @ None, true) => *filter = Some(PacketFilter::start(config)?),
             (_, false) => {}
         }
-        if let Err(error) = self.reload_ebpf(&config) {
+        if let Err(error) = self.reload_ebpf(config) {
             match (before, self.filter.take()) {
-                (Some(policy), Some(filter)) => {
-                    filter.restore(policy);
+                (Some(before), Some(mut filter)) => {
+                    filter.restore(before);
                     self.filter = Some(filter);
                 }
                 (None, Some(filter)) => filter.take_down(),
@@ -287,7 +330,7 @@ impl Agent {
             }
             return Err(error);
         }
-        if !packet_filter::is_wanted(&config)
+        if !packet_filter::is_wanted(config)
             && let Some(filter) = self.filter.take()
         {
             filter.take_down();
@@ -355,6 +398,8 @@ fn first_status(path: &Path, config: &Config) -> Status {
         .to_owned(),
         enforcement: None,
         firewall: None,
+        routes: None,
+        pool: None,
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),

@@ -1,11 +1,13 @@
 //! The iptables engine as the run loop keeps it: started, updated and taken down with the configuration.
 
+use std::num::NonZeroU32;
+
 use serde::{Deserialize, Serialize};
 
 use super::status;
 use crate::{
-    config::{Config, Engine, Role, Save, Scope},
-    firewall::iptables::{self, Error, Iptables, render::Options, save::Saving, watch::Guard},
+    config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
+    firewall::iptables::{self, Error, Iptables, Programs, render::Options, save::Saving, watch::Guard},
     model::Policy,
 };
 
@@ -31,7 +33,49 @@ pub(super) struct PacketFilter {
     guard: Guard,
     backend: String,
     /// What the driver was made with.
-    made_with: (Scope, Save),
+    settings: Settings,
+    /// Of guards before this one.
+    repairs: u64,
+}
+
+/// What a reload can be taken back to.
+#[derive(Debug)]
+pub(super) struct InForce {
+    policy: Policy,
+    settings: Settings,
+}
+
+/// All of the configuration but the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Settings {
+    scope: Scope,
+    save: Save,
+    section: config::Iptables,
+}
+
+impl Settings {
+    const fn of(config: &Config) -> Self {
+        let Enforcement { scope, iptables: section, .. } = config.enforcement;
+        Self { scope, save: config.persistence.save, section }
+    }
+
+    fn driver(self) -> iptables::Config {
+        let Self { scope, save, section } = self;
+        iptables::Config {
+            options: Options {
+                scope,
+                mark: section.mark.get(),
+                log_per_second: NonZeroU32::new(section.log_rate),
+            },
+            programs: Programs { lock_wait: section.lock_wait.duration(), ..Programs::default() },
+            backend: match section.backend {
+                Backend::Auto => None,
+                Backend::Nft => Some(iptables::Backend::Nft),
+                Backend::Legacy => Some(iptables::Backend::Legacy),
+            },
+            saving: Saving { enabled: save == Save::Auto, ..Saving::default() },
+        }
+    }
 }
 
 pub(super) fn is_wanted(config: &Config) -> bool {
@@ -40,45 +84,65 @@ pub(super) fn is_wanted(config: &Config) -> bool {
 
 /// The driver as the configuration has it.
 pub fn settings(config: &Config) -> iptables::Config {
-    iptables::Config {
-        options: Options { scope: config.enforcement.scope, ..Options::default() },
-        saving: Saving { enabled: config.persistence.save == Save::Auto, ..Saving::default() },
-        ..iptables::Config::default()
-    }
-}
-
-fn made_with(config: &Config) -> (Scope, Save) {
-    (config.enforcement.scope, config.persistence.save)
+    Settings::of(config).driver()
 }
 
 impl PacketFilter {
     pub(super) fn start(config: &Config) -> Result<Self, Error> {
-        let firewall = Iptables::new(settings(config))?;
+        Self::enforce(Settings::of(config), config.policy(), 0)
+    }
+
+    fn enforce(settings: Settings, policy: Policy, repairs: u64) -> Result<Self, Error> {
+        let firewall = Iptables::new(settings.driver())?;
         let backend = firewall.choice().backend.name().to_owned();
-        let guard = Guard::start(firewall, config.policy())?;
+        let guard = Guard::start(firewall, policy)?;
         tracing::info!(backend, "iptables rules in force");
-        Ok(Self { guard, backend, made_with: made_with(config) })
+        Ok(Self { guard, backend, settings, repairs })
     }
 
     /// Puts another configuration in force; that of before stays if it is refused.
     pub(super) fn reload(&mut self, config: &Config) -> Result<(), Error> {
-        if self.made_with == made_with(config) {
+        let wanted = Settings::of(config);
+        if self.settings == wanted {
             return self.guard.update(config.policy());
         }
-        *self = Self::start(config)?;
+        let before = self.in_force();
+        let result = self.replace(wanted, config.policy());
+        if result.is_err() {
+            self.restore(before);
+        }
+        result
+    }
+
+    /// With another driver.
+    fn replace(&mut self, settings: Settings, policy: Policy) -> Result<(), Error> {
+        let repairs = self.repairs();
+        // It would take what the new driver writes for damage.
+        self.guard.stop();
+        *self = Self::enforce(settings, policy, repairs)?;
         Ok(())
     }
 
-    /// The policy in force, to go back to.
-    pub(super) fn policy(&self) -> Policy {
-        self.guard.policy()
+    /// What is in force, to go back to.
+    pub(super) fn in_force(&self) -> InForce {
+        InForce { policy: self.guard.policy(), settings: self.settings }
     }
 
-    /// Goes back to a policy that was in force.
-    pub(super) fn restore(&self, policy: Policy) {
-        if let Err(error) = self.guard.update(policy) {
-            tracing::error!(%error, "iptables and eBPF have different policies");
+    /// Goes back to what was in force.
+    pub(super) fn restore(&mut self, before: InForce) {
+        let InForce { policy, settings } = before;
+        let result = if self.guard.watches() && self.settings == settings {
+            self.guard.update(policy)
+        } else {
+            self.replace(settings, policy)
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "the iptables rules are not those of the configuration in force");
         }
+    }
+
+    fn repairs(&self) -> u64 {
+        self.repairs + self.guard.status().repairs
     }
 
     pub(super) fn status(&self) -> FirewallStatus {
@@ -86,7 +150,7 @@ impl PacketFilter {
         let (time, last_repair) = seen.last_repair.unzip();
         FirewallStatus {
             backend: self.backend.clone(),
-            repairs: seen.repairs,
+            repairs: self.repairs(),
             last_repair,
             last_repair_time: time.map(status::at),
             failure: seen.failure,

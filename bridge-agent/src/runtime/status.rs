@@ -1,6 +1,7 @@
 //! What the agent says of itself, and what its parts share.
 
 use std::{
+    fmt,
     path::PathBuf,
     sync::{Arc, PoisonError, RwLock},
     time::{SystemTime, UNIX_EPOCH},
@@ -9,11 +10,15 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::{enforcer::Enforcement, packet_filter::FirewallStatus};
-use crate::datapath::{FlowCounts, Maps, Verdict};
+use super::{enforcer::Enforcement, packet_filter::FirewallStatus, routing::RoutesStatus};
+use crate::{
+    datapath::{FlowCounts, Maps, Verdict},
+    pool::{Summary, service::Service},
+    routes::{RouteEvent, View},
+};
 
 /// What the agent says of itself.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Version of the agent.
@@ -32,6 +37,10 @@ pub struct Status {
     pub enforcement: Option<Enforcement>,
     /// The iptables rules, if it is to enforce by iptables.
     pub firewall: Option<FirewallStatus>,
+    /// The routes to pods, if the configuration has any to look after.
+    pub routes: Option<RoutesStatus>,
+    /// The port pool, if there is one.
+    pub pool: Option<Summary>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.
@@ -70,30 +79,41 @@ pub enum Request {
 }
 
 /// What the run loop shares with those who serve clients.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Shared {
     inner: Arc<RwLock<Inner>>,
     /// Verdicts as they happen.
     pub verdicts: broadcast::Sender<Arc<Verdict>>,
+    /// What happens to routes, next hops and discovered pods, as it happens.
+    pub happenings: broadcast::Sender<RouteEvent>,
     /// To the run loop.
     pub requests: mpsc::Sender<Request>,
 }
 
-#[derive(Debug)]
 struct Inner {
     status: Status,
     maps: Option<Arc<Maps>>,
+    routes: Option<View>,
+    pool: Option<Arc<Service>>,
 }
 
-/// How many verdicts a slow reader may lag behind before it loses some.
-const VERDICT_BACKLOG: usize = 1024;
+/// How many verdicts, or events of routes, a slow reader may lag behind before it loses some.
+const BACKLOG: usize = 1024;
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
 
 impl Shared {
-    pub(super) fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
+    /// Shared by a run loop, which has the other end, and its servers.
+    #[must_use]
+    pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(16);
-        let (verdicts, _) = broadcast::channel(VERDICT_BACKLOG);
-        let inner = Arc::new(RwLock::new(Inner { status, maps: None }));
-        (Self { inner, verdicts, requests }, receiver)
+        let (verdicts, _) = broadcast::channel(BACKLOG);
+        let inner = Arc::new(RwLock::new(Inner { status, maps: None, routes: None, pool: None }));
+        (Self { inner, verdicts, happenings: broadcast::Sender::new(BACKLOG), requests }, receiver)
     }
 
     pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {
@@ -102,6 +122,27 @@ impl Shared {
 
     pub(super) fn set_maps(&self, maps: Option<Arc<Maps>>) {
         self.inner.write().unwrap_or_else(PoisonError::into_inner).maps = maps;
+    }
+
+    pub(super) fn set_routes(&self, routes: Option<View>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).routes = routes;
+    }
+
+    /// The routes, if this agent looks after any.
+    #[must_use]
+    pub fn routes(&self) -> Option<View> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).routes.clone()
+    }
+
+    /// Makes this the pool that clients get their ports from.
+    pub fn set_pool(&self, pool: Option<Arc<Service>>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).pool = pool;
+    }
+
+    /// The port pool, if this agent has one.
+    #[must_use]
+    pub fn pool(&self) -> Option<Arc<Service>> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner).pool.clone()
     }
 
     /// The pinned maps, if this agent enforces by eBPF.
@@ -118,6 +159,8 @@ impl Shared {
             status.flows = maps.count_flows().ok();
             status.suppressed_events = maps.suppressed_events().ok();
         }
+        status.routes = self.routes().as_ref().map(RoutesStatus::of);
+        status.pool = self.pool().and_then(|pool| pool.summary().ok());
         status
     }
 }

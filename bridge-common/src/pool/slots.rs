@@ -201,14 +201,16 @@ fn touch<T: Tables>(tables: &T, seat: Seat, index: u32) {
     tables.fetch_or(tables.geometry().touched(seat.owner_slot) + (index >> 6), 1 << (index & 63));
 }
 
-/// Gives a used port back: it is warm from now on. The seat ends.
+/// Gives a used port back: it is warm from now on, unless it has left the pool meanwhile. The seat ends.
 #[inline(always)]
 pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     let geometry = tables.geometry();
     tables.store(geometry.closing(seat.owner_slot, index), closing(tables, index));
     // First touched, then free: a sweep that finds the port free finds it touched as well.
     touch(tables, seat, index);
-    bitmap::free(tables, geometry.free(seat.owner_slot), index);
+    if bitmap::is_free(tables, geometry.free(TEMPLATE_TCP), index) {
+        bitmap::free(tables, geometry.free(seat.owner_slot), index);
+    }
     leave(tables, seat);
 }
 

@@ -43,6 +43,7 @@ struct RunArgs {
 async fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
     let command = cli.command.unwrap_or(Command::Run(cli.run));
+    let explained = !matches!(&command, Command::Run(args) if args.json);
     let work = tokio::task::spawn_blocking(move || match command {
         Command::Run(args) => run(&args),
         Command::Up => up(),
@@ -61,9 +62,11 @@ async fn main() -> Result<ExitCode> {
             std::process::exit(1);
         }
     };
-    if let Some(lab) = stays {
+    if let Some(stage) = stays {
+        if explained {
+            explain(&stage);
+        }
         end.await?;
-        drop(lab);
     }
     Ok(code)
 }
@@ -95,19 +98,11 @@ fn run(args: &RunArgs) -> Result<(Option<Stage>, ExitCode)> {
         println!("{}", scenes::table(&played));
     }
     let code = if played.iter().all(|scene| scene.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
-    if args.once {
-        return Ok((None, code));
-    }
-    if !args.json {
-        explain(&stage);
-    }
-    Ok((Some(stage), code))
+    Ok(((!args.once).then_some(stage), code))
 }
 
 fn up() -> Result<(Option<Stage>, ExitCode)> {
-    let stage = Stage::on(Lab::builder().build()?);
-    explain(&stage);
-    Ok((Some(stage), ExitCode::SUCCESS))
+    Ok((Some(Stage::on(Lab::builder().build()?)), ExitCode::SUCCESS))
 }
 
 fn clean() -> Result<(Option<Stage>, ExitCode)> {

@@ -227,17 +227,6 @@ impl Lab {
         Ok(directory)
     }
 
-    /// Gives a LAN host the routes to all pod networks that [`Builder::without_routes`] left out.
-    pub fn add_routes(&self, host: &Host) -> Result<()> {
-        for (i, node) in (0..).zip(&self.nodes) {
-            for family in Family::BOTH {
-                let (network, via) = (self.pod_network(i, family), node.ip(family));
-                host.netns.ip(&format!("route replace {network} via {via}"))?;
-            }
-        }
-        Ok(())
-    }
-
     /// Waits until every station gets an answer from its node: neighbours are known, bridges have learnt.
     fn settle(&self) -> Result<()> {
         for family in Family::BOTH {

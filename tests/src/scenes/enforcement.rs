@@ -49,6 +49,11 @@ pub(super) const SCENES: &[Scene] = &[
         expected: "reached, and counted as what would have been denied",
         run: audit,
     },
+    Scene {
+        name: "the same rules in iptables beside eBPF, three connections",
+        expected: "the rule counts 6 in both engines (IPv4 and IPv6)",
+        run: both_engines,
+    },
     Scene { name: "bpftool map dump of flows, policy and counters", expected: "fields by name", run: dump },
 ];
 
@@ -58,6 +63,10 @@ const DENIED: u16 = 40003;
 
 /// What the agent of the scenes is told; `mode` is `enforce` or `audit`.
 fn config(mode: &str) -> String {
+    config_with(mode, "ebpf")
+}
+
+fn config_with(mode: &str, engines: &str) -> String {
     format!(
         r#"role: node
 networks:
@@ -65,7 +74,7 @@ networks:
   external: [192.168.31.0/24, "fd31::/64"]
 enforcement:
   mode: {mode}
-  engines: [ebpf]
+  engines: [{engines}]
   onDeny: reject
 rules:
   - {{name: lan-to-pod, direction: inbound, protocol: tcp, ports: [40002, "60001-60100"], action: allow}}
@@ -196,6 +205,34 @@ fn audit(stage: &mut Stage) -> Result<Seen> {
     let counted = no_rule(&map(stage, "audited")?) - before;
     agent(stage)?.reload(&config("enforce"))?;
     Ok(Seen { text: format!("{}; {counted} counted", reached.text), ok: reached.ok && counted == 2 })
+}
+
+fn both_engines(stage: &mut Stage) -> Result<Seen> {
+    agent(stage)?.reload(&config_with("enforce", "ebpf, iptables"))?;
+    let (ebpf, _) = counts(stage)?;
+    let mut reached = true;
+    for _ in 0..3 {
+        reached &= Seen::attempts(connect(stage.lab.a(), stage.lab.c1(), 0, 60050, Attempt::succeeded)?).ok;
+    }
+    let (after, iptables) = counts(stage)?;
+    let text = format!("lan-to-pod: {} in eBPF, {iptables} in iptables", after - ebpf);
+    agent(stage)?.reload(&config("enforce"))?;
+    Ok(Seen { text, ok: reached && after - ebpf == 6 && iptables == 6 })
+}
+
+/// How often the rule `lan-to-pod` decided, in eBPF and in iptables.
+fn counts(stage: &mut Stage) -> Result<(u64, u64)> {
+    let rules: Value = serde_json::from_str(&agent(stage)?.run(&["rules", "--json"])?)?;
+    let rule = rules
+        .as_array()
+        .into_iter()
+        .flatten()
+        .find(|rule| rule["rule"] == "lan-to-pod" || rule["name"] == "lan-to-pod");
+    let rule = rule.with_context(|| format!("the rule lan-to-pod in {rules}"))?;
+    Ok((
+        rule["packets"].as_u64().context("packets")?,
+        rule["iptables"]["packets"].as_u64().context("packets in iptables")?,
+    ))
 }
 
 /// A map of the agent as `bpftool map dump` shows it.

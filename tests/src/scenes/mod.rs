@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use crate::agent::Agent;
 use crate::lab::Lab;
-use crate::pool::Stand;
 use crate::traffic::Attempt;
 
 /// Of the table, in characters: so that it also fits into a README.
@@ -24,10 +23,11 @@ const WIDTH: u16 = 120;
 pub struct Stage {
     /// The lab.
     pub lab: Lab,
+    /// The agent on the LAN host, once it has been started: the way to the pods is its.
+    pub host_agent: Option<Agent>,
     /// The agent on the node, once it has been started.
     pub agent: Option<Agent>,
-    /// The port pool, from its first scene on.
-    pub pool: Option<Stand>,
+    pool: Option<port_pool::Pool>,
     held: Option<enforcement::Held>,
 }
 
@@ -39,7 +39,7 @@ impl Stage {
 
     /// A lab without an agent.
     pub fn on(lab: Lab) -> Self {
-        Self { lab, agent: None, pool: None, held: None }
+        Self { lab, host_agent: None, agent: None, pool: None, held: None }
     }
 }
 

@@ -6,6 +6,5 @@ mod node_ports;
 mod path_mtu;
 mod reject;
 mod reload;
-mod scenes;
 mod scope;
 mod support;

@@ -34,7 +34,7 @@ fn lab() -> Result<Lab> {
 fn exchange(connection: &mut tcp::Connection) -> Result<()> {
     const LENGTH: usize = 1 << 20;
     let mut writer = connection.stream().try_clone()?;
-    let sent: Vec<u8> = (0..LENGTH).map(|i| (i % 251) as u8).collect();
+    let sent: Vec<u8> = (0..=250).cycle().take(LENGTH).collect();
     let mut received = vec![0; LENGTH];
     connection.stream().set_read_timeout(Some(SECOND * 5))?;
     thread::scope(|scope| {

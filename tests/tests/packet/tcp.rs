@@ -37,10 +37,10 @@ fn a_connection_passes_from_syn_to_fin_and_its_table_entry_follows() {
         );
         node.passes(c.server_hook, &c.server_ack(), Reason::established);
 
-        let fin = c.from_client(|s, d| Tcp::fin(s, d, 1001, 5001));
+        let fin = c.client_sends(|s, d| Tcp::fin(s, d, 1001, 5001));
         node.passes(c.client_hook, &fin, Reason::established);
         assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::FIN_WAIT));
-        let fin = c.from_server(|s, d| Tcp::fin(s, d, 5001, 1002));
+        let fin = c.server_sends(|s, d| Tcp::fin(s, d, 5001, 1002));
         node.passes(c.server_hook, &fin, Reason::established);
         assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::CLOSING));
         node.passes(c.client_hook, &c.ack(), Reason::established);
@@ -62,10 +62,10 @@ fn a_shut_port_is_denied_in_both_directions() {
 fn nothing_but_a_syn_opens_a_connection() {
     let mut node = node();
     for c in connections() {
-        for packet in [c.ack(), c.from_client(|s, d| Tcp::rst(s, d, 1)), c.from_client(Tcp::syn_ack)] {
+        for packet in [c.ack(), c.client_sends(|s, d| Tcp::rst(s, d, 1)), c.client_sends(Tcp::syn_ack)] {
             node.denies(c.client_hook, &packet, Reason::not_syn);
         }
-        node.denies(c.client_hook, &c.from_client(|s, d| Tcp::fin(s, d, 1, 1)), Reason::not_syn);
+        node.denies(c.client_hook, &c.client_sends(|s, d| Tcp::fin(s, d, 1, 1)), Reason::not_syn);
     }
 }
 
@@ -74,7 +74,7 @@ fn a_server_cannot_open_the_connection_it_is_to_answer() {
     let mut node = node();
     for c in connections() {
         c.establish(&mut node);
-        node.denies(c.server_hook, &c.from_server(Tcp::syn), Reason::no_rule);
+        node.denies(c.server_hook, &c.server_sends(Tcp::syn), Reason::no_rule);
         node.passes(c.server_hook, &c.server_ack(), Reason::established);
     }
 }
@@ -87,7 +87,7 @@ fn the_acknowledgement_of_somebody_who_has_not_seen_the_syn_ack_completes_nothin
         node.denies(c.client_hook, &c.ack(), Reason::invalid_state);
         node.passes(c.server_hook, &c.syn_ack(), Reason::established);
         for acknowledged in [5000, 0, 5001 + (1 << 20), 0x8000_0000] {
-            let blind = c.from_client(|s, d| Tcp::ack(s, d, 1001, acknowledged));
+            let blind = c.client_sends(|s, d| Tcp::ack(s, d, 1001, acknowledged));
             let judged = node.denies(c.client_hook, &blind, Reason::invalid_state);
             // An RST, seen on its way to the client, would end the handshake that the packet only claims to be of.
             assert_eq!(judged.action, Action::Drop);
@@ -120,10 +120,10 @@ fn ports_used_again_after_a_close_are_judged_anew() {
     for c in connections() {
         node.publish(&usual_policy(), &behaviour()).expect("a policy");
         c.establish(&mut node);
-        node.passes(c.client_hook, &c.from_client(|s, d| Tcp::rst(s, d, 1001)), Reason::established);
+        node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::rst(s, d, 1001)), Reason::established);
         assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::RESET));
         c.establish(&mut node);
-        node.passes(c.client_hook, &c.from_client(|s, d| Tcp::rst(s, d, 1001)), Reason::established);
+        node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::rst(s, d, 1001)), Reason::established);
         node.publish(&policy(Vec::new()), &behaviour()).expect("a policy");
         node.denies(c.client_hook, &c.syn(), Reason::no_rule);
     }
@@ -134,7 +134,7 @@ fn a_reset_that_nobody_heeds_closes_nothing() {
     let mut node = node();
     for c in connections() {
         c.establish(&mut node);
-        node.passes(c.server_hook, &c.from_server(|s, d| Tcp::rst(s, d, 77)), Reason::established);
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 77)), Reason::established);
         node.passes(c.client_hook, &c.ack(), Reason::established);
         assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::ESTABLISHED));
     }
@@ -145,7 +145,7 @@ fn a_refused_connection_may_be_tried_again() {
     let mut node = node();
     for c in connections() {
         node.passes(c.client_hook, &c.syn(), Reason::new_flow);
-        node.passes(c.server_hook, &c.from_server(|s, d| Tcp::rst(s, d, 0)), Reason::established);
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 0)), Reason::established);
         c.establish(&mut node);
     }
 }
@@ -156,8 +156,8 @@ fn a_server_that_remembers_an_older_connection_may_say_so() {
     let mut node = node();
     for c in connections() {
         node.passes(c.client_hook, &c.syn(), Reason::new_flow);
-        node.passes(c.server_hook, &c.from_server(|s, d| Tcp::ack(s, d, 9000, 8000)), Reason::established);
-        node.passes(c.client_hook, &c.from_client(|s, d| Tcp::rst(s, d, 8000)), Reason::established);
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::ack(s, d, 9000, 8000)), Reason::established);
+        node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::rst(s, d, 8000)), Reason::established);
         c.establish(&mut node);
     }
 }
@@ -193,7 +193,7 @@ fn flags_that_no_sender_sets_together_are_denied() {
         for flags in 0..=u8::MAX {
             // PSH, ECE and CWR may stand beside anything.
             let known = valid.contains(&(flags & 0x37));
-            let packet = c.from_client(|s, d| {
+            let packet = c.client_sends(|s, d| {
                 let mut tcp = Tcp::ack(s, d, 1, 1);
                 tcp.header.fin = flags & 0x01 != 0;
                 tcp.header.syn = flags & 0x02 != 0;

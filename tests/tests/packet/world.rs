@@ -143,29 +143,29 @@ impl Connection {
         }
     }
 
-    pub(crate) fn from_client(&self, make: impl FnOnce(u16, u16) -> Tcp) -> Packet {
+    pub(crate) fn client_sends(&self, make: impl FnOnce(u16, u16) -> Tcp) -> Packet {
         Packet::new(self.client, self.server).tcp(make(self.client_port, self.server_port))
     }
 
-    pub(crate) fn from_server(&self, make: impl FnOnce(u16, u16) -> Tcp) -> Packet {
+    pub(crate) fn server_sends(&self, make: impl FnOnce(u16, u16) -> Tcp) -> Packet {
         Packet::new(self.server, self.client).tcp(make(self.server_port, self.client_port))
     }
 
     pub(crate) fn syn(&self) -> Packet {
-        self.from_client(Tcp::syn)
+        self.client_sends(Tcp::syn)
     }
 
     pub(crate) fn syn_ack(&self) -> Packet {
-        self.from_server(Tcp::syn_ack)
+        self.server_sends(Tcp::syn_ack)
     }
 
     /// The client's acknowledgement of [`Connection::syn_ack`], and everything it says after it.
     pub(crate) fn ack(&self) -> Packet {
-        self.from_client(|source, destination| Tcp::ack(source, destination, 1001, 5001))
+        self.client_sends(|source, destination| Tcp::ack(source, destination, 1001, 5001))
     }
 
     pub(crate) fn server_ack(&self) -> Packet {
-        self.from_server(|source, destination| Tcp::ack(source, destination, 5001, 1001))
+        self.server_sends(|source, destination| Tcp::ack(source, destination, 5001, 1001))
     }
 
     pub(crate) fn key(&self) -> FlowKey {

@@ -53,7 +53,7 @@ fn unknown_keys_get_a_suggestion() {
     assert_snapshot!(findings(&format!("{MINIMAL}rule: []\nenforcement: {{ondeny: drop, colour: red}}\nmode: audit\nnode-ports: {{}}\n")), @r"
     3:1 rule: unknown key `rule`; did you mean `rules`?
     4:15 ondeny: unknown key `ondeny`; did you mean `onDeny`?
-    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, flows, interfaces, mode, onDeny, scope, timeouts
+    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, flows, interfaces, iptables, mode, onDeny, scope, timeouts
     5:1 mode: unknown key `mode`; write it under `api` or `enforcement`
     6:1 node-ports: unknown key `node-ports`; did you mean `nodePorts`?
     ");
@@ -206,6 +206,8 @@ fn a_pool_beside_node_ports_and_servers() {
     3:66 0: 0 is out of bounds; write a whole number from 1 to 65535
     3:93 x: `x` is not the path of a control group; write the path below the cgroup2 mount, such as / or /kubepods.slice
     ");
+    assert_snapshot!(findings("role: host\nnetworks: {pods: [10.0.0.0/8]}\nportPool: {ports: 61001-61100, masquerade: true}\n"), @"3:44 true: connections of pods are masqueraded on a node, and this is a host; write `role: node`, or remove `masquerade`");
+    assert_snapshot!(findings("role: node\nnetworks: {external: [10.0.0.0/8]}\nkubernetes: {}\nportPool: {ports: 61001-61100, masquerade: true}\n"), @"4:44 true: `masquerade` is for connections of pods, and `networks.pods` names none; add `pods: [...]` under `networks`, or remove `masquerade`");
     assert_snapshot!(findings("role: host\nportPool: {ports: 61001-61100}\n"), @r"
     2:11 {ports: 61001-61100}: the pool has no destinations, and `networks` names none to take instead; add `destinations: [...]`, or the networks under `networks`
     ");
@@ -213,18 +215,71 @@ fn a_pool_beside_node_ports_and_servers() {
 
 #[test]
 fn routes_that_cannot_work() {
-    assert_snapshot!(findings("role: host\nroutes:\n  table: 255\n  protocol: 4\n  metric: -1\n  static:\n    - {to: 10.200.1.0/24, via: 10.200.1.1}\n    - {to: 10.200.2.0/24, via: fd00::1}\n    - {to: 10.200.3.0/24, via: 0.0.0.0}\n    - {to: 10.200.3.0/24, via: 192.168.31.18/24, dev: eth*}\n    - {to: 10.200.3.0/24, via: 192.168.31.18}\n  discovery: {listen: 12345}\n"), @r"
+    assert_snapshot!(findings("role: host
+routes:
+  table: 255
+  protocol: 98
+  metric: -1
+  onWithdraw: blackholes
+  allowInside: [10.0.0.1/8]
+  static:
+    - {to: 10.200.1.0/24, via: 10.200.1.1}
+    - {to: fd00::/64, via: 192.168.31.17}
+    - {to: 10.200.3.0/24, via: 0.0.0.0}
+    - {to: 10.200.4.0/24, via: 192.168.31.18/24, dev: eth*}
+    - {to: 10.200.3.0/24, via: 192.168.31.18}
+    - {to: 10.200.5.0/24}
+    - {to: 10.200.6.0/24, via: 192.168.31.18, blackhole: true}
+    - {to: 10.200.7.0/24, via: [192.168.31.18, {via: 192.168.31.19, weight: 257}]}
+    - {to: 10.200.8.0/24, via: [192.168.31.18], backup: {via: 192.168.31.18}, table: 255}
+    - {to: fd00:1::/64, via: [{via: fe80::17, weight: 2}]}
+    - {to: 0.0.0.0/0, via: 192.168.31.18}
+    - {to: 10.200.10.0/24, gateway: 192.168.31.18}
+  health: {interval: 10ms, timeout: 2s, tcpPort: 0}
+  discovery: {listen: 12345}
+"), @r"
     3:10 255: table 255 holds the kernel's own local addresses; write 254 for the main table, or a table of your own
-    4:13 4: 4 is out of bounds; write a whole number from 5 to 255
+    4:3 protocol: unknown key `protocol`; remove it, or write one of: allowInside, discovery, file, health, metric, onWithdraw, static, table
     5:11 -1: -1 is out of bounds; write a whole number from 0 to 4294967295
-    7:32 10.200.1.1: the next hop 10.200.1.1 is itself inside 10.200.1.0/24, so the route would lead to itself; write the address that the node has on the LAN
-    8:32 fd00::1: fd00::1 and 10.200.2.0/24 are of different IP versions; write a next hop of the same IP version as the destination
-    9:32 0.0.0.0: 0.0.0.0 cannot be a next hop; write the address that the node has on the LAN
-    10:32 192.168.31.18/24: `192.168.31.18/24` is not an IP address; write the address without its prefix length: 192.168.31.18
-    10:55 eth*: `eth*` is a pattern; write the name of one interface, such as eth0
-    11:12 10.200.3.0/24: 10.200.3.0/24 already has a route with metric 1024 at line 9; remove one of them, or give them different metrics
-    12:14 {listen: 12345}: `keyFile` is missing; add `keyFile`, such as `keyFile: /etc/bridge/discovery.key`
-    12:23 12345: `12345` is not an address with a port; write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469
+    6:15 blackholes: `blackholes` is not known here; did you mean `blackhole`?
+    7:17 10.0.0.1/8: `10.0.0.1/8` has bits set after its first 8; write 10.0.0.0/8 for the network, or 10.0.0.1/32 for this one address
+    9:32 10.200.1.1: the next hop 10.200.1.1 is itself inside 10.200.1.0/24, so the route would lead to itself; write the address that the node has on the LAN
+    10:28 192.168.31.17: fd00::/64 is IPv6, and the next hop 192.168.31.17 is not; write an IPv6 next hop
+    11:32 0.0.0.0: 0.0.0.0 cannot be a next hop; write the address that the node has on the LAN
+    12:32 192.168.31.18/24: `192.168.31.18/24` is not an IP address; write the address without its prefix length: 192.168.31.18
+    12:55 eth*: `eth*` is a pattern; write the name of one interface, such as eth0
+    13:12 10.200.3.0/24: 10.200.3.0/24 already has a route at line 11; write one entry with `via: [FIRST, SECOND]` to use both next hops, or with `backup: SECOND`
+    14:7 {to: 10.200.5.0/24}: 10.200.5.0/24 has no next hop; add `via`, such as `via: 192.168.31.17`, or `blackhole: true` to drop its packets
+    15:7 {to: 10.200.6.0/24, via: 192.168.31.18, blackhole: true}: 10.200.6.0/24 has both a next hop and `blackhole`; write `via` to forward its packets, or `blackhole: true` to drop them
+    16:77 257: 257 is out of bounds; write a whole number from 1 to 256
+    17:63 192.168.31.18: the next hop 192.168.31.18 is written twice; write each once, with a `weight` if need be
+    17:86 255: table 255 holds the kernel's own local addresses; write 254 for the main table, or a table of your own
+    18:37 fe80::17: the link-local address fe80::17 exists on every link; add `dev` with the interface
+    19:12 0.0.0.0/0: 0.0.0.0/0 would take over the default route; write the networks of the pods
+    20:28 gateway: unknown key `gateway`; remove it, or write one of: backup, blackhole, dev, metric, table, to, via
+    21:22 10ms: an interval of 10ms would flood the LAN; write 200ms or more
+    21:50 0: 0 is out of bounds; write a whole number from 1 to 65535
+    22:14 {listen: 12345}: `keyFile` is missing; add `keyFile`, such as `keyFile: /etc/bridge/discovery.key`
+    22:23 12345: `12345` is not an address with a port; write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469
+    ");
+    assert_snapshot!(findings("role: host
+routes:
+  health: {interval: 1s, timeout: 2s, tcpPort: 10250}
+  discovery: {listen: 0.0.0.0:12345, keyFile: /etc/bridge/discovery.key}
+"), @r"
+    3:35 2s: a check may take 2s, and the next begins after 1s; write a timeout no longer than `interval`
+    4:14 {listen: 0.0.0.0:12345, keyFile: /etc/bridge/discovery.key}: nothing says which addresses pods may announce; write their networks under `networks.pods`
+    ");
+}
+
+#[test]
+fn iptables_is_told_what_it_can_do() {
+    assert_snapshot!(findings(&format!("{MINIMAL}enforcement:\n  iptables: {{backend: nftables, mark: 0x3000, logRate: 10001, lockWait: 1500ms, lock: 1s}}\n")), @r"
+    4:23 nftables: `nftables` is not known here; write one of: auto, nft, legacy
+    4:39 0x3000: `0x3000` is not one bit of the packet mark; write one bit from 0x1 to 0x80000000, such as 0x2000, that no other program uses
+    4:56 10001: 10001 is out of bounds; write a whole number from 0 to 10000
+    4:73 1500ms: iptables cannot wait 1s500ms for its lock; write whole seconds, from 1s to 1m
+    4:81 lock: unknown key `lock`; remove it, or write one of: backend, lockWait, logRate, mark
     ");
 }
 

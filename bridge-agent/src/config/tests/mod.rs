@@ -21,6 +21,9 @@ fn defaults_are_those_of_the_documentation() {
         (enforcement.scope, enforcement.events.rate, enforcement.events.allowed),
         (Scope::Scoped, 100, false)
     );
+    let iptables = enforcement.iptables;
+    assert_eq!((iptables.backend, iptables.mark.get().get(), iptables.log_rate), (Backend::Auto, 0x2000, 0));
+    assert_eq!(iptables.lock_wait, TimeSpan::seconds(5));
     assert_eq!((enforcement.flows.established, enforcement.flows.half_open), (262_144, 65_536));
     let timeouts = &enforcement.timeouts;
     let seconds = [

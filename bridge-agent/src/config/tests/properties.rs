@@ -11,8 +11,9 @@ use proptest::sample::select;
 use super::{FilePath, parse};
 use crate::config::leaf::Leaf;
 use crate::config::{
-    Config, Enforcement, Engine, Events, Flows, InterfacePattern, Interfaces, Network, Networks, NodePorts,
-    PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan, Timeouts,
+    Backend, Config, Enforcement, Engine, Events, Flows, InterfacePattern, Interfaces, Iptables, Network,
+    Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan,
+    Timeouts,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 
@@ -102,6 +103,12 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                 engines: if one { vec![Engine::Iptables] } else { vec![Engine::Ebpf, Engine::Iptables] },
                 on_deny: if drop { OnDeny::Drop } else { OnDeny::Reject },
                 scope: if strict { Scope::Strict } else { Scope::Scoped },
+                iptables: Iptables {
+                    backend: if one { Backend::Legacy } else { Backend::Auto },
+                    mark: PacketMark::parse(&format!("{:#x}", 1_u32 << (rate % 32))).unwrap(),
+                    log_rate: rate % 10_001,
+                    lock_wait: TimeSpan::seconds(seconds % 60 + 1),
+                },
                 interfaces: Interfaces { external: patterns(external), internal: patterns(internal) },
                 timeouts: Timeouts { tcp_established: TimeSpan::seconds(seconds), ..Timeouts::default() },
                 events: Events { rate, allowed },
@@ -112,7 +119,12 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
 
 fn config() -> impl Strategy<Value = Config> {
     let node_ports = option::of(option::of(ports(30000, 32767)));
-    (vec(rule(), 0..6), enforcement(), node_ports, option::of((ports(33000, 65535), option::of(1_u32..3))))
+    (
+        vec(rule(), 0..6),
+        enforcement(),
+        node_ports,
+        option::of((ports(33000, 65535), option::of(1_u32..3), proptest::bool::ANY)),
+    )
         .prop_map(|(mut rules, enforcement, node_ports, pool)| {
             rules.sort_by(|a, b| a.name.cmp(&b.name));
             rules.dedup_by(|a, b| a.name == b.name);
@@ -123,12 +135,15 @@ fn config() -> impl Strategy<Value = Config> {
                 rules,
                 node_ports: node_ports
                     .map(|allow| NodePorts { allow: allow.unwrap_or_default(), ..NodePorts::default() }),
-                port_pool: pool.map(|(ports, quota)| PortPool {
+                port_pool: pool.map(|(ports, quota, flag)| PortPool {
                     ports,
                     exclude: None,
                     destinations: None,
                     transparent: None,
                     quota,
+                    strict: !flag,
+                    bind_udp: flag,
+                    masquerade: flag,
                 }),
                 routes: None,
                 kubernetes: None,

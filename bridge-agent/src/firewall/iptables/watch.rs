@@ -102,15 +102,29 @@ impl Guard {
     /// If it cannot be put in force.
     pub fn update(&self, policy: Policy) -> Result<(), Error> {
         let mut state = self.shared.state();
+        // A file that is written and a signal that says so are two reloads: the second keeps the counters.
+        if policy == state.policy && matches!(state.firewall.drift(), Ok(None)) {
+            save(&state.firewall, &policy);
+            return Ok(());
+        }
         if let Err(error) = state.firewall.converge(&policy) {
             // Tables are committed one by one: those before the refused one are taken back.
             let before = state.policy.clone();
-            state.firewall.converge(&before)?;
+            if let Err(again) = state.firewall.converge(&before) {
+                // What was refused by then is in force; the watch goes on trying.
+                tracing::error!("cannot go back to the rules of before: {again}");
+            }
             return Err(error);
         }
         save(&state.firewall, &policy);
         state.policy = policy;
         Ok(())
+    }
+
+    /// Whether the watch goes on.
+    #[must_use]
+    pub const fn watches(&self) -> bool {
+        self.thread.is_some()
     }
 
     /// The policy that is kept in force.
@@ -139,7 +153,8 @@ impl Guard {
         self.shared.state().firewall.teardown()
     }
 
-    fn stop(&mut self) {
+    /// Ends the watch and leaves the rules.
+    pub fn stop(&mut self) {
         *self.shared.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
         self.shared.stopped.notify_all();
         if let Some(thread) = self.thread.take()

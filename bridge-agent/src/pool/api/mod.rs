@@ -10,7 +10,6 @@
 //! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
 //! docs/openapi.json describes all of it, and is tested against this server.
 
-mod peer;
 mod reply;
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
@@ -18,20 +17,19 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{ConnectInfo, DefaultBodyLimit, Path, State},
-    http::{StatusCode, header},
+    extract::{ConnectInfo, FromRequestParts, Path},
+    http::{StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
     routing::{delete, get, post},
 };
-use bridge_common::pool::counter;
 use futures_util::stream;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
-pub use self::peer::{Access, ApiError, Peer, Server, listen};
-use self::reply::Problem;
+pub(crate) use self::reply::Problem;
 use super::service::{Service, Transport, Wish};
+use crate::{api::Peer, runtime::Shared};
 
 /// Most bytes of a request's body.
 pub const MAX_BODY: usize = 16 << 10;
@@ -60,25 +58,25 @@ fn one() -> u32 {
     1
 }
 
-/// The routes; to be served with [`Peer`] as connection info, as [`Server::serve`] does.
-pub fn router(service: Arc<Service>) -> Router {
+/// The routes. The pool may come and go with the configuration: it is looked up with each request.
+pub(crate) fn routes() -> Router<Shared> {
     Router::new()
         .route("/v1/leases", post(acquire).get(list))
         .route("/v1/leases/watch", get(watch))
         .route("/v1/leases/{id}", delete(release))
         .route("/v1/pool", get(summary))
-        .method_not_allowed_fallback(async || {
-            Problem::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method",
-                "this path does not take this method; see docs/openapi.json",
-            )
-        })
-        .fallback(async || {
-            Problem::new(StatusCode::NOT_FOUND, "path", "there is no such path; see docs/openapi.json")
-        })
-        .layer(DefaultBodyLimit::max(MAX_BODY))
-        .with_state(service)
+}
+
+/// The pool, for as long as a request takes.
+struct Pool(Arc<Service>);
+
+impl FromRequestParts<Shared> for Pool {
+    type Rejection = Problem;
+
+    async fn from_request_parts(_: &mut Parts, shared: &Shared) -> Result<Self, Problem> {
+        let text = "this agent has no port pool; add `portPool` to its configuration";
+        shared.pool().map(Self).ok_or_else(|| Problem::new(StatusCode::NOT_FOUND, "no-pool", text))
+    }
 }
 
 /// Ends leases whose time is over, for as long as it runs.
@@ -93,7 +91,7 @@ pub async fn expire(service: Arc<Service>) {
 }
 
 async fn acquire(
-    State(service): State<Arc<Service>>,
+    Pool(service): Pool,
     ConnectInfo(peer): ConnectInfo<Peer>,
     body: Result<Bytes, axum::extract::rejection::BytesRejection>,
 ) -> Result<Response, Problem> {
@@ -129,7 +127,7 @@ fn wish(body: &[u8]) -> Result<Wish, Problem> {
 }
 
 async fn release(
-    State(service): State<Arc<Service>>,
+    Pool(service): Pool,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Problem> {
@@ -140,7 +138,7 @@ async fn release(
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn list(State(service): State<Arc<Service>>) -> Result<Response, Problem> {
+async fn list(Pool(service): Pool) -> Result<Response, Problem> {
     let list = tokio::task::spawn_blocking(move || service.list()).await;
     match list {
         Ok(Ok(list)) => Ok(axum::Json(json!({ "ports": list })).into_response()),
@@ -149,7 +147,7 @@ async fn list(State(service): State<Arc<Service>>) -> Result<Response, Problem> 
     }
 }
 
-async fn watch(State(service): State<Arc<Service>>) -> Response {
+async fn watch(Pool(service): Pool) -> Response {
     let happenings = stream::unfold(service.watch(), async |mut receiver| {
         let line = match receiver.recv().await {
             Ok(happening) => serde_json::to_string(&happening).unwrap_or_default(),
@@ -161,36 +159,8 @@ async fn watch(State(service): State<Arc<Service>>) -> Response {
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(happenings)).into_response()
 }
 
-async fn summary(State(service): State<Arc<Service>>) -> Result<Response, Problem> {
-    let backend = service.backend();
-    let layout = backend.layout();
-    let counters = match backend {
-        super::backend::Backend::Kernel(pool) => {
-            let counters = super::tables::lock(pool).counters().map_err(|error| {
-                Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string())
-            })?;
-            let refusals = (1..bridge_common::pool::Refusal::COUNT)
-                .map(|code| {
-                    (bridge_common::pool::Refusal(code).name(), counters[(counter::REFUSALS + code) as usize])
-                })
-                .collect::<std::collections::BTreeMap<_, _>>();
-            json!({
-                "claims": counters[counter::CLAIMS as usize],
-                "releases": counters[counter::RELEASES as usize],
-                "adoptions": counters[counter::ADOPTIONS as usize],
-                "bindRetries": counters[counter::BIND_RETRIES as usize],
-                "eventsLost": counters[counter::EVENTS_LOST as usize],
-                "refusals": refusals,
-            })
-        }
-        super::backend::Backend::Userspace(..) => json!({}),
-    };
-    Ok(axum::Json(json!({
-        "mode": backend.name(),
-        "ports": layout.ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>(),
-        "available": layout.ports.len(),
-        "destinations": service.networks(),
-        "counters": counters,
-    }))
-    .into_response())
+async fn summary(Pool(service): Pool) -> Result<Response, Problem> {
+    let failed = |text: String| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", text);
+    let summary = service.summary().map_err(|error| failed(error.to_string()))?;
+    Ok(axum::Json(summary).into_response())
 }

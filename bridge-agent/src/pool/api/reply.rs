@@ -11,14 +11,14 @@ use super::super::service::ServiceError;
 
 /// An error with its status: `{"code": "...", "error": "..."}`.
 #[derive(Debug)]
-pub(super) struct Problem {
+pub(crate) struct Problem {
     status: StatusCode,
     code: &'static str,
     text: String,
 }
 
 impl Problem {
-    pub(super) fn new(status: StatusCode, code: &'static str, text: impl Into<String>) -> Self {
+    pub(crate) fn new(status: StatusCode, code: &'static str, text: impl Into<String>) -> Self {
         Self { status, code, text: text.into() }
     }
 }

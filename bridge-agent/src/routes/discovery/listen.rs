@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore, broadcast, watch};
+use tokio::sync::{Notify, broadcast, watch};
+use tokio::task::JoinSet;
 
 use super::message::{Announcement, Answer, Key, Message, Status, Token};
 use super::registry::{Entry, Registry, Rules};
@@ -32,7 +33,7 @@ const CHECK: Duration = Duration::from_secs(3);
 const WARNINGS: Duration = Duration::from_secs(10);
 
 /// How to listen.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
     /// `[::]` takes IPv4 too.
     pub listen: SocketAddr,
@@ -67,7 +68,7 @@ pub struct Listener {
 }
 
 struct Shared {
-    options: Options,
+    options: Mutex<Arc<Options>>,
     registry: Mutex<Registry>,
     status: watch::Receiver<Arc<Snapshot>>,
     happenings: broadcast::Sender<RouteEvent>,
@@ -82,7 +83,10 @@ pub fn saved_routes(options: &Options) -> Vec<DesiredRoute> {
     let mut registry = Registry::default();
     if let Some(path) = &options.state {
         match state::load(path, options.rules.max_lifetime) {
-            Ok(entries) => registry.restore(entries),
+            Ok(entries) => {
+                registry.restore(entries);
+                registry.forget_outside(&options.rules.pods);
+            }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "discovery: what was known cannot be read")
             }
@@ -91,17 +95,69 @@ pub fn saved_routes(options: &Options) -> Vec<DesiredRoute> {
     registry.routes()
 }
 
+impl DiscoveryCounters {
+    /// Name and value of each, for metrics.
+    #[must_use]
+    pub fn read(&self) -> [(&'static str, u64); 4] {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        [
+            ("accepted", get(&self.accepted)),
+            ("refused", get(&self.refused)),
+            ("unauthentic", get(&self.unauthentic)),
+            ("expired", get(&self.expired)),
+        ]
+    }
+}
+
+/// To look at a [`Listener`] that runs, and to tell it other options.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+}
+
+impl Handle {
+    /// Other options, but for the address. Pods that the new rules do not believe are forgotten.
+    pub fn adopt(&self, options: Options, publisher: &Publisher) {
+        let pods = options.rules.pods.clone();
+        *self.shared.options.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(options);
+        self.shared.registry().forget_outside(&pods);
+        self.shared.publish(publisher);
+        self.shared.save();
+        self.shared.renewed.notify_one();
+    }
+
+    /// Where announcements are taken.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.shared.options().listen
+    }
+
+    /// How many pods are known.
+    #[must_use]
+    pub fn known(&self) -> usize {
+        self.shared.registry().entries().count()
+    }
+
+    /// Counts, for metrics.
+    #[must_use]
+    pub fn counters(&self) -> Arc<DiscoveryCounters> {
+        self.shared.counters.clone()
+    }
+}
+
 impl Listener {
-    /// Binds. `status` and `happenings` are those of the reconciler that gets the routes: an announcement is
+    /// Binds, inside a tokio runtime. `status` and `happenings` are those of the reconciler that gets the routes: an announcement is
     /// answered once the kernel has its route, and refused with the reason if it does not get there.
-    pub async fn bind(
+    pub fn bind(
         options: Options,
         status: watch::Receiver<Arc<Snapshot>>,
         happenings: broadcast::Sender<RouteEvent>,
     ) -> io::Result<Self> {
-        let socket = TcpListener::bind(options.listen).await?;
+        let socket = std::net::TcpListener::bind(options.listen)?;
+        socket.set_nonblocking(true)?;
+        let socket = TcpListener::from_std(socket)?;
         let shared = Shared {
-            options,
+            options: Mutex::new(Arc::new(options)),
             registry: Mutex::default(),
             status,
             happenings,
@@ -117,17 +173,18 @@ impl Listener {
         self.socket.local_addr()
     }
 
-    /// Counts, for metrics.
+    /// To look at it and to tell it other options while it runs.
     #[must_use]
-    pub fn counters(&self) -> Arc<DiscoveryCounters> {
-        self.shared.counters.clone()
+    pub fn handle(&self) -> Handle {
+        Handle { shared: self.shared.clone() }
     }
 
     async fn serve(self, publisher: Publisher) -> Result<(), SourceError> {
         let Self { socket, shared } = self;
         shared.restore();
         shared.publish(&publisher);
-        let slots = Arc::new(Semaphore::new(CONNECTIONS));
+        // Conversations end with the listener: none of them publishes after that.
+        let mut conversations = JoinSet::new();
         loop {
             let expiry = shared.registry().next_expiry();
             let expire = async {
@@ -139,13 +196,15 @@ impl Listener {
             tokio::select! {
                 () = expire => shared.expire(&publisher),
                 () = shared.renewed.notified() => {}
+                Some(_) = conversations.join_next() => {}
                 accepted = socket.accept() => match accepted {
                     Ok((stream, peer)) => {
-                        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+                        if conversations.len() >= CONNECTIONS {
+                            continue;
+                        }
                         let (shared, publisher) = (shared.clone(), publisher.clone());
-                        tokio::spawn(async move {
+                        conversations.spawn(async move {
                             shared.converse(stream, peer.ip().to_canonical(), &publisher).await;
-                            drop(slot);
                         });
                     }
                     Err(error) => {
@@ -173,9 +232,14 @@ impl Source for Listener {
 }
 
 impl Shared {
+    fn options(&self) -> Arc<Options> {
+        self.options.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     async fn converse(&self, mut stream: TcpStream, egress: IpAddr, publisher: &Publisher) {
         let challenge = rand::random();
-        let key = &self.options.key;
+        let options = self.options();
+        let key = &options.key;
         let announcement = within(PATIENCE, async {
             send(&mut stream, &Message::Hello(challenge), key).await?;
             match receive(&mut stream, key).await? {
@@ -188,11 +252,12 @@ impl Shared {
             Err(error) => return self.unauthentic(egress, &error),
         };
         let clock = clock();
-        let judged = self.registry().judge(&announcement, egress, &challenge, clock, &self.options.rules);
+        let judged = self.registry().judge(&announcement, egress, &challenge, clock, &options.rules);
         let outcome = match judged {
-            Ok(lifetime) => {
-                self.admit(&announcement, egress, lifetime, publisher).await.map(|text| (lifetime, text))
-            }
+            Ok(lifetime) => self
+                .admit(&announcement, egress, lifetime, &options, publisher)
+                .await
+                .map(|text| (lifetime, text)),
             Err(disbelief) => Err(disbelief.to_string()),
         };
         let who = format!("pod {} ({}) from {egress}", announcement.address, announcement.name);
@@ -220,10 +285,11 @@ impl Shared {
         announcement: &Announcement,
         egress: IpAddr,
         lifetime: Duration,
+        options: &Options,
         publisher: &Publisher,
     ) -> Result<String, String> {
         let address = announcement.address;
-        if self.options.check && announcement.check_port == 0 {
+        if options.check && announcement.check_port == 0 {
             return Err(
                 "the host checks pods by connecting back, and the announcement names no port for that"
                     .to_owned(),
@@ -233,8 +299,8 @@ impl Shared {
         self.registry().begin(address, entry.clone());
         let version = self.publish(publisher);
         let mut outcome = self.routed(address, version).await;
-        if outcome.is_ok() && self.options.check {
-            let check = self.check(announcement).await;
+        if outcome.is_ok() && options.check {
+            let check = check(announcement, &options.key).await;
             outcome = outcome.and_then(|text| match check {
                 Ok(()) => Ok(text),
                 Err(error) => Err(format!(
@@ -274,20 +340,6 @@ impl Shared {
         }
     }
 
-    async fn check(&self, announcement: &Announcement) -> Result<(), ExchangeError> {
-        let key = &self.options.key;
-        let token = Token { nonce: announcement.nonce, challenge: rand::random() };
-        within(CHECK, async {
-            let mut stream = TcpStream::connect((announcement.address, announcement.check_port)).await?;
-            send(&mut stream, &Message::Check(token), key).await?;
-            match receive(&mut stream, key).await? {
-                Message::Proof(proof) if proof == token => Ok(()),
-                _ => Err(ExchangeError::OutOfTurn),
-            }
-        })
-        .await
-    }
-
     fn expire(&self, publisher: &Publisher) {
         let expired = self.registry().expire(Instant::now());
         for (address, entry) in &expired {
@@ -310,9 +362,14 @@ impl Shared {
     }
 
     fn restore(&self) {
-        let Some(path) = &self.options.state else { return };
-        match state::load(path, self.options.rules.max_lifetime) {
-            Ok(entries) => self.registry().restore(entries),
+        let options = self.options();
+        let Some(path) = &options.state else { return };
+        match state::load(path, options.rules.max_lifetime) {
+            Ok(entries) => {
+                let mut registry = self.registry();
+                registry.restore(entries);
+                registry.forget_outside(&options.rules.pods);
+            }
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "discovery: starting without what was known before")
             }
@@ -320,7 +377,8 @@ impl Shared {
     }
 
     fn save(&self) {
-        let Some(path) = &self.options.state else { return };
+        let options = self.options();
+        let Some(path) = &options.state else { return };
         if let Err(error) = state::save(path, self.registry().entries()) {
             tracing::warn!(path = %path.display(), %error, "discovery: what is known will not outlive a restart");
         }
@@ -340,10 +398,23 @@ impl Shared {
     fn happened(&self, kind: EventKind, text: String) {
         tracing::info!(?kind, "{text}");
         // Nobody listening is fine.
-        _ = self.happenings.send(RouteEvent { kind, text });
+        _ = self.happenings.send(RouteEvent::now(kind, text));
     }
 
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+async fn check(announcement: &Announcement, key: &Key) -> Result<(), ExchangeError> {
+    let token = Token { nonce: announcement.nonce, challenge: rand::random() };
+    within(CHECK, async {
+        let mut stream = TcpStream::connect((announcement.address, announcement.check_port)).await?;
+        send(&mut stream, &Message::Check(token), key).await?;
+        match receive(&mut stream, key).await? {
+            Message::Proof(proof) if proof == token => Ok(()),
+            _ => Err(ExchangeError::OutOfTurn),
+        }
+    })
+    .await
 }

@@ -59,7 +59,7 @@ const MAX_TEXT: usize = 400;
 pub type Nonce = [u8; 16];
 
 /// A pre-shared key. Never printed.
-#[derive(Clone)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Key(Vec<u8>);
 
 impl std::fmt::Debug for Key {

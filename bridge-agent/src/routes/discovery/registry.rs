@@ -12,7 +12,7 @@ use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::host;
 
 /// What is believed of an announcement.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rules {
     /// Pods are in these networks; empty believes any address.
     pub pods: Vec<IpNet>,
@@ -175,6 +175,13 @@ impl Registry {
     /// Those that were checked, by address.
     pub fn entries(&self) -> impl Iterator<Item = (&IpAddr, &Entry)> {
         self.entries.iter()
+    }
+
+    /// Forgets pods outside of all these networks, unless there are none.
+    pub fn forget_outside(&mut self, pods: &[IpNet]) {
+        if !pods.is_empty() {
+            self.entries.retain(|address, _| pods.iter().any(|net| net.contains(address)));
+        }
     }
 
     /// Takes up what an earlier run knew.

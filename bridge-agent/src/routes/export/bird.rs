@@ -9,7 +9,9 @@ use crate::routes::model::TABLE_MAIN;
 /// are stated as a remark and set as attribute.
 pub(super) fn config(lines: &[Line]) -> String {
     let mut text = String::from(
-        "# Include this from bird.conf, beside a `protocol kernel` for each family with\n# `export where source = RTS_STATIC; }; metric 0; merge paths on;` (metric 0 lets krt_metric through).\n",
+        "# Include this from bird.conf, beside a kernel protocol for each family (metric 0 lets krt_metric through):\n\
+         # protocol kernel { ipv4 { export where source = RTS_STATIC; }; metric 0; merge paths on; }\n\
+         # protocol kernel { ipv6 { export where source = RTS_STATIC; }; metric 0; merge paths on; }\n",
     );
     for (v6, family) in [(false, "ipv4"), (true, "ipv6")] {
         let mut lines = lines.iter().filter(|line| line.v6() == v6).peekable();

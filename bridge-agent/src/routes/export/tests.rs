@@ -2,8 +2,8 @@ use super::*;
 use crate::routes::SourceKind;
 
 fn routes(yaml: &str) -> Vec<DesiredRoute> {
-    let entries: Vec<crate::routes::sources::StaticRoute> = serde_saphyr::from_str(yaml).unwrap();
-    crate::routes::sources::static_routes(&entries).unwrap()
+    let entries: Vec<crate::config::StaticRoute> = serde_saphyr::from_str(yaml).unwrap();
+    crate::routes::sources::static_routes(&entries)
 }
 
 /// A pod of a node, a network with a metric and table of its own, a blackhole; both families.

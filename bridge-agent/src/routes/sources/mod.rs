@@ -16,7 +16,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 
 pub use file::{ClusterFile, FileError, FileSource, Node, Pod};
-pub use fixed::{DetailedVia, OneOrMany, StaticError, StaticRoute, Via, static_routes};
+pub use fixed::static_routes;
 use merge::merge;
 pub use merge::{Merged, Shadowed};
 

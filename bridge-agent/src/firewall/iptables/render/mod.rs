@@ -21,7 +21,7 @@ use std::num::NonZeroU32;
 use ipnet::IpNet;
 
 use super::ruleset::{Chain, Family, Jump, Line, Ruleset, Table, TableRules};
-use crate::config::Scope;
+use crate::config::{PacketMark, Scope};
 use crate::model::{Action, Direction, Mode, OnDeny, Policy, Protocol, Rule};
 
 /// Entry from FORWARD of table filter.
@@ -46,13 +46,9 @@ pub struct Options {
     pub log_per_second: Option<NonZeroU32>,
 }
 
-/// Not among the bits of kube-proxy (0x4000, 0x8000), Calico (0xffff0000), Cilium (0xffff0f00), Tailscale (0xff0000)
-/// or the AWS VPC CNI (0x80).
-const DEFAULT_MARK: NonZeroU32 = NonZeroU32::new(0x2000).unwrap();
-
 impl Default for Options {
     fn default() -> Self {
-        Self { scope: Scope::Scoped, mark: DEFAULT_MARK, log_per_second: None }
+        Self { scope: Scope::Scoped, mark: PacketMark::default().get(), log_per_second: None }
     }
 }
 

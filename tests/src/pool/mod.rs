@@ -1,13 +1,13 @@
 //! What tests of the port pool share: a pool in a lab, programs in its control group, and a watch on the wire.
 
+mod programs;
+
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
-    io::{self, Read as _},
+    fs, io,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
-    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use bridge_agent::{
     model::PortRange,
     pool::{KernelPool, Layout, Settings, attach, layout::Occupied},
@@ -26,10 +26,12 @@ use serde::{Deserialize, Serialize};
 use socket2::SockFilter;
 
 use crate::{
-    lab::{Lab, Netns, Process},
+    lab::{Lab, Netns},
     wait::eventually,
     wire::Capture,
 };
+
+pub use self::programs::{end, finish, hold, in_cgroup, line, output, ports, python, serve};
 
 /// The eBPF object of the pool.
 pub fn object() -> Result<Vec<u8>> {
@@ -62,11 +64,8 @@ impl Stand {
     }
 
     /// Puts a command into the hooked control group.
-    pub fn hooked(&self, mut command: Command) -> Command {
-        let processes = self.cgroup.join("cgroup.procs");
-        // SAFETY: between fork and exec it opens and writes one file; the path was made before.
-        unsafe { command.pre_exec(move || fs::write(&processes, "0")) };
-        command
+    pub fn hooked(&self, command: Command) -> Command {
+        in_cgroup(&self.cgroup, command)
     }
 
     /// One of the counters of [`counter`].
@@ -88,28 +87,6 @@ impl Stand {
             }
         }
     }
-}
-
-/// A python3 command.
-pub fn python(script: &str) -> Command {
-    let mut command = Command::new("python3");
-    command.args(["-c", script]);
-    command
-}
-
-/// Runs a command to its end in a namespace, with a deadline, and returns what it printed.
-pub fn output(netns: &Netns, mut command: Command, deadline: Duration) -> Result<String> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
-    finish(netns.spawn_command(command)?, deadline)
-}
-
-/// Waits for a program whose standard output is a pipe that cannot fill up, and returns what it printed.
-pub fn finish(mut process: Process, deadline: Duration) -> Result<String> {
-    let status = process.wait(deadline)?.context("the program did not end in time")?;
-    let mut text = String::new();
-    process.child().stdout.take().context("a pipe")?.read_to_string(&mut text)?;
-    ensure!(status.success(), "{status}: {text}");
-    Ok(text)
 }
 
 /// What `pool_traffic churn` is to do.

@@ -1,0 +1,86 @@
+//! Who is at the other end of the socket, and how long that one stays.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use axum::{
+    extract::connect_info::Connected,
+    serve::{IncomingStream, Listener},
+};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::{
+    pool::{owner::netns_cookie, service::Client},
+    runtime::Shared,
+};
+
+/// A connection of a client; the last clone of it ends its leases.
+#[derive(Clone, Debug)]
+pub(crate) struct Peer(Arc<Connection>);
+
+#[derive(Debug)]
+struct Connection {
+    client: Client,
+    shared: Shared,
+}
+
+impl Peer {
+    fn new(pid: u32, uid: u32, shared: &Shared) -> Self {
+        // Never used again, whichever pool there is.
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let connection = NEXT.fetch_add(1, Ordering::Relaxed);
+        let client = Client { connection, pid, uid, netns: netns_cookie(pid).ok() };
+        Self(Arc::new(Connection { client, shared: shared.clone() }))
+    }
+
+    pub(crate) fn client(&self) -> &Client {
+        &self.0.client
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(pool) = self.shared.pool() {
+            pool.hang_up(self.client.connection);
+        }
+    }
+}
+
+/// The listening socket, whose connections know their client.
+#[derive(Debug)]
+pub(super) struct Peers {
+    pub(super) listener: UnixListener,
+    pub(super) shared: Shared,
+}
+
+impl Listener for Peers {
+    type Io = UnixStream;
+    type Addr = Peer;
+
+    async fn accept(&mut self) -> (UnixStream, Peer) {
+        loop {
+            let (stream, _) = Listener::accept(&mut self.listener).await;
+            // Without credentials it is gone already.
+            if let Ok(credentials) = stream.peer_cred() {
+                let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+                return (stream, Peer::new(pid, credentials.uid(), &self.shared));
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Peer> {
+        let client = Client { connection: 0, pid: 0, uid: 0, netns: None };
+        Ok(Peer(Arc::new(Connection { client, shared: self.shared.clone() })))
+    }
+}
+
+impl Connected<IncomingStream<'_, Peers>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Peers>) -> Self {
+        stream.remote_addr().clone()
+    }
+}

@@ -1,0 +1,173 @@
+//! What clients of the pool ask for, and what they are told.
+
+use std::{net::SocketAddr, time::Duration};
+
+use bridge_common::pool::Refusal;
+use serde::{Deserialize, Serialize};
+
+use super::owner::Owner;
+
+/// TCP or UDP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// RFC 9293.
+    #[default]
+    Tcp,
+    /// RFC 768, connected sockets.
+    Udp,
+}
+
+/// Who asks: the process at the other end of the socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// Number of its connection to the agent.
+    pub connection: u64,
+    /// Process id.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// `SO_NETNS_COOKIE` of its network namespace, if it could be found out.
+    pub netns: Option<u64>,
+}
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wish {
+    /// Where the client will connect to.
+    pub destination: SocketAddr,
+    /// With which protocol.
+    pub transport: Transport,
+    /// How many ports; all or none.
+    pub count: u32,
+    /// How long to wait for them.
+    pub wait: Duration,
+    /// How long to hold them; `None`: as long as the client's connection to the agent.
+    pub time: Option<Duration>,
+}
+
+/// A port that a client holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Leased {
+    /// For [`Service::release`].
+    pub id: u64,
+    /// The port to bind, with SO_REUSEADDR.
+    pub port: u16,
+    /// The only destination it is good for.
+    pub destination: SocketAddr,
+    /// The only protocol it is good for.
+    pub protocol: Transport,
+    /// Milliseconds left; left out: as long as the connection to the agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_in_ms: Option<u64>,
+}
+
+/// A port in use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Holding {
+    /// `lease`: from this API. `socket`: a connection.
+    pub kind: &'static str,
+    /// Of a lease.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
+    /// The source port.
+    pub port: u16,
+    /// Where it leads to; left out for an unconnected UDP socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination: Option<SocketAddr>,
+    /// TCP or UDP.
+    pub protocol: Transport,
+    /// Who has it.
+    #[serde(flatten)]
+    pub owner: Owner,
+    /// Since when, in milliseconds.
+    pub age_ms: u64,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "event", rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Happening {
+    /// A lease began.
+    Acquired {
+        /// The lease.
+        lease: Leased,
+        /// Who has it.
+        pid: u32,
+    },
+    /// A lease ended.
+    Released {
+        /// The lease.
+        id: u64,
+        /// Its port.
+        port: u16,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A program was refused a port.
+    Refused {
+        /// See [`Refusal::name`].
+        reason: &'static str,
+        /// Where it wanted to connect to.
+        destination: SocketAddr,
+        /// TCP or UDP.
+        protocol: Transport,
+        /// The process.
+        pid: u32,
+        /// Its user.
+        uid: u32,
+        /// Its name.
+        command: String,
+    },
+}
+
+/// Why a request is not met.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ServiceError {
+    /// See the text.
+    #[error(
+        "{destination} is not a destination of the pool ({networks}); add it to portPool.destinations, or connect without the pool"
+    )]
+    NotADestination {
+        /// What was asked for.
+        destination: SocketAddr,
+        /// What there is.
+        networks: String,
+    },
+    /// See the text.
+    #[error("{count} ports are asked for, the pool has {available}")]
+    TooMany {
+        /// Asked for.
+        count: u32,
+        /// In the pool.
+        available: u32,
+    },
+    /// See the text.
+    #[error(
+        "the network namespace of the client cannot be found out; the agent must see its process (hostPID: true) and be allowed to enter its namespace"
+    )]
+    Stranger,
+    /// See the text.
+    #[error("no port is left for this destination: {}", hint(*.0))]
+    Refused(Refusal),
+    /// See the text.
+    #[error("there is no lease {0}; it may have ended with its time or its connection")]
+    NoLease(u64),
+    /// See the text.
+    #[error("lease {0} belongs to another user")]
+    NotYours(u64),
+}
+
+fn hint(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::QUOTA => {
+            "the quota of this network namespace is used up; close connections or raise portPool.quota"
+        }
+        Refusal::TABLE_FULL => {
+            "the pool's tables are full; fewer destinations at once, or a smaller span of ports"
+        }
+        _ => "all are in use, or were used by somebody else a moment ago; wait, or enlarge portPool.ports",
+    }
+}

@@ -1,0 +1,141 @@
+//! The programs of the pool, and the control groups that they are attached to.
+
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    programs::{
+        CgroupAttachMode, Program,
+        links::{FdLink, LinkError},
+    },
+};
+
+use super::{
+    KernelPool,
+    attach::{self, CgroupError},
+    kernel::KernelPoolError,
+    pins,
+};
+
+/// The programs of the object, in the order in which they are attached: what releases comes before what claims, so that
+/// no claim goes unseen.
+pub const PROGRAMS: [&str; 8] = [
+    "pool_sock_ops",
+    "pool_release",
+    "pool_sendmsg4",
+    "pool_sendmsg6",
+    "pool_bind4",
+    "pool_bind6",
+    "pool_connect4",
+    "pool_connect6",
+];
+
+/// What the names of the control groups of `bridge-agent exec` begin with; directly below the mount.
+pub const EXEC_PREFIX: &str = "bridge-exec-";
+
+/// What the names of the directories of pinned links begin with.
+const LINKS_PREFIX: &str = "cgroup-";
+
+impl KernelPool {
+    /// Hooks a control group, given by its path below `mount`, and pins the links: the hooks stay when the agent ends.
+    ///
+    /// What an earlier agent hooked is replaced without a gap: for a moment both are there, and the second one finds the
+    /// port already claimed.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn attach(&mut self, mount: &Path, cgroup: &Path) -> Result<(), KernelPoolError> {
+        let group = attach::open(mount, cgroup)?;
+        let directory = self.links(&group)?;
+        pins::make_directory(&directory)?;
+        for name in PROGRAMS {
+            let link = self.attach_one(name, &group)?;
+            let (path, next) = (directory.join(name), directory.join(format!("{name}_next")));
+            let _ = fs::remove_file(&next);
+            link.pin(&next)
+                .map_err(|error| KernelPoolError::Link { path: next.clone(), reason: error.to_string() })?;
+            fs::rename(&next, &path)
+                .map_err(|error| KernelPoolError::Link { path: path.clone(), reason: error.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// Hooks a control group for as long as the answer lives.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn attach_for_now(&mut self, group: &fs::File) -> Result<Vec<FdLink>, KernelPoolError> {
+        PROGRAMS.into_iter().map(|name| self.attach_one(name, group)).collect()
+    }
+
+    /// Hooks these control groups, and no others; those of `bridge-agent exec` stay as they are.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`]; if a group is missing, before anything was changed.
+    pub fn set_cgroups(&mut self, cgroups: &[PathBuf]) -> Result<(), KernelPoolError> {
+        let mount = match attach::mount_point() {
+            Err(CgroupError::NotMounted) if cgroups.is_empty() => return Ok(()),
+            mount => mount?,
+        };
+        let of_exec = attach::entries(&mount, EXEC_PREFIX).filter_map(|path| fs::File::open(path).ok());
+        let mut wanted = of_exec.map(|group| self.links(&group)).collect::<Result<HashSet<_>, _>>()?;
+        for cgroup in cgroups {
+            wanted.insert(self.links(&attach::open(&mount, cgroup)?)?);
+        }
+        for cgroup in cgroups {
+            self.attach(&mount, cgroup)?;
+        }
+        for links in attach::entries(&self.pins, LINKS_PREFIX).filter(|links| !wanted.contains(links)) {
+            fs::remove_dir_all(&links)
+                .map_err(|error| KernelPoolError::Link { path: links, reason: error.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// bpffs takes no dots in names, so a group goes by the number of its directory, which is also its id.
+    fn links(&self, group: &fs::File) -> Result<PathBuf, KernelPoolError> {
+        let id =
+            group.metadata().map_err(|source| CgroupError::Read { path: "cgroup".into(), source })?.ino();
+        Ok(self.pins.join(format!("{LINKS_PREFIX}{id}")))
+    }
+
+    fn attach_one(&mut self, name: &'static str, group: &fs::File) -> Result<FdLink, KernelPoolError> {
+        let error = |source| KernelPoolError::Program { name, source };
+        let pin = |error: LinkError| KernelPoolError::Link { path: name.into(), reason: error.to_string() };
+        // A link is always one among several, and takes no flag that says so.
+        let mode = CgroupAttachMode::Single;
+        match self.ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
+            Program::CgroupSockAddr(program) => {
+                let id = program.attach(group, mode).map_err(error)?;
+                program.take_link(id).map_err(error)?.try_into().map_err(pin)
+            }
+            Program::CgroupSock(program) => {
+                let id = program.attach(group, mode).map_err(error)?;
+                program.take_link(id).map_err(error)?.try_into().map_err(pin)
+            }
+            Program::SockOps(program) => {
+                let id = program.attach(group, mode).map_err(error)?;
+                program.take_link(id).map_err(error)?.try_into().map_err(pin)
+            }
+            _ => Err(KernelPoolError::Missing(name)),
+        }
+    }
+}
+
+pub(super) fn load_programs(ebpf: &mut Ebpf) -> Result<(), KernelPoolError> {
+    for name in PROGRAMS {
+        match ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            Program::SockOps(program) => program.load(),
+            _ => return Err(KernelPoolError::Missing(name)),
+        }
+        .map_err(|source| KernelPoolError::Program { name, source })?;
+    }
+    Ok(())
+}

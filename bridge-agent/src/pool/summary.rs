@@ -1,0 +1,173 @@
+//! The pool in figures.
+
+use bridge_common::pool::{Refusal, counter};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    backend::{Backend, Held},
+    kernel::KernelPoolError,
+    tables::lock,
+};
+
+/// The pool in figures.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Summary {
+    /// `kernel`, or `userspace` where the kernel cannot hold the pool.
+    pub mode: String,
+    /// The ports, as ranges.
+    pub ports: Vec<String>,
+    /// How many ports there are towards each destination.
+    pub available: u32,
+    /// Connections to these networks use the pool.
+    pub destinations: Vec<IpNet>,
+    /// Ports in use, over all destinations.
+    pub held: u64,
+    /// Ports that only the network namespace that used them last may have yet, over all destinations.
+    pub warm: u64,
+    /// What the hooks did; all 0 without them.
+    pub counters: Counters,
+    /// What the agent did for those who asked it.
+    pub leases: Leases,
+    /// What spoils the pool, with the remedy.
+    pub warnings: Vec<String>,
+}
+
+/// What the hooks did since they were first loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Counters {
+    /// Ports claimed, taken over from a lease included.
+    pub claims: u64,
+    /// Ports given back.
+    pub releases: u64,
+    /// Claims of a port that the program had bound itself.
+    pub adoptions: u64,
+    /// Binds that the kernel refused, because of a socket outside the pool.
+    pub bind_retries: u64,
+    /// Events that were not written.
+    pub events_lost: u64,
+    /// Connects that were refused.
+    pub refusals: Refusals,
+}
+
+/// What the agent did for those who asked it, since it started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Leases {
+    /// Leases that are not over.
+    pub held: u64,
+    /// Ports leased.
+    pub acquired: u64,
+    /// Leases that are over, in whatever way.
+    pub released: u64,
+    /// Requests that were refused for want of a port.
+    pub refusals: Refusals,
+}
+
+/// Refusals by reason; see [`Refusal`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[expect(missing_docs, reason = "they are the names of the reasons")]
+pub struct Refusals {
+    pub exhausted: u64,
+    pub outside: u64,
+    pub taken: u64,
+    pub quota: u64,
+    pub table_full: u64,
+    pub bind: u64,
+    pub memory: u64,
+}
+
+impl Refusals {
+    fn of(&mut self, refusal: Refusal) -> Option<&mut u64> {
+        Some(match refusal {
+            Refusal::EXHAUSTED => &mut self.exhausted,
+            Refusal::OUTSIDE => &mut self.outside,
+            Refusal::TAKEN => &mut self.taken,
+            Refusal::QUOTA => &mut self.quota,
+            Refusal::TABLE_FULL => &mut self.table_full,
+            Refusal::BIND => &mut self.bind,
+            Refusal::MEMORY => &mut self.memory,
+            _ => return None,
+        })
+    }
+
+    /// Every reason that there is, and how often.
+    pub fn iter(mut self) -> impl Iterator<Item = (&'static str, u64)> {
+        (1..Refusal::COUNT).filter_map(move |code| {
+            let refusal = Refusal(code);
+            self.of(refusal).map(|count| (refusal.name(), *count))
+        })
+    }
+}
+
+impl Leases {
+    pub(super) fn count_refusal(&mut self, refusal: Refusal) {
+        if let Some(count) = self.refusals.of(refusal) {
+            *count += 1;
+        }
+    }
+}
+
+impl Summary {
+    /// What a backend says of itself.
+    pub(super) fn of(backend: &Backend) -> Result<Self, KernelPoolError> {
+        let layout = backend.layout();
+        let Held { held, warm } = backend.held()?;
+        let counters = match backend {
+            Backend::Kernel(pool) => Counters::of(&lock(pool).counters()?),
+            Backend::Userspace(_) => Counters::default(),
+        };
+        Ok(Self {
+            mode: backend.name().to_owned(),
+            ports: layout.ports.ranges().iter().map(ToString::to_string).collect(),
+            available: layout.ports.len(),
+            held,
+            warm,
+            counters,
+            ..Self::default()
+        })
+    }
+}
+
+impl Counters {
+    fn of(counts: &[u64; counter::COUNT as usize]) -> Self {
+        let count = |index: u32| counts[index as usize];
+        let mut refusals = Refusals::default();
+        for code in 1..Refusal::COUNT {
+            if let Some(refused) = refusals.of(Refusal(code)) {
+                *refused = count(counter::REFUSALS + code);
+            }
+        }
+        Self {
+            claims: count(counter::CLAIMS),
+            releases: count(counter::RELEASES),
+            adoptions: count(counter::ADOPTIONS),
+            bind_retries: count(counter::BIND_RETRIES),
+            events_lost: count(counter::EVENTS_LOST),
+            refusals,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_place_under_its_name() {
+        let mut counts = [0; counter::COUNT as usize];
+        for code in 1..Refusal::COUNT {
+            counts[(counter::REFUSALS + code) as usize] = u64::from(code);
+        }
+        let refusals = Counters::of(&counts).refusals;
+        let listed: Vec<_> = refusals.iter().collect();
+        let expected: Vec<_> =
+            (1..Refusal::COUNT).map(|code| (Refusal(code).name(), u64::from(code))).collect();
+        assert_eq!(listed, expected);
+        let json = serde_json::to_value(refusals).unwrap();
+        assert!(expected.iter().all(|(name, count)| json[name] == *count), "{json}");
+    }
+}

@@ -1,0 +1,107 @@
+//! The port pool as the run loop keeps it: started, changed and withdrawn with the configuration.
+
+use std::path::Path;
+
+use tokio::task::JoinHandle;
+
+use super::status::Shared;
+use crate::{
+    config::Config,
+    datapath::object,
+    pool::{
+        Settings,
+        run::{self, Places, StartError, Started},
+    },
+};
+
+/// Where the pool has its pins and what it must find again after a crash: beside the socket of the agent, in a directory
+/// that lasts as long as the kernel does.
+pub(crate) fn places(pin_root: &Path, socket: &Path) -> Places {
+    let state = socket.parent().unwrap_or(Path::new("/")).to_owned();
+    Places { pins: pin_root.to_owned(), state }
+}
+
+/// The pool, if one is wanted.
+pub(super) struct PortPool {
+    places: Places,
+    shared: Shared,
+    running: Option<Running>,
+}
+
+struct Running {
+    started: Started,
+    keeper: JoinHandle<()>,
+    /// Whether its hooks were there before.
+    adopted: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.keeper.abort();
+    }
+}
+
+/// What [`PortPool::undo`] goes back to.
+pub(super) struct Before(Option<Settings>);
+
+impl PortPool {
+    /// No pool yet.
+    pub(super) fn new(places: Places, shared: Shared) -> Self {
+        Self { places, shared, running: None }
+    }
+
+    /// Brings what the configuration asks for into force: starts a pool, or changes the one there is. One that is not
+    /// wanted any more stays, until [`PortPool::settle`].
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing has changed then.
+    pub(super) fn prepare(&mut self, config: &Config) -> Result<Before, StartError> {
+        let wanted = Settings::from_config(config);
+        let before = Before(self.running.as_ref().map(|running| running.started.settings().clone()));
+        match (&mut self.running, &wanted) {
+            (Some(running), Some(settings)) => running.started.change(settings)?,
+            (None, Some(settings)) => {
+                let adopted = self.places.is_pinned();
+                let mut started = run::start(object::POOL, settings, &self.places)?;
+                self.shared.set_pool(Some(started.service.clone()));
+                let keeper = tokio::spawn(started.keep());
+                self.running = Some(Running { started, keeper, adopted });
+            }
+            (_, None) => {}
+        }
+        Ok(before)
+    }
+
+    /// Goes back to what was before [`PortPool::prepare`], since another part of the agent could not follow.
+    pub(super) fn undo(&mut self, before: Before) {
+        match (&mut self.running, before.0) {
+            (Some(running), Some(settings)) => {
+                if let Err(error) = running.started.change(&settings) {
+                    tracing::error!(%error, "the port pool has the ports of the configuration that was refused");
+                }
+            }
+            (Some(running), None) if !running.adopted => self.withdraw(),
+            // An agent before this one left it: it goes on as it did before.
+            (running, _) => {
+                *running = None;
+                self.shared.set_pool(None);
+            }
+        }
+    }
+
+    /// Takes the pool away if the configuration asks for none; also one of an earlier agent.
+    pub(super) fn settle(&mut self, config: &Config) {
+        if Settings::from_config(config).is_none() && (self.running.is_some() || self.places.is_pinned()) {
+            self.withdraw();
+        }
+    }
+
+    fn withdraw(&mut self) {
+        self.shared.set_pool(None);
+        self.running = None;
+        match run::stop(&self.places) {
+            Ok(()) => tracing::info!("port pool withdrawn"),
+            Err(error) => tracing::error!(%error, "something of the port pool is left"),
+        }
+    }
+}
