@@ -60,6 +60,12 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Send the same random packets through eBPF and through iptables, and compare what becomes of them
+    Parity {
+        /// For instance --packets 1000000 --seed 1
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -71,6 +77,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::main(),
         Command::Abi { bless } => abi::main(bless),
         Command::Bench { arguments } => run::bench(&arguments),
+        Command::Parity { arguments } => run::parity(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -103,5 +110,12 @@ mod tests {
         let parsed = Arguments::try_parse_from(["cargo xtask", "bench", "--quick", "forward"]);
         let Ok(Arguments { command: Command::Bench { arguments } }) = parsed else { panic!() };
         assert_eq!(arguments, ["--quick", "forward"]);
+    }
+
+    #[test]
+    fn arguments_of_the_comparison_pass_through() {
+        let parsed = Arguments::try_parse_from(["cargo xtask", "parity", "--packets", "9", "--seed", "1"]);
+        let Ok(Arguments { command: Command::Parity { arguments } }) = parsed else { panic!() };
+        assert_eq!(arguments, ["--packets", "9", "--seed", "1"]);
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask run` and `cargo xtask bench`: build, and become the program, as root.
+//! `cargo xtask run`, `cargo xtask bench` and `cargo xtask parity`: build, and become the program, as root.
 
 use std::ffi::OsString;
 
@@ -28,6 +28,14 @@ pub(crate) fn main(lab: &[OsString], agent: &[OsString]) -> Result<()> {
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
     built(true, "bridge-tests", "bench", arguments)
+}
+
+/// `cargo xtask parity`. Not optimised: what takes its time is the kernel and iptables.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn parity(arguments: &[OsString]) -> Result<()> {
+    built(false, "bridge-tests", "parity", arguments)
 }
 
 /// Builds binary `bin` of `package`, and the agent beside it, and becomes it.

@@ -23,6 +23,7 @@ pub(crate) mod protocol {
     pub(crate) const ROUTING: u8 = 43;
     pub(crate) const FRAGMENT: u8 = 44;
     pub(crate) const AUTHENTICATION: u8 = 51;
+    pub(crate) const NO_NEXT_HEADER: u8 = 59;
     pub(crate) const DESTINATION: u8 = 60;
 }
 
@@ -300,6 +301,9 @@ fn parse_v6(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u
                 | protocol::DESTINATION
         );
         if !is_extension {
+            if packet.protocol == protocol::NO_NEXT_HEADER {
+                break;
+            }
             return Ok(first_fragment);
         }
         let Some(extension) = load::<8>(skb, packet.l4) else { break };

@@ -9,23 +9,29 @@ pub enum Difference {
     AuthenticationHeader,
     /// A TCP segment outside the window.
     Window,
-    /// A wrong layer 4 checksum.
-    Checksum,
+    /// A wrong TCP or UDP checksum, or a UDP length that is not the packet's.
+    Damage,
     /// A SYN from the side that was asked, while the connection stands.
     TurnedRound,
     /// An ICMP error of a LAN router about a flow between others that was never seen.
     UntrackedError,
+    /// Two hosts ping each other with the same identifier.
+    CrossingQueries,
+    /// An IPv6 routing header that leads on to somebody else.
+    SourceRoute,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
-        Self::Checksum,
+        Self::Damage,
         Self::TurnedRound,
         Self::UntrackedError,
+        Self::CrossingQueries,
+        Self::SourceRoute,
     ];
 
     /// As docs/parity.md calls it.
@@ -35,9 +41,11 @@ impl Difference {
             Self::ShortFragment => "short fragment",
             Self::AuthenticationHeader => "authentication header",
             Self::Window => "outside the window",
-            Self::Checksum => "wrong checksum",
+            Self::Damage => "damage",
             Self::TurnedRound => "connection turned round",
             Self::UntrackedError => "error about what is not followed",
+            Self::CrossingQueries => "crossing pings",
+            Self::SourceRoute => "segments left",
         }
     }
 }

@@ -64,6 +64,7 @@ impl Node {
                 // Parts of datagrams whose first fragment was denied are forgotten before their numbers come again.
                 ("ipv4/ipfrag_time", "1"),
                 ("ipv6/ip6frag_time", "1"),
+                ("netfilter/nf_conntrack_frag6_timeout", "1"),
             ],
         )?;
         sysctl(&ends, &[("ipv6/conf/default/disable_ipv6", "1")])?;

@@ -40,6 +40,8 @@ pub(super) fn policy(dice: &mut Dice) -> Policy {
 
 fn node_ports(dice: &mut Dice) -> NodePorts {
     let range = if dice.percent(70) { PortRange { first: 30_000, last: 32_767 } } else { range(dice) };
+    // Nobody can use port 0, and the configuration refuses it; for a NodePort the tables cannot even say it.
+    let range = PortRange { first: range.first.max(1), last: range.last.max(1) };
     let count = dice.below(5);
     NodePorts { range, allow: (0..count).map(|_| inside(dice, range)).collect() }
 }

@@ -18,6 +18,16 @@ use crate::lab::Lab;
 
 /// Packets of a policy, at least.
 pub const PACKETS_PER_POLICY: usize = 500;
+/// Seeds of cases that once showed an engine to be wrong, and what it was.
+pub const REGRESSIONS: [(u64, &str); 4] = [
+    (68, "eBPF let a TCP header in fragments of 8 or 16 octets through to a denied NodePort"),
+    (
+        105,
+        "eBPF answered a forged ACK of a handshake with an RST, and took that for the end of the handshake",
+    ),
+    (110, "eBPF let an IPv6 packet without next header through by a rule for any protocol"),
+    (113, "eBPF denied a LAN router's ICMP error about a flow out of scope"),
+];
 /// Cases that wait for a slower engine.
 const AHEAD: usize = 2;
 /// Differences that are told in full; the others are only counted.

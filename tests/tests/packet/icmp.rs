@@ -55,6 +55,21 @@ fn an_error_passes_if_it_quotes_a_flow_of_its_addressee() {
 }
 
 #[test]
+fn a_router_of_the_lan_may_tell_about_a_flow_that_goes_beyond_it() {
+    let mut node = node();
+    for f in families() {
+        let beyond = |port| Packet::new(f.pod, f.stranger).tcp(Tcp::syn(50_000, port)).ip();
+        let router = |quoted| Packet::new(f.lan, f.pod).icmp(&Icmp::TooBig(1280, quoted));
+        node.passes(ExternalIngress, &router(beyond(443)), Reason::related);
+        // Not about somebody else's packets, nor about flows that would be known.
+        let others = Packet::new(f.stranger, f.pod).tcp(Tcp::syn(50_000, 443)).ip();
+        node.denies(ExternalIngress, &router(others), Reason::icmp_unrelated);
+        let unknown = Packet::new(f.pod, f.lan).tcp(Tcp::syn(50_000, 443)).ip();
+        node.denies(ExternalIngress, &router(unknown), Reason::icmp_unrelated);
+    }
+}
+
+#[test]
 fn an_error_about_a_half_open_connection_passes() {
     let mut node = node();
     for f in families() {

@@ -35,6 +35,22 @@ fn the_allowed_ports_of_the_range_are_open_and_the_others_are_not() {
 }
 
 #[test]
+fn a_header_that_is_cut_off_behind_its_ports_is_judged_by_them() {
+    let mut node = node();
+    for f in families() {
+        let first = |port, size| {
+            let whole = Packet::new(f.lan, f.node).tcp(Tcp::syn(50_000, port).payload(&[7; 40]));
+            whole.fragments(size, 9)[0].clone()
+        };
+        for size in [8, 16] {
+            node.denies(ExternalIngress, &first(30_000, size), Reason::fragment_short);
+            node.denies(ExternalIngress, &first(ALLOWED, size), Reason::fragment_short);
+            node.ignores(ExternalIngress, &first(22, size));
+        }
+    }
+}
+
+#[test]
 fn without_node_ports_in_the_configuration_none_is_judged() {
     let mut node = node();
     let mut policy = usual_policy();

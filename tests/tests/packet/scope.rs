@@ -108,6 +108,9 @@ fn extension_headers_that_cannot_be_followed_are_denied() {
         .raw_extension(IpNumber::IPV6_ROUTE_HEADER, vec![0, 0, 0, 1, 0, 0, 0, 0])
         .tcp(Tcp::syn(50_000, OPEN));
     node.denies(ExternalIngress, &routed, Reason::malformed_ip);
+    // Nothing behind it: no rule can mean such a packet.
+    let empty = base.clone().raw(IpNumber::IPV6_NO_NEXT_HEADER, &[]);
+    node.denies(ExternalIngress, &empty, Reason::malformed_ip);
     // An extension header that says it is longer than the packet.
     let mut frame = base.destination_options(0).tcp(Tcp::syn(50_000, OPEN)).frame();
     frame[14 + 40 + 1] = 200;

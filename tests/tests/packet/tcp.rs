@@ -5,7 +5,7 @@ use std::time::Duration;
 use bridge_common::{counters::Reason, flow::state};
 use bridge_tests::{
     packet::Tcp,
-    prog::{TIMEOUT, behaviour},
+    prog::{Action, TIMEOUT, behaviour},
 };
 
 use crate::world::{Connection, ExternalIngress, OPEN, OUT, SHUT, families, node, policy, usual_policy};
@@ -88,7 +88,9 @@ fn the_acknowledgement_of_somebody_who_has_not_seen_the_syn_ack_completes_nothin
         node.passes(c.server_hook, &c.syn_ack(), Reason::established);
         for acknowledged in [5000, 0, 5001 + (1 << 20), 0x8000_0000] {
             let blind = c.client_sends(|s, d| Tcp::ack(s, d, 1001, acknowledged));
-            node.denies(c.client_hook, &blind, Reason::invalid_state);
+            let judged = node.denies(c.client_hook, &blind, Reason::invalid_state);
+            // An RST, seen on its way to the client, would end the handshake that the packet only claims to be of.
+            assert_eq!(judged.action, Action::Drop);
         }
         assert_eq!(node.flow(&c.key()).map(|(table, _)| table), Some("half_open"));
         node.passes(c.client_hook, &c.ack(), Reason::established);

@@ -49,6 +49,12 @@ impl Story<'_> {
                     let other = self.mirrored().opens(protocol::ICMP);
                     let packet = self.back().icmp(&message(request, self.mark()));
                     self.send("echo request of the other side", false, packet, other);
+                    let packet = self.back().icmp(&message(reply, self.mark()));
+                    let expected =
+                        Expected::differing(Difference::CrossingQueries, free || opens && !other, opens);
+                    self.send("echo reply between crossing requests", false, packet, expected);
+                    let packet = self.there().icmp(&message(reply, self.mark()));
+                    self.send("echo reply to the other side", true, packet, other);
                 }
             }
         }

@@ -59,8 +59,9 @@ pub(super) fn story(dice: &mut Dice, policy: &Policy, tag: u32) -> (Flow, u8, Ve
         }
         Protocol::Any => {
             story.flow = Flow { source_port: 0, destination_port: 0, ..flow };
-            let number = *dice.pick(&OTHERS);
-            story.other(number);
+            let no_next_header = flow.source.is_ipv6() && dice.percent(10);
+            let number = if no_next_header { IpNumber::IPV6_NO_NEXT_HEADER.0 } else { *dice.pick(&OTHERS) };
+            story.other(dice, number);
             number
         }
     };
@@ -124,12 +125,17 @@ impl Story<'_> {
     fn udp(&mut self, dice: &mut Dice) {
         let opens = self.opens(protocol::UDP);
         let packet = self.there().udp(self.flow.source_port, self.flow.destination_port, &self.mark());
-        if dice.percent(10) {
-            let expected = Expected::differing(Difference::Checksum, opens, self.is_free(protocol::UDP));
-            self.send("datagram with a wrong checksum", true, self.miscounted(&packet), expected);
+        if dice.percent(12) {
+            let expected = Expected::differing(Difference::Damage, opens, self.is_free(protocol::UDP));
+            let (what, packet) = if dice.percent(70) {
+                ("datagram with a wrong checksum", self.with_another(&packet, 6))
+            } else {
+                ("datagram with a wrong length", self.with_another(&packet, 4))
+            };
+            self.send(what, true, packet, expected);
             return;
         }
-        let (packet, what, expected) = self.dressed(dice, packet, "datagram", opens);
+        let (packet, what, expected) = self.dressed(dice, packet, "datagram", protocol::UDP);
         self.send(what, true, packet, expected);
     }
 
@@ -176,13 +182,13 @@ impl Story<'_> {
         self.send_all(what, true, fragments, expected);
     }
 
-    /// The packet, which has nothing between its IP header and TCP or UDP, with another checksum.
-    fn miscounted(&self, packet: &Packet) -> Packet {
+    /// The packet, which has nothing between its IP header and TCP or UDP, with another number there, `at` octets from
+    /// the start.
+    fn with_another(&self, packet: &Packet, at: usize) -> Packet {
         let (ip, v4) = (packet.ip(), self.flow.source.is_ipv4());
         let (header, number) = if v4 { (20, ip[9]) } else { (40, ip[6]) };
         let mut rest = ip[header..].to_vec();
-        let at = if IpNumber(number) == IpNumber::TCP { 16 } else { 6 };
-        // 0 would mean that there is none (RFC 768).
+        // As a checksum, 0 would mean that there is none (RFC 768).
         let other = if rest[at..at + 2] == [1, 1] { 2 } else { 1 };
         rest[at..at + 2].iter_mut().for_each(|octet| *octet ^= other);
         let (source, destination) = packet.addresses();
@@ -195,9 +201,12 @@ impl Story<'_> {
             let length = u8::try_from(4 + mark.len()).unwrap_or(u8::MAX);
             [&[kind, 0, 0, length], mark].concat()
         };
-        if dice.percent(65) {
-            let passes = self.opens(protocol::SCTP);
-            self.send("INIT", true, self.there().sctp_init(a, b), passes);
+        if dice.percent(40) {
+            self.send("INIT", true, self.there().sctp_init(a, b), self.opens(protocol::SCTP));
+            return;
+        }
+        if dice.percent(40) && !local().contains(&self.flow.destination) {
+            self.sctp_association();
             return;
         }
         let (what, chunk) =
@@ -207,32 +216,79 @@ impl Story<'_> {
         self.send(what, true, packet, passes);
     }
 
-    fn other(&mut self, number: u8) {
-        let passes = self.opens(protocol::OTHER);
-        // Zeroes are a plain GRE header, and an ESP header with its index; the mark is behind.
-        let payload = [vec![0; 8], self.mark()].concat();
-        self.send("another protocol", true, self.there().raw(IpNumber(number), &payload), passes);
+    /// RFC 9260, section 5.1.
+    fn sctp_association(&mut self) {
+        // What Packet::sctp_init asks to be called.
+        const MINE: u32 = 0x0102_0304;
+        const THEIRS: u32 = 0x0506_0708;
+        let opens = self.opens(protocol::SCTP);
+        let Flow { source_port: a, destination_port: b, .. } = self.flow;
+        let init = self.there().sctp_init(a, b);
+        self.send("INIT of an association", true, init, opens);
+        let init_ack = [&[2, 0, 0, 20][..], &THEIRS.to_be_bytes(), &self.mark(), &[0; 4]].concat();
+        self.send("INIT ACK of an association", false, self.back().sctp(b, a, MINE, &init_ack), opens);
+        let chunk = |kind: u8, mark: Vec<u8>| [&[kind, 0, 0, 12][..], &mark].concat();
+        let echo = self.there().sctp(a, b, THEIRS, &chunk(10, self.mark()));
+        self.send("COOKIE ECHO", true, echo, opens);
+        let ack = self.back().sctp(b, a, MINE, &chunk(11, self.mark()));
+        self.send("COOKIE ACK", false, ack, opens);
+        let beat = self.there().sctp(a, b, THEIRS, &chunk(4, self.mark()));
+        self.send("HEARTBEAT of an association", true, beat, opens);
+        let beat = self.back().sctp(b, a, MINE, &chunk(4, self.mark()));
+        self.send("HEARTBEAT of the other side", false, beat, opens);
     }
 
-    /// Now and then with IP options or extension headers. `opens`: whether the packet without passes.
+    fn other(&mut self, dice: &mut Dice, number: u8) {
+        if IpNumber(number) == IpNumber::IPV6_NO_NEXT_HEADER {
+            let packet = self.there().raw(IpNumber(number), &self.mark());
+            self.send("no next header", true, packet, self.is_free(protocol::OTHER));
+            return;
+        }
+        let opens = self.opens(protocol::OTHER);
+        // Zeroes are a plain GRE header, and an ESP header with its index; the mark is behind.
+        let payload = |mark: Vec<u8>| [vec![0; 8], mark].concat();
+        let packet = self.there().raw(IpNumber(number), &payload(self.mark()));
+        self.send("another protocol", true, packet, opens);
+        if dice.percent(50) {
+            let answer = opens || self.mirrored().opens(protocol::OTHER);
+            let packet = self.back().raw(IpNumber(number), &payload(self.mark()));
+            self.send("answer in another protocol", false, packet, answer);
+        }
+    }
+
+    /// Now and then with IP options or extension headers. `protocol`: as in [`Story::opens`].
     fn dressed(
         &self,
         dice: &mut Dice,
         packet: Packet,
         what: &'static str,
-        opens: bool,
+        protocol: usize,
     ) -> (Packet, &'static str, Expected) {
+        let opens = self.opens(protocol);
         let same = opens.into();
         if dice.percent(70) {
             return (packet, what, same);
         }
-        match (self.flow.source.is_ipv4(), dice.below(4)) {
+        match (self.flow.source.is_ipv4(), dice.below(6)) {
             (true, 0 | 1) => (packet.options(&[1, 1, 1, 1]), "with IP options", same),
-            (true, 2) => (packet.options(&[1; 40]), "with all the IP options there may be", same),
+            (true, 2 | 3) => (packet.options(&[1; 40]), "with all the IP options there may be", same),
             (true, _) => (packet.options(&[148, 4, 0, 0]), "with router alert", same),
             (false, 0) => (packet.hop_by_hop(0), "with hop-by-hop options", same),
             (false, 1) => (packet.destination_options(3), "with destination options", same),
             (false, 2) => (packet.routing(), "with a routing header", same),
+            (false, 3) => {
+                let packet = packet.hop_by_hop(1).destination_options(0).routing().destination_options(2);
+                (packet, "with several extension headers", same)
+            }
+            // The node itself answers such a packet with an ICMPv6 error.
+            (false, 4) if !local().contains(&self.flow.destination) => {
+                // Type 0, one segment left, and its address.
+                let header = [&[0, 2, 0, 1, 0, 0, 0, 0][..], &[0xfd; 16]].concat();
+                let free = self.is_free(protocol);
+                let expected = Expected::differing(Difference::SourceRoute, free, opens);
+                let packet = packet.raw_extension(IpNumber::IPV6_ROUTE_HEADER, header);
+                (packet, "with a segment left to go to", expected)
+            }
             (false, _) => {
                 let as_a_protocol = self.opens(protocol::OTHER);
                 let expected = Expected::differing(Difference::AuthenticationHeader, opens, as_a_protocol);

@@ -7,6 +7,8 @@ use super::super::{Difference, Expected, Flow};
 use super::Story;
 use crate::packet::Tcp;
 
+/// Where the checksum is in a TCP header.
+const CHECKSUM: usize = 16;
 /// What a scan sends. In the order FIN, SYN, RST, PSH, ACK, URG.
 const STRAYS: [(&str, [bool; 6]); 9] = [
     ("ACK", [false, false, false, false, true, false]),
@@ -48,11 +50,11 @@ impl Story<'_> {
         };
         let packet = self.there().tcp(syn);
         if dice.percent(7) {
-            let expected = Expected::differing(Difference::Checksum, opens, self.is_free(protocol::TCP));
-            self.send("SYN with a wrong checksum", true, self.miscounted(&packet), expected);
+            let expected = Expected::differing(Difference::Damage, opens, self.is_free(protocol::TCP));
+            self.send("SYN with a wrong checksum", true, self.with_another(&packet, CHECKSUM), expected);
             return;
         }
-        let (packet, what, expected) = self.dressed(dice, packet, what, opens);
+        let (packet, what, expected) = self.dressed(dice, packet, what, protocol::TCP);
         self.send(what, true, packet, expected);
     }
 
@@ -69,7 +71,8 @@ impl Story<'_> {
     pub(super) fn tcp_stray(&mut self, dice: &mut Dice) {
         let (what, flags) = *dice.pick(&STRAYS);
         let packet = self.there().tcp(self.flags(flags, self.numbers().0));
-        self.send(what, true, packet, self.is_free(protocol::TCP));
+        let free = self.is_free(protocol::TCP);
+        self.send(what, true, packet, free);
     }
 
     /// A SYN that is answered by an RST, and comes again.
@@ -129,8 +132,8 @@ impl Story<'_> {
             }
             1 => {
                 let data = self.there().tcp(Tcp::ack(a, b, mine, theirs).payload(&self.mark()));
-                let expected = Expected::differing(Difference::Checksum, opens, free);
-                self.send("data with a wrong checksum", true, self.miscounted(&data), expected);
+                let expected = Expected::differing(Difference::Damage, opens, free);
+                self.send("data with a wrong checksum", true, self.with_another(&data, CHECKSUM), expected);
             }
             2 => {
                 let (_, flags) = *dice.pick(&STRAYS[4..]);
