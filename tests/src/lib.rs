@@ -13,7 +13,6 @@ pub mod parity;
 pub mod pool;
 pub mod prog;
 pub mod routes;
-pub mod routes_bench;
 pub mod scenes;
 pub mod traffic;
 pub mod wait;

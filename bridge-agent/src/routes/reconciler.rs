@@ -53,6 +53,8 @@ pub struct Reconciler {
     /// Whether something else is wanted than at the last comparison; if not, what there is to do is a repair.
     wishes_changed: bool,
     watchdog: Option<Watchdog>,
+    /// Events of neighbours were lost: all are read again with the next comparison.
+    neighbours_lost: bool,
 }
 
 /// When the kernel is read next.
@@ -102,6 +104,7 @@ impl Reconciler {
             retry: RETRY_MIN,
             next: Next { at: now, rested: now },
             wishes_changed: true,
+            neighbours_lost: false,
         })
     }
 
@@ -171,13 +174,13 @@ impl Reconciler {
                 check = next_check(&mut self.watchdog) => self.ask(check),
                 read = self.events.next(&mut events) => read.and_then(|()| self.events.drain(&mut events)),
             };
-            if let Err(error) = outcome {
-                return error;
-            }
-            match self.concerns(&mut events) {
-                Ok(true) => self.next.no_later_than(Instant::now()),
-                Ok(false) => {}
+            match outcome {
+                Ok(()) => {}
+                Err(Error::Interrupted | Error::Overrun) => self.lost(),
                 Err(error) => return error,
+            }
+            if self.concerns(&mut events) {
+                self.next.no_later_than(Instant::now());
             }
         }
     }
@@ -209,7 +212,7 @@ impl Reconciler {
     }
 
     /// Whether one of the events can change the plan.
-    fn concerns(&mut self, events: &mut Vec<Event>) -> Result<bool, Error> {
+    fn concerns(&mut self, events: &mut Vec<Event>) -> bool {
         let mut concerns = false;
         for event in events.drain(..) {
             concerns |= match event {
@@ -221,15 +224,12 @@ impl Reconciler {
                 }
                 Event::Overrun => {
                     Counters::add(&self.counters.overruns, 1);
-                    if let Some(watchdog) = &mut self.watchdog {
-                        let changes = watchdog.refresh(&mut self.netlink)?;
-                        self.turned(changes);
-                    }
+                    self.neighbours_lost = true;
                     true
                 }
             };
         }
-        Ok(concerns)
+        concerns
     }
 
     /// Asks the next hops whose turn it is, or takes up an answer.
@@ -267,13 +267,15 @@ impl Reconciler {
         if outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK) {
             crate::runtime::trim_memory();
         }
+        Counters::add(&self.counters.interrupted, self.netlink.take_interrupted());
         let end = Instant::now();
         let rested = end + (end - start).clamp(REST, REST_MAX);
         let wait = match outcome {
             Ok(Outcome { clean: true, .. }) => AUDIT,
             Ok(Outcome { clean: false, .. }) => self.back_off(),
-            Err(Error::Interrupted | Error::Overrun) => {
-                Counters::add(&self.counters.interrupted, 1);
+            Err(Error::Interrupted) => self.back_off(),
+            Err(Error::Overrun) => {
+                Counters::add(&self.counters.overruns, 1);
                 self.back_off()
             }
             Err(error) => return Err(error),
@@ -285,6 +287,14 @@ impl Reconciler {
         Ok(())
     }
 
+    /// An answer of the kernel was lost beside a comparison: everything is read again.
+    fn lost(&mut self) {
+        Counters::add(&self.counters.overruns, 1);
+        self.neighbours_lost = true;
+        let wait = self.back_off();
+        self.next.no_later_than(Instant::now() + wait);
+    }
+
     fn back_off(&mut self) -> Duration {
         let wait = self.retry;
         self.retry = (wait * 2).min(RETRY_MAX);
@@ -293,6 +303,13 @@ impl Reconciler {
 
     fn compare_and_apply(&mut self, events: &mut Vec<Event>) -> Result<Outcome, Error> {
         Counters::add(&self.counters.syncs, 1);
+        if self.neighbours_lost
+            && let Some(watchdog) = &mut self.watchdog
+        {
+            let changes = watchdog.refresh(&mut self.netlink)?;
+            self.turned(changes);
+        }
+        self.neighbours_lost = false;
         let mut observed = self.netlink.observe(&self.interest)?;
         observed.down = self.watchdog.as_ref().map(Watchdog::down).unwrap_or_default();
         let planned = plan(&self.merged.routes, &observed, &self.settings, !self.merged.silent.is_empty());

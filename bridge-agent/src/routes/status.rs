@@ -280,7 +280,7 @@ pub struct Counters {
     pub failed: AtomicU64,
     /// Times the kernel dropped events (ENOBUFS) and everything was read again.
     pub overruns: AtomicU64,
-    /// Dumps that changed while they were read and were given up for the moment.
+    /// Dumps that changed while they were read (`NLM_F_DUMP_INTR`) and were read again.
     pub interrupted: AtomicU64,
     /// Next hops that went down.
     pub next_hops_down: AtomicU64,

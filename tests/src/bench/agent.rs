@@ -21,7 +21,7 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
             let start = Instant::now();
             let mut agent = Agent::start(&lab, lab.b(), &yaml)?;
             fresh.push(start.elapsed().as_secs_f64() * 1e3);
-            memory.push(resident_kib(agent.pid())?);
+            memory.push(resident_kib(agent.pid(), "VmRSS")?);
             let start = Instant::now();
             agent.restart()?;
             again.push(start.elapsed().as_secs_f64() * 1e3);
@@ -35,9 +35,12 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
     Ok(measurements)
 }
 
-/// `VmRSS` of a process.
-fn resident_kib(pid: u32) -> Result<f64> {
+/// `VmRSS` or `VmHWM` of a process.
+pub(super) fn resident_kib(pid: u32, field: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .with_context(|| field.to_owned())?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
 }

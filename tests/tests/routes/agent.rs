@@ -1,6 +1,7 @@
 //! `bridge-agent run` on a LAN host: its routes from start to `down`, as the kernel and its own words have them.
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -94,7 +95,16 @@ fn a_reload_changes_what_differs_and_a_bad_one_nothing() -> Result<()> {
     assert!(last.as_str().is_some_and(|error| error.contains("/nonexistent/key")), "{last}");
     eventually_own(&lab, &["10.200.1.0/24 via"]);
 
-    // Another metric for all, and one route more.
+    // One route more: the one that is there is not touched.
+    let yaml = config(
+        "routes: {static: [{to: 10.200.1.0/24, via: 192.168.31.17}, {to: 10.200.2.0/24, via: 192.168.31.17}]}",
+    );
+    agent.reload(&yaml)?;
+    eventually_own(&lab, &["10.200.1.0/24 via", "10.200.2.0/24 via"]);
+    let counters = json(&lab, &agent, "/v1/status")?["routes"]["counters"].clone();
+    assert_eq!((&counters["added"], &counters["deleted"]), (&2.into(), &0.into()), "{counters}");
+
+    // Another metric for all, another table for all.
     agent.reload(&fixed("10.200.1.0/24", ", metric: 50"))?;
     eventually_own(&lab, &["10.200.1.0/24 via 192.168.31.17 dev eth0 metric 50"]);
     agent.reload(&fixed("10.200.2.0/24", ", table: 1234"))?;
@@ -159,5 +169,74 @@ fn what_is_wanted_and_what_became_of_it_is_told() -> Result<()> {
         .lines()
         .find_map(|line| line.strip_prefix("bridge_route_operations_total{kind=\"repaired\"} "));
     assert!(repaired.is_some_and(|count| count.parse::<u64>().unwrap() >= 1), "{metrics}");
+    Ok(())
+}
+
+#[test]
+fn a_reload_changes_discovery_and_forgets_only_what_it_no_longer_believes() -> Result<()> {
+    let lab = Lab::builder().without_routes().masquerade().build()?;
+    std::fs::create_dir_all(lab.directory())?;
+    let key = |name: &str| -> Result<String> {
+        let path = lab.directory().join(name);
+        std::fs::write(&path, format!("the key of these tests: {name}"))?;
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600))?;
+        Ok(path.display().to_string())
+    };
+    let (first, second) = (key("first")?, key("second")?);
+    let yaml = |pods: &str, port: u16, key: &str| {
+        format!(
+            "role: host\nnetworks: {{pods: [{pods}]}}\n\
+             routes: {{discovery: {{listen: \"192.168.31.67:{port}\", keyFile: {key}}}}}"
+        )
+    };
+    let mut agent = Agent::start(&lab, lab.a(), &yaml("10.200.0.0/16", 12345, &first))?;
+    let probe = |agent: &Agent, port: u16, key: &str| {
+        let to = format!("192.168.31.67:{port}");
+        lab.c1().netns.output(agent.command(&[
+            "discover",
+            "probe",
+            &to,
+            "--lifetime",
+            "600",
+            "--key-file",
+            key,
+        ]))
+    };
+    let told = probe(&agent, 12345, &first)?;
+    assert!(told.contains("sees this pod as 192.168.31.17 and reaches it for 600 s"), "{told}");
+    let there = ["10.200.1.91 via 192.168.31.17 dev eth0"];
+    eventually_own(&lab, &there);
+
+    // Another key, on the same address: the pod that is known stays.
+    agent.reload(&yaml("10.200.0.0/16", 12345, &second))?;
+    assert!(probe(&agent, 12345, &first).unwrap_err().to_string().contains("compare the key files"));
+    probe(&agent, 12345, &second)?;
+    // Another address: it is known there too.
+    agent.reload(&yaml("10.200.0.0/16", 12346, &second))?;
+    assert!(probe(&agent, 12345, &second).is_err(), "nobody listens there any more");
+    eventually_own(&lab, &there);
+    let counters = json(&lab, &agent, "/v1/status")?["routes"]["counters"].clone();
+    assert_eq!((&counters["added"], &counters["deleted"]), (&1.into(), &0.into()), "{counters}");
+    // A restart knows it as well.
+    agent.restart()?;
+    eventually_own(&lab, &there);
+    assert_eq!(json(&lab, &agent, "/v1/status")?["routes"]["discovery"]["pods"], 1);
+
+    // Where pods may no longer be.
+    agent.reload(&yaml("10.201.0.0/16", 12346, &second))?;
+    eventually_own(&lab, &[]);
+    let refused = probe(&agent, 12346, &second).unwrap_err().to_string();
+    assert!(refused.contains("lies in none of `networks.pods`"), "{refused}");
+    // An address that is not this host's: refused, and all goes on.
+    let elsewhere = yaml("10.200.0.0/16", 12346, &second).replace("31.67", "31.99");
+    agent.reload(&elsewhere)?;
+    let last = json(&lab, &agent, "/v1/status")?["reloads"]["last"]["error"].clone();
+    assert!(last.as_str().is_some_and(|error| error.contains("cannot listen on 192.168.31.99")), "{last}");
+    agent.reload(&yaml("10.200.0.0/16", 12346, &second))?;
+    probe(&agent, 12346, &second)?;
+    eventually_own(&lab, &there);
+    // Without discovery nothing that it said is wanted.
+    agent.reload(&config("routes: {}"))?;
+    eventually_own(&lab, &[]);
     Ok(())
 }

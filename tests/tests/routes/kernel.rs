@@ -135,6 +135,28 @@ fn an_interface_that_comes_up_is_used_at_once() {
     println!("after the link came up: {took:?}");
 }
 
+/// The kernel takes IPv4 routes away with a link and tells nobody: that the link went down is all there is to hear.
+#[test]
+fn a_link_that_goes_down_yields_to_the_backup_at_once() {
+    let (host, lan) = (Ns::new(), Ns::new());
+    // Nor does IPv6 tell of anything.
+    host.enter(|| std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap());
+    for (device, net) in [("eth0", "192.168.31.67/24"), ("eth1", "192.168.32.67/24")] {
+        host.link(device, &lan, device);
+        host.address(device, net);
+    }
+    let hop = |via: &str| vec![NextHop::new(via.parse().unwrap())];
+    let target = Target::Forward { via: hop("192.168.32.17"), backup: hop("192.168.31.17") };
+    let wanted = DesiredRoute { target, ..want("10.200.1.0/24", "192.168.32.17") };
+    let _agent = Agent::with_static(&host, Settings::default(), vec![wanted]);
+    eventually_own(&host, &[own("10.200.1.0/24", "192.168.32.17", "eth1")]);
+    let mut count = count_own(&host);
+    hurry();
+    host.ip("link set eth1 down");
+    eventually("there is a route", Duration::from_millis(100), || count() == 1);
+    eventually_own(&host, &[own("10.200.1.0/24", "192.168.31.17", "eth0")]);
+}
+
 #[test]
 fn foreign_routes_are_refused_by_name_and_never_touched() {
     let lan = Lan::new();

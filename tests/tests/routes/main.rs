@@ -7,3 +7,4 @@ mod exports;
 mod faults;
 mod health;
 mod kernel;
+mod resync;

@@ -41,6 +41,10 @@ const LAB: [Program; 11] = [
     program("python3", "python3", "an unmodified client"),
 ];
 
+/// Programs that only tests need.
+const TEST: [Program; 1] =
+    [program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself")];
+
 /// What is wanted of the machine.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
@@ -75,7 +79,8 @@ pub(crate) struct Checks {
 pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
     let mut apt = apt::Apt::default();
     if scope >= Scope::Lab {
-        let missing = LAB.iter().filter(|program| cmd::find_program(program.name).is_none());
+        let tests: &[Program] = if scope >= Scope::Test { &TEST } else { &[] };
+        let missing = LAB.iter().chain(tests).filter(|program| cmd::find_program(program.name).is_none());
         apt.install(missing.map(|program| (program.package, program.why)))?;
     }
     let ebpf = toolchain::ensure(&mut apt)?;

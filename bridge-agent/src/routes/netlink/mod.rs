@@ -95,6 +95,8 @@ pub struct Netlink {
     port: u32,
     sequence: u32,
     buffer: Vec<u8>,
+    /// Dumps that changed while they were read, since they were last asked for.
+    interrupted: usize,
 }
 
 impl Netlink {
@@ -106,7 +108,12 @@ impl Netlink {
         // Words of explanation, without our own message sent back to us. Kernels without them say less, that is all.
         _ = socket.set_ext_ack(true);
         _ = socket.set_cap_ack(true);
-        Ok(Self { socket, port, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+        Ok(Self { socket, port, sequence: 0, buffer: Vec::with_capacity(RECEIVE_BUFFER), interrupted: 0 })
+    }
+
+    /// How many dumps were read again because they changed meanwhile; counted from the last call.
+    pub const fn take_interrupted(&mut self) -> usize {
+        std::mem::replace(&mut self.interrupted, 0)
     }
 
     /// The port id that marks the events our own requests cause.
@@ -244,7 +251,7 @@ impl Netlink {
     ) -> Result<Vec<T>, Error> {
         for _ in 0..DUMP_ATTEMPTS {
             match self.dump_once(kind, body, &decode) {
-                Err(Error::Interrupted) => {}
+                Err(Error::Interrupted) => self.interrupted += 1,
                 outcome => return outcome,
             }
         }
