@@ -1,10 +1,11 @@
-//! What bridge costs: start, memory, policies of 100,000 rules, and the packet path by itself.
+//! What bridge costs: start, memory, policies of 100,000 rules, the packet path by itself, connects from the port pool.
 //!
 //! Times are wall-clock; each is measured several times, and told as median, least and most.
 
 mod agent;
 mod packet;
 mod policy;
+pub mod pool;
 mod rules;
 
 use anyhow::Result;
@@ -66,5 +67,9 @@ impl Measurement {
 pub type Group = (&'static str, fn() -> Result<Vec<Measurement>>);
 
 /// Every group, in the order they run.
-pub const GROUPS: &[Group] =
-    &[("policy", policy::measure), ("agent", agent::measure), ("packet", packet::measure)];
+pub const GROUPS: &[Group] = &[
+    ("policy", policy::measure),
+    ("agent", agent::measure),
+    ("packet", packet::measure),
+    ("pool", pool::measure),
+];
