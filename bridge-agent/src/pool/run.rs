@@ -87,10 +87,12 @@ pub struct Started {
 pub fn start(object: &[u8], settings: &Settings, places: &Places) -> Result<Started, StartError> {
     let first = !places.is_pinned();
     let result = try_start(object, settings, places);
-    if first && matches!(&result, Err(error) if !error.is_locked()) {
-        if let Err(error) = stop(places) {
-            warn!(%error, "left behind after a failed start of the port pool");
-        }
+    if first
+        && let Err(error) = &result
+        && !error.is_locked()
+        && let Err(error) = stop(places)
+    {
+        warn!(%error, "left behind after a failed start of the port pool");
     }
     result
 }
