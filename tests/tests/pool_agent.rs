@@ -300,18 +300,14 @@ fn the_client_library_connects_from_a_leased_port() -> Result<()> {
     let _server = serve(&lab.a().netns, 8080)?;
     let to = SocketAddr::new(lab.a().v4.into(), 8080);
     let connector = bridge_client::Connector::agent_at(&served.socket);
-    // Peer credentials tell the namespace of the process, which is this one's: connect from it, too.
     let refused = connector.connect("127.0.0.1:1".parse()?).unwrap_err();
     ensure!(refused.to_string().contains("not a destination of the pool"), "{refused}");
-    let leases: Vec<_> = (0..40)
-        .map(|_| {
-            bridge_client::Agent::at(&served.socket).acquire(
-                to,
-                bridge_client::Transport::Tcp,
-                Duration::ZERO,
-            )
-        })
-        .collect::<Result<_, _>>()?;
+    // A lease is for the namespace that its client connects to the agent from, thread by thread.
+    let acquire = || {
+        bridge_client::Agent::at(&served.socket).acquire(to, bridge_client::Transport::Tcp, Duration::ZERO)
+    };
+    let inside = || lab.a().netns.run(acquire);
+    let leases: Vec<_> = (0..40).map(|_| inside()).collect::<Result<_, _>>()?;
     ensure!(leases.iter().map(bridge_client::Lease::port).collect::<BTreeSet<_>>().len() == 40);
     let start = Instant::now();
     let full = connector.connect(to).unwrap_err();
@@ -319,6 +315,7 @@ fn the_client_library_connects_from_a_leased_port() -> Result<()> {
     ensure!(start.elapsed() < Duration::from_millis(200));
     drop(leases);
     served.becomes(&[])?;
+    ensure!(acquire().is_err(), "all are warm with the LAN host");
     let stream = lab.a().netns.run(|| connector.connect(to))?;
     ensure!(PORTS.contains(stream.local_addr()?.port()) && stream.lease().is_some());
     drop(stream);

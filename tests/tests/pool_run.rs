@@ -188,6 +188,48 @@ fn a_reload_changes_the_pool_under_what_is_held() -> Result<()> {
 }
 
 #[test]
+fn the_pool_does_not_depend_on_how_rules_are_enforced() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let (transparent, clients) = cgroup(&lab)?;
+    let yaml = config("node", &["ports: [\"61001-61040\"]", "bindUdp: false", &transparent]);
+    let without_ebpf = yaml.replace("engines: [ebpf]", "engines: [iptables]");
+    let mut agent = Agent::start(&lab, lab.b(), &yaml)?;
+    let _server = serve(&lab.a().netns, 8080)?;
+    let to = SocketAddr::new(lab.a().v4.into(), 8080);
+    let mut first = hold(&clients, &lab.c1().netns, to, 30)?;
+    let held = ports(&line(&mut first)?)?;
+    let others_get_the_rest = |agent: &Agent| -> Result<()> {
+        ensure!(
+            pool(agent)?["held"] == 30 && hooks(&clients)? == 8,
+            "{}, {}",
+            pool(agent)?,
+            hooks(&clients)?
+        );
+        let mut second = hold(&clients, &lab.c1().netns, to, 10)?;
+        ensure!(ports(&line(&mut second)?)?.is_disjoint(&held));
+        end(second)?;
+        eventually(SOON, || pool(agent).ok().filter(|pool| pool["held"] == 30)).context("not given back")?;
+        Ok(())
+    };
+    // Taken down by a reload, then by a start that finds it; the pool stays.
+    agent.reload(&without_ebpf)?;
+    ensure!(status(&agent)?["agent"]["enforcement"].is_null());
+    others_get_the_rest(&agent)?;
+    agent.reload(&yaml)?;
+    agent.stop()?;
+    fs::write(
+        agent.config(),
+        fs::read_to_string(agent.config())?.replace("engines: [ebpf]", "engines: [iptables]"),
+    )?;
+    agent.restart()?;
+    others_get_the_rest(&agent)?;
+    ensure!(agent.stop()?.success());
+    agent.run(&["down"])?;
+    ensure!(hooks(&clients)? == 0 && !agent.pins().exists());
+    end(first)
+}
+
+#[test]
 fn a_pool_that_cannot_be_fails_the_start_and_leaves_nothing() -> Result<()> {
     let lab = Lab::builder().build()?;
     let ports = "ports: [\"61001-61040\"]";

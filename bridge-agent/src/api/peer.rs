@@ -12,7 +12,7 @@ use axum::{
     extract::connect_info::Connected,
     serve::{IncomingStream, Listener},
 };
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{UnixListener, UnixStream, unix::UCred};
 
 use crate::{
     pool::{owner::netns_cookie, service::Client},
@@ -30,11 +30,12 @@ struct Connection {
 }
 
 impl Peer {
-    fn new(pid: u32, uid: u32, shared: &Shared) -> Self {
+    fn new(stream: &UnixStream, credentials: &UCred, shared: &Shared) -> Self {
         // Never used again, whichever pool there is.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let connection = NEXT.fetch_add(1, Ordering::Relaxed);
-        let client = Client { connection, pid, uid, netns: netns_cookie(pid).ok() };
+        let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        let client = Client { connection, pid, uid: credentials.uid(), netns: netns_cookie(stream).ok() };
         Self(Arc::new(Connection { client, shared: shared.clone() }))
     }
 
@@ -67,8 +68,8 @@ impl Listener for Peers {
             let (stream, _) = Listener::accept(&mut self.listener).await;
             // Without credentials it is gone already.
             if let Ok(credentials) = stream.peer_cred() {
-                let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
-                return (stream, Peer::new(pid, credentials.uid(), &self.shared));
+                let peer = Peer::new(&stream, &credentials, &self.shared);
+                return (stream, peer);
             }
         }
     }

@@ -6,6 +6,7 @@ use super::{Error, Global, nobody_keeps_routes, print, print_json};
 use crate::config;
 use crate::datapath;
 use crate::firewall::{Firewall as _, iptables};
+use crate::pool::kernel;
 use crate::pool::run::{self, StopError};
 use crate::routes::{carry_out, withdrawal};
 use crate::runtime;
@@ -24,6 +25,7 @@ impl Down {
         if let Err(StopError::Locked(error)) = pool {
             return Err(error.into());
         }
+        let of_exec = kernel::remove_of_exec(&global.pin_root);
         let (removed, result) = datapath::down(&global.pins());
         // A running agent would put everything back.
         if matches!(result, Err(datapath::Error::Locked { .. })) {
@@ -34,6 +36,7 @@ impl Down {
         let routes = remove_routes();
         result?;
         pool?;
+        of_exec.map_err(|error| StopError::Left(vec![error.to_string()]))?;
         if let Some(error) = errors.into_iter().next() {
             return Err(error.into());
         }

@@ -93,7 +93,7 @@ impl Exec {
             };
             let occupied = Occupied { node_ports: None, reserved: checks::reserved_by_others(Path::new("")) };
             let layout = Layout::plan(&settings, &occupied).map_err(|error| error.to_string())?;
-            let own = pin_root.join(format!("exec-{}", std::process::id()));
+            let own = pin_root.join(format!("{}{}", pins::EXEC_PREFIX, std::process::id()));
             let mut pool = KernelPool::load(object::POOL, &own, layout).map_err(failed)?;
             pool.set_networks(&self.destination).map_err(failed)?;
             return Ok((pool, Some(own)));
@@ -150,7 +150,7 @@ fn sweep(mount: &Path, pin_root: &Path) {
     for entry in fs::read_dir(mount).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(EXEC_PREFIX)) else { continue };
-        let own = pin_root.join(format!("exec-{pid}"));
+        let own = pin_root.join(format!("{}{pid}", pins::EXEC_PREFIX));
         let links = [links_of(pin_root, &entry.path()), links_of(&own, &entry.path())];
         // A group whose `exec` is about to use it has a process that lives.
         if !Path::new("/proc").join(pid).exists() && fs::remove_dir(entry.path()).is_ok() {

@@ -30,7 +30,7 @@ pub struct PortPool {
     /// Whose connections get a port from the pool without asking for it. Left out: nobody's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transparent: Option<Transparent>,
-    /// The most ports that one pod, or one user of a host, may hold at a time to one destination.
+    /// The most ports that one pod, or a host with all its processes, may hold at a time to one destination.
     /// Left out: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]

@@ -5,6 +5,7 @@ use super::{
     error::{Error, Result},
     pins::{self, Pins},
 };
+use crate::pool;
 
 /// What [`down`] has removed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -15,7 +16,7 @@ pub struct Removed {
     pub maps: usize,
 }
 
-/// Detaches every program and removes every map, of this version of bridge and of others. Goes on after errors; may
+/// Detaches every program and removes every map of the packet path, of this version of bridge and of others. Goes on after errors; may
 /// be called when there is nothing to remove.
 ///
 /// # Errors
@@ -40,7 +41,8 @@ pub fn down(pins: &Pins) -> (Removed, Result<()>) {
         }
         Err(error) => errors.push(error),
     }
-    pins::remove_tree(pins.root(), &mut errors);
+    // What the port pool has here is no part of the packet path.
+    pins::remove_tree_except(pins.root(), &pool::pins::is_of_a_pool, &mut errors);
     drop(lock);
     (removed, Error::collect(errors))
 }

@@ -275,10 +275,18 @@ pub(super) fn remove(path: &Path) -> Result<()> {
 
 /// Removes a directory of pins with all that is in it, and goes on after errors.
 pub(super) fn remove_tree(path: &Path, errors: &mut Vec<Error>) {
+    remove_tree_except(path, &|_| false, errors);
+}
+
+/// As [`remove_tree`], without what `stays` names in the directory; then the directory stays, too.
+pub(super) fn remove_tree_except(path: &Path, stays: &dyn Fn(&Path) -> bool, errors: &mut Vec<Error>) {
+    let mut empty = true;
     match entries(path) {
         Ok(below) => {
             for path in below {
-                if path.is_dir() {
+                if stays(&path) {
+                    empty = false;
+                } else if path.is_dir() {
                     remove_tree(&path, errors);
                 } else if let Err(error) = remove(&path) {
                     errors.push(error);
@@ -286,6 +294,9 @@ pub(super) fn remove_tree(path: &Path, errors: &mut Vec<Error>) {
             }
         }
         Err(error) => errors.push(error),
+    }
+    if !empty {
+        return;
     }
     match fs::remove_dir(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

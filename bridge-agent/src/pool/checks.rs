@@ -194,17 +194,15 @@ pub fn safety_net(sources: &[IpNet], destinations: &[IpNet], ports: &PortSet) ->
 /// Takes the table of [`safety_net`] away, also if there is none.
 pub const NO_SAFETY_NET: &str = "table inet bridge-pool\ndelete table inet bridge-pool\n";
 
-/// Feeds a script to nft; with `optional` it is no error that there is no nft, and so no table of its.
+/// Brings a [`safety_net`] into force.
 ///
 /// # Errors
 /// There is no nft, or what it says.
-pub fn nft(script: &str, optional: bool) -> io::Result<()> {
+pub fn install_safety_net(script: &str) -> io::Result<()> {
     let mut command = Command::new("nft");
     command.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = match command.spawn() {
-        Err(error) if optional && error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        child => child.map_err(|error| io::Error::new(error.kind(), format!("cannot run nft: {error}")))?,
-    };
+    let cannot = |error: io::Error| io::Error::new(error.kind(), format!("cannot run nft: {error}"));
+    let mut child = command.spawn().map_err(cannot)?;
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(script.as_bytes())?;
     }
@@ -213,6 +211,15 @@ pub fn nft(script: &str, optional: bool) -> io::Result<()> {
         return Ok(());
     }
     Err(io::Error::other(format!("nft: {}", String::from_utf8_lossy(&output.stderr).trim())))
+}
+
+/// Takes a [`safety_net`] away, if there is one; without nft, or a kernel that it works with, there is none.
+///
+/// # Errors
+/// What nft says.
+pub fn remove_safety_net() -> io::Result<()> {
+    let there = Command::new("nft").args(["list", "table", "inet", "bridge-pool"]).output();
+    if there.is_ok_and(|output| output.status.success()) { install_safety_net(NO_SAFETY_NET) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -146,7 +146,7 @@ pub enum ServiceError {
     },
     /// See the text.
     #[error(
-        "the network namespace of the client cannot be found out; the agent must see its process (hostPID: true) and be allowed to enter its namespace"
+        "the network namespace of the client cannot be found out: this kernel is older than 5.14 (SO_NETNS_COOKIE)"
     )]
     Stranger,
     /// See the text.

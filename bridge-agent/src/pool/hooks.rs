@@ -65,14 +65,6 @@ impl KernelPool {
         Ok(())
     }
 
-    /// Hooks a control group for as long as the answer lives.
-    ///
-    /// # Errors
-    /// [`KernelPoolError`].
-    pub fn attach_for_now(&mut self, group: &fs::File) -> Result<Vec<FdLink>, KernelPoolError> {
-        PROGRAMS.into_iter().map(|name| self.attach_one(name, group)).collect()
-    }
-
     /// Hooks these control groups, and no others; those of `bridge-agent exec` stay as they are.
     ///
     /// # Errors

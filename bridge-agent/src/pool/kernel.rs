@@ -23,7 +23,7 @@ use ipnet::IpNet;
 
 pub use super::error::KernelPoolError;
 use super::{
-    Layout, Settings,
+    Layout, Settings, attach,
     backend::Held,
     hooks, pins,
     sweep::{self, Sweeper, Swept, View},
@@ -303,18 +303,33 @@ impl KernelPool {
     }
 }
 
-/// Removes every pin of the pool below `base`: hooks, claims and all. Established connections live on.
+/// Removes every pin of the pool below `base`, whatever version made it: hooks, claims and all. Established connections
+/// live on.
 ///
 /// # Errors
 /// [`KernelPoolError::Link`]; no pins is no error.
 pub fn remove(base: &Path) -> Result<(), KernelPoolError> {
-    let pins = pins::directory(base);
-    match fs::remove_dir_all(&pins) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(KernelPoolError::Link { path: pins, reason: error.to_string() })
+    remove_directories(base, pins::PREFIX)
+}
+
+/// Removes the pools that `bridge-agent exec --ports` made below `base`.
+///
+/// # Errors
+/// As [`remove`].
+pub fn remove_of_exec(base: &Path) -> Result<(), KernelPoolError> {
+    remove_directories(base, pins::EXEC_PREFIX)
+}
+
+fn remove_directories(base: &Path, prefix: &'static str) -> Result<(), KernelPoolError> {
+    for path in attach::entries(base, prefix) {
+        match fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(KernelPoolError::Link { path, reason: error.to_string() });
+            }
+            _ => {}
         }
-        _ => Ok(()),
     }
+    Ok(())
 }
 
 /// Whether a hook can choose the error that a program sees (Linux 5.18). A probe that fails says nothing: the kernel

@@ -1,17 +1,11 @@
 //! Who a process is: its command, its control group, its pod, its network namespace.
 
 use std::{
-    fs::{self, File},
-    io,
-    os::{
-        fd::{AsFd as _, AsRawFd as _},
-        unix::fs::MetadataExt as _,
-    },
+    fs, io,
+    os::fd::{AsFd, AsRawFd as _},
     path::Path,
-    thread,
 };
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::Serialize;
 
 /// What `/proc` tells of a process.
@@ -64,32 +58,19 @@ fn pod_of(cgroup: &str) -> Option<String> {
     })
 }
 
-/// `SO_NETNS_COOKIE` (Linux 5.14) of the network namespace of a process.
+/// `SO_NETNS_COOKIE` (Linux 5.14) of a socket. For one that `accept` has made from a connection to a unix socket it is that
+/// of the client: its end is made in the client's network namespace (`unix_stream_connect`, net/unix/af_unix.c).
 ///
 /// # Errors
-/// The process is gone, or the agent may not enter its namespace (it needs CAP_SYS_ADMIN), or the kernel is too old.
-pub fn netns_cookie(pid: u32) -> io::Result<u64> {
-    let namespace = File::open(Path::new("/proc").join(pid.to_string()).join("ns/net"))?;
-    if namespace.metadata()?.ino() == fs::metadata("/proc/self/ns/net")?.ino() {
-        return own_netns_cookie();
-    }
-    // A thread of its own: it does not come back.
-    let visit = move || {
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        own_netns_cookie()
-    };
-    thread::spawn(visit).join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into()))
-}
-
-fn own_netns_cookie() -> io::Result<u64> {
+/// The kernel is too old.
+pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)?;
     let mut cookie = 0_u64;
     let mut length: libc::socklen_t = 8;
     // SAFETY: the kernel writes at most `length` bytes to a u64.
     let result = unsafe {
         libc::getsockopt(
-            socket.as_raw_fd(),
+            socket.as_fd().as_raw_fd(),
             libc::SOL_SOCKET,
             SO_NETNS_COOKIE,
             (&raw mut cookie).cast(),
@@ -117,10 +98,5 @@ mod tests {
     fn the_version_2_line_is_the_one_with_number_0() {
         assert_eq!(cgroup_of("12:pids:/x\n1:name=systemd:/y\n0::/z\n"), Some("/z"));
         assert_eq!(cgroup_of("12:pids:/x\n"), None);
-    }
-
-    #[test]
-    fn this_process_has_a_namespace_with_a_cookie() {
-        assert_ne!(netns_cookie(std::process::id()).unwrap(), 0);
     }
 }

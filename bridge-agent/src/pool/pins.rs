@@ -90,10 +90,23 @@ pub fn shapes(words: u32) -> [Shape; 9] {
     ]
 }
 
+/// What the names of the directories of pools begin with.
+pub const PREFIX: &str = "pool-";
+
 /// The directory of the pool's pins below a base such as `/sys/fs/bpf/bridge`.
 #[must_use]
 pub fn directory(base: &Path) -> PathBuf {
-    base.join(format!("pool-{}", pool::ABI_VERSION))
+    base.join(format!("{PREFIX}{}", pool::ABI_VERSION))
+}
+
+/// What the names of the directories of `bridge-agent exec --ports` begin with: pools for one program each.
+pub const EXEC_PREFIX: &str = "exec-";
+
+/// Whether a directory below such a base is one of a pool, of this version or another.
+#[must_use]
+pub fn is_of_a_pool(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| name.starts_with(PREFIX) || name.starts_with(EXEC_PREFIX))
 }
 
 /// Makes a directory for pins.

@@ -87,10 +87,12 @@ pub struct Started {
 pub fn start(object: &[u8], settings: &Settings, places: &Places) -> Result<Started, StartError> {
     let first = !places.is_pinned();
     let result = try_start(object, settings, places);
-    if first && matches!(&result, Err(error) if !error.is_locked()) {
-        if let Err(error) = stop(places) {
-            warn!(%error, "left behind after a failed start of the port pool");
-        }
+    if first
+        && let Err(error) = &result
+        && !error.is_locked()
+        && let Err(error) = stop(places)
+    {
+        warn!(%error, "left behind after a failed start of the port pool");
     }
     result
 }
@@ -192,10 +194,10 @@ impl Started {
             .and_then(|()| checks::reserve(ports))
             .map_err(StartError::Reserve)?;
         if self.settings.masquerade.is_empty() {
-            checks::nft(checks::NO_SAFETY_NET, true)
+            checks::remove_safety_net()
         } else {
             let net = checks::safety_net(&self.settings.masquerade, &self.settings.destinations, ports);
-            checks::nft(&net, false)
+            checks::install_safety_net(&net)
         }
         .map_err(StartError::Masquerade)?;
         let mut warnings = checks::look(ports);
@@ -241,7 +243,7 @@ pub fn stop(places: &Places) -> Result<(), StopError> {
             Err(error) => errors.push(format!("net.ipv4.ip_local_reserved_ports: {error}")),
         }
     }
-    errors.extend(checks::nft(checks::NO_SAFETY_NET, true).err().map(|error| error.to_string()));
+    errors.extend(checks::remove_safety_net().err().map(|error| error.to_string()));
     if errors.is_empty() { Ok(()) } else { Err(StopError::Left(errors)) }
 }
 

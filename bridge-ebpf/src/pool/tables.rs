@@ -191,13 +191,31 @@ extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 
     }
 }
 
+/// Words that are copied by one call of [`pool_copy_block`].
+const BLOCK: u32 = 64;
+
 /// Copies words between slots; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn pool_copy(to: u32, from: u32, words: u32) -> i64 {
+    let mut at = 0;
+    while at < 2 * MAX_WORDS + MAX_WORDS / 64 {
+        if at >= words {
+            break;
+        }
+        pool_copy_block(to + at, from + at, words - at);
+        at += BLOCK;
+    }
+    i64::from(at)
+}
+
+/// Copies at most [`BLOCK`] words; by itself, so that the verifier follows so many rounds and not all of [`pool_copy`]'s.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_copy_block(to: u32, from: u32, words: u32) -> i64 {
     let maps = Maps { words };
     let mut word = 0;
-    while word < 2 * MAX_WORDS + MAX_WORDS / 64 {
+    while word < BLOCK {
         if word >= words {
             break;
         }
