@@ -78,6 +78,19 @@ impl Iptables {
         self.choice.backend
     }
 
+    /// What stood there right after the last apply.
+    pub(super) const fn written(&self) -> &BTreeMap<(Family, Table), OwnRules> {
+        &self.written
+    }
+
+    /// What stands there now, of the back end in use.
+    ///
+    /// # Errors
+    /// If the kernel's rules cannot be read.
+    pub(super) fn read_back(&self) -> Result<BTreeMap<(Family, Table), ObservedTable>, Error> {
+        self.read_all(self.backend())
+    }
+
     fn rulesets(&self, policy: &Policy) -> [Ruleset; 2] {
         Family::ALL.map(|family| render::ruleset(policy, &self.config.options, family))
     }
