@@ -108,6 +108,7 @@ mod tests {
         [2:2] -A BRIDGE-INBOUND -m comment --comment \"bridge:strict\" -g BRIDGE-DENY\n\
         [7:7] -A BRIDGE-INBOUND -m comment --comment no-ssh -g BRIDGE-DENY\n\
         [8:8] -A BRIDGE-INBOUND -m comment --comment ping -j RETURN\n\
+        [11:11] -A BRIDGE-INBOUND -m comment --comment \"bridge:nodeport-denied\" -g BRIDGE-DENY\n\
         [3:3] -A BRIDGE-INBOUND -m comment --comment \"bridge:no-rule\" -g BRIDGE-DENY\n\
         [12:12] -A BRIDGE-DENY -m comment --comment \"bridge:deny\" -j DROP\nCOMMIT\n";
 

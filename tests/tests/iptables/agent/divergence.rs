@@ -131,13 +131,17 @@ fn what_iptables_alone_denies_is_counted_exactly_and_named() -> Result<()> {
         let text = agent.run(&["status"])?;
         ensure!(text.contains("6 packets denied by iptables alone (bridge:no-rule 6)"), "{text}");
 
+        // What was counted is not counted again by a reload, which reads the counters.
+        agent.reload(&config)?;
+        assert_eq!(divergence(&agent)?["deniedByIptables"], serde_json::json!({ "bridge:no-rule": 6 }));
+
         // A rule that somebody puts among bridge's is as good a reason.
         agent.reload(&config.replace("[40002]", "[40002, 40004]"))?;
         let before = divergence(&agent)?["deniedByIptables"]["foreign"].clone();
         ensure!(before.is_null(), "{before}");
         let counted = eventually(DEADLINE, || {
             node.run("iptables -I BRIDGE-FORWARD -p tcp -m tcp --dport 40002 -j DROP").ok()?;
-            udp_or_tcp_to(&node, ALLOWED).ok()?;
+            send_syn(&node, ALLOWED).ok()?;
             divergence(&agent).ok()?["deniedByIptables"]["foreign"].as_u64()
         });
         counted.with_context(|| format!("not counted: {:?}", divergence(&agent)))?;
@@ -146,7 +150,7 @@ fn what_iptables_alone_denies_is_counted_exactly_and_named() -> Result<()> {
 }
 
 /// A SYN, without waiting for long whether anything comes back.
-fn udp_or_tcp_to(node: &Node, port: u16) -> Result<()> {
+fn send_syn(node: &Node, port: u16) -> Result<()> {
     let to = node.lab.c1().at(Family::V4, port);
     let client = bridge_tests::traffic::tcp::Client::new(&node.lab.a().netns);
     client.deadline(std::time::Duration::from_millis(20)).connect(to)?;
@@ -161,7 +165,7 @@ fn what_ebpf_alone_denies_is_counted_and_named() -> Result<()> {
         // The watch puts it right within a second: again and again, until a packet comes in between.
         let counted = eventually(DEADLINE, || {
             node.run("iptables -I BRIDGE-FORWARD -s 192.168.31.67/32 -j ACCEPT").ok()?;
-            udp_or_tcp_to(&node, DENIED).ok()?;
+            send_syn(&node, DENIED).ok()?;
             divergence(&agent).ok()?["deniedByEbpf"].as_u64().filter(|packets| *packets > 0)
         });
         counted.with_context(|| format!("not counted: {:?}", divergence(&agent)))?;
