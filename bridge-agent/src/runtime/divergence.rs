@@ -93,8 +93,8 @@ pub(super) struct Reporter {
 }
 
 const PAUSE: Duration = Duration::from_secs(10);
-/// Flows that are looked at to find one that iptables would not have let through.
-const FLOWS: usize = 1024;
+/// How long flows are looked at to find one that iptables would not have let through.
+const SEARCH: Duration = Duration::from_millis(50);
 
 impl Default for Reporter {
     fn default() -> Self {
@@ -139,10 +139,9 @@ impl Reporter {
 /// A flow that eBPF knows and that the rules would deny.
 fn denied_flow(guard: &Guard, maps: &Maps) -> Option<Packet> {
     let mut found = None;
-    let mut left = FLOWS;
+    let end = Instant::now() + SEARCH;
     let looked = maps.for_each_flow(&FlowFilter::default(), |flow| {
-        if found.is_none() && left > 0 {
-            left -= 1;
+        if found.is_none() && Instant::now() < end {
             let denied = |packet: &Packet| guard.verdict(packet) == Some(walk::Verdict::Denied);
             found = opener(&flow).filter(denied);
         }

@@ -154,8 +154,7 @@ impl PacketFilter {
 
     /// Begins, or ends, to compare with eBPF; see [`Guard::compare`].
     pub(super) fn compare(&mut self, begin: bool) {
-        self.compares = begin;
-        self.guard.compare(begin);
+        self.compares = self.guard.compare(begin);
     }
 
     /// Takes in what eBPF did with a packet.

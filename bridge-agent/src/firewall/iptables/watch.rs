@@ -177,7 +177,9 @@ impl Guard {
 
     /// Begins, or ends, to compare with eBPF, which judges the same packets first by the same policy. To be ended before
     /// either changes its policy, and begun again when both have: in between they differ, and that means nothing.
-    pub fn compare(&self, begin: bool) {
+    ///
+    /// Returns whether it has begun: not if the counters cannot be read, which is logged.
+    pub fn compare(&self, begin: bool) -> bool {
         let mut state = self.shared.state();
         self.shared.mail().denied.clear();
         self.shared.count(&mut state);
@@ -192,6 +194,7 @@ impl Guard {
                 Err(error) => tracing::warn!("iptables cannot be compared with eBPF: {error}"),
             }
         }
+        state.comparison.is_some()
     }
 
     /// Takes in the first packet of a flow, which eBPF has denied (in audit mode: would have).
