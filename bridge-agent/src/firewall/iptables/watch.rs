@@ -363,9 +363,9 @@ impl Shared {
             self.add(counters, &changed.tables, policy.mode);
         }
         match firewall.repair(policy, &changed) {
-            Ok(()) => {
+            Ok(chains) => {
                 if let Some(Comparison { counters, .. }) = comparison {
-                    changed.tables.keys().for_each(|key| counters.rewritten(*key));
+                    counters.rewritten(&chains);
                 }
                 tracing::warn!("{drift}; repaired");
                 let mut status = self.status();

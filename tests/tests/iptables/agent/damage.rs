@@ -69,6 +69,27 @@ fn damage_is_mended_within_a_second_told_and_counted() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_repair_leaves_the_other_chains_and_their_counters() -> Result<()> {
+    for backend in BACKENDS {
+        let node = Node::new(backend)?;
+        let agent = node.start(&node.config("iptables", "", RULES))?;
+        node.holds()?;
+        let inbound = || -> Result<Vec<String>> {
+            let saved = node.run("iptables-save -c -t filter")?;
+            Ok(saved.lines().filter(|line| line.contains("-A BRIDGE-INBOUND")).map(str::to_owned).collect())
+        };
+        let before = inbound()?;
+        ensure!(before.iter().any(|line| line.starts_with("[1:")), "{before:?}");
+        node.run("iptables -F BRIDGE-OUTBOUND")?;
+        let repaired = || firewall(&agent).ok()?["repairs"].as_u64().filter(|repairs| *repairs == 1);
+        eventually(DEADLINE, repaired).context("not mended")?;
+        assert_eq!(inbound()?, before);
+        ensure!(node.run("iptables -S BRIDGE-OUTBOUND")?.contains("devices"));
+    }
+    Ok(())
+}
+
 /// `BRIDGE_AGENT=target/release/bridge-agent cargo test -p bridge-tests --test iptables ten_thousand_rules_cost -- \
 /// --ignored --nocapture`
 #[test]
