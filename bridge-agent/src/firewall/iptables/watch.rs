@@ -6,17 +6,18 @@
 //! - x_tables has no numbers and no notifications: a table's outline (rules, size, entry points) is asked for in every
 //!   round, and less often its content is copied out and hashed without the counters.
 
+mod comparison;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use super::divergence::{Counters, Divergence};
+use self::comparison::Comparison;
+use super::divergence::Divergence;
 use super::driver::Iptables;
 use super::error::Error;
-use super::observe::{ObservedTable, OwnRules};
 use super::question::{Answer, Question};
-use super::ruleset::{Family, Table};
 use super::walk::{self, Packet, Verdict};
 use crate::firewall::{Firewall, Hits, Remains};
 use crate::model::{Mode, Policy};
@@ -26,9 +27,6 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// Rounds must leave this many times their own duration free, up to [`LONGEST`].
 const IDLE_SHARE: u32 = 19;
 const LONGEST: Duration = Duration::from_millis(700);
-/// Between two readings of the counters, and how many times its own duration a reading must leave free.
-const COUNTING: Duration = Duration::from_secs(5);
-const COUNTING_SHARE: u32 = 200;
 /// Denied packets that wait to be held against the rules, and how many are at a time.
 const WAITING: usize = 256;
 const AT_A_TIME: usize = 16;
@@ -89,13 +87,6 @@ struct State {
     peace: Peace,
     /// With eBPF beside it.
     comparison: Option<Comparison>,
-}
-
-#[derive(Debug)]
-struct Comparison {
-    counters: Counters,
-    /// When the counters are to be read again.
-    next: Instant,
 }
 
 impl Guard {
@@ -186,11 +177,7 @@ impl Guard {
         state.comparison = None;
         if begin {
             match state.firewall.read_back() {
-                Ok(tables) => {
-                    let mut counters = Counters::default();
-                    counters.begin(&tables);
-                    state.comparison = Some(Comparison { counters, next: Instant::now() + COUNTING });
-                }
+                Ok(tables) => state.comparison = Some(Comparison::begin(&tables)),
                 Err(error) => tracing::warn!("iptables cannot be compared with eBPF: {error}"),
             }
         }
@@ -359,13 +346,13 @@ impl Shared {
             ));
             return Seen::Failed;
         }
-        if let Some(Comparison { counters, .. }) = comparison {
-            self.add(counters, &changed.tables, policy.mode);
+        if let Some(comparison) = comparison {
+            self.add(comparison, &changed.tables, policy.mode);
         }
         match firewall.repair(policy, &changed) {
             Ok(chains) => {
-                if let Some(Comparison { counters, .. }) = comparison {
-                    counters.rewritten(&chains);
+                if let Some(comparison) = comparison {
+                    comparison.rewritten(&chains);
                 }
                 tracing::warn!("{drift}; repaired");
                 let mut status = self.status();
@@ -377,72 +364,6 @@ impl Shared {
             Err(error) => {
                 self.status().failed(&format!("{drift}; {error}"));
                 Seen::Failed
-            }
-        }
-    }
-}
-
-/// The comparison with eBPF.
-impl Shared {
-    fn add(&self, counters: &mut Counters, tables: &BTreeMap<(Family, Table), ObservedTable>, mode: Mode) {
-        // In audit mode eBPF lets everything come here, also what it would have denied itself.
-        if mode == Mode::Enforce {
-            counters.count(tables, &mut self.status().divergence.denied_by_iptables);
-        }
-    }
-
-    fn count_now_and_then(&self) {
-        let mut state = self.state();
-        if state.comparison.as_ref().is_some_and(|comparison| Instant::now() >= comparison.next) {
-            let begun = Instant::now();
-            self.count(&mut state);
-            if let Some(comparison) = &mut state.comparison {
-                comparison.next = Instant::now() + COUNTING.max(begun.elapsed() * COUNTING_SHARE);
-            }
-        }
-    }
-
-    fn count(&self, state: &mut State) {
-        let State { firewall, policy, comparison: Some(Comparison { counters, .. }), .. } = state else {
-            return;
-        };
-        match firewall.read_back() {
-            Ok(tables) => self.add(counters, &tables, policy.mode),
-            Err(error) => tracing::debug!(%error, "the counters cannot be read"),
-        }
-    }
-
-    /// Holds packets that eBPF has denied against the rules as they stand in the kernel now.
-    fn compare(&self, packets: &[Packet], question: &mut Question, known: Option<&Answer>) {
-        let answer = question.ask().ok();
-        let state = self.state();
-        if state.comparison.is_none() {
-            return;
-        }
-        let unharmed = answer.is_some() && answer.as_ref() == known;
-        let read = if unharmed { None } else { Some(state.firewall.read_back()) };
-        let changed: BTreeMap<(Family, Table), OwnRules>;
-        let rules = match read {
-            None => state.firewall.written(),
-            Some(Ok(tables)) => {
-                changed = tables.iter().map(|(key, table)| (*key, table.own())).collect();
-                &changed
-            }
-            Some(Err(error)) => {
-                tracing::debug!(%error, "denied packets cannot be compared");
-                self.status().divergence.not_compared += packets.len() as u64;
-                return;
-            }
-        };
-        let audit = state.policy.mode == Mode::Audit;
-        let mut status = self.status();
-        let divergence = &mut status.divergence;
-        for packet in packets {
-            let verdict = walk::verdict(rules, packet, audit);
-            *if verdict.is_some() { &mut divergence.compared } else { &mut divergence.not_compared } += 1;
-            if verdict == Some(Verdict::Passes) {
-                divergence.denied_by_ebpf += 1;
-                divergence.last = Some(*packet);
             }
         }
     }
