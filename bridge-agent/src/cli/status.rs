@@ -9,7 +9,9 @@ use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, ReasonCount};
 use crate::pool::Summary;
-use crate::runtime::{DiscoveryStatus, Enforcement, FirewallStatus, Reload, RoutesStatus, Status};
+use crate::runtime::{
+    DiscoveryStatus, DivergenceStatus, Enforcement, FirewallStatus, Reload, RoutesStatus, Status,
+};
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
 #[derive(Debug, Args)]
@@ -115,6 +117,9 @@ impl Report {
             if let Some(FirewallStatus { backend, repairs, last_repair, failure, .. }) = &status.firewall {
                 let last = last_repair.as_ref().map(|why| format!(", last: {why}")).unwrap_or_default();
                 line("iptables", format!("in force ({backend}), put back {repairs} times{last}"));
+                if let Some(divergence) = &status.firewall.as_ref().and_then(|f| f.divergence.as_ref()) {
+                    line("divergence", self::divergence(divergence));
+                }
                 if let Some(failure) = failure {
                     line("iptables", failure.clone());
                 }
@@ -181,4 +186,18 @@ fn show_routes(routes: &RoutesStatus, line: &mut impl FnMut(&str, String)) {
     if let Some(failure) = &routes.failure {
         line("routes", format!("FAILED: {failure}"));
     }
+}
+
+fn divergence(of: &DivergenceStatus) -> String {
+    let DivergenceStatus { denied_by_iptables, denied_by_ebpf, last_denied_by_ebpf, compared, not_compared } =
+        of;
+    let causes: Vec<_> =
+        denied_by_iptables.iter().map(|(cause, packets)| format!("{cause} {packets}")).collect();
+    let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
+    let last = last_denied_by_ebpf.as_ref().map(|last| format!(", last {last}")).unwrap_or_default();
+    format!(
+        "{} packets denied by iptables alone{causes}, at least {denied_by_ebpf} by eBPF alone{last}; {compared} compared, \
+         {not_compared} not",
+        denied_by_iptables.values().sum::<u64>()
+    )
 }

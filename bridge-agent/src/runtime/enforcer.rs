@@ -314,6 +314,11 @@ impl Enforcer {
         &self.maps
     }
 
+    /// Number of the policy in force.
+    pub(super) fn generation(&self) -> u32 {
+        self.published.map_or(0, Published::generation)
+    }
+
     pub(super) fn status(&self) -> Enforcement {
         let interfaces = self
             .chosen
@@ -327,7 +332,7 @@ impl Enforcer {
             .collect();
         Enforcement {
             mode: if self.desired.behaviour.audit { "audit" } else { "enforce" }.to_owned(),
-            generation: self.published.map_or(0, Published::generation),
+            generation: self.generation(),
             tables: self.stats,
             switched_in_us: match self.published {
                 Some(Published::Switched { took, .. }) => u64::try_from(took.as_micros()).ok(),

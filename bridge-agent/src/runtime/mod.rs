@@ -2,6 +2,7 @@
 //!
 //! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next.
 
+mod divergence;
 mod enforcer;
 mod file;
 mod packet_filter;
@@ -22,6 +23,7 @@ use tokio::{
     sync::mpsc,
 };
 
+pub use divergence::DivergenceStatus;
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
 pub use packet_filter::{FirewallStatus, settings as firewall_settings};
 pub(crate) use port_pool::places as pool_places;
@@ -176,6 +178,8 @@ impl Agent {
         loop {
             let selection =
                 self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
+            // What an earlier policy has judged is not compared with the rules of now.
+            let generation = self.enforcer.as_ref().map_or(0, Enforcer::generation);
             tokio::select! {
                 biased;
                 _ = from.terminate.recv() => return Ok(()),
@@ -193,12 +197,15 @@ impl Agent {
                     drop(self.reload("the file has changed"));
                 }
                 // The iptables rules are watched by a thread of their own.
-                _ = look.tick(), if self.filter.is_some() => self.show_enforcement(),
+                _ = look.tick(), if self.filter.is_some() => {
+                    self.report_divergence();
+                    self.show_enforcement();
+                }
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
                 },
-                read = read_events(self.events.as_mut(), &self.shared) => {
+                read = read_events(self.events.as_mut(), &self.shared, self.filter.as_ref(), generation) => {
                     if let Err(error) = read {
                         tracing::error!(%error, "events can no longer be read");
                         self.events = None;
@@ -243,7 +250,21 @@ impl Agent {
         {
             filter.take_down();
         }
+        self.compare(true);
         result
+    }
+
+    /// Begins, or ends, to compare the engines, if there are two.
+    fn compare(&mut self, begin: bool) {
+        if let Some(filter) = &mut self.filter {
+            filter.compare(begin && self.enforcer.is_some());
+        }
+    }
+
+    fn report_divergence(&mut self) {
+        if let Some(filter) = &mut self.filter {
+            filter.report(self.enforcer.as_ref().map(|enforcer| &**enforcer.maps()));
+        }
     }
 
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
@@ -287,7 +308,9 @@ impl Agent {
     fn reload(&mut self, why: &str) -> Result<(), String> {
         notify_reloading();
         tracing::info!(why, "reloading");
+        self.compare(false);
         let result = self.try_reload().map_err(|error| error.to_string());
+        self.compare(true);
         if let Err(error) = &result {
             tracing::error!("reload failed, the configuration before it is still in force: {error}");
         }
@@ -357,11 +380,19 @@ impl Agent {
 }
 
 /// Waits for events and hands them on; for ever, if there is nothing to read from.
-async fn read_events(events: Option<&mut EventReader>, shared: &Shared) -> io::Result<()> {
+async fn read_events(
+    events: Option<&mut EventReader>,
+    shared: &Shared,
+    filter: Option<&PacketFilter>,
+    generation: u32,
+) -> io::Result<()> {
     match (events, shared.maps()) {
         (Some(events), Some(maps)) => {
             events
                 .read(&maps, |verdict| {
+                    if let Some(filter) = filter.filter(|_| verdict.generation == generation) {
+                        filter.judged_by_ebpf(&verdict);
+                    }
                     // Nobody listening is no error.
                     drop(shared.verdicts.send(Arc::new(verdict)));
                 })

@@ -4,10 +4,17 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
+use super::divergence::{self, DivergenceStatus, Reporter};
 use super::status;
 use crate::{
     config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
-    firewall::iptables::{self, Error, Iptables, Programs, render::Options, save::Saving, watch::Guard},
+    datapath::{Maps, Verdict},
+    firewall::iptables::{
+        self, Error, Iptables, Programs,
+        render::Options,
+        save::Saving,
+        watch::{self, Guard},
+    },
     model::Policy,
 };
 
@@ -25,6 +32,8 @@ pub struct FirewallStatus {
     pub last_repair_time: Option<String>,
     /// Why the rules could not be read or put back, if that is so now.
     pub failure: Option<String>,
+    /// Packets that one engine let through and the other did not; with both engines only.
+    pub divergence: Option<DivergenceStatus>,
 }
 
 /// The engine, while it is wanted.
@@ -34,8 +43,9 @@ pub(super) struct PacketFilter {
     backend: String,
     /// What the driver was made with.
     settings: Settings,
-    /// Of guards before this one.
-    repairs: u64,
+    /// Whether eBPF is beside it.
+    compares: bool,
+    reporter: Reporter,
 }
 
 /// What a reload can be taken back to.
@@ -89,15 +99,15 @@ pub fn settings(config: &Config) -> iptables::Config {
 
 impl PacketFilter {
     pub(super) fn start(config: &Config) -> Result<Self, Error> {
-        Self::enforce(Settings::of(config), config.policy(), 0)
+        Self::enforce(Settings::of(config), config.policy(), watch::Status::default())
     }
 
-    fn enforce(settings: Settings, policy: Policy, repairs: u64) -> Result<Self, Error> {
+    fn enforce(settings: Settings, policy: Policy, before: watch::Status) -> Result<Self, Error> {
         let firewall = Iptables::new(settings.driver())?;
         let backend = firewall.choice().backend.name().to_owned();
-        let guard = Guard::start(firewall, policy)?;
+        let guard = Guard::start(firewall, policy)?.after(before);
         tracing::info!(backend, "iptables rules in force");
-        Ok(Self { guard, backend, settings, repairs })
+        Ok(Self { guard, backend, settings, compares: false, reporter: Reporter::default() })
     }
 
     /// Puts another configuration in force; that of before stays if it is refused.
@@ -116,10 +126,11 @@ impl PacketFilter {
 
     /// With another driver.
     fn replace(&mut self, settings: Settings, policy: Policy) -> Result<(), Error> {
-        let repairs = self.repairs();
         // It would take what the new driver writes for damage.
         self.guard.stop();
-        *self = Self::enforce(settings, policy, repairs)?;
+        let before = watch::Status { failure: None, ..self.guard.status() };
+        let Self { guard, backend, .. } = Self::enforce(settings, policy, before)?;
+        (self.guard, self.backend, self.settings) = (guard, backend, settings);
         Ok(())
     }
 
@@ -141,8 +152,25 @@ impl PacketFilter {
         }
     }
 
-    fn repairs(&self) -> u64 {
-        self.repairs + self.guard.status().repairs
+    /// Begins, or ends, to compare with eBPF; see [`Guard::compare`].
+    pub(super) fn compare(&mut self, begin: bool) {
+        self.compares = self.guard.compare(begin);
+    }
+
+    /// Takes in what eBPF did with a packet.
+    pub(super) fn judged_by_ebpf(&self, verdict: &Verdict) {
+        if self.compares
+            && let Some(packet) = divergence::first_packet(verdict)
+        {
+            self.guard.denied_by_ebpf(packet);
+        }
+    }
+
+    /// Tells the log what the comparison has found.
+    pub(super) fn report(&mut self, maps: Option<&Maps>) {
+        if self.compares {
+            self.reporter.report(&self.guard.status().divergence, &self.guard, maps);
+        }
     }
 
     pub(super) fn status(&self) -> FirewallStatus {
@@ -150,10 +178,11 @@ impl PacketFilter {
         let (time, last_repair) = seen.last_repair.unzip();
         FirewallStatus {
             backend: self.backend.clone(),
-            repairs: self.repairs(),
+            repairs: seen.repairs,
             last_repair,
             last_repair_time: time.map(status::at),
             failure: seen.failure,
+            divergence: self.compares.then(|| seen.divergence.into()),
         }
     }
 

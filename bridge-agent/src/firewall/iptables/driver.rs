@@ -1,6 +1,6 @@
 //! The driver: the pure parts put together with the programs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::backend;
@@ -55,6 +55,9 @@ pub struct Plan {
     pub removals: Vec<Restore>,
 }
 
+/// Own chains, by table.
+pub(super) type Rewritten = BTreeMap<(Family, Table), BTreeSet<String>>;
+
 impl Iptables {
     /// Chooses a back end.
     ///
@@ -76,6 +79,19 @@ impl Iptables {
 
     pub(super) const fn backend(&self) -> Backend {
         self.choice.backend
+    }
+
+    /// What stood there right after the last apply.
+    pub(super) const fn written(&self) -> &BTreeMap<(Family, Table), OwnRules> {
+        &self.written
+    }
+
+    /// What stands there now, of the back end in use.
+    ///
+    /// # Errors
+    /// If the kernel's rules cannot be read.
+    pub(super) fn read_back(&self) -> Result<BTreeMap<(Family, Table), ObservedTable>, Error> {
+        self.read_all(self.backend())
     }
 
     fn rulesets(&self, policy: &Policy) -> [Ruleset; 2] {
@@ -119,13 +135,22 @@ impl Iptables {
         Ok(tables)
     }
 
-    /// Puts back the tables that were found changed, and leaves the others alone.
+    /// Puts back the chains and jumps that were found changed, and leaves the others alone, with their counters: with
+    /// 10,000 rules, writing all of them takes most of the time there is. Returns the chains that were written.
     ///
     /// # Errors
     /// Those of [`Firewall::apply`] and [`Firewall::verify`].
-    pub(super) fn repair(&mut self, policy: &Policy, changed: &Observed) -> Result<(), Error> {
+    pub(super) fn repair(&mut self, policy: &Policy, changed: &Observed) -> Result<Rewritten, Error> {
         let mut plan = self.plan(policy, changed);
         plan.restores.retain(|restore| changed.tables.contains_key(&(restore.family, restore.table)));
+        let mut rewritten = Rewritten::new();
+        for restore in &mut plan.restores {
+            let key = (restore.family, restore.table);
+            if let (Some(written), Some(now)) = (self.written.get(&key), changed.tables.get(&key)) {
+                restore.leave_out(&written.same_chains(&now.own()));
+            }
+            rewritten.insert(key, restore.declared().map(str::to_owned).collect());
+        }
         self.apply(&plan)?;
         let rulesets = self.rulesets(policy);
         for (family, table) in changed.tables.keys() {
@@ -133,7 +158,7 @@ impl Iptables {
             let wanted = rulesets.iter().find(|r| r.family == *family).and_then(|r| r.table(*table));
             self.accept(*family, *table, wanted, &there)?;
         }
-        Ok(())
+        Ok(rewritten)
     }
 
     /// Keeps what stands there to compare later states with, if it is what was wanted.

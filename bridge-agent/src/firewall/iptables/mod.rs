@@ -2,15 +2,18 @@
 
 mod apply;
 pub mod backend;
+pub mod divergence;
 mod driver;
 mod error;
 mod kernel;
 pub mod observe;
 pub mod plan;
 mod programs;
+mod question;
 pub mod render;
 pub mod ruleset;
 pub mod save;
+pub mod walk;
 pub mod watch;
 
 pub use driver::{Config, Iptables, Observed, Plan};

@@ -1,6 +1,6 @@
 //! What `iptables-save -c` prints: pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::plan::is_own;
 use super::ruleset::{Jump, Table, TableRules};
@@ -171,6 +171,22 @@ pub struct OwnRules {
 }
 
 impl OwnRules {
+    /// The rules of an own chain, in order.
+    pub(super) fn chain(&self, name: &str) -> Option<impl Iterator<Item = &str>> {
+        self.chains.get(name).map(|rules| rules.iter().map(String::as_str))
+    }
+
+    /// Chains that are here as they are there.
+    pub(super) fn same_chains(&self, other: &Self) -> BTreeSet<&str> {
+        let same = self.chains.iter().filter(|(name, rules)| other.chains.get(*name) == Some(*rules));
+        same.map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The rules of a built-in chain that lead to own ones, in order.
+    pub(super) fn jumps_of(&self, hook: &str) -> impl Iterator<Item = &str> {
+        self.jumps.iter().filter(move |(at, ..)| at == hook).map(|(_, _, rule)| rule.as_str())
+    }
+
     /// What became of these rules, in words; `None` if they are as they were.
     #[must_use]
     pub fn drift(&self, table: Table, now: &Self) -> Option<String> {

@@ -1,5 +1,7 @@
 //! From what is wanted and what is there to what `iptables-restore --noflush` is given: pure.
 
+use std::collections::BTreeSet;
+
 use super::observe::{ObservedTable, TABLE_WAS_ABSENT};
 use super::ruleset::{CHAIN_PREFIX, Family, Ruleset, Table, TableRules};
 
@@ -26,6 +28,19 @@ pub struct RestoreLine {
 }
 
 impl Restore {
+    /// Chains that are emptied, or made, and filled.
+    pub(super) fn declared(&self) -> impl Iterator<Item = &str> {
+        self.lines.iter().filter_map(|line| line.text.strip_prefix(':')?.split(' ').next())
+    }
+
+    /// Leaves chains as they are.
+    pub(super) fn leave_out(&mut self, left: &BTreeSet<&str>) {
+        self.lines.retain(|line| {
+            let chain = line.text.strip_prefix(':').or_else(|| line.text.strip_prefix("-A "));
+            !chain.and_then(|chain| chain.split(' ').next()).is_some_and(|chain| left.contains(chain))
+        });
+    }
+
     /// What iptables-restore is given.
     #[must_use]
     pub fn text(&self) -> String {

@@ -6,29 +6,30 @@
 //! - x_tables has no numbers and no notifications: a table's outline (rules, size, entry points) is asked for in every
 //!   round, and less often its content is copied out and hashed without the counters.
 
-use std::collections::BTreeMap;
-use std::io;
+mod comparison;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use self::comparison::Comparison;
+use super::divergence::Divergence;
 use super::driver::Iptables;
 use super::error::Error;
-use super::kernel::{self, Legacy, Nft, Outline};
-use super::programs::Backend;
-use super::ruleset::{Family, Table};
+use super::question::{Answer, Question};
+use super::walk::{self, Packet, Verdict};
 use crate::firewall::{Firewall, Hits, Remains};
-use crate::model::Policy;
+use crate::model::{Mode, Policy};
 
 /// Between two rounds.
 const INTERVAL: Duration = Duration::from_millis(200);
 /// Rounds must leave this many times their own duration free, up to [`LONGEST`].
 const IDLE_SHARE: u32 = 19;
 const LONGEST: Duration = Duration::from_millis(700);
-/// Looks at the content of x_tables tables whose outline is as it was leave this many times their own duration free,
-/// up to [`CONTENT_LONGEST`]. With few rules that is in every round.
-const CONTENT_SHARE: u32 = 40;
-const CONTENT_LONGEST: Duration = Duration::from_millis(600);
+/// Denied packets that wait to be held against the rules, and how many are at a time.
+const WAITING: usize = 256;
+const AT_A_TIME: usize = 16;
 /// Another program that also wants to be first is let win for this long, after [`PATIENCE`] repairs in a row.
 const TRUCE: Duration = Duration::from_secs(30);
 const PATIENCE: u32 = 5;
@@ -42,6 +43,8 @@ pub struct Status {
     pub last_repair: Option<(SystemTime, String)>,
     /// Why the rules could not be read or put back, if that is so now.
     pub failure: Option<String>,
+    /// What one engine let through and the other did not, while both were compared.
+    pub divergence: Divergence,
 }
 
 /// A policy in force, and a thread that keeps it so.
@@ -58,8 +61,23 @@ struct Shared {
     state: Mutex<State>,
     /// Apart from the state, so that it can be had while rules are being written.
     status: Mutex<Status>,
-    stop: Mutex<bool>,
-    stopped: Condvar,
+    mail: Mutex<Mail>,
+    arrived: Condvar,
+}
+
+/// What the thread is told.
+#[derive(Debug, Default)]
+struct Mail {
+    stop: bool,
+    /// Packets that eBPF has denied.
+    denied: VecDeque<Packet>,
+}
+
+/// Why the thread woke.
+enum Woken {
+    Stop,
+    Denied(Vec<Packet>),
+    Time,
 }
 
 #[derive(Debug)]
@@ -67,6 +85,8 @@ struct State {
     firewall: Iptables,
     policy: Policy,
     peace: Peace,
+    /// With eBPF beside it.
+    comparison: Option<Comparison>,
 }
 
 impl Guard {
@@ -79,12 +99,12 @@ impl Guard {
         let question = Question::open(firewall.backend())?;
         firewall.converge(&policy)?;
         save(&firewall, &policy);
-        let state = Mutex::new(State { firewall, policy, peace: Peace::default() });
+        let state = Mutex::new(State { firewall, policy, peace: Peace::default(), comparison: None });
         let shared = Arc::new(Shared {
             state,
             status: Mutex::default(),
-            stop: Mutex::new(false),
-            stopped: Condvar::new(),
+            mail: Mutex::default(),
+            arrived: Condvar::new(),
         });
         let thread = std::thread::Builder::new()
             .name("iptables-watch".into())
@@ -94,6 +114,13 @@ impl Guard {
             })
             .map_err(|source| Error::Kernel { what: "start a thread".into(), source })?;
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Goes on counting where another guard has ended.
+    #[must_use]
+    pub fn after(self, before: Status) -> Self {
+        *self.shared.status() = before;
+        self
     }
 
     /// Puts another policy in force and saves it. If it is refused, the one of before stays.
@@ -139,6 +166,43 @@ impl Guard {
         self.shared.status().clone()
     }
 
+    /// Begins, or ends, to compare with eBPF, which judges the same packets first by the same policy. To be ended before
+    /// either changes its policy, and begun again when both have: in between they differ, and that means nothing.
+    ///
+    /// Returns whether it has begun: not if the counters cannot be read, which is logged.
+    pub fn compare(&self, begin: bool) -> bool {
+        let mut state = self.shared.state();
+        self.shared.mail().denied.clear();
+        self.shared.count(&mut state);
+        state.comparison = None;
+        if begin {
+            match state.firewall.read_back() {
+                Ok(tables) => state.comparison = Some(Comparison::begin(&tables)),
+                Err(error) => tracing::warn!("iptables cannot be compared with eBPF: {error}"),
+            }
+        }
+        state.comparison.is_some()
+    }
+
+    /// Takes in the first packet of a flow, which eBPF has denied (in audit mode: would have).
+    pub fn denied_by_ebpf(&self, packet: Packet) {
+        let mut mail = self.shared.mail();
+        if mail.denied.len() < WAITING {
+            mail.denied.push_back(packet);
+            self.shared.arrived.notify_all();
+        } else {
+            drop(mail);
+            self.shared.status().divergence.not_compared += 1;
+        }
+    }
+
+    /// What the rules say of the first packet of a flow; `None` if that cannot be told.
+    #[must_use]
+    pub fn verdict(&self, packet: &Packet) -> Option<Verdict> {
+        let state = self.shared.state();
+        walk::verdict(state.firewall.written(), packet, state.policy.mode == Mode::Audit)
+    }
+
     /// See [`Firewall::hits`].
     ///
     /// # Errors
@@ -155,8 +219,8 @@ impl Guard {
 
     /// Ends the watch and leaves the rules.
     pub fn stop(&mut self) {
-        *self.shared.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.shared.stopped.notify_all();
+        self.shared.mail().stop = true;
+        self.shared.arrived.notify_all();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -180,11 +244,29 @@ impl Shared {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True if the watch is to end.
-    fn pause(&self, pause: Duration) -> bool {
-        let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.stopped.wait_timeout_while(stop, pause, |stop| !*stop);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+    fn mail(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end, for packets to compare (but not before `rested`), or until `round`.
+    fn wait(&self, round: Instant, rested: Instant) -> Woken {
+        let mut mail = self.mail();
+        loop {
+            let now = Instant::now();
+            if mail.stop {
+                return Woken::Stop;
+            }
+            if now >= round {
+                return Woken::Time;
+            }
+            if !mail.denied.is_empty() && now >= rested {
+                let count = mail.denied.len().min(AT_A_TIME);
+                return Woken::Denied(mail.denied.drain(..count).collect());
+            }
+            let until = if mail.denied.is_empty() { round } else { round.min(rested) };
+            let waited = self.arrived.wait_timeout(mail, until.saturating_duration_since(now));
+            mail = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 }
 
@@ -197,27 +279,38 @@ fn save(firewall: &Iptables, policy: &Policy) {
 
 fn watch(shared: &Shared, mut question: Question) {
     let mut known = None;
-    let mut pause = INTERVAL;
-    while !shared.pause(pause) {
-        let begun = Instant::now();
-        // Asked before the rules are read, so that a change in between is seen in the next round.
-        match question.ask() {
-            Ok(answer) if known.as_ref() == Some(&answer) => {}
-            Ok(answer) => {
-                let seen = shared.round(begun);
-                if seen == Seen::Unharmed {
-                    known = Some(answer);
-                }
-                if seen == Seen::Repaired {
-                    // What did the damage may not be done with it: be back soon.
-                    pause = INTERVAL;
-                    continue;
-                }
+    let mut next = Instant::now() + INTERVAL;
+    let mut rested = next;
+    loop {
+        match shared.wait(next, rested) {
+            Woken::Stop => return,
+            Woken::Denied(packets) => {
+                let begun = Instant::now();
+                shared.compare(&packets, &mut question, known.as_ref());
+                rested = Instant::now() + begun.elapsed() * IDLE_SHARE;
             }
-            Err(error) => shared.status().failed(&format!("cannot ask the kernel for changes: {error}")),
+            Woken::Time => next = Instant::now() + round(shared, &mut question, &mut known),
         }
-        pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     }
+}
+
+/// Looks for changes, and mends; returns how long to pause then.
+fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -> Duration {
+    let begun = Instant::now();
+    // Asked before the rules are read, so that a change in between is seen in the next round.
+    match question.ask() {
+        Ok(answer) if known.as_ref() == Some(&answer) => {}
+        Ok(answer) => match shared.look(begun) {
+            Seen::Unharmed => *known = Some(answer),
+            // What did the damage may not be done with it: be back soon.
+            Seen::Repaired => return INTERVAL,
+            Seen::Failed => {}
+        },
+        Err(error) => shared.status().failed(&format!("cannot ask the kernel for changes: {error}")),
+    }
+    let pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
+    shared.count_now_and_then();
+    pause
 }
 
 /// How a round ended.
@@ -233,8 +326,8 @@ enum Seen {
 
 impl Shared {
     /// Looks, and mends.
-    fn round(&self, now: Instant) -> Seen {
-        let State { firewall, policy, peace } = &mut *self.state();
+    fn look(&self, now: Instant) -> Seen {
+        let State { firewall, policy, peace, comparison } = &mut *self.state();
         let (drift, changed) = match firewall.drift() {
             Ok(None) => {
                 self.status().failure = None;
@@ -253,8 +346,14 @@ impl Shared {
             ));
             return Seen::Failed;
         }
+        if let Some(comparison) = comparison {
+            self.add(comparison, &changed.tables, policy.mode);
+        }
         match firewall.repair(policy, &changed) {
-            Ok(()) => {
+            Ok(chains) => {
+                if let Some(comparison) = comparison {
+                    comparison.rewritten(&chains);
+                }
                 tracing::warn!("{drift}; repaired");
                 let mut status = self.status();
                 status.failure = None;
@@ -300,78 +399,6 @@ impl Peace {
         }
         self.last = Some(now);
         true
-    }
-}
-
-/// The cheap question, and what it needs to be asked.
-#[derive(Debug)]
-enum Question {
-    Nft(Nft),
-    Legacy(Box<LegacyTables>),
-}
-
-/// Anything that is equal as long as nothing changed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Answer {
-    Generation(u32),
-    Tables(BTreeMap<(Family, Table), (Outline, u64)>),
-}
-
-/// The outlines of tables are asked for in every round, their content in some.
-#[derive(Debug, Default)]
-struct LegacyTables {
-    sockets: BTreeMap<Family, Legacy>,
-    known: BTreeMap<(Family, Table), (Outline, u64)>,
-    /// When the content was last read, and how long after that it is to be read again.
-    read: Option<(Instant, Duration)>,
-}
-
-impl Question {
-    fn open(backend: Backend) -> Result<Self, Error> {
-        match backend {
-            Backend::Nft => Nft::open()
-                .map(Self::Nft)
-                .map_err(|source| Error::Kernel { what: "open a socket to nf_tables".into(), source }),
-            Backend::Legacy => {
-                // A kernel without IPv6 has no tables of it either.
-                let sockets =
-                    Family::ALL.into_iter().filter_map(|f| Some((f, Legacy::open(f).ok()?))).collect();
-                Ok(Self::Legacy(Box::new(LegacyTables { sockets, ..LegacyTables::default() })))
-            }
-        }
-    }
-
-    fn ask(&mut self) -> io::Result<Answer> {
-        match self {
-            Self::Nft(nft) => nft.generation().map(Answer::Generation),
-            Self::Legacy(tables) => tables.ask().map(Answer::Tables),
-        }
-    }
-}
-
-impl LegacyTables {
-    fn ask(&mut self) -> io::Result<BTreeMap<(Family, Table), (Outline, u64)>> {
-        // A rule replaced by another of the same size, or two that changed places, show in the content alone.
-        let read = self.read.is_none_or(|(last, pause)| last.elapsed() >= pause);
-        let begun = Instant::now();
-        let mut now = BTreeMap::new();
-        for (family, socket) in &self.sockets {
-            let there = kernel::legacy_tables(*family);
-            for table in Table::ALL.into_iter().filter(|table| there.iter().any(|name| name == table.name()))
-            {
-                let outline = socket.outline(table)?;
-                let content = match self.known.get(&(*family, table)) {
-                    Some((known, content)) if !read && *known == outline => *content,
-                    _ => socket.fingerprint(table, &outline)?,
-                };
-                now.insert((*family, table), (outline, content));
-            }
-        }
-        if read {
-            self.read = Some((begun, (begun.elapsed() * CONTENT_SHARE).min(CONTENT_LONGEST)));
-        }
-        self.known.clone_from(&now);
-        Ok(now)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The engine as `bridge-agent run` has it: in the lab, on both back ends, with eBPF beside it and without.
 
 mod damage;
+mod divergence;
 mod engines;
 mod node;
 mod refusals;

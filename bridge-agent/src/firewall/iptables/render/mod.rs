@@ -32,7 +32,8 @@ const FROM_LAN: &str = "BRIDGE-FROM-LAN";
 const FROM_POD: &str = "BRIDGE-FROM-POD";
 const INBOUND: &str = "BRIDGE-INBOUND";
 const OUTBOUND: &str = "BRIDGE-OUTBOUND";
-const DENY: &str = "BRIDGE-DENY";
+/// Where every denied packet ends.
+pub(super) const DENY: &str = "BRIDGE-DENY";
 
 /// What a table says beside the policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,0 +1,285 @@
+//! What the rules of bridge, as read back from the kernel, say of one packet: pure.
+//!
+//! An interpreter of as much of iptables as bridge writes itself. What somebody else put among its rules may be
+//! beyond it; then it says so, and never guesses.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::observe::OwnRules;
+use super::render::DENY;
+use super::ruleset::{Family, Table};
+
+/// The first packet of a flow, which connection tracking calls NEW.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Who opens the flow.
+    pub source: IpAddr,
+    /// 0 for a protocol without ports.
+    pub source_port: u16,
+    /// To whom.
+    pub destination: IpAddr,
+    /// 0 for a protocol without ports.
+    pub destination_port: u16,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Type of an ICMP header.
+    pub icmp_type: u8,
+    /// Whether the destination is an address of this node, as on a NodePort.
+    pub to_node: bool,
+}
+
+/// What becomes of a packet as far as bridge is concerned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// What others have in the tables decides.
+    Passes,
+    /// Dropped or rejected; in audit mode: would be.
+    Denied,
+}
+
+const TCP: u8 = 6;
+/// Deeper than any chain of bridge leads; the kernel refuses loops.
+const DEPTH: u32 = 16;
+
+impl Packet {
+    const fn family(&self) -> Family {
+        match self.source {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+}
+
+/// The verdict of `rules`; `None` if it depends on something that cannot be known here. In audit mode (`audit`), what
+/// comes to the chain BRIDGE-DENY would be denied.
+#[must_use]
+pub fn verdict(rules: &BTreeMap<(Family, Table), OwnRules>, packet: &Packet, audit: bool) -> Option<Verdict> {
+    let hooks: &[_] = if packet.to_node {
+        &[(Table::Mangle, "PREROUTING")]
+    } else {
+        &[(Table::Mangle, "PREROUTING"), (Table::Filter, "FORWARD")]
+    };
+    for (table, hook) in hooks {
+        let Some(rules) = rules.get(&(packet.family(), *table)) else { continue };
+        let mut walk = Walk { rules, packet, audit, marked: false };
+        match walk.rules(rules.jumps_of(hook), 0) {
+            End::Unknown => return None,
+            End::Denied => return Some(Verdict::Denied),
+            // Rejected in table filter, for that is where it can be.
+            _ if walk.marked => return Some(Verdict::Denied),
+            End::Accepted | End::Returned => {}
+        }
+    }
+    Some(Verdict::Passes)
+}
+
+/// How a chain ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Nothing more of this table is asked.
+    Accepted,
+    Denied,
+    /// Back to where the chain was called from.
+    Returned,
+    Unknown,
+}
+
+struct Walk<'a> {
+    rules: &'a OwnRules,
+    packet: &'a Packet,
+    audit: bool,
+    marked: bool,
+}
+
+impl Walk<'_> {
+    fn rules<'r>(&mut self, rules: impl Iterator<Item = &'r str>, depth: u32) -> End {
+        for rule in rules {
+            let (matches, action) = read(rule, self.packet, self.marked);
+            match matches {
+                Some(false) => continue,
+                // It makes no difference to the packet whether it is counted or logged.
+                None if matches!(action, Action::None) => continue,
+                None => return End::Unknown,
+                Some(true) => {}
+            }
+            match action {
+                Action::None => {}
+                Action::Mark => self.marked = true,
+                Action::End(end) => return end,
+                Action::Jump(chain) => match self.chain(chain, depth) {
+                    End::Returned => {}
+                    end => return end,
+                },
+                Action::Goto(chain) => return self.chain(chain, depth),
+            }
+        }
+        End::Returned
+    }
+
+    fn chain(&mut self, name: &str, depth: u32) -> End {
+        if self.audit && name == DENY {
+            return End::Denied;
+        }
+        let rules = self.rules;
+        match rules.chain(name) {
+            Some(chain) if depth < DEPTH => self.rules(chain, depth + 1),
+            _ => End::Unknown,
+        }
+    }
+}
+
+enum Action<'r> {
+    /// It only counts or logs.
+    None,
+    Mark,
+    End(End),
+    Jump(&'r str),
+    Goto(&'r str),
+}
+
+/// Whether a rule matches, if that can be told, and what it then does.
+fn read<'r>(rule: &'r str, packet: &Packet, marked: bool) -> (Option<bool>, Action<'r>) {
+    let mut words = Words(rule);
+    let mut matches = Some(true);
+    let mut negated = false;
+    while let Some(word) = words.next() {
+        let holds = match word {
+            "!" => {
+                negated = true;
+                continue;
+            }
+            // The options that follow say it all.
+            "-m" | "--comment" => {
+                words.next();
+                continue;
+            }
+            "-j" => return (matches, target(words.next().unwrap_or_default())),
+            "-g" => return (matches, Action::Goto(words.next().unwrap_or_default())),
+            _ => holds(word, &mut words, packet, marked),
+        };
+        let holds = holds.map(|holds| holds != std::mem::take(&mut negated));
+        matches = match (matches, holds) {
+            (Some(false), _) | (_, Some(false)) => Some(false),
+            (None, _) | (_, None) => None,
+            _ => Some(true),
+        };
+    }
+    (matches, Action::None)
+}
+
+fn target(name: &str) -> Action<'_> {
+    match name {
+        "ACCEPT" => Action::End(End::Accepted),
+        "DROP" | "REJECT" => Action::End(End::Denied),
+        "RETURN" => Action::End(End::Returned),
+        "LOG" | "NFLOG" => Action::None,
+        "MARK" => Action::Mark,
+        own if super::plan::is_own(own) => Action::Jump(own),
+        _ => Action::End(End::Unknown),
+    }
+}
+
+/// Options that can be told, all with a value.
+const KNOWN: [&str; 16] = [
+    "-s",
+    "-d",
+    "-p",
+    "--sport",
+    "--sports",
+    "--dport",
+    "--dports",
+    "--ctorigdstport",
+    "--tcp-flags",
+    "--chunk-types",
+    "--ctstate",
+    "--icmp-type",
+    "--icmpv6-type",
+    "--dst-type",
+    "--src-type",
+    "--mark",
+];
+
+/// Whether one option holds, negation left out; `None` also for a value of an option that is not known.
+fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> Option<bool> {
+    if !KNOWN.contains(&option) {
+        return None;
+    }
+    let value = words.next()?;
+    let with_ports = |port: u16| Some(in_ranges(value, port));
+    match option {
+        "-s" => Some(value.parse::<IpNet>().ok()?.contains(&packet.source)),
+        "-d" => Some(value.parse::<IpNet>().ok()?.contains(&packet.destination)),
+        "-p" => Some(protocol_number(value)? == packet.protocol),
+        "--sport" | "--sports" => with_ports(packet.source_port),
+        // Before any translation the two are the same.
+        "--dport" | "--dports" | "--ctorigdstport" => with_ports(packet.destination_port),
+        "--tcp-flags" => {
+            let flags = words.next()?;
+            let syn_is_asked = value.split(',').any(|flag| matches!(flag, "SYN" | "ALL"));
+            Some(packet.protocol == TCP && (flags == if syn_is_asked { "SYN" } else { "NONE" }))
+        }
+        "--chunk-types" => (value == "only" && words.next()? == "INIT").then_some(true),
+        "--ctstate" => Some(value.split(',').any(|state| state == "NEW")),
+        "--icmp-type" | "--icmpv6-type" => Some(value.parse::<u8>().ok()? == packet.icmp_type),
+        "--dst-type" => (value == "LOCAL").then_some(packet.to_node),
+        "--src-type" => (value == "LOCAL").then_some(false),
+        "--mark" => (!marked).then_some(false),
+        _ => None,
+    }
+}
+
+/// `80,8000:8100`.
+fn in_ranges(list: &str, port: u16) -> bool {
+    list.split(',').any(|range| {
+        let (first, last) = range.split_once(':').unwrap_or((range, range));
+        match (first.parse::<u16>(), last.parse::<u16>()) {
+            (Ok(first), Ok(last)) => (first..=last).contains(&port),
+            _ => false,
+        }
+    })
+}
+
+/// As iptables-save names them.
+pub(crate) fn protocol_number(name: &str) -> Option<u8> {
+    Some(match name {
+        "icmp" => 1,
+        "tcp" => TCP,
+        "udp" => 17,
+        "ipv6-icmp" | "icmpv6" => 58,
+        "sctp" => 132,
+        number => number.parse().ok()?,
+    })
+}
+
+/// Words of a rule; what is in quotes is one.
+struct Words<'r>(&'r str);
+
+impl<'r> Iterator for Words<'r> {
+    type Item = &'r str;
+
+    fn next(&mut self) -> Option<&'r str> {
+        let rest = self.0.trim_start();
+        if rest.is_empty() {
+            return None;
+        }
+        let (word, rest) = match rest.strip_prefix('"') {
+            Some(quoted) => {
+                let end = quoted
+                    .match_indices('"')
+                    .map(|(at, _)| at)
+                    .find(|at| !quoted[..*at].ends_with('\\'))
+                    .unwrap_or(quoted.len());
+                (&quoted[..end], quoted.get(end + 1..).unwrap_or_default())
+            }
+            None => rest.split_at(rest.find(' ').unwrap_or(rest.len())),
+        };
+        self.0 = rest;
+        Some(word)
+    }
+}
+
+#[cfg(test)]
+mod tests;
