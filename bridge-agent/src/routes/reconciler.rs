@@ -263,8 +263,10 @@ impl Reconciler {
 
     fn sync(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
         let start = Instant::now();
+        // What a source was read from, and what was wanted before, has gone by now.
+        let many_were_read = self.wishes_changed && self.merged.routes.len() > CHUNK;
         let outcome = self.compare_and_apply(events);
-        if outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK) {
+        if many_were_read || outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK) {
             crate::runtime::trim_memory();
         }
         Counters::add(&self.counters.interrupted, self.netlink.take_interrupted());
