@@ -117,7 +117,8 @@ impl Datapath {
         loader.override_global(aya_log::LEVEL, &level, true);
         let mut ebpf = loader.load(object::ENFORCE).map_err(load_error)?;
         for hook in Hook::ALL {
-            program(&mut ebpf, hook)?.load().map_err(|error| program_error(hook.name(), error))?;
+            let program = program(&mut ebpf, hook)?;
+            sys::without_signals(|| program.load()).map_err(|error| program_error(hook.name(), error))?;
         }
         if !pins.map(DIGESTS).exists() {
             let map = MapData::create(digests(), DIGESTS, None).map_err(Error::aya_map(DIGESTS))?;

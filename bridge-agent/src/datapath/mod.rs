@@ -29,4 +29,5 @@ pub use hook::{Hook, Role};
 pub use load::{Datapath, Mechanism, Options};
 pub use maps::{Maps, now};
 pub use pins::{DEFAULT_ROOT, Lock, Pins};
+pub(crate) use sys::without_signals;
 pub use tables::{Behaviour, Published};

@@ -2,7 +2,8 @@
 
 use std::{
     ffi::{CString, c_void},
-    io, mem,
+    io,
+    mem::{self, MaybeUninit},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -281,6 +282,26 @@ pub(super) fn delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Does `work` with no signal taken by this thread: the verifier gives up with EAGAIN when one is pending
+/// (kernel/bpf/verifier.c), such as the SIGCHLD of a process of another thread, and aya then has it begin anew, slowly,
+/// with a log.
+pub(crate) fn without_signals<T>(work: impl FnOnce() -> T) -> T {
+    let mut all = MaybeUninit::<libc::sigset_t>::uninit();
+    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `all` is written before it is read, and `before` is written by the first call of pthread_sigmask, which
+    // fails for a wrong argument alone.
+    unsafe {
+        libc::sigfillset(all.as_mut_ptr());
+        libc::pthread_sigmask(libc::SIG_BLOCK, all.as_ptr(), before.as_mut_ptr());
+    }
+    let result = work();
+    // SAFETY: as above.
+    unsafe {
+        libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), std::ptr::null_mut());
+    }
+    result
 }
 
 /// Waits until every packet that was under way has left the programs: an RCU grace period

@@ -102,15 +102,18 @@ impl Datapath {
         }
 
         let target = (active + 1) % SLOTS;
-        let generation = self.maps.last_generation()?.checked_add(1).unwrap_or(1);
+        let last = self.maps.last_generation()?;
+        let generation = last.checked_add(1).unwrap_or(1);
         let settings = settings(tables, behaviour, generation);
         let filled = if same_tables {
             self.share(active)?
         } else {
             self.fill(tables, &Carried::new(&self.maps, active, &tables.rules)?)?
         };
-        // Whoever switched last may have been killed before the grace period was over.
-        quiesce(&self.maps, active)?;
+        // Whoever switched last, if anybody has, may have been killed before the grace period was over.
+        if last > 0 {
+            quiesce(&self.maps, active)?;
+        }
         self.install(target, filled, settings, digest)?;
 
         let next = match trial {
@@ -123,9 +126,9 @@ impl Datapath {
         self.maps.set_control(next);
         let took = start.elapsed();
 
-        // Packets under way have counted on the old policy until now.
-        quiesce(&self.maps, target)?;
-        if !same_tables {
+        if !same_tables && in_force.generation > 0 {
+            // Packets under way have counted on the old policy until now.
+            quiesce(&self.maps, target)?;
             let hits = self.table(target, Table::RuleHits)?;
             let carried = Carried::new(&self.maps, active, &tables.rules)?;
             carried.write(&hits).map_err(Error::map(Table::RuleHits.name()))?;

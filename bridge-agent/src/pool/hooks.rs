@@ -21,6 +21,7 @@ use super::{
     kernel::KernelPoolError,
     pins,
 };
+use crate::datapath::without_signals;
 
 /// The programs of the object, in the order in which they are attached: what releases comes before what claims, so that
 /// no claim goes unseen.
@@ -122,9 +123,9 @@ impl KernelPool {
 pub(super) fn load_programs(ebpf: &mut Ebpf) -> Result<(), KernelPoolError> {
     for name in PROGRAMS {
         match ebpf.program_mut(name).ok_or(KernelPoolError::Missing(name))? {
-            Program::CgroupSockAddr(program) => program.load(),
-            Program::CgroupSock(program) => program.load(),
-            Program::SockOps(program) => program.load(),
+            Program::CgroupSockAddr(program) => without_signals(|| program.load()),
+            Program::CgroupSock(program) => without_signals(|| program.load()),
+            Program::SockOps(program) => without_signals(|| program.load()),
             _ => return Err(KernelPoolError::Missing(name)),
         }
         .map_err(|source| KernelPoolError::Program { name, source })?;

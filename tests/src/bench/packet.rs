@@ -9,8 +9,8 @@ use super::{Measurement, rules};
 use crate::packet::{Packet, Tcp};
 use crate::prog::{Node, behaviour};
 
-const RUNS: usize = 7;
-const PACKETS: u32 = 200_000;
+const RUNS: usize = 24;
+const PACKETS: u32 = 100_000;
 
 pub(super) fn measure() -> Result<Vec<Measurement>> {
     let mut nodes = Vec::new();
@@ -35,8 +35,11 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
         }
     }
     // Side by side, so that what else the machine does falls on all alike.
-    for _ in 0..RUNS {
-        for (i, (_, node)) in nodes.iter_mut().enumerate() {
+    for run in 0..RUNS {
+        for turn in 0..nodes.len() {
+            // Each is first as often as the other.
+            let i = (run + turn) % nodes.len();
+            let node = &mut nodes[i].1;
             let hook = Hook::ExternalIngress;
             for (kind, frame) in [&established[2].1, &syn, &stranger].into_iter().enumerate() {
                 figures[kind][i].push(node.cost(hook, frame, PACKETS)?);
