@@ -42,7 +42,7 @@ pub struct Reconciler {
     changes: watch::Receiver<u64>,
     netlink: Netlink,
     events: Events,
-    merged: Merged,
+    merged: Arc<Merged>,
     version: u64,
     interest: Interest,
     snapshot: watch::Sender<Arc<Snapshot>>,
@@ -95,7 +95,7 @@ impl Reconciler {
             desired,
             netlink,
             events,
-            merged: Merged::default(),
+            merged: Arc::default(),
             version: 0,
             interest: Interest::default(),
             snapshot: watch::Sender::default(),
@@ -206,7 +206,7 @@ impl Reconciler {
         self.changes.mark_unchanged();
         let (merged, version) = self.desired.merged(self.settings.table);
         self.interest = Interest::of(&merged.routes, &self.settings);
-        self.merged = merged;
+        self.merged = Arc::new(merged);
         self.version = version;
         self.wishes_changed = true;
     }
@@ -263,10 +263,11 @@ impl Reconciler {
 
     fn sync(&mut self, events: &mut Vec<Event>) -> Result<(), Error> {
         let start = Instant::now();
-        // What a source was read from, and what was wanted before, has gone by now.
-        let many_were_read = self.wishes_changed && self.merged.routes.len() > CHUNK;
         let outcome = self.compare_and_apply(events);
-        if many_were_read || outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK) {
+        // What was read for it has gone by now.
+        if self.merged.routes.len() > CHUNK
+            || outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK)
+        {
             crate::runtime::trim_memory();
         }
         Counters::add(&self.counters.interrupted, self.netlink.take_interrupted());
@@ -340,7 +341,7 @@ impl Reconciler {
             Counters::add(&self.counters.repaired, planned.operations.len() - failures.len());
         }
         self.report_refusals(&planned.verdicts);
-        let merged = self.merged.clone();
+        let merged = Arc::clone(&self.merged);
         // What the rows need of the observation is the names of the links.
         let observed = super::Observed { routes: Vec::new(), ..observed };
         self.snapshot.send_replace(Arc::new(Snapshot {

@@ -58,7 +58,7 @@ pub enum State {
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     pub(super) version: u64,
-    pub(super) merged: Merged,
+    pub(super) merged: Arc<Merged>,
     pub(super) verdicts: Vec<Verdict>,
     pub(super) failures: BTreeMap<RouteKey, String>,
     /// What is still to be done for these.
@@ -85,7 +85,7 @@ impl fmt::Display for State {
 
 impl Snapshot {
     /// The outcome of a comparison that was not carried out.
-    pub(super) const fn compared(
+    pub(super) fn compared(
         merged: Merged,
         verdicts: Vec<Verdict>,
         pending: BTreeSet<RouteKey>,
@@ -93,7 +93,7 @@ impl Snapshot {
     ) -> Self {
         Self {
             version: 0,
-            merged,
+            merged: Arc::new(merged),
             verdicts,
             failures: BTreeMap::new(),
             pending,

@@ -25,7 +25,7 @@ const POOL: u16 = 20_000;
 const RANDOM: u16 = 30_000;
 const RANDOM_REUSE: u16 = 40_000;
 const OCCUPANCIES: [usize; 4] = [0, 50, 90, 99];
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 45;
 /// Connects of each way in a round; the round counts by their median.
 const CONNECTS: usize = 40;
 
