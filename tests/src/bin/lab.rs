@@ -124,14 +124,16 @@ fn explain(Stage { lab, agent, .. }: &Stage) {
     }
     let enter = |host: &lab::Host| format!("nsenter --net=/run/netns/{}", host.netns.name());
     let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
-    println!(
-        "Try, in other terminals:\n  {} nc -l -p 40002\n  {} nc -v {} 40002\n  {} tcpdump -ni any\n  {} ip route",
-        enter(c1),
-        enter(a),
-        c1.v4,
-        enter(b),
-        enter(a),
-    );
+    println!("Try, in other terminals:");
+    if agent.is_some() {
+        // A server of the scenes is still there.
+        println!("  {} nc -v -p 61050 {} 9443", enter(a), c1.v4);
+        println!("  {} nc -v {} 9443    # refused: not from a port of the pool", enter(a), c1.v4);
+    } else {
+        println!("  {} nc -l -p 40002", enter(c1));
+        println!("  {} nc -v {} 40002", enter(a), c1.v4);
+    }
+    println!("  {} tcpdump -ni any\n  {} ip route", enter(b), enter(a));
     if let Some(agent) = agent {
         for arguments in [&["status"][..], &["rules"], &["flows"], &["monitor", "--verdict", "reject"]] {
             let command = agent.command(arguments);
