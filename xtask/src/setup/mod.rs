@@ -34,7 +34,7 @@ const LAB: [Program; 11] = [
     program("tc", "iproute2", "to look at what is attached to an interface"),
     program("bpftool", "bpftool", "to look at maps and programs"),
     program("conntrack", "conntrack", "to look at the kernel's connection tracking"),
-    program("iperf3", "iperf3", "bulk traffic"),
+    program("ethtool", "ethtool", "offloads of the lab's links, on and off"),
     program("tcpdump", "tcpdump", "to see what really crosses a link"),
     program("curl", "curl", "an unmodified client, and the lease API"),
     program("nc", "netcat-openbsd", "an unmodified client and server"),
