@@ -311,6 +311,8 @@ fn no_packet_is_lost_while_the_next_hop_changes() {
             let (received, done) = (received.clone(), done.clone());
             listeners.push(node.spawn(move || {
                 let socket = UdpSocket::bind((address, 7777)).unwrap();
+                // What waits for this thread to be given a processor is not lost.
+                rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 24).unwrap();
                 socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
                 let mut buffer = [0; 16];
                 while !done.load(Ordering::Relaxed) {
