@@ -156,8 +156,9 @@ fn send(global: &Global, method: &str, path: &str, body: Option<&Value>) -> Resu
     let body = body.map(ToString::to_string).unwrap_or_default();
     let mut stream = UnixStream::connect(global.agent_socket()).map_err(|source| gone(global, source))?;
     let length = body.len();
-    write!(stream, "{method} {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}")
-        .map_err(|source| gone(global, source))?;
+    // In one write: an agent that refuses a request by its head does not wait for the rest.
+    let request = format!("{method} {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).map_err(|source| gone(global, source))?;
     Ok(stream)
 }
 
