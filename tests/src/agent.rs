@@ -125,9 +125,10 @@ impl Agent {
     /// # Errors
     /// It has not in time, or ends; with its log.
     pub fn reload(&mut self, config: &str) -> Result<()> {
+        self.files.write_config(config)?;
+        // After writing: a reload that an earlier change has set off may begin, and read that one's file, until then.
         let before = clock_gettime(ClockId::Monotonic);
         let before = Duration::new(before.tv_sec.unsigned_abs(), u32::try_from(before.tv_nsec)?);
-        self.files.write_config(config)?;
         self.process.signal(Signal::HUP).context("signal the agent")?;
         // The file's change alone makes it reload, too; whichever began after the file was in place will do.
         let mut begun = false;
