@@ -87,16 +87,23 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
             return NEXT;
         }
     }
-    judge_unknown(skb, active.slot, hook as u32, active.now)
+    // From here, and not from where it matters: with that one's frame, too, it would not fit on the stack of Linux 6.1,
+    // which counts a frame in steps of 32 bytes.
+    let related = if packet.kind == Kind::Error && packet.is_intact() {
+        quotes_flow(skb, active.slot, active.now)
+    } else {
+        0
+    };
+    judge_unknown(skb, active.slot, hook as u32, active.now, related)
 }
 
-/// Judges a packet that belongs to no established flow.
+/// Judges a packet that belongs to no established flow; `related` is what [`quotes_flow`] says of it.
 ///
 /// This and the other functions with C linkage are subprograms that the verifier looks at once, whatever their callers
 /// know of the arguments: inlined, the paths through one multiply with the paths through the next.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64) -> i32 {
+extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64, related: u32) -> i32 {
     let Some(Scratch { packet, scope, .. }) = scratch() else { return NEXT };
     let Some(settings) = SETTINGS.get(slot) else { return NEXT };
     let active = Active { slot, settings, now };
@@ -106,7 +113,7 @@ extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64)
     }
     // SAFETY: the context is valid while the program runs.
     let length = unsafe { (*skb).len };
-    let outcome = decide(skb, from_lan, &active, scope, packet, length);
+    let outcome = decide(from_lan, related != 0, &active, scope, packet, length);
     conclude(skb, &active, scope, packet, &outcome, length)
 }
 
@@ -131,8 +138,8 @@ impl Outcome {
 
 #[inline(always)]
 fn decide(
-    skb: *mut __sk_buff,
     from_lan: bool,
+    related: bool,
     active: &Active,
     scope: &Scope,
     packet: &Packet,
@@ -146,13 +153,7 @@ fn decide(
     }
     match packet.kind {
         Kind::LaterFragment => return Outcome::of(Reason::later_fragment),
-        Kind::Error => {
-            return Outcome::of(if quotes_flow(skb, active.slot, active.now) != 0 {
-                Reason::related
-            } else {
-                Reason::icmp_unrelated
-            });
-        }
+        Kind::Error => return Outcome::of(if related { Reason::related } else { Reason::icmp_unrelated }),
         _ => {}
     }
     if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
