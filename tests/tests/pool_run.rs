@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::model::PortRange;
 use bridge_tests::{
-    agent::Agent,
+    agent::{Agent, program},
     lab::{Host, Lab},
     pool::{end, hold, in_cgroup, line, output, ports, python, serve},
     wait::eventually,
@@ -247,6 +247,23 @@ fn a_pool_that_cannot_be_fails_the_start_and_leaves_nothing() -> Result<()> {
             fs::read_dir(&pins).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
         ensure!(left.is_empty(), "{left:?}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_start_that_fails_after_the_pool_has_begun_takes_it_away() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let first = Agent::start(&lab, lab.b(), &config("node", &[]).replace("portPool:\n", ""))?;
+    let (file, socket) = (lab.directory().join("second.yaml"), lab.directory().join("second.sock"));
+    let yaml = config("node", &["ports: [\"61001-61040\"]"]);
+    fs::write(&file, format!("{yaml}api: {{socket: {}}}\n", socket.display()))?;
+    let mut second = Command::new(program()?);
+    second.args(["run", "--config"]).arg(&file).arg("--pin-root").arg(first.pins());
+    let error = lab.b().netns.output(second).unwrap_err().to_string();
+    ensure!(error.contains(&format!("an agent (pid {}) already works", first.pid())), "{error}");
+    ensure!(error.contains("port pool withdrawn") && !error.contains("is left"), "{error}");
+    ensure!(reserved(lab.b())?.is_empty(), "{}", reserved(lab.b())?);
+    ensure!(pool(&first)?.is_null() && !first.pins().join("pool-1").exists());
     Ok(())
 }
 

@@ -170,6 +170,14 @@ impl Started {
         result
     }
 
+    /// Takes the pool away, as [`stop`]; whoever is still being served keeps the lock, so that nobody else has it yet.
+    ///
+    /// # Errors
+    /// [`StopError::Left`].
+    pub fn withdraw(self) -> Result<(), StopError> {
+        take_away(&self.places)
+    }
+
     fn apply(&self) -> Result<(), StartError> {
         let layout = plan(&self.settings, &self.places)?;
         let ports = layout.ports.clone();
@@ -230,12 +238,15 @@ pub enum StopError {
 /// [`StopError`].
 pub fn stop(places: &Places) -> Result<(), StopError> {
     let pins = pins::directory(&places.pins);
-    let lock =
+    let _lock =
         if places.is_pinned() { Some(Pins::new(&pins).lock().map_err(StopError::Locked)?) } else { None };
+    take_away(places)
+}
+
+fn take_away(places: &Places) -> Result<(), StopError> {
     let own = reserved_file(&places.state);
     let mut errors = Vec::new();
     errors.extend(kernel::remove(&places.pins).err().map(|error| error.to_string()));
-    drop(lock);
     if let Ok(text) = fs::read_to_string(&own) {
         let ports = checks::parse_ranges(&text).into_iter().collect();
         match checks::unreserve(&ports).and_then(|()| fs::remove_file(&own)) {

@@ -35,12 +35,6 @@ struct Running {
     adopted: bool,
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.keeper.abort();
-    }
-}
-
 /// What [`PortPool::undo`] goes back to.
 pub(super) struct Before(Option<Settings>);
 
@@ -83,7 +77,9 @@ impl PortPool {
             (Some(running), None) if !running.adopted => self.withdraw(),
             // An agent before this one left it: it goes on as it did before.
             (running, _) => {
-                *running = None;
+                if let Some(running) = running.take() {
+                    running.keeper.abort();
+                }
                 self.shared.set_pool(None);
             }
         }
@@ -98,8 +94,14 @@ impl PortPool {
 
     fn withdraw(&mut self) {
         self.shared.set_pool(None);
-        self.running = None;
-        match run::stop(&self.places) {
+        let result = match self.running.take() {
+            Some(running) => {
+                running.keeper.abort();
+                running.started.withdraw()
+            }
+            None => run::stop(&self.places),
+        };
+        match result {
             Ok(()) => tracing::info!("port pool withdrawn"),
             Err(error) => tracing::error!(%error, "something of the port pool is left"),
         }
