@@ -15,7 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use crate::lab::{Host, Lab, Process};
 
 /// How long the agent may take to start, to reload or to stop.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(30);
 /// How long to wait for a notification before looking whether the agent still runs.
 const GLANCE: Duration = Duration::from_millis(20);
 

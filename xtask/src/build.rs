@@ -1,6 +1,11 @@
 //! `cargo xtask build`: the eBPF objects, then the agent that embeds them.
 
-use std::{collections::BTreeSet, env, fs, path::Path, process::Command};
+use std::{
+    collections::BTreeSet,
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result};
 
@@ -47,6 +52,19 @@ pub(crate) fn user_side(release: bool, packages: &[&str]) -> Result<()> {
         cargo.arg("--release");
     }
     cmd::run(&mut cargo)
+}
+
+/// Builds binary `bin` of `package`, and the agent beside it; returns where it is.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn program(release: bool, package: &str, bin: &str) -> Result<PathBuf> {
+    user_side(
+        release,
+        &["--package", package, "--package", "bridge-agent", "--bin", bin, "--bin", "bridge-agent"],
+    )?;
+    let profile = if release { "release" } else { "debug" };
+    Ok(Metadata::read()?.target_directory()?.join(profile).join(bin))
 }
 
 /// Builds the kernel side into [`workspace::objects`], touching only what has changed.

@@ -8,6 +8,7 @@ mod run;
 mod setup;
 mod steps;
 mod test;
+mod vm;
 mod workspace;
 
 use std::{ffi::OsString, process::ExitCode};
@@ -66,6 +67,18 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Run the scenes and the tests that tell kernels apart on Debian's kernels, in emulation
+    Vm {
+        /// Only on this one; can be repeated
+        #[arg(long = "kernel", value_enum)]
+        kernels: Vec<vm::Kernel>,
+        /// Put what came out into docs/kernels.md
+        #[arg(long)]
+        write: bool,
+        /// Run this shell command there instead
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -78,6 +91,7 @@ fn main() -> ExitCode {
         Command::Abi { bless } => abi::main(bless),
         Command::Bench { arguments } => run::bench(&arguments),
         Command::Parity { arguments } => run::parity(&arguments),
+        Command::Vm { kernels, write, command } => vm::main(&kernels, write, &command),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

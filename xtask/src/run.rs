@@ -7,7 +7,6 @@ use anyhow::Result;
 use crate::{
     build, cmd,
     setup::{self, Scope},
-    workspace::Metadata,
 };
 
 /// `cargo xtask run`: the lab, or with arguments for it the agent on this host.
@@ -42,11 +41,6 @@ pub(crate) fn parity(arguments: &[OsString]) -> Result<()> {
 fn built(release: bool, package: &str, bin: &str, arguments: &[OsString]) -> Result<()> {
     let ready = setup::ensure(Scope::Lab)?;
     build::objects(&ready.ebpf)?;
-    build::user_side(
-        release,
-        &["--package", package, "--package", "bridge-agent", "--bin", bin, "--bin", "bridge-agent"],
-    )?;
-    let profile = if release { "release" } else { "debug" };
-    let program = Metadata::read()?.target_directory()?.join(profile).join(bin);
+    let program = build::program(release, package, bin)?;
     cmd::become_command(&mut cmd::as_root(&program, arguments)?)
 }

@@ -41,7 +41,7 @@ const PORTS: PortRange = PortRange { first: 61001, last: 61100 };
 /// Of the LAN host's server, and of the pod's.
 const LAN_PORT: u16 = 8443;
 const POD_PORT: u16 = 9443;
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Control groups of clients.
 #[derive(Debug)]

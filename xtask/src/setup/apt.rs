@@ -65,6 +65,20 @@ impl Apt {
         Ok(parse_candidate(&cmd::output(&mut policy)?))
     }
 
+    /// The first package that `package` depends on, if apt knows it.
+    ///
+    /// # Errors
+    /// apt fails.
+    pub(super) fn dependency(&mut self, package: &str) -> Result<Option<String>> {
+        if self.candidate(package)?.is_none() {
+            return Ok(None);
+        }
+        let mut depends = cmd::command("apt-cache");
+        depends.args(["depends", package]).env("LC_ALL", "C");
+        let depends = cmd::output(&mut depends)?;
+        Ok(depends.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned))
+    }
+
     /// Fetches the lists of packages, once. Old ones may do: what follows fails if they do not.
     fn update(&mut self) {
         if self.updated || !cmd::can_be_root() {

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 
 use crate::cmd;
+pub(crate) use rust_tools::cache;
 use toolchain::EbpfToolchain;
 
 /// A program that is run by name.
@@ -45,6 +46,12 @@ const LAB: [Program; 11] = [
 const TEST: [Program; 1] =
     [program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself")];
 
+/// Programs that start other kernels.
+const MACHINE: [Program; 2] = [
+    program("qemu-system-x86_64", "qemu-system-x86", "to run other kernels in emulation"),
+    program("busybox", "busybox-static", "what starts before those kernels see this host's files"),
+];
+
 /// What is wanted of the machine.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
@@ -52,6 +59,8 @@ pub(crate) enum Scope {
     Build,
     /// And to run the lab.
     Lab,
+    /// And to run other kernels.
+    Machine,
     /// And to check and test everything.
     Test,
 }
@@ -79,8 +88,13 @@ pub(crate) struct Checks {
 pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
     let mut apt = apt::Apt::default();
     if scope >= Scope::Lab {
+        let machine: &[Program] = if scope >= Scope::Machine { &MACHINE } else { &[] };
         let tests: &[Program] = if scope >= Scope::Test { &TEST } else { &[] };
-        let missing = LAB.iter().chain(tests).filter(|program| cmd::find_program(program.name).is_none());
+        let missing = LAB
+            .iter()
+            .chain(machine)
+            .chain(tests)
+            .filter(|program| cmd::find_program(program.name).is_none());
         apt.install(missing.map(|program| (program.package, program.why)))?;
     }
     let ebpf = toolchain::ensure(&mut apt)?;
@@ -111,6 +125,14 @@ pub(crate) fn main() -> Result<()> {
     }
     println!("everything is in place");
     Ok(())
+}
+
+/// The package that a meta package stands for now, if the lists of packages have it.
+///
+/// # Errors
+/// apt fails.
+pub(crate) fn newest_dependency(meta: &str) -> Result<Option<String>> {
+    apt::Apt::default().dependency(meta)
 }
 
 /// Tells the user what is about to be installed.

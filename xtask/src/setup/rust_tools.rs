@@ -38,18 +38,18 @@ impl RustTool {
     }
 }
 
-/// Where the programs lie that we build: a folder of the user, outside the repository.
-fn cache() -> Result<PathBuf> {
+/// Where what we build and fetch lies: a folder of the user, outside the repository.
+pub(crate) fn cache() -> Result<PathBuf> {
     let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     absolute("XDG_CACHE_HOME")
         .or_else(|| Some(absolute("HOME")?.join(".cache")))
-        .map(|cache| cache.join("bridge/tools"))
+        .map(|cache| cache.join("bridge"))
         .context("neither XDG_CACHE_HOME nor HOME names a folder: set HOME")
 }
 
 /// Where `install` puts the program `name`; `variant` tells builds of one version apart.
 pub(super) fn installed(name: &str, version: &str, variant: &str) -> Result<PathBuf> {
-    Ok(cache()?.join(format!("{name}-{version}{variant}/bin/{name}")))
+    Ok(cache()?.join(format!("tools/{name}-{version}{variant}/bin/{name}")))
 }
 
 /// Builds the program `name` into the cache, unless it is there; `adjust` may add arguments and environment.

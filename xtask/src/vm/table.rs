@@ -1,0 +1,98 @@
+//! What a kernel can do and what not, as the runs have shown it.
+
+use std::{fmt::Write as _, fs};
+
+use anyhow::{Context, Result};
+
+use super::{jobs::Outcome, kernel::Kernel};
+use crate::workspace;
+
+/// The lines between which the table stands.
+const BEGIN: &str = "<!-- made by `cargo xtask vm --write` -->\n";
+const END: &str = "<!-- end -->\n";
+
+/// One row for each scene and each test, one column for each kernel.
+pub(super) fn render(columns: &[(Kernel, Vec<Outcome>)]) -> String {
+    let mut rows: Vec<String> = Vec::new();
+    let cells: Vec<Vec<(String, bool)>> =
+        columns.iter().map(|(_, outcomes)| outcomes.iter().flat_map(results).collect()).collect();
+    for (name, _) in cells.iter().flatten() {
+        if !rows.contains(name) {
+            rows.push(name.clone());
+        }
+    }
+    let mut table = String::from("| |");
+    for (kernel, _) in columns {
+        write!(table, " Linux {} |", kernel.name()).expect("writing to a string");
+    }
+    table += "\n|---|";
+    table += &"---|".repeat(columns.len());
+    table += "\n";
+    for row in rows {
+        write!(table, "| {row} |").expect("writing to a string");
+        for column in &cells {
+            let cell = match column.iter().find(|(name, _)| *name == row) {
+                Some((_, true)) => "yes",
+                Some((_, false)) => "**no**",
+                None => "not run",
+            };
+            write!(table, " {cell} |").expect("writing to a string");
+        }
+        table += "\n";
+    }
+    table
+}
+
+/// The scenes or tests of a job, each with whether it came out.
+fn results(outcome: &Outcome) -> Vec<(String, bool)> {
+    let scenes =
+        outcome.output.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let scenes: Vec<_> = scenes
+        .filter_map(|scene| Some((scene["name"].as_str()?.to_owned(), scene["ok"].as_bool()?)))
+        .collect();
+    if !scenes.is_empty() {
+        return scenes;
+    }
+    let tests = outcome.output.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
+    let tests = tests.filter(|(_, result)| !result.starts_with("ignored"));
+    tests.map(|(name, result)| (name.replace("::", ": ").replace('_', " "), result == "ok")).collect()
+}
+
+/// Puts the table into docs/kernels.md.
+///
+/// # Errors
+/// The place for it is not there.
+pub(super) fn write(table: &str) -> Result<()> {
+    let path = workspace::root().join("docs/kernels.md");
+    let text = fs::read_to_string(&path).context("read docs/kernels.md")?;
+    let (before, rest) = text.split_once(BEGIN).context("docs/kernels.md has no place for the table")?;
+    let (_, after) = rest.split_once(END).context("docs/kernels.md has no end of the table")?;
+    fs::write(path, format!("{before}{BEGIN}{table}{END}{after}"))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_row_for_each_scene_and_test() {
+        let outcome = |output: &str| Outcome {
+            name: "x".into(),
+            ok: true,
+            output: output.into(),
+            errors: String::new(),
+        };
+        let scenes = "{\"name\":\"a port\",\"ok\":true}\n";
+        let tests = "running 2 tests\ntest a::b_c ... ok\ntest d ... FAILED\ntest e ... ignored, slow\n";
+        let table = render(&[
+            (Kernel::Linux6_1, vec![outcome(scenes)]),
+            (Kernel::Linux6_12, vec![outcome(scenes), outcome(tests)]),
+        ]);
+        assert_eq!(
+            table,
+            "| | Linux 6.1 | Linux 6.12 |\n|---|---|---|\n| a port | yes | yes |\n| a: b c | not run | yes |\n\
+             | d | not run | **no** |\n"
+        );
+    }
+}
