@@ -13,6 +13,7 @@ pub mod interfaces;
 pub mod log;
 pub mod model;
 pub mod netlink;
+pub mod nodeport_range;
 pub mod policy;
 pub mod pool;
 pub mod routes;

@@ -8,6 +8,7 @@ mod down;
 mod exec;
 mod flows;
 mod monitor;
+mod nodeport_range;
 mod ports;
 mod routes;
 mod rules;
@@ -26,6 +27,9 @@ use crate::api::client::{self, Client};
 use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
 use crate::datapath::{self, Pins};
 use crate::{log, runtime};
+
+/// Where the configuration is unless told otherwise.
+const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
 
 /// Direct, safe TCP between LAN hosts and the pods of a Kubernetes cluster.
 #[derive(Debug, Parser)]
@@ -47,7 +51,7 @@ pub struct Global {
     #[arg(long, global = true)]
     pub json: bool,
     /// The configuration file; `-` is standard input
-    #[arg(long, short, global = true, value_name = "FILE", default_value = "/etc/bridge/bridge.yaml")]
+    #[arg(long, short, global = true, value_name = "FILE", default_value = DEFAULT_CONFIG)]
     pub config: PathBuf,
     /// The unix socket of the running agent; left out, that of the configuration, or /run/bridge/agent.sock
     #[arg(long, global = true, value_name = "PATH")]
@@ -86,6 +90,8 @@ pub enum Command {
     Ports(ports::Ports),
     /// Run a program whose connections come from ports of the pool
     Exec(exec::Exec),
+    /// Show or change the range that the cluster takes NodePorts from
+    NodeportRange(nodeport_range::NodeportRange),
     /// Stop enforcing: remove every program, map, rule and route of bridge
     Down(down::Down),
 }
@@ -195,6 +201,9 @@ pub enum Error {
     /// Something of the port pool could not be removed.
     #[error(transparent)]
     Pool(#[from] crate::pool::run::StopError),
+    /// The range of NodePorts.
+    #[error(transparent)]
+    NodeportRange(#[from] crate::nodeport_range::Error),
     /// The agent did not do it.
     #[error("{0}")]
     Ports(String),
@@ -222,6 +231,7 @@ impl Cli {
             Command::Routes(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
+            Command::NodeportRange(command) => command.run(&self.global),
             Command::Ports(command) => command.run(&self.global),
             Command::Exec(command) => command.run(&self.global),
         }
@@ -244,6 +254,7 @@ impl Error {
             | Self::Discover(_)
             | Self::Partly(_)
             | Self::Pool(_)
+            | Self::NodeportRange(_)
             | Self::Ports(_)
             | Self::Exec(_)
             | Self::Format(_) => None,

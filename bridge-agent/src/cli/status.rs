@@ -140,6 +140,9 @@ impl Report {
                     line("warning", warning.clone());
                 }
             }
+            for warning in &status.warnings {
+                line("warning", warning.clone());
+            }
             if let Some(Enforcement { mechanism, remarks, .. }) = &status.enforcement {
                 line("mechanism", mechanism.clone());
                 for remark in remarks {

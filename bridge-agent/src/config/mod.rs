@@ -13,7 +13,7 @@ mod kubernetes;
 pub mod leaf;
 mod network;
 mod networks;
-mod node;
+pub(crate) mod node;
 mod node_ports;
 mod persistence;
 mod port_pool;
@@ -26,7 +26,7 @@ mod static_route;
 #[cfg(test)]
 mod tests;
 mod time_span;
-mod yaml;
+pub(crate) mod yaml;
 
 use std::fs::File;
 use std::io::{self, Read};

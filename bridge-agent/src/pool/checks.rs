@@ -90,10 +90,8 @@ const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// Ports that the kernel gives to programs outside the pool.
 fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
-    let mut ends = range.split_ascii_whitespace().map(str::parse);
-    let (Some(Ok(first)), Some(Ok(last))) = (ends.next(), ends.next()) else { return None };
     let mut open = ports.clone();
-    open.keep_all(&[PortRange { first, last }].into_iter().collect());
+    open.keep_all(&[parse_ephemeral(range)?].into_iter().collect());
     open.remove_all(&parse_ranges(reserved).into_iter().collect());
     (!open.is_empty()).then(|| Warning {
         problem: format!(
@@ -104,6 +102,14 @@ fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
         remedy: format!("sysctl -w net.ipv4.ip_local_reserved_ports={}", print_ranges(&union(reserved, ports))),
         masquerade: false,
     })
+}
+
+/// `net.ipv4.ip_local_port_range`: two numbers.
+#[must_use]
+pub fn parse_ephemeral(text: &str) -> Option<PortRange> {
+    let mut ends = text.split_ascii_whitespace().map(str::parse);
+    let (Some(Ok(first)), Some(Ok(last))) = (ends.next(), ends.next()) else { return None };
+    Some(PortRange { first, last })
 }
 
 /// Adds the ports to `net.ipv4.ip_local_reserved_ports`: the kernel gives them to nobody who does not ask for them.
@@ -149,7 +155,9 @@ pub fn parse_ranges(text: &str) -> Vec<PortRange> {
     text.trim().split(',').filter_map(range).collect()
 }
 
-fn print_ranges(ports: &PortSet) -> String {
+/// See [`parse_ranges`].
+#[must_use]
+pub fn print_ranges(ports: &PortSet) -> String {
     ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 

@@ -7,6 +7,7 @@ mod enforcer;
 mod file;
 mod packet_filter;
 mod port_pool;
+mod port_ranges;
 mod routing;
 mod status;
 
@@ -233,6 +234,8 @@ impl Agent {
             return Err(error);
         }
         self.pool.settle(config);
+        let warnings = port_ranges::look(config);
+        self.shared.update(|status| status.warnings = warnings);
         self.routing.commit(routes);
         self.shared.set_routes(self.routing.view());
         Ok(())
@@ -431,6 +434,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         firewall: None,
         routes: None,
         pool: None,
+        warnings: Vec::new(),
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),

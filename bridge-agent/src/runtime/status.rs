@@ -41,6 +41,9 @@ pub struct Status {
     pub routes: Option<RoutesStatus>,
     /// The port pool, if there is one.
     pub pool: Option<Summary>,
+    /// Ranges of ports that get into each other's way, with the remedy.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.

@@ -1,0 +1,61 @@
+//! kube-apiserver's `--service-node-port-range` in its static pod manifest.
+//!
+//! [`manifest`] finds and changes it in the text (pure), [`conflicts`] says what speaks against a range (pure),
+//! [`listeners`] and [`surroundings`] look at this node, [`store`] replaces the file.
+
+pub mod conflicts;
+pub mod listeners;
+pub mod manifest;
+pub mod store;
+pub mod surroundings;
+
+use std::{io, path::PathBuf};
+
+use crate::{config::ConfigErrors, model::PortRange};
+
+/// What kube-apiserver takes where the flag is absent or empty (`DefaultServiceNodePortRange`,
+/// pkg/kubeapiserver/options/options.go).
+pub const DEFAULT: PortRange = PortRange { first: 30000, last: 32767 };
+
+/// Why the range could not be read or changed. The manifest is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The manifest is no YAML.
+    #[error(transparent)]
+    Syntax(#[from] ConfigErrors),
+    /// The manifest is not what it should be.
+    #[error("{path}: {problem}; {remedy}", path = .path.display())]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, in one clause.
+        problem: String,
+        /// What to do about it, as an imperative clause.
+        remedy: &'static str,
+    },
+    /// Something on this node has ports of the range.
+    #[error("NodePorts cannot be {range}:\n{}", list(.conflicts))]
+    Conflicts {
+        /// What was asked for.
+        range: PortRange,
+        /// All that speaks against it.
+        conflicts: Vec<conflicts::Conflict>,
+    },
+    /// A file or directory.
+    #[error("cannot {what} {path}: {source}; {remedy}", path = .path.display())]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+}
+
+fn list(conflicts: &[conflicts::Conflict]) -> String {
+    let line = |conflict: &conflicts::Conflict| format!("  {}; {}", conflict.problem, conflict.remedy);
+    conflicts.iter().map(line).collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,103 @@
+//! Replacing a manifest that kubelet watches.
+//!
+//! kubelet starts a pod for every file in its manifest directory whose name does not begin with a dot
+//! (`sourceFile.extractFromDir`, pkg/kubelet/config/file.go). So the backup goes into another directory, else it would
+//! run as a second kube-apiserver and fight the first one for its name and port; and the new text is written to a name
+//! that begins with a dot, and comes into place whole.
+
+use std::{
+    fs, io,
+    io::Write as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::Error;
+use crate::time;
+
+/// Reads a manifest.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn read(path: &Path) -> Result<String, Error> {
+    fs::read_to_string(path).map_err(|source| {
+        let remedy = match source.kind() {
+            io::ErrorKind::NotFound => {
+                "name the manifest with --manifest; it is on the nodes of the control plane"
+            }
+            io::ErrorKind::InvalidData => "save the file as UTF-8",
+            _ => "run as root",
+        };
+        Error::File { what: "read", path: path.to_owned(), source, remedy }
+    })
+}
+
+/// The directory for backups where none is named: beside the one that kubelet watches, on the same file system.
+#[must_use]
+pub fn backup_directory(manifest: &Path) -> PathBuf {
+    let watched = manifest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    watched.join("../bridge-backup")
+}
+
+/// Writes `new` in the place of `old`, of which it leaves a copy in `backups`; answers where.
+///
+/// # Errors
+/// [`Error::File`], [`Error::Manifest`]; the manifest is as it was, or as somebody else has made it meanwhile.
+pub fn replace(
+    manifest: &Path,
+    old: &str,
+    new: &str,
+    backups: &Path,
+    since_epoch: Duration,
+) -> Result<PathBuf, Error> {
+    let file = |what, path: &Path, remedy| {
+        let path = path.to_owned();
+        move |source| Error::File { what, path, source, remedy }
+    };
+    let name = manifest.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // Through a symbolic link: what it points at is replaced, not the link.
+    let target = manifest.canonicalize().map_err(file("find", manifest, "check the path"))?;
+    let elsewhere = "name a directory that can be written with --backup-dir";
+    fs::create_dir_all(backups).map_err(file("make", backups, elsewhere))?;
+    let backups = backups.canonicalize().map_err(file("find", backups, elsewhere))?;
+    for watched in
+        [manifest.parent().and_then(|parent| parent.canonicalize().ok()), target.parent().map(Into::into)]
+    {
+        if watched.is_some_and(|watched| watched == backups) {
+            return Err(Error::Manifest {
+                path: backups,
+                problem:
+                    "kubelet watches this directory, and would run the backup as a second kube-apiserver"
+                        .into(),
+                remedy: "name another directory with --backup-dir",
+            });
+        }
+    }
+    let metadata = target.metadata().map_err(file("read", &target, "run as root"))?;
+    let stamp: String = time::rfc3339(since_epoch).chars().filter(|c| c.is_ascii_alphanumeric()).collect();
+    let backup = backups.join(format!("{name}.{stamp}"));
+    write(&backup, old, &metadata).map_err(file("write", &backup, elsewhere))?;
+    if read(&target)? != old {
+        return Err(Error::Manifest {
+            path: target,
+            problem: "somebody else has changed it just now".into(),
+            remedy: "look at it, and try again",
+        });
+    }
+    let hint = "run as root, on a file system that can be written";
+    write(&target, new, &metadata).map_err(file("write", &target, hint))?;
+    Ok(backup)
+}
+
+/// In one step and to the disk, with the owner and the mode of another file.
+fn write(path: &Path, text: &str, like: &fs::Metadata) -> io::Result<()> {
+    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut file = tempfile::Builder::new().prefix(".bridge-").tempfile_in(directory)?;
+    file.write_all(text.as_bytes())?;
+    fchown(file.as_file(), Some(like.uid()), Some(like.gid()))?;
+    file.as_file().set_permissions(fs::Permissions::from_mode(like.mode() & 0o7777))?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    fs::File::open(directory)?.sync_all()
+}

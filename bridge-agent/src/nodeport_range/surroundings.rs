@@ -1,0 +1,46 @@
+//! What there is on this node, read from it.
+
+use std::{fs, path::Path};
+
+use super::{Error, conflicts::Surroundings, listeners};
+use crate::{
+    config::{self, PortPool},
+    model::PortRange,
+    pool::checks,
+};
+
+/// Looks at this node, with the pool of a configuration.
+///
+/// # Errors
+/// [`Error::File`]: something cannot be read. Nothing is taken for free then.
+pub fn look(pool: Option<&PortPool>, own_port: Option<u16>, range: PortRange) -> Result<Surroundings, Error> {
+    let read = |path: &'static str| {
+        fs::read_to_string(path).map_err(|source| Error::File {
+            what: "read",
+            path: path.into(),
+            source,
+            remedy: "run this on the node, where /proc is mounted",
+        })
+    };
+    let ephemeral = checks::parse_ephemeral(&read("/proc/sys/net/ipv4/ip_local_port_range")?);
+    let reserved = checks::parse_ranges(&read("/proc/sys/net/ipv4/ip_local_reserved_ports")?);
+    let listeners = listeners::read(|port| range.contains(port)).map_err(|source| Error::File {
+        what: "list the sockets in",
+        path: "/proc/net".into(),
+        source,
+        remedy: "run this on the node, where /proc is mounted",
+    })?;
+    let pool = pool.map(PortPool::available).unwrap_or_default();
+    Ok(Surroundings { pool, ephemeral, reserved, listeners, own_port })
+}
+
+/// The agent's configuration; `None` if there is none where one need not be.
+///
+/// # Errors
+/// [`Error::Syntax`]: it is not valid, so nobody knows what the pool is.
+pub fn configuration(path: &Path, optional: bool) -> Result<Option<config::Config>, Error> {
+    if optional && !path.exists() {
+        return Ok(None);
+    }
+    Ok(Some(config::load(path)?.config))
+}
