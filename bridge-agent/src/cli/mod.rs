@@ -201,6 +201,9 @@ pub enum Error {
     /// Something of the port pool could not be removed.
     #[error(transparent)]
     Pool(#[from] crate::pool::run::StopError),
+    /// Something that the configuration asks for is not in force.
+    #[error("not ready: {}", .0.join("\n"))]
+    NotReady(Vec<String>),
     /// The range of NodePorts.
     #[error(transparent)]
     NodeportRange(#[from] crate::nodeport_range::Error),
@@ -255,6 +258,7 @@ impl Error {
             | Self::Partly(_)
             | Self::Pool(_)
             | Self::NodeportRange(_)
+            | Self::NotReady(_)
             | Self::Ports(_)
             | Self::Exec(_)
             | Self::Format(_) => None,

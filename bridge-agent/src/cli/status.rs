@@ -15,7 +15,11 @@ use crate::runtime::{
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
 #[derive(Debug, Args)]
-pub struct StatusCommand {}
+pub struct StatusCommand {
+    /// Only ask whether the agent runs and all that its configuration asks for is in force; exit code 1: it is not
+    #[arg(long)]
+    ready: bool,
+}
 
 /// What is found in the pins, whoever made them.
 #[derive(Debug, Serialize)]
@@ -39,8 +43,10 @@ struct Report {
 }
 
 impl StatusCommand {
-    #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        if self.ready {
+            return ready(global);
+        }
         let agent = match block_on(ask(global)) {
             Ok(status) => Some(status),
             Err(Error::Client(client::Error::NotRunning { .. })) => None,
@@ -54,6 +60,16 @@ impl StatusCommand {
         };
         let report = Report { running: agent.is_some(), agent, enforcement };
         if global.json { print_json(&report) } else { print(&report.text()) }
+    }
+}
+
+/// For a readiness probe: nothing but the agent is asked.
+fn ready(global: &Global) -> Result<(), Error> {
+    let reasons = block_on(ask(global))?.unready();
+    match (global.json, reasons.is_empty()) {
+        (_, false) => Err(Error::NotReady(reasons)),
+        (true, true) => print_json(&serde_json::json!({ "ok": true, "ready": true })),
+        (false, true) => print("ready\n"),
     }
 }
 

@@ -67,6 +67,9 @@ pub(super) fn entries(directory: &Path, prefix: &'static str) -> impl Iterator<I
 }
 
 /// The first cgroup2 mount that shows the whole hierarchy, else the first one (proc_pid_mountinfo(5)).
+///
+/// A root is told as seen from the reader's cgroup namespace (`cgroup_show_path`, kernel/cgroup/cgroup.c). In a container
+/// with a namespace of its own `/` is the container's group, and the whole hierarchy, mounted from the host, is `/../..`.
 fn find_mount(table: &str) -> Option<PathBuf> {
     let mounts = table.lines().filter_map(|line| {
         let (left, right) = line.split_once(" - ")?;
@@ -77,7 +80,10 @@ fn find_mount(table: &str) -> Option<PathBuf> {
         Some((fields.next()?, PathBuf::from(unescape(fields.next()?))))
     });
     let mounts: Vec<_> = mounts.collect();
-    mounts.iter().find(|(root, _)| *root == "/").or(mounts.first()).map(|(_, mount)| mount.clone())
+    let above = mounts
+        .iter()
+        .find(|(root, _)| root.starts_with("/..") && root[1..].split('/').all(|part| part == ".."));
+    above.or(mounts.iter().find(|(root, _)| *root == "/")).or(mounts.first()).map(|(_, mount)| mount.clone())
 }
 
 /// Undoes the octal escapes of the mount table.
@@ -99,6 +105,15 @@ mod tests {
             26 25 0:23 / /sys/fs/cgroup/systemd rw shared:9 - cgroup cgroup rw,name=systemd\n\
             27 25 0:24 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw\n";
         assert_eq!(find_mount(table), Some("/sys/fs/cgroup/unified".into()));
+    }
+
+    #[test]
+    fn in_a_container_the_hierarchy_of_the_host_comes_before_its_own() {
+        let table = "\
+            60 50 0:38 / /sys/fs/cgroup ro - cgroup2 cgroup rw\n\
+            61 50 0:38 /../../other /part rw - cgroup2 cgroup2 rw\n\
+            62 50 0:38 /../.. /host/sys/fs/cgroup ro - cgroup2 cgroup2 rw\n";
+        assert_eq!(find_mount(table), Some("/host/sys/fs/cgroup".into()));
     }
 
     #[test]

@@ -88,6 +88,10 @@ fn masquerade(tool: &str, rules: &str, ports: &PortSet) -> Option<Warning> {
 
 const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
+/// The same where /proc/sys is read-only, as in a container: mounted there from the host. Which network namespace a file
+/// below /proc/sys/net speaks of is a matter of who opens it (`net_ctl_header_lookup`, net/sysctl_net.c).
+const RESERVED_OF_HOST: &str = "/host/proc/sys/net/ipv4/ip_local_reserved_ports";
+
 /// Ports that the kernel gives to programs outside the pool.
 fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
     let mut open = ports.clone();
@@ -118,7 +122,7 @@ pub fn parse_ephemeral(text: &str) -> Option<PortRange> {
 /// What the kernel says.
 pub fn reserve(ports: &PortSet) -> io::Result<()> {
     let reserved = fs::read_to_string(RESERVED)?;
-    fs::write(RESERVED, print_ranges(&union(&reserved, ports)))
+    write_reserved(&union(&reserved, ports))
 }
 
 /// Takes the ports out of `net.ipv4.ip_local_reserved_ports`.
@@ -128,8 +132,19 @@ pub fn reserve(ports: &PortSet) -> io::Result<()> {
 pub fn unreserve(ports: &PortSet) -> io::Result<()> {
     let mut reserved: PortSet = parse_ranges(&fs::read_to_string(RESERVED)?).into_iter().collect();
     reserved.remove_all(ports);
+    write_reserved(&reserved)
+}
+
+fn write_reserved(ports: &PortSet) -> io::Result<()> {
     // An empty line means none; an empty write does nothing.
-    fs::write(RESERVED, print_ranges(&reserved) + "\n")
+    let text = print_ranges(ports) + "\n";
+    match fs::write(RESERVED, &text) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            // Where it is not mounted, the first error is the one to show.
+            fs::write(RESERVED_OF_HOST, &text).map_err(|_| error)
+        }
+        result => result,
+    }
 }
 
 /// What `net.ipv4.ip_local_reserved_ports` holds, without the ports that this agent itself noted in `own` (a file).

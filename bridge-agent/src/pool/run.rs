@@ -56,7 +56,9 @@ pub enum StartError {
     #[error(transparent)]
     Kernel(#[from] KernelPoolError),
     /// See the text.
-    #[error("cannot keep the pool's ports from other programs (net.ipv4.ip_local_reserved_ports): {0}")]
+    #[error(
+        "cannot keep the pool's ports from other programs (net.ipv4.ip_local_reserved_ports): {0}; in a container, mount the host's /proc/sys/net at /host/proc/sys/net"
+    )]
     Reserve(io::Error),
     /// See the text.
     #[error("cannot set up portPool.masquerade: {0}; install nftables, or remove the key")]

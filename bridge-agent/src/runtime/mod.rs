@@ -8,6 +8,7 @@ mod file;
 mod packet_filter;
 mod port_pool;
 mod port_ranges;
+mod readiness;
 mod routing;
 mod status;
 

@@ -43,8 +43,10 @@ const LAB: [Program; 11] = [
 ];
 
 /// Programs that only tests need.
-const TEST: [Program; 1] =
-    [program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself")];
+const TEST: [Program; 2] = [
+    program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself"),
+    program("crun", "crun", "the tests of the DaemonSet run the agent as a container"),
+];
 
 /// Programs that start other kernels.
 const MACHINE: [Program; 2] = [

@@ -1,0 +1,60 @@
+//! Whether what the configuration asks for is in force (pure).
+
+use super::status::Status;
+
+impl Status {
+    /// What is not in force although the configuration asks for it; nothing: the agent is ready. A refused reload is no
+    /// reason, since the configuration before it is in force; nor is audit mode, which is what was asked for.
+    #[must_use]
+    pub fn unready(&self) -> Vec<String> {
+        let mut reasons = Vec::new();
+        if self.role == "node" && self.enforcement.is_none() && self.firewall.is_none() {
+            reasons.push("no engine is in force".to_owned());
+        }
+        if let Some(enforcement) = &self.enforcement {
+            if enforcement.generation == 0 {
+                reasons.push("eBPF: no policy is in force yet".to_owned());
+            }
+            // Pods come and go; the LAN is always there.
+            if !enforcement.interfaces.iter().any(|interface| interface.role == "external") {
+                reasons.push(
+                    "eBPF: no interface to networks.external is judged; check enforcement.interfaces and `ip route`"
+                        .to_owned(),
+                );
+            }
+        }
+        let failure = self.firewall.as_ref().and_then(|firewall| firewall.failure.as_ref());
+        reasons.extend(failure.map(|failure| format!("iptables: {failure}")));
+        reasons
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{AttachedInterface, Enforcement, FirewallStatus};
+    use super::*;
+
+    fn node(roles: &[&str], generation: u32) -> Status {
+        let interface =
+            |role: &&str| AttachedInterface { name: "x".into(), index: 1, role: (*role).to_owned() };
+        let interfaces = roles.iter().map(interface).collect();
+        let enforcement = Some(Enforcement { generation, interfaces, ..Enforcement::default() });
+        Status { role: "node".into(), enforcement, ..Status::default() }
+    }
+
+    #[test]
+    fn a_node_is_ready_when_all_that_was_asked_for_is_in_force() {
+        let reason = |status: &Status| status.unready().join("; ");
+        assert_eq!(reason(&node(&["internal", "external"], 1)), "");
+        assert_eq!(reason(&node(&["external"], 1)), "", "there may be no pod yet");
+        assert!(reason(&node(&["internal"], 1)).contains("networks.external"));
+        assert!(reason(&node(&["external"], 0)).contains("no policy"));
+        let nothing = Status { enforcement: None, ..node(&[], 1) };
+        assert_eq!(reason(&nothing), "no engine is in force");
+        let failure = Some("the rules cannot be read".to_owned());
+        let firewall = FirewallStatus { failure, ..serde_json::from_str(r#"{"backend":"nft","repairs":0,"lastRepair":null,"lastRepairTime":null,"failure":null,"divergence":null}"#).unwrap() };
+        let broken = Status { firewall: Some(firewall), ..node(&["external"], 1) };
+        assert_eq!(reason(&broken), "iptables: the rules cannot be read");
+        assert_eq!(reason(&Status { role: "host".into(), ..Status::default() }), "");
+    }
+}
