@@ -1,10 +1,12 @@
 //! The lease API over its unix socket, with ports from the agent's own memory: what it answers is what docs/openapi.json
 //! says, a lease ends when it should, and nothing that is thrown at it does harm.
 
+mod openapi;
+
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,6 +18,7 @@ use bridge_agent::{
     pool::{Layout, Settings, api, backend::Backend, layout::Occupied, service::Service},
     runtime::{Request, Shared, Status},
 };
+use openapi::documented;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -318,70 +321,6 @@ fn whatever_is_thrown_at_it_the_agent_goes_on_and_leaks_nothing() {
     let mut all = agent.connect();
     let ten = r#"{"destination":"192.0.2.77:443","count":10}"#;
     assert_eq!(ask(&mut all, "POST", "/v1/leases", ten).0, 201, "all ten ports are there");
-}
-
-/// That this answer is in docs/openapi.json, with this status and of this shape.
-fn documented(method: &str, path: &str, status: u16, body: &Value) {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/openapi.json");
-    let document: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
-    let template =
-        if path.starts_with("/v1/leases/") && path != "/v1/leases/watch" { "/v1/leases/{id}" } else { path };
-    let responses = &document["paths"][template][method.to_ascii_lowercase()]["responses"];
-    let response = &responses[status.to_string()];
-    assert!(response.is_object(), "{method} {template} answers {status}, which is not documented: {body}");
-    let schema = &response["content"]["application/json"]["schema"];
-    if schema.is_null() {
-        assert!(body.is_null(), "{method} {template} {status} has a body: {body}");
-    } else if let Err(reason) = conforms(&document, schema, body) {
-        panic!("{method} {template} {status}: {reason} in {body}");
-    }
-}
-
-/// As much of JSON schema as the document uses.
-fn conforms(document: &Value, schema: &Value, value: &Value) -> Result<(), String> {
-    if let Some(reference) = schema["$ref"].as_str() {
-        return conforms(document, document.pointer(&reference[1..]).ok_or(reference)?, value);
-    }
-    if let Some(allowed) = schema["enum"].as_array()
-        && !allowed.contains(value)
-    {
-        return Err(format!("{value} is none of {allowed:?}"));
-    }
-    let fits = match schema["type"].as_str() {
-        None => true,
-        Some("object") => value.is_object(),
-        Some("array") => value.is_array(),
-        Some("string") => value.is_string(),
-        Some("integer") => value.is_u64() || value.is_i64(),
-        Some(other) => return Err(format!("type {other} is not known to this test")),
-    };
-    if !fits {
-        return Err(format!("{value} is not {}", schema["type"]));
-    }
-    let beyond = |key: &str, wrong: fn(f64, f64) -> bool| {
-        schema[key].as_f64().zip(value.as_f64()).is_some_and(|(limit, value)| wrong(value, limit))
-    };
-    if beyond("minimum", |v, l| v < l) || beyond("maximum", |v, l| v > l) {
-        return Err(format!("{value} is out of range"));
-    }
-    for item in value.as_array().into_iter().flatten() {
-        conforms(document, &schema["items"], item)?;
-    }
-    for required in schema["required"].as_array().into_iter().flatten() {
-        if value.get(required.as_str().unwrap()).is_none() {
-            return Err(format!("{required} is missing"));
-        }
-    }
-    for (name, field) in value.as_object().into_iter().flatten() {
-        match schema["properties"].get(name) {
-            Some(schema) => conforms(document, schema, field)?,
-            None if schema["additionalProperties"] == json!(false) => {
-                return Err(format!("{name} is not documented"));
-            }
-            None => {}
-        }
-    }
-    Ok(())
 }
 
 #[test]

@@ -30,16 +30,31 @@ impl Control {
         Self { word: slot as u64 & 0xff | (fallback as u64 & 0xff) << 8 | deadline << 16 }
     }
 
+    /// The slot in force until the deadline.
+    #[must_use]
+    pub const fn slot_on_trial(self) -> u32 {
+        (self.word & 0xff) as u32
+    }
+
+    /// Until when, in milliseconds of `CLOCK_MONOTONIC`; 0: for good.
+    #[must_use]
+    #[inline(always)]
+    pub const fn deadline(self) -> u64 {
+        self.word >> 16
+    }
+
+    /// The slot in force from the deadline on, if there is one.
+    #[must_use]
+    pub const fn fallback(self) -> u32 {
+        (self.word >> 8 & 0xff) as u32
+    }
+
     /// The slot in force at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
     #[must_use]
     #[inline(always)]
     pub const fn slot_at(self, now: u64) -> u32 {
-        let deadline = self.word >> 16;
-        if deadline != 0 && now / 1_000_000 >= deadline {
-            (self.word >> 8 & 0xff) as u32
-        } else {
-            (self.word & 0xff) as u32
-        }
+        let deadline = self.deadline();
+        if deadline != 0 && now / 1_000_000 >= deadline { self.fallback() } else { self.slot_on_trial() }
     }
 }
 

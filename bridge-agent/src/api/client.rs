@@ -6,10 +6,10 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use super::Failure;
@@ -39,7 +39,7 @@ pub enum Error {
 /// A connection to an agent.
 #[derive(Debug)]
 pub struct Client {
-    sender: http1::SendRequest<Empty<Bytes>>,
+    sender: http1::SendRequest<Full<Bytes>>,
 }
 
 impl Client {
@@ -67,7 +67,18 @@ impl Client {
     ///
     /// See [`Error`].
     pub async fn get<T: DeserializeOwned>(&mut self, path: &str) -> Result<T, Error> {
-        let body = self.send(Method::GET, path).await?.into_body().collect().await?.to_bytes();
+        let body = self.send(Method::GET, path, Bytes::new()).await?.into_body().collect().await?.to_bytes();
+        Ok(serde_json::from_slice(&body)?)
+    }
+
+    /// Asks for something to be done.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub async fn post<T: DeserializeOwned>(&mut self, path: &str, body: &impl Serialize) -> Result<T, Error> {
+        let body = Bytes::from(serde_json::to_vec(body)?);
+        let body = self.send(Method::POST, path, body).await?.into_body().collect().await?.to_bytes();
         Ok(serde_json::from_slice(&body)?)
     }
 
@@ -81,7 +92,7 @@ impl Client {
         path: &str,
         mut visit: impl FnMut(&[u8]) -> Result<bool, E>,
     ) -> Result<(), E> {
-        let mut body = self.send(Method::GET, path).await?.into_body();
+        let mut body = self.send(Method::GET, path, Bytes::new()).await?.into_body();
         let mut buffer = BytesMut::new();
         while let Some(frame) = body.frame().await {
             if let Ok(data) = frame.map_err(Error::from)?.into_data() {
@@ -97,8 +108,8 @@ impl Client {
         Ok(())
     }
 
-    async fn send(&mut self, method: Method, path: &str) -> Result<Response<Incoming>, Error> {
-        let mut request = Request::new(Empty::new());
+    async fn send(&mut self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Error> {
+        let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.uri_mut() = path.parse().map_err(|_| Error::Refused(format!("{path} is no path")))?;
         request.headers_mut().insert(HOST, hyper::header::HeaderValue::from_static("bridge"));

@@ -176,6 +176,10 @@ impl Collector for Scrape {
             let failure = ("iptables_failure", "1: the rules cannot be read or put back");
             single(encoder, failure, GAUGE, u64::from(firewall.failure.is_some()))?;
         }
+        let left = self.status.trial.as_ref().map_or(0, |trial| trial.seconds_left);
+        let name =
+            ("trial_seconds_left", "Until a configuration on trial takes itself back; 0: none is on trial");
+        single(encoder, name, GAUGE, left)?;
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));

@@ -8,10 +8,14 @@
 //! GET  /v1/routes           routes that are wanted, what became of them, and the nodes on the way
 //! GET  /v1/events           verdicts, and what happens to routes, a JSON object per line; ?verdict= ?address= ?port=
 //! POST /v1/reload           read the configuration again
+//! POST /v1/apply            bring another configuration into force, on trial or for good
+//! POST /v1/confirm          make the one on trial the one that counts
+//! POST /v1/revert           go back to the one before it
 //! GET  /metrics             Prometheus text format
 //! ```
 //! and the routes of the port pool, see [`crate::pool::api`].
 
+mod apply;
 pub mod client;
 mod metrics;
 mod peer;
@@ -44,6 +48,7 @@ use tokio::{
     sync::{broadcast::error::RecvError, oneshot},
 };
 
+pub use self::apply::Apply;
 pub(crate) use self::peer::Peer;
 use self::peer::Peers;
 use crate::pool::api::Problem;
@@ -185,6 +190,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics::serve))
         .merge(routes::router())
+        .merge(apply::router())
         .merge(pool::api::routes())
         .method_not_allowed_fallback(async || {
             let text = "this path does not take this method; see docs/openapi.json";

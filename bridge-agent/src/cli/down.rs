@@ -31,6 +31,7 @@ impl Down {
         if matches!(result, Err(datapath::Error::Locked { .. })) {
             return result.map_err(Error::from);
         }
+        runtime::forget_trial(&global.config, &global.agent_socket());
         // Teardown goes on after an error, and tells all of them.
         let (notes, errors) = remove_iptables(global);
         let routes = remove_routes();

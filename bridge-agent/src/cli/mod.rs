@@ -2,6 +2,7 @@
 //!
 //! One file per command; what all of them share is here.
 
+mod apply;
 mod check;
 mod discover;
 mod down;
@@ -74,6 +75,12 @@ pub enum Command {
     Check(check::Check),
     /// Bring the configuration into force and keep it so, until SIGTERM; what enforces goes on after that
     Run(run::Run),
+    /// Bring a configuration into force, and make it the configuration file; with --confirm, on trial first
+    Apply(apply::Apply),
+    /// Make the configuration on trial the one that counts
+    Confirm(apply::Confirm),
+    /// Go back from the configuration on trial to the one before it
+    Revert(apply::Revert),
     /// Show what is in force, whether the agent runs or not; exit code 1: nothing is
     Status(status::StatusCommand),
     /// List the flows that are known, or forget some
@@ -213,6 +220,9 @@ pub enum Error {
     /// The program could not be run as asked.
     #[error("{0}")]
     Exec(String),
+    /// Probes did not answer.
+    #[error("not confirmed in time, the configuration before it is in force: {0}")]
+    NotConfirmed(String),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -227,6 +237,9 @@ impl Cli {
         match &self.command {
             Command::Check(command) => command.run(&self.global),
             Command::Run(command) => command.run(&self.global),
+            Command::Apply(command) => command.run(&self.global),
+            Command::Confirm(command) => command.run(&self.global),
+            Command::Revert(command) => command.run(&self.global),
             Command::Status(command) => command.run(&self.global),
             Command::Flows(command) => command.run(&self.global),
             Command::Rules(command) => command.run(&self.global),
@@ -262,6 +275,9 @@ impl Error {
             | Self::Ports(_)
             | Self::Exec(_)
             | Self::Format(_) => None,
+            Self::NotConfirmed(_) => {
+                Some("check that these answer, and that the configuration lets this node reach them")
+            }
             Self::Stream { .. } => Some("check what standard input and output are connected to"),
         }
     }

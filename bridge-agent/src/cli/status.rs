@@ -7,10 +7,11 @@ use serde::Serialize;
 
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
-use crate::datapath::{self, Maps, ReasonCount};
+use crate::datapath::{self, Maps, ReasonCount, Trial};
 use crate::pool::Summary;
 use crate::runtime::{
-    DiscoveryStatus, DivergenceStatus, Enforcement, FirewallStatus, Reload, RoutesStatus, Status,
+    DiscoveryStatus, DivergenceStatus, Enforcement, FirewallStatus, Outcome, ProbeStatus, Reload,
+    RoutesStatus, Status, TrialEnd, TrialStatus,
 };
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
@@ -30,6 +31,8 @@ struct Kernel {
     rules: u32,
     interfaces: Vec<String>,
     flows: datapath::FlowCounts,
+    /// The policy on trial, if one is.
+    trial: Option<Trial>,
     /// Packets denied so far, by direction and reason.
     denied: Vec<ReasonCount>,
 }
@@ -88,6 +91,7 @@ impl Kernel {
             rules: settings.rule_count,
             interfaces: maps.attached_interfaces()?,
             flows: maps.count_flows()?,
+            trial: maps.trial()?,
             denied: denied.into_iter().filter(was_denied).collect(),
         })
     }
@@ -109,7 +113,7 @@ impl Report {
             None => line("agent", "not running; what is in force stays so".into()),
         }
         if let Some(kernel) = &self.enforcement {
-            let Kernel { generation, mode, rules, interfaces, flows, denied } = kernel;
+            let Kernel { generation, mode, rules, interfaces, flows, trial, denied } = kernel;
             line("policy", format!("generation {generation}, {mode}, {rules} rules"));
             line("interfaces", if interfaces.is_empty() { "none".into() } else { interfaces.join(", ") });
             line(
@@ -119,6 +123,14 @@ impl Report {
                     flows.established, flows.established_capacity, flows.half_open, flows.half_open_capacity
                 ),
             );
+            if let (Some(Trial { fallback, seconds_left, .. }), None) = (trial, &self.agent) {
+                line(
+                    "trial",
+                    format!(
+                        "generation {fallback} comes back in {seconds_left} s: no agent could confirm it"
+                    ),
+                );
+            }
             for count in denied {
                 let ReasonCount { direction, reason, packets, audited_packets, .. } = count;
                 line(
@@ -130,6 +142,12 @@ impl Report {
             line("policy", "no eBPF enforcement".into());
         }
         if let Some(status) = &self.agent {
+            if let Some(trial) = &status.trial {
+                show_trial(trial, &mut line);
+            }
+            if let Some(TrialEnd { time, outcome }) = &status.last_trial {
+                line("last trial", format!("{time}, {}", ended(*outcome)));
+            }
             if let Some(FirewallStatus { backend, repairs, last_repair, failure, .. }) = &status.firewall {
                 let last = last_repair.as_ref().map(|why| format!(", last: {why}")).unwrap_or_default();
                 line("iptables", format!("in force ({backend}), put back {repairs} times{last}"));
@@ -178,6 +196,34 @@ impl Report {
             }
         }
         text
+    }
+}
+
+fn show_trial(trial: &TrialStatus, line: &mut impl FnMut(&str, String)) {
+    let TrialStatus { deadline, seconds_left, in_kernel, probes, failure, .. } = trial;
+    let by = if *in_kernel { "the kernel" } else { "the agent" };
+    line(
+        "trial",
+        format!(
+            "{seconds_left} s left, until {deadline}; then {by} goes back, unless `bridge-agent confirm` comes first"
+        ),
+    );
+    for ProbeStatus { target, answered, error } in probes {
+        let state = if *answered { "answered" } else { error.as_deref().unwrap_or("not answered yet") };
+        line("probe", format!("{target}: {state}"));
+    }
+    if let Some(failure) = failure {
+        line("trial", format!("over, and NOT wholly taken back, trying again: {failure}"));
+    }
+}
+
+const fn ended(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Confirmed => "confirmed",
+        Outcome::ConfirmedByProbes => "confirmed, as every probe has answered",
+        Outcome::Expired => "not confirmed in time: the configuration before it is in force",
+        Outcome::Reverted => "taken back: the configuration before it is in force",
+        Outcome::Stopped => "taken back, as the agent was stopped",
     }
 }
 

@@ -123,12 +123,19 @@ pub struct Loaded {
 /// # Errors
 /// All that is wrong with it: what, where, and what to write instead.
 pub fn load(path: &FilePath) -> Result<Loaded, ConfigErrors> {
-    let text =
-        read(path).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))?;
+    let text = read_text(path)?;
     let loaded = parse(&text, Some(path));
     drop(text);
     release_memory();
     loaded
+}
+
+/// The text of a configuration file, which need not be valid.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn read_text(path: &FilePath) -> Result<String, ConfigErrors> {
+    read(path).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))
 }
 
 /// Checks the text of a configuration; `file` is what messages call it.

@@ -83,6 +83,11 @@ pub enum Error {
         "the policy in force waits for its confirmation: confirm it, or wait until it has taken itself back"
     )]
     Unconfirmed,
+    /// No policy is on trial.
+    #[error(
+        "no policy waits for its confirmation: its time is over, and the one before it is in force; apply it again"
+    )]
+    NoTrial,
     /// A program could not be attached.
     #[error("cannot attach {hook} to {interface}: {source}")]
     Attach {

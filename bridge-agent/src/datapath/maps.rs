@@ -77,6 +77,21 @@ pub struct Maps {
     pub(super) interfaces: HashMap<MapData, u32, Interface>,
 }
 
+/// A policy that takes itself back unless it is confirmed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Trial {
+    /// Number of the policy in force.
+    pub generation: u32,
+    /// Number of the policy that is in force from the deadline on.
+    pub fallback: u32,
+    /// Whole seconds until then, rounded up.
+    pub seconds_left: u64,
+    /// The deadline, in milliseconds of `CLOCK_MONOTONIC`.
+    #[serde(skip)]
+    pub deadline: u64,
+}
+
 impl fmt::Debug for Maps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Maps").field("pins", &self.pins).finish_non_exhaustive()
@@ -125,6 +140,26 @@ impl Maps {
 
     pub(super) fn set_control(&self, control: Control) {
         self.control.store(control.word);
+    }
+
+    /// The policy on trial, if one is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn trial(&self) -> Result<Option<Trial>> {
+        let (control, now) = (self.control(), now());
+        let left = control.deadline().saturating_sub(now / 1_000_000);
+        if left == 0 {
+            return Ok(None);
+        }
+        let generation = |slot| self.settings(slot).map(|settings| settings.generation);
+        Ok(Some(Trial {
+            generation: generation(control.slot_at(now))?,
+            fallback: generation(control.fallback())?,
+            seconds_left: left.div_ceil(1000),
+            deadline: control.deadline(),
+        }))
     }
 
     /// The slot in force.

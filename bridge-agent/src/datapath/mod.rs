@@ -27,7 +27,7 @@ pub use events::{EventReader, Verdict, VerdictFilter};
 pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, protocol_name};
 pub use hook::{Hook, Role};
 pub use load::{Datapath, Mechanism, Options};
-pub use maps::{Maps, now};
+pub use maps::{Maps, Trial, now};
 pub use pins::{DEFAULT_ROOT, Lock, Pins};
 pub(crate) use sys::without_signals;
 pub use tables::{Behaviour, Published};

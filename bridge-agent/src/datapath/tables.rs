@@ -89,15 +89,20 @@ impl Datapath {
         let start = Instant::now();
         let control = self.maps.control();
         let active = control.slot_at(now());
-        if is_trial(control) {
-            return Err(Error::Unconfirmed);
-        }
+        let on_trial = is_trial(control);
         let digest = digest(tables);
         let in_force = self.maps.settings(active)?;
         let same_tables = in_force.generation != 0 && self.digest(active)? == digest;
-        if same_tables && in_force == settings(tables, behaviour, in_force.generation) {
-            // The fallback may have come into force by its deadline: make that final.
+        let same = same_tables && in_force == settings(tables, behaviour, in_force.generation);
+        if on_trial && !same {
+            return Err(Error::Unconfirmed);
+        }
+        if !on_trial {
+            // The fallback may have come into force by its deadline: make that final. (The kernel side's clock lags a
+            // little behind ours: without this it might still read the slot that is written next.)
             self.maps.set_control(Control::slot(active));
+        }
+        if same {
             return Ok(Published::Unchanged { generation: in_force.generation });
         }
 
@@ -138,16 +143,31 @@ impl Datapath {
 
     /// Makes a policy on trial final.
     ///
+    /// Returns what [`Datapath::reinstate`] takes to put it on trial again.
+    ///
     /// # Errors
     ///
-    /// [`Error::Unconfirmed`] if its time was over: the policy before it is in force again.
-    pub fn confirm(&mut self) -> Result<()> {
+    /// [`Error::NoTrial`] if its time was over: the policy before it is in force again.
+    pub fn confirm(&mut self) -> Result<Control> {
         let control = self.maps.control();
         if !is_trial(control) {
-            return Err(Error::Unconfirmed);
+            return Err(Error::NoTrial);
         }
-        self.maps.set_control(Control::slot(control.slot_at(now())));
-        Ok(())
+        self.maps.set_control(Control::slot(control.slot_on_trial()));
+        Ok(control)
+    }
+
+    /// Takes [`Datapath::confirm`] back: the deadline is the one from before.
+    pub fn reinstate(&mut self, control: Control) {
+        self.maps.set_control(control);
+    }
+
+    /// Puts the policy before the one on trial in force now, if there is one on trial.
+    pub fn fall_back(&mut self) {
+        let control = self.maps.control();
+        if is_trial(control) {
+            self.maps.set_control(Control::slot(control.fallback()));
+        }
     }
 
     fn digest(&self, slot: u32) -> Result<Digest> {
@@ -283,8 +303,7 @@ impl Carried {
 
 /// Whether a policy is in force that will take itself back.
 fn is_trial(control: Control) -> bool {
-    let deadline = control.word >> 16;
-    deadline != 0 && now() / 1_000_000 < deadline
+    control.deadline() > now() / 1_000_000
 }
 
 fn indices(count: usize) -> Vec<u32> {

@@ -1,8 +1,8 @@
 //! Keeps the packet path as the configuration and the interfaces of the node want it.
 
-use std::{io, net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, io, net::IpAddr, sync::Arc, time::Duration};
 
-use bridge_common::flow::state;
+use bridge_common::{control::Control, flow::state};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -92,6 +92,10 @@ impl Desired {
         Self { policy, behaviour, selection }
     }
 
+    fn place(&self) -> Place {
+        Place { selection: self.selection.clone(), node_ports: self.policy.node_ports.is_some() }
+    }
+
     /// Whether connections may be in scope that were not with `before`.
     fn has_other_scope(&self, before: &Self) -> bool {
         (&self.policy.pods, &self.policy.external, &self.policy.nodes)
@@ -122,8 +126,18 @@ fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
     by_state
 }
 
+/// While a policy is on trial.
+const OUTDATED: &str = "the addresses of this node are not those that the policy on trial was made for: they count when its trial ends";
+
 /// Target of what the programs log: `--log-level enforce=debug` has them do so.
 const KERNEL_LOG: &str = "enforce";
+
+/// Where packets are judged.
+#[derive(Clone, Debug)]
+struct Place {
+    selection: Selection,
+    node_ports: bool,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -137,11 +151,15 @@ pub(super) struct Enforcer {
     published: Option<Published>,
     stats: Option<TablesStats>,
     chosen: Chosen,
+    /// While a policy is on trial: what the one before it was judged on. The kernel may go back to it by itself.
+    former: Option<Place>,
+    /// While a policy is on trial nothing else can be put in force: whether something should be.
+    outdated: bool,
 }
 
 impl Enforcer {
-    /// Brings enforcement up, or takes it over.
-    pub(super) fn start(pins: &Pins, config: &Config) -> Result<Self, Error> {
+    /// Brings enforcement up, or takes it over. If `config` is on trial, `former` is what it is on trial against.
+    pub(super) fn start(pins: &Pins, config: &Config, former: Option<&Config>) -> Result<Self, Error> {
         let desired = Desired::new(config);
         let mut observer = Observer::open()?;
         let snapshot = observer.snapshot(&desired.selection)?;
@@ -156,8 +174,23 @@ impl Enforcer {
         })?;
         let maps = Arc::new(Maps::open(pins)?);
         let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
-        let mut enforcer =
-            Self { datapath, maps, observer, desired, snapshot, seeded, published, stats, chosen };
+        let mut enforcer = Self {
+            datapath,
+            maps,
+            observer,
+            desired,
+            snapshot,
+            seeded,
+            published,
+            stats,
+            chosen,
+            former: former.map(|former| Desired::new(former).place()),
+            outdated: false,
+        };
+        if former.is_none() {
+            // Nobody knows any more of a trial that there may be.
+            enforcer.datapath.fall_back();
+        }
         if let Err(error) = enforcer.bring_up(&tables) {
             if !enforcer.datapath.adopted() {
                 // Nothing was there before, and nothing half done is to stay.
@@ -188,12 +221,17 @@ impl Enforcer {
             self.attach()?;
             self.seeded = self.seed(tables);
         }
-        self.publish(tables)?;
+        match self.publish(tables, None) {
+            // The policy on trial, as compiled for other addresses of this node, or by another version.
+            Err(Error::Datapath(datapath::Error::Unconfirmed)) => self.wait_for_end_of_trial(),
+            result => result?,
+        }
         self.attach()
     }
 
-    fn publish(&mut self, tables: &Tables) -> Result<(), Error> {
-        let published = self.datapath.publish(tables, &self.desired.behaviour, None)?;
+    fn publish(&mut self, tables: &Tables, trial: Option<Duration>) -> Result<(), Error> {
+        let published = self.datapath.publish(tables, &self.desired.behaviour, trial)?;
+        self.outdated = false;
         self.stats = Some(tables.stats());
         self.published = Some(published);
         match published {
@@ -208,11 +246,20 @@ impl Enforcer {
     }
 
     fn attach(&mut self) -> Result<(), Error> {
-        let chosen = self.desired.selection.choose(&self.snapshot);
+        let mut chosen = self.desired.selection.choose(&self.snapshot);
+        let mut node_ports = self.desired.policy.node_ports.is_some();
+        if let Some(former) = &self.former {
+            let also = former.selection.choose(&self.observer.snapshot(&former.selection)?).targets;
+            let of_trial: BTreeSet<u32> = chosen.targets.iter().map(|target| target.index).collect();
+            chosen.targets.extend(also.into_iter().filter(|target| !of_trial.contains(&target.index)));
+            node_ports |= former.node_ports;
+        }
+        if self.outdated {
+            chosen.remarks.push(OUTDATED.into());
+        }
         for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
             tracing::warn!("{remark}");
         }
-        let node_ports = self.desired.policy.node_ports.is_some();
         let (changes, result) = self.datapath.attach(&chosen.targets, node_ports);
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
@@ -262,8 +309,9 @@ impl Enforcer {
         }
     }
 
-    /// Brings another configuration into force. After an error, the one before it is still in force.
-    pub(super) fn reload(&mut self, config: &Config) -> Result<(), Error> {
+    /// Brings another configuration into force; with `trial` for so long, unless it is confirmed. After an error, the
+    /// one before it is still in force.
+    pub(super) fn reload(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), Error> {
         let desired = Desired::new(config);
         let snapshot = self.observer.snapshot(&desired.selection)?;
         let tables = compile(&desired, &snapshot)?;
@@ -272,11 +320,12 @@ impl Enforcer {
         if self.desired.has_other_scope(&before) {
             self.seed(&tables);
         }
-        if let Err(error) = self.publish(&tables) {
+        if let Err(error) = self.publish(&tables, trial) {
             self.desired = before;
             self.snapshot = snapshot_before;
             return Err(error);
         }
+        self.former = trial.map(|_| before.place());
         self.attach_as_far_as_possible();
         Ok(())
     }
@@ -301,9 +350,44 @@ impl Enforcer {
         self.attach_as_far_as_possible();
         if addresses_changed {
             let tables = compile(&self.desired, &self.snapshot)?;
-            self.publish(&tables)?;
+            match self.publish(&tables, None) {
+                Err(Error::Datapath(datapath::Error::Unconfirmed)) => self.wait_for_end_of_trial(),
+                result => result?,
+            }
         }
         Ok(())
+    }
+
+    fn wait_for_end_of_trial(&mut self) {
+        tracing::warn!("{OUTDATED}");
+        self.outdated = true;
+    }
+
+    /// Makes the policy on trial final; to be followed by [`Enforcer::settle`] or [`Enforcer::reinstate`].
+    pub(super) fn confirm(&mut self) -> Result<Control, Error> {
+        Ok(self.datapath.confirm()?)
+    }
+
+    /// Takes [`Enforcer::confirm`] back.
+    pub(super) fn reinstate(&mut self, control: Control) {
+        self.datapath.reinstate(control);
+    }
+
+    /// Puts the policy before the one on trial in force, if one is; to be followed by [`Enforcer::reload`].
+    pub(super) fn fall_back(&mut self) {
+        self.datapath.fall_back();
+    }
+
+    /// Lets go of what only a policy on trial needs.
+    pub(super) fn settle(&mut self) {
+        self.former = None;
+        if std::mem::take(&mut self.outdated) {
+            let published = compile(&self.desired, &self.snapshot).and_then(|t| self.publish(&t, None));
+            if let Err(error) = published {
+                tracing::error!(%error, "the policy is not that of the present addresses of this node");
+            }
+        }
+        self.attach_as_far_as_possible();
     }
 
     pub(super) fn selection(&self) -> &Selection {

@@ -11,7 +11,8 @@ use futures_util::StreamExt;
 use inotify::{EventStream, Inotify, WatchMask};
 use sha2::{Digest, Sha256};
 
-type Hash = [u8; 32];
+/// SHA-256 of a file.
+pub(super) type Hash = [u8; 32];
 
 /// See the module.
 pub(super) struct FileWatch {
@@ -52,6 +53,11 @@ impl FileWatch {
         self.last = hash(&self.path);
     }
 
+    /// What has this hash is known, and is no longer a change.
+    pub(super) fn expect(&mut self, hash: Hash) {
+        self.last = Some(hash);
+    }
+
     /// Waits until the file has other content than at the last call, or when it was opened. That it is not there, or
     /// is empty because somebody is about to write it, is no content. May be cancelled.
     pub(super) async fn changed(&mut self) -> io::Result<()> {
@@ -71,9 +77,14 @@ impl FileWatch {
     }
 }
 
-fn hash(path: &Path) -> Option<Hash> {
+/// Of what is in the file; `None` if there is nothing.
+pub(super) fn hash(path: &Path) -> Option<Hash> {
     let content = std::fs::read(path).ok()?;
-    (!content.is_empty()).then(|| Sha256::digest(content).into())
+    (!content.is_empty()).then(|| hash_of(&content))
+}
+
+pub(super) fn hash_of(content: &[u8]) -> Hash {
+    Sha256::digest(content).into()
 }
 
 #[cfg(test)]

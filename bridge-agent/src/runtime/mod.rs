@@ -2,15 +2,18 @@
 //!
 //! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next.
 
+mod apply;
 mod divergence;
 mod enforcer;
 mod file;
 mod packet_filter;
 mod port_pool;
 mod port_ranges;
+mod probe;
 mod readiness;
 mod routing;
 mod status;
+mod trial;
 
 use std::{
     io,
@@ -25,15 +28,24 @@ use tokio::{
     sync::mpsc,
 };
 
+pub use apply::{Applied, ApplyError, LONGEST_TRIAL, MOST_PROBES, Order, SHORTEST_TRIAL};
 pub use divergence::DivergenceStatus;
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
 pub use packet_filter::{FirewallStatus, settings as firewall_settings};
 pub(crate) use port_pool::places as pool_places;
+pub use probe::Probe;
 pub use routing::{DiscoveryStatus, RouteList, RoutesStatus};
 pub use status::{Reload, Reloads, Request, Shared, Status};
+pub(crate) use trial::forget as forget_trial;
+pub use trial::{Outcome, ProbeStatus, TrialEnd, TrialStatus, WriteError};
 
 use self::{
-    enforcer::Enforcer, file::FileWatch, packet_filter::PacketFilter, port_pool::PortPool, routing::Routing,
+    enforcer::Enforcer,
+    file::{FileWatch, Hash},
+    packet_filter::PacketFilter,
+    port_pool::PortPool,
+    routing::Routing,
+    trial::{Files, Trial},
 };
 use crate::{
     api,
@@ -70,6 +82,12 @@ pub enum Error {
     /// The routes cannot be looked after.
     #[error(transparent)]
     Routes(#[from] routes::Error),
+    /// What is on trial is not to be disturbed.
+    #[error(
+        "a configuration is on trial for {0} s more, and the file is read when that is over: confirm it (`bridge-agent \
+         confirm`), take it back (`bridge-agent revert`), or wait"
+    )]
+    OnTrial(u64),
     /// The port pool is not as it should be.
     #[error(transparent)]
     Pool(#[from] pool::run::StartError),
@@ -108,7 +126,14 @@ const LOOK: Duration = Duration::from_millis(500);
 
 struct Agent {
     path: PathBuf,
+    /// Where the agent keeps what outlives it, but not a reboot.
+    state: PathBuf,
     pins: Pins,
+    /// Of the configuration file when it was last brought into force.
+    in_force: Option<Hash>,
+    /// Of the configuration file, if the agent itself has just written it.
+    written: Option<Hash>,
+    trial: Option<Trial>,
     /// As it was at the start: it takes no other effect later.
     api: Api,
     enforcer: Option<Enforcer>,
@@ -141,12 +166,18 @@ impl Agent {
         let interfaces = Watch::open().map_err(io_error("cannot watch the interfaces"))?;
         let file =
             FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
-        let config = load(&options.config)?;
+        let known = file::hash(&options.config);
+        let mut config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
+        let state = socket.parent().unwrap_or(Path::new("/")).to_owned();
         let mut agent = Self {
             path: options.config.clone(),
+            state,
             pins: Pins::new(&options.pin_root),
+            in_force: None,
+            written: None,
+            trial: None,
             api: config.api.clone(),
             enforcer: None,
             filter: None,
@@ -157,7 +188,21 @@ impl Agent {
         };
         // What can fail without a trace comes first.
         let api = api::Server::bind(&socket, &config.api)?;
-        agent.start(&config)?;
+        let former = match Trial::resume(Files::new(&agent.path, &agent.state), &agent.pins) {
+            Some((trial, candidate, former)) => {
+                tracing::warn!(left = ?trial.left(), "going on with a configuration on trial");
+                config = candidate;
+                agent.in_force = Some(trial.former());
+                agent.begin_trial(trial);
+                Some(former)
+            }
+            None => {
+                agent.in_force = known;
+                None
+            }
+        };
+        agent.start(&config, former.as_ref())?;
+        drop(former);
         // With many rules it takes much memory, and is not needed again.
         drop(config);
         trim_memory();
@@ -166,6 +211,8 @@ impl Agent {
         tracing::info!(config = %agent.path.display(), socket = %socket.display(), "ready");
 
         agent.serve(Sources { interfaces, file, hangup, terminate, interrupt, requests }).await?;
+        // With nobody there who could confirm it, it can only end one way: in both engines at once.
+        agent.end_trial(Outcome::Stopped);
 
         notify(&[NotifyState::Stopping]);
         server.abort();
@@ -182,6 +229,10 @@ impl Agent {
                 self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
             // What an earlier policy has judged is not compared with the rules of now.
             let generation = self.enforcer.as_ref().map_or(0, Enforcer::generation);
+            if let Some(written) = self.written.take() {
+                from.file.expect(written);
+            }
+            let end_of_trial = self.trial.as_ref().map(Trial::wake);
             tokio::select! {
                 biased;
                 _ = from.terminate.recv() => return Ok(()),
@@ -190,6 +241,8 @@ impl Agent {
                     changed.map_err(io_error("cannot watch the interfaces"))?;
                     self.interfaces_changed();
                 }
+                () = tokio::time::sleep_until(end_of_trial.unwrap_or_else(tokio::time::Instant::now)),
+                    if end_of_trial.is_some() => self.end_trial(Outcome::Expired),
                 _ = from.hangup.recv() => {
                     from.file.take_note();
                     drop(self.reload("SIGHUP"));
@@ -206,6 +259,14 @@ impl Agent {
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
+                    Request::Apply(order, answer) => drop(answer.send(self.apply(&order))),
+                    Request::Confirm(answer) => drop(answer.send(self.confirm(Outcome::Confirmed))),
+                    Request::Revert(answer) => drop(answer.send(self.revert())),
+                    Request::ProbesAnswered => {
+                        if let Err(error) = self.confirm(Outcome::ConfirmedByProbes) {
+                            tracing::error!(%error, "every probe has answered, and the trial cannot be confirmed");
+                        }
+                    }
                 },
                 read = read_events(self.events.as_mut(), &self.shared, self.filter.as_ref(), generation) => {
                     if let Err(error) = read {
@@ -218,15 +279,15 @@ impl Agent {
     }
 
     /// Brings every engine up. A start that fails leaves nothing that was not there before.
-    fn start(&mut self, config: &Config) -> Result<(), Error> {
-        self.change(config, Self::start_engines)
+    fn start(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
+        self.change(config, |agent, config| agent.start_engines(config, former))
     }
 
     /// Brings everything to `config`; what packets need, `engines` does. Nothing is changed if that fails.
     fn change(
         &mut self,
         config: &Config,
-        engines: fn(&mut Self, &Config) -> Result<(), Error>,
+        engines: impl FnOnce(&mut Self, &Config) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let routes = self.routing.prepare(config, &self.shared.happenings)?;
         let before = self.pool.prepare(config)?;
@@ -242,12 +303,12 @@ impl Agent {
         Ok(())
     }
 
-    fn start_engines(&mut self, config: &Config) -> Result<(), Error> {
+    fn start_engines(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
         if packet_filter::is_wanted(config) {
-            self.filter = Some(PacketFilter::start(config)?);
+            self.filter = Some(PacketFilter::start(config, former.is_some())?);
         }
         let enforcing_before = self.pins.exist();
-        let result = self.bring_up(config);
+        let result = self.bring_up(config, former);
         if result.is_err()
             && !enforcing_before
             && let Some(filter) = self.filter.take()
@@ -272,9 +333,9 @@ impl Agent {
     }
 
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
-    fn bring_up(&mut self, config: &Config) -> Result<(), Error> {
+    fn bring_up(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
         if wants_ebpf(config) {
-            let enforcer = Enforcer::start(&self.pins, config)?;
+            let enforcer = Enforcer::start(&self.pins, config, former)?;
             self.shared.set_maps(Some(Arc::clone(enforcer.maps())));
             match EventReader::new(enforcer.maps()) {
                 Ok(events) => self.events = Some(events),
@@ -331,22 +392,30 @@ impl Agent {
     }
 
     fn try_reload(&mut self) -> Result<(), Error> {
+        if let Some(trial) = &self.trial {
+            return Err(Error::OnTrial(trial.status().seconds_left));
+        }
+        let known = file::hash(&self.path);
         let config = load(&self.path)?;
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
-        self.change(&config, Self::reload_engines)
+        self.change(&config, |agent, config| agent.reload_engines(config, None))?;
+        self.in_force = known;
+        Ok(())
     }
 
-    fn reload_engines(&mut self, config: &Config) -> Result<(), Error> {
+    /// With `trial`, for so long at first; see [`Enforcer::reload`].
+    fn reload_engines(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), Error> {
+        let on_trial = trial.is_some();
         // iptables first: what it refuses it refuses whole, and can be taken back.
         let before = self.filter.as_ref().map(PacketFilter::in_force);
         match (&mut self.filter, packet_filter::is_wanted(config)) {
-            (Some(filter), true) => filter.reload(config)?,
-            (filter @ None, true) => *filter = Some(PacketFilter::start(config)?),
+            (Some(filter), true) => filter.reload(config, on_trial)?,
+            (filter @ None, true) => *filter = Some(PacketFilter::start(config, on_trial)?),
             (_, false) => {}
         }
-        if let Err(error) = self.reload_ebpf(config) {
+        if let Err(error) = self.reload_ebpf(config, trial) {
             match (before, self.filter.take()) {
                 (Some(before), Some(mut filter)) => {
                     filter.restore(before);
@@ -365,10 +434,10 @@ impl Agent {
         Ok(())
     }
 
-    fn reload_ebpf(&mut self, config: &Config) -> Result<(), Error> {
+    fn reload_ebpf(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), Error> {
         match (self.enforcer.take(), wants_ebpf(config)) {
             (Some(mut enforcer), true) => {
-                let result = enforcer.reload(config);
+                let result = enforcer.reload(config, trial);
                 self.enforcer = Some(enforcer);
                 result?;
             }
@@ -377,7 +446,7 @@ impl Agent {
                 self.shared.set_maps(None);
                 enforcer.take_down(&self.pins)?;
             }
-            (None, _) => self.bring_up(config)?,
+            (None, _) => self.bring_up(config, None)?,
         }
         Ok(())
     }
@@ -439,6 +508,8 @@ fn first_status(path: &Path, config: &Config) -> Status {
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),
+        trial: None,
+        last_trial: None,
     }
 }
 

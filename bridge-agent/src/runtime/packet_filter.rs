@@ -64,13 +64,18 @@ struct Settings {
 }
 
 impl Settings {
+    /// Whether rules are saved for the boot. A policy on trial never is: after a reboot nobody would take it back.
+    fn saves(&self, on_trial: bool) -> bool {
+        self.save == Save::Auto && !on_trial
+    }
+
     const fn of(config: &Config) -> Self {
         let Enforcement { scope, iptables: section, .. } = config.enforcement;
         Self { scope, save: config.persistence.save, section }
     }
 
-    fn driver(self) -> iptables::Config {
-        let Self { scope, save, section } = self;
+    fn driver(self, on_trial: bool) -> iptables::Config {
+        let Self { scope, section, .. } = self;
         iptables::Config {
             options: Options {
                 scope,
@@ -83,7 +88,7 @@ impl Settings {
                 Backend::Nft => Some(iptables::Backend::Nft),
                 Backend::Legacy => Some(iptables::Backend::Legacy),
             },
-            saving: Saving { enabled: save == Save::Auto, ..Saving::default() },
+            saving: Saving { enabled: self.saves(on_trial), ..Saving::default() },
         }
     }
 }
@@ -94,16 +99,21 @@ pub(super) fn is_wanted(config: &Config) -> bool {
 
 /// The driver as the configuration has it.
 pub fn settings(config: &Config) -> iptables::Config {
-    Settings::of(config).driver()
+    Settings::of(config).driver(false)
 }
 
 impl PacketFilter {
-    pub(super) fn start(config: &Config) -> Result<Self, Error> {
-        Self::enforce(Settings::of(config), config.policy(), watch::Status::default())
+    pub(super) fn start(config: &Config, on_trial: bool) -> Result<Self, Error> {
+        Self::enforce(Settings::of(config), config.policy(), watch::Status::default(), on_trial)
     }
 
-    fn enforce(settings: Settings, policy: Policy, before: watch::Status) -> Result<Self, Error> {
-        let firewall = Iptables::new(settings.driver())?;
+    fn enforce(
+        settings: Settings,
+        policy: Policy,
+        before: watch::Status,
+        on_trial: bool,
+    ) -> Result<Self, Error> {
+        let firewall = Iptables::new(settings.driver(on_trial))?;
         let backend = firewall.choice().backend.name().to_owned();
         let guard = Guard::start(firewall, policy)?.after(before);
         tracing::info!(backend, "iptables rules in force");
@@ -111,13 +121,14 @@ impl PacketFilter {
     }
 
     /// Puts another configuration in force; that of before stays if it is refused.
-    pub(super) fn reload(&mut self, config: &Config) -> Result<(), Error> {
+    pub(super) fn reload(&mut self, config: &Config, on_trial: bool) -> Result<(), Error> {
         let wanted = Settings::of(config);
         if self.settings == wanted {
+            self.guard.set_saving(wanted.saves(on_trial));
             return self.guard.update(config.policy());
         }
         let before = self.in_force();
-        let result = self.replace(wanted, config.policy());
+        let result = self.replace(wanted, config.policy(), on_trial);
         if result.is_err() {
             self.restore(before);
         }
@@ -125,11 +136,11 @@ impl PacketFilter {
     }
 
     /// With another driver.
-    fn replace(&mut self, settings: Settings, policy: Policy) -> Result<(), Error> {
+    fn replace(&mut self, settings: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
         // It would take what the new driver writes for damage.
         self.guard.stop();
         let before = watch::Status { failure: None, ..self.guard.status() };
-        let Self { guard, backend, .. } = Self::enforce(settings, policy, before)?;
+        let Self { guard, backend, .. } = Self::enforce(settings, policy, before, on_trial)?;
         (self.guard, self.backend, self.settings) = (guard, backend, settings);
         Ok(())
     }
@@ -142,10 +153,12 @@ impl PacketFilter {
     /// Goes back to what was in force.
     pub(super) fn restore(&mut self, before: InForce) {
         let InForce { policy, settings } = before;
+        // What is gone back to is never on trial: while one is, nothing else is brought into force.
         let result = if self.guard.watches() && self.settings == settings {
+            self.guard.set_saving(settings.saves(false));
             self.guard.update(policy)
         } else {
-            self.replace(settings, policy)
+            self.replace(settings, policy, false)
         };
         if let Err(error) = result {
             tracing::error!(%error, "the iptables rules are not those of the configuration in force");

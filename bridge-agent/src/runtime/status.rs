@@ -10,7 +10,13 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-use super::{enforcer::Enforcement, packet_filter::FirewallStatus, routing::RoutesStatus};
+use super::{
+    apply::{Applied, ApplyError, Order},
+    enforcer::Enforcement,
+    packet_filter::FirewallStatus,
+    routing::RoutesStatus,
+    trial::{TrialEnd, TrialStatus},
+};
 use crate::{
     datapath::{FlowCounts, Maps, Verdict},
     pool::{Summary, service::Service},
@@ -50,6 +56,10 @@ pub struct Status {
     pub suppressed_events: Option<u64>,
     /// How reloads went.
     pub reloads: Reloads,
+    /// The configuration on trial, if one is.
+    pub trial: Option<TrialStatus>,
+    /// How the last trial ended.
+    pub last_trial: Option<TrialEnd>,
 }
 
 /// How reloads went.
@@ -79,6 +89,14 @@ pub struct Reload {
 pub enum Request {
     /// Read the configuration again; the answer says what was wrong with it.
     Reload(oneshot::Sender<Result<(), String>>),
+    /// Bring a configuration into force.
+    Apply(Box<Order>, oneshot::Sender<Result<Applied, ApplyError>>),
+    /// Make the configuration on trial the one that counts.
+    Confirm(oneshot::Sender<Result<Applied, ApplyError>>),
+    /// Go back to the configuration before the one on trial.
+    Revert(oneshot::Sender<Result<Applied, ApplyError>>),
+    /// Of the configuration on trial, every probe has answered.
+    ProbesAnswered,
 }
 
 /// What the run loop shares with those who serve clients.
@@ -161,6 +179,9 @@ impl Shared {
         if let Some(maps) = self.maps() {
             status.flows = maps.count_flows().ok();
             status.suppressed_events = maps.suppressed_events().ok();
+        }
+        if let Some(trial) = &mut status.trial {
+            trial.refresh();
         }
         status.routes = self.routes().as_ref().map(RoutesStatus::of);
         status.pool = self.pool().and_then(|pool| pool.summary().ok());

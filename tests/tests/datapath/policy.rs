@@ -164,7 +164,7 @@ fn a_policy_on_trial_takes_itself_back_unless_it_is_confirmed() -> Result<()> {
     datapath.publish(&tables(["other"]), &BEHAVIOUR, Some(Duration::from_millis(50)))?;
     let back = || (datapath.maps.settings_in_force().ok()?.generation == 2).then_some(());
     eventually(Duration::from_secs(5), back).context("it did not take itself back")?;
-    assert!(matches!(datapath.confirm(), Err(Error::Unconfirmed)));
+    assert!(matches!(datapath.confirm(), Err(Error::NoTrial)));
     assert_eq!(datapath.publish(&tables(["next"]), &BEHAVIOUR, None)?.generation(), 4);
     assert_eq!(datapath.maps.settings_in_force()?.generation, 4);
     Ok(())

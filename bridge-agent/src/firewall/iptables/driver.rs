@@ -81,6 +81,10 @@ impl Iptables {
         self.choice.backend
     }
 
+    pub(super) fn set_saving(&mut self, enabled: bool) {
+        self.config.saving.enabled = enabled;
+    }
+
     /// What stood there right after the last apply.
     pub(super) const fn written(&self) -> &BTreeMap<(Family, Table), OwnRules> {
         &self.written

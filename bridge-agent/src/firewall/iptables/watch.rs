@@ -148,6 +148,11 @@ impl Guard {
         Ok(())
     }
 
+    /// Whether updates are saved from now on.
+    pub fn set_saving(&self, enabled: bool) {
+        self.shared.state().firewall.set_saving(enabled);
+    }
+
     /// Whether the watch goes on.
     #[must_use]
     pub const fn watches(&self) -> bool {

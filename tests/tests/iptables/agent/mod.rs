@@ -4,5 +4,8 @@ mod damage;
 mod divergence;
 mod engines;
 mod node;
+#[path = "../../../../bridge-agent/tests/openapi/mod.rs"]
+mod openapi;
 mod refusals;
 mod traces;
+mod trial;

@@ -1,0 +1,395 @@
+//! A configuration on trial: in force until a deadline, and for good only if it is confirmed by then.
+//!
+//! The kernel side goes back by itself ([`crate::datapath::Datapath::publish`]). What is kept here is what the agent
+//! needs to make everything else follow, also if it is killed and started anew meanwhile:
+//! ```text
+//! <state>/trial.json          the deadline, and what must be as it is written there for the trial to be going on
+//! <state>/trial-former.yaml   the configuration that is gone back to
+//! <config>.candidate          the one on trial, beside the file whose place it takes when it is confirmed
+//! ```
+//! `<state>` lasts as long as the kernel does; after a reboot the configuration file is the former one.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{MetadataExt as _, chown},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use super::{
+    file::{Hash, hash_of},
+    probe::Probe,
+    status,
+};
+use crate::{
+    config::{self, Config, ConfigErrors, Loaded},
+    datapath::{self, Maps, Pins},
+};
+
+/// A trial as the agent says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrialStatus {
+    /// When the configuration before it comes back; RFC 3339, UTC.
+    pub deadline: String,
+    /// Whole seconds until then, rounded up.
+    pub seconds_left: u64,
+    /// Whether the kernel keeps the deadline: eBPF enforces, and its policy is another one than before.
+    pub in_kernel: bool,
+    /// Who has to answer for it to be confirmed by itself.
+    pub probes: Vec<ProbeStatus>,
+    /// Why what was before could not be put back, if its time is over and that is so.
+    pub failure: Option<String>,
+    /// The deadline, in milliseconds of `CLOCK_MONOTONIC`.
+    #[serde(skip)]
+    pub(super) deadline_ms: u64,
+}
+
+/// A probe.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ProbeStatus {
+    /// As it was asked for.
+    pub target: String,
+    /// Whether it has answered since.
+    pub answered: bool,
+    /// Why not, the last time.
+    pub error: Option<String>,
+}
+
+/// How a trial ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Outcome {
+    /// By `bridge-agent confirm`.
+    Confirmed,
+    /// Every probe has answered.
+    ConfirmedByProbes,
+    /// Nobody confirmed it in time: what was before is in force.
+    Expired,
+    /// By `bridge-agent revert`.
+    Reverted,
+    /// The agent was told to stop: nobody could have confirmed it any more.
+    Stopped,
+}
+
+/// The last trial.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrialEnd {
+    /// When it ended; RFC 3339, UTC.
+    pub time: String,
+    /// How.
+    pub outcome: Outcome,
+}
+
+impl TrialEnd {
+    pub(super) fn now(outcome: Outcome) -> Self {
+        Self { time: status::wall_clock(), outcome }
+    }
+}
+
+impl TrialStatus {
+    pub(super) fn refresh(&mut self) {
+        self.seconds_left = left(self.deadline_ms).as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX);
+    }
+}
+
+/// Until a moment of `CLOCK_MONOTONIC`, in milliseconds.
+fn left(deadline: u64) -> Duration {
+    Duration::from_millis(deadline.saturating_sub(datapath::now() / 1_000_000))
+}
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Record {
+    /// `CLOCK_MONOTONIC` means something in one boot only.
+    boot: String,
+    /// In milliseconds of `CLOCK_MONOTONIC`.
+    deadline: u64,
+    /// Whether the kernel has the same deadline.
+    in_kernel: bool,
+    /// Of the configuration on trial.
+    candidate: Hash,
+    /// Of the file when the trial began.
+    former: Hash,
+    probes: Vec<Probe>,
+}
+
+/// A trial that is going on.
+#[derive(Debug)]
+pub(super) struct Trial {
+    pub(super) files: Files,
+    pub(super) record: Record,
+    /// Probes being made.
+    pub(super) task: Option<JoinHandle<()>>,
+    /// When to try again to put back what was before.
+    pub(super) again: Option<tokio::time::Instant>,
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+impl Record {
+    pub(super) fn new(
+        time: Duration,
+        in_kernel: Option<u64>,
+        candidate: &str,
+        former: Hash,
+        probes: Vec<Probe>,
+    ) -> Self {
+        let own = datapath::now() / 1_000_000 + u64::try_from(time.as_millis()).unwrap_or(u64::MAX >> 16);
+        Self {
+            boot: boot(),
+            deadline: in_kernel.unwrap_or(own),
+            in_kernel: in_kernel.is_some(),
+            candidate: hash_of(candidate.as_bytes()),
+            former,
+            probes,
+        }
+    }
+
+    /// Whether the trial is still going on, as far as `maps` tell, too.
+    fn goes_on(&self, maps: Option<&Maps>) -> bool {
+        let in_kernel = maps.and_then(|maps| maps.trial().ok().flatten()).map(|trial| trial.deadline);
+        self.boot == boot()
+            && !left(self.deadline).is_zero()
+            && in_kernel == self.in_kernel.then_some(self.deadline)
+    }
+}
+
+impl Trial {
+    pub(super) fn new(files: Files, record: Record) -> Self {
+        Self { files, record, task: None, again: None }
+    }
+
+    pub(super) fn left(&self) -> Duration {
+        left(self.record.deadline)
+    }
+
+    /// When it has to be looked after again.
+    pub(super) fn wake(&self) -> tokio::time::Instant {
+        self.again.unwrap_or_else(|| tokio::time::Instant::now() + self.left())
+    }
+
+    pub(super) fn probes(&self) -> &[Probe] {
+        &self.record.probes
+    }
+
+    /// Whether the kernel keeps the deadline.
+    pub(super) const fn in_kernel(&self) -> bool {
+        self.record.in_kernel
+    }
+
+    /// Hash of the configuration on trial.
+    pub(super) const fn candidate(&self) -> Hash {
+        self.record.candidate
+    }
+
+    /// Hash of the file when the trial began.
+    pub(super) const fn former(&self) -> Hash {
+        self.record.former
+    }
+
+    pub(super) fn status(&self) -> TrialStatus {
+        let deadline = status::at(SystemTime::now() + self.left());
+        let probe = |probe: &Probe| ProbeStatus { target: probe.to_string(), answered: false, error: None };
+        let mut status = TrialStatus {
+            deadline,
+            seconds_left: 0,
+            in_kernel: self.record.in_kernel,
+            probes: self.record.probes.iter().map(probe).collect(),
+            failure: None,
+            deadline_ms: self.record.deadline,
+        };
+        status.refresh();
+        status
+    }
+
+    /// The trial that an agent before this one has begun, with the configuration on trial and the one before it; if
+    /// there is none, or none any more, what is left of it is removed.
+    pub(super) fn resume(files: Files, pins: &Pins) -> Option<(Self, Config, Config)> {
+        let record = match files.read() {
+            Ok(Some(record)) => record,
+            Ok(None) => {
+                files.clear();
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!(%error, path = %files.record.display(), "a trial cannot be gone on with");
+                files.clear();
+                return None;
+            }
+        };
+        let resumed = record.goes_on(Maps::open(pins).ok().as_ref()).then(|| {
+            let candidate = fs::read_to_string(&files.candidate)?;
+            if hash_of(candidate.as_bytes()) != record.candidate {
+                return Err(io::Error::other("the configuration on trial is another one by now"));
+            }
+            let parse = |text: &str, path: &Path| config::parse(text, Some(path)).map_err(io::Error::other);
+            let candidate = parse(&candidate, &files.candidate)?.config;
+            Ok((candidate, files.former().map_err(io::Error::other)?))
+        });
+        match resumed {
+            Some(Ok((candidate, former))) => Some((Self::new(files, record), candidate, former)),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "a trial is given up");
+                files.clear();
+                None
+            }
+            None => {
+                tracing::warn!(
+                    "a configuration on trial was not confirmed in time, or not known to be on trial: \
+                     the configuration file counts"
+                );
+                files.clear();
+                None
+            }
+        }
+    }
+}
+
+/// Where a trial is kept.
+#[derive(Clone, Debug)]
+pub(super) struct Files {
+    config: PathBuf,
+    candidate: PathBuf,
+    record: PathBuf,
+    former: PathBuf,
+}
+
+/// A file that could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write {}: {source}", path.display())]
+pub struct WriteError {
+    /// The file.
+    pub path: PathBuf,
+    /// What the kernel said.
+    pub source: io::Error,
+}
+
+fn write_error(path: &Path) -> impl FnOnce(io::Error) -> WriteError {
+    |source| WriteError { path: path.to_owned(), source }
+}
+
+impl Files {
+    /// For the configuration file `config`, or what the link of that name points to.
+    pub(super) fn new(config: &Path, state: &Path) -> Self {
+        let config = config.canonicalize().unwrap_or_else(|_| config.to_owned());
+        let mut candidate = config.as_os_str().to_owned();
+        candidate.push(".candidate");
+        Self {
+            candidate: candidate.into(),
+            record: state.join("trial.json"),
+            former: state.join("trial-former.yaml"),
+            config,
+        }
+    }
+
+    /// The configuration file itself.
+    pub(super) fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// Writes a configuration beside the file whose place it is to take: what can fail, fails now.
+    pub(super) fn stage(&self, text: &str) -> Result<(), WriteError> {
+        write(&self.candidate, text.as_bytes(), Some(&self.config)).map_err(write_error(&self.candidate))
+    }
+
+    /// Puts the staged configuration in the place of the file.
+    pub(super) fn commit(&self) -> Result<(), WriteError> {
+        fs::rename(&self.candidate, &self.config).map_err(write_error(&self.config))?;
+        // That the name lasts, too. Where a directory cannot be synchronized, that is no reason not to go on.
+        if let Some(directory) = self.config.parent().and_then(|path| File::open(path).ok()) {
+            drop(directory.sync_all());
+        }
+        Ok(())
+    }
+
+    /// Keeps what is in the configuration file now, of which this is the hash.
+    pub(super) fn keep_former(&self, known: Hash) -> Result<bool, WriteError> {
+        let text = fs::read(&self.config).map_err(write_error(&self.config))?;
+        if hash_of(&text) != known {
+            return Ok(false);
+        }
+        replace(&self.former, &text).map_err(write_error(&self.former))?;
+        Ok(true)
+    }
+
+    /// The configuration that is gone back to.
+    pub(super) fn former(&self) -> Result<Config, ConfigErrors> {
+        config::load(&self.former).map(|Loaded { config, .. }| config)
+    }
+
+    pub(super) fn write(&self, record: &Record) -> Result<(), WriteError> {
+        let text = serde_json::to_vec(record).map_err(io::Error::other);
+        text.and_then(|text| replace(&self.record, &text)).map_err(write_error(&self.record))
+    }
+
+    fn read(&self) -> io::Result<Option<Record>> {
+        match fs::read(&self.record) {
+            Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes what there is of a trial, the record first: without it there is none.
+    pub(super) fn clear(&self) {
+        for path in [&self.record, &self.candidate, &self.former] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, path = %path.display(), "left behind after a trial");
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Writes a file anew, with the owner and permissions of `like`.
+fn write(path: &Path, content: &[u8], like: Option<&Path>) -> io::Result<()> {
+    let written = File::create(path).and_then(|mut file| {
+        if let Some(like) = like.and_then(|like| fs::metadata(like).ok()) {
+            file.set_permissions(like.permissions())?;
+            // Only root may give files away; whose it is then is nobody's harm.
+            drop(chown(path, Some(like.uid()), Some(like.gid())));
+        }
+        file.write_all(content)?;
+        file.sync_all()
+    });
+    if written.is_err() {
+        drop(fs::remove_file(path));
+    }
+    written
+}
+
+/// Replaces a file as a whole.
+fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    write(&new, content, None)?;
+    fs::rename(&new, path)
+}
+
+/// Tells one boot from another (random(4)).
+fn boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.trim().to_owned()
+}
+
+/// Removes what there is of a trial: the agent is down, and so is what it would go back from.
+pub(crate) fn forget(config: &Path, socket: &Path) {
+    Files::new(config, socket.parent().unwrap_or(Path::new("/"))).clear();
+}
