@@ -1,14 +1,17 @@
 //! What bridge costs: start, memory, policies of 100,000 rules, the packet path by itself, the routes of 5,000 nodes,
-//! connects from the port pool.
+//! connects from the port pool; and what forwarding costs under it, beside what a user would otherwise pick.
 //!
 //! Times are wall-clock; each is measured several times, and told as median, least and most.
 
 mod agent;
+pub mod forward;
 mod packet;
 mod policy;
 pub mod pool;
 mod routes;
 mod rules;
+
+pub use self::forward::limits::{Bound, Limit};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -58,17 +61,21 @@ impl Measurement {
         Self { limit: Some(limit), ..self }
     }
 
-    /// Whether it is within its limit, if it has one.
+    /// The same as a promise, if it is one.
     #[must_use]
-    pub fn holds(&self) -> Option<bool> {
-        self.limit.map(|limit| self.value <= limit)
+    pub fn promise(&self) -> Option<Limit> {
+        let limit = Bound::AtMost(self.limit?);
+        Some(Limit { promise: self.name.clone(), measured: Some(self.value), limit })
     }
 }
 
 /// A group of measurements, by name.
 pub type Group = (&'static str, fn() -> Result<Vec<Measurement>>);
 
-/// Every group, in the order they run.
+/// The group that compares ([`forward::Comparison`]), and has more to show than measurements.
+pub const COMPARISON: &str = "forward";
+
+/// Every other group, in the order they run.
 pub const GROUPS: &[Group] = &[
     ("policy", policy::measure),
     ("agent", agent::measure),

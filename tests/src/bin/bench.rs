@@ -4,22 +4,26 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
-use bridge_tests::bench::{GROUPS, pool};
+use anyhow::{Context as _, Result, bail};
+use bridge_tests::bench::{COMPARISON, GROUPS, Limit, Measurement, forward::Comparison, pool};
 use clap::Parser;
 use comfy_table::{Table, presets};
 
-/// Measure what bridge costs; exit code 1 if something exceeds its limit
+/// Measure what bridge costs, and compare it with what a user would otherwise pick; exit code 1 if something misses its
+/// limit
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
 struct Arguments {
     /// Only these groups of measurements; without: all
     groups: Vec<String>,
-    /// Print one JSON object a line instead of a table
+    /// Fewer rounds and rules in the comparison
+    #[arg(long)]
+    quick: bool,
+    /// Print one JSON object a line instead of tables
     #[arg(long)]
     json: bool,
-    /// Where the figures are written to
-    #[arg(long, default_value = "target/bench/bench.json")]
+    /// Where bench.json, and of the comparison table.md and plot.svg, are written to
+    #[arg(long, default_value = "target/bench")]
     output: PathBuf,
 }
 
@@ -31,37 +35,67 @@ fn main() -> Result<ExitCode> {
         return pool::client(job).map(|()| ExitCode::SUCCESS);
     }
     let arguments = Arguments::parse();
-    let known: Vec<_> = GROUPS.iter().map(|(name, _)| *name).collect();
+    let known: Vec<_> = [COMPARISON].into_iter().chain(GROUPS.iter().map(|(name, _)| *name)).collect();
     if let Some(unknown) = arguments.groups.iter().find(|name| !known.contains(&name.as_str())) {
         bail!("there is no group {unknown}: write one of {}", known.join(", "));
     }
+    let wanted = |name| arguments.groups.is_empty() || arguments.groups.iter().any(|wanted| wanted == name);
+    let output = &arguments.output;
+    fs::create_dir_all(output).with_context(|| format!("make {}", output.display()))?;
+
+    let comparison = wanted(COMPARISON).then(|| Comparison::run(arguments.quick)).transpose()?;
     let mut measurements = Vec::new();
     for (name, measure) in GROUPS {
-        if arguments.groups.is_empty() || arguments.groups.iter().any(|wanted| wanted == name) {
+        if wanted(name) {
             eprintln!("measuring: {name}");
             measurements.extend(measure()?);
         }
     }
-    if let Some(directory) = arguments.output.parent() {
-        fs::create_dir_all(directory)?;
+
+    let mut records = Vec::new();
+    let mut limits = Vec::new();
+    if let Some(comparison) = &comparison {
+        comparison.write(output)?;
+        for record in comparison.records() {
+            records.push(serde_json::to_value(record)?);
+        }
+        limits.extend(comparison.limits());
     }
-    fs::write(&arguments.output, serde_json::to_string_pretty(&measurements)?)?;
+    for measurement in &measurements {
+        records.push(serde_json::to_value(measurement)?);
+    }
+    limits.extend(measurements.iter().filter_map(Measurement::promise));
+    let file = output.join("bench.json");
+    fs::write(&file, serde_json::to_string_pretty(&records)?)
+        .with_context(|| format!("write {}", file.display()))?;
+
+    if arguments.json {
+        for record in &records {
+            println!("{record}");
+        }
+    } else {
+        if let Some(comparison) = &comparison {
+            println!("{}", comparison.markdown());
+        }
+        if !measurements.is_empty() {
+            println!("{}\n", table(&measurements));
+        }
+        for limit in &limits {
+            println!("{}", limit.line());
+        }
+    }
+    let missed = limits.iter().any(|limit| Limit::holds(limit) == Some(false));
+    Ok(if missed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn table(measurements: &[Measurement]) -> Table {
     let mut table = Table::new();
     table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["measurement", "median", "least", "most", "unit", "limit", ""]);
-    for m in &measurements {
-        if arguments.json {
-            println!("{}", serde_json::to_string(m)?);
-        }
+    table.set_header(["measurement", "median", "least", "most", "unit"]);
+    for m in measurements {
         let number = |value: f64| if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") };
-        let verdict = m.holds().map_or("", |holds| if holds { "holds" } else { "EXCEEDED" });
-        let limit = m.limit.map_or_else(String::new, number);
-        let figures = [number(m.value), number(m.least), number(m.most)];
-        table.add_row([&m.name, &figures[0], &figures[1], &figures[2], m.unit, &limit, verdict]);
+        let figures = [m.value, m.least, m.most].map(number);
+        table.add_row([&m.name, &figures[0], &figures[1], &figures[2], m.unit]);
     }
-    if !arguments.json {
-        println!("{table}");
-    }
-    let holds = measurements.iter().all(|m| m.holds() != Some(false));
-    Ok(if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    table
 }

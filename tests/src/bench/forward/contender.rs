@@ -1,0 +1,127 @@
+//! Who is compared: what a user would otherwise pick, and bridge in each of its shapes.
+
+use std::fs;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use super::ruleset;
+use crate::agent::{self, Agent};
+use crate::lab::Lab;
+
+/// A way to enforce a policy, or not to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Contender {
+    None,
+    IptablesLegacy,
+    IptablesNft,
+    NftablesSet,
+    Ebpf,
+    EbpfIptables,
+    FastPath,
+}
+
+/// Rules at most for those that go through them one by one.
+const LONGEST_LIST: u32 = 10_000;
+/// The key that switches the fast path, in `enforcement`.
+const FAST_PATH: &str = "fastPath";
+
+impl Contender {
+    /// In the order they are shown; what the others are compared with is the first.
+    pub(super) const ALL: [Self; 7] = [
+        Self::None,
+        Self::IptablesLegacy,
+        Self::IptablesNft,
+        Self::NftablesSet,
+        Self::Ebpf,
+        Self::EbpfIptables,
+        Self::FastPath,
+    ];
+
+    /// As it is written in names of measurements.
+    pub(super) fn key(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::IptablesLegacy => "iptables-legacy",
+            Self::IptablesNft => "iptables-nft",
+            Self::NftablesSet => "nftables-set",
+            Self::Ebpf => "ebpf",
+            Self::EbpfIptables => "ebpf-iptables",
+            Self::FastPath => "fastpath",
+        }
+    }
+
+    /// As it is called in tables.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::None => "no firewall",
+            Self::IptablesLegacy => "iptables-legacy",
+            Self::IptablesNft => "iptables-nft",
+            Self::NftablesSet => "nftables, interval set",
+            Self::Ebpf => "bridge, eBPF",
+            Self::EbpfIptables => "bridge, eBPF and iptables",
+            Self::FastPath => "bridge, fast path",
+        }
+    }
+
+    /// Why it cannot be compared here with so many rules; `None`: it can.
+    pub(super) fn missing(self, rules: u32) -> Result<Option<String>> {
+        let list = matches!(self, Self::IptablesLegacy | Self::IptablesNft | Self::EbpfIptables);
+        if list && rules > LONGEST_LIST {
+            return Ok(Some(format!("a list of {rules} rules takes milliseconds for each new flow")));
+        }
+        let tool = match self {
+            Self::None | Self::Ebpf => return Ok(None),
+            Self::IptablesLegacy => "iptables-legacy-restore",
+            Self::IptablesNft => "iptables-nft-restore",
+            Self::NftablesSet => "nft",
+            Self::EbpfIptables => "iptables-restore",
+            Self::FastPath => {
+                return Ok((!knows_fast_path()?).then(|| format!("this agent knows no {FAST_PATH}")));
+            }
+        };
+        Ok(Command::new(tool).arg("--version").output().err().map(|error| format!("{tool}: {error}")))
+    }
+
+    /// Puts a policy of `rules` rules in force on the node; what is returned keeps it there.
+    ///
+    /// # Errors
+    /// Whatever the tool, or the agent, says.
+    pub(super) fn enforce(self, lab: &Lab, rules: u32) -> Result<Option<Agent>> {
+        let fast_path = |on: &str| -> Result<String> {
+            Ok(if knows_fast_path()? { format!(", {FAST_PATH}: {on}") } else { String::new() })
+        };
+        let engines = match self {
+            Self::None => return Ok(None),
+            Self::IptablesLegacy | Self::IptablesNft => {
+                let tool = format!("{}-restore", self.key());
+                return load(lab, &tool, &["--wait=5"], &ruleset::iptables(rules)).map(|()| None);
+            }
+            Self::NftablesSet => return load(lab, "nft", &["-f"], &ruleset::nftables(rules)).map(|()| None),
+            Self::Ebpf => format!("engines: [ebpf]{}", fast_path("off")?),
+            Self::EbpfIptables => format!("engines: [ebpf, iptables]{}", fast_path("off")?),
+            Self::FastPath => format!("engines: [ebpf]{}", fast_path("on")?),
+        };
+        Agent::start(lab, lab.b(), &ruleset::agent(rules, &engines)).map(Some)
+    }
+}
+
+/// Feeds a file to a tool on the node.
+fn load(lab: &Lab, tool: &str, arguments: &[&str], text: &str) -> Result<()> {
+    let file = lab.directory().join("rules");
+    fs::write(&file, text)?;
+    let mut command = Command::new(tool);
+    command.args(arguments).arg(&file);
+    lab.b().netns.output(command).map(drop)
+}
+
+/// Whether the agent has a fast path: whether it takes the key that switches it.
+fn knows_fast_path() -> Result<bool> {
+    let directory = tempfile::tempdir()?;
+    let file = directory.path().join("agent.yaml");
+    fs::write(&file, ruleset::agent(1, &format!("engines: [ebpf], {FAST_PATH}: on")))?;
+    let mut command = Command::new(agent::program()?);
+    let output =
+        command.arg("check").arg("--config").arg(&file).output().context("start bridge-agent check")?;
+    Ok(output.status.success())
+}

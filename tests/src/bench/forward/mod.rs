@@ -1,0 +1,118 @@
+//! bridge beside what a user would otherwise pick: the same traffic through the same node, under the same policy.
+//!
+//! Packets are made by the kernel on one CPU, at the far end of the node's cable, faster than the other CPU forwards
+//! them; those that reach the pod are counted. Their rate is by the time that the forwarding CPU was at it, so other
+//! work on the machine disturbs it little. Real sockets are measured by wall-clock time.
+
+mod clock;
+mod compare;
+mod contender;
+mod figures;
+pub(super) mod limits;
+mod packets;
+mod place;
+mod plot;
+mod ruleset;
+mod table;
+mod traffic;
+
+use std::fs;
+use std::path::Path;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use rustix::system::uname;
+
+use self::compare::{Scope, compare};
+pub use self::figures::Record;
+use self::figures::{Figure, Figures};
+use self::traffic::Effort;
+use super::Limit;
+
+/// What was found out.
+pub struct Comparison {
+    figures: Figures,
+    machine: String,
+    how: String,
+}
+
+impl Comparison {
+    /// Compares: thoroughly, in about ten minutes, or `quick`, in one or two.
+    ///
+    /// # Errors
+    /// Not root, fewer than two CPUs, no lab, or traffic that does not come through without a firewall. What is the
+    /// matter with a single contender is no error, but told.
+    pub fn run(quick: bool) -> Result<Self> {
+        let cpus = available_parallelism()?.get();
+        ensure!(cpus >= 2, "one CPU makes packets and another forwards them: {cpus} is too few");
+        let scope = if quick { quick_scope() } else { thorough_scope() };
+        let how = format!("medians of {} rounds, everybody in turn", scope.rounds);
+        Ok(Self { figures: compare(&scope)?, machine: machine()?, how })
+    }
+
+    /// One for each measurement.
+    #[must_use]
+    pub fn records(&self) -> Vec<Record> {
+        self.figures.0.iter().map(Figure::record).collect()
+    }
+
+    /// Tables in Markdown.
+    #[must_use]
+    pub fn markdown(&self) -> String {
+        table::markdown(&self.figures, &self.machine, &self.how)
+    }
+
+    /// What is promised of them.
+    #[must_use]
+    pub fn limits(&self) -> Vec<Limit> {
+        limits::limits(&self.figures)
+    }
+
+    /// Writes `table.md` and `plot.svg`.
+    ///
+    /// # Errors
+    /// The directory cannot be written to.
+    pub fn write(&self, directory: &Path) -> Result<()> {
+        for (name, text) in
+            [("table.md", self.markdown()), ("plot.svg", plot::svg(&self.figures, &self.machine))]
+        {
+            let file = directory.join(name);
+            fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+        }
+        Ok(())
+    }
+}
+
+fn thorough_scope() -> Scope {
+    Scope {
+        sizes: vec![1, 100, 1000, 10_000, 100_000],
+        rounds: 7,
+        effort: Effort {
+            packets: Duration::from_millis(150),
+            sockets: Duration::from_millis(300),
+            new_flows: 100_000,
+        },
+    }
+}
+
+fn quick_scope() -> Scope {
+    Scope {
+        sizes: vec![1, 1000, 10_000],
+        rounds: 3,
+        effort: Effort {
+            packets: Duration::from_millis(60),
+            sockets: Duration::from_millis(100),
+            new_flows: 50_000,
+        },
+    }
+}
+
+/// For instance `AMD EPYC, 2 CPUs, Linux 6.18.1`.
+fn machine() -> Result<String> {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo")?;
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let model = model.map_or("unknown processor", |(_, model)| model);
+    let release = uname().release().to_string_lossy().into_owned();
+    Ok(format!("{model}, {} CPUs, Linux {release}", available_parallelism()?))
+}

@@ -1,0 +1,168 @@
+//! The lab of one contender: LAN host, node and pods, with its policy in force on the node.
+//!
+//! Real sockets talk from the LAN host to the first pod. Packets of the packet source go to the second one, from
+//! addresses of the LAN that no host has, and come in at the end of the node's cable: a real packet of such a flow would
+//! be answered by a reset.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::contender::Contender;
+use super::packets::{Cable, DATA, FORWARDING, PASSING, Packets, Stream, claim};
+use super::ruleset::ALLOWED;
+use crate::agent::Agent;
+use crate::lab::Lab;
+use crate::packet::Tcp;
+
+/// The LAN host that established flows are of.
+const PEER: Ipv4Addr = Ipv4Addr::new(192, 168, 31, 66);
+const PEER_MAC: [u8; 6] = [2, 0, 192, 168, 31, 66];
+/// The first of those that new flows are of.
+const STRANGERS: Ipv4Addr = Ipv4Addr::new(192, 168, 31, 128);
+const FIRST_PORT: u16 = 2000;
+const PORTS: u16 = 60_000;
+/// From [`STRANGERS`] up to the end of the /24.
+const NEW_FLOWS: u32 = 120 * 60_000;
+
+/// A lab with a contender in it.
+pub(super) struct Place {
+    pub(super) contender: Contender,
+    pub(super) lab: Lab,
+    pub(super) packets: Packets,
+    /// On the LAN.
+    pub(super) cable: Cable,
+    pod_cable: Cable,
+    /// Number of the next packet that the packet source makes: no new flow is opened twice.
+    /// Number of the next packet of the packet source: it goes on, so that no flow is opened twice in a row.
+    pub(super) next_packet: u64,
+    /// The threads that forward: the one that takes packets off the cable, and that of the CPU's other soft interrupts.
+    pub(super) forwarding: Vec<u32>,
+    _agent: Option<Agent>,
+}
+
+impl Place {
+    pub(super) fn new(contender: Contender, rules: u32) -> Result<Self> {
+        let lab = Lab::builder().build()?;
+        let (node, pod) = (lab.b(), lab.c2());
+        let mac = PEER_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        node.netns.ip(&format!("neigh add {PEER} lladdr {mac} dev eth0 nud permanent"))?;
+        // An end of a veth pair takes frames of XDP if it has a NAPI instance, which it has for GRO.
+        for interface in ["eth0", &pod.peer_interface] {
+            let mut ethtool = Command::new("ethtool");
+            ethtool.args(["-K", interface, "gro", "on"]);
+            node.netns.output(ethtool)?;
+        }
+        let mut forwarding = vec![own_thread(&lab)?];
+        forwarding.extend(thread_ids(&format!("ksoftirqd/{FORWARDING}"))?);
+        let packets = Packets::new(&[(pod.v4, &pod.netns, "eth0"), (PEER, lab.lan(), &node.peer_interface)])?;
+        let agent = contender
+            .enforce(&lab, rules)
+            .with_context(|| format!("{} with {rules} rules", contender.title()))?;
+        let cable = Cable {
+            netns: lab.lan().clone(),
+            interface: node.peer_interface.clone(),
+            macs: (PEER_MAC, node.mac),
+        };
+        let pod_cable = Cable {
+            netns: pod.netns.clone(),
+            interface: "eth0".into(),
+            macs: (pod.mac, lab.node_side_mac()),
+        };
+        Ok(Self { contender, packets, cable, pod_cable, next_packet: 0, forwarding, _agent: agent, lab })
+    }
+
+    /// Where the packet source's packets arrive.
+    pub(super) fn sink(&self) -> Ipv4Addr {
+        self.lab.c2().v4
+    }
+
+    /// Packets of `flows` flows that go on for ever.
+    pub(super) fn established(&self, flows: u32) -> Stream {
+        let mut data = Tcp::ack(0, 0, 1001, 5001).payload(&[0; DATA]);
+        data.header.psh = true;
+        self.stream(true, flows, data)
+    }
+
+    /// Each packet opens a flow: when all have been opened, nobody remembers the first.
+    pub(super) fn new_flows(&self) -> Stream {
+        Stream { lan: STRANGERS, ..self.stream(true, NEW_FLOWS, Tcp::syn(0, 0)) }
+    }
+
+    fn stream(&self, from_lan: bool, flows: u32, tcp: Tcp) -> Stream {
+        Stream {
+            from_lan,
+            lan: PEER,
+            lan_port: FIRST_PORT,
+            ports: PORTS,
+            pod: self.sink(),
+            pod_port: ALLOWED.0,
+            flows,
+            tcp,
+        }
+    }
+
+    /// Opens `flows` flows as TCP does, and lets both sides speak: whoever follows flows knows them as established.
+    ///
+    /// # Errors
+    /// A packet did not arrive.
+    pub(super) fn establish(&mut self, flows: u32) -> Result<()> {
+        let sink = self.sink();
+        let reply = Tcp::ack(0, 0, 5001, 1001 + u32::try_from(DATA)?);
+        let phases = [
+            ("SYN", self.stream(true, flows, Tcp::syn(0, 0))),
+            ("SYN-ACK", self.stream(false, flows, Tcp::syn_ack(0, 0))),
+            ("ACK", self.stream(true, flows, Tcp::ack(0, 0, 1001, 5001))),
+            ("data", self.established(flows)),
+            ("reply", self.stream(false, flows, reply)),
+            ("data", self.established(flows)),
+        ];
+        for (what, stream) in phases {
+            let (cable, to) = if stream.from_lan { (&self.cable, sink) } else { (&self.pod_cable, PEER) };
+            self.packets
+                .deliver(&stream, cable, to, flows)
+                .with_context(|| format!("{}: {what} of {flows} flows", self.contender.title()))?;
+        }
+        Ok(())
+    }
+
+    /// Connection tracking forgets; without it, nothing happens.
+    pub(super) fn forget(&self) -> Result<()> {
+        let mut conntrack = Command::new("conntrack");
+        conntrack.arg("-F");
+        self.lab.b().netns.output(conntrack).map(drop)
+    }
+}
+
+/// Gives the node's LAN interface a thread of its own that takes packets off the cable, on a CPU of its own.
+fn own_thread(lab: &Lab) -> Result<u32> {
+    let before = thread_ids("napi/eth0-")?;
+    // /sys is that of the namespace only for programs that `ip netns exec` starts.
+    let mut ip = Command::new("ip");
+    let on = "echo 1 > /sys/class/net/eth0/threaded";
+    ip.args(["netns", "exec", lab.b().netns.name(), "sh", "-c", on]);
+    let output = ip.output().context("start ip")?;
+    ensure!(output.status.success(), "{on}: {}", String::from_utf8_lossy(&output.stderr));
+    let new: Vec<_> = thread_ids("napi/eth0-")?.into_iter().filter(|id| !before.contains(id)).collect();
+    let [thread] = new[..] else {
+        anyhow::bail!("{} threads of interfaces began at once: another benchmark runs", new.len())
+    };
+    claim(thread, FORWARDING, PASSING)?;
+    Ok(thread)
+}
+
+/// Ids of the kernel's threads whose names begin so.
+fn thread_ids(name: &str) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(id) = entry.file_name().to_str().and_then(|id| id.parse().ok()) else { continue };
+        // Whoever has ended meanwhile has no name.
+        if fs::read_to_string(entry.path().join("comm")).is_ok_and(|found| found.starts_with(name)) {
+            ids.push(id);
+        }
+    }
+    Ok(ids)
+}

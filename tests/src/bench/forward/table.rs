@@ -1,0 +1,115 @@
+//! The comparison as Markdown, aligned so that a terminal shows it as well.
+
+use std::fmt::Write as _;
+
+use super::contender::Contender;
+use super::figures::Figures;
+use super::traffic::Traffic;
+
+/// A table for each kind of traffic: ratios to no firewall, and the rate that they are ratios to.
+pub(super) fn markdown(figures: &Figures, machine: &str, how: &str) -> String {
+    let sizes = figures.sizes();
+    let mut text = format!("{machine}; {how}\n");
+    for traffic in Traffic::ALL {
+        let mut rows = vec![header(&sizes)];
+        for contender in Contender::ALL {
+            let cells = sizes.iter().map(|rules| cell(figures, contender, traffic, *rules));
+            rows.push([contender.title().to_owned()].into_iter().chain(cells).collect());
+        }
+        write!(text, "\n**{}**\n\n{}", traffic.title(), aligned(&rows)).expect("writing to a string");
+    }
+    text + &missing(figures)
+}
+
+fn header(sizes: &[u32]) -> Vec<String> {
+    let columns = sizes.iter().map(|rules| match rules {
+        1 => "1 rule".to_owned(),
+        rules => format!("{} rules", grouped(f64::from(*rules))),
+    });
+    ["ratio to no firewall (range)".to_owned()].into_iter().chain(columns).collect()
+}
+
+fn cell(figures: &Figures, contender: Contender, traffic: Traffic, rules: u32) -> String {
+    let Some(figure) = figures.get(contender, traffic, rules) else { return String::new() };
+    match (figure.rate(), figure.ratio()) {
+        (Some(rate), _) if contender == Contender::None => {
+            format!("{} {}", grouped(rate.median), traffic.unit())
+        }
+        (_, Some(ratio)) => format!("**{:.2}** ({:.2}–{:.2})", ratio.median, ratio.least, ratio.most),
+        _ => "missing".to_owned(),
+    }
+}
+
+/// With a comma between thousands.
+pub(super) fn grouped(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn aligned(rows: &[Vec<String>]) -> String {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..columns).map(width).collect();
+    let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
+    let pad = |row: &Vec<String>| {
+        row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect::<Vec<_>>()
+    };
+    let rule = widths.iter().map(|width| "-".repeat(*width)).collect();
+    let mut lines = rows.iter().map(|row| line(pad(row)));
+    let head = lines.next().unwrap_or_default();
+    head + &line(rule) + &lines.collect::<String>()
+}
+
+/// Why something is missing, each reason once.
+fn missing(figures: &Figures) -> String {
+    let mut reasons: Vec<String> = Vec::new();
+    for figure in &figures.0 {
+        if let Err(why) = &figure.runs {
+            let first = why.lines().next().unwrap_or_default();
+            let line =
+                format!("{} at {} rules: {first}", figure.contender.title(), grouped(figure.rules.into()));
+            if !reasons.contains(&line) {
+                reasons.push(line);
+            }
+        }
+    }
+    if reasons.is_empty() { String::new() } else { format!("\nMissing: {}.\n", reasons.join("; ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::figures::tests::figures;
+    use super::*;
+
+    #[test]
+    fn thousands_are_grouped() {
+        assert_eq!(grouped(7.4), "7");
+        assert_eq!(grouped(1_234_567.0), "1,234,567");
+        assert_eq!(grouped(100_000.0), "100,000");
+    }
+
+    #[test]
+    fn a_table_has_ratios_and_says_what_is_missing() {
+        let mut figures = figures(&[
+            (Contender::None, Traffic::Established, 1, [1000.0, 1200.0]),
+            (Contender::Ebpf, Traffic::Established, 1, [900.0, 960.0]),
+            (Contender::FastPath, Traffic::Established, 1, [0.0, 0.0]),
+        ]);
+        figures.0[2].runs = Err("no such key\nand more".into());
+        figures.0[2].ratios.clear();
+        let text = markdown(&figures, "2 CPUs", "3 rounds");
+        assert!(text.contains("| bridge, eBPF                 | **0.85** (0.80–0.90)"), "{text}");
+        assert!(text.contains("1,100 packets per CPU second"), "{text}");
+        assert!(text.ends_with("Missing: bridge, fast path at 1 rules: no such key.\n"), "{text}");
+        // Every line of a table is as long as its first.
+        let table: Vec<_> = text.lines().skip_while(|line| !line.starts_with('|')).take(5).collect();
+        assert!(table.iter().all(|line| line.chars().count() == table[0].chars().count()), "{text}");
+    }
+}

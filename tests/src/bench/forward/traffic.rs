@@ -1,0 +1,270 @@
+//! What is sent through the node, and how its rate is taken.
+
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use socket2::SockRef;
+
+use super::clock::cpu_time;
+use super::packets::{Counts, FORWARDING, GENERATING, SENDING, Stream, claim};
+use super::place::Place;
+use super::ruleset::ALLOWED;
+
+/// A kind of traffic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Traffic {
+    Established,
+    EstablishedMany,
+    NewFlows,
+    Bulk,
+    RequestResponse,
+    Connect,
+}
+
+/// How long to look.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Effort {
+    /// At packets.
+    pub(super) packets: Duration,
+    /// At sockets.
+    pub(super) sockets: Duration,
+    /// How many flows may be opened at most before they are forgotten again: connection tracking holds no more than
+    /// `nf_conntrack_max`.
+    pub(super) new_flows: u64,
+}
+
+/// Flows of [`Traffic::EstablishedMany`].
+pub(super) const MANY: u32 = 10_000;
+/// Until caches are warm, and queues full.
+const WARM_UP: Duration = Duration::from_millis(15);
+/// Between two looks at a count.
+const GLANCE: Duration = Duration::from_micros(500);
+/// A socket that waits so long waits for ever.
+const STUCK: Duration = Duration::from_secs(10);
+/// What a request, and a response, is long.
+const MESSAGE: usize = 64;
+/// What is written at a time.
+const CHUNK: usize = 128 << 10;
+
+impl Traffic {
+    pub(super) const ALL: [Self; 6] = [
+        Self::Established,
+        Self::EstablishedMany,
+        Self::NewFlows,
+        Self::Bulk,
+        Self::RequestResponse,
+        Self::Connect,
+    ];
+
+    /// As it is written in names of measurements.
+    pub(super) fn key(self) -> &'static str {
+        match self {
+            Self::Established => "established",
+            Self::EstablishedMany => "established-10k-flows",
+            Self::NewFlows => "new-flows",
+            Self::Bulk => "tcp-bulk",
+            Self::RequestResponse => "tcp-request-response",
+            Self::Connect => "tcp-connect",
+        }
+    }
+
+    /// As it is called in tables.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Established => "established, 1 flow, 64-byte frames",
+            Self::EstablishedMany => "established, 10,000 flows, 64-byte frames",
+            Self::NewFlows => "new flows, each packet one",
+            Self::Bulk => "TCP bulk, one connection",
+            Self::RequestResponse => "TCP request and response, 64 bytes each",
+            Self::Connect => "TCP connects, one after the other",
+        }
+    }
+
+    pub(super) fn unit(self) -> &'static str {
+        match self {
+            // Of the CPU that forwards: what others have of its time is not counted.
+            Self::Established | Self::EstablishedMany => "packets per CPU second",
+            Self::NewFlows => "flows per CPU second",
+            Self::Bulk => "Mbit/s",
+            Self::RequestResponse => "transactions/s",
+            Self::Connect => "connections/s",
+        }
+    }
+
+    /// A rate. The flows of `place` are established.
+    ///
+    /// # Errors
+    /// Nothing came through.
+    pub(super) fn sample(self, place: &mut Place, effort: &Effort) -> Result<f64> {
+        let rate = match self {
+            Self::Established => packets(place, &place.established(1), effort.packets, u64::MAX),
+            Self::EstablishedMany => packets(place, &place.established(MANY), effort.packets, u64::MAX),
+            Self::NewFlows => packets(place, &place.new_flows(), effort.packets, effort.new_flows),
+            Self::Bulk => over_tcp(place, effort.sockets, bulk),
+            Self::RequestResponse => over_tcp(place, effort.sockets, request_response),
+            Self::Connect => over_tcp(place, effort.sockets, connect),
+        };
+        rate.with_context(|| format!("{}: {}", place.contender.title(), self.title()))
+    }
+}
+
+/// Packets that arrive in a second of the forwarding CPU.
+fn packets(place: &mut Place, stream: &Stream, window: Duration, most: u64) -> Result<f64> {
+    let (sink, threads, first) = (place.sink(), place.forwarding.clone(), place.next_packet);
+    let observe = |counts: &Counts| {
+        let start = counts.arrived(sink)?;
+        thread::sleep(WARM_UP);
+        let (before, cpu_before) = (counts.arrived(sink)?, cpu_time(&threads)?);
+        let end = Instant::now() + window;
+        while Instant::now() < end && counts.arrived(sink)? - start < most {
+            thread::sleep(GLANCE);
+        }
+        let (after, cpu) = (counts.arrived(sink)?, cpu_time(&threads)? - cpu_before);
+        Ok((after - before, cpu.as_secs_f64(), counts.made()?))
+    };
+    let (arrived, cpu, next) = place.packets.flood(stream, &place.cable, first, observe)?;
+    place.next_packet = next;
+    ensure!(arrived > 0, "no packet arrived");
+    // Both are far below 2^53.
+    Ok(arrived as f64 / cpu)
+}
+
+/// Between a server in the first pod, which `serve` makes, and a client on the LAN host.
+fn over_tcp(place: &Place, window: Duration, talk: fn(&TcpListener, Client) -> Result<f64>) -> Result<f64> {
+    let (host, pod) = (place.lab.a(), place.lab.c1());
+    let address = SocketAddr::new(pod.v4.into(), ALLOWED.0 + 1);
+    let listener = pod.netns.run(|| TcpListener::bind(address)).context("listen in the pod")?;
+    // SO_RCVTIMEO limits accept(2), too (socket(7)).
+    SockRef::from(&listener).set_read_timeout(Some(STUCK))?;
+    host.netns.run(|| talk(&listener, Client { address, window }))
+}
+
+/// Runs on a thread in the namespace of the LAN host.
+#[derive(Clone, Copy)]
+struct Client {
+    address: SocketAddr,
+    window: Duration,
+}
+
+impl Client {
+    fn connect(&self) -> Result<TcpStream> {
+        let stream = TcpStream::connect_timeout(&self.address, STUCK).context("connect to the pod")?;
+        prepare(&stream)?;
+        Ok(stream)
+    }
+
+    /// Runs `client` on one CPU and `server` on the other, which forwards, too.
+    fn with<T: Send>(
+        &self,
+        server: impl FnOnce() -> Result<T> + Send,
+        client: impl FnOnce() -> Result<()>,
+    ) -> Result<T> {
+        thread::scope(|scope| {
+            let server = scope.spawn(|| {
+                claim(0, FORWARDING, SENDING)?;
+                server()
+            });
+            claim(0, GENERATING, SENDING)?;
+            let sent = client();
+            let seen = server.join().expect("no panic in a server");
+            sent.and(seen)
+        })
+    }
+}
+
+fn prepare(stream: &TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(STUCK))?;
+    Ok(stream.set_write_timeout(Some(STUCK))?)
+}
+
+/// The next connection.
+fn accept(listener: &TcpListener) -> Result<TcpStream> {
+    let (stream, _) = listener.accept().context("no connection came")?;
+    prepare(&stream)?;
+    Ok(stream)
+}
+
+/// What the server reads, in Mbit/s.
+fn bulk(listener: &TcpListener, client: Client) -> Result<f64> {
+    let server = || {
+        let mut stream = accept(listener)?;
+        let mut buffer = vec![0; CHUNK];
+        let (mut bytes, start) = (0_u64, Instant::now());
+        loop {
+            match stream.read(&mut buffer)? {
+                0 => return Ok(bytes as f64 * 8e-6 / start.elapsed().as_secs_f64()),
+                read => bytes += u64::try_from(read)?,
+            }
+        }
+    };
+    client.with(server, || {
+        let mut stream = client.connect()?;
+        let (chunk, start) = (vec![0; CHUNK], Instant::now());
+        while start.elapsed() < client.window {
+            stream.write_all(&chunk)?;
+        }
+        Ok(())
+    })
+}
+
+/// Answers in a second.
+fn request_response(listener: &TcpListener, client: Client) -> Result<f64> {
+    let mut rate = 0.0;
+    let server = || {
+        let mut stream = accept(listener)?;
+        let mut message = [0; MESSAGE];
+        while stream.read_exact(&mut message).is_ok() {
+            stream.write_all(&message)?;
+        }
+        Ok(())
+    };
+    client.with(server, || {
+        let mut stream = client.connect()?;
+        let mut message = [0; MESSAGE];
+        let (mut answers, start) = (0_u64, Instant::now());
+        while start.elapsed() < client.window {
+            stream.write_all(&message)?;
+            stream.read_exact(&mut message)?;
+            answers += 1;
+        }
+        rate = answers as f64 / start.elapsed().as_secs_f64();
+        Ok(())
+    })?;
+    Ok(rate)
+}
+
+/// Connections in a second. Each is accepted and closed by the server, and then ended by a reset of the client, which
+/// leaves nothing behind: one that does not wait for the server would soon find its queue full.
+fn connect(listener: &TcpListener, client: Client) -> Result<f64> {
+    let mut rate = 0.0;
+    let over = AtomicBool::new(false);
+    let server = || {
+        loop {
+            let (stream, _) = listener.accept().context("no connection came")?;
+            let last = over.load(Ordering::Acquire);
+            drop(stream);
+            if last {
+                return Ok(());
+            }
+        }
+    };
+    client.with(server, || {
+        let (mut connections, start) = (0_u64, Instant::now());
+        while !over.load(Ordering::Acquire) {
+            // Before the last one, so that the server knows it by the time it comes.
+            over.store(start.elapsed() >= client.window, Ordering::Release);
+            let mut stream = client.connect()?;
+            ensure!(stream.read(&mut [0])? == 0, "the server said something");
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+            connections += 1;
+        }
+        rate = connections as f64 / start.elapsed().as_secs_f64();
+        Ok(())
+    })?;
+    Ok(rate)
+}
