@@ -86,7 +86,7 @@ impl Route {
 }
 
 /// The first message of a buffer, and what follows it. A message of a kind that is not understood is left out.
-fn next(mut bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessage>, &[u8])>> {
+pub(crate) fn next(mut bytes: &[u8]) -> io::Result<Option<(NetlinkMessage<RouteNetlinkMessage>, &[u8])>> {
     const ALIGNMENT: usize = 4;
     const HEADER: usize = 16;
     while bytes.len() >= HEADER {
@@ -112,6 +112,21 @@ pub fn interface_name(index: u32) -> Option<String> {
     rustix::net::netdevice::index_to_name(socket, index).ok()
 }
 
+/// A socket that tells the news of groups (linux/rtnetlink.h) in the network namespace of this thread, and does not block.
+///
+/// # Errors
+///
+/// Of `socket(2)` and `setsockopt(2)`.
+pub(crate) fn subscribe(groups: &[u32]) -> io::Result<Socket> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    socket.bind_auto()?;
+    for group in groups {
+        socket.add_membership(*group)?;
+    }
+    socket.set_non_blocking(true)?;
+    Ok(socket)
+}
+
 /// Tells that interfaces, addresses or routes have changed.
 #[derive(Debug)]
 pub struct Watch {
@@ -125,18 +140,13 @@ impl Watch {
     ///
     /// Of `socket(2)` and `setsockopt(2)`.
     pub fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
-        socket.bind_auto()?;
-        for group in [
+        let socket = subscribe(&[
             libc::RTNLGRP_LINK,
             libc::RTNLGRP_IPV4_IFADDR,
             libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
-        ] {
-            socket.add_membership(group)?;
-        }
-        socket.set_non_blocking(true)?;
+        ])?;
         // SAFETY: the socket owns its descriptor, hands out no other, and is owned by what is registered.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
         Ok(Self { socket })

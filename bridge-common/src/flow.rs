@@ -1,6 +1,9 @@
 //! The flow table: keys, values, states.
 
-use crate::address::Address;
+use crate::{
+    address::Address,
+    fast_path::{Path, towards},
+};
 
 /// What names a flow whichever way its packets go: the end with the smaller (address, port) is `low`.
 ///
@@ -97,6 +100,8 @@ pub struct Flow {
     pub direction: u8,
     /// Bits of [`flag`].
     pub flags: u8,
+    /// Its ways past the network stack, by [`towards`]; only of flows in the established table.
+    pub paths: [Path; towards::COUNT],
 }
 
 /// Values of [`Flow::state`]; also the index of its timeout in [`crate::control::Settings::timeouts`].
@@ -172,4 +177,4 @@ pub struct ClientKey {
     pub padding: [u8; 5],
 }
 
-crate::plain_old_data!(FlowKey: 40, Flow: 32, ClientKey: 24);
+crate::plain_old_data!(FlowKey: 40, Flow: 96, ClientKey: 24);

@@ -8,6 +8,8 @@ pub struct Interface {
     pub role: u32,
     /// Length of the link layer header in bytes: 14 for Ethernet, 0 for devices that have none.
     pub link_header: u32,
+    /// Bits of [`crate::fast_path::ability`].
+    pub fast_path: u32,
 }
 
 /// Values of [`Interface::role`].
@@ -18,4 +20,4 @@ pub mod role {
     pub const INTERNAL: u32 = 2;
 }
 
-crate::plain_old_data!(Interface: 8);
+crate::plain_old_data!(Interface: 12);

@@ -10,13 +10,14 @@ pub mod address;
 pub mod control;
 pub mod counters;
 pub mod event;
+pub mod fast_path;
 pub mod flow;
 pub mod interface;
 pub mod policy;
 pub mod pool;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Marks types that may be copied from and to a BPF map as bytes, and asserts their size.
 macro_rules! plain_old_data {

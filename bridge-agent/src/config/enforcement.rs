@@ -27,6 +27,8 @@ pub struct Enforcement {
     pub iptables: Iptables,
     /// The network interfaces that packets are judged on. Left out, they are found from the routing table.
     pub interfaces: Interfaces,
+    /// Whether packets of established flows go from interface to interface past the network stack.
+    pub fast_path: FastPath,
     /// How long an idle flow stays known, by its state.
     pub timeouts: Timeouts,
     /// Which events are reported, and how many.
@@ -44,6 +46,7 @@ impl Default for Enforcement {
             scope: Scope::default(),
             iptables: Iptables::default(),
             interfaces: Interfaces::default(),
+            fast_path: FastPath::default(),
             timeouts: Timeouts::default(),
             events: Events::default(),
             flows: Flows::default(),
@@ -82,6 +85,17 @@ pub struct Interfaces {
     /// Interfaces towards the pods. Left out: those that the routes to `networks.pods` leave by.
     #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
     pub internal: Vec<InterfacePattern>,
+}
+
+/// Whether packets of established flows go from interface to interface past the network stack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FastPath {
+    /// Those of flows and on interfaces where that makes no difference but of speed.
+    #[default]
+    Auto,
+    /// None.
+    Off,
 }
 
 /// How long an idle flow stays known, by its state, such as 30s, 5m or 1d.

@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_saphyr::FlowSeq;
 
 pub use api::{Api, DEFAULT_SOCKET};
-pub use enforcement::{Enforcement, Engine, Events, Flows, Interfaces, Scope, Timeouts};
+pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts};
 pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
 pub use kubernetes::Kubernetes;

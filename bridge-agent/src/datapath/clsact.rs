@@ -25,7 +25,7 @@ use crate::netlink::{Route, interface_name};
 /// The first place in order.
 const PRIORITY: u16 = 1;
 /// "b21d9e", to be told from the filters of others.
-const HANDLE: TcHandle = TcHandle::new(0x00b2, 0x1d9e);
+pub(super) const HANDLE: TcHandle = TcHandle::new(0x00b2, 0x1d9e);
 
 /// Makes the clsact qdisc of an interface, if it has none, and notes at `note` that it is bridge's.
 pub(super) fn ensure_qdisc(interface: &str, note: &Path) -> io::Result<()> {

@@ -24,12 +24,12 @@ impl Role {
         }
     }
 
-    /// The hooks of an interface of this role. What only observes comes first: it must be there before the first
-    /// packet is judged.
+    /// The hooks of an interface of this role; `to_lan`: also what observes packets towards the LAN, for NodePorts and
+    /// for the fast path. What only observes comes first: it must be there before the first packet is judged.
     #[must_use]
-    pub const fn hooks(self, node_ports: bool) -> &'static [Hook] {
+    pub const fn hooks(self, to_lan: bool) -> &'static [Hook] {
         match self {
-            Self::External if node_ports => &[Hook::ExternalEgress, Hook::ExternalIngress],
+            Self::External if to_lan => &[Hook::ExternalEgress, Hook::ExternalIngress],
             Self::External => &[Hook::ExternalIngress],
             Self::Internal => &[Hook::InternalEgress, Hook::InternalIngress],
         }
@@ -42,7 +42,7 @@ impl Role {
 pub enum Hook {
     /// Judges LAN -> pod, and LAN -> node on a NodePort.
     ExternalIngress,
-    /// Observes replies from NodePorts.
+    /// Observes node -> LAN.
     ExternalEgress,
     /// Judges pod -> LAN.
     InternalIngress,

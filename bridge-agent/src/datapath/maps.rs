@@ -7,12 +7,14 @@ use bridge_common::{
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::EventBudget,
+    fast_path::Outcomes,
     interface::Interface,
     policy::{RuleHits, RuleInfo},
 };
 
 use super::{
     error::{Error, Result},
+    fast_path::FastPath,
     pins::Pins,
     sys::{self, SharedWord},
 };
@@ -71,6 +73,8 @@ pub struct Maps {
     pub(super) outer: Vec<ArrayOfMaps<MapData>>,
     pub(super) flows: MapData,
     pub(super) half_open: MapData,
+    pub(super) fast_path: FastPath,
+    pub(super) outcomes: PerCpuArray<MapData, Outcomes>,
     pub(super) counters: PerCpuArray<MapData, Counters>,
     pub(super) audited: PerCpuArray<MapData, Counters>,
     pub(super) event_budget: PerCpuArray<MapData, EventBudget>,
@@ -110,7 +114,7 @@ impl Maps {
             Ok(false) => return Err(Error::NotRunning(pins.root().to_owned())),
             Err(error) => return Err(Error::path("looking at", pins.directory())(error)),
         }
-        let control = SharedWord::new(data(pins, "control")?.fd()).map_err(Error::map("control"))?;
+        let control = SharedWord::new(data(pins, "control")?.fd(), 0).map_err(Error::map("control"))?;
         Ok(Self {
             control,
             settings: typed(pins, "settings")?,
@@ -118,6 +122,8 @@ impl Maps {
             outer: Table::ALL.into_iter().map(|table| typed(pins, table.name())).collect::<Result<_>>()?,
             flows: data(pins, "flows")?,
             half_open: data(pins, "half_open")?,
+            fast_path: FastPath::open(&data(pins, "fast_path")?)?,
+            outcomes: typed(pins, "outcomes")?,
             counters: typed(pins, "counters")?,
             audited: typed(pins, "audited")?,
             event_budget: typed(pins, "event_budget")?,

@@ -316,10 +316,11 @@ pub(super) fn grace_period() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// The first eight bytes of an array map, shared with the kernel.
+/// Eight bytes of an array map, shared with the kernel.
 #[derive(Debug)]
 pub(super) struct SharedWord {
-    word: ptr::NonNull<AtomicU64>,
+    mapping: ptr::NonNull<AtomicU64>,
+    index: usize,
     length: usize,
 }
 
@@ -329,9 +330,10 @@ unsafe impl Send for SharedWord {}
 unsafe impl Sync for SharedWord {}
 
 impl SharedWord {
-    /// Maps a map that was made with `BPF_F_MMAPABLE`.
-    pub(super) fn new(map: impl AsFd) -> io::Result<Self> {
+    /// Maps a map that was made with `BPF_F_MMAPABLE`, for its `index`th eight bytes.
+    pub(super) fn new(map: impl AsFd, index: usize) -> io::Result<Self> {
         let length = rustix::param::page_size();
+        assert!(index < length / size_of::<u64>(), "in the first page");
         // SAFETY: a new mapping of a descriptor that we hold, at no address in particular.
         let address: *mut c_void = unsafe {
             libc::mmap(
@@ -346,13 +348,13 @@ impl SharedWord {
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let word = ptr::NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
-        Ok(Self { word, length })
+        let mapping = ptr::NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
+        Ok(Self { mapping, index, length })
     }
 
     fn word(&self) -> &AtomicU64 {
-        // SAFETY: page-aligned, and mapped as long as `self` lives.
-        unsafe { self.word.as_ref() }
+        // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
+        unsafe { self.mapping.add(self.index).as_ref() }
     }
 
     pub(super) fn load(&self) -> u64 {
@@ -362,13 +364,17 @@ impl SharedWord {
     pub(super) fn store(&self, value: u64) {
         self.word().store(value, Ordering::Release);
     }
+
+    pub(super) fn update(&self, change: impl Fn(u64) -> u64) {
+        let _ = self.word().fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(change(word)));
+    }
 }
 
 impl Drop for SharedWord {
     fn drop(&mut self) {
         // SAFETY: what `new` mapped, once.
         unsafe {
-            libc::munmap(self.word.as_ptr().cast(), self.length);
+            libc::munmap(self.mapping.as_ptr().cast(), self.length);
         }
     }
 }

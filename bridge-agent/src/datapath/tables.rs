@@ -129,6 +129,7 @@ impl Datapath {
             }
         };
         self.maps.set_control(next);
+        self.maps.fast_path().forget_paths();
         let took = start.elapsed();
 
         if !same_tables && in_force.generation > 0 {

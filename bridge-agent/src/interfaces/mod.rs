@@ -9,6 +9,7 @@ use std::{
     net::IpAddr,
 };
 
+use bridge_common::fast_path::ability;
 use ipnet::IpNet;
 
 pub use observe::{Observer, Watch};
@@ -40,6 +41,37 @@ pub struct Link {
     pub kind: u16,
     /// Whether it is a loopback.
     pub loopback: bool,
+    /// What is behind it.
+    pub device: Device,
+    /// Whether its other end is in another network namespace.
+    pub reaches_out: bool,
+    /// Whether packets that leave by it wait for nothing: it has no queueing discipline.
+    pub unqueued: bool,
+}
+
+/// What is behind an interface, as far as the fast path must know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// Something that packets change in, or that may send them elsewhere than their addresses say.
+    #[default]
+    Other,
+    /// A network card, or what passes Ethernet frames on as they are.
+    Ethernet,
+    /// One end of a veth pair.
+    Veth,
+}
+
+impl Link {
+    /// What the interface allows of the fast path: bits of [`ability`].
+    fn fast_path(&self) -> u32 {
+        let through = ability::INPUT | ability::OUTPUT;
+        match self.device {
+            _ if self.kind != libc::ARPHRD_ETHER => 0,
+            Device::Other => 0,
+            Device::Veth if self.reaches_out && self.unqueued => through | ability::PEER,
+            Device::Ethernet | Device::Veth => through,
+        }
+    }
 }
 
 /// A unicast route.
@@ -115,7 +147,12 @@ impl Selection {
             let Some(link) = snapshot.links.get(&index).filter(|link| !link.loopback) else { continue };
             match link_header(link.kind) {
                 Some(link_header) => {
-                    chosen.targets.push(Target { index, name: link.name.clone(), role, link_header });
+                    let (name, mut fast_path) = (link.name.clone(), link.fast_path());
+                    if role == Role::External {
+                        // LAN hosts are beyond the other end.
+                        fast_path &= !ability::PEER;
+                    }
+                    chosen.targets.push(Target { index, name, role, link_header, fast_path });
                 }
                 None => chosen.remarks.push(format!(
                     "{}: link type {} is neither Ethernet nor plain IP, its packets cannot be judged",
@@ -195,7 +232,9 @@ mod tests {
             .zip(names)
             .map(|(index, name)| {
                 let kind = if name == "wg0" { libc::ARPHRD_NONE } else { libc::ARPHRD_ETHER };
-                (index, Link { name: name.into(), kind, loopback: name == "lo" })
+                let device = if name.starts_with("cali") { Device::Veth } else { Device::Ethernet };
+                let (loopback, name) = (name == "lo", name.into());
+                (index, Link { name, kind, loopback, device, reaches_out: true, unqueued: true })
             })
             .collect();
         let routes = routes

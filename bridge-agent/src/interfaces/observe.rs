@@ -6,11 +6,11 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{LinkAttribute, LinkFlags, LinkMessage},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 
-use super::{Link, Route, Selection, Snapshot};
+use super::{Device, Link, Route, Selection, Snapshot};
 use crate::netlink;
 
 /// How often something that changed while it was read is read again.
@@ -118,7 +118,33 @@ fn link_of(message: &LinkMessage) -> Option<(u32, Link)> {
     })?;
     let kind = message.header.link_layer_type.into();
     let loopback = message.header.flags.contains(LinkFlags::Loopback);
-    Some((message.header.index, Link { name, kind, loopback }))
+    // IFLA_LINK_NETNSID is there if, and only if, the other end is elsewhere (rtnl_fill_link_netnsid, net/core/rtnetlink.c).
+    let reaches_out =
+        message.attributes.iter().any(|attribute| matches!(attribute, LinkAttribute::LinkNetNsId(_)));
+    let unqueued = message
+        .attributes
+        .iter()
+        .any(|attribute| matches!(attribute, LinkAttribute::Qdisc(qdisc) if qdisc == "noqueue"));
+    let device = device_of(message);
+    Some((message.header.index, Link { name, kind, loopback, device, reaches_out, unqueued }))
+}
+
+fn device_of(message: &LinkMessage) -> Device {
+    let kind = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => infos.iter().find_map(|info| match info {
+            LinkInfo::Kind(kind) => Some(kind.clone()),
+            _ => None,
+        }),
+        _ => None,
+    });
+    match kind {
+        Some(InfoKind::Veth) => Device::Veth,
+        // Devices of hardware are of no kind.
+        None | Some(InfoKind::Bridge | InfoKind::Vlan | InfoKind::Bond | InfoKind::MacVlan) => {
+            Device::Ethernet
+        }
+        Some(_) => Device::Other,
+    }
 }
 
 /// Addresses of a link alone, and of the loopback, are nobody else's destination.

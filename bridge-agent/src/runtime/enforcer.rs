@@ -2,11 +2,16 @@
 
 use std::{collections::BTreeSet, io, net::IpAddr, sync::Arc, time::Duration};
 
-use bridge_common::{control::Control, flow::state};
+use bridge_common::{
+    control::Control,
+    fast_path::{ability, protocols},
+    flow::state,
+};
 use serde::{Deserialize, Serialize};
 
+use super::fast_path::{FastPathStatus, Keeper, Tracking};
 use crate::{
-    config::{Config, Timeouts},
+    config::{Config, FastPath, Timeouts},
     conntrack,
     datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
     interfaces::{Chosen, Observer, Selection, Snapshot},
@@ -48,6 +53,9 @@ pub struct Enforcement {
     pub seeded: Option<usize>,
     /// What is judged where.
     pub interfaces: Vec<AttachedInterface>,
+    /// What may take the fast path.
+    #[serde(default)]
+    pub fast_path: FastPathStatus,
     /// What the operator should know.
     pub remarks: Vec<String>,
 }
@@ -62,6 +70,9 @@ pub struct AttachedInterface {
     pub index: u32,
     /// `external` or `internal`.
     pub role: String,
+    /// What of the fast path may go by it: `in`, `out`, `peer` (straight to its other end).
+    #[serde(default)]
+    pub fast_path: Vec<String>,
 }
 
 /// What a configuration says about the packet path.
@@ -70,6 +81,7 @@ pub(super) struct Desired {
     policy: Policy,
     behaviour: Behaviour,
     selection: Selection,
+    fast_path: bool,
 }
 
 impl Desired {
@@ -89,7 +101,9 @@ impl Desired {
             external_networks: policy.external.clone(),
             pod_networks: policy.pods.clone(),
         };
-        Self { policy, behaviour, selection }
+        // In audit mode nothing is to be different from what it would be without bridge.
+        let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
+        Self { policy, behaviour, selection, fast_path }
     }
 
     fn place(&self) -> Place {
@@ -155,6 +169,10 @@ pub(super) struct Enforcer {
     former: Option<Place>,
     /// While a policy is on trial nothing else can be put in force: whether something should be.
     outdated: bool,
+    /// What each of the chosen interfaces allows, bits of [`ability`].
+    abilities: Vec<u32>,
+    keeper: Option<Keeper>,
+    fast_path: FastPathStatus,
 }
 
 impl Enforcer {
@@ -174,6 +192,7 @@ impl Enforcer {
         })?;
         let maps = Arc::new(Maps::open(pins)?);
         let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
+        let (abilities, keeper, fast_path) = (Vec::new(), None, FastPathStatus::default());
         let mut enforcer = Self {
             datapath,
             maps,
@@ -186,6 +205,9 @@ impl Enforcer {
             chosen,
             former: former.map(|former| Desired::new(former).place()),
             outdated: false,
+            abilities,
+            keeper,
+            fast_path,
         };
         if former.is_none() {
             // Nobody knows any more of a trial that there may be.
@@ -200,6 +222,7 @@ impl Enforcer {
             }
             return Err(error);
         }
+        enforcer.keep_fast_path();
         // Only now: reading the log takes its map from what is yet to be loaded.
         if let Err(error) = enforcer.datapath.forward_log() {
             tracing::warn!(%error, "what the programs log cannot be read");
@@ -261,10 +284,13 @@ impl Enforcer {
             tracing::warn!("{remark}");
         }
         let (changes, result) = self.datapath.attach(&chosen.targets, node_ports);
+        let to_lan = self.desired.policy.node_ports.is_some() || self.desired.fast_path;
+        let (changes, result) = self.datapath.attach(&chosen.targets, to_lan);
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
         }
         self.chosen = chosen;
+        self.allow_fast_path();
         Ok(result?)
     }
 
@@ -327,6 +353,7 @@ impl Enforcer {
         }
         self.former = trial.map(|_| before.place());
         self.attach_as_far_as_possible();
+        self.keep_fast_path();
         Ok(())
     }
 
@@ -390,6 +417,83 @@ impl Enforcer {
         self.attach_as_far_as_possible();
     }
 
+    /// Looks at what the kernel tells nobody of.
+    pub(super) fn look(&mut self) {
+        if self.keeper.is_some() {
+            self.allow_fast_path();
+            self.judge_conntrack(false);
+        }
+    }
+
+    /// Lets packets take the fast path by those interfaces where nobody else must see them.
+    fn allow_fast_path(&mut self) {
+        if !self.desired.fast_path {
+            self.abilities = Vec::new();
+            return;
+        }
+        let (abilities, result) = self.datapath.allow_fast_path(&self.chosen.targets);
+        if let Err(error) = result {
+            tracing::debug!(%error, "an interface takes no part in the fast path");
+        }
+        if abilities != self.abilities {
+            for (target, allowed) in self.chosen.targets.iter().zip(&abilities) {
+                tracing::debug!(interface = target.name, allows = ?names(*allowed), "fast path");
+            }
+        }
+        self.abilities = abilities;
+    }
+
+    /// Begins, goes on, or ends to keep the fast path, as is wanted.
+    fn keep_fast_path(&mut self) {
+        if !self.desired.fast_path {
+            self.keeper = None;
+            self.maps.fast_path().stop();
+            self.fast_path = FastPathStatus::default();
+            return;
+        }
+        if self.keeper.is_none() {
+            match Keeper::start(Arc::clone(&self.maps)) {
+                Ok(keeper) => self.keeper = Some(keeper),
+                Err(error) => {
+                    self.maps.fast_path().stop();
+                    let remark = format!("no fast path: routes and neighbours cannot be watched: {error}");
+                    tracing::warn!("{remark}");
+                    self.fast_path = FastPathStatus::new(0, vec![remark]);
+                    return;
+                }
+            }
+        }
+        self.judge_conntrack(true);
+    }
+
+    /// Lets those protocols take the fast path that conntrack does not mind. `relax`: it is made not to mind.
+    fn judge_conntrack(&mut self, relax: bool) {
+        let Some(keeper) = &self.keeper else { return };
+        let mut tracking = Tracking::read();
+        let mut failure = None;
+        if relax && matches!(tracking, Ok(Tracking::Strict)) {
+            failure = Tracking::relax().err();
+            tracking = Tracking::read();
+        }
+        let status = match tracking {
+            Ok(Tracking::Absent | Tracking::Liberal) => {
+                keeper.allow(protocols::TCP | protocols::UDP);
+                FastPathStatus::new(protocols::TCP | protocols::UDP, Vec::new())
+            }
+            other => {
+                keeper.allow(protocols::UDP);
+                let failure = failure.or(other.err());
+                FastPathStatus::new(protocols::UDP, vec![Tracking::remark(failure.as_ref())])
+            }
+        };
+        if status.protocols != self.fast_path.protocols {
+            for remark in &status.remarks {
+                tracing::warn!("{remark}");
+            }
+            self.fast_path = status;
+        }
+    }
+
     pub(super) fn selection(&self) -> &Selection {
         &self.desired.selection
     }
@@ -408,10 +512,12 @@ impl Enforcer {
             .chosen
             .targets
             .iter()
-            .map(|target| AttachedInterface {
+            .zip(self.abilities.iter().chain(std::iter::repeat(&0)))
+            .map(|(target, abilities)| AttachedInterface {
                 name: target.name.clone(),
                 index: target.index,
                 role: format!("{:?}", target.role).to_lowercase(),
+                fast_path: names(*abilities),
             })
             .collect();
         Enforcement {
@@ -426,6 +532,7 @@ impl Enforcer {
             adopted: self.datapath.adopted(),
             seeded: self.seeded,
             interfaces,
+            fast_path: self.fast_path.clone(),
             remarks: self.chosen.remarks.clone(),
         }
     }
@@ -436,6 +543,15 @@ impl Enforcer {
         let (_, result) = datapath::down(pins);
         Ok(result?)
     }
+}
+
+/// What an interface allows of the fast path, in words.
+fn names(allowed: u32) -> Vec<String> {
+    [(ability::INPUT, "in"), (ability::OUTPUT, "out"), (ability::PEER, "peer")]
+        .into_iter()
+        .filter(|(bit, _)| allowed & bit != 0)
+        .map(|(_, name)| name.to_owned())
+        .collect()
 }
 
 fn compile(desired: &Desired, snapshot: &Snapshot) -> Result<Tables, Error> {

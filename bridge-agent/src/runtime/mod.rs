@@ -5,6 +5,7 @@
 mod apply;
 mod divergence;
 mod enforcer;
+mod fast_path;
 mod file;
 mod packet_filter;
 mod port_pool;
@@ -31,6 +32,7 @@ use tokio::{
 pub use apply::{Applied, ApplyError, LONGEST_TRIAL, MOST_PROBES, Order, SHORTEST_TRIAL};
 pub use divergence::DivergenceStatus;
 pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
+pub use fast_path::FastPathStatus;
 pub use packet_filter::{FirewallStatus, settings as firewall_settings};
 pub(crate) use port_pool::places as pool_places;
 pub use probe::Probe;
@@ -121,7 +123,8 @@ pub fn run(options: &Options) -> Result<(), Error> {
         .block_on(Agent::run(options))
 }
 
-/// How often the status is brought up to date with what the watch of the iptables rules has seen.
+/// How often the status is brought up to date with what the watch of the iptables rules has seen, and programs of others
+/// are looked for, of which the kernel does not tell.
 const LOOK: Duration = Duration::from_millis(500);
 
 struct Agent {
@@ -251,11 +254,7 @@ impl Agent {
                     changed.map_err(io_error("cannot watch the configuration file"))?;
                     drop(self.reload("the file has changed"));
                 }
-                // The iptables rules are watched by a thread of their own.
-                _ = look.tick(), if self.filter.is_some() => {
-                    self.report_divergence();
-                    self.show_enforcement();
-                }
+                _ = look.tick(), if self.filter.is_some() || self.enforcer.is_some() => self.look(),
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
@@ -358,6 +357,15 @@ impl Agent {
             status.enforcement = enforcement;
             status.firewall = firewall;
         });
+    }
+
+    /// Looks at what the kernel tells nobody of.
+    fn look(&mut self) {
+        self.report_divergence();
+        if let Some(enforcer) = &mut self.enforcer {
+            enforcer.look();
+        }
+        self.show_enforcement();
     }
 
     fn interfaces_changed(&mut self) {

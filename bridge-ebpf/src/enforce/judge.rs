@@ -10,12 +10,12 @@ use bridge_common::{
     control::Settings,
     counters::Reason,
     event::verdict,
-    flow::flag,
+    flow::{Flow, flag},
     policy::{direction, reference},
 };
 
 use crate::{
-    NEXT,
+    NEXT, fast_path,
     maps::{CONTROL, FLOWS, HALF_OPEN, SETTINGS, Scratch, scratch},
     packet::{self, Kind, Packet},
     policy, reject,
@@ -84,7 +84,7 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
             } else {
                 report::count(flow.direction, Reason::established, length);
             }
-            return NEXT;
+            return fast_path::forward(skb, flow, from_lan.into(), active.now);
         }
     }
     // From here, and not from where it matters: with that one's frame, too, it would not fit on the stack of Linux 6.1,
@@ -293,7 +293,7 @@ pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
         return;
     }
     let Some(active) = active() else { return };
-    if observe(&active, packet) {
+    if observe(skb, &active, packet, true) {
         return;
     }
     if scope::find(active.slot, active.settings, packet, false, scope)
@@ -303,9 +303,13 @@ pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
     }
 }
 
-/// Takes note of a packet on its way out to the LAN: of replies from NodePorts.
+/// Takes note of a packet on its way out to the LAN: of replies from NodePorts, and of the way that packets of flows of
+/// pods take.
 #[inline(always)]
 pub(crate) fn observe_to_lan(skb: *mut __sk_buff) {
+    if fast_path::has_taken(skb) {
+        return;
+    }
     let Some(Scratch { packet, .. }) = scratch() else { return };
     if !packet::parse(skb, packet) || !follows_flow(packet) {
         return;
@@ -313,20 +317,39 @@ pub(crate) fn observe_to_lan(skb: *mut __sk_buff) {
     let Some(active) = active() else { return };
     let [first, last] = active.settings.node_ports;
     let port = u16::from_be_bytes(packet.source_port);
-    if last != 0 && first <= port && port <= last {
-        observe(&active, packet);
+    let node_port = last != 0 && first <= port && port <= last;
+    // SAFETY: the context is valid while the program runs.
+    let forwarded = unsafe { (*skb).ingress_ifindex } != 0;
+    if node_port {
+        observe(skb, &active, packet, false);
+    } else if forwarded && let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
+        // Only its way matters: it was judged already, and a denied packet's answer, which looks like one of the flow,
+        // must not end it.
+        // SAFETY: as for established flows in `judge`.
+        learn(skb, &active, packet, unsafe { &mut *flow }, false);
     }
 }
 
-/// Brings the flow of a packet up to date. `false`: there is none.
+/// See [`fast_path::learn`].
 #[inline(always)]
-fn observe(active: &Active, packet: &Packet) -> bool {
+fn learn(skb: *mut __sk_buff, active: &Active, packet: &Packet, flow: &mut Flow, to_pod: bool) {
+    let from_initiator = flow.initiator == packet.end_of_source;
+    let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
+    if from_lan == to_pod && !track::is_expired(flow, active.settings, active.now) {
+        fast_path::learn(skb, flow, from_lan.into(), active.now);
+    }
+}
+
+/// Brings the flow of a packet that leaves the node up to date. `false`: there is none.
+#[inline(always)]
+fn observe(skb: *mut __sk_buff, active: &Active, packet: &Packet, to_pod: bool) -> bool {
     if let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
         // SAFETY: as for established flows in `judge`.
         let flow = unsafe { &mut *flow };
         if !track::is_expired(flow, active.settings, active.now) {
             let from_initiator = flow.initiator == packet.end_of_source;
             if track::established(flow, packet, from_initiator, active.now) == Seen::Pass {
+                learn(skb, active, packet, flow, to_pod);
                 return true;
             }
         }

@@ -20,6 +20,7 @@
     reason = "header lengths, directions and results of helpers are small, whatever the type of the register"
 )]
 
+mod fast_path;
 mod judge;
 mod maps;
 mod packet;

@@ -8,6 +8,7 @@ use bridge_common::{
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::{Event, EventBudget},
+    fast_path,
     flow::{ClientKey, Flow, FlowKey},
     interface::Interface,
     policy::{AddressInfo, Narrow, Page, PairKey, PairSets, RuleHits, RuleInfo, RuleSet, direction},
@@ -72,6 +73,13 @@ pub(crate) static COUNTERS: PerCpuArray<Counters, { direction::COUNT }> = PerCpu
 #[btf_map(name = "audited")]
 pub(crate) static AUDITED: PerCpuArray<Counters, { direction::COUNT }> = PerCpuArray::new();
 
+/// Whether flows may take the fast path.
+#[btf_map(name = "fast_path")]
+pub(crate) static FAST_PATH: Array<fast_path::Control, 1, MMAPABLE> = Array::new();
+/// Packets of established flows, by direction: whether they took the fast path, and why not.
+#[btf_map(name = "outcomes")]
+pub(crate) static OUTCOMES: PerCpuArray<fast_path::Outcomes, { direction::COUNT }> = PerCpuArray::new();
+
 /// Verdicts, sampled.
 #[btf_map(name = "events")]
 pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
@@ -94,6 +102,8 @@ pub(crate) struct Scratch {
     /// The packet that an ICMP error quotes.
     pub(crate) quoted: Packet,
     pub(crate) scope: Scope,
+    /// A flow that is about to be entered.
+    pub(crate) flow: Flow,
 }
 
 /// What this CPU works on.

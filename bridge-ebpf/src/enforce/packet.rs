@@ -68,8 +68,8 @@ pub(crate) enum Kind {
     LaterFragment,
 }
 
-const PADDING: usize = 6;
-const _: () = assert!(size_of::<Packet>() == 40 + 2 * 16 + 2 * 2 + 4 + 6 * 4 + 2 + PADDING);
+const PADDING: usize = 1;
+const _: () = assert!(size_of::<Packet>() == 40 + 2 * 16 + 2 * 2 + 4 + 6 * 4 + 12 + 3 + PADDING);
 
 /// The headers of a packet, as far as a verdict needs them.
 #[repr(C)]
@@ -99,8 +99,12 @@ pub(crate) struct Packet {
     pub(crate) acknowledgement: u32,
     /// TCP: length of the header in bytes.
     pub(crate) tcp_header: u32,
+    /// The first bytes of the IP header: 12 of IPv4, 8 of IPv6.
+    pub(crate) head: [u8; 12],
     /// Which end of the key the source is.
     pub(crate) end_of_source: u8,
+    /// 1: nothing but an IP header stands before layer 4, and nothing but the Ethernet header before that; no fragment.
+    pub(crate) plain: u8,
     /// So that no byte is without a value: subprograms take the packet as a whole.
     pub(crate) padding: [u8; PADDING],
     /// Why the packet must be denied if it is in scope; [`Reason::established`] where nothing speaks against it.
@@ -196,6 +200,7 @@ extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, packet: *mut 
     packet.source_port = [0; 2];
     packet.destination_port = [0; 2];
     packet.detail = 0;
+    packet.plain = 0;
     let first_fragment = if version == 4 {
         match parse_v4(skb, l3, packet) {
             Ok(first) => first,
@@ -210,6 +215,8 @@ extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, packet: *mut 
     if packet.kind == Kind::LaterFragment || !packet.is_intact() {
         return 1;
     }
+    let header = if version == 4 { 20 } else { 40 };
+    packet.plain = u8::from(l3 == 0 && packet.l4 == header && !first_fragment);
     let whole = if quoted { parse_quoted_l4(skb, packet) } else { parse_l4(skb, packet) };
     if !whole {
         packet.problem = if first_fragment { Reason::fragment_short } else { Reason::malformed_l4 };
@@ -247,6 +254,7 @@ fn parse_v4(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u
     packet.source = Address::from_v4([header[12], header[13], header[14], header[15]]);
     packet.destination = Address::from_v4([header[16], header[17], header[18], header[19]]);
     packet.protocol = header[9];
+    packet.head.copy_from_slice(&header[..12]);
     let header_length = u32::from(header[0] & 0xf) * 4;
     let total = u32::from(u16::from_be_bytes([header[2], header[3]]));
     // A packet of more than 64 KiB on its way through segmentation offload has 0 here.
@@ -285,6 +293,7 @@ fn parse_v6(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u
     {
         return Err(0);
     }
+    packet.head[..8].copy_from_slice(&header);
     let payload = u32::from(u16::from_be_bytes([header[4], header[5]]));
     // A jumbogram has 0 here.
     packet.end = if payload == 0 { u32::MAX } else { l3 + 40 + payload };

@@ -3,12 +3,13 @@
 use bridge_common::{
     control::Settings,
     counters::Reason,
+    fast_path::{Path, towards},
     flow::{ClientKey, Flow, FlowKey, flag, state},
     policy::direction,
 };
 
 use crate::{
-    maps::{FLOWS, HALF_OPEN, NODE_PORT_PEERS},
+    maps::{FLOWS, HALF_OPEN, NODE_PORT_PEERS, Scratch, scratch},
     packet::{Kind, Packet, protocol, tcp},
 };
 
@@ -145,8 +146,9 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
 /// Moves a flow to the established table.
 #[inline(always)]
 fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
-    let promoted = Flow { last_seen: now, state, responder_isn: 0, ..*flow };
-    if FLOWS.insert(key, &promoted, 0).is_err() {
+    let Some(Scratch { flow: promoted, .. }) = scratch() else { return Seen::Deny(Reason::table_full) };
+    *promoted = Flow { last_seen: now, state, responder_isn: 0, ..*flow };
+    if FLOWS.insert(key, promoted, 0).is_err() {
         return Seen::Deny(Reason::table_full);
     }
     let _ = HALF_OPEN.remove(key);
@@ -195,7 +197,8 @@ pub(crate) struct Admission {
 /// Enters the flow that a packet opens, or reopens.
 #[inline(always)]
 pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64) -> Result<(), Reason> {
-    let flow = Flow {
+    let Some(Scratch { flow, .. }) = scratch() else { return Err(Reason::table_full) };
+    *flow = Flow {
         last_seen: now,
         created: now,
         generation: admission.generation,
@@ -205,8 +208,9 @@ pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64) -> Result<(
         initiator: packet.end_of_source,
         direction: admission.direction,
         flags: admission.flags,
+        paths: [Path::default(); towards::COUNT],
     };
-    if HALF_OPEN.insert(&packet.key, &flow, 0).is_err() {
+    if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);
     }
     // What the ports were used for before is over.

@@ -58,7 +58,7 @@ impl ByEbpf {
         let options = Options { pins, flows: established, half_open, mechanism, debug: false };
         let target = |side, role| -> Result<Target> {
             let (index, name) = node.interface(side)?;
-            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET })
+            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET, fast_path: 0 })
         };
         let targets = [target(Side::Lan, Role::External)?, target(Side::Pods, Role::Internal)?];
         Ok(Self { datapath: Datapath::load(&options)?, targets })

@@ -39,6 +39,9 @@ pub struct Target {
     pub role: Role,
     /// Length of its link layer header in bytes.
     pub link_header: u32,
+    /// What it allows of the fast path, bits of [`bridge_common::fast_path::ability`], as long as no programs of others
+    /// are in the way.
+    pub fast_path: u32,
 }
 
 /// What was done to one interface.
@@ -67,12 +70,12 @@ pub enum Action {
 
 impl Datapath {
     /// Attaches to exactly these interfaces; may be called as often as anything changes. Errors with one interface
-    /// leave the others as wanted.
+    /// leave the others as wanted. What leaves towards the LAN is observed if `to_lan`.
     ///
     /// # Errors
     ///
     /// [`Error::Attach`] and [`Error::Path`], more than one in [`Error::Several`], beside what was done.
-    pub fn attach(&mut self, targets: &[Target], node_ports: bool) -> (Vec<Change>, Result<()>) {
+    pub fn attach(&mut self, targets: &[Target], to_lan: bool) -> (Vec<Change>, Result<()>) {
         let mut changes = Vec::new();
         let mut errors = Vec::new();
         if let Err(error) = self.write_interfaces(targets) {
@@ -80,7 +83,7 @@ impl Datapath {
         }
         let wanted: Vec<(Target, Hook)> = targets
             .iter()
-            .flat_map(|target| target.role.hooks(node_ports).iter().map(|hook| (target.clone(), *hook)))
+            .flat_map(|target| target.role.hooks(to_lan).iter().map(|hook| (target.clone(), *hook)))
             .collect();
         if self.tcx {
             self.attach_links(&wanted, &mut changes, &mut errors);
@@ -97,7 +100,9 @@ impl Datapath {
     /// What the kernel side must know of an interface before it sees a packet of it.
     fn write_interfaces(&mut self, targets: &[Target]) -> Result<()> {
         targets.iter().try_for_each(|target| {
-            let value = Interface { role: target.role.number(), link_header: target.link_header };
+            // What is allowed stays so until it is looked at.
+            let fast_path = self.maps.interfaces.get(&target.index, 0).map_or(0, |known| known.fast_path);
+            let value = Interface { role: target.role.number(), link_header: target.link_header, fast_path };
             self.maps.interfaces.insert(target.index, value, 0).map_err(Error::aya_map("interfaces"))
         })
     }
@@ -150,7 +155,7 @@ impl Datapath {
             .collect()
     }
 
-    fn program_ids(&mut self) -> Result<Vec<(Hook, u32)>> {
+    pub(super) fn program_ids(&mut self) -> Result<Vec<(Hook, u32)>> {
         Hook::ALL
             .into_iter()
             .map(|hook| {

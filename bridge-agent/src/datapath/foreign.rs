@@ -1,0 +1,128 @@
+//! Programs of others at the hooks that bridge is at.
+//!
+//! A packet that takes the fast path does not meet those behind bridge's own where it comes in, nor, if it goes straight
+//! to the other end of an interface, any of those where it would go out.
+
+use std::io;
+
+use aya::programs::SchedClassifier;
+use bridge_common::{fast_path::ability, interface::Interface};
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    tc::{TcHandle as Handle, TcHeader, TcMessage},
+};
+
+use super::{
+    attach::Target,
+    clsact::HANDLE,
+    error::{Error, Result},
+    hook::{Hook, Role},
+    load::Datapath,
+};
+use crate::netlink::Route;
+
+impl Datapath {
+    /// Lets packets take the fast path by those interfaces that allow it: none where a program of others must see them.
+    /// To be called after [`Datapath::attach`], and again from time to time, since the kernel tells nobody of programs.
+    ///
+    /// Returns what each interface allows, bits of [`ability`], in the order of `targets`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`], [`Error::Attach`]. What could not be found out is not allowed.
+    pub fn allow_fast_path(&mut self, targets: &[Target]) -> (Vec<u32>, Result<()>) {
+        let mut errors = Vec::new();
+        let mut changed = false;
+        let mut abilities = Vec::with_capacity(targets.len());
+        for target in targets {
+            let fast_path = self.ability(target).unwrap_or_else(|error| {
+                errors.push(error);
+                0
+            });
+            abilities.push(fast_path);
+            let wanted = Interface { role: target.role.number(), link_header: target.link_header, fast_path };
+            match self.maps.interfaces.get(&target.index, 0) {
+                Ok(found) if found == wanted => continue,
+                _ => {}
+            }
+            changed = true;
+            if let Err(error) = self.maps.interfaces.insert(target.index, wanted, 0) {
+                errors.push(Error::aya_map("interfaces")(error));
+            }
+        }
+        if changed {
+            self.maps.fast_path().forget_paths();
+        }
+        (abilities, Error::collect(errors))
+    }
+
+    fn ability(&mut self, target: &Target) -> Result<u32> {
+        if target.fast_path == 0 {
+            return Ok(0);
+        }
+        let (ingress, egress) = match target.role {
+            Role::External => (Hook::ExternalIngress, Hook::ExternalEgress),
+            Role::Internal => (Hook::InternalIngress, Hook::InternalEgress),
+        };
+        let mut fast_path = target.fast_path;
+        if self.foreign(target, ingress)?.behind {
+            fast_path &= !ability::INPUT;
+        }
+        if fast_path & ability::PEER != 0 && self.foreign(target, egress)?.any {
+            fast_path &= !ability::PEER;
+        }
+        Ok(fast_path)
+    }
+
+    fn foreign(&mut self, target: &Target, hook: Hook) -> Result<Foreign> {
+        let failed = |error: io::Error| Error::attach(&target.name, hook.name(), error);
+        let filters = foreign_filters(target.index, hook).map_err(failed)?;
+        let mut foreign = Foreign { behind: filters, any: filters };
+        if self.tcx {
+            let own = self.program_ids()?.into_iter().find(|(of, _)| *of == hook).map(|(_, id)| id);
+            let (_, programs) = SchedClassifier::query_tcx(&target.name, hook.attach_type())
+                .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
+            let ids: Vec<u32> = programs.iter().map(aya::programs::ProgramInfo::id).collect();
+            let place = ids.iter().position(|id| Some(*id) == own);
+            foreign.any |= ids.len() > 1;
+            // Where bridge's own program is missing, everything is behind it.
+            foreign.behind |= place.is_none_or(|place| place + 1 < ids.len());
+        }
+        Ok(foreign)
+    }
+}
+
+/// Whether there are programs of others at a hook.
+struct Foreign {
+    /// Behind bridge's own.
+    behind: bool,
+    /// Wherever.
+    any: bool,
+}
+
+/// Whether the clsact or ingress qdisc has filters that are not bridge's.
+fn foreign_filters(index: u32, hook: Hook) -> io::Result<bool> {
+    let minor = match hook {
+        Hook::ExternalIngress | Hook::InternalIngress => Handle::MIN_INGRESS,
+        Hook::ExternalEgress | Hook::InternalEgress => Handle::MIN_EGRESS,
+    };
+    let header = TcHeader {
+        index: index.cast_signed(),
+        parent: Handle { major: u16::MAX, minor },
+        ..TcHeader::default()
+    };
+    let request = RouteNetlinkMessage::GetTrafficFilter(TcMessage::from_parts(header, Vec::new()));
+    match Route::open()?.dump(request) {
+        // With each priority comes a message about it alone, without a handle.
+        Ok(filters) => Ok(filters.iter().any(|filter| match filter {
+            RouteNetlinkMessage::NewTrafficFilter(filter) => {
+                let handle = filter.header.handle;
+                u32::from(handle) != 0 && u32::from(handle) != u32::from(HANDLE)
+            }
+            _ => false,
+        })),
+        // There is no such qdisc.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
