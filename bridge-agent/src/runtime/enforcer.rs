@@ -61,7 +61,7 @@ pub struct Enforcement {
 }
 
 /// An interface that packets are judged on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttachedInterface {
     /// Its name.
@@ -283,8 +283,7 @@ impl Enforcer {
         for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
             tracing::warn!("{remark}");
         }
-        let (changes, result) = self.datapath.attach(&chosen.targets, node_ports);
-        let to_lan = self.desired.policy.node_ports.is_some() || self.desired.fast_path;
+        let to_lan = node_ports || self.desired.fast_path;
         let (changes, result) = self.datapath.attach(&chosen.targets, to_lan);
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");

@@ -36,7 +36,7 @@ mod tests {
 
     fn node(roles: &[&str], generation: u32) -> Status {
         let interface =
-            |role: &&str| AttachedInterface { name: "x".into(), index: 1, role: (*role).to_owned() };
+            |role: &&str| AttachedInterface { role: (*role).to_owned(), ..AttachedInterface::default() };
         let interfaces = roles.iter().map(interface).collect();
         let enforcement = Some(Enforcement { generation, interfaces, ..Enforcement::default() });
         Status { role: "node".into(), enforcement, ..Status::default() }

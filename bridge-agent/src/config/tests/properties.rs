@@ -11,9 +11,9 @@ use proptest::sample::select;
 use super::{FilePath, parse};
 use crate::config::leaf::Leaf;
 use crate::config::{
-    Backend, Config, Enforcement, Engine, Events, Flows, InterfacePattern, Interfaces, Iptables, Network,
-    Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope, TimeSpan,
-    Timeouts,
+    Backend, Config, Enforcement, Engine, Events, FastPath, Flows, InterfacePattern, Interfaces, Iptables,
+    Network, Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope,
+    TimeSpan, Timeouts,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 
@@ -113,6 +113,7 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                 timeouts: Timeouts { tcp_established: TimeSpan::seconds(seconds), ..Timeouts::default() },
                 events: Events { rate, allowed },
                 flows: Flows { established: flows, half_open: flows },
+                fast_path: if one { FastPath::Off } else { FastPath::Auto },
             }
         })
 }
