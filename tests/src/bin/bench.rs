@@ -1,7 +1,7 @@
 //! `cargo xtask bench`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
@@ -19,6 +19,9 @@ struct Arguments {
     /// Fewer rounds and rules in the comparison
     #[arg(long)]
     quick: bool,
+    /// Show the comparison in README.md and docs/benchmark.md, too; from the folder of the repository
+    #[arg(long)]
+    publish: bool,
     /// Print one JSON object a line instead of tables
     #[arg(long)]
     json: bool,
@@ -56,6 +59,9 @@ fn main() -> Result<ExitCode> {
     let mut limits = Vec::new();
     if let Some(comparison) = &comparison {
         comparison.write(output)?;
+        if arguments.publish {
+            comparison.publish(Path::new("."))?;
+        }
         for record in comparison.records() {
             records.push(serde_json::to_value(record)?);
         }

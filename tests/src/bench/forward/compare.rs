@@ -1,6 +1,6 @@
 //! The run: everybody in turn, round after round, so that what else the machine does falls on all alike.
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::contender::Contender;
 use super::figures::{Figure, Figures, divided};
@@ -29,7 +29,7 @@ pub(super) fn compare(scope: &Scope) -> Result<Figures> {
 }
 
 fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
-    let mut contestants = Vec::new();
+    let mut contestants: Vec<Contestant> = Vec::new();
     for contender in Contender::ALL {
         let place = match contender.missing(rules)? {
             Some(why) => Err(why),
@@ -40,18 +40,15 @@ fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
     }
     let mut runs = vec![[(); Traffic::ALL.len()].map(|()| Vec::new()); contestants.len()];
     for round in 0..scope.rounds {
-        for turn in 0..contestants.len() {
-            // Each is first as often as the others.
-            let index = (round + turn) % contestants.len();
-            let (contender, contestant) = &mut contestants[index];
-            let Ok(place) = contestant else { continue };
-            match one_round(place, scope) {
-                Ok(rates) => runs[index].iter_mut().zip(rates).for_each(|(runs, rate)| runs.push(rate)),
-                Err(error) if *contender == Contender::None => return Err(error),
-                // What it cannot do, the others are not kept from.
-                Err(error) => *contestant = Err(format!("{error:#}")),
-            }
+        in_turn(&mut contestants, round, |_, place| place.establish(MANY))?;
+        for (kind, traffic) in Traffic::ALL.into_iter().enumerate() {
+            // One kind after the other, so that the same seconds are compared.
+            in_turn(&mut contestants, round + kind, |index, place| {
+                runs[index][kind].push(traffic.sample(place, &scope.effort)?);
+                Ok(())
+            })?;
         }
+        in_turn(&mut contestants, round, |_, place| place.forget())?;
     }
     let base = runs[0].clone();
     let mut figures = Vec::new();
@@ -70,10 +67,25 @@ fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// Every kind of traffic once, in the order of [`Traffic::ALL`].
-fn one_round(place: &mut Place, scope: &Scope) -> Result<Vec<f64>> {
-    place.establish(MANY)?;
-    let rates = Traffic::ALL.into_iter().map(|traffic| traffic.sample(place, &scope.effort)).collect();
-    place.forget().context("forget connections")?;
-    rates
+/// A contender, and its lab or what keeps it from having one.
+type Contestant = (Contender, Result<Place, String>);
+
+/// Does `what` with everybody; who is first changes from time to time. What one cannot do, the others are not kept
+/// from; but without those without a firewall there is nothing to compare with.
+fn in_turn(
+    contestants: &mut [Contestant],
+    time: usize,
+    mut what: impl FnMut(usize, &mut Place) -> Result<()>,
+) -> Result<()> {
+    for turn in 0..contestants.len() {
+        let index = (time + turn) % contestants.len();
+        let (contender, contestant) = &mut contestants[index];
+        let Ok(place) = contestant else { continue };
+        match what(index, place) {
+            Ok(()) => {}
+            Err(error) if *contender == Contender::None => return Err(error),
+            Err(error) => *contestant = Err(format!("{error:#}")),
+        }
+    }
+    Ok(())
 }

@@ -100,7 +100,7 @@ impl Contender {
             Self::NftablesSet => return load(lab, "nft", &["-f"], &ruleset::nftables(rules)).map(|()| None),
             Self::Ebpf => format!("engines: [ebpf]{}", fast_path("off")?),
             Self::EbpfIptables => format!("engines: [ebpf, iptables]{}", fast_path("off")?),
-            Self::FastPath => format!("engines: [ebpf]{}", fast_path("on")?),
+            Self::FastPath => format!("engines: [ebpf]{}", fast_path("auto")?),
         };
         Agent::start(lab, lab.b(), &ruleset::agent(rules, &engines)).map(Some)
     }
@@ -119,7 +119,7 @@ fn load(lab: &Lab, tool: &str, arguments: &[&str], text: &str) -> Result<()> {
 fn knows_fast_path() -> Result<bool> {
     let directory = tempfile::tempdir()?;
     let file = directory.path().join("agent.yaml");
-    fs::write(&file, ruleset::agent(1, &format!("engines: [ebpf], {FAST_PATH}: on")))?;
+    fs::write(&file, ruleset::agent(1, &format!("engines: [ebpf], {FAST_PATH}: auto")))?;
     let mut command = Command::new(agent::program()?);
     let output =
         command.arg("check").arg("--config").arg(&file).output().context("start bridge-agent check")?;

@@ -16,7 +16,7 @@ mod ruleset;
 mod table;
 mod traffic;
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::thread::available_parallelism;
 use std::time::Duration;
@@ -29,6 +29,8 @@ pub use self::figures::Record;
 use self::figures::{Figure, Figures};
 use self::traffic::Effort;
 use super::Limit;
+
+const LOCK: &str = "/run/bridge-bench.lock";
 
 /// What was found out.
 pub struct Comparison {
@@ -46,6 +48,7 @@ impl Comparison {
     pub fn run(quick: bool) -> Result<Self> {
         let cpus = available_parallelism()?.get();
         ensure!(cpus >= 2, "one CPU makes packets and another forwards them: {cpus} is too few");
+        let _alone = alone()?;
         let scope = if quick { quick_scope() } else { thorough_scope() };
         let how = format!("medians of {} rounds, everybody in turn", scope.rounds);
         Ok(Self { figures: compare(&scope)?, machine: machine()?, how })
@@ -61,6 +64,23 @@ impl Comparison {
     #[must_use]
     pub fn markdown(&self) -> String {
         table::markdown(&self.figures, &self.machine, &self.how)
+    }
+
+    /// Shows the tables in the documents that have a place for them: a summary in README.md, all of them in
+    /// docs/benchmark.md.
+    ///
+    /// # Errors
+    /// A document cannot be read or written, or has no such place.
+    pub fn publish(&self, root: &Path) -> Result<()> {
+        let summary = table::summary(&self.figures, &self.machine, &self.how);
+        for (name, text) in [("README.md", summary), ("docs/benchmark.md", self.markdown())] {
+            let file = root.join(name);
+            let document = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+            let document = table::replace(&document, &text)
+                .with_context(|| format!("{name} has no lines {} and {}", table::BEGIN, table::END))?;
+            fs::write(&file, document).with_context(|| format!("write {}", file.display()))?;
+        }
+        Ok(())
     }
 
     /// What is promised of them.
@@ -82,6 +102,16 @@ impl Comparison {
         }
         Ok(())
     }
+}
+
+/// Until the file is dropped, nobody else compares on this machine: two would have the same CPUs.
+fn alone() -> Result<File> {
+    let file = File::create(LOCK).with_context(|| format!("make {LOCK}"))?;
+    if file.try_lock().is_err() {
+        eprintln!("waiting for another comparison on this machine to end ({LOCK})");
+        file.lock().with_context(|| format!("lock {LOCK}"))?;
+    }
+    Ok(file)
 }
 
 fn thorough_scope() -> Scope {

@@ -191,6 +191,12 @@ impl Packets {
         Ok(Self { ebpf, plan, counts: Counts { serial, arrived, sinks } })
     }
 
+    /// See [`Counts::arrived`].
+    #[cfg(test)]
+    pub(super) fn arrived(&self, at: Ipv4Addr) -> Result<u64> {
+        self.counts.arrived(at)
+    }
+
     /// Sends the first `count` packets of a stream so slowly that none is lost.
     ///
     /// # Errors

@@ -40,7 +40,9 @@ pub(super) struct Place {
     pub(super) next_packet: u64,
     /// The threads that forward: the one that takes packets off the cable, and that of the CPU's other soft interrupts.
     pub(super) forwarding: Vec<u32>,
-    _agent: Option<Agent>,
+    /// Bridge, if it is what enforces.
+    #[cfg_attr(not(test), expect(dead_code, reason = "it is there to be dropped with the lab"))]
+    pub(super) agent: Option<Agent>,
 }
 
 impl Place {
@@ -71,7 +73,7 @@ impl Place {
             interface: "eth0".into(),
             macs: (pod.mac, lab.node_side_mac()),
         };
-        Ok(Self { contender, packets, cable, pod_cable, next_packet: 0, forwarding, _agent: agent, lab })
+        Ok(Self { contender, packets, cable, pod_cable, next_packet: 0, forwarding, agent, lab })
     }
 
     /// Where the packet source's packets arrive.
@@ -132,7 +134,7 @@ impl Place {
     pub(super) fn forget(&self) -> Result<()> {
         let mut conntrack = Command::new("conntrack");
         conntrack.arg("-F");
-        self.lab.b().netns.output(conntrack).map(drop)
+        self.lab.b().netns.output(conntrack).context("forget connections").map(drop)
     }
 }
 
@@ -165,4 +167,88 @@ fn thread_ids(name: &str) -> Result<Vec<u32>> {
         }
     }
     Ok(ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use bridge_agent::datapath::{Maps, Pins};
+    use etherparse::{NetHeaders, TransportHeader};
+
+    use super::super::alone;
+    use super::*;
+    use crate::wait::eventually;
+    use crate::wire::Capture;
+
+    const FLOWS: u32 = 300;
+
+    #[test]
+    fn packets_are_forwarded_as_made_and_each_flow_comes_round() -> Result<()> {
+        let _alone = alone()?;
+        let mut place = Place::new(Contender::None, 1)?;
+        let (sink, stream) = (place.sink(), place.established(FLOWS));
+        let mut capture = Capture::start(&place.lab.c2().netns, "eth0")?;
+        place.packets.deliver(&stream, &place.cable, sink, 2 * FLOWS)?;
+        for number in 0..2 * FLOWS {
+            let frame = capture
+                .find(Duration::from_secs(5), |frame| frame.tcp().is_some())?
+                .with_context(|| format!("packet {number}"))?;
+            let headers = frame.headers().context("headers")?;
+            let (Some(NetHeaders::Ipv4(ip, _)), Some(TransportHeader::Tcp(tcp))) =
+                (headers.net, headers.transport)
+            else {
+                anyhow::bail!("not TCP in IPv4: {:?}", frame.bytes);
+            };
+            let port = FIRST_PORT + u16::try_from(number % FLOWS)?;
+            assert_eq!((ip.source, tcp.source_port), (PEER.octets(), port));
+            assert_eq!((ip.destination, tcp.destination_port), (sink.octets(), ALLOWED.0));
+            // One hop further, and whole.
+            assert_eq!((ip.time_to_live, ip.header_checksum), (63, ip.calc_header_checksum()));
+            assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, headers.payload.slice())?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn each_contender_lets_through_what_its_last_rule_allows_and_knows_flows_as_established() -> Result<()> {
+        let _alone = alone()?;
+        for contender in Contender::ALL {
+            if contender.missing(3)?.is_some() {
+                continue;
+            }
+            let mut place = Place::new(contender, 3)?;
+            place.establish(FLOWS)?;
+            if contender == Contender::None {
+                continue;
+            }
+            let known = match &place.agent {
+                Some(agent) => Maps::open(&Pins::new(agent.pins()))?.count_flows()?.established,
+                None => {
+                    let mut conntrack = Command::new("conntrack");
+                    conntrack.args(["-L", "-p", "tcp", "--state", "ESTABLISHED"]);
+                    let list = place.lab.b().netns.output(conntrack)?;
+                    u64::try_from(list.lines().filter(|line| line.contains("[ASSURED]")).count())?
+                }
+            };
+            assert_eq!(known, u64::from(FLOWS), "{}", contender.title());
+
+            let sink = place.sink();
+            let forbidden = Stream { pod_port: ALLOWED.1 + 1, ..place.new_flows() };
+            let before = place.packets.arrived(sink)?;
+            place.packets.flood(&forbidden, &place.cable, 0, |counts| {
+                let many = || counts.made().is_ok_and(|made| made > 100_000).then_some(());
+                eventually(Duration::from_secs(5), many).context("nothing is sent")
+            })?;
+            // Behind all of them.
+            place.packets.deliver(&place.established(1), &place.cable, sink, 1)?;
+            assert_eq!(
+                place.packets.arrived(sink)?,
+                before + 1,
+                "{}: of a forbidden port",
+                contender.title()
+            );
+        }
+        Ok(())
+    }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::contender::Contender;
-use super::figures::Figures;
+use super::figures::{Figure, Figures};
 use super::traffic::Traffic;
 
 /// A table for each kind of traffic: ratios to no firewall, and the rate that they are ratios to.
@@ -19,6 +19,34 @@ pub(super) fn markdown(figures: &Figures, machine: &str, how: &str) -> String {
         write!(text, "\n**{}**\n\n{}", traffic.title(), aligned(&rows)).expect("writing to a string");
     }
     text + &missing(figures)
+}
+
+/// The columns of a summary: traffic, rules, and how that is called there.
+const SUMMARY: [(Traffic, u32, &str); 6] = [
+    (Traffic::Established, 10_000, "established, 1 flow"),
+    (Traffic::EstablishedMany, 10_000, "established, 10,000 flows"),
+    (Traffic::NewFlows, 1000, "new flows"),
+    (Traffic::Bulk, 10_000, "TCP bulk"),
+    (Traffic::RequestResponse, 10_000, "TCP request/response"),
+    (Traffic::Connect, 10_000, "TCP connects"),
+];
+
+/// What matters most, in one table of Markdown.
+pub(super) fn summary(figures: &Figures, machine: &str, how: &str) -> String {
+    let columns = SUMMARY.map(|(_, rules, title)| format!("{title}, {} rules", grouped(f64::from(rules))));
+    let mut rows = vec![["ratio to no firewall".to_owned()].into_iter().chain(columns).collect()];
+    for contender in Contender::ALL {
+        let cell = |(traffic, rules, _)| {
+            let figure = figures.get(contender, traffic, rules);
+            match figure.map(Figure::ratio) {
+                Some(Some(ratio)) => format!("{:.2} ± {:.0} %", ratio.median, ratio.relative() * 100.0),
+                Some(None) => "missing".to_owned(),
+                None => String::new(),
+            }
+        };
+        rows.push([contender.title().to_owned()].into_iter().chain(SUMMARY.map(cell)).collect());
+    }
+    format!("{}\n{machine}; {how}, ± half the distance of the quartiles.\n", aligned(&rows))
 }
 
 fn header(sizes: &[u32]) -> Vec<String> {
@@ -67,6 +95,17 @@ fn aligned(rows: &[Vec<String>]) -> String {
     head + &line(rule) + &lines.collect::<String>()
 }
 
+/// Lines between which a document has the figures.
+pub(super) const BEGIN: &str = "<!-- cargo xtask bench --publish -->";
+pub(super) const END: &str = "<!-- end of the figures -->";
+
+/// The document with `text` for what was between the lines; `None`: it has no such lines.
+pub(super) fn replace(document: &str, text: &str) -> Option<String> {
+    let (before, rest) = document.split_once(BEGIN)?;
+    let (_, after) = rest.split_once(END)?;
+    Some(format!("{before}{BEGIN}\n\n{text}\n{END}{after}"))
+}
+
 /// Why something is missing, each reason once.
 fn missing(figures: &Figures) -> String {
     let mut reasons: Vec<String> = Vec::new();
@@ -89,10 +128,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_what_is_between_the_lines_is_replaced() {
+        let document = format!("# bridge\n{BEGIN}\nold\n{END}\nmore\n");
+        let once = replace(&document, "new\n").unwrap();
+        assert_eq!(once, format!("# bridge\n{BEGIN}\n\nnew\n\n{END}\nmore\n"));
+        assert_eq!(replace(&once, "new\n"), Some(once));
+        assert_eq!(replace("# bridge\n", "new\n"), None);
+    }
+
+    #[test]
     fn thousands_are_grouped() {
         assert_eq!(grouped(7.4), "7");
         assert_eq!(grouped(1_234_567.0), "1,234,567");
         assert_eq!(grouped(100_000.0), "100,000");
+    }
+
+    #[test]
+    fn a_summary_shows_each_contender_once() {
+        let mut figures = figures(&[
+            (Contender::None, Traffic::NewFlows, 1000, [1000.0, 1000.0]),
+            (Contender::Ebpf, Traffic::NewFlows, 1000, [500.0, 700.0]),
+            (Contender::FastPath, Traffic::NewFlows, 1000, [0.0, 0.0]),
+        ]);
+        figures.0[2].runs = Err("no such key".into());
+        figures.0[2].ratios.clear();
+        let text = summary(&figures, "2 CPUs", "3 rounds");
+        let cells = |line: &str| line.split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+        let rows: Vec<_> = text.lines().map(cells).filter(|cells| cells.len() == 9).collect();
+        let row = |title: &str| {
+            rows.iter().filter(|row| row[1] == title).map(|row| row[4].as_str()).collect::<Vec<_>>()
+        };
+        assert_eq!(row("no firewall"), ["1.00 ± 0 %"]);
+        assert_eq!(row("bridge, eBPF"), ["0.60 ± 8 %"]);
+        assert_eq!(row("bridge, fast path"), ["missing"]);
+        assert_eq!(row("iptables-nft"), [""]);
     }
 
     #[test]
