@@ -159,7 +159,7 @@ impl Report {
                 }
             }
             if let Some(pool) = &status.pool {
-                let Summary { mode, ports, available, held, warm, leases, warnings, .. } = pool;
+                let Summary { mode, ports, available, held, warm, leases, pods, warnings, .. } = pool;
                 let place =
                     if mode == "kernel" { "in the kernel" } else { "in the agent alone, without hooks" };
                 let ports = ports.join(",");
@@ -170,6 +170,15 @@ impl Report {
                         leases.held
                     ),
                 );
+                if pods.hooked + pods.waiting > 0 {
+                    line(
+                        "pool pods",
+                        format!(
+                            "{} by annotation, {} more without a control group",
+                            pods.hooked, pods.waiting
+                        ),
+                    );
+                }
                 for warning in warnings {
                     line("warning", warning.clone());
                 }

@@ -1,7 +1,7 @@
 //! The programs of the pool, and the control groups that they are attached to.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -42,6 +42,22 @@ pub const EXEC_PREFIX: &str = "bridge-exec-";
 /// What the names of the directories of pinned links begin with.
 const LINKS_PREFIX: &str = "cgroup-";
 
+/// As [`LINKS_PREFIX`], for control groups of pods that take part because they say so.
+const POD_LINKS_PREFIX: &str = "pod-";
+
+/// What [`KernelPool::set_pods`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hooked {
+    /// Pods that are hooked now.
+    pub hooked: usize,
+    /// Of them, those that were not before, or by an earlier agent.
+    pub added: usize,
+    /// Hooks that were taken away; those of a group that is gone included.
+    pub removed: usize,
+    /// What could not be done.
+    pub failures: Vec<String>,
+}
+
 impl KernelPool {
     /// Hooks a control group, given by its path below `mount`, and pins the links: the hooks stay when the agent ends.
     ///
@@ -52,10 +68,14 @@ impl KernelPool {
     /// [`KernelPoolError`].
     pub fn attach(&mut self, mount: &Path, cgroup: &Path) -> Result<(), KernelPoolError> {
         let group = attach::open(mount, cgroup)?;
-        let directory = self.links(&group)?;
-        pins::make_directory(&directory)?;
+        let directory = self.links(LINKS_PREFIX, &group)?;
+        self.attach_and_pin(&group, &directory)
+    }
+
+    fn attach_and_pin(&mut self, group: &fs::File, directory: &Path) -> Result<(), KernelPoolError> {
+        pins::make_directory(directory)?;
         for name in PROGRAMS {
-            let link = self.attach_one(name, &group)?;
+            let link = self.attach_one(name, group)?;
             let (path, next) = (directory.join(name), directory.join(format!("{name}_next")));
             let _ = fs::remove_file(&next);
             link.pin(&next)
@@ -66,7 +86,44 @@ impl KernelPool {
         Ok(())
     }
 
-    /// Hooks these control groups, and no others; those of `bridge-agent exec` stay as they are.
+    /// Hooks these control groups of pods, by UID, and no other pods'. Whoever does not let itself be hooked keeps the others
+    /// from nothing; one that is gone meanwhile is no failure.
+    pub fn set_pods(&mut self, groups: &BTreeMap<String, PathBuf>) -> Hooked {
+        let mut done = Hooked::default();
+        let mut wanted = HashSet::new();
+        for (uid, path) in groups {
+            match self.hook_pod(path) {
+                Ok((links, new)) => {
+                    done.added += usize::from(new);
+                    wanted.insert(links);
+                }
+                Err(_) if !path.exists() => {}
+                Err(error) => done.failures.push(format!("pod {uid}: {error}")),
+            }
+        }
+        for links in attach::entries(&self.pins, POD_LINKS_PREFIX).filter(|links| !wanted.contains(links)) {
+            match fs::remove_dir_all(&links) {
+                Ok(()) => done.removed += 1,
+                Err(error) => done.failures.push(format!("{}: {error}", links.display())),
+            }
+        }
+        done.hooked = wanted.len();
+        self.pods = wanted;
+        done
+    }
+
+    /// Hooks a pod's control group, unless this agent has done so already; answers whether it had not.
+    fn hook_pod(&mut self, path: &Path) -> Result<(PathBuf, bool), KernelPoolError> {
+        let group = attach::open(path, Path::new(""))?;
+        let links = self.links(POD_LINKS_PREFIX, &group)?;
+        let new = !self.pods.contains(&links);
+        if new {
+            self.attach_and_pin(&group, &links)?;
+        }
+        Ok((links, new))
+    }
+
+    /// Hooks these control groups, and no others; those of `bridge-agent exec` and of pods stay as they are.
     ///
     /// # Errors
     /// [`KernelPoolError`]; if a group is missing, before anything was changed.
@@ -76,9 +133,10 @@ impl KernelPool {
             mount => mount?,
         };
         let of_exec = attach::entries(&mount, EXEC_PREFIX).filter_map(|path| fs::File::open(path).ok());
-        let mut wanted = of_exec.map(|group| self.links(&group)).collect::<Result<HashSet<_>, _>>()?;
+        let links = |group: &fs::File| self.links(LINKS_PREFIX, group);
+        let mut wanted = of_exec.map(|group| links(&group)).collect::<Result<HashSet<_>, _>>()?;
         for cgroup in cgroups {
-            wanted.insert(self.links(&attach::open(&mount, cgroup)?)?);
+            wanted.insert(links(&attach::open(&mount, cgroup)?)?);
         }
         for cgroup in cgroups {
             self.attach(&mount, cgroup)?;
@@ -91,10 +149,10 @@ impl KernelPool {
     }
 
     /// bpffs takes no dots in names, so a group goes by the number of its directory, which is also its id.
-    fn links(&self, group: &fs::File) -> Result<PathBuf, KernelPoolError> {
+    fn links(&self, prefix: &str, group: &fs::File) -> Result<PathBuf, KernelPoolError> {
         let id =
             group.metadata().map_err(|source| CgroupError::Read { path: "cgroup".into(), source })?.ino();
-        Ok(self.pins.join(format!("{LINKS_PREFIX}{id}")))
+        Ok(self.pins.join(format!("{prefix}{id}")))
     }
 
     fn attach_one(&mut self, name: &'static str, group: &fs::File) -> Result<FdLink, KernelPoolError> {

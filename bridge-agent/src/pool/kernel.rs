@@ -1,7 +1,7 @@
 //! Loads the hooks of the pool, pins what must outlive the agent, and adopts what is pinned.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt, fs, io,
     path::{Path, PathBuf},
     sync::Mutex,
@@ -45,6 +45,8 @@ pub struct KernelPool {
     events: Option<RingBuf<MapData>>,
     layout: Layout,
     pub(super) pins: PathBuf,
+    /// Directories of links of pods that this agent has hooked.
+    pub(super) pods: HashSet<PathBuf>,
     /// Of the agent; `None` for who joined its pool.
     _lock: Option<Lock>,
 }
@@ -130,7 +132,21 @@ impl KernelPool {
         let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
         let sweeper = Sweeper::default();
         let _lock = None;
-        Ok(Self { ebpf, config, tables, networks, counters, walker, sweeper, events, layout, pins, _lock })
+        let pods = HashSet::new();
+        Ok(Self {
+            ebpf,
+            config,
+            tables,
+            networks,
+            counters,
+            walker,
+            sweeper,
+            events,
+            layout,
+            pins,
+            pods,
+            _lock,
+        })
     }
 
     /// Goes over to other ports and settings: what is held stays held, ports that left are not given out again, those that

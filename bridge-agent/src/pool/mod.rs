@@ -16,6 +16,7 @@ pub mod kernel;
 pub mod layout;
 pub mod owner;
 pub mod pins;
+pub mod pods;
 pub mod ports;
 pub mod run;
 pub mod service;

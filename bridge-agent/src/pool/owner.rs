@@ -47,7 +47,7 @@ fn cgroup_of(table: &str) -> Option<&str> {
 
 /// The pod's UID in the name of its control group, as both of kubelet's drivers write it (`pod<uid>`,
 /// `kubepods-besteffort-pod<uid with _>.slice`).
-fn pod_of(cgroup: &str) -> Option<String> {
+pub(super) fn pod_of(cgroup: &str) -> Option<String> {
     cgroup.split('/').rev().find_map(|part| {
         let part = part.strip_suffix(".slice").unwrap_or(part);
         let at = part.rfind("pod")?;

@@ -9,7 +9,7 @@ use std::{
 
 use aya::maps::{MapData, RingBuf};
 use bridge_common::pool::Event;
-use tokio::io::unix::AsyncFd;
+use tokio::{io::unix::AsyncFd, sync::watch};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -20,6 +20,7 @@ use super::{
     kernel::{self, KernelPoolError},
     layout::{LayoutError, Occupied},
     pins::{self, PinError},
+    pods,
     ports::PortSet,
     service::Service,
 };
@@ -135,13 +136,16 @@ impl fmt::Debug for Started {
 
 impl Started {
     /// Does what is to be done from time to time, for as long as it is polled; can be had once.
-    pub fn keep(&mut self) -> impl Future<Output = ()> + Send + use<> {
+    ///
+    /// `pods` tells whose connections are bound without their knowing, beside those of [`Settings::cgroups`].
+    pub fn keep(&mut self, pods: watch::Receiver<pods::OptedIn>) -> impl Future<Output = ()> + Send + use<> {
         let (service, events) = (Arc::clone(&self.service), self.events.take());
         async move {
             tokio::join!(
                 api::expire(Arc::clone(&service)),
                 sweep(Arc::clone(&service), REST),
                 report(Arc::clone(&service), events),
+                pods::keep(Arc::clone(&service), pods, None),
             );
         }
     }

@@ -54,6 +54,8 @@ pub struct Service {
     happenings: broadcast::Sender<Happening>,
     counted: Mutex<Leases>,
     warnings: Mutex<Vec<String>>,
+    /// Hooked and waiting.
+    pods: Mutex<(usize, usize)>,
 }
 
 impl std::fmt::Debug for Service {
@@ -76,6 +78,7 @@ impl Service {
             happenings: broadcast::channel(WATCH_BACKLOG).0,
             counted: Mutex::default(),
             warnings: Mutex::default(),
+            pods: Mutex::default(),
         })
     }
 
@@ -122,6 +125,11 @@ impl Service {
             .collect();
     }
 
+    /// Says how many pods are hooked because they say so, and how many said so whose control group is not there.
+    pub fn set_pods(&self, hooked: usize, waiting: usize) {
+        *lock(&self.pods) = (hooked, waiting);
+    }
+
     /// The pool in figures.
     ///
     /// # Errors
@@ -130,6 +138,7 @@ impl Service {
         let mut summary = Summary::of(&self.backend)?;
         summary.destinations = self.networks();
         summary.leases = *lock(&self.counted);
+        (summary.pods.hooked, summary.pods.waiting) = *lock(&self.pods);
         summary.warnings.clone_from(&lock(&self.warnings));
         summary.leases.held = lock(&self.leases).len() as u64;
         Ok(summary)

@@ -30,8 +30,21 @@ pub struct Summary {
     pub counters: Counters,
     /// What the agent did for those who asked it.
     pub leases: Leases,
+    /// Pods that take part because they say so.
+    #[serde(default)]
+    pub pods: Pods,
     /// What spoils the pool, with the remedy.
     pub warnings: Vec<String>,
+}
+
+/// Pods of this node that bear the annotation `bridge.lan/port-pool: transparent`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Pods {
+    /// Their connections come from ports of the pool.
+    pub hooked: usize,
+    /// Their control group is not there: not yet, or no more; or not in version 2 of control groups.
+    pub waiting: usize,
 }
 
 /// What the hooks did since they were first loaded.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 
 use super::status::Shared;
 use crate::{
@@ -10,6 +10,7 @@ use crate::{
     datapath::object,
     pool::{
         Settings,
+        pods::OptedIn,
         run::{self, Places, StartError, Started},
     },
 };
@@ -26,6 +27,7 @@ pub(super) struct PortPool {
     places: Places,
     shared: Shared,
     running: Option<Running>,
+    pods: watch::Sender<OptedIn>,
 }
 
 struct Running {
@@ -41,7 +43,18 @@ pub(super) struct Before(Option<Settings>);
 impl PortPool {
     /// No pool yet.
     pub(super) fn new(places: Places, shared: Shared) -> Self {
-        Self { places, shared, running: None }
+        Self { places, shared, running: None, pods: watch::channel(None).0 }
+    }
+
+    /// Says which pods of this node take part in the pool because they say so; see [`crate::pool::pods::opted_in`].
+    /// Costs nothing if nothing has changed.
+    pub(super) fn set_pods(&self, pods: std::collections::BTreeSet<String>) {
+        let pods = Some(pods);
+        self.pods.send_if_modified(|known| {
+            let changed = *known != pods;
+            *known = pods;
+            changed
+        });
     }
 
     /// Brings what the configuration asks for into force: starts a pool, or changes the one there is. One that is not
@@ -50,6 +63,10 @@ impl PortPool {
     /// # Errors
     /// [`StartError`]; nothing has changed then.
     pub(super) fn prepare(&mut self, config: &Config) -> Result<Before, StartError> {
+        if config.kubernetes.is_none() {
+            // Nobody will say any more.
+            self.set_pods(Default::default());
+        }
         let wanted = Settings::from_config(config);
         let before = Before(self.running.as_ref().map(|running| running.started.settings().clone()));
         match (&mut self.running, &wanted) {
@@ -58,7 +75,7 @@ impl PortPool {
                 let adopted = self.places.is_pinned();
                 let mut started = run::start(object::POOL, settings, &self.places)?;
                 self.shared.set_pool(Some(started.service.clone()));
-                let keeper = tokio::spawn(started.keep());
+                let keeper = tokio::spawn(started.keep(self.pods.subscribe()));
                 self.running = Some(Running { started, keeper, adopted });
             }
             (_, None) => {}
