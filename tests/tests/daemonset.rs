@@ -1,6 +1,6 @@
 //! The agent as the DaemonSet runs it: in a container, with the capabilities and mounts of the manifest and no others.
 
-use std::{fs, net::SocketAddr, path::Path, time::Duration};
+use std::{fs, net::SocketAddr, path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::pool::attach;
@@ -90,6 +90,34 @@ fn ports_open_and_closed_stay_so_while_one_pod_follows_the_other() -> Result<()>
     second.kill()?;
     look("without any pod")?;
     connection.round_trip(SECOND).context("the connection from before")?;
+    Ok(())
+}
+
+#[test]
+fn pods_that_run_down_instead_leave_nothing_on_the_node() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let config = format!("{CONFIG}{}", pool(&lab.cgroup("some-pod")?, ", masquerade: true")?);
+    let mut agent = start(&lab, &config)?;
+    agent.ready()?;
+    let _server = Server::echo(&c1.netns, c1.at(Family::V4, DENIED))?;
+    let connect = || Client::new(&a.netns).deadline(SECOND).connect(c1.at(Family::V4, DENIED));
+    ensure!(connect()?.refused());
+    agent.stop()?;
+    // As docs/operations.md has it, twice: a DaemonSet starts what has ended again.
+    let mut manifest = daemonset()?;
+    manifest["spec"]["template"]["spec"]["containers"][0]["args"] = json!(["down"]);
+    for _ in 0..2 {
+        let mut down = Container::start(&lab, lab.b(), &Files::OfThisMachine, manifest.clone(), &config)?;
+        ensure!(down.ended()?.success(), "{}", down.log());
+    }
+    ensure!(connect()?.succeeded(), "{}", agent.log());
+    let rules = lab.b().netns.output(Command::new("iptables-save"))?;
+    ensure!(!rules.contains("BRIDGE"), "{rules}");
+    let pins: Vec<_> = fs::read_dir(agent.pins())?.flatten().map(|entry| entry.path()).collect();
+    ensure!(pins.is_empty(), "{pins:?}");
+    let reserved = lab.b().netns.run(|| fs::read_to_string("/proc/sys/net/ipv4/ip_local_reserved_ports"))?;
+    ensure!(reserved.trim().is_empty(), "{reserved}");
     Ok(())
 }
 
