@@ -119,6 +119,11 @@ impl Agent {
         self.await_notification(|notification| notification.ready)
     }
 
+    /// From the next start on it is this program; returns the one of before.
+    pub fn replace_program(&mut self, program: PathBuf) -> PathBuf {
+        std::mem::replace(&mut self.program, program)
+    }
+
     /// Replaces the configuration file, sends SIGHUP, and waits until the agent has dealt with it, whether it
     /// took the new configuration or stays with the old one.
     ///

@@ -61,6 +61,12 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Count the packets that are lost, and those let through, while the agent is killed, upgraded, reloaded, removed
+    Gap {
+        /// For instance --kills 100 --rate 10000
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<OsString>,
+    },
     /// Send the same random packets through eBPF and through iptables, and compare what becomes of them
     Parity {
         /// For instance --packets 1000000 --seed 1
@@ -90,6 +96,7 @@ fn main() -> ExitCode {
         Command::Lint => lint::main(),
         Command::Abi { bless } => abi::main(bless),
         Command::Bench { arguments } => run::bench(&arguments),
+        Command::Gap { arguments } => run::gap(&arguments),
         Command::Parity { arguments } => run::parity(&arguments),
         Command::Vm { kernels, write, command } => vm::main(&kernels, write, &command),
     };

@@ -1,4 +1,4 @@
-//! `cargo xtask run`, `cargo xtask bench` and `cargo xtask parity`: build, and become the program, as root.
+//! `cargo xtask run`, `bench`, `gap` and `parity`: build, and become the program, as root.
 
 use std::ffi::OsString;
 
@@ -27,6 +27,14 @@ pub(crate) fn main(lab: &[OsString], agent: &[OsString]) -> Result<()> {
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
     built(true, "bridge-tests", "bench", arguments)
+}
+
+/// `cargo xtask gap`.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn gap(arguments: &[OsString]) -> Result<()> {
+    built(true, "bridge-tests", "gap", arguments)
 }
 
 /// `cargo xtask parity`. Not optimised: what takes its time is the kernel and iptables.

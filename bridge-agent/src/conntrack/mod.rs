@@ -153,6 +153,9 @@ fn flow_state(connection: &Connection) -> Option<(u8, u8)> {
     const LAST_ACK: u8 = 6;
     const TIME_WAIT: u8 = 7;
     match connection.original.protocol {
+        // Conntrack takes any segment for one of a connection that it has missed the begin of, and only the answer
+        // shows that there is one.
+        _ if !connection.replied => None,
         IPPROTO_TCP => match connection.tcp_state {
             SYN_RECV | ESTABLISHED => Some((state::ESTABLISHED, 0)),
             // Conntrack does not tell who has sent the FIN, and nothing depends on it.
@@ -160,7 +163,6 @@ fn flow_state(connection: &Connection) -> Option<(u8, u8)> {
             LAST_ACK | TIME_WAIT => Some((state::CLOSING, flag::FIN_INITIATOR | flag::FIN_RESPONDER)),
             _ => None,
         },
-        _ if !connection.replied => None,
         IPPROTO_UDP => Some((state::UDP_REPLIED, 0)),
         IPPROTO_ICMP | IPPROTO_ICMPV6 => Some((state::ICMP_REPLIED, 0)),
         _ => Some((state::OTHER_REPLIED, 0)),
@@ -282,6 +284,7 @@ mod tests {
         ];
         for (tcp_state, expected) in expected {
             assert_eq!(states(&Connection { tcp_state, ..inbound }), expected, "{tcp_state}");
+            assert_eq!(states(&Connection { tcp_state, replied: false, ..inbound }), None, "{tcp_state}");
         }
         for (protocol, expected) in [
             (IPPROTO_UDP, state::UDP_REPLIED),

@@ -47,6 +47,19 @@ pub fn down(pins: &Pins) -> (Removed, Result<()>) {
     (removed, Error::collect(errors))
 }
 
+/// Removes what a start of this version has made, and nothing that another version enforces.
+///
+/// # Errors
+///
+/// As of [`down`].
+pub fn undo(pins: &Pins) -> Result<()> {
+    let lock = pins.lock()?;
+    let (mut removed, mut errors) = (Removed::default(), Vec::new());
+    remove_version(pins, &mut removed, &mut errors);
+    drop(lock);
+    Error::collect(errors)
+}
+
 /// Removes what another version of bridge has left, once this one enforces in its place.
 pub(super) fn remove_other_versions(pins: &Pins) -> Result<usize> {
     let mut removed = Removed::default();

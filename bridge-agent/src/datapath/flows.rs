@@ -211,7 +211,8 @@ impl Maps {
         Ok(FlowCounts { established, established_capacity, half_open, half_open_capacity })
     }
 
-    /// Makes flows known that the kernel side has not seen begin. What it knows already stays as it is.
+    /// Makes flows known that the kernel side has not seen begin. What it knows already stays as it is; but what it
+    /// has let pass in audit mode alone, not knowing where it belongs, it knows better now.
     ///
     /// # Errors
     ///
@@ -222,7 +223,13 @@ impl Maps {
         for (key, flow) in flows {
             match sys::update(sys::fd(&self.flows), key, flow, BPF_NOEXIST) {
                 Ok(()) => seeded += 1,
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    let known = sys::lookup(sys::fd(&self.flows), key).map_err(Error::map("flows"))?;
+                    if known.is_some_and(|known: Flow| known.flags & !flow.flags & flag::AUDIT != 0) {
+                        sys::update(sys::fd(&self.flows), key, flow, 0).map_err(Error::map("flows"))?;
+                        seeded += 1;
+                    }
+                }
                 Err(error) => return Err(Error::map("flows")(error)),
             }
         }

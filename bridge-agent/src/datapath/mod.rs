@@ -5,6 +5,7 @@
 //! [`Datapath`] is what changes them, by one process at a time; [`Maps`] is what reads them, by anyone.
 
 mod attach;
+mod carry;
 mod clsact;
 mod counters;
 mod down;
@@ -14,6 +15,7 @@ mod fast_path;
 mod flows;
 mod foreign;
 mod hook;
+mod layout;
 mod load;
 mod maps;
 pub mod object;
@@ -23,7 +25,7 @@ mod tables;
 
 pub use attach::{Action, Change, Target};
 pub use counters::{ReasonCount, RuleCount};
-pub use down::{Removed, down};
+pub use down::{Removed, down, undo};
 pub use error::{Error, Result};
 pub use events::{EventReader, Verdict, VerdictFilter};
 pub use fast_path::{FastPath, OutcomeCount};

@@ -87,6 +87,12 @@ impl Pins {
         self.map("control").exists()
     }
 
+    /// Whether anything is pinned, by whichever version of bridge.
+    #[must_use]
+    pub fn exist_of_any_version(&self) -> bool {
+        self.versions().is_ok_and(|versions| versions.iter().any(Self::exist))
+    }
+
     /// Pin of a map.
     #[must_use]
     pub fn map(&self, name: &str) -> PathBuf {

@@ -14,7 +14,9 @@ use std::{
 };
 
 use aya::{Pod, maps::MapData};
-use aya_obj::generated::{bpf_attr, bpf_attr__bindgen_ty_3, bpf_cmd, bpf_link_info, bpf_map_info};
+use aya_obj::generated::{
+    bpf_attr, bpf_attr__bindgen_ty_3, bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info,
+};
 
 /// `errno` that the kernel gives where a map type has no batch commands; not known to `libc`.
 const ENOTSUPP: i32 = 524;
@@ -115,6 +117,33 @@ pub(super) fn map_info(fd: BorrowedFd<'_>) -> io::Result<bpf_map_info> {
     }
 }
 
+/// The type information that a map was made with (Documentation/bpf/btf.rst); `None`: with none.
+pub(super) fn map_btf(map: &bpf_map_info) -> io::Result<Option<Vec<u8>>> {
+    if map.btf_id == 0 {
+        return Ok(None);
+    }
+    let mut attr = zeroed();
+    // SAFETY: the command reads an id and makes a descriptor.
+    let fd = unsafe {
+        attr.__bindgen_anon_6.__bindgen_anon_1.btf_id = map.btf_id;
+        owned(bpf(bpf_cmd::BPF_BTF_GET_FD_BY_ID, &mut attr)?)
+    };
+    // SAFETY: `fd` is one of type information.
+    let mut known: bpf_btf_info = unsafe { info(fd.as_fd()) }?;
+    let mut bytes = vec![0; known.btf_size as usize];
+    (known.btf, known.name, known.name_len) = (bytes.as_mut_ptr() as u64, 0, 0);
+    let mut attr = zeroed();
+    // SAFETY: the kernel reads the struct, and writes at most `btf_size` bytes to where it points.
+    unsafe {
+        attr.info.bpf_fd = raw(fd.as_fd());
+        attr.info.info = ptr::from_mut(&mut known) as u64;
+        attr.info.info_len =
+            u32::try_from(size_of::<bpf_btf_info>()).expect("a struct of the kernel is small");
+        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    }
+    Ok(Some(bytes))
+}
+
 /// Of a TCX link: id of its program, and index of its interface, 0 once that is gone.
 pub(super) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     match Kind::of(fd)? {
@@ -209,17 +238,30 @@ pub(super) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V, fl
 /// Reads every entry of a hash or an array, a chunk at a time: unlike a walk from key to key, this neither starts anew
 /// nor loses entries when the kernel removes the key it stands on.
 pub(super) fn for_each<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut visit: impl FnMut(K, V)) -> io::Result<()> {
+    for_each_raw(map, size_of::<K>(), size_of::<V>(), |key, value| {
+        // SAFETY: of the types' sizes; any bit pattern is a value of a `Pod` type.
+        unsafe {
+            visit(key.as_ptr().cast::<K>().read_unaligned(), value.as_ptr().cast::<V>().read_unaligned())
+        }
+    })
+}
+
+/// As [`for_each`], of keys and values of these sizes, which are those of the map.
+pub(super) fn for_each_raw(
+    map: BorrowedFd<'_>,
+    key_size: usize,
+    value_size: usize,
+    mut visit: impl FnMut(&[u8], &[u8]),
+) -> io::Result<()> {
     // A bucket with more entries than there is room for makes the kernel ask for more.
     let mut room = 4096;
-    let (mut keys, mut values) = (Vec::<K>::new(), Vec::<V>::new());
+    let (mut keys, mut values) = (Vec::<u8>::new(), Vec::<u8>::new());
     // The kernel's cursor: a bucket number, or the last key.
-    let mut cursor = vec![0_u64; size_of::<K>().div_ceil(8).max(1)];
+    let mut cursor = vec![0_u64; key_size.div_ceil(8).max(1)];
     let mut begun = false;
     loop {
-        keys.clear();
-        values.clear();
-        keys.reserve_exact(room);
-        values.reserve_exact(room);
+        keys.resize(room * key_size, 0);
+        values.resize(room * value_size, 0);
         let mut attr = zeroed();
         attr.batch = bpf_attr__bindgen_ty_3 {
             in_batch: if begun { cursor.as_ptr() as u64 } else { 0 },
@@ -244,15 +286,10 @@ pub(super) fn for_each<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut visit: impl FnMu
                 _ => return Err(error),
             },
         };
-        // SAFETY: the kernel has written this many entries, at most as many as there was room for; any bit
-        // pattern is a value of a `Pod` type.
-        unsafe {
-            let count = (attr.batch.count as usize).min(room);
-            keys.set_len(count);
-            values.set_len(count);
-        }
-        for (key, value) in keys.iter().zip(&values) {
-            visit(*key, *value);
+        // SAFETY: the kernel has written how many entries there are.
+        let count = unsafe { attr.batch.count as usize }.min(room);
+        for (key, value) in keys.chunks(key_size).zip(values.chunks(value_size)).take(count) {
+            visit(key, value);
         }
         if last {
             return Ok(());
@@ -266,6 +303,25 @@ pub(super) fn lookup_all<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<
     let mut entries = Vec::new();
     for_each(map, |key, value| entries.push((key, value)))?;
     Ok(entries)
+}
+
+/// Reads one entry; `None`: it is not there.
+pub(super) fn lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = MaybeUninit::<V>::uninit();
+    let mut attr = zeroed();
+    // SAFETY: key and value have the map's sizes and live through the call; the value is only written.
+    let result = unsafe {
+        attr.__bindgen_anon_2.map_fd = raw(map);
+        attr.__bindgen_anon_2.key = ptr::from_ref(key) as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = value.as_mut_ptr() as u64;
+        bpf(bpf_cmd::BPF_MAP_LOOKUP_ELEM, &mut attr)
+    };
+    match result {
+        // SAFETY: the kernel has written it whole.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes one entry. Tells whether it was there.

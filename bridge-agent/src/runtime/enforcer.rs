@@ -216,7 +216,8 @@ impl Enforcer {
         if let Err(error) = enforcer.bring_up(&tables) {
             if !enforcer.datapath.adopted() {
                 // Nothing was there before, and nothing half done is to stay.
-                if let Err(error) = enforcer.take_down(pins) {
+                drop(enforcer);
+                if let Err(error) = datapath::undo(pins) {
                     tracing::error!(%error, "left behind after a failed start");
                 }
             }
@@ -239,10 +240,14 @@ impl Enforcer {
         if self.datapath.is_unseeded(self.desired.behaviour.audit)? {
             // Nothing was enforced so far. Until the connections that are there are known, nothing is denied; those
             // that are opened meanwhile are already followed.
+            // Where another version of bridge enforces, it goes on so, and knows flows that conntrack need not know.
             let lenient = Behaviour { audit: true, events_per_second: 0, ..self.desired.behaviour };
             self.datapath.publish(tables, &lenient, None)?;
             self.attach()?;
+            self.carry_over();
             self.seeded = self.seed(tables);
+            // What it has learnt meanwhile.
+            self.carry_over();
         }
         match self.publish(tables, None) {
             // The policy on trial, as compiled for other addresses of this node, or by another version.
@@ -291,6 +296,18 @@ impl Enforcer {
         self.chosen = chosen;
         self.allow_fast_path();
         Ok(result?)
+    }
+
+    /// Takes over the flows of another version of bridge. Without them, they would be cut, unless conntrack knows them;
+    /// that is no reason not to enforce.
+    fn carry_over(&self) {
+        match self.datapath.carry_over() {
+            Ok(0) => {}
+            Ok(flows) => tracing::info!(flows, "took over flows from another version of bridge"),
+            Err(error) => {
+                tracing::warn!(%error, "not all flows of another version of bridge could be taken over")
+            }
+        }
     }
 
     /// Takes over the connections that conntrack knows. Without them, they would be cut; that is no reason not to

@@ -306,7 +306,7 @@ impl Agent {
         if packet_filter::is_wanted(config) {
             self.filter = Some(PacketFilter::start(config, former.is_some())?);
         }
-        let enforcing_before = self.pins.exist();
+        let enforcing_before = self.pins.exist_of_any_version();
         let result = self.bring_up(config, former);
         if result.is_err()
             && !enforcing_before
@@ -341,7 +341,7 @@ impl Agent {
                 Err(error) => tracing::warn!(%error, "events cannot be read"),
             }
             self.enforcer = Some(enforcer);
-        } else if self.pins.exist() {
+        } else if self.pins.exist_of_any_version() {
             let (_, result) = datapath::down(&self.pins);
             result.map_err(enforcer::Error::from)?;
             tracing::info!("removed the eBPF enforcement of an earlier configuration");

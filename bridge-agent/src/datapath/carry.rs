@@ -1,0 +1,135 @@
+//! Takes over the flows that another version of bridge knows: its maps are pinned beside ours, and laid out otherwise.
+
+use std::os::fd::AsFd as _;
+
+use aya::maps::MapData;
+use aya_obj::generated::bpf_map_info;
+use bridge_common::flow::{ClientKey, Flow, FlowKey, flag};
+
+use super::{
+    error::{Error, Result},
+    layout::Layout,
+    load::Datapath,
+    pins::Pins,
+    sys,
+};
+
+const BPF_NOEXIST: u64 = 1;
+
+/// Keys and values.
+struct Layouts {
+    key: Layout,
+    value: Layout,
+}
+
+impl Layouts {
+    /// `None`: the map has no type information, or none that can be understood.
+    fn of(info: &bpf_map_info) -> std::io::Result<Option<Self>> {
+        let Some(btf) = sys::map_btf(info)? else { return Ok(None) };
+        let sized = |id, size: u32| Layout::of(&btf, id).filter(|layout| layout.size() == size as usize);
+        let key = sized(info.btf_key_type_id, info.key_size);
+        Ok(key.zip(sized(info.btf_value_type_id, info.value_size)).map(|(key, value)| Self { key, value }))
+    }
+}
+
+impl Datapath {
+    fn predecessors(&self) -> Result<Vec<Pins>> {
+        let others = self.pins.versions()?.into_iter();
+        Ok(others.filter(|version| version.directory() != self.pins.directory()).collect())
+    }
+
+    /// Takes over the flows that other versions of bridge know. What is known already stays as it is, so this may be
+    /// called again for what they have learnt meanwhile. Returns how many.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn carry_over(&self) -> Result<usize> {
+        let mut carried = 0;
+        for version in self.predecessors()? {
+            carried += carry::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
+                // Generations are counted anew: there is no telling the rule.
+                (flow.generation, flow.rule) = (0, u32::MAX);
+                flow.flags |= flag::SEEDED;
+                self.maps.seed_flows(&[(key, flow)])
+            })?;
+            let half_open = sys::fd(&self.maps.half_open);
+            carried += carry::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
+                (flow.generation, flow.rule) = (0, u32::MAX);
+                insert("half_open", half_open, &key, &flow)
+            })?;
+            let peers = MapData::from_pin(self.pins.map(PEERS)).map_err(Error::aya_map(PEERS))?;
+            carry::<ClientKey, u64>(&version, PEERS, |client, seen| {
+                insert(PEERS, sys::fd(&peers), &client, &seen)
+            })?;
+        }
+        Ok(carried)
+    }
+}
+
+const PEERS: &str = "node_port_peers";
+
+fn insert<K: aya::Pod, V: aya::Pod>(
+    name: &'static str,
+    map: std::os::fd::BorrowedFd<'_>,
+    key: &K,
+    value: &V,
+) -> Result<usize> {
+    match sys::update(map, key, value, BPF_NOEXIST) {
+        Ok(()) => Ok(1),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(0),
+        Err(error) => Err(Error::map(name)(error)),
+    }
+}
+
+/// Shows every entry of a map of another version as it would be in ours; returns the sum of what `take` answers.
+fn carry<K: aya::Pod, V: aya::Pod>(
+    from: &Pins,
+    name: &'static str,
+    mut take: impl FnMut(K, V) -> Result<usize>,
+) -> Result<usize> {
+    let path = from.map(name);
+    if !path.exists() {
+        return Ok(0);
+    }
+    let map = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
+    let info = sys::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
+    let theirs = Layouts::of(&info).map_err(Error::path("looking at", &path))?;
+    let own = own_layouts(from, name)?;
+    let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
+    let same_sizes = (key_size, value_size) == (size_of::<K>(), size_of::<V>());
+    let layouts = theirs.zip(own);
+    if layouts.is_none() && !same_sizes {
+        tracing::warn!(map = %path.display(), "it cannot be told what is in this map of another version");
+        return Ok(0);
+    }
+    let (mut taken, mut failure) = (0, None);
+    sys::for_each_raw(map.as_fd(), key_size, value_size, |key, value| {
+        let converted = match &layouts {
+            Some((theirs, own)) => {
+                own.key.convert(&theirs.key, key).zip(own.value.convert(&theirs.value, value))
+            }
+            None => Some((key.to_vec(), value.to_vec())),
+        };
+        let Some((key, value)) = converted else { return };
+        let (Some(key), Some(value)) = (of_bytes(&key), of_bytes(&value)) else { return };
+        match take(key, value) {
+            Ok(count) => taken += count,
+            Err(error) => failure = Some(error),
+        }
+    })
+    .map_err(Error::path("reading", &path))?;
+    failure.map_or(Ok(taken), Err)
+}
+
+fn own_layouts(pins: &Pins, name: &str) -> Result<Option<Layouts>> {
+    let path = Pins::new(pins.root()).map(name);
+    let map = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
+    let info = sys::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
+    Layouts::of(&info).map_err(Error::path("looking at", &path))
+}
+
+fn of_bytes<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
+    // SAFETY: of the type's size; any bit pattern is a value of a `Pod` type.
+    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}

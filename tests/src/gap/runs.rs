@@ -1,0 +1,252 @@
+//! What happens to the agent while the meter runs.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::datapath::Pins;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{Meter, Reading, frames};
+use crate::agent::{Agent, program};
+use crate::lab::Lab;
+use crate::wait::eventually;
+
+/// Rules of the large policy.
+const MANY: u32 = 10_000;
+/// How long nothing happens, to see what the lab itself loses.
+const CALM: Duration = Duration::from_secs(1);
+
+/// Which engines enforce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Engines {
+    /// eBPF alone, with no connection tracking on the node.
+    Ebpf,
+    /// eBPF and iptables.
+    Both,
+}
+
+impl Engines {
+    /// Each.
+    pub const ALL: [Self; 2] = [Self::Ebpf, Self::Both];
+
+    /// As they are written in a configuration.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Both => "ebpf, iptables",
+        }
+    }
+}
+
+/// How often, how fast.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Packets of allowed flows each way in a second, and as many probes.
+    pub rate: u32,
+    /// How often the agent is killed and started.
+    pub kills: u32,
+    /// How often everything else happens.
+    pub times: u32,
+}
+
+/// What happened, how often, and what the meter has read.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Row {
+    /// In words.
+    pub what: &'static str,
+    /// See [`Engines::name`].
+    pub engines: &'static str,
+    /// How often.
+    pub times: u32,
+    /// Of all times together.
+    #[serde(flatten)]
+    pub reading: Reading,
+}
+
+impl Row {
+    /// Whether nothing was lost and nothing came through.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        self.reading.lost == 0 && self.reading.leaked == 0
+    }
+}
+
+/// A configuration under which the meter's flows may be opened and its probes may not pass, with `more` rules beside, none of
+/// which says anything about either.
+#[must_use]
+pub fn configuration(engines: Engines, more: u32) -> String {
+    let mut yaml = format!(
+        "role: node\nnetworks: {{pods: [10.200.1.0/24], external: [192.168.31.0/24, 100.64.0.0/10]}}\n\
+         enforcement:\n  engines: [{}]\n  onDeny: drop\n  iptables: {{backend: nft}}\n  \
+         interfaces: {{external: [eth0], internal: [\"cali*\"]}}\n\
+         persistence: {{save: never}}\n{}",
+        engines.name(),
+        frames::RULES
+    );
+    for rule in 0..more {
+        let (address, port) = (std::net::Ipv4Addr::from(0x6440_0000 + rule), 1024 + rule * 7919 % 60_000);
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            yaml,
+            "  - {{name: device-{rule}, direction: inbound, external: [{address}/32], protocol: tcp, ports: [{port}]}}"
+        );
+    }
+    yaml
+}
+
+/// A node with the agent on it, and the meter.
+#[derive(Debug)]
+struct Bench {
+    engines: Engines,
+    effort: Effort,
+    // Before the lab: it works in it.
+    meter: Meter,
+    agent: Agent,
+    lab: Lab,
+}
+
+impl Bench {
+    fn new(engines: Engines, effort: Effort) -> Result<Self> {
+        let lab = Lab::builder().pods(1).build()?;
+        let agent = Agent::start(&lab, lab.b(), &configuration(engines, 0))?;
+        let meter = Meter::start(&lab, effort.rate)?;
+        Ok(Self { engines, effort, meter, agent, lab })
+    }
+
+    fn row(
+        &mut self,
+        what: &'static str,
+        times: u32,
+        mut work: impl FnMut(&mut Agent, &Lab) -> Result<()>,
+    ) -> Result<Row> {
+        let (mut reading, agent, lab) = (Reading::default(), &mut self.agent, &self.lab);
+        for _ in 0..times {
+            reading = reading.and(&self.meter.while_doing(|_| work(agent, lab))?.1);
+        }
+        Ok(Row { what, engines: self.engines.name(), times, reading })
+    }
+}
+
+/// Everything, with `show` told each row as it is measured.
+///
+/// # Errors
+/// The lab or the agent fails; not that packets are lost.
+pub fn all(engines: Engines, effort: Effort, mut show: impl FnMut(&Row)) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    let mut add = |row: Row| {
+        show(&row);
+        rows.push(row);
+    };
+    let mut bench = Bench::new(engines, effort)?;
+    let Effort { kills, times, .. } = bench.effort;
+    add(bench.row("nothing", 1, |_, _| wait(CALM))?);
+    add(bench.row("kill -9 and start", kills, |agent, _| agent.restart())?);
+    add(bench.row("upgrade, other programs", times, other_programs)?);
+    add(bench.row("upgrade, other ABI version", times, other_version)?);
+    add(bench.row("reload of 10,000 rules", times, |agent, _| {
+        agent.reload(&configuration(engines, MANY))?;
+        agent.reload(&configuration(engines, 0))
+    })?);
+    add(down(&mut bench)?);
+    drop(bench);
+    add(first_start(engines, effort)?);
+    Ok(rows)
+}
+
+fn wait(time: Duration) -> Result<()> {
+    eventually(time, || None::<()>);
+    Ok(())
+}
+
+/// Lengths of the first program, as the verifier has left it, wherever it is loaded on this machine.
+fn lengths(lab: &Lab) -> Result<Vec<u64>> {
+    let mut command = Command::new("bpftool");
+    command.args(["--json", "prog", "show"]);
+    let programs: Value = serde_json::from_str(&lab.b().netns.output(command)?)?;
+    let named =
+        |program: &&Value| program["name"].as_str().is_some_and(|name| name.starts_with("external_ingre"));
+    let programs = programs.as_array().into_iter().flatten().filter(named);
+    Ok(programs.filter_map(|program| program["bytes_xlated"].as_u64()).collect())
+}
+
+/// Killed, and started from a binary whose programs are other ones: those that write a debug log.
+fn other_programs(agent: &mut Agent, lab: &Lab) -> Result<()> {
+    let path = lab.directory().join("other-programs");
+    if !path.exists() {
+        let script =
+            format!("#!/bin/sh\nexec {} \"$@\" --log-level info,enforce=debug\n", program()?.display());
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    let before = lengths(lab)?;
+    let usual = agent.replace_program(path);
+    agent.restart()?;
+    ensure!(lengths(lab)?.iter().any(|length| !before.contains(length)), "the programs are the same");
+    agent.replace_program(usual);
+    agent.restart()
+}
+
+/// Killed, and started as if what is pinned there were of another version of the ABI: an agent knows that by the name of
+/// the directory alone.
+fn other_version(agent: &mut Agent, _: &Lab) -> Result<()> {
+    agent.kill()?;
+    let pins = Pins::new(agent.pins());
+    let other = other_directory(&pins);
+    fs::rename(pins.directory(), &other).context("rename the directory of pins")?;
+    agent.restart()?;
+    ensure!(!other.exists(), "the other version was not removed:\n{}", agent.log());
+    Ok(())
+}
+
+/// Where another version of the ABI would have its pins.
+#[must_use]
+pub fn other_directory(pins: &Pins) -> PathBuf {
+    pins.root().join(format!("v{}", bridge_common::ABI_VERSION + 1000))
+}
+
+/// `bridge-agent down` after the agent has been stopped. Nothing is denied afterwards: probes count until then.
+fn down(bench: &mut Bench) -> Result<Row> {
+    let agent = &mut bench.agent;
+    let before = bench.meter.mark();
+    wait(Duration::from_millis(100))?;
+    agent.stop()?;
+    let until = bench.meter.mark();
+    let ((), mut reading) = bench.meter.while_doing(|_| agent.run(&["down"]).map(drop))?;
+    let denied = bench.meter.read(before, until)?;
+    ensure!(reading.leaked > 0, "`down` has left something that denies");
+    (reading.probes, reading.leaked) = (denied.probes, denied.leaked);
+    reading.lost += denied.lost;
+    reading.sent += denied.sent;
+    Ok(Row { what: "stop and down", engines: bench.engines.name(), times: 1, reading })
+}
+
+/// The first start on a node where connections stand already: probes count from when the agent says that it is ready.
+fn first_start(engines: Engines, effort: Effort) -> Result<Row> {
+    let mut sum = Reading::default();
+    for _ in 0..effort.times {
+        let lab = Lab::builder().pods(1).conntrack().build()?;
+        let mut meter = Meter::start(&lab, effort.rate)?;
+        let ((agent, ready), mut reading) = meter.while_doing(|meter| {
+            let agent = Agent::start(&lab, lab.b(), &configuration(engines, 0))?;
+            Ok((agent, meter.mark()))
+        })?;
+        ensure!(reading.leaked > 0, "something was denied before the first start");
+        wait(CALM)?;
+        let enforced = meter.read(ready, meter.mark())?;
+        (reading.probes, reading.leaked) = (enforced.probes, enforced.leaked);
+        reading.lost += enforced.lost;
+        reading.sent += enforced.sent;
+        sum = sum.and(&reading);
+        drop(meter);
+        drop(agent);
+    }
+    Ok(Row { what: "first start on a live node", engines: engines.name(), times: effort.times, reading: sum })
+}
