@@ -10,6 +10,7 @@ pub mod conntrack;
 pub mod datapath;
 pub mod firewall;
 pub mod interfaces;
+pub mod kubernetes;
 pub mod log;
 pub mod model;
 pub mod netlink;

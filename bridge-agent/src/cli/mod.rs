@@ -4,6 +4,7 @@
 
 mod apply;
 mod check;
+mod crds;
 mod discover;
 mod down;
 mod exec;
@@ -99,6 +100,8 @@ pub enum Command {
     Exec(exec::Exec),
     /// Show or change the range that the cluster takes NodePorts from
     NodeportRange(nodeport_range::NodeportRange),
+    /// Print the custom resource definitions for Kubernetes, or write them into a directory; needs no privilege
+    Crds(crds::Crds),
     /// Stop enforcing: remove every program, map, rule and route of bridge
     Down(down::Down),
 }
@@ -246,6 +249,7 @@ impl Cli {
             Command::Monitor(command) => command.run(&self.global),
             Command::Routes(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
+            Command::Crds(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
             Command::NodeportRange(command) => command.run(&self.global),
             Command::Ports(command) => command.run(&self.global),

@@ -8,6 +8,7 @@ use serde::Serialize;
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, ReasonCount, Trial};
+use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
 use crate::runtime::{
     DiscoveryStatus, DivergenceStatus, Enforcement, FirewallStatus, Outcome, ProbeStatus, Reload,
@@ -195,6 +196,9 @@ impl Report {
             if let Some(routes) = &status.routes {
                 show_routes(routes, &mut line);
             }
+            if let Some(cluster) = &status.kubernetes {
+                show_cluster(cluster, &mut line);
+            }
             if let Some(Reload { time, error }) = &status.reloads.last {
                 match error {
                     None => line("last reload", format!("{time}, succeeded")),
@@ -259,6 +263,35 @@ fn show_routes(routes: &RoutesStatus, line: &mut impl FnMut(&str, String)) {
     }
     if let Some(failure) = &routes.failure {
         line("routes", format!("FAILED: {failure}"));
+    }
+}
+
+fn show_cluster(cluster: &KubernetesStatus, line: &mut impl FnMut(&str, String)) {
+    let KubernetesStatus { server, connected, since, nodes, pods, policies, pod_networks_from, .. } = cluster;
+    let state = if *connected { "followed" } else { "GONE, what is in force stays," };
+    line("kubernetes", format!("{server} {state} since {since}"));
+    for (resource, reason) in &cluster.failing {
+        line("kubernetes", format!("{resource}: {reason}"));
+    }
+    if !cluster.waiting_for.is_empty() {
+        line(
+            "kubernetes",
+            format!("nothing is withdrawn before all are listed: {}", cluster.waiting_for.join(", ")),
+        );
+    }
+    let current = if cluster.current { "in force" } else { "NOT in force yet" };
+    line(
+        "cluster",
+        format!(
+            "{nodes} nodes, {pods} pods here, {} policies, pod networks from {pod_networks_from}: {current}",
+            policies.len()
+        ),
+    );
+    for remark in &cluster.remarks {
+        line("cluster", remark.clone());
+    }
+    if let Some(error) = &cluster.error {
+        line("cluster", format!("FAILED, the one before is in force: {error}"));
     }
 }
 

@@ -16,7 +16,7 @@ impl Config {
         for rule in &mut config.rules {
             fill(&mut rule.external, &self.networks.external);
             // Which pods there are is for the cluster to say, if there is one.
-            if rule.pod_selector.is_none() && self.kubernetes.is_none() {
+            if !rule.selects() && self.kubernetes.is_none() {
                 fill(&mut rule.pods, &self.networks.pods);
             }
         }

@@ -16,6 +16,26 @@ pub struct Kubernetes {
     /// The context of the kubeconfig. Left out: its current context.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<String>,
+    /// The name of this node in the cluster. Left out: the environment variable `NODE_NAME`, else the host name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_name: Option<String>,
+    /// Who says which pod networks a node has.
+    pub pod_networks: PodNetworks,
+}
+
+/// Who says which pod networks a node has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PodNetworks {
+    /// Calico if it has given any node a block, else Cilium if it has given any node a network, else the nodes.
+    #[default]
+    Auto,
+    /// `spec.podCIDRs` of the nodes.
+    Node,
+    /// Calico's IPAM: `blockaffinities` and `ipamblocks` of `crd.projectcalico.org/v1`.
+    Calico,
+    /// Cilium's IPAM: `ciliumnodes` of `cilium.io/v2`.
+    Cilium,
 }
 
 impl Kubernetes {

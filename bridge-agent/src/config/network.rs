@@ -72,6 +72,13 @@ impl HostOrNetwork {
     }
 }
 
+impl From<IpNet> for HostOrNetwork {
+    /// Clears the host bits.
+    fn from(net: IpNet) -> Self {
+        Self(net.trunc())
+    }
+}
+
 impl Leaf for HostOrNetwork {
     const FORMAT: &'static str = "ip-or-cidr";
     const EXAMPLE: &'static str = "192.168.31.17";

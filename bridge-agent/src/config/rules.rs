@@ -34,6 +34,10 @@ pub struct Rule {
     /// Pods by label, instead of `pods`. Needs a `kubernetes` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_selector: Option<LabelSelector>,
+    /// Pods by the labels of their namespace, instead of `pods`; with `podSelector`, both must hold. Left out: every
+    /// namespace. Needs a `kubernetes` section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace_selector: Option<LabelSelector>,
     /// The protocol. `any` is every IP protocol; with ports, those that have ports: TCP, UDP and SCTP.
     pub protocol: Protocol,
     /// Destination ports. Left out: all ports.
@@ -54,6 +58,12 @@ pub struct RuleName(String);
 leaf!(RuleName);
 
 impl RuleName {
+    /// # Errors
+    /// What is wrong with `text`, and what to write instead.
+    pub fn new(text: &str) -> Result<Self, Problem> {
+        Self::parse(text)
+    }
+
     /// The name.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -140,6 +150,21 @@ struct Surroundings {
     pods_known: bool,
     external_known: bool,
     kubernetes: bool,
+    of_a_file: bool,
+}
+
+impl Surroundings {
+    /// Those of a rule that says nothing of the node it is for.
+    const fn of_a_cluster() -> Self {
+        Self {
+            pods: Cover(Vec::new()),
+            external: Cover(Vec::new()),
+            pods_known: false,
+            external_known: false,
+            kubernetes: true,
+            of_a_file: false,
+        }
+    }
 }
 
 /// Networks joined where they can be, disjoint and sorted, so that one look tells what they contain.
@@ -167,11 +192,7 @@ pub(crate) fn check(
     kubernetes: bool,
     report: &mut Report<'_>,
 ) {
-    if let Some(problem) = too_many(rules.len()) {
-        report.error(path, problem);
-        return;
-    }
-    let (root, mut names) = (Path::Root, HashMap::with_capacity(rules.len()));
+    let root = Path::Root;
     let section = root.key("networks");
     let around = Surroundings {
         pods: Cover::of(&networks.pod_nets()),
@@ -179,20 +200,38 @@ pub(crate) fn check(
         pods_known: !kubernetes && report.intact(&section) && !networks.pods.is_empty(),
         external_known: report.intact(&section) && !networks.external.is_empty(),
         kubernetes,
+        of_a_file: true,
     };
+    check_list(rules, path, &around, report);
+}
+
+/// Checks rules that are not a node's own, but for every node of a cluster: whose networks they are held against, each
+/// node knows for itself. `path` is that of the list.
+pub(crate) fn check_for_cluster(rules: &[Rule], path: &Path<'_>, report: &mut Report<'_>) {
+    check_list(rules, path, &Surroundings::of_a_cluster(), report);
+}
+
+fn check_list(rules: &[Rule], path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
+    if let Some(problem) = too_many(rules.len()) {
+        report.error(path, problem);
+        return;
+    }
+    let mut names = HashMap::with_capacity(rules.len());
     for (index, rule) in rules.iter().enumerate() {
-        let path = path.index(index);
+        let at = path.index(index);
         if let Some(first) = names.insert(rule.name.as_str(), index) {
-            let place = report.place(&root.key("rules").index(first).key("name"));
+            let first = path.index(first);
+            // Of what is in no file, the path is all there is to say.
+            let place = if around.of_a_file { report.place(&first.key("name")) } else { first.to_string() };
             report.error(
-                &path.key("name"),
+                &at.key("name"),
                 Problem::new(
                     format!("the name `{}` is already taken by the rule at {place}", rule.name),
                     "give each rule a name of its own: hit counters and iptables comments go by it",
                 ),
             );
         }
-        rule.check(&path, &around, report);
+        rule.check(&at, around, report);
     }
 }
 
@@ -207,7 +246,7 @@ fn too_many(count: usize) -> Option<Problem> {
 
 impl Rule {
     fn check(&self, path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
-        self.check_selector(path, around, report);
+        self.check_selectors(path, around, report);
         self.check_ports(path, report);
         let external = self.side(&path.key("external"), self.external.as_deref(), "external", around, report);
         let pods = self.side(&path.key("pods"), self.pods.as_deref(), "pods", around, report);
@@ -229,28 +268,49 @@ impl Rule {
         }
     }
 
-    fn check_selector(&self, path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
-        let Some(selector) = &self.pod_selector else { return };
-        let path_of = path.key("podSelector");
+    /// Whether its pods are named by labels.
+    #[must_use]
+    pub const fn selects(&self) -> bool {
+        self.pod_selector.is_some() || self.namespace_selector.is_some()
+    }
+
+    fn check_selectors(&self, path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
+        for (key, selector) in
+            [("podSelector", &self.pod_selector), ("namespaceSelector", &self.namespace_selector)]
+        {
+            if let Some(selector) = selector {
+                self.check_selector(key, selector, &path.key(key), around, report);
+            }
+        }
+    }
+
+    fn check_selector(
+        &self,
+        key: &str,
+        selector: &LabelSelector,
+        path: &Path<'_>,
+        around: &Surroundings,
+        report: &mut Report<'_>,
+    ) {
         if self.pods.is_some() {
             report.error(
-                &path_of,
+                path,
                 Problem::new(
-                    format!("rule `{}` has both `pods` and `podSelector`", self.name),
-                    "keep one: `pods` for addresses, `podSelector` for labels",
+                    format!("rule `{}` has both `pods` and `{key}`", self.name),
+                    format!("keep one: `pods` for addresses, `{key}` for labels"),
                 ),
             );
         }
         if !around.kubernetes {
             report.error(
-                &path_of,
+                path,
                 Problem::new(
                     "pods can be selected by label only with a `kubernetes` section",
                     "add `kubernetes: {}` (inside a cluster) or `kubernetes: {kubeconfig: PATH}`, or use `pods`",
                 ),
             );
         }
-        let expressions = path_of.key("matchExpressions");
+        let expressions = path.key("matchExpressions");
         for (index, requirement) in selector.match_expressions.iter().enumerate() {
             let takes_values = matches!(requirement.operator, LabelOperator::In | LabelOperator::NotIn);
             if takes_values == requirement.values.is_empty() && report.intact(&expressions.index(index)) {
@@ -297,7 +357,7 @@ impl Rule {
             _ => (&around.external, around.external_known),
         };
         let Some(nets) = nets else {
-            let selected = side == "pods" && self.pod_selector.is_some();
+            let selected = side == "pods" && self.selects();
             return (known && !selected).then(|| all.0.clone());
         };
         if nets.is_empty() && report.intact(path) {
@@ -330,7 +390,7 @@ impl Rule {
             name: self.name.0.clone(),
             direction: self.direction,
             external: nets(&self.external),
-            pods: if self.pod_selector.is_some() { Some(Vec::new()) } else { nets(&self.pods) },
+            pods: if self.selects() { Some(Vec::new()) } else { nets(&self.pods) },
             protocol: self.protocol,
             ports: ports(&self.ports),
             source_ports: ports(&self.source_ports),

@@ -21,6 +21,11 @@ pub(crate) fn schema_of<T: JsonSchema>(inline: bool) -> Json {
     settings.into_generator().into_root_schema_for::<T>().to_value()
 }
 
+/// The JSON schema of `T`, everything in its place.
+pub(crate) fn inlined_schema_of<T: JsonSchema>() -> Json {
+    schema_of::<T>(true)
+}
+
 /// A key that may be left out has a value if it is there: `ports:` alone is a slip, not all ports.
 fn without_null(schema: &mut Schema) {
     let Some(schema) = schema.as_object_mut() else { return };

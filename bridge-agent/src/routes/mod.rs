@@ -31,4 +31,5 @@ pub use refusal::Refusal;
 pub use service::{Change, Comparison, Service, View, carry_out, read_once, withdrawal};
 pub use settings::{OnWithdraw, Settings};
 pub use setup::{Error, Setup};
+pub(crate) use sources::{ClusterFile, Node as FileNode, Pod as FilePod};
 pub use status::{Counters, EventKind, Fate, NextHopStatus, RouteEvent, RouteStatus, Snapshot, State};

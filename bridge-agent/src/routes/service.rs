@@ -128,6 +128,12 @@ impl Service {
                 None => self.desired.unregister(SourceKind::File),
             }
         }
+        match (self.setup.kubernetes, setup.kubernetes) {
+            // Whoever follows the cluster publishes.
+            (false, true) => drop(self.desired.register(SourceKind::Kubernetes)),
+            (true, false) => self.desired.unregister(SourceKind::Kubernetes),
+            (true, true) | (false, false) => {}
+        }
         self.commit_discovery(setup.discovery.as_ref(), listener);
         self.setup = setup;
     }

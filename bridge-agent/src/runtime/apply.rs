@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Agent, Error,
+    Agent, Error, cluster,
     enforcer::Enforcer,
     file::{Hash, hash, hash_of},
     probe::{self, Probe},
@@ -240,7 +240,7 @@ impl Agent {
         let Some(filter) = &mut self.filter else { return };
         let saved = config::load(files.config())
             .map_err(Error::from)
-            .and_then(|loaded| Ok(filter.reload(&loaded.config, false)?));
+            .and_then(|loaded| Ok(filter.reload(&cluster::with(self.cluster.as_ref(), loaded.config), false)?));
         if let Err(error) = saved {
             tracing::error!(%error, "the iptables rules were not saved for the next boot");
         }
@@ -265,7 +265,7 @@ impl Agent {
         }
         let result = files.former().map_err(Error::from).and_then(|former| {
             self.compare(false);
-            let result = self.change(&former, |agent, config| agent.reload_engines(config, None));
+            let result = self.change_file(&former, |agent, config| agent.reload_engines(config, None));
             self.compare(true);
             result
         });
@@ -304,7 +304,7 @@ impl Agent {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
         self.compare(false);
-        let result = self.change(config, |agent, config| agent.reload_engines(config, trial));
+        let result = self.change_file(config, |agent, config| agent.reload_engines(config, trial));
         self.compare(true);
         result.map_err(ApplyError::Refused)
     }

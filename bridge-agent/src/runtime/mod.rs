@@ -3,6 +3,7 @@
 //! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next.
 
 mod apply;
+mod cluster;
 mod divergence;
 mod enforcer;
 mod fast_path;
@@ -38,10 +39,12 @@ pub(crate) use port_pool::places as pool_places;
 pub use probe::Probe;
 pub use routing::{DiscoveryStatus, RouteList, RoutesStatus};
 pub use status::{Reload, Reloads, Request, Shared, Status};
+pub(crate) use status::{at, wall_clock};
 pub(crate) use trial::forget as forget_trial;
 pub use trial::{Outcome, ProbeStatus, TrialEnd, TrialStatus, WriteError};
 
 use self::{
+    cluster::Following,
     enforcer::Enforcer,
     file::{FileWatch, Hash},
     packet_filter::PacketFilter,
@@ -55,7 +58,7 @@ use crate::{
     datapath::{self, EventReader, Pins},
     firewall,
     interfaces::Watch,
-    pool, routes,
+    kubernetes, pool, routes,
 };
 
 /// What the agent is told on its command line.
@@ -93,6 +96,9 @@ pub enum Error {
     /// The port pool is not as it should be.
     #[error(transparent)]
     Pool(#[from] pool::run::StartError),
+    /// The cluster cannot be followed.
+    #[error(transparent)]
+    Kubernetes(#[from] kubernetes::Error),
     /// The API could not be served.
     #[error(transparent)]
     Api(#[from] api::Error),
@@ -143,6 +149,8 @@ struct Agent {
     filter: Option<PacketFilter>,
     routing: Routing,
     pool: PortPool,
+    /// The cluster, if it is followed.
+    cluster: Option<Following>,
     events: Option<EventReader>,
     shared: Shared,
 }
@@ -186,6 +194,7 @@ impl Agent {
             filter: None,
             routing: Routing::default(),
             pool: PortPool::new(port_pool::places(&options.pin_root, &socket), shared.clone()),
+            cluster: None,
             events: None,
             shared: shared.clone(),
         };
@@ -255,6 +264,8 @@ impl Agent {
                     drop(self.reload("the file has changed"));
                 }
                 _ = look.tick(), if self.filter.is_some() || self.enforcer.is_some() => self.look(),
+                // What is on trial must stay what it is.
+                () = cluster::changed(self.cluster.as_mut()), if self.trial.is_none() => self.cluster_changed(),
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
@@ -279,7 +290,7 @@ impl Agent {
 
     /// Brings every engine up. A start that fails leaves nothing that was not there before.
     fn start(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
-        self.change(config, |agent, config| agent.start_engines(config, former))
+        self.change_file(config, |agent, config| agent.start_engines(config, former))
     }
 
     /// Brings everything to `config`; what packets need, `engines` does. Nothing is changed if that fails.
@@ -408,7 +419,7 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
-        self.change(&config, |agent, config| agent.reload_engines(config, None))?;
+        self.change_file(&config, |agent, config| agent.reload_engines(config, None))?;
         self.in_force = known;
         Ok(())
     }
@@ -513,6 +524,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         routes: None,
         pool: None,
         warnings: Vec::new(),
+        kubernetes: None,
         flows: None,
         suppressed_events: None,
         reloads: Reloads::default(),

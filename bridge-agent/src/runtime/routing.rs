@@ -9,7 +9,8 @@ use tokio::sync::broadcast;
 
 use crate::config::Config;
 use crate::routes::{
-    Change, Error, NextHopStatus, RouteEvent, RouteStatus, Service, Setup, State, View, carry_out, withdrawal,
+    Change, DesiredRoute, Error, NextHopStatus, RouteEvent, RouteStatus, Service, Setup, SourceKind, State,
+    View, carry_out, withdrawal,
 };
 
 /// So many reasons are told; all of them are in `GET /v1/routes`.
@@ -158,6 +159,13 @@ impl Routing {
             (Prepared::Changed(change), Some(service)) => service.commit(*change),
             (Prepared::Started(service), _) => self.service = Some(*service),
             (Prepared::Changed(_), None) => unreachable!("a change is prepared by a service that is there"),
+        }
+    }
+
+    /// The API server has said which routes it wants.
+    pub(super) fn publish(&self, routes: Vec<DesiredRoute>) {
+        if let Some(service) = &self.service {
+            service.desired().register(SourceKind::Kubernetes).publish(routes);
         }
     }
 

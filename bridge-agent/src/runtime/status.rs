@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     datapath::{FlowCounts, Maps, Verdict},
+    kubernetes::{self, KubernetesStatus},
     pool::{Summary, service::Service},
     routes::{RouteEvent, View},
 };
@@ -50,6 +51,9 @@ pub struct Status {
     /// Ranges of ports that get into each other's way, with the remedy.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// The cluster, if one is followed.
+    #[serde(default)]
+    pub kubernetes: Option<KubernetesStatus>,
     /// How full the flow tables are.
     pub flows: Option<FlowCounts>,
     /// Events that were kept back so far.
@@ -116,6 +120,7 @@ struct Inner {
     maps: Option<Arc<Maps>>,
     routes: Option<View>,
     pool: Option<Arc<Service>>,
+    kubernetes: Option<kubernetes::View>,
 }
 
 /// How many verdicts, or events of routes, a slow reader may lag behind before it loses some.
@@ -133,7 +138,8 @@ impl Shared {
     pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(16);
         let (verdicts, _) = broadcast::channel(BACKLOG);
-        let inner = Arc::new(RwLock::new(Inner { status, maps: None, routes: None, pool: None }));
+        let inner =
+            Arc::new(RwLock::new(Inner { status, maps: None, routes: None, pool: None, kubernetes: None }));
         (Self { inner, verdicts, happenings: broadcast::Sender::new(BACKLOG), requests }, receiver)
     }
 
@@ -166,6 +172,16 @@ impl Shared {
         self.inner.read().unwrap_or_else(PoisonError::into_inner).pool.clone()
     }
 
+    pub(super) fn set_kubernetes(&self, cluster: Option<kubernetes::View>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).kubernetes = cluster;
+    }
+
+    /// What enforces, as it was looked at last.
+    pub(crate) fn engines(&self) -> (Option<Enforcement>, Option<FirewallStatus>) {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        (inner.status.enforcement.clone(), inner.status.firewall.clone())
+    }
+
     /// The pinned maps, if this agent enforces by eBPF.
     #[must_use]
     pub fn maps(&self) -> Option<Arc<Maps>> {
@@ -175,7 +191,11 @@ impl Shared {
     /// The status of now.
     #[must_use]
     pub fn status(&self) -> Status {
-        let mut status = self.inner.read().unwrap_or_else(PoisonError::into_inner).status.clone();
+        let (mut status, cluster) = {
+            let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+            (inner.status.clone(), inner.kubernetes.clone())
+        };
+        status.kubernetes = cluster.map(|cluster| cluster.status());
         if let Some(maps) = self.maps() {
             status.flows = maps.count_flows().ok();
             status.suppressed_events = maps.suppressed_events().ok();
@@ -190,11 +210,11 @@ impl Shared {
 }
 
 /// Now, as RFC 3339 in UTC.
-pub(super) fn wall_clock() -> String {
+pub(crate) fn wall_clock() -> String {
     at(SystemTime::now())
 }
 
 /// A time, as RFC 3339 in UTC.
-pub(super) fn at(time: SystemTime) -> String {
+pub(crate) fn at(time: SystemTime) -> String {
     crate::time::rfc3339(time.duration_since(UNIX_EPOCH).unwrap_or_default())
 }

@@ -67,6 +67,7 @@ fn rule() -> impl Strategy<Value = Rule> {
                 external,
                 pods,
                 pod_selector: None,
+                namespace_selector: None,
                 protocol,
                 ports: ports.filter(|_| has_ports),
                 source_ports: source_ports.filter(|_| has_ports),

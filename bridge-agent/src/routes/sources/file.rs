@@ -164,15 +164,21 @@ impl ClusterFile {
     /// The routes the file describes.
     #[must_use]
     pub fn routes(&self) -> Vec<DesiredRoute> {
+        self.routes_of(SourceKind::File)
+    }
+
+    /// The routes of this description, which `source` has given. What no address of its node can carry is left out.
+    #[must_use]
+    pub fn routes_of(&self, source: SourceKind) -> Vec<DesiredRoute> {
         let segments = self
             .nodes
             .iter()
             .filter(|node| node.ready)
-            .flat_map(|node| node.pod_networks.iter().map(|net| node.route(*net)));
+            .flat_map(|node| node.pod_networks.iter().filter_map(|net| node.route(*net, source)));
         let nodes = self.nodes_by_name();
         let pods = self.pods.iter().filter_map(|pod| {
             let node = nodes.get(pod.node.as_str()).filter(|node| node.ready)?;
-            Some(node.route(host(pod.address)))
+            node.route(host(pod.address), source)
         });
         segments.chain(pods).collect()
     }
@@ -188,18 +194,14 @@ impl Node {
         if same.is_empty() && matches!(net, IpNet::V4(_)) { of(false).collect() } else { same }
     }
 
-    fn route(&self, to: IpNet) -> DesiredRoute {
+    fn route(&self, to: IpNet, source: SourceKind) -> Option<DesiredRoute> {
         let mut via = self.next_hops(to);
+        if via.is_empty() {
+            return None;
+        }
         let backup = via.split_off(via.len().min(1));
         let target = Target::Forward { via, backup };
-        DesiredRoute {
-            to,
-            target,
-            metric: None,
-            table: None,
-            source: SourceKind::File,
-            origin: self.name.clone(),
-        }
+        Some(DesiredRoute { to, target, metric: None, table: None, source, origin: self.name.clone() })
     }
 }
 

@@ -1,0 +1,191 @@
+//! What is known of a cluster.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::config::Rule;
+
+/// Labels of a pod or a namespace, sorted by their keys.
+pub(super) type Labels = Box<[(Box<str>, Box<str>)]>;
+
+/// A node, as the API server or Cilium describes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Node {
+    /// Its addresses on the LAN, preferred first.
+    pub(super) addresses: Box<[IpAddr]>,
+    /// The networks of its pods.
+    pub(super) networks: Box<[IpNet]>,
+}
+
+/// A pod with addresses of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Pod {
+    pub(super) namespace: Box<str>,
+    pub(super) labels: Labels,
+    pub(super) addresses: Box<[IpAddr]>,
+}
+
+/// A `BridgePolicy`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Policy {
+    pub(super) generation: i64,
+    /// Or why it cannot be followed.
+    pub(super) rules: Result<Vec<Rule>, String>,
+    /// What the status says already.
+    pub(super) told: Option<Told>,
+}
+
+/// The condition that stands in the status of a policy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Told {
+    /// Of which generation it speaks.
+    pub(super) generation: i64,
+    /// Whether its rules were accepted.
+    pub(super) accepted: bool,
+    /// Since when they are, or are not; RFC 3339.
+    pub(super) since: String,
+}
+
+/// A block of Calico.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Block {
+    pub(super) network: IpNet,
+    /// The node that hands out its addresses.
+    pub(super) node: Option<Box<str>>,
+    /// Those of its addresses that pods of other nodes have, and which node.
+    pub(super) lent: Box<[(IpAddr, Box<str>)]>,
+}
+
+/// A block of Calico that is a node's own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Affinity {
+    pub(super) network: IpNet,
+    pub(super) node: Box<str>,
+}
+
+/// All objects of one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(bound(serialize = "T: Serialize", deserialize = "T: Deserialize<'de>"))]
+pub(super) struct Table<T> {
+    items: BTreeMap<Box<str>, T>,
+    /// Whether they are all that there are, or were when they were last heard of.
+    known: bool,
+    /// What is being listed; takes the place of `items` when it is complete.
+    #[serde(skip)]
+    incoming: Option<BTreeMap<Box<str>, T>>,
+}
+
+impl<T> Default for Table<T> {
+    fn default() -> Self {
+        Self { items: BTreeMap::new(), known: false, incoming: None }
+    }
+}
+
+impl<T: PartialEq> Table<T> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &T)> {
+        self.items.iter().map(|(key, value)| (&**key, value))
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&T> {
+        self.items.get(key)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.items.len()
+    }
+
+    /// A list begins. What is known stays until it is complete.
+    pub(super) fn begin(&mut self) {
+        self.incoming = Some(BTreeMap::new());
+    }
+
+    /// An object of the list; `None` if it counts for nothing.
+    pub(super) fn listed(&mut self, key: Box<str>, value: Option<T>) {
+        if let (Some(incoming), Some(value)) = (&mut self.incoming, value) {
+            incoming.insert(key, value);
+        }
+    }
+
+    /// The list is complete. Returns whether that changes anything.
+    pub(super) fn complete(&mut self) -> bool {
+        let Some(incoming) = self.incoming.take() else { return false };
+        let changed = !self.known || self.items != incoming;
+        self.items = incoming;
+        self.known = true;
+        changed
+    }
+
+    /// There are none, and cannot be. Returns whether that changes anything.
+    pub(super) fn absent(&mut self) -> bool {
+        self.begin();
+        self.complete()
+    }
+
+    /// An object is new or has changed. Returns whether that changes anything.
+    pub(super) fn apply(&mut self, key: Box<str>, value: Option<T>) -> bool {
+        match value {
+            None => self.items.remove(&key).is_some(),
+            Some(value) if self.items.get(&key) == Some(&value) => false,
+            Some(value) => {
+                self.items.insert(key, value);
+                true
+            }
+        }
+    }
+}
+
+/// What is known of a cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Cluster {
+    pub(super) nodes: Table<Node>,
+    /// Those of this node.
+    pub(super) pods: Table<Pod>,
+    pub(super) namespaces: Table<Labels>,
+    pub(super) policies: Table<Policy>,
+    pub(super) blocks: Table<Block>,
+    pub(super) affinities: Table<Affinity>,
+    pub(super) cilium: Table<Node>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn items(table: &Table<u8>) -> Vec<(&str, u8)> {
+        table.iter().map(|(key, value)| (key, *value)).collect()
+    }
+
+    #[test]
+    fn a_new_list_takes_the_place_of_the_old_one_when_it_is_complete() {
+        let mut table = Table::default();
+        table.begin();
+        table.listed("a".into(), Some(1));
+        table.listed("b".into(), Some(2));
+        assert!(!table.known && items(&table).is_empty());
+        assert!(table.complete() && table.known);
+        table.begin();
+        table.listed("b".into(), Some(3));
+        assert_eq!(items(&table), [("a", 1), ("b", 2)], "nothing is forgotten in between");
+        assert!(table.complete());
+        assert_eq!(items(&table), [("b", 3)]);
+        table.begin();
+        table.listed("b".into(), Some(3));
+        assert!(!table.complete(), "the same list is no change");
+    }
+
+    #[test]
+    fn only_a_change_is_a_change() {
+        let mut table = Table::default();
+        assert!(table.absent() && table.known);
+        assert!(!table.absent());
+        assert!(table.apply("a".into(), Some(1)));
+        assert!(!table.apply("a".into(), Some(1)));
+        assert!(table.apply("a".into(), Some(2)));
+        assert!(table.apply("a".into(), None));
+        assert!(!table.apply("a".into(), None));
+    }
+}

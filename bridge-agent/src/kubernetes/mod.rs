@@ -1,0 +1,28 @@
+//! Kubernetes: nodes, pods, namespaces and policies of a cluster, followed by watches.
+//!
+//! ```text
+//! API server -> watch (thin) -> cluster: what is known -> plan (pure) -> a configuration, as if all of it stood in the
+//! file -> the run loop: routes, eBPF, iptables, port pool
+//! ```
+//!
+//! What is in force stays while the API server is away. Until everything has been listed once, nothing is withdrawn.
+
+mod cluster;
+mod connect;
+mod follow;
+mod networks;
+mod objects;
+mod plan;
+mod report;
+pub mod resources;
+mod saved;
+mod schema;
+mod selector;
+mod status;
+mod watch;
+
+pub use connect::Error;
+pub(crate) use follow::Follower;
+pub use follow::View;
+pub use networks::Origin;
+pub use status::KubernetesStatus;

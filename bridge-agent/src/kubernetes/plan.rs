@@ -1,0 +1,189 @@
+//! What the configuration file and the cluster come to together: a configuration as if all of it stood in the file. Pure.
+
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::cluster::Cluster;
+use super::networks::{self, Origin};
+use super::resources::ObservedPolicy;
+use super::selector;
+use crate::config::{Config, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName};
+use crate::routes::{DesiredRoute, SourceKind};
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Planned {
+    /// The configuration file with what the cluster adds to it. No rule in it selects by labels any more.
+    pub(crate) config: Config,
+    /// The routes to pods.
+    pub(crate) routes: Vec<DesiredRoute>,
+    /// Who says which pod networks a node has.
+    pub(crate) origin: Origin,
+    /// The policies that are in it.
+    pub(crate) policies: Vec<ObservedPolicy>,
+    /// What cannot be followed, and why.
+    pub(crate) remarks: Vec<String>,
+}
+
+/// Adds to the configuration file what a cluster says. `node` is the name of this node; LAN hosts have none.
+pub(crate) fn plan(file: &Config, cluster: &Cluster, node: Option<&str>) -> Planned {
+    let wanted = file.kubernetes.as_ref().map_or(PodNetworks::Auto, |section| section.pod_networks);
+    let origin = networks::origin(wanted, cluster);
+    let mut planned = Planned {
+        config: file.clone(),
+        routes: Vec::new(),
+        origin,
+        policies: Vec::new(),
+        remarks: Vec::new(),
+    };
+    if file.routes.is_some() {
+        let own = node.filter(|_| file.role == Role::Node);
+        planned.routes = networks::description(origin, cluster, own).routes_of(SourceKind::Kubernetes);
+    }
+    planned.add_networks(cluster);
+    if file.role == Role::Node {
+        planned.add_rules(cluster);
+    }
+    planned
+}
+
+/// So many remarks of one kind are made.
+const REMARKS: usize = 10;
+
+impl Planned {
+    /// Pods of the cluster become pods here, and nodes nodes.
+    fn add_networks(&mut self, cluster: &Cluster) {
+        let external = self.config.networks.external_nets();
+        let mut pods: Vec<IpNet> = networks::by_node(self.origin, cluster).into_values().flatten().collect();
+        // What no network covers is judged all the same: a pod of this very node.
+        let own = cluster.pods.iter().flat_map(|(_, pod)| &pod.addresses).map(|address| host(*address));
+        pods = IpNet::aggregate(&pods);
+        pods.sort_unstable();
+        let uncovered: Vec<IpNet> = own.filter(|own| !covered(own, &pods)).collect();
+        pods.extend(uncovered);
+        let before = self.config.networks.pod_nets();
+        let mut conflicts = 0;
+        pods.retain(|network| {
+            let conflict = external.iter().find(|external| overlap(external, network));
+            if let Some(external) = conflict {
+                conflicts += 1;
+                if conflicts <= REMARKS {
+                    self.remarks.push(format!(
+                        "{network} is a pod network of the cluster and overlaps {external} of `networks.external`: it is not \
+                         judged; write external networks that hold no pods"
+                    ));
+                }
+            }
+            conflict.is_none() && !before.iter().any(|known| known.contains(network))
+        });
+        self.config.networks.pods.extend(pods.into_iter().map(Network::from));
+        // Only where they would be taken for LAN hosts or pods do nodes have to be named.
+        let addresses =
+            cluster.nodes.iter().flat_map(|(_, node)| &node.addresses).map(|address| host(*address));
+        let mut judged = IpNet::aggregate(&[external, self.config.networks.pod_nets()].concat());
+        judged.sort_unstable();
+        let nodes = IpNet::aggregate(&addresses.filter(|address| covered(address, &judged)).collect());
+        self.config.networks.nodes.extend(nodes.into_iter().map(HostOrNetwork::from));
+    }
+
+    /// Labels become addresses; policies become rules behind those of the file.
+    fn add_rules(&mut self, cluster: &Cluster) {
+        let external = self.config.networks.external_nets();
+        let pods = self.config.networks.pod_nets();
+        for rule in &mut self.config.rules {
+            resolve(rule, cluster);
+        }
+        let mut names: HashSet<String> =
+            self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
+        for (policy, content) in cluster.policies.iter() {
+            let rules = match &content.rules {
+                Ok(rules) => rules,
+                Err(reason) => {
+                    self.remarks.push(format!("policy {policy} is not valid: {reason}"));
+                    continue;
+                }
+            };
+            for rule in rules {
+                let mut rule = rule.clone();
+                let name = unique(&format!("{policy}.{}", rule.name), &mut names);
+                rule.name = name;
+                resolve(&mut rule, cluster);
+                // What a policy says of networks that this node knows nothing of is for other nodes.
+                restrict(&mut rule.external, &external);
+                restrict(&mut rule.pods, &pods);
+                self.config.rules.push(rule);
+            }
+            let observed_generation = content.generation;
+            self.policies.push(ObservedPolicy { name: policy.to_owned(), observed_generation });
+        }
+    }
+}
+
+fn host(address: IpAddr) -> IpNet {
+    address.into()
+}
+
+fn overlap(a: &IpNet, b: &IpNet) -> bool {
+    a.contains(b) || b.contains(a)
+}
+
+/// Whether one of disjoint, sorted networks contains `net`.
+fn covered(net: &IpNet, sorted: &[IpNet]) -> bool {
+    let after = sorted.partition_point(|outer| outer <= net);
+    after > 0 && sorted[after - 1].contains(net)
+}
+
+/// The pods that a rule selects take the place of its selectors; none, if none is known: it matches nothing then.
+fn resolve(rule: &mut Rule, cluster: &Cluster) {
+    if !rule.selects() {
+        return;
+    }
+    let addresses = selector::pods(rule, cluster).flat_map(|pod| &pod.addresses);
+    let mut pods: Vec<Network> = addresses.map(|address| host(*address).into()).collect();
+    pods.sort_unstable();
+    pods.dedup();
+    (rule.pods, rule.pod_selector, rule.namespace_selector) = (Some(pods), None, None);
+}
+
+/// Cuts `list` down to what `scope` contains.
+fn restrict(list: &mut Option<Vec<Network>>, scope: &[IpNet]) {
+    let Some(networks) = list else { return };
+    let mut inside: Vec<Network> = Vec::with_capacity(networks.len());
+    for network in networks.iter().map(|network| network.net()) {
+        for scope in scope {
+            if scope.contains(&network) {
+                inside.push(network.into());
+            } else if network.contains(scope) {
+                inside.push((*scope).into());
+            }
+        }
+    }
+    inside.sort_unstable();
+    inside.dedup();
+    *networks = inside;
+}
+
+/// A rule's name has so many bytes at most.
+const LONGEST: usize = 63;
+
+/// `wanted`, or where it is too long or taken, its beginning and a number that tells it from others.
+fn unique(wanted: &str, names: &mut HashSet<String>) -> RuleName {
+    let mut name = wanted.to_owned();
+    let mut salt = 0_u32;
+    while name.len() > LONGEST || names.contains(&name) {
+        let mut hasher = DefaultHasher::new();
+        (wanted, salt).hash(&mut hasher);
+        salt += 1;
+        let number = format!(".{:08x}", hasher.finish() & 0xffff_ffff);
+        name = format!("{}{number}", &wanted[..wanted.len().min(LONGEST - number.len())]);
+    }
+    names.insert(name.clone());
+    RuleName::new(&name).expect("names of policies and rules have letters, digits, `.`, `_` and `-` only")
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

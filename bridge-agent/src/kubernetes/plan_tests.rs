@@ -1,0 +1,156 @@
+use super::super::cluster::{Labels, Node, Pod, Policy};
+use super::*;
+
+const FILE: &str = r#"role: node
+networks: {external: [192.168.31.0/24, "fd31::/64"]}
+kubernetes: {nodeName: b}
+rules: [{name: web, direction: inbound, protocol: tcp, ports: [80], podSelector: {matchLabels: {app: web}}}]
+"#;
+
+fn labels(of: &[(&str, &str)]) -> Labels {
+    of.iter().map(|(key, value)| (Box::from(*key), Box::from(*value))).collect()
+}
+
+fn node(number: u8) -> Option<Node> {
+    Some(Node {
+        addresses: [IpAddr::from([192, 168, 31, number]), IpAddr::from([10, 9, 9, number])].into(),
+        networks: [format!("10.200.{number}.0/24").parse().unwrap()].into(),
+    })
+}
+
+fn pod(app: &str, address: &str) -> Option<Pod> {
+    let labels = labels(&[("app", app)]);
+    Some(Pod { namespace: "shop".into(), labels, addresses: [address.parse().unwrap()].into() })
+}
+
+fn policy(rules: &str) -> Option<Policy> {
+    let rules = crate::config::policy_rules(rules).map_err(|error| error.to_string());
+    Some(Policy { generation: 1, rules, told: None })
+}
+
+fn cluster() -> Cluster {
+    let mut cluster = Cluster::default();
+    cluster.nodes.apply("b".into(), node(2));
+    cluster.nodes.apply("b2".into(), node(3));
+    cluster.namespaces.apply("shop".into(), Some(labels(&[("tier", "gold")])));
+    cluster.pods.apply("shop/web".into(), pod("web", "10.200.2.91"));
+    cluster.pods.apply("shop/api".into(), pod("api", "10.200.2.92"));
+    cluster
+}
+
+fn with(file: &str, cluster: &Cluster) -> Planned {
+    plan(&crate::config::parse(file, None).unwrap().config, cluster, Some("b"))
+}
+
+/// Name and pods of each rule.
+fn rules(planned: &Planned) -> String {
+    let one = |rule: crate::model::Rule| {
+        let pods = rule.pods.map(|pods| pods.iter().map(IpNet::to_string).collect::<Vec<_>>().join(" "));
+        format!("{}: {}", rule.name, pods.map_or_else(|| "all".into(), |pods| format!("[{pods}]")))
+    };
+    planned.config.policy().rules.into_iter().map(one).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn networks_and_nodes_of_the_cluster_are_those_of_the_configuration() {
+    let planned = with(FILE, &cluster());
+    let policy = planned.config.policy();
+    // Joined where they can be.
+    assert_eq!(policy.pods, ["10.200.2.0/23".parse().unwrap()]);
+    assert_eq!(
+        policy.nodes,
+        ["192.168.31.2/31".parse().unwrap()],
+        "only where they would be taken for LAN hosts"
+    );
+    assert_eq!(planned.remarks, Vec::<String>::new());
+    assert_eq!(rules(&planned), "web: [10.200.2.91/32]");
+    assert!(planned.routes.is_empty(), "the configuration has no `routes`");
+}
+
+#[test]
+fn a_pod_that_is_not_known_yet_is_in_no_rule_that_selects() {
+    let mut cluster = cluster();
+    cluster.policies.apply("all".into(), policy(
+        r#"{"rules": [{"name": "any", "direction": "inbound", "protocol": "tcp", "ports": [443]},
+                      {"name": "gold", "direction": "outbound", "protocol": "tcp", "namespaceSelector": {"matchLabels": {"tier": "gold"}}}]}"#,
+    ));
+    cluster.pods.apply("shop/web".into(), None);
+    assert_eq!(rules(&with(FILE, &cluster)), "web: []\nall.any: all\nall.gold: [10.200.2.92/32]");
+    cluster.pods.apply("shop/web".into(), pod("web", "10.200.2.93"));
+    let planned = with(FILE, &cluster);
+    assert_eq!(
+        rules(&planned),
+        "web: [10.200.2.93/32]\nall.any: all\nall.gold: [10.200.2.92/32 10.200.2.93/32]"
+    );
+    assert_eq!(planned.policies, [ObservedPolicy { name: "all".into(), observed_generation: 1 }]);
+}
+
+#[test]
+fn a_policy_that_is_not_valid_leaves_the_others_alone() {
+    let mut cluster = cluster();
+    cluster.policies.apply("bad".into(), policy(r#"{"rules": []}"#));
+    let one = r#"{"rules": [{"name": "any", "direction": "inbound", "protocol": "tcp"}]}"#;
+    cluster.policies.apply("good".into(), policy(one));
+    let planned = with(FILE, &cluster);
+    assert_eq!(rules(&planned), "web: [10.200.2.91/32]\ngood.any: all");
+    assert!(planned.remarks[0].starts_with("policy bad is not valid"), "{:?}", planned.remarks);
+}
+
+#[test]
+fn what_overlaps_the_lan_is_not_taken_for_pods() {
+    let mut cluster = cluster();
+    let networks = ["192.168.0.0/16", "10.200.9.0/24"].map(|net| net.parse().unwrap());
+    cluster.nodes.apply("evil".into(), Some(Node { addresses: [].into(), networks: networks.into() }));
+    cluster.pods.apply("shop/odd".into(), pod("web", "172.16.0.9"));
+    let planned = with(FILE, &cluster);
+    let pods: Vec<String> = planned.config.policy().pods.iter().map(IpNet::to_string).collect();
+    assert_eq!(
+        pods,
+        ["10.200.2.0/23", "10.200.9.0/24", "172.16.0.9/32"],
+        "a pod in no network is judged, too"
+    );
+    assert!(planned.remarks[0].contains("192.168.0.0/16") && planned.remarks[0].contains("192.168.31.0/24"));
+}
+
+#[test]
+fn rules_are_cut_down_to_what_this_node_judges() {
+    let mut cluster = cluster();
+    cluster.policies.apply("p".into(), policy(
+        r#"{"rules": [{"name": "wide", "direction": "inbound", "protocol": "tcp", "external": ["192.168.0.0/16"], "pods": ["10.200.2.0/25"]},
+                      {"name": "elsewhere", "direction": "inbound", "protocol": "tcp", "external": ["172.16.0.0/12"]}]}"#,
+    ));
+    let planned = with(FILE, &cluster).config.policy();
+    let nets = |texts: &[&str]| Some(texts.iter().map(|net| net.parse().unwrap()).collect::<Vec<IpNet>>());
+    assert_eq!(planned.rules[1].external, nets(&["192.168.31.0/24"]));
+    assert_eq!(planned.rules[1].pods, nets(&["10.200.2.0/25"]));
+    assert_eq!(planned.rules[2].external, nets(&[]), "it matches nothing here");
+}
+
+#[test]
+fn names_of_rules_stay_short_and_differ() {
+    let long = "a".repeat(60);
+    let mut names = HashSet::from(["p.a".to_owned()]);
+    let mut of = |wanted: &str| unique(wanted, &mut names).as_str().to_owned();
+    assert_eq!(of("p.b"), "p.b");
+    let taken = of("p.a");
+    assert!(taken.starts_with("p.a.") && taken.len() == 12, "{taken}");
+    let (one, two) = (of(&format!("{long}.one")), of(&format!("{long}.two")));
+    assert!(one != two && one.len() == 63 && two.len() == 63, "{one} {two}");
+}
+
+#[test]
+fn a_host_has_routes_and_a_node_those_to_others() {
+    let host = "role: host\nkubernetes: {}\nroutes: {}\n";
+    let routes = |file: &str, node: Option<&str>| {
+        let config = crate::config::parse(file, None).unwrap().config;
+        let routes = plan(&config, &cluster(), node).routes;
+        routes.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    };
+    insta::assert_snapshot!(routes(host, None), @r"
+    10.200.2.0/24 via 192.168.31.2 backup 10.9.9.2 (kubernetes b)
+    10.200.3.0/24 via 192.168.31.3 backup 10.9.9.3 (kubernetes b2)
+    ");
+    insta::assert_snapshot!(routes(&format!("{FILE}routes: {{}}\n"), Some("b")), @r"
+    10.200.3.0/24 via 192.168.31.3 backup 10.9.9.3 (kubernetes b2)
+    ");
+}

@@ -1,0 +1,107 @@
+//! What was known of a cluster, for a start while its API server is away: what enforces must not become less by it.
+//!
+//! Beside the socket of the agent, in a directory that lasts as long as the kernel does, and with it all pods.
+
+use std::fs::{File, Permissions};
+use std::io::{self, BufReader, BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::cluster::Cluster;
+use crate::config::Kubernetes;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Saved {
+    place: PathBuf,
+    node: String,
+    section: Kubernetes,
+}
+
+#[derive(Serialize)]
+struct Out<'a> {
+    node: &'a str,
+    section: &'a Kubernetes,
+    cluster: &'a Cluster,
+}
+
+#[derive(Deserialize)]
+struct In {
+    node: String,
+    section: Kubernetes,
+    cluster: Cluster,
+}
+
+impl Saved {
+    pub(super) const fn new(place: PathBuf, node: String, section: Kubernetes) -> Self {
+        Self { place, node, section }
+    }
+
+    /// What was saved last, if it was of this cluster and this node.
+    pub(super) fn load(&self) -> Option<Cluster> {
+        let file = match File::open(&self.place) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                tracing::warn!(%error, file = %self.place.display(), "what was known of the cluster cannot be read");
+                return None;
+            }
+        };
+        match serde_json::from_reader::<_, In>(BufReader::new(file)) {
+            Ok(saved) => (saved.node == self.node && saved.section == self.section).then_some(saved.cluster),
+            // Of another version of the agent.
+            Err(error) => {
+                tracing::info!(%error, file = %self.place.display(), "what was known of the cluster is not read");
+                None
+            }
+        }
+    }
+
+    /// In one step: a reader never finds half of it.
+    pub(super) fn save(&self, cluster: &Cluster) -> io::Result<()> {
+        let new = self.place.with_extension("new");
+        let mut file = BufWriter::new(File::create(&new)?);
+        file.get_ref().set_permissions(Permissions::from_mode(0o600))?;
+        serde_json::to_writer(&mut file, &Out { node: &self.node, section: &self.section, cluster })?;
+        file.flush()?;
+        std::fs::rename(new, &self.place)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::cluster::{Node, Pod};
+    use super::*;
+
+    #[test]
+    fn what_was_saved_is_found_again_for_the_same_cluster_and_node_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let saved =
+            |node: &str, section| Saved::new(folder.path().join("kubernetes.json"), node.into(), section);
+        let here = saved("b", Kubernetes::default());
+        assert_eq!(here.load(), None);
+        let mut cluster = Cluster::default();
+        let node = Node { addresses: ["192.168.31.17".parse().unwrap()].into(), networks: [].into() };
+        cluster.nodes.begin();
+        cluster.nodes.listed("b".into(), Some(node));
+        cluster.nodes.complete();
+        let labels = [(Box::from("app"), Box::from("api"))].into();
+        let pod = Pod { namespace: "n".into(), labels, addresses: ["10.200.1.91".parse().unwrap()].into() };
+        cluster.pods.apply("n/c1".into(), Some(pod));
+        let policy = |rules| super::super::cluster::Policy { generation: 1, rules, told: None };
+        let json = r#"{"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {}}]}"#;
+        cluster
+            .policies
+            .apply("good".into(), Some(policy(crate::config::policy_rules(json).map_err(|_| String::new()))));
+        cluster.policies.apply("bad".into(), Some(policy(Err("why".into()))));
+        here.save(&cluster).unwrap();
+        assert_eq!(here.load(), Some(cluster));
+        assert_eq!(saved("b2", Kubernetes::default()).load(), None);
+        let other = Kubernetes { context: Some("other".into()), ..Kubernetes::default() };
+        assert_eq!(saved("b", other).load(), None);
+        std::fs::write(folder.path().join("kubernetes.json"), "{").unwrap();
+        assert_eq!(here.load(), None);
+    }
+}

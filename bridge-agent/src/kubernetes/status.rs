@@ -1,0 +1,63 @@
+//! What the agent says of the cluster it follows.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::networks::Origin;
+use super::plan::Planned;
+use super::resources::ObservedPolicy;
+
+/// The cluster as it is known, and the way to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KubernetesStatus {
+    /// The API server.
+    pub server: String,
+    /// Whether everything can be followed.
+    pub connected: bool,
+    /// Since when that is so, or is not; RFC 3339, UTC.
+    pub since: String,
+    /// What cannot be followed, and why.
+    pub failing: BTreeMap<String, String>,
+    /// What has not been heard of since the agent has started. Until all of it has, nothing is withdrawn.
+    pub waiting_for: Vec<String>,
+    /// Whether what is known is in force.
+    pub current: bool,
+    /// Who says which pod networks a node has: `node`, `calico` or `cilium`.
+    pub pod_networks_from: Origin,
+    /// How many nodes there are.
+    pub nodes: usize,
+    /// How many pods of this node are known.
+    pub pods: usize,
+    /// The policies in force.
+    pub policies: Vec<ObservedPolicy>,
+    /// What cannot be followed.
+    pub remarks: Vec<String>,
+    /// Why what is known is not in force.
+    pub error: Option<String>,
+}
+
+/// What has become of what is known.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Applied {
+    /// Whether all that is known was in force, the last time it was looked at.
+    pub(super) current: bool,
+    pub(super) origin: Origin,
+    pub(super) policies: Vec<ObservedPolicy>,
+    pub(super) remarks: Vec<String>,
+    pub(super) error: Option<String>,
+}
+
+impl Applied {
+    /// Takes in what has become of what is known.
+    pub(super) fn take(&mut self, planned: Planned, error: Option<String>, synced: bool) {
+        self.current = synced && error.is_none();
+        // What could not be brought into force has left in force what was before.
+        if error.is_none() {
+            (self.origin, self.policies) = (planned.origin, planned.policies);
+            self.remarks = planned.remarks;
+        }
+        self.error = error;
+    }
+}

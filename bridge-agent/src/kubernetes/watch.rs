@@ -1,0 +1,169 @@
+//! Follows the objects of one kind: list, watch, and list again where a watch has fallen behind.
+//!
+//! The thin part: what an event means, [`Table`](super::cluster::Table) knows.
+
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use kube::runtime::watcher::{self, Config, Event, watcher};
+use kube::{Api, Client};
+
+use super::connect::cause;
+use super::follow::State;
+use super::objects::{Followed, key};
+
+/// How long until the first next attempt, and at most.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+/// While something fails, how long a watch may be silent before the server is asked whether it is there.
+const SILENCE: Duration = Duration::from_secs(1);
+/// After so many refusals in a row the credentials are read anew.
+const REFUSALS: u32 = 3;
+/// A watch is begun anew after so many seconds: one whose server has vanished without a word is noticed then.
+const WATCH_SECONDS: u32 = 120;
+/// After so many failures in a row everything is listed anew: the server may have another past (a restored etcd).
+const PATIENCE: u32 = 8;
+
+/// How the objects of one kind are asked for.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Query {
+    /// Restricts them.
+    pub(super) field_selector: Option<String>,
+    /// Few objects, found by an index that only the server's cache has: pods of one node. Everything else is read in
+    /// pages, so that never more than one page is in memory.
+    pub(super) from_cache: bool,
+    /// Where it is normal that there is no such resource: until it is looked again whether it has come.
+    pub(super) absent: Option<Duration>,
+}
+
+/// Objects in a page of a list.
+const PAGE: u32 = 250;
+
+impl Query {
+    fn config(&self) -> Config {
+        let config = Config::default().timeout(WATCH_SECONDS).page_size(PAGE);
+        let config = if self.from_cache { config.any_semantic() } else { config };
+        match &self.field_selector {
+            Some(selector) => config.fields(selector),
+            None => config,
+        }
+    }
+}
+
+/// Follows until the credentials are refused.
+pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: State) {
+    let (mut failures, mut refusals) = (0_u32, 0);
+    loop {
+        let mut events = Box::pin(watcher(Api::<T>::all(client.clone()), query.config()));
+        loop {
+            let next = if failures == 0 {
+                events.next().await
+            } else if let Ok(next) = tokio::time::timeout(SILENCE, events.next()).await {
+                next
+            } else {
+                // A watch that goes on where it was broken off says nothing until something happens.
+                if client.apiserver_version().await.is_ok() {
+                    (failures, refusals) = (0, 0);
+                    state.works(T::NAME);
+                }
+                continue;
+            };
+            let error = match next {
+                // A list begins before anything is asked: that says nothing yet.
+                Some(Ok(Event::Init)) => {
+                    state.change(|cluster| {
+                        T::table(cluster).begin();
+                        false
+                    });
+                    continue;
+                }
+                Some(Ok(event)) => {
+                    (failures, refusals) = (0, 0);
+                    state.works(T::NAME);
+                    take_in::<T>(event, &state);
+                    continue;
+                }
+                Some(Err(error)) => error,
+                None => break,
+            };
+            if let (Some(again), Some(403 | 404)) = (query.absent, code(&error)) {
+                (failures, refusals) = (0, 0);
+                state.works(T::NAME);
+                state.change(|cluster| T::table(cluster).absent());
+                state.listed(T::NAME);
+                tokio::time::sleep(again).await;
+                break;
+            }
+            if code(&error) == Some(410) {
+                // The watcher lists anew by itself where it is told so in the middle of a watch.
+                tracing::debug!(resource = T::NAME, "the watch is too far behind: listing anew");
+                if matches!(error, watcher::Error::WatchStartFailed(_)) {
+                    break;
+                }
+                continue;
+            }
+            failures += 1;
+            refusals = if code(&error) == Some(401) { refusals + 1 } else { 0 };
+            state.fails(T::NAME, cause(&error));
+            if refusals == REFUSALS {
+                return;
+            }
+            tokio::time::sleep(backoff(failures)).await;
+            if failures.is_multiple_of(PATIENCE) {
+                break;
+            }
+        }
+    }
+}
+
+fn take_in<T: Followed>(event: Event<T>, state: &State) {
+    let complete = matches!(event, Event::InitDone);
+    state.change(|cluster| {
+        let table = T::table(cluster);
+        match event {
+            Event::Init => false,
+            Event::InitApply(object) => {
+                table.listed(key(&object), object.keep());
+                false
+            }
+            Event::InitDone => table.complete(),
+            Event::Apply(object) => table.apply(key(&object), object.keep()),
+            Event::Delete(object) => table.apply(key(&object), None),
+        }
+    });
+    if complete {
+        state.listed(T::NAME);
+    }
+}
+
+/// The status code of an answer of the API server.
+fn code(error: &watcher::Error) -> Option<u16> {
+    match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => Some(status.code),
+        _ => None,
+    }
+}
+
+/// Doubles each time, and differs from agent to agent, so that not all of a cluster come at once.
+fn backoff(failures: u32) -> Duration {
+    let (first, most) = BACKOFF;
+    let full = first.saturating_mul(1 << failures.saturating_sub(1).min(10)).min(most);
+    full.mul_f64(rand::random_range(0.5..1.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attempts_become_rare_and_never_stop() {
+        for failures in 1..100 {
+            let wait = backoff(failures);
+            assert!(wait >= BACKOFF.0 / 2 && wait <= BACKOFF.1, "{failures}: {wait:?}");
+        }
+        assert!(backoff(1) <= BACKOFF.0);
+        assert!(backoff(20) >= BACKOFF.1 / 2);
+    }
+}
