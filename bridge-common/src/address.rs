@@ -13,7 +13,17 @@ impl Address {
     #[must_use]
     #[inline(always)]
     pub const fn from_v4(v4: [u8; 4]) -> Self {
-        Self { octets: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]] }
+        Self::from_words([0, 0, u32::from_be(0xffff), u32::from_ne_bytes(v4)])
+    }
+
+    /// From its four words, as they lie in memory.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        // By halves: a CPU that is to read a half of which both words were written just now must wait.
+        let halves = [pair(words[0], words[1]), pair(words[2], words[3])];
+        // SAFETY: of the same size, and any bits are octets.
+        Self { octets: unsafe { core::mem::transmute::<[u64; 2], [u8; 16]>(halves) } }
     }
 
     /// From the sixteen bytes of an IPv6 header field.
@@ -49,6 +59,13 @@ impl Address {
             u64::from_be_bytes([o[8], o[9], o[10], o[11], o[12], o[13], o[14], o[15]]),
         )
     }
+}
+
+/// Two words as they lie in memory, one after the other.
+#[inline(always)]
+const fn pair(first: u32, second: u32) -> u64 {
+    let (first, second) = (first as u64, second as u64);
+    if cfg!(target_endian = "little") { second << 32 | first } else { first << 32 | second }
 }
 
 #[cfg(feature = "user")]

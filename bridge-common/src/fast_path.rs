@@ -37,7 +37,7 @@ pub mod protocols {
 pub struct Path {
     /// Until when it holds, in [`ticks`].
     pub expires: u32,
-    /// The epoch in which it was learnt; 0: it was never confirmed.
+    /// The epoch in which it was learnt; 0: in none yet.
     pub epoch: u32,
     /// Index of the interface that packets come in by; 0: nothing has come out yet.
     pub input: u32,
@@ -49,8 +49,8 @@ pub struct Path {
     pub means: u8,
     /// Zero.
     pub padding: u8,
-    /// Destination and source of the Ethernet header that they leave with.
-    pub addresses: [u8; 12],
+    /// Destination and source of the Ethernet header that they leave with, as they lie in it.
+    pub addresses: [u32; 3],
 }
 
 /// Index into [`crate::flow::Flow::paths`].
@@ -86,6 +86,7 @@ const TICK_SHIFT: u32 = 24;
 /// Nanoseconds of `CLOCK_MONOTONIC` in units of 2^24 ns (16.8 ms); they come round after 2.3 years.
 #[must_use]
 #[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "they come round")]
 pub const fn ticks(nanoseconds: u64) -> u32 {
     (nanoseconds >> TICK_SHIFT) as u32
 }

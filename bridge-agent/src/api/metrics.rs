@@ -15,7 +15,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    datapath::{Maps, ReasonCount, RuleCount},
+    datapath::{Maps, OutcomeCount, ReasonCount, RuleCount},
     pool::Summary,
     runtime::{RoutesStatus, Shared, Status},
 };
@@ -45,6 +45,7 @@ struct Scrape {
     status: Status,
     reasons: Vec<ReasonCount>,
     rules: Vec<RuleCount>,
+    outcomes: Vec<OutcomeCount>,
 }
 
 impl Scrape {
@@ -52,7 +53,8 @@ impl Scrape {
         // What cannot be read is not there: a scrape that fails as a whole says less.
         let reasons = maps.and_then(|maps| maps.reason_counts().ok()).unwrap_or_default();
         let rules = maps.and_then(|maps| maps.rule_counts().ok()).unwrap_or_default();
-        Self { status, reasons, rules }
+        let outcomes = maps.and_then(|maps| maps.outcome_counts().ok()).unwrap_or_default();
+        Self { status, reasons, rules, outcomes }
     }
 }
 
@@ -121,6 +123,20 @@ impl Collector for Scrape {
         };
         let hits = ("rule_hits", "New flows that a rule has decided about");
         family(encoder, hits, COUNTER, self.rules.iter().map(|count| (rule(count), count.packets)))?;
+
+        let outcome = |count: &OutcomeCount| {
+            [("direction", count.direction.clone()), ("outcome", count.outcome.clone())]
+        };
+        let fast_path = (
+            "fast_path_packets",
+            "Packets of established flows: whether they took the fast path, or why not",
+        );
+        family(
+            encoder,
+            fast_path,
+            COUNTER,
+            self.outcomes.iter().map(|count| (outcome(count), count.packets)),
+        )?;
 
         if let Some(flows) = self.status.flows {
             let tables = [

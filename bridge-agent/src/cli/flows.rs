@@ -60,8 +60,17 @@ impl Flows {
         if global.json {
             return print_json(&flows);
         }
-        let mut table =
-            table::table(&["proto", "source", "destination", "direction", "state", "idle", "age", "rule"]);
+        let mut table = table::table(&[
+            "proto",
+            "source",
+            "destination",
+            "direction",
+            "state",
+            "idle",
+            "age",
+            "fast path",
+            "rule",
+        ]);
         for flow in &flows {
             table.add_row([
                 flow.protocol.clone(),
@@ -71,6 +80,7 @@ impl Flows {
                 flow.state.clone(),
                 format!("{}s", flow.idle_seconds),
                 format!("{}s", flow.age_seconds),
+                flow.fast_path.clone(),
                 origin(flow),
             ]);
         }

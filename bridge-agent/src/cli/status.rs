@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
-use crate::datapath::{self, Maps, ReasonCount, Trial};
+use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
 use crate::runtime::{
-    DiscoveryStatus, DivergenceStatus, Enforcement, FirewallStatus, Outcome, ProbeStatus, Reload,
+    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, Outcome, ProbeStatus, Reload,
     RoutesStatus, Status, TrialEnd, TrialStatus,
 };
 
@@ -36,6 +36,8 @@ struct Kernel {
     trial: Option<Trial>,
     /// Packets denied so far, by direction and reason.
     denied: Vec<ReasonCount>,
+    /// Packets of established flows so far, by direction and by what became of them at the fast path.
+    fast_path: Vec<OutcomeCount>,
 }
 
 #[derive(Debug, Serialize)]
@@ -94,6 +96,7 @@ impl Kernel {
             flows: maps.count_flows()?,
             trial: maps.trial()?,
             denied: denied.into_iter().filter(was_denied).collect(),
+            fast_path: maps.outcome_counts()?.into_iter().filter(|count| count.packets > 0).collect(),
         })
     }
 }
@@ -114,7 +117,7 @@ impl Report {
             None => line("agent", "not running; what is in force stays so".into()),
         }
         if let Some(kernel) = &self.enforcement {
-            let Kernel { generation, mode, rules, interfaces, flows, trial, denied } = kernel;
+            let Kernel { generation, mode, rules, interfaces, flows, trial, denied, fast_path } = kernel;
             line("policy", format!("generation {generation}, {mode}, {rules} rules"));
             line("interfaces", if interfaces.is_empty() { "none".into() } else { interfaces.join(", ") });
             line(
@@ -138,6 +141,9 @@ impl Report {
                     "denied",
                     format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"),
                 );
+            }
+            for OutcomeCount { direction, outcome, packets, .. } in fast_path {
+                line("fast path", format!("{direction} {outcome}: {packets} packets"));
             }
         } else {
             line("policy", "no eBPF enforcement".into());
@@ -187,8 +193,13 @@ impl Report {
             for warning in &status.warnings {
                 line("warning", warning.clone());
             }
-            if let Some(Enforcement { mechanism, remarks, .. }) = &status.enforcement {
+            if let Some(Enforcement { mechanism, remarks, fast_path, .. }) = &status.enforcement {
                 line("mechanism", mechanism.clone());
+                let FastPathStatus { protocols, remarks: why } = fast_path;
+                line("fast path", if protocols.is_empty() { "off".into() } else { protocols.join(", ") });
+                for why in why {
+                    line("remark", why.clone());
+                }
                 for remark in remarks {
                     line("remark", remark.clone());
                 }

@@ -19,8 +19,7 @@ use super::{
 #[derive(Debug)]
 pub struct FastPath {
     until: SharedWord,
-    /// The epoch below, the protocols above: the order of `Control` on little-endian machines, on which alone eBPF
-    /// objects are built.
+    /// The epoch and the protocols.
     rest: SharedWord,
 }
 
@@ -58,12 +57,15 @@ impl FastPath {
     }
 }
 
+/// Epoch and protocols, in the order that they lie in.
 fn split(word: u64) -> [u32; 2] {
-    [(word & u64::from(u32::MAX)) as u32, (word >> 32) as u32]
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
 }
 
-fn join([low, high]: [u32; 2]) -> u64 {
-    u64::from(high) << 32 | u64::from(low)
+fn join([epoch, protocols]: [u32; 2]) -> u64 {
+    let ([a, b, c, d], [e, f, g, h]) = (epoch.to_ne_bytes(), protocols.to_ne_bytes());
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
 }
 
 /// Packets of established flows of one direction that fared alike.

@@ -5,6 +5,7 @@ use std::{collections::HashMap, net::IpAddr};
 use aya::maps::MapData;
 use bridge_common::{
     control::{SLOTS, Settings},
+    fast_path::{Control, Outcome, protocols, ticks},
     flow::{END_LOW, Flow, FlowKey, flag, state},
     policy::{RuleInfo, direction},
 };
@@ -47,6 +48,10 @@ pub struct FlowView {
     pub audit: bool,
     /// Taken over from conntrack at first start.
     pub seeded: bool,
+    /// Whether its packets take the fast path: `yes`, or the name of the [`Outcome`] that says why not. Of single packets
+    /// (SYN, FIN, fragments) only the counters tell.
+    #[serde(default)]
+    pub fast_path: String,
 }
 
 /// Which flows are meant; what is `None` does not matter.
@@ -152,10 +157,11 @@ impl Maps {
     /// [`Error::Map`].
     pub fn for_each_flow(&self, filter: &FlowFilter, mut visit: impl FnMut(FlowView)) -> Result<()> {
         let (names, settings, now) = (self.rule_names()?, self.settings_in_force()?, now());
+        let fast = self.fast_path().control();
         for (name, map) in self.flow_tables() {
             sys::for_each(sys::fd(map), |key: FlowKey, flow: Flow| {
                 if !is_expired(&flow, &settings, now) {
-                    let view = view(&key, &flow, &names, now);
+                    let view = view(&key, &flow, &names, fast, now);
                     if filter.matches(&view) {
                         visit(view);
                     }
@@ -173,12 +179,12 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn delete_flows(&self, filter: &FlowFilter) -> Result<u64> {
-        let (names, now) = (RuleNames::default(), now());
+        let (names, fast, now) = (RuleNames::default(), Control::default(), now());
         let mut deleted = 0;
         for (name, map) in self.flow_tables() {
             let mut doomed = Vec::new();
             sys::for_each(sys::fd(map), |key: FlowKey, flow: Flow| {
-                if filter.matches(&view(&key, &flow, &names, now)) {
+                if filter.matches(&view(&key, &flow, &names, fast, now)) {
                     doomed.push(key);
                 }
             })
@@ -247,7 +253,7 @@ fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
     now.saturating_sub(flow.last_seen) > timeout
 }
 
-fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, now: u64) -> FlowView {
+fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, fast: Control, now: u64) -> FlowView {
     const SECOND: u64 = 1_000_000_000;
     let low = (IpAddr::from(key.low), u16::from_be_bytes(key.low_port));
     let high = (IpAddr::from(key.high), u16::from_be_bytes(key.high_port));
@@ -268,13 +274,35 @@ fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, now: u64) -> FlowView {
         generation: flow.generation,
         audit: flow.flags & flag::AUDIT != 0,
         seeded: flow.flags & flag::SEEDED != 0,
+        fast_path: fast_path(key, flow, fast, now).map_or("yes", Outcome::name).to_owned(),
+    }
+}
+
+/// Why the packets of a flow do not take the fast path, as far as that can be told without them; `None`: those of one
+/// direction do, if not of both.
+fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outcome> {
+    let (allowed, settled) = match key.protocol {
+        6 => (protocols::TCP, state::ESTABLISHED),
+        17 => (protocols::UDP, state::UDP_REPLIED),
+        _ => return Some(Outcome::protocol),
+    };
+    if fast.until <= now || fast.protocols & allowed == 0 {
+        Some(Outcome::off)
+    } else if flow.state != settled || flow.flags & flag::AUDIT != 0 {
+        Some(Outcome::state)
+    } else if flow.paths.iter().any(|path| path.holds(ticks(now), fast.epoch)) {
+        None
+    } else if flow.paths.iter().all(|path| path.input != 0) {
+        Some(Outcome::expired)
+    } else {
+        Some(Outcome::unseen)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bridge_common::flow::END_HIGH;
+    use bridge_common::{fast_path::Path, flow::END_HIGH};
 
     fn tcp(initiator: u8) -> FlowView {
         let mut key = FlowKey::default();
@@ -283,7 +311,13 @@ mod tests {
         let end = key.set(&low, 40_002_u16.to_be_bytes(), &high, 50_000_u16.to_be_bytes(), 6);
         assert_eq!(end, END_LOW);
         let flow = Flow { initiator, state: state::ESTABLISHED, last_seen: 1_000_000_000, ..Flow::default() };
-        view(&key, &flow, &RuleNames(HashMap::from([(0, vec!["r".into()])])), 4_500_000_000)
+        view(
+            &key,
+            &flow,
+            &RuleNames(HashMap::from([(0, vec!["r".into()])])),
+            Control::default(),
+            4_500_000_000,
+        )
     }
 
     #[test]
@@ -293,6 +327,30 @@ mod tests {
         assert_eq!((inbound.destination_port, inbound.idle_seconds), (40_002, 3));
         assert_eq!((inbound.state.as_str(), inbound.rule.as_deref()), ("established", Some("r")));
         assert_eq!(tcp(END_LOW).source_port, 40_002);
+    }
+
+    #[test]
+    fn a_flow_tells_why_it_is_not_in_the_fast_path() {
+        const NOW: u64 = 1 << 40;
+        let on = Control { until: NOW + 1, epoch: 7, protocols: protocols::TCP };
+        let key = |protocol| FlowKey { protocol, ..FlowKey::default() };
+        let path = |epoch, expires| Path { epoch, expires, input: 1, ..Path::default() };
+        let flow = |state, paths| Flow { state, paths, ..Flow::default() };
+        let (later, none) = (ticks(NOW) + 1, Path::default());
+        let established = flow(state::ESTABLISHED, [path(7, later), path(7, 0)]);
+        for (key, flow, control, expected) in [
+            (key(6), established, on, None),
+            (key(6), established, Control { until: NOW, ..on }, Some(Outcome::off)),
+            (key(17), flow(state::UDP_REPLIED, [path(7, later); 2]), on, Some(Outcome::off)),
+            (key(1), established, on, Some(Outcome::protocol)),
+            (key(6), flow(state::FIN_WAIT, [path(7, later); 2]), on, Some(Outcome::state)),
+            (key(6), Flow { flags: flag::AUDIT, ..established }, on, Some(Outcome::state)),
+            (key(6), flow(state::ESTABLISHED, [path(6, later); 2]), on, Some(Outcome::expired)),
+            (key(6), flow(state::ESTABLISHED, [path(7, 0); 2]), on, Some(Outcome::expired)),
+            (key(6), flow(state::ESTABLISHED, [path(7, 0), none]), on, Some(Outcome::unseen)),
+        ] {
+            assert_eq!(fast_path(&key, &flow, control, NOW), expected, "{flow:?} {control:?}");
+        }
     }
 
     #[test]

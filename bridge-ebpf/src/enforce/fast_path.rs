@@ -18,6 +18,7 @@ use bridge_common::{
 use crate::{
     NEXT,
     maps::{FAST_PATH, INTERFACES, OUTCOMES, Scratch, scratch},
+    mark,
     packet::{Packet, protocol, tcp},
 };
 
@@ -25,13 +26,11 @@ const ETHERNET: u32 = 14;
 /// Address families of the socket API (linux/socket.h).
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-/// In `__sk_buff::tc_index`: has taken the fast path. Nothing but classifiers of times past reads that field.
-const TAKEN: u32 = 0xb21d;
 const BPF_F_RECOMPUTE_CSUM: u64 = 1;
 
 /// Whether flows may take the fast path at all, and the epoch.
 #[inline(always)]
-fn control(now: u64) -> Option<&'static Control> {
+pub(crate) fn control(now: u64) -> Option<&'static Control> {
     FAST_PATH.get(0).filter(|control| control.until > now)
 }
 
@@ -70,7 +69,13 @@ pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *const Flow, from_la
     let length = unsafe { (*skb).len };
     let (action, outcome) = match try_forward(skb, packet, flow, from_lan != 0, now) {
         Ok(action) => (action, Outcome::forwarded),
-        Err(outcome) => (NEXT, outcome),
+        Err(outcome) => {
+            // Else there is a way to be learnt from it.
+            if !matches!(outcome, Outcome::unseen | Outcome::expired) {
+                mark::put_on(skb, flow);
+            }
+            (NEXT, outcome)
+        }
     };
     count(flow.direction, outcome, length);
     action
@@ -88,16 +93,11 @@ fn try_forward(
     if let Some(obstacle) = obstacle(control, flow, packet) {
         return Err(obstacle);
     }
-    let (path, back) = if from_lan {
-        (&flow.paths[towards::POD], &flow.paths[towards::LAN])
-    } else {
-        (&flow.paths[towards::LAN], &flow.paths[towards::POD])
-    };
-    if path.input == 0 || back.input == 0 {
-        return Err(Outcome::unseen);
-    }
-    if !path.holds(ticks(now), control.epoch) || back.epoch != control.epoch {
-        return Err(Outcome::expired);
+    let way = if from_lan { towards::POD } else { towards::LAN };
+    let path = &flow.paths[way];
+    if !path.holds(ticks(now), control.epoch) {
+        let both = path.input != 0 && flow.paths[1 - way].input != 0;
+        return Err(if both { Outcome::expired } else { Outcome::unseen });
     }
     // SAFETY: the context is valid while the program runs.
     let (ifindex, tagged) = unsafe { ((*skb).ifindex, (*skb).vlan_present) };
@@ -112,12 +112,12 @@ fn try_forward(
     if !written {
         return Err(Outcome::ttl);
     }
-    // SAFETY: no precondition; the context is valid while the program runs.
+    // SAFETY: no precondition.
     Ok(unsafe {
         if path.means == means::PEER {
             bpf_redirect_peer(path.output, 0) as i32
         } else {
-            (*skb).tc_index = TAKEN;
+            mark::put_on(skb, flow);
             bpf_redirect(path.output, 0) as i32
         }
     })
@@ -138,40 +138,48 @@ fn segment_length(skb: *mut __sk_buff, packet: &Packet) -> u32 {
 /// Writes the Ethernet header, and takes one off the time to live. `false`: nothing is left of that.
 #[inline(always)]
 fn rewrite_v4(skb: *mut __sk_buff, packet: &Packet, path: &Path) -> bool {
-    let head = &packet.head;
-    if head[8] <= 1 {
+    let [first, second, third] = packet.head;
+    let [time_to_live, protocol, high, low] = third.to_ne_bytes();
+    if time_to_live <= 1 {
         return false;
     }
-    let mut bytes = [0u8; 26];
-    bytes[..12].copy_from_slice(&path.addresses);
-    bytes[12] = 0x08;
-    bytes[14..].copy_from_slice(head);
-    bytes[22] = head[8] - 1;
     // As `ip_decrease_ttl` (include/net/ip.h): RFC 1624.
-    let checksum = u32::from(u16::from_be_bytes([head[10], head[11]])) + 0x100;
-    let checksum = ((checksum + u32::from(checksum >= 0xffff)) as u16).to_be_bytes();
-    bytes[24] = checksum[0];
-    bytes[25] = checksum[1];
+    let checksum = u32::from(u16::from_be_bytes([high, low])) + 0x100;
+    let [high, low] = ((checksum + u32::from(checksum >= 0xffff)) as u16).to_be_bytes();
+    let third = u32::from_ne_bytes([time_to_live - 1, protocol, high, low]);
+    let [a, b, c] = path.addresses;
+    // The type ends the Ethernet header in the middle of a word.
+    let [f0, f1, f2, f3] = first.to_ne_bytes();
+    let [s0, s1, s2, s3] = second.to_ne_bytes();
+    let [t0, t1, t2, t3] = third.to_ne_bytes();
+    let bytes = [
+        a,
+        b,
+        c,
+        u32::from_ne_bytes([0x08, 0, f0, f1]),
+        u32::from_ne_bytes([f2, f3, s0, s1]),
+        u32::from_ne_bytes([s2, s3, t0, t1]),
+        u32::from_ne_bytes([t2, t3, 0, 0]),
+    ];
     // The sum over the header stays what it was, and so does that of a device that has summed up the whole packet.
     // SAFETY: the helper reads as many bytes from the array, and checks the offset.
-    unsafe { bpf_skb_store_bytes(skb.cast(), 0, bytes.as_ptr().cast(), bytes.len() as u32, 0) == 0 }
+    unsafe { bpf_skb_store_bytes(skb.cast(), 0, bytes.as_ptr().cast(), ETHERNET + 12, 0) == 0 }
 }
 
 /// As [`rewrite_v4`].
 #[inline(always)]
 fn rewrite_v6(skb: *mut __sk_buff, packet: &Packet, path: &Path) -> bool {
-    let hop_limit = packet.head[7];
+    let [.., hop_limit] = packet.head[1].to_ne_bytes();
     if hop_limit <= 1 {
         return false;
     }
-    let mut bytes = [0u8; 14];
-    bytes[..12].copy_from_slice(&path.addresses);
-    (bytes[12], bytes[13]) = (0x86, 0xdd);
+    let [a, b, c] = path.addresses;
+    let bytes = [a, b, c, u32::from_ne_bytes([0x86, 0xdd, 0, 0])];
     let next = [hop_limit - 1];
     // SAFETY: the helpers read as many bytes from the arrays, and check the offset.
     unsafe {
         bpf_skb_store_bytes(skb.cast(), ETHERNET + 7, next.as_ptr().cast(), 1, BPF_F_RECOMPUTE_CSUM) == 0
-            && bpf_skb_store_bytes(skb.cast(), 0, bytes.as_ptr().cast(), bytes.len() as u32, 0) == 0
+            && bpf_skb_store_bytes(skb.cast(), 0, bytes.as_ptr().cast(), ETHERNET, 0) == 0
     }
 }
 
@@ -184,19 +192,6 @@ fn count(direction: u8, outcome: Outcome, length: u32) {
     if let Some(counter) = outcomes.by_outcome.get_mut(core::hint::black_box(outcome as usize)) {
         counter.packets += 1;
         counter.bytes += u64::from(length);
-    }
-}
-
-/// Whether a packet at the egress hook has come by the fast path. Its mark is taken off.
-#[inline(always)]
-pub(crate) fn has_taken(skb: *mut __sk_buff) -> bool {
-    // SAFETY: the context is valid while the program runs.
-    unsafe {
-        let taken = (*skb).tc_index == TAKEN;
-        if taken {
-            (*skb).tc_index = 0;
-        }
-        taken
     }
 }
 
@@ -213,25 +208,31 @@ pub(crate) extern "C" fn learn(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u
     if obstacle(control, flow, packet).is_some() || flow.direction == direction::NODE_PORT {
         return 0;
     }
-    let path = if from_lan != 0 { &mut flow.paths[towards::POD] } else { &mut flow.paths[towards::LAN] };
+    let way = if from_lan != 0 { towards::POD } else { towards::LAN };
+    let back = flow.paths[1 - way].epoch;
+    let path = &mut flow.paths[way];
     let now = ticks(now);
     if path.holds(now, control.epoch) {
         return 0;
     }
     // Before the tables are asked: what changes after that brings another epoch.
     let epoch = control.epoch;
-    let Some(seen) = way(skb, packet) else { return 0 };
+    let Some(seen) = taken(skb, packet) else { return 0 };
     let same = path.input == seen.input
         && path.output == seen.output
         && path.mtu == seen.mtu
         && path.means == seen.means
         && path.addresses == seen.addresses;
-    if same {
-        // The last word: whoever reads the epoch finds the rest in place, which was written by an earlier packet.
-        path.expires = now.wrapping_add(LEASE_TICKS);
+    if !same {
+        *path = Path { epoch, expires: now, ..seen };
+    } else if back == epoch {
+        // Packets of both directions have come out, and nothing has changed between them. Whoever finds that the path holds
+        // finds the rest of it in place: it was written by an earlier packet.
         path.epoch = epoch;
+        path.expires = now.wrapping_add(LEASE_TICKS);
     } else {
-        *path = seen;
+        path.expires = now;
+        path.epoch = epoch;
     }
     1
 }
@@ -252,15 +253,15 @@ struct FibLookup {
     source: [u8; 16],
     destination: [u8; 16],
     vlan: [u8; 4],
-    source_address: [u8; 6],
-    destination_address: [u8; 6],
+    source_address: [u16; 3],
+    destination_address: [u16; 3],
 }
 const _: () = assert!(size_of::<FibLookup>() == 64);
 
 /// Which way a packet has taken, if it is the one that the routing table and the neighbour table say it must take, and
 /// the fast path may take it too.
 #[inline(always)]
-fn way(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
+fn taken(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
     // SAFETY: the context is valid while the program runs.
     let (input, output) = unsafe { ((*skb).ingress_ifindex, (*skb).ifindex) };
     // SAFETY: only copied.
@@ -268,12 +269,12 @@ fn way(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
     if from.fast_path & ability::INPUT == 0 || to.fast_path & ability::OUTPUT == 0 {
         return None;
     }
-    let mut addresses = [0u8; 12];
+    let mut addresses = [0u32; 3];
     // SAFETY: the helper writes 12 bytes to the array, and checks the offset.
     if unsafe { bpf_skb_load_bytes(skb.cast(), 0, addresses.as_mut_ptr().cast(), 12) } != 0 {
         return None;
     }
-    let head = &packet.head;
+    let [version, class, ..] = packet.head[0].to_ne_bytes();
     let mut lookup = FibLookup {
         family: AF_INET,
         l4_protocol: packet.protocol,
@@ -281,19 +282,20 @@ fn way(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
         destination_port: packet.destination_port,
         mtu: 1,
         ifindex: input,
-        traffic_class: [head[1], 0, 0, 0],
+        traffic_class: [class, 0, 0, 0],
         source: [0; 16],
         destination: [0; 16],
         vlan: [0; 4],
-        source_address: [0; 6],
-        destination_address: [0; 6],
+        source_address: [0; 3],
+        destination_address: [0; 3],
     };
     if packet.version == 4 {
         lookup.source[..4].copy_from_slice(&packet.source.v4());
         lookup.destination[..4].copy_from_slice(&packet.destination.v4());
     } else {
         lookup.family = AF_INET6;
-        lookup.traffic_class = [head[0] & 0xf, head[1], head[2], head[3]];
+        lookup.traffic_class = packet.head[0].to_ne_bytes();
+        lookup.traffic_class[0] = version & 0xf;
         lookup.source = packet.source.octets;
         lookup.destination = packet.destination.octets;
     }
@@ -302,9 +304,11 @@ fn way(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
     if unsafe { bpf_fib_lookup(skb.cast(), (&raw mut lookup).cast(), size, 0) } != 0 {
         return None;
     }
+    let ([d0, d1, d2], [s0, s1, s2]) = (lookup.destination_address, lookup.source_address);
     let same = lookup.ifindex == output
-        && addresses[..6] == lookup.destination_address
-        && addresses[6..] == lookup.source_address;
+        && addresses[0].to_ne_bytes() == halves(d0, d1)
+        && addresses[1].to_ne_bytes() == halves(d2, s0)
+        && addresses[2].to_ne_bytes() == halves(s1, s2);
     same.then_some(Path {
         expires: 0,
         epoch: 0,
@@ -315,4 +319,10 @@ fn way(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
         padding: 0,
         addresses,
     })
+}
+
+#[inline(always)]
+fn halves(first: u16, second: u16) -> [u8; 4] {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    [a, b, c, d]
 }

@@ -17,6 +17,7 @@ use bridge_common::{
 use crate::{
     NEXT, fast_path,
     maps::{CONTROL, FLOWS, HALF_OPEN, SETTINGS, Scratch, scratch},
+    mark,
     packet::{self, Kind, Packet},
     policy, reject,
     report::{self, Told},
@@ -55,6 +56,7 @@ fn active() -> Option<Active> {
 pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
     let Some(scratch) = scratch() else { return NEXT };
     let packet = &mut scratch.packet;
+    mark::take_off(skb);
     if !packet::parse(skb, packet) {
         return NEXT;
     }
@@ -84,7 +86,13 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
             } else {
                 report::count(flow.direction, Reason::established, length);
             }
-            return fast_path::forward(skb, flow, from_lan.into(), active.now);
+            return match fast_path::control(active.now) {
+                Some(_) => fast_path::forward(skb, flow, from_lan.into(), active.now),
+                None => {
+                    mark::put_on(skb, flow);
+                    NEXT
+                }
+            };
         }
     }
     // From here, and not from where it matters: with that one's frame, too, it would not fit on the stack of Linux 6.1,
@@ -288,6 +296,9 @@ fn conclude(
 /// flows), and of packets that came in on a NodePort.
 #[inline(always)]
 pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
+    if mark::take_off(skb) {
+        return;
+    }
     let Some(Scratch { packet, scope, .. }) = scratch() else { return };
     if !packet::parse(skb, packet) || !follows_flow(packet) {
         return;
@@ -307,7 +318,7 @@ pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
 /// pods take.
 #[inline(always)]
 pub(crate) fn observe_to_lan(skb: *mut __sk_buff) {
-    if fast_path::has_taken(skb) {
+    if mark::take_off(skb) {
         return;
     }
     let Some(Scratch { packet, .. }) = scratch() else { return };

@@ -23,6 +23,7 @@
 mod fast_path;
 mod judge;
 mod maps;
+mod mark;
 mod packet;
 mod policy;
 mod reject;

@@ -1,11 +1,18 @@
 //! Reads what a verdict needs from the headers of a packet.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes_relative};
 use bridge_common::{address::Address, counters::Reason, flow::FlowKey};
 
 /// Offsets count from the network header, so that devices with and without a link layer header read alike.
 const BPF_HDR_START_NET: u32 = 1;
 
+/// Length of an Ethernet header.
+const ETHERNET: usize = 14;
+/// Length of a UDP header, and of a TCP header without options.
+const UDP_HEADER: usize = 8;
+const TCP_HEADER: usize = 20;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
@@ -99,8 +106,8 @@ pub(crate) struct Packet {
     pub(crate) acknowledgement: u32,
     /// TCP: length of the header in bytes.
     pub(crate) tcp_header: u32,
-    /// The first bytes of the IP header: 12 of IPv4, 8 of IPv6.
-    pub(crate) head: [u8; 12],
+    /// The first words of the IP header, as they lie there: three of IPv4, two of IPv6.
+    pub(crate) head: [u32; 3],
     /// Which end of the key the source is.
     pub(crate) end_of_source: u8,
     /// 1: nothing but an IP header stands before layer 4, and nothing but the Ethernet header before that; no fragment.
@@ -117,6 +124,17 @@ impl Packet {
         self.problem as u8 == Reason::established as u8
     }
 
+    #[inline(always)]
+    fn set_key(&mut self) {
+        self.end_of_source = self.key.set(
+            &self.source,
+            self.source_port,
+            &self.destination,
+            self.destination_port,
+            self.protocol,
+        );
+    }
+
     /// Whether it is the SYN that opens a TCP connection.
     #[inline(always)]
     pub(crate) fn opens_tcp(&self) -> bool {
@@ -130,25 +148,56 @@ impl Packet {
     }
 }
 
+/// Reads `N` words of the packet, each as it lies there. By words, since the target has no unaligned access, and moves
+/// bytes one by one where it knows nothing of their alignment.
 #[inline(always)]
-fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[u8; N]> {
-    let mut bytes = [0u8; N];
-    if load_into(skb, offset, &mut bytes) { Some(bytes) } else { None }
-}
-
-#[inline(always)]
-fn load_into<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &mut [u8; N]) -> bool {
-    // SAFETY: the helper writes at most N bytes to the array, and checks the offset against the packet.
+fn load<const N: usize>(skb: *mut __sk_buff, offset: u32) -> Option<[Word; N]> {
+    // Not zeroed first: that would be a loop.
+    let mut words = MaybeUninit::<[Word; N]>::uninit();
+    // SAFETY: the helper writes as many bytes as the array has, and checks the offset against the packet.
     let result = unsafe {
         bpf_skb_load_bytes_relative(
             skb.cast(),
             offset,
-            bytes.as_mut_ptr().cast(),
-            N as u32,
+            words.as_mut_ptr().cast(),
+            size_of::<[Word; N]>() as u32,
             BPF_HDR_START_NET,
         )
     };
-    result == 0
+    // SAFETY: the helper has filled it, and any bits are a word.
+    (result == 0).then(|| unsafe { words.assume_init() })
+}
+
+/// Four bytes of a packet, as they lie there.
+#[repr(C, align(4))]
+#[derive(Clone, Copy)]
+struct Word(u32);
+
+impl Word {
+    #[inline(always)]
+    fn bytes(self) -> [u8; 4] {
+        self.0.to_ne_bytes()
+    }
+
+    /// As a number in network byte order.
+    #[inline(always)]
+    fn number(self) -> u32 {
+        u32::from_be(self.0)
+    }
+
+    /// As two numbers in network byte order.
+    #[inline(always)]
+    fn halves(self) -> [u16; 2] {
+        let number = self.number();
+        [(number >> 16) as u16, number as u16]
+    }
+
+    /// As two ports, which stay in network byte order.
+    #[inline(always)]
+    fn ports(self) -> [[u8; 2]; 2] {
+        let [a, b, c, d] = self.bytes();
+        [[a, b], [c, d]]
+    }
 }
 
 /// Reads the packet itself. `false`: it is not IP, or too short to have addresses, so that it cannot be in scope.
@@ -156,14 +205,17 @@ fn load_into<const N: usize>(skb: *mut __sk_buff, offset: u32, bytes: &mut [u8; 
 pub(crate) fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     // SAFETY: the context is valid while the program runs; the verifier checks the access.
     let mut ether_type = u16::from_be(unsafe { (*skb).protocol } as u16);
+    if parse_plain(skb, ether_type.into(), packet) != 0 {
+        return true;
+    }
     let mut l3 = 0;
     // The tag of a VLAN that the kernel has not taken off: the inner one of two, or both on a device without offload.
     for _ in 0..2 {
         if ether_type != ETH_P_8021Q && ether_type != ETH_P_8021AD {
             break;
         }
-        let Some(tag) = load::<4>(skb, l3) else { return false };
-        ether_type = u16::from_be_bytes([tag[2], tag[3]]);
+        let Some([tag]) = load(skb, l3) else { return false };
+        [_, ether_type] = tag.halves();
         l3 += 4;
     }
     match ether_type {
@@ -171,6 +223,96 @@ pub(crate) fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
         ETH_P_IPV6 => parse_ip(skb, l3, 6, packet) != 0,
         _ => false,
     }
+}
+
+/// Reads a packet of the kind that nearly all are of, where it lies: nothing but TCP or UDP in IP in Ethernet, with all
+/// headers in one piece. 0: it is of another kind, and to be read by those who know them all.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn parse_plain(skb: *mut __sk_buff, ether_type: u32, packet: *mut Packet) -> u32 {
+    // SAFETY: a packet of the caller's, or null as far as the verifier knows.
+    let Some(packet) = (unsafe { packet.as_mut() }) else { return 0 };
+    u32::from(read_plain(skb, ether_type as u16, packet))
+}
+
+/// See [`parse_plain`].
+#[inline(always)]
+fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool {
+    // SAFETY: the context is valid while the program runs; the verifier checks the access, and all that is read below is
+    // read after it was compared with the end.
+    let (start, end) = unsafe { ((*skb).data as usize, (*skb).data_end as usize) };
+    let words = |offset: usize| (start + offset) as *const Word;
+    if start + ETHERNET + 20 + UDP_HEADER > end {
+        return false;
+    }
+    // A device without link layer header has the IP header here. Whose addresses begin like one is read the other way.
+    // SAFETY: as above.
+    if matches!(unsafe { *(start as *const u8) } >> 4, 4 | 6) {
+        return false;
+    }
+    // SAFETY: as above. To the kernel, words of a header are aligned where it lets programs read them
+    // (`check_pkt_ptr_alignment`, kernel/bpf/verifier.c).
+    let word = |offset: usize| unsafe { *words(ETHERNET + offset) };
+    packet.l3 = 0;
+    packet.kind = Kind::Plain;
+    packet.problem = Reason::established;
+    packet.plain = 1;
+    let l4 = match ether_type {
+        ETH_P_IP => {
+            let (first, second, third) = (word(0), word(4), word(8));
+            let [version, ..] = first.bytes();
+            // No options, no fragment.
+            if version != 0x45 || second.number() & 0x3fff != 0 {
+                return false;
+            }
+            packet.head = [first.0, second.0, third.0];
+            packet.source = Address::from_v4(word(12).bytes());
+            packet.destination = Address::from_v4(word(16).bytes());
+            [_, packet.protocol, ..] = third.bytes();
+            let [_, total] = first.halves();
+            packet.end = if total == 0 { u32::MAX } else { u32::from(total) };
+            packet.version = 4;
+            20
+        }
+        ETH_P_IPV6 => {
+            let (first, second) = (word(0), word(4));
+            let [version, ..] = first.bytes();
+            if version >> 4 != 6 || start + ETHERNET + 40 + UDP_HEADER > end {
+                return false;
+            }
+            packet.head = [first.0, second.0, 0];
+            packet.source = Address::from_words([word(8).0, word(12).0, word(16).0, word(20).0]);
+            packet.destination = Address::from_words([word(24).0, word(28).0, word(32).0, word(36).0]);
+            [_, _, packet.protocol, _] = second.bytes();
+            let [payload, _] = second.halves();
+            packet.end = if payload == 0 { u32::MAX } else { 40 + u32::from(payload) };
+            packet.version = 6;
+            40
+        }
+        _ => return false,
+    };
+    packet.l4 = l4;
+    if packet.end < l4 {
+        return false;
+    }
+    let available = packet.end - l4;
+    let l4 = l4 as usize;
+    let known = match packet.protocol {
+        protocol::TCP if start + ETHERNET + l4 + TCP_HEADER <= end => {
+            let header = [word(l4), word(l4 + 4), word(l4 + 8), word(l4 + 12), word(l4 + 16)];
+            tcp_header(packet, &header, available)
+        }
+        protocol::UDP => {
+            [packet.source_port, packet.destination_port] = word(l4).ports();
+            packet.detail = 0;
+            available >= 8
+        }
+        _ => false,
+    };
+    if known {
+        packet.set_key();
+    }
+    known
 }
 
 /// Reads the packet that an ICMP error quotes: as much of it as the error must hold (RFC 792: 8 bytes of layer 4).
@@ -223,13 +365,7 @@ extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, packet: *mut 
         read_ports(skb, packet);
         return 1;
     }
-    packet.end_of_source = packet.key.set(
-        &packet.source,
-        packet.source_port,
-        &packet.destination,
-        packet.destination_port,
-        packet.protocol,
-    );
+    packet.set_key();
     1
 }
 
@@ -237,34 +373,34 @@ extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, packet: *mut 
 #[inline(always)]
 fn read_ports(skb: *mut __sk_buff, packet: &mut Packet) {
     if let protocol::TCP | protocol::UDP | protocol::SCTP = packet.protocol
-        && let Some(ports) = load::<4>(skb, packet.l4)
+        && let Some([ports]) = load(skb, packet.l4)
     {
-        packet.source_port = [ports[0], ports[1]];
-        packet.destination_port = [ports[2], ports[3]];
+        [packet.source_port, packet.destination_port] = ports.ports();
     }
 }
 
 /// `Ok`: whether it is the first of several fragments. `Err`: whether the addresses could be read at all.
 #[inline(always)]
 fn parse_v4(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u32> {
-    let Some(header) = load::<20>(skb, l3) else { return Err(0) };
-    if header[0] >> 4 != 4 {
+    let Some([first, second, third, source, destination]) = load(skb, l3) else { return Err(0) };
+    let [version, ..] = first.bytes();
+    if version >> 4 != 4 {
         return Err(0);
     }
-    packet.source = Address::from_v4([header[12], header[13], header[14], header[15]]);
-    packet.destination = Address::from_v4([header[16], header[17], header[18], header[19]]);
-    packet.protocol = header[9];
-    packet.head.copy_from_slice(&header[..12]);
-    let header_length = u32::from(header[0] & 0xf) * 4;
-    let total = u32::from(u16::from_be_bytes([header[2], header[3]]));
+    packet.head = [first.0, second.0, third.0];
+    packet.source = Address::from_v4(source.bytes());
+    packet.destination = Address::from_v4(destination.bytes());
+    [_, packet.protocol, ..] = third.bytes();
+    let header_length = u32::from(version & 0xf) * 4;
+    let [_, total] = first.halves();
     // A packet of more than 64 KiB on its way through segmentation offload has 0 here.
-    packet.end = if total == 0 { u32::MAX } else { l3 + total };
+    packet.end = if total == 0 { u32::MAX } else { l3 + u32::from(total) };
     packet.l4 = l3 + header_length;
     if header_length < 20 || packet.l4 > packet.end {
         packet.problem = Reason::malformed_ip;
         return Err(1);
     }
-    let fragment = u16::from_be_bytes([header[6], header[7]]);
+    let [_, fragment] = second.halves();
     let more = fragment & 0x2000 != 0;
     fragment_offset(fragment & 0x1fff, packet);
     Ok(more)
@@ -286,18 +422,18 @@ const EXTENSION_HEADERS: usize = 8;
 /// As [`parse_v4`].
 #[inline(always)]
 fn parse_v6(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u32> {
-    let Some(header) = load::<8>(skb, l3) else { return Err(0) };
-    if header[0] >> 4 != 6
-        || !load_into(skb, l3 + 8, &mut packet.source.octets)
-        || !load_into(skb, l3 + 24, &mut packet.destination.octets)
-    {
+    let Some([first, second, a, b, c, d, e, f, g, h]) = load(skb, l3) else { return Err(0) };
+    let [version, ..] = first.bytes();
+    if version >> 4 != 6 {
         return Err(0);
     }
-    packet.head[..8].copy_from_slice(&header);
-    let payload = u32::from(u16::from_be_bytes([header[4], header[5]]));
+    packet.head = [first.0, second.0, 0];
+    packet.source = Address::from_words([a.0, b.0, c.0, d.0]);
+    packet.destination = Address::from_words([e.0, f.0, g.0, h.0]);
+    let [payload, _] = second.halves();
     // A jumbogram has 0 here.
-    packet.end = if payload == 0 { u32::MAX } else { l3 + 40 + payload };
-    packet.protocol = header[6];
+    packet.end = if payload == 0 { u32::MAX } else { l3 + 40 + u32::from(payload) };
+    [_, _, packet.protocol, _] = second.bytes();
     packet.l4 = l3 + 40;
     let mut first_fragment = false;
     for _ in 0..EXTENSION_HEADERS {
@@ -315,10 +451,12 @@ fn parse_v6(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u
             }
             return Ok(first_fragment);
         }
-        let Some(extension) = load::<8>(skb, packet.l4) else { break };
+        // The second word is not looked at, but must be there.
+        let Some([extension, _]) = load(skb, packet.l4) else { break };
+        let [_, field] = extension.halves();
+        let extension = extension.bytes();
         let length = match packet.protocol {
             protocol::FRAGMENT => {
-                let field = u16::from_be_bytes([extension[2], extension[3]]);
                 first_fragment = field & 1 != 0;
                 fragment_offset(field >> 3, packet);
                 8
@@ -341,37 +479,45 @@ fn parse_v6(skb: *mut __sk_buff, l3: u32, packet: &mut Packet) -> Result<bool, u
     Err(1)
 }
 
+/// Takes in a TCP header, of which `available` bytes are there with what follows it. `false`: it is inconsistent.
+#[inline(always)]
+fn tcp_header(packet: &mut Packet, header: &[Word; 5], available: u32) -> bool {
+    let [ports, sequence, acknowledgement, rest, _] = header;
+    [packet.source_port, packet.destination_port] = ports.ports();
+    packet.sequence = sequence.number();
+    packet.acknowledgement = acknowledgement.number();
+    let [offset, flags, ..] = rest.bytes();
+    packet.tcp_header = u32::from(offset >> 4) * 4;
+    packet.detail = flags;
+    if packet.tcp_header < 20 || available < packet.tcp_header {
+        return false;
+    }
+    if tcp::VALID >> (packet.detail & tcp::DECISIVE) & 1 == 0 {
+        packet.problem = Reason::invalid_flags;
+    }
+    true
+}
+
 /// `false`: the layer 4 header is cut off or inconsistent.
 #[inline(always)]
 fn parse_l4(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     let available = packet.end - packet.l4;
     match packet.protocol {
         protocol::TCP => {
-            let Some(header) = load::<20>(skb, packet.l4) else { return false };
-            packet.source_port = [header[0], header[1]];
-            packet.destination_port = [header[2], header[3]];
-            packet.sequence = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
-            packet.acknowledgement = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
-            packet.tcp_header = u32::from(header[12] >> 4) * 4;
-            packet.detail = header[13];
-            if packet.tcp_header < 20 || available < packet.tcp_header {
+            let Some(header) = load(skb, packet.l4) else { return false };
+            if !tcp_header(packet, &header, available) {
                 return false;
-            }
-            if tcp::VALID >> (packet.detail & tcp::DECISIVE) & 1 == 0 {
-                packet.problem = Reason::invalid_flags;
             }
         }
         protocol::UDP => {
-            let Some(header) = load::<8>(skb, packet.l4) else { return false };
-            packet.source_port = [header[0], header[1]];
-            packet.destination_port = [header[2], header[3]];
+            let Some([ports, _]) = load(skb, packet.l4) else { return false };
+            [packet.source_port, packet.destination_port] = ports.ports();
             return available >= 8;
         }
         protocol::SCTP => {
-            let Some(header) = load::<16>(skb, packet.l4) else { return false };
-            packet.source_port = [header[0], header[1]];
-            packet.destination_port = [header[2], header[3]];
-            packet.detail = header[12];
+            let Some([ports, _, _, chunk]) = load(skb, packet.l4) else { return false };
+            [packet.source_port, packet.destination_port] = ports.ports();
+            [packet.detail, ..] = chunk.bytes();
             return available >= 16;
         }
         protocol::ICMP if packet.version == 4 => return parse_icmp(skb, packet, icmp_kind),
@@ -383,13 +529,13 @@ fn parse_l4(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
 
 #[inline(always)]
 fn parse_icmp(skb: *mut __sk_buff, packet: &mut Packet, kind: fn(u8) -> Option<Kind>) -> bool {
-    let Some(header) = load::<8>(skb, packet.l4) else { return false };
-    packet.detail = header[0];
-    match kind(header[0]) {
+    let Some([first, second]) = load(skb, packet.l4) else { return false };
+    [packet.detail, ..] = first.bytes();
+    match kind(packet.detail) {
         Some(Kind::Error) => packet.kind = Kind::Error,
         Some(kind) => {
             packet.kind = kind;
-            packet.source_port = [header[4], header[5]];
+            [packet.source_port, _] = second.ports();
             packet.destination_port = packet.source_port;
         }
         None => packet.problem = Reason::icmp_type,
@@ -422,18 +568,18 @@ fn icmpv6_kind(icmp_type: u8) -> Option<Kind> {
 /// `false`: the quoted packet belongs to no flow that could be known.
 #[inline(always)]
 fn parse_quoted_l4(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
-    let Some(header) = load::<8>(skb, packet.l4) else { return false };
+    let Some([first, second]) = load(skb, packet.l4) else { return false };
+    let [icmp_type, ..] = first.bytes();
     let kind = match packet.protocol {
         protocol::TCP | protocol::UDP | protocol::SCTP => {
-            packet.source_port = [header[0], header[1]];
-            packet.destination_port = [header[2], header[3]];
+            [packet.source_port, packet.destination_port] = first.ports();
             return true;
         }
-        protocol::ICMP if packet.version == 4 => icmp_kind(header[0]),
-        protocol::ICMPV6 if packet.version == 6 => icmpv6_kind(header[0]),
+        protocol::ICMP if packet.version == 4 => icmp_kind(icmp_type),
+        protocol::ICMPV6 if packet.version == 6 => icmpv6_kind(icmp_type),
         _ => return true,
     };
-    packet.source_port = [header[4], header[5]];
+    [packet.source_port, _] = second.ports();
     packet.destination_port = packet.source_port;
     matches!(kind, Some(Kind::Query | Kind::Reply))
 }

@@ -75,6 +75,9 @@ const RTNLGRP_IPV4_NETCONF: u32 = 24;
 const RTNLGRP_IPV6_NETCONF: u32 = 25;
 const RTNLGRP_NEXTHOP: u32 = 32;
 
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+
 /// Keeps the fast path open; dropping it leaves it to run out.
 #[derive(Debug)]
 pub(super) struct Keeper {
@@ -169,10 +172,12 @@ impl Watch {
             match self.socket.recv_from_full() {
                 Ok((bytes, _)) => {
                     let mut rest = &bytes[..];
+                    // Not all that is told here is understood; what is not said of a neighbour matters in any case.
+                    changed |= kinds(rest).any(|kind| !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH));
                     while let Some((message, after)) = netlink::next(rest)? {
                         rest = after;
                         if let NetlinkPayload::InnerMessage(message) = &message.payload {
-                            changed |= self.matters(message);
+                            changed |= self.neighbour_changed(message);
                         }
                     }
                 }
@@ -187,11 +192,23 @@ impl Watch {
         }
     }
 
-    fn matters(&mut self, message: &RouteNetlinkMessage) -> bool {
+    fn neighbour_changed(&mut self, message: &RouteNetlinkMessage) -> bool {
         match message {
             RouteNetlinkMessage::NewNeighbour(neighbour) => self.neighbours.is_news(neighbour),
             RouteNetlinkMessage::DelNeighbour(neighbour) => self.neighbours.is_loss(neighbour),
-            _ => true,
+            _ => false,
         }
     }
+}
+
+/// The types of the messages in a buffer (`struct nlmsghdr`, linux/netlink.h).
+fn kinds(mut bytes: &[u8]) -> impl Iterator<Item = u16> {
+    const HEADER: usize = 16;
+    const ALIGNMENT: usize = 4;
+    std::iter::from_fn(move || {
+        let header: &[u8; HEADER] = bytes.first_chunk()?;
+        let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        bytes = bytes.get(length.max(HEADER).next_multiple_of(ALIGNMENT)..).unwrap_or_default();
+        Some(u16::from_ne_bytes([header[4], header[5]]))
+    })
 }
