@@ -23,6 +23,7 @@ fn both_engines_let_the_same_packets_through() -> Result<()> {
     let met: HashSet<Difference> = report.intended.keys().copied().collect();
     let unmet: Vec<_> = Difference::ALL.into_iter().filter(|difference| !met.contains(difference)).collect();
     ensure!(unmet.is_empty(), "no packet has met an intended difference: {unmet:?}\n{report}");
+    ensure!(report.fast > 20, "hardly any packet took the fast path: {report}");
     // A node that swallowed everything would agree with itself.
     ensure!(report.passed > report.packets / 3 && report.passed < report.packets * 2 / 3, "{report}");
     Ok(())

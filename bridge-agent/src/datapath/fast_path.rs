@@ -40,7 +40,7 @@ impl FastPath {
     /// long, unless that is put off by another call.
     pub fn allow(&self, protocols: u32, time: Duration) {
         self.rest.update(|rest| join([split(rest)[0].max(1), protocols]));
-        self.until.store(now() + u64::try_from(time.as_nanos()).unwrap_or(u64::MAX >> 1));
+        self.until.store(now().saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)));
     }
 
     /// No flow may take it any longer.

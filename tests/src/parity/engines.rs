@@ -1,6 +1,7 @@
 //! The two engines, as the agent uses them.
 
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::config::{Events, Flows};
@@ -9,6 +10,7 @@ use bridge_agent::firewall::Firewall as _;
 use bridge_agent::firewall::iptables::{Config, Iptables, save::Saving};
 use bridge_agent::model::{OnDeny, Policy};
 use bridge_agent::policy;
+use bridge_common::fast_path::{ability, protocols};
 use bridge_common::flow::state;
 
 use super::node::Node;
@@ -45,7 +47,7 @@ impl Engine for ByIptables {
     }
 }
 
-/// eBPF alone.
+/// eBPF alone, with the fast path.
 pub(super) struct ByEbpf {
     datapath: Datapath,
     targets: [Target; 2],
@@ -56,12 +58,19 @@ impl ByEbpf {
         let Flows { established, half_open } = Flows::default();
         let mechanism = Mechanism::Best;
         let options = Options { pins, flows: established, half_open, mechanism, debug: false };
-        let target = |side, role| -> Result<Target> {
+        let through = ability::INPUT | ability::OUTPUT;
+        let target = |side, role, fast_path| -> Result<Target> {
             let (index, name) = node.interface(side)?;
-            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET, fast_path: 0 })
+            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET, fast_path })
         };
-        let targets = [target(Side::Lan, Role::External)?, target(Side::Pods, Role::Internal)?];
-        Ok(Self { datapath: Datapath::load(&options)?, targets })
+        let targets = [
+            target(Side::Lan, Role::External, through)?,
+            target(Side::Pods, Role::Internal, through | ability::PEER)?,
+        ];
+        let datapath = Datapath::load(&options)?;
+        // Nothing changes of what it depends on but the policy, and that is heard of.
+        datapath.maps.fast_path().allow(protocols::TCP | protocols::UDP, Duration::MAX);
+        Ok(Self { datapath, targets })
     }
 }
 
@@ -76,7 +85,8 @@ impl Engine for ByEbpf {
             report_allowed: false,
         };
         self.datapath.publish(&tables, &behaviour, None)?;
-        self.datapath.attach(&self.targets, policy.node_ports.is_some()).1?;
+        self.datapath.attach(&self.targets, true).1?;
+        self.datapath.allow_fast_path(&self.targets).1?;
         self.datapath.maps.delete_flows(&FlowFilter::default())?;
         Ok(())
     }

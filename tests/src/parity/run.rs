@@ -8,7 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use bridge_agent::datapath::Pins;
+use bridge_agent::datapath::{Maps, Pins};
+use bridge_common::fast_path::Outcome;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::engines::{ByEbpf, ByIptables, Engine};
@@ -39,6 +40,8 @@ const TOLD: usize = 20;
 pub struct Nodes {
     ebpf: Worker,
     iptables: Worker,
+    /// Of the eBPF programs.
+    pins: Pins,
     /// Its pins go with it, also after a crash.
     _lab: Lab,
 }
@@ -52,6 +55,8 @@ pub struct Report {
     pub packets: usize,
     /// How many of them came out of both.
     pub passed: usize,
+    /// How many of the node that enforces by eBPF took the fast path.
+    pub fast: u64,
     /// How many met each intended difference.
     pub intended: BTreeMap<Difference, usize>,
     /// How many were treated by an engine in another way than expected.
@@ -75,6 +80,7 @@ impl fmt::Display for Report {
         writeln!(f, "{} policies", self.policies)?;
         let passed = 100 * self.passed / self.packets.max(1);
         writeln!(f, "{} packets through each engine, {passed} % passed both", self.packets)?;
+        writeln!(f, "{} took the fast path of eBPF", self.fast)?;
         writeln!(f, "{:.0} packets per second ({:.0} s)", self.rate(), self.took.as_secs_f64())?;
         for difference in Difference::ALL {
             let count = self.intended.get(&difference).copied().unwrap_or_default();
@@ -151,9 +157,10 @@ impl Nodes {
     pub fn new() -> Result<Self> {
         let lab = Lab::builder().pods(0).build()?;
         let pins = Pins::new(lab.pin_directory()?.join("parity"));
-        let ebpf = Worker::start(0, move |node| ByEbpf::new(node, pins))?;
+        let own = pins.clone();
+        let ebpf = Worker::start(0, move |node| ByEbpf::new(node, own))?;
         let iptables = Worker::start(1, |_| ByIptables::new())?;
-        Ok(Self { ebpf, iptables, _lab: lab })
+        Ok(Self { ebpf, iptables, pins, _lab: lab })
     }
 
     /// The case of each seed, through both engines.
@@ -184,6 +191,9 @@ impl Nodes {
                 report.took = start.elapsed();
                 progress(&report);
             }
+            let outcomes = Maps::open(&self.pins)?.outcome_counts()?;
+            let fast = outcomes.iter().filter(|count| count.outcome == Outcome::forwarded.name());
+            report.fast = fast.map(|count| count.packets).sum();
             Ok(report)
         })
     }
