@@ -31,7 +31,7 @@ use plan::{FRAME, Plan, SINKS};
 #[btf_map(name = "plan")]
 static PLAN: Array<Plan, 1> = Array::new();
 
-/// The number of the next frame. One thread makes frames at a time.
+/// The number of the next frame. Frames are made on one CPU, and what is at it is not interrupted by its kind.
 #[btf_map(name = "serial")]
 static SERIAL: Array<u64, 1> = Array::new();
 

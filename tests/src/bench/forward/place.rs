@@ -111,23 +111,32 @@ impl Place {
     /// # Errors
     /// A packet did not arrive.
     pub(super) fn establish(&mut self, flows: u32) -> Result<()> {
-        let sink = self.sink();
+        self.deliver(&self.stream(true, flows, Tcp::syn(0, 0)))?;
+        self.deliver(&self.stream(false, flows, Tcp::syn_ack(0, 0)))?;
+        self.deliver(&self.stream(true, flows, Tcp::ack(0, 0, 1001, 5001)))?;
+        self.speak(flows)
+    }
+
+    /// Lets both sides of the first `flows` flows speak, as they do in a real one: the fast path wants to see it, again
+    /// and again.
+    ///
+    /// # Errors
+    /// A packet did not arrive.
+    pub(super) fn speak(&mut self, flows: u32) -> Result<()> {
         let reply = Tcp::ack(0, 0, 5001, 1001 + u32::try_from(DATA)?);
-        let phases = [
-            ("SYN", self.stream(true, flows, Tcp::syn(0, 0))),
-            ("SYN-ACK", self.stream(false, flows, Tcp::syn_ack(0, 0))),
-            ("ACK", self.stream(true, flows, Tcp::ack(0, 0, 1001, 5001))),
-            ("data", self.established(flows)),
-            ("reply", self.stream(false, flows, reply)),
-            ("data", self.established(flows)),
-        ];
-        for (what, stream) in phases {
-            let (cable, to) = if stream.from_lan { (&self.cable, sink) } else { (&self.pod_cable, PEER) };
-            self.packets
-                .deliver(&stream, cable, to, flows)
-                .with_context(|| format!("{}: {what} of {flows} flows", self.contender.title()))?;
-        }
-        Ok(())
+        self.deliver(&self.established(flows))?;
+        self.deliver(&self.stream(false, flows, reply))?;
+        self.deliver(&self.established(flows))
+    }
+
+    /// One packet of each flow.
+    fn deliver(&mut self, stream: &Stream) -> Result<()> {
+        let (cable, to) =
+            if stream.from_lan { (&self.cable, stream.pod) } else { (&self.pod_cable, stream.lan) };
+        self.packets.deliver(stream, cable, to, stream.flows).with_context(|| {
+            let flags = &stream.tcp.header;
+            format!("{}: {} flows, {flags:?}", self.contender.title(), stream.flows)
+        })
     }
 
     /// Connection tracking forgets; without it, nothing happens.

@@ -105,8 +105,8 @@ impl Traffic {
     /// Nothing came through.
     pub(super) fn sample(self, place: &mut Place, effort: &Effort) -> Result<f64> {
         let rate = match self {
-            Self::Established => packets(place, &place.established(1), effort.packets, u64::MAX),
-            Self::EstablishedMany => packets(place, &place.established(MANY), effort.packets, u64::MAX),
+            Self::Established => established(place, 1, effort.packets),
+            Self::EstablishedMany => established(place, MANY, effort.packets),
             Self::NewFlows => packets(place, &place.new_flows(), effort.packets, effort.new_flows),
             Self::Bulk => over_tcp(place, effort.sockets, bulk),
             Self::RequestResponse => over_tcp(place, effort.sockets, request_response),
@@ -114,6 +114,11 @@ impl Traffic {
         };
         rate.with_context(|| format!("{}: {}", place.contender.title(), self.title()))
     }
+}
+
+fn established(place: &mut Place, flows: u32, window: Duration) -> Result<f64> {
+    place.speak(flows)?;
+    packets(place, &place.established(flows), window, u64::MAX)
 }
 
 /// Packets that arrive in a second of the forwarding CPU.
