@@ -48,14 +48,13 @@ impl Datapath {
         let mut carried = 0;
         for version in self.predecessors()? {
             carried += carry::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
-                // Generations are counted anew: there is no telling the rule.
-                (flow.generation, flow.rule) = (0, u32::MAX);
+                forget_place(&mut flow);
                 flow.flags |= flag::SEEDED;
                 self.maps.seed_flows(&[(key, flow)])
             })?;
             let half_open = sys::fd(&self.maps.half_open);
             carried += carry::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
-                (flow.generation, flow.rule) = (0, u32::MAX);
+                forget_place(&mut flow);
                 insert("half_open", half_open, &key, &flow)
             })?;
             let peers = MapData::from_pin(self.pins.map(PEERS)).map_err(Error::aya_map(PEERS))?;
@@ -65,6 +64,12 @@ impl Datapath {
         }
         Ok(carried)
     }
+}
+
+/// Generations are counted anew, so there is no telling the rule; and ways past the network stack are found anew.
+fn forget_place(flow: &mut Flow) {
+    (flow.generation, flow.rule) = (0, u32::MAX);
+    flow.paths = Flow::default().paths;
 }
 
 const PEERS: &str = "node_port_peers";

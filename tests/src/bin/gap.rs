@@ -1,5 +1,6 @@
 //! `cargo xtask gap`.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -21,13 +22,16 @@ struct Arguments {
     /// How often everything else happens
     #[arg(long, default_value_t = 5)]
     times: u32,
+    /// Only upgrade from this bridge-agent, with no connection tracking on the node
+    #[arg(long, value_name = "PROGRAM")]
+    from: Option<PathBuf>,
     /// Print a JSON object for each row instead of the table
     #[arg(long)]
     json: bool,
 }
 
 fn main() -> Result<ExitCode> {
-    let Arguments { rate, kills, times, json } = Arguments::parse();
+    let Arguments { rate, kills, times, from, json } = Arguments::parse();
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
     table.set_header([
@@ -51,7 +55,12 @@ fn main() -> Result<ExitCode> {
                 row.what, row.engines, row.reading.lost, row.reading.leaked
             ),
         };
-        for row in runs::all(engines, Effort { rate, kills, times }, show)? {
+        let effort = Effort { rate, kills, times };
+        let rows = match &from {
+            Some(from) => vec![runs::upgrade(from, engines, effort)?],
+            None => runs::all(engines, effort, show)?,
+        };
+        for row in rows {
             clean &= row.is_clean();
             let r = &row.reading;
             let number = |value: f64| format!("{value:.1}");

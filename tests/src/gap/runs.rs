@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -204,6 +204,19 @@ fn other_version(agent: &mut Agent, _: &Lab) -> Result<()> {
     agent.restart()?;
     ensure!(!other.exists(), "the other version was not removed:\n{}", agent.log());
     Ok(())
+}
+
+/// An upgrade from another binary to this one.
+///
+/// # Errors
+/// The lab or an agent fails; not that packets are lost.
+pub fn upgrade(from: &Path, engines: Engines, effort: Effort) -> Result<Row> {
+    let lab = Lab::builder().pods(1).build()?;
+    let mut agent = Agent::start_program(from.to_owned(), &lab, lab.b(), &configuration(engines, 0))?;
+    let mut meter = Meter::start(&lab, effort.rate)?;
+    agent.replace_program(program()?);
+    let ((), reading) = meter.while_doing(|_| agent.restart())?;
+    Ok(Row { what: "upgrade from the program given", engines: engines.name(), times: 1, reading })
 }
 
 /// Where another version of the ABI would have its pins.
