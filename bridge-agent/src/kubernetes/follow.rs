@@ -36,6 +36,8 @@ pub(super) struct State(Arc<Inner>);
 
 struct Inner {
     cluster: Mutex<Cluster>,
+    /// Whether the cluster is as an earlier run knew it, until all is listed.
+    from_before: bool,
     health: Mutex<Health>,
     applied: Mutex<Applied>,
     /// Grows with each change of the cluster.
@@ -62,7 +64,7 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl State {
-    fn new(cluster: Cluster, expected: Vec<&'static str>) -> Self {
+    fn new(before: Option<Cluster>, expected: Vec<&'static str>) -> Self {
         let health = Health {
             server: String::new(),
             expected,
@@ -71,7 +73,8 @@ impl State {
             since: SystemTime::now(),
         };
         Self(Arc::new(Inner {
-            cluster: Mutex::new(cluster),
+            from_before: before.is_some(),
+            cluster: Mutex::new(before.unwrap_or_default()),
             health: Mutex::new(health),
             applied: Mutex::default(),
             version: watch::Sender::new(0),
@@ -156,6 +159,7 @@ impl State {
             connected: health.failing.is_empty(),
             since: crate::runtime::at(health.since),
             failing: failing.map(|(resource, reason)| ((*resource).to_owned(), reason.clone())).collect(),
+            known: self.0.from_before || missing.clone().next().is_none(),
             waiting_for: missing.map(ToString::to_string).collect(),
             current: applied.current,
             pod_networks_from: applied.origin,
@@ -222,7 +226,7 @@ impl Follower {
                 "cluster as last known"
             );
         }
-        let state = State::new(before.unwrap_or_default(), expected(config.role, section.pod_networks));
+        let state = State::new(before, expected(config.role, section.pod_networks));
         let seen = state.0.version.subscribe();
         let follow = supervise(section.clone(), node.clone(), state.clone());
         let report = report::run(section.clone(), node.clone(), state.clone(), shared.clone(), saved);

@@ -20,6 +20,8 @@ pub struct KubernetesStatus {
     pub since: String,
     /// What cannot be followed, and why.
     pub failing: BTreeMap<String, String>,
+    /// Whether anything is known of the cluster: all of it, or what an earlier run of the agent knew.
+    pub known: bool,
     /// What has not been heard of since the agent has started. Until all of it has, nothing is withdrawn.
     pub waiting_for: Vec<String>,
     /// Whether what is known is in force.

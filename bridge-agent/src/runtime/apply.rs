@@ -238,9 +238,9 @@ impl Agent {
     /// The iptables rules of a policy on trial are not saved for the boot; now they are.
     fn save_rules(&mut self, files: &Files) {
         let Some(filter) = &mut self.filter else { return };
-        let saved = config::load(files.config())
-            .map_err(Error::from)
-            .and_then(|loaded| Ok(filter.reload(&cluster::with(self.cluster.as_ref(), loaded.config), false)?));
+        let saved = config::load(files.config()).map_err(Error::from).and_then(|loaded| {
+            Ok(filter.reload(&cluster::with(self.cluster.as_ref(), loaded.config), false)?)
+        });
         if let Err(error) = saved {
             tracing::error!(%error, "the iptables rules were not saved for the next boot");
         }

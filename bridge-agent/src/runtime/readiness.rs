@@ -23,6 +23,13 @@ impl Status {
                 );
             }
         }
+        // While the API server is away, what was known of the cluster is in force: that is as it should be.
+        if let Some(cluster) = self.kubernetes.as_ref().filter(|cluster| !cluster.known) {
+            let missing = cluster.waiting_for.join(", ");
+            let why: Vec<_> =
+                cluster.failing.iter().map(|(name, reason)| format!("; {name}: {reason}")).collect();
+            reasons.push(format!("kubernetes: not listed yet: {missing}{}", why.concat()));
+        }
         let failure = self.firewall.as_ref().and_then(|firewall| firewall.failure.as_ref());
         reasons.extend(failure.map(|failure| format!("iptables: {failure}")));
         reasons
@@ -33,6 +40,7 @@ impl Status {
 mod tests {
     use super::super::{AttachedInterface, Enforcement, FirewallStatus};
     use super::*;
+    use crate::kubernetes::KubernetesStatus;
 
     fn node(roles: &[&str], generation: u32) -> Status {
         let interface =
@@ -51,6 +59,13 @@ mod tests {
         assert!(reason(&node(&["external"], 0)).contains("no policy"));
         let nothing = Status { enforcement: None, ..node(&[], 1) };
         assert_eq!(reason(&nothing), "no engine is in force");
+        let cluster = |known| {
+            let waiting_for = vec!["pods".to_owned()];
+            let kubernetes = Some(KubernetesStatus { known, waiting_for, ..KubernetesStatus::default() });
+            Status { kubernetes, ..node(&["external"], 1) }
+        };
+        assert_eq!(reason(&cluster(false)), "kubernetes: not listed yet: pods");
+        assert_eq!(reason(&cluster(true)), "", "what was known before is in force");
         let failure = Some("the rules cannot be read".to_owned());
         let firewall = FirewallStatus { failure, ..serde_json::from_str(r#"{"backend":"nft","repairs":0,"lastRepair":null,"lastRepairTime":null,"failure":null,"divergence":null}"#).unwrap() };
         let broken = Status { firewall: Some(firewall), ..node(&["external"], 1) };

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value as Json;
 
-use super::cluster::{Affinity, Block, Cluster, Labels, Node, Pod, Policy, Table, Told};
+use super::cluster::{Cluster, Labels, Node, Pod, Policy, Table, Told};
 use super::resources::{ACCEPTED, GROUP};
 
 /// An object that the agent follows.
@@ -74,7 +74,7 @@ macro_rules! object {
     }) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Deserialize)]
-        pub(super) struct $name {
+        pub(in crate::kubernetes) struct $name {
             #[serde(default, deserialize_with = "meta")]
             metadata: ObjectMeta,
             $(#[serde(default, deserialize_with = "or_default")] $field: $type,)*
@@ -111,6 +111,11 @@ macro_rules! object {
     };
 }
 
+// The macro is known from here on.
+mod plugins;
+
+pub(super) use plugins::{AffinityObject, BlockObject, CiliumObject};
+
 object! {
     /// `v1` Node.
     NodeObject: "", "v1", "Node", "nodes", ClusterResourceScope { spec: NodeSpec, status: NodeStatus }
@@ -131,21 +136,6 @@ object! {
         status: PolicyStatus,
     }
 }
-object! {
-    /// `crd.projectcalico.org/v1` IPAMBlock.
-    BlockObject: "crd.projectcalico.org", "v1", "IPAMBlock", "ipamblocks", ClusterResourceScope { spec: BlockSpec }
-}
-object! {
-    /// `crd.projectcalico.org/v1` BlockAffinity.
-    AffinityObject: "crd.projectcalico.org", "v1", "BlockAffinity", "blockaffinities", ClusterResourceScope {
-        spec: AffinitySpec,
-    }
-}
-object! {
-    /// `cilium.io/v2` CiliumNode.
-    CiliumObject: "cilium.io", "v2", "CiliumNode", "ciliumnodes", ClusterResourceScope { spec: CiliumSpec }
-}
-
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct NodeSpec {
@@ -324,126 +314,11 @@ fn one_line(errors: &crate::config::ConfigErrors) -> String {
     lines.join(". ")
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct BlockSpec {
-    cidr: String,
-    #[serde(deserialize_with = "or_default")]
-    affinity: String,
-    #[serde(deserialize_with = "or_default")]
-    deleted: bool,
-    /// For each address of the block, which of `attributes` has it.
-    #[serde(deserialize_with = "or_default")]
-    allocations: Vec<Option<usize>>,
-    #[serde(deserialize_with = "or_default")]
-    attributes: Vec<Attribute>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct Attribute {
-    #[serde(deserialize_with = "or_default")]
-    secondary: BTreeMap<String, String>,
-}
-
-/// How Calico names a node in the affinity of a block.
-const OF_HOST: &str = "host:";
-/// As many addresses a block is believed to have; Calico's own limit is lower.
-const MOST_ADDRESSES: usize = 1 << 16;
-
-impl Followed for BlockObject {
-    type Kept = Block;
-    const NAME: &'static str = "ipamblocks.crd.projectcalico.org";
-
-    fn keep(self) -> Option<Block> {
-        let BlockSpec { cidr, affinity, deleted, allocations, attributes } = self.spec;
-        let network = cidr.parse::<IpNet>().ok().filter(|_| !deleted)?.trunc();
-        let node = affinity.strip_prefix(OF_HOST).map(Box::from);
-        // An address that a pod on another node has: it needs a route of its own.
-        let lent = |(index, attribute): (usize, &Option<usize>)| {
-            let holder = attributes.get((*attribute)?)?.secondary.get("node")?;
-            (node.as_deref() != Some(holder.as_str()))
-                .then(|| Some((nth(network, index)?, Box::from(holder.as_str()))))?
-        };
-        let lent = allocations.iter().take(MOST_ADDRESSES).enumerate().filter_map(lent).collect();
-        Some(Block { network, node, lent })
-    }
-
-    fn table(cluster: &mut Cluster) -> &mut Table<Block> {
-        &mut cluster.blocks
-    }
-}
-
-/// The address at `index` of a network, if it has so many.
-fn nth(network: IpNet, index: usize) -> Option<IpAddr> {
-    let address = match network.network() {
-        IpAddr::V4(first) => {
-            IpAddr::from(first.to_bits().checked_add(u32::try_from(index).ok()?)?.to_be_bytes())
-        }
-        IpAddr::V6(first) => IpAddr::from((first.to_bits() + u128::try_from(index).ok()?).to_be_bytes()),
-    };
-    network.contains(&address).then_some(address)
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct AffinitySpec {
-    cidr: String,
-    node: String,
-    state: String,
-    /// A text, in this resource.
-    #[serde(deserialize_with = "or_default")]
-    deleted: String,
-}
-
-impl Followed for AffinityObject {
-    type Kept = Affinity;
-    const NAME: &'static str = "blockaffinities.crd.projectcalico.org";
-
-    fn keep(self) -> Option<Affinity> {
-        let AffinitySpec { cidr, node, state, deleted } = self.spec;
-        let network = cidr.parse::<IpNet>().ok()?.trunc();
-        (state == "confirmed" && deleted != "true").then(|| Affinity { network, node: node.into() })
-    }
-
-    fn table(cluster: &mut Cluster) -> &mut Table<Affinity> {
-        &mut cluster.affinities
-    }
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct CiliumSpec {
-    #[serde(deserialize_with = "or_default")]
-    ipam: CiliumIpam,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
-struct CiliumIpam {
-    #[serde(rename = "podCIDRs", deserialize_with = "or_default")]
-    pod_cidrs: Vec<String>,
-}
-
-impl Followed for CiliumObject {
-    type Kept = Node;
-    const NAME: &'static str = "ciliumnodes.cilium.io";
-
-    fn keep(self) -> Option<Node> {
-        // Its addresses, the node itself has.
-        Some(Node { addresses: [].into(), networks: networks(&self.spec.ipam.pod_cidrs) })
-    }
-
-    fn table(cluster: &mut Cluster) -> &mut Table<Node> {
-        &mut cluster.cilium
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn kept<T: Followed>(json: &str) -> Option<T::Kept> {
+    pub(super) fn kept<T: Followed>(json: &str) -> Option<T::Kept> {
         serde_json::from_str::<T>(json).expect("it is read").keep()
     }
 
@@ -476,27 +351,6 @@ mod tests {
         assert_eq!(pod(r#"{"hostNetwork": true}"#, both), None);
         assert_eq!(pod("{}", r#"{"phase": "Succeeded", "podIP": "10.200.1.91"}"#), None);
         assert_eq!(pod("{}", r#"{"phase": "Pending"}"#), None);
-    }
-
-    #[test]
-    fn a_block_of_calico_lends_addresses_to_other_nodes() {
-        let block = kept::<BlockObject>(
-            r#"{"spec": {"cidr": "10.200.1.0/30", "affinity": "host:b", "deleted": false, "allocations": [0, null, 1, 1],
-                "attributes": [{"secondary": {"node": "b", "pod": "c1"}}, {"secondary": {"node": "b2"}}]}}"#,
-        );
-        let block = block.unwrap();
-        assert_eq!(block.node.as_deref(), Some("b"));
-        let lent = |text: &str| (text.parse().unwrap(), Box::from("b2"));
-        assert_eq!(&*block.lent, [lent("10.200.1.2"), lent("10.200.1.3")]);
-        assert_eq!(kept::<BlockObject>(r#"{"spec": {"cidr": "10.200.1.0/30", "deleted": true}}"#), None);
-        let affinity = |state: &str, deleted: &str| {
-            kept::<AffinityObject>(&format!(
-                r#"{{"spec": {{"cidr": "10.200.1.0/26", "node": "b", "state": "{state}", "deleted": "{deleted}"}}}}"#
-            ))
-        };
-        assert!(affinity("confirmed", "false").is_some());
-        assert_eq!(affinity("pending", "false"), None);
-        assert_eq!(affinity("confirmed", "true"), None);
     }
 
     #[test]
