@@ -8,6 +8,7 @@ pub mod agent;
 pub mod bench;
 pub mod container;
 pub mod gap;
+pub mod kubernetes;
 pub mod lab;
 pub mod netns;
 pub mod packet;

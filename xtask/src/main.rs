@@ -3,6 +3,7 @@
 mod abi;
 mod build;
 mod cmd;
+mod crds;
 mod lint;
 mod run;
 mod setup;
@@ -55,6 +56,10 @@ enum Command {
         #[arg(long)]
         bless: bool,
     },
+    /// Write the custom resource definitions into deploy/kubernetes/crds
+    Crds,
+    /// Build kube-apiserver and kubectl for the tests, from Debian's source package, unless they are there
+    KubeAssets,
     /// Measure, side by side with what a user would otherwise pick
     Bench {
         /// Arguments of the benchmark
@@ -95,6 +100,8 @@ fn main() -> ExitCode {
         Command::Test { filter } => test::main(filter.as_deref()),
         Command::Lint => lint::main(),
         Command::Abi { bless } => abi::main(bless),
+        Command::Crds => crds::main(),
+        Command::KubeAssets => setup::kube_assets::main(),
         Command::Bench { arguments } => run::bench(&arguments),
         Command::Gap { arguments } => run::gap(&arguments),
         Command::Parity { arguments } => run::parity(&arguments),

@@ -26,6 +26,9 @@ pub(crate) fn main(lab: &[OsString], agent: &[OsString]) -> Result<()> {
 /// # Errors
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
+    if arguments.iter().any(|argument| argument == "--kube") {
+        setup::kube_assets::ensure()?;
+    }
     built(true, "bridge-tests", "bench", arguments)
 }
 

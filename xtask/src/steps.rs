@@ -14,9 +14,17 @@ pub(crate) struct Steps(Vec<Step>);
 struct Step {
     name: &'static str,
     took: Duration,
-    ok: bool,
+    outcome: Outcome,
     /// Closing line of a test runner.
     closing: Option<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Ok,
+    Failed,
+    /// What it needs is not to be had here; the table says so.
+    NotRun,
 }
 
 impl Steps {
@@ -29,8 +37,24 @@ impl Steps {
         if let Err(error) = &result {
             eprintln!("error: {name}: {error:#}");
         }
-        self.0.push(Step { name, took, ok: result.is_ok(), closing: None });
+        let outcome = if result.is_ok() { Outcome::Ok } else { Outcome::Failed };
+        self.0.push(Step { name, took, outcome, closing: None });
         result.ok()
+    }
+
+    /// As [`Self::step`]; but where it is not `required`, a failure is listed as not run, and fails nothing.
+    pub(crate) fn step_or_not_run<T>(
+        &mut self,
+        name: &'static str,
+        required: bool,
+        action: impl FnOnce() -> Result<T>,
+    ) -> Option<T> {
+        let result = self.step(name, action);
+        if let (None, false, Some(step)) = (&result, required, self.0.last_mut()) {
+            step.outcome = Outcome::NotRun;
+            step.closing = Some("what needs it was NOT RUN".to_owned());
+        }
+        result
     }
 
     /// Shows `line` beside the last step.
@@ -46,7 +70,8 @@ impl Steps {
     /// A step failed.
     pub(crate) fn finish(self) -> Result<()> {
         println!("\n{self}");
-        let failed: Vec<_> = self.0.iter().filter(|step| !step.ok).map(|step| step.name).collect();
+        let failed: Vec<_> =
+            self.0.iter().filter(|step| step.outcome == Outcome::Failed).map(|step| step.name).collect();
         if !failed.is_empty() {
             bail!("failed: {}", failed.join("; "));
         }
@@ -57,7 +82,11 @@ impl Steps {
 impl fmt::Display for Steps {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for step in &self.0 {
-            let outcome = if step.ok { "ok    " } else { "FAILED" };
+            let outcome = match step.outcome {
+                Outcome::Ok => "ok     ",
+                Outcome::Failed => "FAILED ",
+                Outcome::NotRun => "NOT RUN",
+            };
             write!(f, "{outcome} {:7.1} s  {}", step.took.as_secs_f64(), step.name)?;
             if let Some(closing) = &step.closing {
                 write!(f, ": {closing}")?;
@@ -65,7 +94,7 @@ impl fmt::Display for Steps {
             writeln!(f)?;
         }
         let total: Duration = self.0.iter().map(|step| step.took).sum();
-        write!(f, "       {:7.1} s  in all", total.as_secs_f64())
+        write!(f, "        {:7.1} s  in all", total.as_secs_f64())
     }
 }
 
@@ -85,6 +114,17 @@ mod tests {
         let table = steps.to_string();
         assert!(table.contains("FAILED") && table.contains("third: 7 tests run"), "{table}");
         assert_eq!(steps.finish().unwrap_err().to_string(), "failed: second");
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_listed_as_not_run_or_fails_where_it_must_be_had() {
+        let mut steps = Steps::default();
+        steps.step_or_not_run("server", false, || Err::<(), _>(anyhow!("no network")));
+        assert!(steps.to_string().contains("NOT RUN"), "{steps}");
+        steps.finish().unwrap();
+        let mut steps = Steps::default();
+        steps.step_or_not_run("server", true, || Err::<(), _>(anyhow!("no network")));
+        steps.finish().unwrap_err();
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod agent;
 pub mod forward;
+pub mod kube;
 mod packet;
 mod policy;
 pub mod pool;

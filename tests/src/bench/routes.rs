@@ -20,8 +20,8 @@ use crate::wait::eventually;
 
 const RUNS: usize = 3;
 /// Each with one IPv4 and one IPv6 network.
-const NODES: u32 = 5000;
-const ROUTES: usize = NODES as usize * 2;
+pub(super) const NODES: u32 = 5000;
+pub(super) const ROUTES: usize = NODES as usize * 2;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 pub(super) fn measure() -> Result<Vec<Measurement>> {
@@ -49,7 +49,7 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
     Ok(measured.collect())
 }
 
-fn network(node: u32, v6: bool) -> IpNet {
+pub(super) fn network(node: u32, v6: bool) -> IpNet {
     if v6 {
         IpNet::new_assert(Ipv6Addr::from((0xfd00_0200_u128 << 96) | (u128::from(node) << 64)).into(), 64)
     } else {
@@ -57,7 +57,7 @@ fn network(node: u32, v6: bool) -> IpNet {
     }
 }
 
-fn address(node: u32, v6: bool) -> IpAddr {
+pub(super) fn address(node: u32, v6: bool) -> IpAddr {
     if v6 {
         Ipv6Addr::from((0xfd32_u128 << 112) | u128::from(node + 256)).into()
     } else {
@@ -84,7 +84,7 @@ fn write_cluster(path: &Path, moved: bool) -> Result<()> {
 }
 
 /// How many routes of bridge the kernel has.
-fn count(lab: &Lab) -> Result<usize> {
+pub(super) fn count(lab: &Lab) -> Result<usize> {
     lab.a().netns.run(|| {
         let observed = Netlink::open()?.observe(&Interest::default())?;
         Ok(observed.routes.iter().filter(|route| route.is_own()).count())

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use bridge_tests::bench::{COMPARISON, GROUPS, Limit, Measurement, forward::Comparison, pool};
+use bridge_tests::bench::{COMPARISON, GROUPS, Limit, Measurement, forward::Comparison, kube, pool};
 use clap::Parser;
 use comfy_table::{Table, presets};
 
@@ -22,6 +22,9 @@ struct Arguments {
     /// Show the comparison in README.md and docs/benchmark.md, too; from the folder of the repository
     #[arg(long)]
     publish: bool,
+    /// Only what a large cluster costs: 5,000 nodes and 50,000 pods in a real API server
+    #[arg(long)]
+    kube: bool,
     /// Print one JSON object a line instead of tables
     #[arg(long)]
     json: bool,
@@ -46,10 +49,12 @@ fn main() -> Result<ExitCode> {
     let output = &arguments.output;
     fs::create_dir_all(output).with_context(|| format!("make {}", output.display()))?;
 
-    let comparison = wanted(COMPARISON).then(|| Comparison::run(arguments.quick)).transpose()?;
+    let comparison =
+        (!arguments.kube && wanted(COMPARISON)).then(|| Comparison::run(arguments.quick)).transpose()?;
     let mut measurements = Vec::new();
-    for (name, measure) in GROUPS {
-        if wanted(name) {
+    let cluster = [kube::GROUP];
+    for (name, measure) in if arguments.kube { &cluster[..] } else { GROUPS } {
+        if arguments.kube || wanted(name) {
             eprintln!("measuring: {name}");
             measurements.extend(measure()?);
         }

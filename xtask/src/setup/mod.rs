@@ -4,6 +4,7 @@
 //! installed by the package manager it belongs to, and said.
 
 mod apt;
+pub(crate) mod kube_assets;
 mod rust_tools;
 pub(crate) mod toolchain;
 
@@ -43,9 +44,10 @@ const LAB: [Program; 11] = [
 ];
 
 /// Programs that only tests need.
-const TEST: [Program; 2] = [
+const TEST: [Program; 3] = [
     program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself"),
     program("crun", "crun", "the tests of the DaemonSet run the agent as a container"),
+    program("openssl", "openssl", "certificates of the API server of the Kubernetes tests"),
 ];
 
 /// Programs that start other kernels.

@@ -1,0 +1,46 @@
+//! Where kube-apiserver, etcd and kubectl are.
+
+use std::env;
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+/// The programs of a control plane.
+#[derive(Clone, Debug)]
+pub struct Assets {
+    /// `kube-apiserver`.
+    pub server: PathBuf,
+    /// `etcd`.
+    pub etcd: PathBuf,
+    /// `kubectl`.
+    pub kubectl: PathBuf,
+}
+
+impl Assets {
+    /// In `$KUBEBUILDER_ASSETS`, else where `cargo xtask kube-assets` puts them, else in `PATH`.
+    ///
+    /// # Errors
+    /// One is in none of them.
+    pub fn find() -> Result<Self> {
+        Ok(Self { server: find("kube-apiserver")?, etcd: find("etcd")?, kubectl: find("kubectl")? })
+    }
+}
+
+fn find(name: &str) -> Result<PathBuf> {
+    let given = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+    let path = env::var_os("PATH").unwrap_or_default();
+    let folders = given.into_iter().chain(built()).chain(env::split_paths(&path));
+    match folders.map(|folder| folder.join(name)).find(|program| program.is_file()) {
+        Some(program) => Ok(program),
+        None => bail!(
+            "there is no {name}: run `cargo xtask kube-assets`, or name a folder that has it in KUBEBUILDER_ASSETS"
+        ),
+    }
+}
+
+/// Where `cargo xtask kube-assets` puts what it builds.
+fn built() -> Option<PathBuf> {
+    let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
+    Some(cache.join("bridge/kube"))
+}

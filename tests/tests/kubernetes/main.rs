@@ -1,0 +1,7 @@
+//! Agents that follow a real API server, on real packets.
+
+mod follow;
+mod outage;
+mod resources;
+mod selectors;
+mod support;

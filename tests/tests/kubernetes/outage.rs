@@ -1,0 +1,97 @@
+//! The API server goes, comes back, has forgotten, or knows us no more.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use bridge_tests::kubernetes::User;
+use bridge_tests::lab::Family;
+use bridge_tests::traffic::tcp;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::support::{
+    OPEN, cluster, is_refused, on_host, on_node, open, policy, until, until_closed, until_current, until_open,
+};
+
+#[test]
+fn what_is_in_force_stays_while_the_api_server_is_away() -> Result<()> {
+    let (lab, mut server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c1", c1)?;
+    server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+    let mut node = on_node(&lab, &server)?;
+    let mut host = on_host(&lab, &server)?;
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    let (allowed, denied) = (c1.at(Family::V4, OPEN), c1.at(Family::V4, OPEN + 1));
+    let mut long = until_open(a, allowed, &node)?;
+
+    server.stop_server();
+    for agent in [&node, &host] {
+        let cluster = until(agent, |cluster| cluster["connected"] == false)?;
+        assert!(cluster["since"].as_str().is_some_and(|since| since.ends_with('Z')), "{cluster}");
+        assert!(cluster["failing"].as_object().is_some_and(|failing| !failing.is_empty()), "{cluster}");
+        let said = agent.run(&["status"])?;
+        assert!(said.contains("GONE, what is in force stays, since 2"), "{said}");
+    }
+    open(a, allowed).context("enforcement and routes stay")?;
+    assert!(is_refused(a, denied)?);
+
+    // Also over restarts: of that cluster nothing can be heard now.
+    node.restart()?;
+    host.restart()?;
+    open(a, allowed).context("after a restart without an API server")?;
+    assert!(is_refused(a, denied)?);
+    long.round_trip(Duration::from_secs(5))?;
+    until(&node, |cluster| {
+        cluster["waitingFor"] != json!([]) && cluster["policies"][0]["name"] == "devices"
+    })?;
+
+    server.start_server()?;
+    until(&node, |cluster| cluster["connected"] == true && cluster["waitingFor"] == json!([]))?;
+    until(&host, |cluster| cluster["connected"] == true)?;
+    server.kubectl(&["delete", "bridgepolicy", "devices"], "")?;
+    until_closed(a, allowed, &node)
+}
+
+#[test]
+fn who_has_fallen_behind_lists_anew_and_misses_nothing() -> Result<()> {
+    let (lab, mut server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c1", c1)?;
+    server.apply(&policy("old", "podSelector: {}"))?;
+    let node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let _servers = [OPEN, OPEN + 1].map(|port| tcp::Server::echo(&c1.netns, c1.at(Family::V4, port)));
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+
+    // While the agent sleeps, one policy goes, another comes, and etcd forgets how it was: the watch cannot go on (410).
+    let pid = Pid::from_raw(node.pid().cast_signed()).context("a process id")?;
+    kill_process(pid, Signal::STOP)?;
+    server.kubectl(&["delete", "bridgepolicy", "old"], "")?;
+    server.apply(&policy("new", "podSelector: {}").replace(&OPEN.to_string(), &(OPEN + 1).to_string()))?;
+    server.compact()?;
+    server.stop_server();
+    server.start_server()?;
+    kill_process(pid, Signal::CONT)?;
+    until_open(a, c1.at(Family::V4, OPEN + 1), &node)?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)
+}
+
+#[test]
+fn a_new_token_is_read_when_the_old_one_is_refused() -> Result<()> {
+    let (lab, mut server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)?;
+    server.rotate(User::Node)?;
+    until(&node, |cluster| cluster["connected"] == false)?;
+    server.start_server()?;
+    until(&node, |cluster| cluster["connected"] == true)?;
+    server.apply(&policy("all", "pods: [10.200.1.0/24]"))?;
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+    until_current(&node).map(drop)
+}
