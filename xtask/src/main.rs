@@ -4,6 +4,7 @@ mod abi;
 mod build;
 mod cmd;
 mod crds;
+mod image;
 mod lint;
 mod run;
 mod setup;
@@ -72,6 +73,15 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Build the container image, with buildah, on a base made by debootstrap
+    Image {
+        /// Take this base instead, for instance docker.io/library/debian:bookworm-slim
+        #[arg(long)]
+        base: Option<String>,
+        /// Build it a second time, compare, and run the agent from it in the lab
+        #[arg(long)]
+        test: bool,
+    },
     /// Send the same random packets through eBPF and through iptables, and compare what becomes of them
     Parity {
         /// For instance --packets 1000000 --seed 1
@@ -104,6 +114,7 @@ fn main() -> ExitCode {
         Command::KubeAssets => setup::kube_assets::main(),
         Command::Bench { arguments } => run::bench(&arguments),
         Command::Gap { arguments } => run::gap(&arguments),
+        Command::Image { base, test } => image::main(base.as_deref(), test),
         Command::Parity { arguments } => run::parity(&arguments),
         Command::Vm { kernels, write, command } => vm::main(&kernels, write, &command),
     };

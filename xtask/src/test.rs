@@ -91,7 +91,7 @@ fn nextest(
 }
 
 /// Has cargo start each test binary by sudo; cargo itself, and what it writes, stays with the user.
-fn run_tests_by_sudo(command: &mut Command) -> Result<()> {
+pub(crate) fn run_tests_by_sudo(command: &mut Command) -> Result<()> {
     let sudo = cmd::as_root(Path::new("true"), &[]).context("the privileged tests need root")?;
     let sudo = sudo.get_program().to_owned();
     // Asks for the password now rather than in the middle of the tests.

@@ -55,6 +55,12 @@ impl Metadata {
             .context("cargo metadata names no target directory")
     }
 
+    /// The version of `package`.
+    pub(crate) fn version(&self, package: &str) -> Option<String> {
+        let packages = self.0["packages"].as_array()?;
+        packages.iter().find(|p| p["name"] == package)?["version"].as_str().map(str::to_owned)
+    }
+
     /// The names of the binaries of `package`.
     pub(crate) fn bins(&self, package: &str) -> Vec<String> {
         let array = |value: &serde_json::Value| value.as_array().cloned().unwrap_or_default();
@@ -76,11 +82,12 @@ mod tests {
     fn bins_of_one_package() {
         let metadata = Metadata::parse(
             r#"{"target_directory": "/t", "packages": [
-                {"name": "a", "targets": [{"name": "a", "kind": ["lib"]}, {"name": "x", "kind": ["bin"]}]},
+                {"name": "a", "version": "1.2.3", "targets": [{"name": "a", "kind": ["lib"]}, {"name": "x", "kind": ["bin"]}]},
                 {"name": "b", "targets": [{"name": "y", "kind": ["bin"]}]}]}"#,
         )
         .unwrap();
         assert_eq!(metadata.bins("a"), ["x"]);
+        assert_eq!(metadata.version("a").as_deref(), Some("1.2.3"));
         assert_eq!(metadata.target_directory().unwrap(), Path::new("/t"));
     }
 }

@@ -17,7 +17,7 @@ pub(crate) use rust_tools::cache;
 use toolchain::EbpfToolchain;
 
 /// A program that is run by name.
-struct Program {
+pub(crate) struct Program {
     name: &'static str,
     /// The Debian package that holds it.
     package: &'static str,
@@ -54,6 +54,13 @@ const TEST: [Program; 3] = [
 const MACHINE: [Program; 2] = [
     program("qemu-system-x86_64", "qemu-system-x86", "to run other kernels in emulation"),
     program("busybox", "busybox-static", "what starts before those kernels see this host's files"),
+];
+
+/// What builds the container image.
+pub(crate) const IMAGE: [Program; 3] = [
+    program("buildah", "buildah", "builds the container image"),
+    program("debootstrap", "debootstrap", "makes the base of the container image"),
+    program("strip", "binutils", "takes debugging information out of the agent in the image"),
 ];
 
 /// What is wanted of the machine.
@@ -94,12 +101,7 @@ pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
     if scope >= Scope::Lab {
         let machine: &[Program] = if scope >= Scope::Machine { &MACHINE } else { &[] };
         let tests: &[Program] = if scope >= Scope::Test { &TEST } else { &[] };
-        let missing = LAB
-            .iter()
-            .chain(machine)
-            .chain(tests)
-            .filter(|program| cmd::find_program(program.name).is_none());
-        apt.install(missing.map(|program| (program.package, program.why)))?;
+        install(&mut apt, LAB.iter().chain(machine).chain(tests))?;
     }
     let ebpf = toolchain::ensure(&mut apt)?;
     let checks = if scope >= Scope::Test {
@@ -113,6 +115,19 @@ pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
         None
     };
     Ok(Ready { ebpf, checks })
+}
+
+/// Sees to it that these programs are there.
+///
+/// # Errors
+/// As [`ensure`].
+pub(crate) fn programs(wanted: &[Program]) -> Result<()> {
+    install(&mut apt::Apt::default(), wanted.iter())
+}
+
+fn install<'a>(apt: &mut apt::Apt, wanted: impl Iterator<Item = &'a Program>) -> Result<()> {
+    let missing = wanted.filter(|program| cmd::find_program(program.name).is_none());
+    apt.install(missing.map(|program| (program.package, program.why)))
 }
 
 /// `cargo xtask setup`.
