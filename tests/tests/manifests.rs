@@ -29,17 +29,19 @@ fn texts(list: &Value) -> BTreeSet<String> {
 fn every_manifest_is_in_the_kustomization_and_in_the_namespace() -> Result<()> {
     let kustomization = objects("kustomization.yaml")?.remove(0);
     let listed = texts(&kustomization["resources"]);
-    let names = fs::read_dir(folder())?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
-    let mut there = names.collect::<Result<BTreeSet<String>>>()?;
+    let names = |below: &str| -> Result<Vec<String>> {
+        let entries = fs::read_dir(folder().join(below))?;
+        entries.map(|entry| Ok(format!("{below}{}", entry?.file_name().to_string_lossy()))).collect()
+    };
+    let mut there: BTreeSet<String> = names("")?.into_iter().chain(names("crds/")?).collect();
     for other in ["kustomization.yaml", "agent.yaml", "crds"] {
         there.remove(other);
     }
-    let own: BTreeSet<_> = listed.iter().filter(|name| !name.starts_with("crds/")).cloned().collect();
-    ensure!(own == there, "{own:?} {there:?}");
-    for name in &own {
+    ensure!(listed == there, "{listed:?} {there:?}");
+    for name in &listed {
         for object in objects(name)? {
             let kind = object["kind"].as_str().context("kind")?;
-            let cluster_wide = kind.starts_with("Cluster") || kind == "Namespace";
+            let cluster_wide = kind.starts_with("C") && kind != "ConfigMap" || kind == "Namespace";
             let namespace = object["metadata"]["namespace"].as_str();
             ensure!((namespace == Some("bridge-system")) != cluster_wide, "{name}: {kind} in {namespace:?}");
         }

@@ -20,12 +20,15 @@ pub(super) struct Node {
     pub(super) networks: Box<[IpNet]>,
 }
 
-/// A pod with addresses of its own.
+/// A pod with addresses of its own, or one that takes part in the port pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Pod {
     pub(super) namespace: Box<str>,
     pub(super) labels: Labels,
     pub(super) addresses: Box<[IpAddr]>,
+    /// By which its control group is named, if it takes part in the transparent port pool.
+    #[serde(default)]
+    pub(super) pool_uid: Option<Box<str>>,
 }
 
 /// A `BridgePolicy`.

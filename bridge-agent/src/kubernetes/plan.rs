@@ -1,6 +1,6 @@
 //! What the configuration file and the cluster come to together: a configuration as if all of it stood in the file. Pure.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
@@ -22,6 +22,8 @@ pub(crate) struct Planned {
     pub(crate) routes: Vec<DesiredRoute>,
     /// Who says which pod networks a node has.
     pub(crate) origin: Origin,
+    /// The pods of this node that take part in the transparent port pool.
+    pub(crate) pool_pods: BTreeSet<String>,
     /// The policies that are in it.
     pub(crate) policies: Vec<ObservedPolicy>,
     /// What cannot be followed, and why.
@@ -36,6 +38,11 @@ pub(crate) fn plan(file: &Config, cluster: &Cluster, node: Option<&str>) -> Plan
         config: file.clone(),
         routes: Vec::new(),
         origin,
+        pool_pods: cluster
+            .pods
+            .iter()
+            .filter_map(|(_, pod)| Some(pod.pool_uid.as_ref()?.to_string()))
+            .collect(),
         policies: Vec::new(),
         remarks: Vec::new(),
     };

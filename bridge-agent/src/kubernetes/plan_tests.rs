@@ -20,7 +20,12 @@ fn node(number: u8) -> Option<Node> {
 
 fn pod(app: &str, address: &str) -> Option<Pod> {
     let labels = labels(&[("app", app)]);
-    Some(Pod { namespace: "shop".into(), labels, addresses: [address.parse().unwrap()].into() })
+    Some(Pod {
+        namespace: "shop".into(),
+        labels,
+        addresses: [address.parse().unwrap()].into(),
+        pool_uid: None,
+    })
 }
 
 fn policy(rules: &str) -> Option<Policy> {
@@ -49,6 +54,18 @@ fn rules(planned: &Planned) -> String {
         format!("{}: {}", rule.name, pods.map_or_else(|| "all".into(), |pods| format!("[{pods}]")))
     };
     planned.config.policy().rules.into_iter().map(one).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn pods_that_take_part_in_the_pool_are_known_by_uid_before_they_have_an_address() {
+    let mut cluster = cluster();
+    assert!(with(FILE, &cluster).pool_pods.is_empty());
+    let waiting =
+        Pod { addresses: [].into(), pool_uid: Some("uid-1".into()), ..pod("web", "10.200.2.93").unwrap() };
+    cluster.pods.apply("shop/new".into(), Some(waiting));
+    let planned = with(FILE, &cluster);
+    assert_eq!(planned.pool_pods, ["uid-1".to_owned()].into());
+    assert_eq!(rules(&planned), "web: [10.200.2.91/32]", "no address, no rule");
 }
 
 #[test]

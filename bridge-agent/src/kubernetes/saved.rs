@@ -88,7 +88,12 @@ mod tests {
         cluster.nodes.listed("b".into(), Some(node));
         cluster.nodes.complete();
         let labels = [(Box::from("app"), Box::from("api"))].into();
-        let pod = Pod { namespace: "n".into(), labels, addresses: ["10.200.1.91".parse().unwrap()].into() };
+        let pod = Pod {
+            namespace: "n".into(),
+            labels,
+            addresses: ["10.200.1.91".parse().unwrap()].into(),
+            pool_uid: None,
+        };
         cluster.pods.apply("n/c1".into(), Some(pod));
         let policy = |rules| super::super::cluster::Policy { generation: 1, rules, told: None };
         let json = r#"{"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {}}]}"#;

@@ -66,7 +66,12 @@ mod tests {
             ("new", "not-known-yet", &[("app", "api")]),
         ] {
             let address = [10, 200, 1, name.as_bytes()[0]].into();
-            let pod = Pod { namespace: namespace.into(), labels: labels(of), addresses: [address].into() };
+            let pod = Pod {
+                namespace: namespace.into(),
+                labels: labels(of),
+                addresses: [address].into(),
+                pool_uid: None,
+            };
             cluster.pods.apply(name.into(), Some(pod));
         }
         cluster

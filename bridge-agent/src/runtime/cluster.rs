@@ -67,6 +67,7 @@ impl Agent {
         };
         if follower.synced() {
             self.routing.publish(mem::take(&mut planned.routes));
+            self.pool.set_pods(mem::take(&mut planned.pool_pods));
         }
         let config = planned.config.clone();
         follower.done(version, planned, None, start.elapsed());
@@ -81,6 +82,7 @@ impl Agent {
         let start = Instant::now();
         let (mut planned, version) = following.follower.plan(&following.file);
         self.routing.publish(mem::take(&mut planned.routes));
+        self.pool.set_pods(mem::take(&mut planned.pool_pods));
         let mut error = None;
         if planned.config != following.config {
             self.compare(false);

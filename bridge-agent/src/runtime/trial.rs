@@ -348,7 +348,8 @@ impl Files {
     pub(super) fn clear(&self) {
         for path in [&self.record, &self.candidate, &self.former] {
             match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                // On a read-only file system (a ConfigMap is one) even what is not there cannot be removed.
+                Err(error) if error.kind() != io::ErrorKind::NotFound && path.exists() => {
                     tracing::warn!(%error, path = %path.display(), "left behind after a trial");
                 }
                 _ => {}

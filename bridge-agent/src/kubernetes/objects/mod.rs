@@ -17,6 +17,7 @@ use serde_json::Value as Json;
 
 use super::cluster::{Cluster, Labels, Node, Pod, Policy, Table, Told};
 use super::resources::{ACCEPTED, GROUP};
+use crate::pool::pods;
 
 /// An object that the agent follows.
 pub(super) trait Followed:
@@ -44,7 +45,7 @@ pub(super) fn key(object: &impl Resource<DynamicType = ()>) -> Box<str> {
     }
 }
 
-/// Metadata without what is long and not used: managed fields, annotations, owners.
+/// Metadata without what is long and not used: managed fields, owners, annotations but for two.
 fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
     #[derive(Default, Deserialize)]
     #[serde(default, rename_all = "camelCase")]
@@ -55,10 +56,16 @@ fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Err
         resource_version: Option<String>,
         generation: Option<i64>,
         labels: Option<BTreeMap<String, String>>,
+        annotations: Option<BTreeMap<String, String>>,
     }
-    let Slim { name, namespace, uid, resource_version, generation, labels } =
+    let Slim { name, namespace, uid, resource_version, generation, labels, mut annotations } =
         Option::deserialize(deserializer)?.unwrap_or_default();
-    Ok(ObjectMeta { name, namespace, uid, resource_version, generation, labels, ..ObjectMeta::default() })
+    if let Some(annotations) = &mut annotations {
+        annotations.retain(|key, _| matches!(key.as_str(), pods::ANNOTATION | pods::CONFIG_HASH));
+    }
+    let annotations = annotations.filter(|annotations| !annotations.is_empty());
+    let rest = ObjectMeta::default();
+    Ok(ObjectMeta { name, namespace, uid, resource_version, generation, labels, annotations, ..rest })
 }
 
 /// `null` is what is not there.
@@ -216,17 +223,25 @@ impl Followed for PodObject {
     fn keep(self) -> Option<Pod> {
         let Self { metadata, spec, status } = self;
         // One that has ended has no address any more, whatever its status says: another pod may have it.
-        if spec.host_network || matches!(status.phase.as_str(), "Succeeded" | "Failed") {
+        if matches!(status.phase.as_str(), "Succeeded" | "Failed") {
             return None;
         }
         let texts = status.pod_ips.iter().map(|ip| &ip.ip).chain([&status.pod_ip]);
         let mut addresses: Vec<IpAddr> = texts.filter_map(|text| text.parse().ok()).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        if addresses.is_empty() {
+        if spec.host_network {
+            // They are the node's.
+            addresses.clear();
+        }
+        // Known before it has an address: its control group is there before.
+        let uid = metadata.uid.unwrap_or_default();
+        let pool_uid = pods::opted_in(&uid, &metadata.annotations.unwrap_or_default());
+        if addresses.is_empty() && pool_uid.is_none() {
             return None;
         }
         Some(Pod {
+            pool_uid: pool_uid.map(Into::into),
             namespace: metadata.namespace.unwrap_or_default().into(),
             labels: labels(metadata.labels),
             addresses: addresses.into(),
@@ -351,6 +366,17 @@ mod tests {
         assert_eq!(pod(r#"{"hostNetwork": true}"#, both), None);
         assert_eq!(pod("{}", r#"{"phase": "Succeeded", "podIP": "10.200.1.91"}"#), None);
         assert_eq!(pod("{}", r#"{"phase": "Pending"}"#), None);
+        // One that takes part in the port pool counts from the beginning, and on the host's network, too.
+        let opted = |spec: &str, phase: &str| {
+            kept::<PodObject>(&format!(
+                r#"{{"metadata": {{"name": "c", "namespace": "n", "uid": "u", "annotations": {{"bridge.lan/port-pool": "transparent", "x": "y"}}}},
+                    "spec": {spec}, "status": {{"phase": "{phase}", "podIP": "10.200.1.91"}}}}"#
+            ))
+        };
+        assert_eq!(opted("{}", "Pending").unwrap().pool_uid.as_deref(), Some("u"));
+        let of_host = opted(r#"{"hostNetwork": true}"#, "Running").unwrap();
+        assert_eq!((of_host.pool_uid.as_deref(), of_host.addresses.len()), (Some("u"), 0));
+        assert_eq!(opted("{}", "Succeeded"), None);
     }
 
     #[test]
