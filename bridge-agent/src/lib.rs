@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod conntrack;
 pub mod datapath;
+mod fault;
 pub mod firewall;
 pub mod interfaces;
 pub mod kubernetes;

@@ -15,7 +15,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    datapath::{Maps, OutcomeCount, ReasonCount, RuleCount},
+    datapath::{Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
     pool::Summary,
     runtime::{RoutesStatus, Shared, Status},
 };
@@ -46,6 +46,7 @@ struct Scrape {
     reasons: Vec<ReasonCount>,
     rules: Vec<RuleCount>,
     outcomes: Vec<OutcomeCount>,
+    fills: Vec<Fill>,
 }
 
 impl Scrape {
@@ -54,7 +55,8 @@ impl Scrape {
         let reasons = maps.and_then(|maps| maps.reason_counts().ok()).unwrap_or_default();
         let rules = maps.and_then(|maps| maps.rule_counts().ok()).unwrap_or_default();
         let outcomes = maps.and_then(|maps| maps.outcome_counts().ok()).unwrap_or_default();
-        Self { status, reasons, rules, outcomes }
+        let fills = maps.and_then(|maps| maps.fill().ok()).unwrap_or_default();
+        Self { status, reasons, rules, outcomes, fills }
     }
 }
 
@@ -148,6 +150,10 @@ impl Collector for Scrape {
             let room = tables.iter().map(|(table, _, room)| ([("table", *table)], u64::from(*room)));
             family(encoder, ("flow_capacity", "Flows that there is room for"), GAUGE, room)?;
         }
+        let entries = self.fills.iter().map(|fill| ([("map", fill.map)], fill.entries));
+        family(encoder, ("map_entries", "Entries of a map, alive or not"), GAUGE, entries)?;
+        let room = self.fills.iter().map(|fill| ([("map", fill.map)], u64::from(fill.capacity)));
+        family(encoder, ("map_capacity", "Entries that a map has room for"), GAUGE, room)?;
         if let Some(suppressed) = self.status.suppressed_events {
             let name = ("suppressed_events", "Events kept back by the rate limit or for want of a reader");
             single(encoder, name, COUNTER, suppressed)?;

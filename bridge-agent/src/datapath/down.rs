@@ -74,6 +74,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
     match pins.attached_links() {
         Ok(links) => {
             for link in links {
+                crate::fault::point("down:detach");
                 match attach::detach(&link.path) {
                     Ok(()) => removed.attachments += 1,
                     Err(error) => errors.push(error),
@@ -96,5 +97,6 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
     clsact::remove_qdiscs(pins, errors);
     removed.maps += pins::entries(pins.directory())
         .map_or(0, |entries| entries.iter().filter(|path| !path.is_dir()).count());
+    crate::fault::point("down:maps");
     pins::remove_tree(pins.directory(), errors);
 }

@@ -115,7 +115,9 @@ impl Datapath {
         // With the level known at load time, the verifier takes the calls of the log out of the programs.
         let level = if options.debug { aya_log::Level::Debug as u8 } else { 0 };
         loader.override_global(aya_log::LEVEL, &level, true);
+        crate::fault::point("load:directories");
         let mut ebpf = loader.load(object::ENFORCE).map_err(load_error)?;
+        crate::fault::point("load:maps");
         for hook in Hook::ALL {
             let program = program(&mut ebpf, hook)?;
             sys::without_signals(|| program.load()).map_err(|error| program_error(hook.name(), error))?;
@@ -124,6 +126,7 @@ impl Datapath {
             let map = MapData::create(digests(), DIGESTS, None).map_err(Error::aya_map(DIGESTS))?;
             map.pin(pins.map(DIGESTS)).map_err(|error| Error::map(DIGESTS)(std::io::Error::other(error)))?;
         }
+        crate::fault::point("load:programs");
         let templates = Templates::new(&mut object)?;
         let maps = Maps::open(&pins)?;
         let tcx = options.mechanism == Mechanism::Best && has_tcx();
@@ -170,7 +173,7 @@ impl Datapath {
     pub fn is_unseeded(&self, audit: bool) -> Result<bool> {
         let settings = self.maps.settings_in_force()?;
         // The first policy of a first start denies nothing; whoever was killed then had no time to seed.
-        Ok(self.maps.last_generation()? == 0 || settings.generation == 1 && settings.audit == 1 && !audit)
+        Ok(settings.generation == 0 || settings.generation == 1 && settings.audit == 1 && !audit)
     }
 
     /// Removes what other versions of bridge have left. To be called when this one enforces.

@@ -81,6 +81,20 @@ pub struct Maps {
     pub(super) interfaces: HashMap<MapData, u32, Interface>,
 }
 
+/// Tables that packets or interfaces fill. Those of a policy are made as large as it needs.
+const FILLED: [&str; 4] = ["flows", "half_open", "node_port_peers", "interfaces"];
+
+/// How full a map is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Its name.
+    pub map: &'static str,
+    /// Entries, alive or not.
+    pub entries: u64,
+    /// Room for so many.
+    pub capacity: u32,
+}
+
 /// A policy that takes itself back unless it is confirmed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -202,6 +216,25 @@ impl Maps {
         let mut attached = self.pins.attached_links()?;
         attached.extend(self.pins.attached_filters()?);
         Ok(attached.into_iter().map(|pin| format!("{} {}", pin.interface, pin.hook.name())).collect())
+    }
+
+    /// How full each table is that packets or interfaces fill, by name. Entries whose time is over count until the kernel
+    /// needs their room: of the tables of flows, [`Maps::count_flows`] tells how many are alive.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn fill(&self) -> Result<Vec<Fill>> {
+        let mut fills = Vec::new();
+        for name in FILLED {
+            let map = data(&self.pins, name)?;
+            let info = sys::map_info(sys::fd(&map)).map_err(Error::map(name))?;
+            let mut entries = 0;
+            let (key, value) = (info.key_size as usize, info.value_size as usize);
+            sys::for_each_raw(sys::fd(&map), key, value, |_, _| entries += 1).map_err(Error::map(name))?;
+            fills.push(Fill { map: name, entries, capacity: info.max_entries });
+        }
+        Ok(fills)
     }
 
     /// The ring buffer of events. Who reads takes: with two readers, each gets a part.

@@ -32,7 +32,7 @@ pub use fast_path::{FastPath, OutcomeCount};
 pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, protocol_name};
 pub use hook::{Hook, Role};
 pub use load::{Datapath, Mechanism, Options};
-pub use maps::{Maps, Trial, now};
+pub use maps::{Fill, Maps, Trial, now};
 pub use pins::{DEFAULT_ROOT, Lock, Pins};
 pub(crate) use sys::without_signals;
 pub use tables::{Behaviour, Published};

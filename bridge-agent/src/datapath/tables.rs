@@ -119,7 +119,9 @@ impl Datapath {
         if last > 0 {
             quiesce(&self.maps, active)?;
         }
+        crate::fault::point("publish:filled");
         self.install(target, filled, settings, digest)?;
+        crate::fault::point("publish:installed");
 
         let next = match trial {
             None => Control::slot(target),
@@ -129,6 +131,7 @@ impl Datapath {
             }
         };
         self.maps.set_control(next);
+        crate::fault::point("publish:switched");
         self.maps.fast_path().forget_paths();
         let took = start.elapsed();
 
@@ -267,6 +270,7 @@ impl Datapath {
                 .collect()
         });
         Error::collect(errors)?;
+        crate::fault::point("publish:outer");
         for (table, inner) in &filled {
             let path = self.pins.table(slot, table.name());
             pins::remove(&path)?;

@@ -162,7 +162,9 @@ impl Agent {
         if engines(config) != engines(&before) {
             return Err(ApplyError::NoWayBack("enforcement.engines"));
         }
+        crate::fault::point("trial:staged");
         self.bring_into_force(config, Some(time))?;
+        crate::fault::point("trial:in-force");
         let record = Record::new(time, self.kernel_deadline(), &order.config, former, order.probes.clone());
         // Without it, an agent that is killed now and started anew goes back at once.
         if let Err(error) = files.write(&record) {
@@ -216,12 +218,14 @@ impl Agent {
             Some(enforcer) if in_kernel => Some(enforcer.confirm()?),
             _ => None,
         };
+        crate::fault::point("trial:confirmed");
         if let Err(error) = files.commit() {
             if let (Some(enforcer), Some(control)) = (&mut self.enforcer, control) {
                 enforcer.reinstate(control);
             }
             return Err(error.into());
         }
+        crate::fault::point("trial:committed");
         files.clear();
         self.trial = None;
         self.note_file(candidate);

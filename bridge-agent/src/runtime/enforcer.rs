@@ -228,6 +228,7 @@ impl Enforcer {
         if let Err(error) = enforcer.datapath.forward_log() {
             tracing::warn!(%error, "what the programs log cannot be read");
         }
+        crate::fault::point("start:enforcing");
         match enforcer.datapath.remove_other_versions() {
             Ok(0) => {}
             Ok(attachments) => tracing::info!(attachments, "removed what another version of bridge had left"),
@@ -244,6 +245,7 @@ impl Enforcer {
             let lenient = Behaviour { audit: true, events_per_second: 0, ..self.desired.behaviour };
             self.datapath.publish(tables, &lenient, None)?;
             self.attach()?;
+            crate::fault::point("start:lenient");
             self.carry_over();
             self.seeded = self.seed(tables);
             // What it has learnt meanwhile.

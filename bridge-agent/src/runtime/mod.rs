@@ -314,6 +314,10 @@ impl Agent {
     }
 
     fn start_engines(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
+        if wants_ebpf(config) && self.pins.root().exists() {
+            // Another agent that works here is not to lose its iptables rules before that shows.
+            drop(self.pins.lock().map_err(enforcer::Error::from)?);
+        }
         if packet_filter::is_wanted(config) {
             self.filter = Some(PacketFilter::start(config, former.is_some())?);
         }
@@ -434,6 +438,7 @@ impl Agent {
             (filter @ None, true) => *filter = Some(PacketFilter::start(config, on_trial)?),
             (_, false) => {}
         }
+        crate::fault::point("reload:iptables");
         if let Err(error) = self.reload_ebpf(config, trial) {
             match (before, self.filter.take()) {
                 (Some(before), Some(mut filter)) => {

@@ -135,6 +135,7 @@ impl Datapath {
         };
         let current = |hook: Hook| current.iter().find(|(of, _)| *of == hook).map_or(0, |(_, id)| *id);
         for step in plan(wanted, links, current, |interface, hook| self.pins.link(interface, hook)) {
+            crate::fault::point("attach:step");
             match self.apply(step) {
                 Ok(change) => changes.push(change),
                 Err(error) => errors.push(error),

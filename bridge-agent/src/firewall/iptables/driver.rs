@@ -253,6 +253,7 @@ impl Firewall for Iptables {
         let restores = plan.restores.iter().map(|restore| (self.backend(), restore));
         let removals = plan.removals.iter().map(|removal| (self.backend().other(), removal));
         for (backend, restore) in restores.chain(removals) {
+            crate::fault::point("iptables:restore");
             if let Some(remains) = self.restore(backend, restore)? {
                 tracing::info!("{remains}");
             }
@@ -307,6 +308,7 @@ impl Firewall for Iptables {
         let mut remains = Remains::default();
         for backend in [self.backend(), self.backend().other()] {
             for (family, table) in Family::ALL.into_iter().flat_map(|f| Table::ALL.map(|table| (f, table))) {
+                crate::fault::point("iptables:teardown");
                 match self.read(backend, family, table) {
                     Ok(observed) => {
                         let removal = plan::restore(family, table, None, &observed);

@@ -6,6 +6,7 @@
 mod file;
 
 use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
@@ -143,16 +144,29 @@ fn replace(path: &Path, text: &str) -> io::Result<()> {
     let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     std::fs::create_dir_all(directory)?;
-    let mut file = tempfile::Builder::new().prefix(".bridge-").tempfile_in(directory)?;
-    file.write_all(text.as_bytes())?;
-    if let Ok(old) = std::fs::metadata(&path) {
-        use std::os::unix::fs::MetadataExt as _;
-        file.as_file().set_permissions(old.permissions())?;
-        std::os::unix::fs::fchown(file.as_file(), Some(old.uid()), Some(old.gid()))?;
+    // Always of the same name: what a killed agent has left is written over, and does not pile up.
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
+    let new = directory.join(format!(".{name}.bridge-new"));
+    let written = write_like(&new, text, &path);
+    crate::fault::point("save:written");
+    if let Err(error) = written.and_then(|()| std::fs::rename(&new, &path)) {
+        // Half a file on a full disk is of no use to anybody; that it may not be there is fine.
+        drop(std::fs::remove_file(&new));
+        return Err(error);
     }
-    file.as_file().sync_all()?;
-    file.persist(&path).map_err(|error| error.error)?;
     std::fs::File::open(directory)?.sync_all()
+}
+
+/// Writes a file anew, with the owner and permissions of `like`, if that is there.
+fn write_like(new: &Path, text: &str, like: &Path) -> io::Result<()> {
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(new)?;
+    file.write_all(text.as_bytes())?;
+    if let Ok(old) = std::fs::metadata(like) {
+        file.set_permissions(old.permissions())?;
+        std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()))?;
+    }
+    file.sync_all()
 }
 
 #[cfg(test)]

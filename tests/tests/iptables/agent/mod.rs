@@ -3,6 +3,7 @@
 mod damage;
 mod divergence;
 mod engines;
+mod faults;
 mod node;
 #[path = "../../../../bridge-agent/tests/openapi/mod.rs"]
 mod openapi;
