@@ -124,6 +124,7 @@ fn source(work: &Path) -> Result<PathBuf> {
     };
     apt(&["update"])?;
     apt(&["source", "--download-only", "kubernetes"])?;
+    apt(&["download", REFLECT.0])?;
     let archive = file_with_extension(work, "gz")?;
     let source = work.join(IMPORT_PATH);
     fs::create_dir_all(&source)?;
@@ -135,12 +136,9 @@ fn source(work: &Path) -> Result<PathBuf> {
 
 /// See [`REFLECT`].
 fn renew_reflect(work: &Path, source: &Path) -> Result<()> {
-    let (package, import) = REFLECT;
+    let (_, import) = REFLECT;
     let folder = work.join("reflect");
-    fs::create_dir_all(&folder)?;
-    let mut apt = cmd::command("apt-get");
-    cmd::output(apt.args(["-q", "-o", "APT::Sandbox::User=root", "download", package]).current_dir(&folder))?;
-    let archive = file_with_extension(&folder, "deb")?;
+    let archive = file_with_extension(work, "deb")?;
     let mut unpack = cmd::command("dpkg-deb");
     cmd::run(unpack.arg("-x").arg(archive).arg(&folder))?;
     let (new, old) = (folder.join("usr/share/gocode/src").join(import), source.join("vendor").join(import));
@@ -167,7 +165,7 @@ fn file_with_extension(folder: &Path, wanted: &str) -> Result<PathBuf> {
     found.with_context(|| format!("there is no .{wanted} in {}", folder.display()))
 }
 
-/// The system's own sources of packages, as sources of source packages.
+/// The system's own sources of packages, as sources of source packages, too.
 fn source_entries(etc: &Path) -> Result<String> {
     let mut entries = String::new();
     if let Ok(files) = fs::read_dir(etc.join("sources.list.d")) {
@@ -186,10 +184,11 @@ fn source_entries(etc: &Path) -> Result<String> {
     Ok(entries)
 }
 
-/// deb822 stanzas, each of `Types: deb` turned into one of `deb-src`.
+/// deb822 stanzas, each of `Types: deb` turned into one of both.
 fn stanzas(text: &str) -> String {
-    let source =
-        |line: &str| if line.starts_with("Types:") { "Types: deb-src".to_owned() } else { line.to_owned() };
+    let source = |line: &str| {
+        if line.starts_with("Types:") { "Types: deb deb-src".to_owned() } else { line.to_owned() }
+    };
     let lines: Vec<String> = text.lines().filter(|line| !line.starts_with('#')).map(source).collect();
     lines.join("\n") + "\n\n"
 }
@@ -200,7 +199,7 @@ fn stanzas_of_lines(text: &str) -> String {
         let mut words = line.strip_prefix("deb ")?.split_whitespace();
         let (uri, suite) = (words.next().filter(|uri| !uri.starts_with('['))?, words.next()?);
         let components = words.collect::<Vec<_>>().join(" ");
-        Some(format!("Types: deb-src\nURIs: {uri}\nSuites: {suite}\nComponents: {components}\n\n"))
+        Some(format!("Types: deb deb-src\nURIs: {uri}\nSuites: {suite}\nComponents: {components}\n\n"))
     };
     text.lines().filter_map(stanza).collect()
 }
@@ -314,7 +313,7 @@ mod tests {
     fn sources_of_packages_become_sources_of_source_packages() {
         let stanza =
             "Types: deb\n# a comment\nURIs: http://mirror/debian\nSuites: bookworm\nComponents: main\n";
-        let source = "Types: deb-src\nURIs: http://mirror/debian\nSuites: bookworm\nComponents: main\n\n";
+        let source = "Types: deb deb-src\nURIs: http://mirror/debian\nSuites: bookworm\nComponents: main\n\n";
         assert_eq!(stanzas(stanza), source);
         let lines =
             "deb http://mirror/debian bookworm main\ndeb-src x y z\n# deb a b c\ndeb [arch=amd64] d e f\n";
