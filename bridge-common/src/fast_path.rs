@@ -141,10 +141,10 @@ outcomes! {
     off, 1, "The fast path is off, or no agent keeps it.";
     protocol, 2, "Neither TCP nor UDP.";
     state, 3, "The flow is beginning or ending, or the packet changes its state (SYN, FIN, RST).";
-    header, 4, "IP options, extension headers, a fragment, or a VLAN tag inside the buffer.";
+    header, 4, "IP options, extension headers, a fragment, or a VLAN tag.";
     unseen, 5, "Not both directions have come out at the far side under the same addresses: just opened, translated, filtered, or its interfaces do not allow it.";
     expired, 6, "What was learnt of the way has run out, or something has changed: it is learnt anew.";
-    interface, 7, "Came in by another interface than those before it.";
+    interface, 7, "Came in by another interface than those before it, or is for another host.";
     ttl, 8, "Its time to live is over with this node, which answers.";
     mtu, 9, "Longer than fits the way out: the node answers, or makes fragments.";
 }

@@ -11,8 +11,8 @@ use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
 use crate::runtime::{
-    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, Outcome, ProbeStatus, Reload,
-    RoutesStatus, Status, TrialEnd, TrialStatus,
+    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, Outcome, ProbeStatus,
+    Reload, RoutesStatus, Status, TrialEnd, TrialStatus,
 };
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.

@@ -50,6 +50,8 @@ impl Datapath {
             carried += carry::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
                 forget_place(&mut flow);
                 flow.flags |= flag::SEEDED;
+                // Of an epoch that is not ours.
+                flow.paths = Default::default();
                 self.maps.seed_flows(&[(key, flow)])
             })?;
             let half_open = sys::fd(&self.maps.half_open);

@@ -160,6 +160,7 @@ impl Maps {
 
     pub(super) fn set_control(&self, control: Control) {
         self.control.store(control.word);
+        self.fast_path.forget_paths();
     }
 
     /// The policy on trial, if one is.

@@ -132,7 +132,6 @@ impl Datapath {
         };
         self.maps.set_control(next);
         crate::fault::point("publish:switched");
-        self.maps.fast_path().forget_paths();
         let took = start.elapsed();
 
         if !same_tables && in_force.generation > 0 {

@@ -27,6 +27,8 @@ const ETHERNET: u32 = 14;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const BPF_F_RECOMPUTE_CSUM: u64 = 1;
+/// The Ethernet header has the address of the interface (linux/if_packet.h): an interface in promiscuous mode hears more.
+const PACKET_HOST: u32 = 0;
 
 /// Whether flows may take the fast path at all, and the epoch.
 #[inline(always)]
@@ -100,8 +102,11 @@ fn try_forward(
         return Err(if both { Outcome::expired } else { Outcome::unseen });
     }
     // SAFETY: the context is valid while the program runs.
-    let (ifindex, tagged) = unsafe { ((*skb).ifindex, (*skb).vlan_present) };
-    if path.input != ifindex || tagged != 0 {
+    let (ifindex, to, tagged) = unsafe { ((*skb).ifindex, (*skb).pkt_type, (*skb).vlan_present) };
+    if tagged != 0 {
+        return Err(Outcome::header);
+    }
+    if path.input != ifindex || to != PACKET_HOST {
         return Err(Outcome::interface);
     }
     if segment_length(skb, packet) > u32::from(path.mtu) {

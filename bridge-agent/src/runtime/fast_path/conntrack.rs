@@ -1,20 +1,26 @@
 //! Conntrack beside the fast path.
 //!
 //! Conntrack follows the sequence numbers of a TCP connection. Those that pass by it leave its window behind, and what it
-//! sees of the connection later is invalid to it, which most packet filters deny. The kernel's own flow tables tell it not
-//! to look at the window of the connections that they forward; from outside the kernel that can be said for all
-//! connections only: `net.netfilter.nf_conntrack_tcp_be_liberal`.
+//! sees of the connection later is invalid to it, which most packet filters deny. And data whose acknowledgement has passed
+//! by it is unacknowledged to it, so that it forgets the connection after minutes of silence instead of days. The kernel's
+//! own flow tables tell it of both for each connection that they forward; from outside the kernel that can be said for
+//! all connections only.
 
 use std::{fs, io};
 
+/// 0: what is out of window is invalid.
 const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+/// How long silent connections are remembered, in seconds.
+const ESTABLISHED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+/// The same of those with data that nobody has acknowledged.
+const UNACKNOWLEDGED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_unacknowledged";
 
 /// Whether TCP may pass conntrack by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::runtime) enum Tracking {
     /// There is none.
     Absent,
-    /// It does not look at windows.
+    /// It minds neither windows nor acknowledgements.
     Liberal,
     /// It does.
     Strict,
@@ -23,16 +29,20 @@ pub(in crate::runtime) enum Tracking {
 impl Tracking {
     /// Of the network namespace of this process.
     pub(in crate::runtime) fn read() -> io::Result<Self> {
-        match fs::read_to_string(BE_LIBERAL) {
-            Ok(value) if value.trim() == "0" => Ok(Self::Strict),
-            Ok(_) => Ok(Self::Liberal),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::Absent),
-            Err(error) => Err(error),
-        }
+        let liberal = match fs::read_to_string(BE_LIBERAL) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Absent),
+            value => value?.trim() != "0",
+        };
+        let patient = seconds(UNACKNOWLEDGED)? >= seconds(ESTABLISHED)?;
+        Ok(if liberal && patient { Self::Liberal } else { Self::Strict })
     }
 
     /// Makes it liberal.
     pub(in crate::runtime) fn relax() -> io::Result<()> {
+        let (established, unacknowledged) = (seconds(ESTABLISHED)?, seconds(UNACKNOWLEDGED)?);
+        if unacknowledged < established {
+            fs::write(UNACKNOWLEDGED, established.to_string())?;
+        }
         fs::write(BE_LIBERAL, "1")
     }
 
@@ -40,8 +50,14 @@ impl Tracking {
     pub(in crate::runtime) fn remark(error: Option<&io::Error>) -> String {
         let why = error.map(|error| format!(" ({error})")).unwrap_or_default();
         format!(
-            "TCP takes no fast path: conntrack would take it for out of window, and that cannot be changed from here{why}; \
-             set net.netfilter.nf_conntrack_tcp_be_liberal=1 with sysctl(8), then reload"
+            "TCP takes no fast path: conntrack would take it for out of window, or forget it too soon, and that cannot be \
+             changed from here{why}; set net.netfilter.nf_conntrack_tcp_be_liberal=1 and \
+             net.netfilter.nf_conntrack_tcp_timeout_unacknowledged to no less than nf_conntrack_tcp_timeout_established \
+             with sysctl(8), then reload"
         )
     }
+}
+
+fn seconds(path: &str) -> io::Result<u64> {
+    fs::read_to_string(path)?.trim().parse().map_err(io::Error::other)
 }

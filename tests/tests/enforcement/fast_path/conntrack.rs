@@ -46,6 +46,15 @@ fn what_conntrack_has_not_seen_does_not_make_the_rest_invalid() -> Result<()> {
     let agent = Agent::start(&lab, lab.b(), &both)?;
     let liberal = lab.b().netns.run(|| fs::read_to_string(BE_LIBERAL))?;
     assert_eq!(liberal.trim(), "1");
+    // Nor is a connection forgotten sooner because the acknowledgement of its last data went by.
+    let seconds = |name: &str| -> Result<u64> {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{name}");
+        Ok(lab.b().netns.run(|| fs::read_to_string(path))?.trim().parse()?)
+    };
+    ensure!(
+        seconds("unacknowledged")? >= seconds("established")?,
+        "silent connections are forgotten too soon"
+    );
     for family in Family::BOTH {
         for (client, server, port) in directions(&lab) {
             let to = server.at(family, port);
