@@ -42,10 +42,10 @@ fn an_allowed_port_passes_and_a_denied_one_is_refused() -> Result<()> {
         ensure!(connect(40003)?.refused(), "the denied port");
         // Both engines, and the programs of the image made the tables.
         let save = container.exec(&[&format!("iptables-{backend}-save")])?;
-        ensure!(String::from_utf8_lossy(&save.stdout).contains("-A FORWARD -j BRIDGE-FORWARD"), "{save:?}");
+        ensure!(String::from_utf8_lossy(&save.stdout).contains(" -j BRIDGE-FORWARD\n"), "{save:?}");
         let nft = container.exec(&["nft", "list", "table", "inet", "bridge-pool"])?;
         ensure!(String::from_utf8_lossy(&nft.stdout).contains("masquerade to :61001-61100"), "{nft:?}");
-        // The node's own agent of another pod takes it all away.
+        // What is in force stays when the pod ends.
         ensure!(container.stop()?.success(), "{}", container.log());
         ensure!(connect(40003)?.refused(), "without the agent");
     }
