@@ -5,6 +5,7 @@
 //! Needs root, iproute2, and for masquerade, NodePorts and connection tracking nftables.
 
 pub mod agent;
+pub mod attack;
 pub mod bench;
 pub mod container;
 pub mod gap;

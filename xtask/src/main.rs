@@ -82,6 +82,12 @@ enum Command {
         #[arg(long)]
         test: bool,
     },
+    /// Attack a node from the LAN, and count what becomes of connections that are meant well
+    Attack {
+        /// For instance --packets 5000000 --rate 200000
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<OsString>,
+    },
     /// Send the same random packets through eBPF and through iptables, and compare what becomes of them
     Parity {
         /// For instance --packets 1000000 --seed 1
@@ -113,6 +119,7 @@ fn main() -> ExitCode {
         Command::Crds => crds::main(),
         Command::KubeAssets => setup::kube_assets::main(),
         Command::Bench { arguments } => run::bench(&arguments),
+        Command::Attack { arguments } => run::attack(&arguments),
         Command::Gap { arguments } => run::gap(&arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
         Command::Parity { arguments } => run::parity(&arguments),

@@ -32,6 +32,14 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
     built(true, "bridge-tests", "bench", arguments)
 }
 
+/// `cargo xtask attack`.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn attack(arguments: &[OsString]) -> Result<()> {
+    built(true, "bridge-tests", "attack", arguments)
+}
+
 /// `cargo xtask gap`.
 ///
 /// # Errors

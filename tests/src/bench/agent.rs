@@ -36,7 +36,7 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
 }
 
 /// `VmRSS` or `VmHWM` of a process.
-pub(super) fn resident_kib(pid: u32, field: &str) -> Result<f64> {
+pub(crate) fn resident_kib(pid: u32, field: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status
         .lines()

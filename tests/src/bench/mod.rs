@@ -3,7 +3,7 @@
 //!
 //! Times are wall-clock; each is measured several times, and told as median, least and most.
 
-mod agent;
+pub(crate) mod agent;
 pub mod forward;
 pub mod kube;
 mod packet;

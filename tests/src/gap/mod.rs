@@ -4,7 +4,7 @@
 
 mod frames;
 pub mod runs;
-mod socket;
+pub(crate) mod socket;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

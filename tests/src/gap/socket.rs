@@ -12,23 +12,23 @@ use crate::lab::Netns;
 use crate::wire::{self, BUFFER};
 
 /// Frames of one system call.
-pub(super) const BATCH: usize = 64;
+pub(crate) const BATCH: usize = 64;
 /// Room for a frame of the meter, and enough of others to tell that they are not.
 const ROOM: usize = 256;
 
 /// Sends frames out of an interface.
 #[derive(Debug)]
-pub(super) struct Sender(Socket);
+pub(crate) struct Sender(Socket);
 
 impl Sender {
-    pub(super) fn new(netns: &Netns, interface: &str) -> io::Result<Self> {
+    pub(crate) fn new(netns: &Netns, interface: &str) -> io::Result<Self> {
         let socket = netns.run(|| wire::open(interface, 0))?;
         wire::set(&socket, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, BUFFER)?;
         Ok(Self(socket))
     }
 
     /// Sends all of them, in order; at most [`BATCH`].
-    pub(super) fn send(&self, frames: &mut [Vec<u8>]) -> io::Result<()> {
+    pub(crate) fn send(&self, frames: &mut [Vec<u8>]) -> io::Result<()> {
         let mut vectors: Vec<libc::iovec> = frames
             .iter_mut()
             .map(|frame| libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() })
@@ -71,13 +71,13 @@ fn headers(vectors: &mut [libc::iovec]) -> Vec<libc::mmsghdr> {
 
 /// Sees the IPv4 packets to one address that come in by an interface.
 #[derive(Debug)]
-pub(super) struct Receiver {
+pub(crate) struct Receiver {
     socket: Socket,
     buffer: Vec<u8>,
 }
 
 impl Receiver {
-    pub(super) fn new(netns: &Netns, interface: &str, to: Ipv4Addr) -> io::Result<Self> {
+    pub(crate) fn new(netns: &Netns, interface: &str, to: Ipv4Addr) -> io::Result<Self> {
         let socket = netns.run(|| wire::open(interface, libc::ETH_P_IP))?;
         wire::set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, BUFFER)?;
         // ld [30] (destination address); jeq; accept 64 KiB, or nothing.
@@ -93,7 +93,7 @@ impl Receiver {
     }
 
     /// Waits a little for frames, and shows each.
-    pub(super) fn receive(&mut self, mut visit: impl FnMut(&[u8])) -> io::Result<()> {
+    pub(crate) fn receive(&mut self, mut visit: impl FnMut(&[u8])) -> io::Result<()> {
         let mut vectors: Vec<libc::iovec> = self
             .buffer
             .chunks_mut(ROOM)
