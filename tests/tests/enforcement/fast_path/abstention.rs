@@ -10,7 +10,7 @@ use bridge_tests::wait::eventually;
 use serde_json::Value;
 
 use super::support::{directions, outcomes, packets, speed_up, stay_slow};
-use crate::support::{DEADLINE, INBOUND, OUTBOUND, USUAL_RULES, config, json, open};
+use crate::support::{DEADLINE, INBOUND, OUTBOUND, SECOND, USUAL_RULES, config, json, open};
 use bridge_common::fast_path::Outcome;
 
 const ROUNDS: usize = 20;
@@ -34,7 +34,12 @@ fn it_can_be_switched_off_and_on() -> Result<()> {
     assert_eq!(said_of(&agent, INBOUND)?, ["off"]);
     agent.reload(&config("fastPath: auto", USUAL_RULES))?;
     speed_up(&agent, &mut connection)?;
-    assert_eq!(said_of(&agent, INBOUND)?, ["yes"]);
+    // What is told of interfaces after a reload takes every flow out once more.
+    let says_yes = || {
+        connection.round_trip(SECOND).ok()?;
+        (said_of(&agent, INBOUND).ok()? == ["yes"]).then_some(())
+    };
+    eventually(DEADLINE, says_yes).with_context(|| format!("{:?}", said_of(&agent, INBOUND)))?;
     let status = json(&agent, &["status"])?;
     assert_eq!(status["agent"]["enforcement"]["fastPath"]["protocols"], serde_json::json!(["tcp", "udp"]));
     agent.reload(&off)?;
@@ -165,7 +170,7 @@ fn what_is_not_forwarded_by_the_node_is_not_forwarded_by_the_fast_path() -> Resu
         speed_up(&agent, &mut connection)?;
         let forwarding = if family == Family::V4 { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
         lab.b().netns.set_sysctl(forwarding, "0")?;
-        let is_cut = || connection.round_trip(crate::support::SECOND / 5).is_err().then_some(());
+        let is_cut = || connection.round_trip(SECOND / 5).is_err().then_some(());
         eventually(DEADLINE, is_cut).context("goes on")?;
         lab.b().netns.set_sysctl(forwarding, "1")?;
     }
