@@ -32,11 +32,6 @@ impl Status {
         }
         let failure = self.firewall.as_ref().and_then(|firewall| firewall.failure.as_ref());
         reasons.extend(failure.map(|failure| format!("iptables: {failure}")));
-        // Once current it stays so while the API server is away: what is known is in force then.
-        if let Some(cluster) = self.kubernetes.as_ref().filter(|cluster| !cluster.current) {
-            let waiting = || format!("waiting for {}", cluster.waiting_for.join(", "));
-            reasons.push(format!("kubernetes: {}", cluster.error.clone().unwrap_or_else(waiting)));
-        }
         reasons
     }
 }
@@ -75,10 +70,6 @@ mod tests {
         let firewall = FirewallStatus { failure, ..serde_json::from_str(r#"{"backend":"nft","repairs":0,"lastRepair":null,"lastRepairTime":null,"failure":null,"divergence":null}"#).unwrap() };
         let broken = Status { firewall: Some(firewall), ..node(&["external"], 1) };
         assert_eq!(reason(&broken), "iptables: the rules cannot be read");
-        let cluster = KubernetesStatus { waiting_for: vec!["pods".into()], ..KubernetesStatus::default() };
-        let following = |cluster| Status { kubernetes: Some(cluster), ..node(&["external"], 1) };
-        assert_eq!(reason(&following(cluster.clone())), "kubernetes: waiting for pods");
-        assert_eq!(reason(&following(KubernetesStatus { current: true, ..cluster })), "");
         assert_eq!(reason(&Status { role: "host".into(), ..Status::default() }), "");
     }
 }
