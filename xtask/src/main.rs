@@ -94,7 +94,7 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
-    /// Run the scenes and the tests that tell kernels apart on Debian's kernels, in emulation
+    /// Play the scenes on Debian's kernels, in emulation
     Vm {
         /// Only on this one; can be repeated
         #[arg(long = "kernel", value_enum)]

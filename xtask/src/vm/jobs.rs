@@ -2,12 +2,9 @@
 
 use std::{fs, path::Path, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
-use crate::{build, cmd, workspace};
-
-/// The tests that are run beside the scenes, each a program of its own, with a part of the names if not all are.
-const TESTS: [(&str, &str); 3] = [("pool_connect", ""), ("pool_run", ""), ("enforcement", "restart")];
+use crate::build;
 
 /// A command.
 pub(super) struct Job {
@@ -19,7 +16,6 @@ pub(super) struct Job {
 
 /// What came of a job.
 pub(super) struct Outcome {
-    pub(super) name: String,
     pub(super) ok: bool,
     pub(super) output: String,
     pub(super) errors: String,
@@ -46,12 +42,7 @@ impl Outcome {
             let path = directory.join(format!("{}.{kind}", job.name));
             fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
         };
-        Self {
-            name: job.name.clone(),
-            ok: read("status").trim() == "0",
-            output: read("out"),
-            errors: read("err"),
-        }
+        Self { ok: read("status").trim() == "0", output: read("out"), errors: read("err") }
     }
 
     /// The end of what a failed one has written.
@@ -61,41 +52,11 @@ impl Outcome {
     }
 }
 
-/// The scenes, and the tests that tell kernels apart.
+/// The scenes.
 ///
 /// # Errors
-/// Something cannot be built.
-pub(super) fn all() -> Result<Vec<Job>> {
-    let scenes = build::program(false, "bridge-tests", "lab")?;
-    let mut jobs =
-        vec![Job::new("scenes", format!("{} --once --json", scenes.display()), Duration::from_secs(400))];
-    for (test, filter) in TESTS {
-        let program = test_program(test)?;
-        jobs.push(Job::new(test, format!("{program} --test-threads=1 {filter}"), Duration::from_secs(600)));
-    }
-    Ok(jobs)
-}
-
-/// Builds a test program and returns its path.
-fn test_program(name: &str) -> Result<String> {
-    let mut cargo = cmd::cargo();
-    cargo
-        .args([
-            "test",
-            "--quiet",
-            "--package",
-            "bridge-tests",
-            "--no-run",
-            "--message-format=json",
-            "--test",
-            name,
-        ])
-        .current_dir(workspace::root());
-    let messages = cmd::output(&mut cargo)?;
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == name)
-        .find_map(|message| message["executable"].as_str().map(str::to_owned))
-        .with_context(|| format!("cargo built no test program {name}"))
+/// They cannot be built.
+pub(super) fn scenes() -> Result<Job> {
+    let program = build::program(false, "bridge-tests", "lab")?;
+    Ok(Job::new("scenes", format!("{} --once --json", program.display()), Duration::from_secs(400)))
 }

@@ -28,34 +28,31 @@ use jobs::{Job, Outcome};
 
 const INIT: &str = include_str!("init.sh");
 const GUEST: &str = include_str!("guest.sh");
-/// For the machine to start, beside its jobs.
+/// For the machine to start, beside its job.
 const START: Duration = Duration::from_secs(120);
 
 /// `cargo xtask vm`.
 ///
 /// # Errors
-/// Setup or the build fails, or a job fails on a kernel.
+/// Setup or the build fails, or the job fails on a kernel.
 pub(crate) fn main(kernels: &[Kernel], write_table: bool, command: &[String]) -> Result<()> {
     let kernels = if kernels.is_empty() { &Kernel::ALL[..] } else { kernels };
     let ready = setup::ensure(Scope::Machine)?;
     build::objects(&ready.ebpf)?;
-    let jobs = if command.is_empty() { jobs::all()? } else { vec![Job::of_user(command)] };
+    let job = if command.is_empty() { jobs::scenes()? } else { Job::of_user(command) };
     let mut columns = Vec::new();
     for kernel in kernels {
-        let outcomes = run(*kernel, &jobs)?;
+        let outcome = run(*kernel, &job)?;
         if !command.is_empty() {
-            for outcome in &outcomes {
-                print!("{}", outcome.output);
-                eprint!("{}", outcome.errors);
-            }
+            print!("{}", outcome.output);
+            eprint!("{}", outcome.errors);
         }
-        columns.push((*kernel, outcomes));
+        columns.push((*kernel, outcome));
     }
     let failed: Vec<_> = columns
         .iter()
-        .flat_map(|(kernel, outcomes)| outcomes.iter().map(move |outcome| (kernel, outcome)))
         .filter(|(_, outcome)| !outcome.ok)
-        .map(|(kernel, outcome)| format!("{} on Linux {}\n{}", outcome.name, kernel.name(), outcome.why()))
+        .map(|(kernel, outcome)| format!("on Linux {}:\n{}", kernel.name(), outcome.why()))
         .collect();
     if command.is_empty() {
         let table = table::render(&columns);
@@ -70,8 +67,8 @@ pub(crate) fn main(kernels: &[Kernel], write_table: bool, command: &[String]) ->
     Ok(())
 }
 
-/// Starts a kernel, has it do the jobs, and returns what came of each.
-fn run(kernel: Kernel, jobs: &[Job]) -> Result<Vec<Outcome>> {
+/// Starts a kernel, has it do the job, and returns what came of it.
+fn run(kernel: Kernel, job: &Job) -> Result<Outcome> {
     let unpacked = kernel::unpacked(kernel)?;
     let output = workspace::root().join("target/vm").join(kernel.name());
     drop(fs::remove_dir_all(&output));
@@ -80,9 +77,7 @@ fn run(kernel: Kernel, jobs: &[Job]) -> Result<Vec<Outcome>> {
     kernel::write_initramfs(&unpacked, INIT, &output.join("initramfs.d"), &initramfs)?;
     let guest = output.join("guest.sh");
     fs::write(&guest, filled_in(&unpacked.root)?)?;
-    fs::write(output.join("jobs"), jobs.iter().map(Job::line).collect::<String>())?;
-
-    let limit = START + jobs.iter().map(|job| job.limit).sum::<Duration>();
+    fs::write(output.join("jobs"), job.line())?;
     let share = |path: &Path, tag: &str, more: &str| {
         format!("local,path={},mount_tag={tag},security_model=none,multidevs=remap{more}", path.display())
     };
@@ -111,9 +106,9 @@ fn run(kernel: Kernel, jobs: &[Job]) -> Result<Vec<Outcome>> {
         .args(["-virtfs", &share(&output, "output", "")])
         .stdin(Stdio::null())
         .stdout(std::io::stderr());
-    eprintln!("Linux {} ({}) in emulation: {} jobs", kernel.name(), unpacked.release, jobs.len());
-    watch(&mut machine, limit)?;
-    Ok(jobs.iter().map(|job| Outcome::read(job, &output)).collect())
+    eprintln!("Linux {} ({}) in emulation", kernel.name(), unpacked.release);
+    watch(&mut machine, START + job.limit)?;
+    Ok(Outcome::read(job, &output))
 }
 
 fn filled_in(kernel_root: &Path) -> Result<String> {

@@ -11,11 +11,10 @@ use crate::workspace;
 const BEGIN: &str = "<!-- made by `cargo xtask vm --write` -->\n";
 const END: &str = "<!-- end -->\n";
 
-/// One row for each scene and each test, one column for each kernel.
-pub(super) fn render(columns: &[(Kernel, Vec<Outcome>)]) -> String {
+/// One row for each scene, one column for each kernel.
+pub(super) fn render(columns: &[(Kernel, Outcome)]) -> String {
     let mut rows: Vec<String> = Vec::new();
-    let cells: Vec<Vec<(String, bool)>> =
-        columns.iter().map(|(_, outcomes)| outcomes.iter().flat_map(results).collect()).collect();
+    let cells: Vec<Vec<(String, bool)>> = columns.iter().map(|(_, outcome)| results(outcome)).collect();
     for (name, _) in cells.iter().flatten() {
         if !rows.contains(name) {
             rows.push(name.clone());
@@ -43,19 +42,11 @@ pub(super) fn render(columns: &[(Kernel, Vec<Outcome>)]) -> String {
     table
 }
 
-/// The scenes or tests of a job, each with whether it came out.
+/// The scenes that were played, each with whether it came out.
 fn results(outcome: &Outcome) -> Vec<(String, bool)> {
     let scenes =
         outcome.output.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let scenes: Vec<_> = scenes
-        .filter_map(|scene| Some((scene["name"].as_str()?.to_owned(), scene["ok"].as_bool()?)))
-        .collect();
-    if !scenes.is_empty() {
-        return scenes;
-    }
-    let tests = outcome.output.lines().filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "));
-    let tests = tests.filter(|(_, result)| !result.starts_with("ignored"));
-    tests.map(|(name, result)| (name.replace("::", ": ").replace('_', " "), result == "ok")).collect()
+    scenes.filter_map(|scene| Some((scene["name"].as_str()?.to_owned(), scene["ok"].as_bool()?))).collect()
 }
 
 /// Puts the table into docs/kernels.md.
@@ -76,23 +67,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_row_for_each_scene_and_test() {
-        let outcome = |output: &str| Outcome {
-            name: "x".into(),
-            ok: true,
-            output: output.into(),
-            errors: String::new(),
-        };
-        let scenes = "{\"name\":\"a port\",\"ok\":true}\n";
-        let tests = "running 2 tests\ntest a::b_c ... ok\ntest d ... FAILED\ntest e ... ignored, slow\n";
+    fn one_row_for_each_scene() {
+        let outcome = |output: &str| Outcome { ok: true, output: output.into(), errors: String::new() };
+        let both = "{\"name\":\"a port\",\"ok\":true}\n{\"name\":\"a pool\",\"ok\":false}\n";
         let table = render(&[
-            (Kernel::Linux6_1, vec![outcome(scenes)]),
-            (Kernel::Linux6_12, vec![outcome(scenes), outcome(tests)]),
+            (Kernel::Linux6_1, outcome("{\"name\":\"a port\",\"ok\":true}\n")),
+            (Kernel::Linux6_12, outcome(both)),
         ]);
         assert_eq!(
             table,
-            "| | Linux 6.1 | Linux 6.12 |\n|---|---|---|\n| a port | yes | yes |\n| a: b c | not run | yes |\n\
-             | d | not run | **no** |\n"
+            "| | Linux 6.1 | Linux 6.12 |\n|---|---|---|\n| a port | yes | yes |\n| a pool | not run | **no** |\n"
         );
     }
 }
