@@ -265,10 +265,8 @@ fn generate(go: &Go, source: &Path) -> Result<()> {
     let mut build = go.command(source);
     build.arg("build").arg("-o").arg(&generator).arg("./vendor/k8s.io/kube-openapi/cmd/openapi-gen");
     cmd::run(&mut build)?;
-    let mut packages = tagged(&source.join("staging/src"), "k8s.io", "k8s.io/kubernetes/vendor")?;
-    for folder in ["pkg", "cmd"] {
-        packages.extend(tagged(source, folder, "k8s.io/kubernetes")?);
-    }
+    let mut packages = tagged(&source.join("staging/src"), &["k8s.io"], "k8s.io/kubernetes/vendor")?;
+    packages.extend(tagged(source, &["pkg", "cmd"], "k8s.io/kubernetes")?);
     let mut generate = go.program(&generator, source);
     generate.args(["--logtostderr", "-O", "zz_generated.openapi", "-r", "/dev/null"]);
     generate.args(["-p", "k8s.io/kubernetes/pkg/generated/openapi"]);
@@ -276,11 +274,11 @@ fn generate(go: &Go, source: &Path) -> Result<()> {
     cmd::run(&mut generate)
 }
 
-/// The packages below `folder` of `root` whose types are to be described, as import paths below `prefix`.
-fn tagged(root: &Path, folder: &str, prefix: &str) -> Result<Vec<String>> {
+/// The packages below `folders` of `root` whose types are to be described, as import paths below `prefix`.
+fn tagged(root: &Path, folders: &[&str], prefix: &str) -> Result<Vec<String>> {
     let mut grep = Command::new("grep");
-    grep.args(["-rl", "--include=*.go", "--exclude=*_test.go", "+k8s:openapi-gen=", folder])
-        .current_dir(root);
+    grep.args(["-rl", "--include=*.go", "--exclude=*_test.go", "+k8s:openapi-gen="]);
+    grep.args(folders).current_dir(root);
     let files = cmd::output(&mut grep)?;
     let example =
         |package: &str| package.contains("/code-generator/") || package.contains("/sample-apiserver/");
