@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use bridge_tests::bench::{COMPARISON, GROUPS, Limit, Measurement, forward::Comparison, kube, pool};
+use bridge_tests::bench::{COMPARISON, GROUPS, Limit, Measurement, forward::{Comparison, Part}, kube, pool};
 use clap::Parser;
 use comfy_table::{Table, presets};
 
@@ -20,8 +20,10 @@ struct Arguments {
     #[arg(long)]
     quick: bool,
     /// Show the comparison in README.md and docs/benchmark.md, too; from the folder of the repository
-    #[arg(long)]
+    #[arg(long, conflicts_with = "part")]
     publish: bool,
+    #[command(flatten)]
+    part: Part,
     /// Only what a large cluster costs: 5,000 nodes and 50,000 pods in a real API server
     #[arg(long)]
     kube: bool,
@@ -50,7 +52,7 @@ fn main() -> Result<ExitCode> {
     fs::create_dir_all(output).with_context(|| format!("make {}", output.display()))?;
 
     let comparison =
-        (!arguments.kube && wanted(COMPARISON)).then(|| Comparison::run(arguments.quick)).transpose()?;
+        (!arguments.kube && wanted(COMPARISON)).then(|| Comparison::run(arguments.quick, &arguments.part)).transpose()?;
     let mut measurements = Vec::new();
     let cluster = [kube::GROUP];
     for (name, measure) in if arguments.kube { &cluster[..] } else { GROUPS } {

@@ -11,6 +11,9 @@ use super::traffic::{Effort, MANY, Traffic};
 #[derive(Clone, Debug)]
 pub(super) struct Scope {
     pub(super) sizes: Vec<u32>,
+    /// With [`Contender::None`] as the first.
+    pub(super) contenders: Vec<Contender>,
+    pub(super) traffic: Vec<Traffic>,
     pub(super) rounds: usize,
     pub(super) effort: Effort,
 }
@@ -30,7 +33,7 @@ pub(super) fn compare(scope: &Scope) -> Result<Figures> {
 
 fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
     let mut contestants: Vec<Contestant> = Vec::new();
-    for contender in Contender::ALL {
+    for &contender in &scope.contenders {
         let place = match contender.missing(rules)? {
             Some(why) => Err(why),
             None if contender == Contender::None => Ok(Place::new(contender, rules)?),
@@ -38,10 +41,10 @@ fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
         };
         contestants.push((contender, place));
     }
-    let mut runs = vec![[(); Traffic::ALL.len()].map(|()| Vec::new()); contestants.len()];
+    let mut runs = vec![vec![Vec::new(); scope.traffic.len()]; contestants.len()];
     for round in 0..scope.rounds {
         in_turn(&mut contestants, round, |_, place| place.establish(MANY))?;
-        for (kind, traffic) in Traffic::ALL.into_iter().enumerate() {
+        for (kind, traffic) in scope.traffic.iter().enumerate() {
             // One kind after the other, so that the same seconds are compared.
             in_turn(&mut contestants, round + kind, |index, place| {
                 runs[index][kind].push(traffic.sample(place, &scope.effort)?);
@@ -53,7 +56,7 @@ fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
     let base = runs[0].clone();
     let mut figures = Vec::new();
     for ((contender, contestant), runs) in contestants.into_iter().zip(runs) {
-        for ((traffic, runs), base) in Traffic::ALL.into_iter().zip(runs).zip(&base) {
+        for ((&traffic, runs), base) in scope.traffic.iter().zip(runs).zip(&base) {
             let (runs, ratios) = match &contestant {
                 Ok(_) => (Ok(runs.clone()), divided(&runs, base)),
                 Err(why) => (Err(why.clone()), Vec::new()),

@@ -22,15 +22,54 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use clap::{Args, builder::PossibleValuesParser};
 use rustix::system::uname;
 
 use self::compare::{Scope, compare};
+use self::contender::Contender;
 pub use self::figures::Record;
 use self::figures::{Figure, Figures};
-use self::traffic::Effort;
+use self::traffic::{Effort, Traffic};
 use super::Limit;
 
 const LOCK: &str = "/run/bridge-bench.lock";
+
+/// A part of the comparison, for those who work on it: what is not said is as it would be otherwise.
+#[derive(Args, Clone, Debug, Default)]
+#[group(id = "part", multiple = true)]
+pub struct Part {
+    /// Of the comparison only these numbers of rules
+    #[arg(long, value_delimiter = ',', value_name = "N")]
+    rules: Vec<u32>,
+    /// Of the comparison only these, and no firewall
+    #[arg(long, value_delimiter = ',', value_parser = PossibleValuesParser::new(Contender::ALL.map(Contender::key)))]
+    contender: Vec<String>,
+    /// Of the comparison only this traffic
+    #[arg(long, value_delimiter = ',', value_parser = PossibleValuesParser::new(Traffic::ALL.map(Traffic::key)))]
+    traffic: Vec<String>,
+    /// How often everybody has their turn
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: Option<u16>,
+}
+
+impl Part {
+    fn of(&self, whole: Scope) -> Scope {
+        let chosen = |all: &[String], key: &str| all.is_empty() || all.iter().any(|chosen| chosen == key);
+        Scope {
+            sizes: if self.rules.is_empty() { whole.sizes } else { self.rules.clone() },
+            contenders: whole
+                .contenders
+                .into_iter()
+                .filter(|contender| {
+                    *contender == Contender::None || chosen(&self.contender, contender.key())
+                })
+                .collect(),
+            traffic: whole.traffic.into_iter().filter(|kind| chosen(&self.traffic, kind.key())).collect(),
+            rounds: self.rounds.map_or(whole.rounds, usize::from),
+            ..whole
+        }
+    }
+}
 
 /// What was found out.
 pub struct Comparison {
@@ -40,16 +79,16 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Compares: thoroughly, in about ten minutes, or `quick`, in one or two.
+    /// Compares `part`: thoroughly, in about ten minutes for all of it, or `quick`, in one or two.
     ///
     /// # Errors
     /// Not root, fewer than two CPUs, no lab, or traffic that does not come through without a firewall. What is the
     /// matter with a single contender is no error, but told.
-    pub fn run(quick: bool) -> Result<Self> {
+    pub fn run(quick: bool, part: &Part) -> Result<Self> {
         let cpus = available_parallelism()?.get();
         ensure!(cpus >= 2, "one CPU makes packets and another forwards them: {cpus} is too few");
         let _alone = alone()?;
-        let scope = if quick { quick_scope() } else { thorough_scope() };
+        let scope = part.of(if quick { quick_scope() } else { thorough_scope() });
         let how = format!("medians of {} rounds, everybody in turn", scope.rounds);
         Ok(Self { figures: compare(&scope)?, machine: machine()?, how })
     }
@@ -117,6 +156,8 @@ fn alone() -> Result<File> {
 fn thorough_scope() -> Scope {
     Scope {
         sizes: vec![1, 100, 1000, 10_000, 100_000],
+        contenders: Contender::ALL.to_vec(),
+        traffic: Traffic::ALL.to_vec(),
         rounds: 7,
         effort: Effort {
             packets: Duration::from_millis(150),
@@ -135,6 +176,7 @@ fn quick_scope() -> Scope {
             sockets: Duration::from_millis(100),
             new_flows: 50_000,
         },
+        ..thorough_scope()
     }
 }
 

@@ -11,8 +11,13 @@ pub(super) fn markdown(figures: &Figures, machine: &str, how: &str) -> String {
     let sizes = figures.sizes();
     let mut text = format!("{machine}; {how}\n");
     for traffic in Traffic::ALL {
+        let measured = |contender| figures.0.iter().any(|f| (f.contender, f.traffic) == (contender, traffic));
+        let contenders: Vec<_> = Contender::ALL.into_iter().filter(|each| measured(*each)).collect();
+        if contenders.is_empty() {
+            continue;
+        }
         let mut rows = vec![header(&sizes)];
-        for contender in Contender::ALL {
+        for contender in contenders {
             let cells = sizes.iter().map(|rules| cell(figures, contender, traffic, *rules));
             rows.push([contender.title().to_owned()].into_iter().chain(cells).collect());
         }
