@@ -2,8 +2,8 @@
 //!
 //! Nobody knows better than the network stack which way a packet goes. So a flow's way is learnt from packets that have
 //! taken the normal one, where they come out: the interface, the Ethernet header, and that the routing table says the
-//! same. What was learnt is a [`Path`]; it holds for [`LEASE_TICKS`], and only as long as nothing has changed that the
-//! agent knows of ([`Control::epoch`]). When it has run out, packets take the normal way again, and what
+//! same. What was learnt is a [`Path`], which all flows that take it share; a flow has a [`Lease`] of it, which holds for
+//! [`LEASE_TICKS`], and only as long as nothing has changed that the agent knows of ([`Control::epoch`]). When it has run out, packets take the normal way again, and what
 //! they meet there is learnt anew: so conntrack, the neighbour table and whatever filters beside bridge hear of every
 //! flow at least that often, and what would stop it stops it.
 
@@ -31,15 +31,15 @@ pub mod protocols {
     pub const UDP: u32 = 2;
 }
 
-/// The way of one direction of a flow, from interface to interface.
+/// A way from interface to interface. Flows that take the same share it: an element of an array of [`PATHS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Path {
-    /// Until when it holds, in [`ticks`].
-    pub expires: u32,
-    /// The epoch in which it was learnt; 0: in none yet.
+    /// The epoch in which it was learnt; 0: none yet; [`WRITING`]: just now.
     pub epoch: u32,
-    /// Index of the interface that packets come in by; 0: nothing has come out yet.
+    /// Until when flows may hold it, in [`ticks`]: then another may have its place.
+    pub expires: u32,
+    /// Index of the interface that packets come in by.
     pub input: u32,
     /// Index of the interface that they leave by.
     pub output: u32,
@@ -53,7 +53,24 @@ pub struct Path {
     pub addresses: [u32; 3],
 }
 
-/// Index into [`crate::flow::Flow::paths`].
+/// How many different ways flows may take at a time; those of more go by the network stack.
+pub const PATHS: u32 = 1 << 14;
+/// Value of [`Path::epoch`] of a place that is being written to.
+pub const WRITING: u32 = u32::MAX;
+
+/// What one direction of a flow holds of a [`Path`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lease {
+    /// Until when, in [`ticks`].
+    pub expires: u32,
+    /// The epoch, by [`Lease::epoch_of`], in which packets have last come out; 0: none have.
+    pub epoch: u16,
+    /// Index of the path.
+    pub path: u16,
+}
+
+/// Index into [`crate::flow::Flow::leases`].
 pub mod towards {
     /// From the LAN to the pod.
     pub const POD: usize = 0;
@@ -91,16 +108,64 @@ pub const fn ticks(nanoseconds: u64) -> u32 {
     (nanoseconds >> TICK_SHIFT) as u32
 }
 
-/// How long a path holds: 5 seconds.
+/// So many [`ticks`], in nanoseconds.
+#[must_use]
+pub const fn nanoseconds(ticks: u32) -> u64 {
+    (ticks as u64) << TICK_SHIFT
+}
+
+/// How long a lease is: 5 seconds.
 pub const LEASE_TICKS: u32 = ticks(5_000_000_000);
 
+/// How much longer than its last lease a path keeps its place: packets may be under way that have read the time before.
+pub const PATH_SLACK_TICKS: u32 = ticks(1_000_000_000);
+
 impl Path {
+    /// Whether no flow holds it any more at `now` (in [`ticks`]) and in `epoch`, so that another may have its place.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_free(&self, now: u32, epoch: u32) -> bool {
+        const HELD: u32 = LEASE_TICKS + PATH_SLACK_TICKS;
+        self.epoch != WRITING && (self.epoch != epoch || self.expires.wrapping_sub(now).wrapping_sub(1) >= HELD)
+    }
+
+    /// Whether both are the same way.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_way_of(&self, other: &Self) -> bool {
+        let ([a, b, c], [d, e, f]) = (self.addresses, other.addresses);
+        self.input == other.input
+            && self.output == other.output
+            && self.mtu == other.mtu
+            && self.means == other.means
+            && a == d
+            && b == e
+            && c == f
+    }
+}
+
+impl Lease {
+    /// An epoch as leases have it: never 0. They come round after 65,535, which a lease does not live to see.
+    #[must_use]
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "a remainder")]
+    pub const fn epoch_of(epoch: u32) -> u16 {
+        (epoch % 0xffff) as u16 + 1
+    }
+
     /// Whether it holds at `now` (in [`ticks`]) and in `epoch`.
     #[must_use]
     #[inline(always)]
     pub const fn holds(&self, now: u32, epoch: u32) -> bool {
         // Modulo 2^32: what has run out long ago is as far behind as what is yet to come is ahead.
-        self.epoch == epoch && self.expires.wrapping_sub(now).wrapping_sub(1) < LEASE_TICKS
+        self.epoch == Self::epoch_of(epoch) && self.expires.wrapping_sub(now).wrapping_sub(1) < LEASE_TICKS
+    }
+
+    /// Whether packets of this direction have come out, in whatever epoch.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_known(&self) -> bool {
+        self.epoch != 0
     }
 }
 
@@ -157,22 +222,49 @@ pub struct Outcomes {
     pub by_outcome: [Counter; Outcome::COUNT],
 }
 
-crate::plain_old_data!(Control: 16, Path: 32, Outcomes: 160);
+crate::plain_old_data!(Control: 16, Path: 32, Lease: 8, Outcomes: 160);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_path_holds_for_its_lease_in_its_epoch() {
+    fn a_lease_holds_for_its_time_in_its_epoch() {
         for now in [0, 1000, u32::MAX - 10] {
-            let path = Path { expires: now.wrapping_add(LEASE_TICKS), epoch: 7, ..Path::default() };
-            assert!(path.holds(now, 7));
-            assert!(path.holds(now.wrapping_add(LEASE_TICKS - 1), 7));
-            assert!(!path.holds(now.wrapping_add(LEASE_TICKS), 7));
-            assert!(!path.holds(now.wrapping_add(LEASE_TICKS + 1), 7));
-            assert!(!path.holds(now.wrapping_add(1 << 31), 7));
-            assert!(!path.holds(now, 8));
+            let lease =
+                Lease { expires: now.wrapping_add(LEASE_TICKS), epoch: Lease::epoch_of(7), path: 1 };
+            assert!(lease.holds(now, 7));
+            assert!(lease.holds(now.wrapping_add(LEASE_TICKS - 1), 7));
+            assert!(!lease.holds(now.wrapping_add(LEASE_TICKS), 7));
+            assert!(!lease.holds(now.wrapping_add(LEASE_TICKS + 1), 7));
+            assert!(!lease.holds(now.wrapping_add(1 << 31), 7));
+            assert!(!lease.holds(now, 8));
+        }
+    }
+
+    #[test]
+    fn no_epoch_is_none_to_a_lease() {
+        for epoch in [1, 0xfffe, 0xffff, 0x1_0000, 0x1_fffe, u32::MAX] {
+            assert!(!Lease::default().holds(0, epoch), "{epoch}");
+            assert_ne!(Lease::epoch_of(epoch), Lease::epoch_of(epoch - 1), "{epoch}");
+        }
+    }
+
+    #[test]
+    fn a_path_keeps_its_place_longer_than_the_longest_lease() {
+        for now in [0, 1000, u32::MAX - 10] {
+            let path = Path {
+                expires: now.wrapping_add(LEASE_TICKS + PATH_SLACK_TICKS),
+                epoch: 7,
+                ..Path::default()
+            };
+            let after = |ticks: u32| now.wrapping_add(ticks);
+            assert!(!path.is_free(now, 7));
+            assert!(!path.is_free(after(LEASE_TICKS), 7));
+            assert!(!path.is_free(after(LEASE_TICKS + PATH_SLACK_TICKS - 1), 7));
+            assert!(path.is_free(after(LEASE_TICKS + PATH_SLACK_TICKS), 7));
+            assert!(path.is_free(now, 8));
+            assert!(!Path { epoch: WRITING, ..path }.is_free(now, 8));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     address::Address,
-    fast_path::{Path, towards},
+    fast_path::{Lease, nanoseconds, ticks, towards},
 };
 
 /// What names a flow whichever way its packets go: the end with the smaller (address, port) is `low`.
@@ -78,20 +78,14 @@ impl FlowKey {
     }
 }
 
-/// What is known of a flow.
+/// What is known of a flow: with its key and what the kernel adds to both, two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
     /// Time of the last packet, nanoseconds of `CLOCK_MONOTONIC`, coarse and updated at most once a second.
     pub last_seen: u64,
-    /// Time of the first packet, nanoseconds of `CLOCK_MONOTONIC`.
-    pub created: u64,
-    /// Number of the policy that admitted the flow; 0: seeded from the kernel's conntrack.
-    pub generation: u32,
-    /// Index of the rule that admitted it, in that policy.
-    pub rule: u32,
-    /// Initial sequence number of the responder, host byte order; only while the handshake lasts.
-    pub responder_isn: u32,
+    /// Time of the first packet, in [`ticks`].
+    pub opened: u32,
     /// One of [`state`].
     pub state: u8,
     /// Which end opened the flow: [`END_LOW`] or [`END_HIGH`].
@@ -100,8 +94,39 @@ pub struct Flow {
     pub direction: u8,
     /// Bits of [`flag`].
     pub flags: u8,
-    /// Its ways past the network stack, by [`towards`]; only of flows in the established table.
-    pub paths: [Path; towards::COUNT],
+    /// In the established table: its ways past the network stack, by [`towards`]. In the half-open table, of the first:
+    /// see [`Flow::responder_isn`].
+    pub leases: [Lease; towards::COUNT],
+    /// Number of the policy that admitted the flow; 0: seeded from the kernel's conntrack.
+    pub generation: u32,
+    /// Index of the rule that admitted it, in that policy.
+    pub rule: u32,
+}
+
+/// Bytes that the kernel keeps with each element of an LRU hash table (`struct htab_elem`, kernel/bpf/hashtab.c).
+const ELEMENT: usize = 48;
+const _: () = assert!(ELEMENT + size_of::<FlowKey>() + size_of::<Flow>() == 2 * 64);
+
+impl Flow {
+    /// Initial sequence number of the responder, host byte order; only of a flow in the half-open table, which has no ways
+    /// yet.
+    #[must_use]
+    #[inline(always)]
+    pub const fn responder_isn(&self) -> u32 {
+        self.leases[0].expires
+    }
+
+    /// See [`Flow::responder_isn`].
+    #[inline(always)]
+    pub const fn set_responder_isn(&mut self, sequence: u32) {
+        self.leases[0].expires = sequence;
+    }
+
+    /// How long ago it was opened, in nanoseconds, at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
+    #[must_use]
+    pub const fn age(&self, now: u64) -> u64 {
+        nanoseconds(ticks(now).wrapping_sub(self.opened))
+    }
 }
 
 /// Values of [`Flow::state`]; also the index of its timeout in [`crate::control::Settings::timeouts`].
@@ -177,4 +202,4 @@ pub struct ClientKey {
     pub padding: [u8; 5],
 }
 
-crate::plain_old_data!(FlowKey: 40, Flow: 96, ClientKey: 24);
+crate::plain_old_data!(FlowKey: 40, Flow: 40, ClientKey: 24);

@@ -17,7 +17,7 @@ pub mod policy;
 pub mod pool;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// Marks types that may be copied from and to a BPF map as bytes, and asserts their size.
 macro_rules! plain_old_data {

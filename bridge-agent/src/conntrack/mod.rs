@@ -6,6 +6,7 @@ mod ctnetlink;
 use std::{collections::HashMap, net::IpAddr};
 
 use bridge_common::{
+    fast_path::ticks,
     flow::{Flow, FlowKey, flag, state},
     policy::{direction, side},
 };
@@ -131,7 +132,7 @@ impl Scope {
                 let flags = flags | flag::SEEDED;
                 let flow = Flow {
                     last_seen: now,
-                    created: now,
+                    opened: ticks(now),
                     state,
                     initiator,
                     direction,
@@ -203,13 +204,15 @@ mod tests {
         Connection { original, reply, replied: true, tcp_state: 3 }
     }
 
+    const NOW: u64 = 1 << 40;
+
     /// Direction, and the opening as (initiator, port, responder, port).
     fn seeded(connection: &Connection) -> Vec<(u8, String, u16, String, u16)> {
         scope()
-            .flows(connection, 5)
+            .flows(connection, NOW)
             .into_iter()
             .map(|(key, flow)| {
-                assert_eq!((flow.last_seen, flow.created, flow.generation), (5, 5, 0));
+                assert_eq!((flow.last_seen, flow.opened, flow.generation), (NOW, ticks(NOW), 0));
                 assert_eq!(flow.flags & flag::SEEDED, flag::SEEDED);
                 let low = (IpAddr::from(key.low).to_string(), u16::from_be_bytes(key.low_port));
                 let high = (IpAddr::from(key.high).to_string(), u16::from_be_bytes(key.high_port));

@@ -48,15 +48,15 @@ impl Datapath {
         let mut carried = 0;
         for version in self.predecessors()? {
             carried += carry::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
-                forget_place(&mut flow);
+                forget_rule(&mut flow);
                 flow.flags |= flag::SEEDED;
                 // Of an epoch that is not ours.
-                flow.paths = Default::default();
+                flow.leases = Flow::default().leases;
                 self.maps.seed_flows(&[(key, flow)])
             })?;
             let half_open = sys::fd(&self.maps.half_open);
             carried += carry::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
-                forget_place(&mut flow);
+                forget_rule(&mut flow);
                 insert("half_open", half_open, &key, &flow)
             })?;
             let peers = MapData::from_pin(self.pins.map(PEERS)).map_err(Error::aya_map(PEERS))?;
@@ -68,10 +68,9 @@ impl Datapath {
     }
 }
 
-/// Generations are counted anew, so there is no telling the rule; and ways past the network stack are found anew.
-fn forget_place(flow: &mut Flow) {
+/// Generations are counted anew, so there is no telling the rule.
+fn forget_rule(flow: &mut Flow) {
     (flow.generation, flow.rule) = (0, u32::MAX);
-    flow.paths = Flow::default().paths;
 }
 
 const PEERS: &str = "node_port_peers";

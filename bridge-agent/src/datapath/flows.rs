@@ -5,7 +5,7 @@ use std::{collections::HashMap, net::IpAddr};
 use aya::maps::MapData;
 use bridge_common::{
     control::{SLOTS, Settings},
-    fast_path::{Control, Outcome, protocols, ticks},
+    fast_path::{Control, Lease, Outcome, protocols, ticks},
     flow::{END_LOW, Flow, FlowKey, flag, state},
     policy::{RuleInfo, direction},
 };
@@ -269,7 +269,7 @@ fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, fast: Control, now: u64) 
         direction: name(&direction::NAMES, flow.direction),
         state: name(&state::NAMES, flow.state),
         idle_seconds: now.saturating_sub(flow.last_seen) / SECOND,
-        age_seconds: now.saturating_sub(flow.created) / SECOND,
+        age_seconds: flow.age(now) / SECOND,
         rule: names.get(flow.generation, flow.rule).map(ToOwned::to_owned),
         generation: flow.generation,
         audit: flow.flags & flag::AUDIT != 0,
@@ -290,9 +290,9 @@ fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outc
         Some(Outcome::off)
     } else if flow.state != settled || flow.flags & flag::AUDIT != 0 {
         Some(Outcome::state)
-    } else if flow.paths.iter().any(|path| path.holds(ticks(now), fast.epoch)) {
+    } else if flow.leases.iter().any(|lease| lease.holds(ticks(now), fast.epoch)) {
         None
-    } else if flow.paths.iter().all(|path| path.input != 0) {
+    } else if flow.leases.iter().all(Lease::is_known) {
         Some(Outcome::expired)
     } else {
         Some(Outcome::unseen)
@@ -302,7 +302,7 @@ fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outc
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bridge_common::{fast_path::Path, flow::END_HIGH};
+    use bridge_common::flow::END_HIGH;
 
     fn tcp(initiator: u8) -> FlowView {
         let mut key = FlowKey::default();
@@ -334,20 +334,20 @@ mod tests {
         const NOW: u64 = 1 << 40;
         let on = Control { until: NOW + 1, epoch: 7, protocols: protocols::TCP };
         let key = |protocol| FlowKey { protocol, ..FlowKey::default() };
-        let path = |epoch, expires| Path { epoch, expires, input: 1, ..Path::default() };
-        let flow = |state, paths| Flow { state, paths, ..Flow::default() };
-        let (later, none) = (ticks(NOW) + 1, Path::default());
-        let established = flow(state::ESTABLISHED, [path(7, later), path(7, 0)]);
+        let lease = |epoch, expires| Lease { epoch: Lease::epoch_of(epoch), expires, path: 1 };
+        let flow = |state, leases| Flow { state, leases, ..Flow::default() };
+        let (later, none) = (ticks(NOW) + 1, Lease::default());
+        let established = flow(state::ESTABLISHED, [lease(7, later), lease(7, 0)]);
         for (key, flow, control, expected) in [
             (key(6), established, on, None),
             (key(6), established, Control { until: NOW, ..on }, Some(Outcome::off)),
-            (key(17), flow(state::UDP_REPLIED, [path(7, later); 2]), on, Some(Outcome::off)),
+            (key(17), flow(state::UDP_REPLIED, [lease(7, later); 2]), on, Some(Outcome::off)),
             (key(1), established, on, Some(Outcome::protocol)),
-            (key(6), flow(state::FIN_WAIT, [path(7, later); 2]), on, Some(Outcome::state)),
+            (key(6), flow(state::FIN_WAIT, [lease(7, later); 2]), on, Some(Outcome::state)),
             (key(6), Flow { flags: flag::AUDIT, ..established }, on, Some(Outcome::state)),
-            (key(6), flow(state::ESTABLISHED, [path(6, later); 2]), on, Some(Outcome::expired)),
-            (key(6), flow(state::ESTABLISHED, [path(7, 0); 2]), on, Some(Outcome::expired)),
-            (key(6), flow(state::ESTABLISHED, [path(7, 0), none]), on, Some(Outcome::unseen)),
+            (key(6), flow(state::ESTABLISHED, [lease(6, later); 2]), on, Some(Outcome::expired)),
+            (key(6), flow(state::ESTABLISHED, [lease(7, 0); 2]), on, Some(Outcome::expired)),
+            (key(6), flow(state::ESTABLISHED, [lease(7, 0), none]), on, Some(Outcome::unseen)),
         ] {
             assert_eq!(fast_path(&key, &flow, control, NOW), expected, "{flow:?} {control:?}");
         }

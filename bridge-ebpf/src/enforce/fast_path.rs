@@ -10,7 +10,7 @@ use aya_ebpf::{
     },
 };
 use bridge_common::{
-    fast_path::{Control, LEASE_TICKS, Outcome, Path, ability, means, protocols, ticks, towards},
+    fast_path::{Control, LEASE_TICKS, Lease, Outcome, Path, ability, means, protocols, ticks, towards},
     flow::{Flow, flag, state},
     policy::direction,
 };
@@ -20,6 +20,7 @@ use crate::{
     maps::{FAST_PATH, INTERFACES, OUTCOMES, Scratch, scratch},
     mark,
     packet::{Packet, protocol, tcp},
+    paths::{held, place},
 };
 
 const ETHERNET: u32 = 14;
@@ -74,7 +75,7 @@ pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *const Flow, from_la
         Err(outcome) => {
             // Else there is a way to be learnt from it.
             if !matches!(outcome, Outcome::unseen | Outcome::expired) {
-                mark::put_on(skb, flow);
+                mark::put_on(skb, flow.direction);
             }
             (NEXT, outcome)
         }
@@ -96,11 +97,12 @@ fn try_forward(
         return Err(obstacle);
     }
     let way = if from_lan { towards::POD } else { towards::LAN };
-    let path = &flow.paths[way];
-    if !path.holds(ticks(now), control.epoch) {
-        let both = path.input != 0 && flow.paths[1 - way].input != 0;
+    let lease = &flow.leases[way];
+    if !lease.holds(ticks(now), control.epoch) {
+        let both = lease.is_known() && flow.leases[1 - way].is_known();
         return Err(if both { Outcome::expired } else { Outcome::unseen });
     }
+    let Some(path) = held(lease, control.epoch) else { return Err(Outcome::expired) };
     // SAFETY: the context is valid while the program runs.
     let (ifindex, to, tagged) = unsafe { ((*skb).ifindex, (*skb).pkt_type, (*skb).vlan_present) };
     if tagged != 0 {
@@ -113,7 +115,7 @@ fn try_forward(
         return Err(Outcome::mtu);
     }
     let written =
-        if packet.version == 4 { rewrite_v4(skb, packet, path) } else { rewrite_v6(skb, packet, path) };
+        if packet.version == 4 { rewrite_v4(skb, packet, &path) } else { rewrite_v6(skb, packet, &path) };
     if !written {
         return Err(Outcome::ttl);
     }
@@ -122,7 +124,7 @@ fn try_forward(
         if path.means == means::PEER {
             bpf_redirect_peer(path.output, 0) as i32
         } else {
-            mark::put_on(skb, flow);
+            mark::put_on(skb, flow.direction);
             bpf_redirect(path.output, 0) as i32
         }
     })
@@ -214,31 +216,20 @@ pub(crate) extern "C" fn learn(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u
         return 0;
     }
     let way = if from_lan != 0 { towards::POD } else { towards::LAN };
-    let back = flow.paths[1 - way].epoch;
-    let path = &mut flow.paths[way];
+    let epoch = Lease::epoch_of(control.epoch);
+    let back = flow.leases[1 - way].epoch;
+    let lease = &mut flow.leases[way];
     let now = ticks(now);
-    if path.holds(now, control.epoch) {
+    if lease.holds(now, control.epoch) {
         return 0;
     }
-    // Before the tables are asked: what changes after that brings another epoch.
-    let epoch = control.epoch;
+    // `control.epoch` was read before the tables are asked: what changes after that brings another epoch.
     let Some(seen) = taken(skb, packet) else { return 0 };
-    let same = path.input == seen.input
-        && path.output == seen.output
-        && path.mtu == seen.mtu
-        && path.means == seen.means
-        && path.addresses == seen.addresses;
-    if !same {
-        *path = Path { epoch, expires: now, ..seen };
-    } else if back == epoch {
-        // Packets of both directions have come out, and nothing has changed between them. Whoever finds that the path holds
-        // finds the rest of it in place: it was written by an earlier packet.
-        path.epoch = epoch;
-        path.expires = now.wrapping_add(LEASE_TICKS);
-    } else {
-        path.expires = now;
-        path.epoch = epoch;
-    }
+    let Some(path) = place(&seen, now, control.epoch) else { return 0 };
+    // Packets of both directions have come out, this one's not for the first time, and nothing has changed between them.
+    let confirmed = lease.path == path && lease.epoch == epoch && back == epoch;
+    (lease.path, lease.epoch) = (path, epoch);
+    lease.expires = if confirmed { now.wrapping_add(LEASE_TICKS) } else { now };
     1
 }
 

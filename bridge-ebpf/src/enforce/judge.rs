@@ -18,7 +18,7 @@ use crate::{
     NEXT, fast_path,
     maps::{CONTROL, FLOWS, HALF_OPEN, SETTINGS, Scratch, scratch},
     mark,
-    packet::{self, Kind, Packet},
+    packet::{self, Kind, Packet, protocol},
     policy, reject,
     report::{self, Told},
     scope::{self, Scope},
@@ -64,9 +64,11 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
         debug!(&TcContext::new(skb), "no policy in force: packet passes");
         return NEXT;
     };
+    let mut found = 0;
     if follows_flow(packet)
         && let Some(flow) = FLOWS.get_ptr_mut(&packet.key)
     {
+        found = FLOW_OF_PORTS;
         // SAFETY: a valid element; the fields that racing CPUs write are single bytes and a time stamp.
         let flow = unsafe { &mut *flow };
         let from_initiator = flow.initiator == packet.end_of_source;
@@ -89,7 +91,7 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
             return match fast_path::control(active.now) {
                 Some(_) => fast_path::forward(skb, flow, from_lan.into(), active.now),
                 None => {
-                    mark::put_on(skb, flow);
+                    mark::put_on(skb, flow.direction);
                     NEXT
                 }
             };
@@ -97,21 +99,24 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
     }
     // From here, and not from where it matters: with that one's frame, too, it would not fit on the stack of Linux 6.1,
     // which counts a frame in steps of 32 bytes.
-    let related = if packet.kind == Kind::Error && packet.is_intact() {
-        quotes_flow(skb, active.slot, active.now)
-    } else {
-        0
-    };
-    judge_unknown(skb, active.slot, hook as u32, active.now, related)
+    if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
+        found = FLOW_OF_QUOTE;
+    }
+    judge_unknown(skb, active.slot, hook as u32, active.now, found)
 }
 
-/// Judges a packet that belongs to no established flow; `related` is what [`quotes_flow`] says of it.
+/// The flow table has an entry for the packet's ports, but the packet does not belong to it.
+const FLOW_OF_PORTS: u32 = 1;
+/// It is an ICMP error, and there is a flow that it quotes: see [`quotes_flow`].
+const FLOW_OF_QUOTE: u32 = 2;
+
+/// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`] or 0.
 ///
 /// This and the other functions with C linkage are subprograms that the verifier looks at once, whatever their callers
 /// know of the arguments: inlined, the paths through one multiply with the paths through the next.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64, related: u32) -> i32 {
+extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64, found: u32) -> i32 {
     let Some(Scratch { packet, scope, .. }) = scratch() else { return NEXT };
     let Some(settings) = SETTINGS.get(slot) else { return NEXT };
     let active = Active { slot, settings, now };
@@ -121,7 +126,7 @@ extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64,
     }
     // SAFETY: the context is valid while the program runs.
     let length = unsafe { (*skb).len };
-    let outcome = decide(from_lan, related != 0, &active, scope, packet, length);
+    let outcome = decide(from_lan, found, &active, scope, packet, length);
     conclude(skb, &active, scope, packet, &outcome, length)
 }
 
@@ -147,7 +152,7 @@ impl Outcome {
 #[inline(always)]
 fn decide(
     from_lan: bool,
-    related: bool,
+    found: u32,
     active: &Active,
     scope: &Scope,
     packet: &Packet,
@@ -161,10 +166,16 @@ fn decide(
     }
     match packet.kind {
         Kind::LaterFragment => return Outcome::of(Reason::later_fragment),
-        Kind::Error => return Outcome::of(if related { Reason::related } else { Reason::icmp_unrelated }),
+        Kind::Error => {
+            let related = found == FLOW_OF_QUOTE;
+            return Outcome::of(if related { Reason::related } else { Reason::icmp_unrelated });
+        }
         _ => {}
     }
-    if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
+    // A SYN is judged by policy, whatever came before it.
+    if !(packet.protocol == protocol::TCP && packet.opens_tcp())
+        && let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key)
+    {
         // SAFETY: as for established flows in `judge`.
         let flow = unsafe { &mut *flow };
         let from_initiator = flow.initiator == packet.end_of_source;
@@ -194,7 +205,7 @@ fn decide(
         rule: (leaf & reference::RULE) - 1,
         flags: 0,
     };
-    match track::open(packet, &admission, active.now) {
+    match track::open(packet, &admission, active.now, found == FLOW_OF_PORTS) {
         Ok(()) => Outcome { reason: Reason::new_flow, leaf },
         Err(reason) => Outcome::of(reason),
     }
@@ -249,6 +260,9 @@ fn conclude(
     };
     if !outcome.reason.denies() {
         report::count(direction, outcome.reason, length);
+        if outcome.reason == Reason::new_flow {
+            mark::put_on(skb, direction);
+        }
         if settings.report_allowed != 0 && outcome.reason == Reason::new_flow {
             report::tell(skb, active.slot, &told);
         }
@@ -271,7 +285,7 @@ fn conclude(
                 rule: told.rule.wrapping_sub(1),
                 flags: flag::AUDIT,
             };
-            let _ = track::open(packet, &admission, active.now);
+            let _ = track::open(packet, &admission, active.now, true);
         }
         report::count_audited(direction, outcome.reason, length);
         told.verdict = verdict::AUDIT;

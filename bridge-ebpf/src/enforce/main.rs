@@ -5,6 +5,7 @@
 
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(
     missing_docs,
     unreachable_pub,
@@ -25,6 +26,7 @@ mod judge;
 mod maps;
 mod mark;
 mod packet;
+mod paths;
 mod policy;
 mod reject;
 mod report;

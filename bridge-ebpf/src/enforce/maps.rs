@@ -76,6 +76,9 @@ pub(crate) static AUDITED: PerCpuArray<Counters, { direction::COUNT }> = PerCpuA
 /// Whether flows may take the fast path.
 #[btf_map(name = "fast_path")]
 pub(crate) static FAST_PATH: Array<fast_path::Control, 1, MMAPABLE> = Array::new();
+/// The ways that flows take past the network stack.
+#[btf_map(name = "paths")]
+pub(crate) static PATHS: Array<fast_path::Path, { fast_path::PATHS as usize }> = Array::new();
 /// Packets of established flows, by direction: whether they took the fast path, and why not.
 #[btf_map(name = "outcomes")]
 pub(crate) static OUTCOMES: PerCpuArray<fast_path::Outcomes, { direction::COUNT }> = PerCpuArray::new();

@@ -5,7 +5,7 @@
 //! Linux. Whatever writes there takes the mark off, and the packet is read twice.
 
 use aya_ebpf::bindings::__sk_buff;
-use bridge_common::{flow::Flow, policy::direction};
+use bridge_common::policy::direction;
 
 /// In `__sk_buff::tc_index`.
 const KNOWN: u32 = 0xb21d;
@@ -23,10 +23,10 @@ pub(crate) fn take_off(skb: *mut __sk_buff) -> bool {
     }
 }
 
-/// Marks a packet of an established flow. Not one of a NodePort: the address of a pod that it gets is news.
+/// Marks a packet of a flow of this direction. Not one of a NodePort: the address of a pod that it gets is news.
 #[inline(always)]
-pub(crate) fn put_on(skb: *mut __sk_buff, flow: &Flow) {
-    if flow.direction != direction::NODE_PORT {
+pub(crate) fn put_on(skb: *mut __sk_buff, direction: u8) {
+    if direction != direction::NODE_PORT {
         // SAFETY: the context is valid while the program runs.
         unsafe { (*skb).tc_index = KNOWN };
     }

@@ -3,7 +3,7 @@
 use bridge_common::{
     control::Settings,
     counters::Reason,
-    fast_path::{Path, towards},
+    fast_path::{Lease, ticks, towards},
     flow::{ClientKey, Flow, FlowKey, flag, state},
     policy::direction,
 };
@@ -20,6 +20,8 @@ const TOUCH_INTERVAL: u64 = 1_000_000_000;
 /// responder may have sent by then, with room to spare. Keeps those who cannot see the SYN-ACK from completing a
 /// handshake.
 const ISN_WINDOW: u32 = 1 << 20;
+
+const NO_LEASES: [Lease; towards::COUNT] = [Lease { expires: 0, epoch: 0, path: 0 }; towards::COUNT];
 
 /// What the flow table says of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -123,13 +125,13 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
     if !from_initiator {
         if flags & tcp::SYN != 0 {
             flow.state = state::SYN_RECEIVED;
-            flow.responder_isn = packet.sequence;
+            flow.set_responder_isn(packet.sequence);
             flow.last_seen = now;
         }
         // Anything else answers a SYN with what an older connection would have said; the initiator will reset it.
         return Seen::Pass;
     }
-    let beyond = packet.acknowledgement.wrapping_sub(flow.responder_isn.wrapping_add(1));
+    let beyond = packet.acknowledgement.wrapping_sub(flow.responder_isn().wrapping_add(1));
     if flow.state == state::SYN_RECEIVED && flags & tcp::SYN == 0 && beyond < ISN_WINDOW {
         let seen = promote(flow, &packet.key, state::ESTABLISHED, now);
         if flags & tcp::FIN != 0
@@ -147,7 +149,7 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
 #[inline(always)]
 fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
     let Some(Scratch { flow: promoted, .. }) = scratch() else { return Seen::Deny(Reason::table_full) };
-    *promoted = Flow { last_seen: now, state, responder_isn: 0, ..*flow };
+    *promoted = Flow { last_seen: now, state, leases: NO_LEASES, ..*flow };
     if FLOWS.insert(key, promoted, 0).is_err() {
         return Seen::Deny(Reason::table_full);
     }
@@ -194,27 +196,28 @@ pub(crate) struct Admission {
     pub(crate) flags: u8,
 }
 
-/// Enters the flow that a packet opens, or reopens.
+/// Enters the flow that a packet opens, or reopens; `again`: the established table may have an entry for its ports.
 #[inline(always)]
-pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64) -> Result<(), Reason> {
+pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64, again: bool) -> Result<(), Reason> {
     let Some(Scratch { flow, .. }) = scratch() else { return Err(Reason::table_full) };
     *flow = Flow {
         last_seen: now,
-        created: now,
-        generation: admission.generation,
-        rule: admission.rule,
-        responder_isn: 0,
+        opened: ticks(now),
         state: unreplied(packet),
         initiator: packet.end_of_source,
         direction: admission.direction,
         flags: admission.flags,
-        paths: [Path::default(); towards::COUNT],
+        leases: NO_LEASES,
+        generation: admission.generation,
+        rule: admission.rule,
     };
     if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);
     }
-    // What the ports were used for before is over.
-    let _ = FLOWS.remove(&packet.key);
+    if again {
+        // What the ports were used for before is over.
+        let _ = FLOWS.remove(&packet.key);
+    }
     if admission.direction == direction::NODE_PORT {
         let _ = NODE_PORT_PEERS.insert(&client(packet), &now, 0);
     }
@@ -243,5 +246,5 @@ pub(crate) fn adopt_node_port(packet: &Packet, settings: &Settings, now: u64) {
         rule: u32::MAX,
         flags: 0,
     };
-    let _ = open(packet, &admission, now);
+    let _ = open(packet, &admission, now, true);
 }

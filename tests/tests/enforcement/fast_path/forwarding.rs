@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_common::fast_path::Outcome;
+use bridge_common::fast_path::{Lease, Outcome};
 use bridge_tests::agent::Agent;
 use bridge_tests::lab::{Family, Lab};
 use bridge_tests::traffic::{tcp, udp};
@@ -26,7 +26,7 @@ fn connections_of_both_directions_take_it_and_end_properly() -> Result<()> {
             speed_up(&agent, &mut connection)?;
             let flow = || crate::support::flow(&agent, connection.source().ok()?, to, 6).ok().flatten();
             let from = connection.source()?;
-            ensure!(flow().is_some_and(|flow| flow.paths.iter().all(|path| path.epoch != 0)), "{from} {to}");
+            ensure!(flow().is_some_and(|flow| flow.leases.iter().all(Lease::is_known)), "{from} {to}");
             drop(connection);
             // Both FINs are followed, though all between them went by.
             let closing = || {
