@@ -6,7 +6,7 @@ use std::{path::PathBuf, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
-    maps::{HashMap, Map, MapData, PerCpuArray, RingBuf},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
     programs::SchedClassifier,
 };
 use bridge_agent::{
@@ -15,9 +15,10 @@ use bridge_agent::{
     policy,
 };
 use bridge_common::{
+    control::Control,
     counters::{Counters, Reason},
     event::Event,
-    flow::{Flow, FlowKey, state},
+    flow::{ClientKey, Flow, FlowKey, state},
     interface::{Interface, role},
     policy::direction,
 };
@@ -39,6 +40,8 @@ pub struct Node {
     programs: Ebpf,
     root: PathBuf,
     pins: Pins,
+    counted: Tally,
+    audited: Tally,
 }
 
 /// What became of a packet.
@@ -88,18 +91,21 @@ impl Node {
     /// # Errors
     /// Whatever loading or compiling says.
     pub fn new(policy: &Policy, behaviour: &Behaviour) -> Result<Self> {
+        Self::with_room(policy, behaviour, 1024)
+    }
+
+    /// As [`Node::new`], with room for `flows` flows in each of the two tables.
+    ///
+    /// # Errors
+    /// Whatever loading or compiling says.
+    pub fn with_room(policy: &Policy, behaviour: &Behaviour, flows: u32) -> Result<Self> {
         use std::sync::atomic::{AtomicU32, Ordering};
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let root = PathBuf::from(format!("/sys/fs/bpf/bridge-test-{}-{serial}", std::process::id()));
         let pins = Pins::new(&root);
-        let options = Options {
-            pins: pins.clone(),
-            flows: 1024,
-            half_open: 1024,
-            mechanism: Mechanism::Best,
-            debug: false,
-        };
+        let options =
+            Options { pins: pins.clone(), flows, half_open: flows, mechanism: Mechanism::Best, debug: false };
         let mut datapath = Datapath::load(&options).context("loading the packet path")?;
         let mut interfaces: HashMap<_, u32, Interface> = open(&pins, "interfaces")?;
         interfaces.insert(
@@ -120,7 +126,8 @@ impl Node {
         for hook in Hook::ALL {
             program(&mut programs, hook)?.load()?;
         }
-        Ok(Self { datapath, programs, root, pins })
+        let (counted, audited) = (Tally::open(&pins, "counters")?, Tally::open(&pins, "audited")?);
+        Ok(Self { datapath, programs, root, pins, counted, audited })
     }
 
     /// Puts another policy in force.
@@ -131,12 +138,38 @@ impl Node {
         publish(&mut self.datapath, policy, behaviour)
     }
 
+    /// Which of the two policies that are held is in force; see [`Node::put_in_force`].
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.datapath.maps.slot()
+    }
+
+    /// Puts a policy that was published before in force again, by its slot.
+    ///
+    /// # Errors
+    /// The kernel refused to write the word.
+    pub fn put_in_force(&mut self, slot: u32) -> Result<()> {
+        let mut control: Array<_, Control> = open(&self.pins, "control")?;
+        control.set(0, Control::slot(slot), 0)?;
+        Ok(())
+    }
+
+    /// Empties the flow tables, and forgets whom a NodePort let in.
+    ///
+    /// # Errors
+    /// The kernel refused to delete an entry.
+    pub fn forget_flows(&mut self) -> Result<()> {
+        for table in ["flows", "half_open"] {
+            clear::<FlowKey, Flow>(open(&self.pins, table)?)?;
+        }
+        clear::<ClientKey, u64>(open(&self.pins, "node_port_peers")?)
+    }
+
     /// Runs the program of `hook` on a frame.
     ///
     /// # Errors
     /// The kernel refused to run it, or the packet was counted more than once.
     pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Result<Judged> {
-        let (counted, audited) = (self.counters("counters")?, self.counters("audited")?);
         let mut out = vec![0; frame.len() + 256];
         let options =
             TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
@@ -149,12 +182,7 @@ impl Node {
             7 => Action::Answer,
             other => anyhow::bail!("{} returned {other}", hook.name()),
         };
-        Ok(Judged {
-            action,
-            counted: difference(&counted, &self.counters("counters")?)?,
-            audited: difference(&audited, &self.counters("audited")?)?,
-            frame: out,
-        })
+        Ok(Judged { action, counted: self.counted.more()?, audited: self.audited.more()?, frame: out })
     }
 
     /// Nanoseconds that the program of `hook` takes for a frame, as the mean over `packets` runs.
@@ -201,11 +229,17 @@ impl Node {
 
     /// Makes a flow older.
     pub fn age(&self, key: &FlowKey, by: Duration) {
-        let (table, flow) = self.flow(key).expect("a known flow");
+        assert!(self.age_if_known(key, by), "a known flow");
+    }
+
+    /// As [`Node::age`]; whether there is such a flow.
+    pub fn age_if_known(&self, key: &FlowKey, by: Duration) -> bool {
+        let Some((table, flow)) = self.flow(key) else { return false };
         let mut map: HashMap<_, FlowKey, Flow> = open(&self.pins, table).expect("a flow table");
         let by = u64::try_from(by.as_nanos()).expect("less than 500 years");
         let last_seen = now().checked_sub(by).expect("the machine has been up for that long");
         map.insert(key, Flow { last_seen, ..flow }, 0).expect("room for an entry that is there");
+        true
     }
 
     /// Every event since the last call.
@@ -224,15 +258,6 @@ impl Node {
     /// The datapath, for what has no short name here.
     pub fn datapath(&mut self) -> &mut Datapath {
         &mut self.datapath
-    }
-
-    fn counters(&self, name: &'static str) -> Result<Vec<Counters>> {
-        let map: PerCpuArray<_, Counters> = open(&self.pins, name)?;
-        let mut rows = Vec::new();
-        for direction in 0..u32::try_from(direction::COUNT)? {
-            rows.extend(map.get(&direction, 0)?.iter().copied());
-        }
-        Ok(rows)
     }
 }
 
@@ -257,18 +282,52 @@ fn open<T: TryFrom<Map, Error = aya::maps::MapError>>(pins: &Pins, name: &'stati
     Ok(T::try_from(Map::from_map_data(MapData::from_pin(pins.map(name))?)?)?)
 }
 
-/// The one counter that went up, by one packet.
-fn difference(before: &[Counters], after: &[Counters]) -> Result<Option<(u8, Reason)>> {
-    let cpus = before.len() / direction::COUNT;
-    let mut found = None;
-    for (row, (before, after)) in before.iter().zip(after).enumerate() {
-        for reason in Reason::ALL {
-            let more = after.get(*reason).packets - before.get(*reason).packets;
-            if more > 0 {
-                ensure!(more == 1 && found.is_none(), "a packet is counted once, not also as {reason:?}");
-                found = Some((u8::try_from(row / cpus)?, *reason));
-            }
-        }
+/// Removes every entry.
+fn clear<K: aya::Pod, V: aya::Pod>(mut map: HashMap<MapData, K, V>) -> Result<()> {
+    let keys: Vec<K> = map.keys().collect::<Result<_, _>>()?;
+    for key in keys {
+        map.remove(&key)?;
     }
-    Ok(found)
+    Ok(())
+}
+
+/// A map of counters, and what it held when it was last read: nobody but the packets of this process counts there.
+struct Tally {
+    map: PerCpuArray<MapData, Counters>,
+    rows: [Vec<Counters>; direction::COUNT],
+}
+
+impl Tally {
+    fn open(pins: &Pins, name: &'static str) -> Result<Self> {
+        let mut tally = Self { map: open(pins, name)?, rows: Default::default() };
+        for (index, row) in (0..).zip(&mut tally.rows) {
+            *row = tally.map.get(&index, 0)?.to_vec();
+        }
+        Ok(tally)
+    }
+
+    /// Direction and reason of the one counter that went up since the last call, by one packet.
+    fn more(&mut self) -> Result<Option<(u8, Reason)>> {
+        let mut found = None;
+        for (index, row) in (0..).zip(&mut self.rows) {
+            let values = self.map.get(&u32::from(index), 0)?;
+            if values[..] == row[..] {
+                continue;
+            }
+            for (before, after) in row.iter().zip(values.iter()) {
+                for reason in Reason::ALL {
+                    let more = after.get(*reason).packets - before.get(*reason).packets;
+                    if more > 0 {
+                        ensure!(
+                            more == 1 && found.is_none(),
+                            "a packet is counted once, not also as {reason:?}"
+                        );
+                        found = Some((index, *reason));
+                    }
+                }
+            }
+            *row = values.to_vec();
+        }
+        Ok(found)
+    }
 }

@@ -140,12 +140,14 @@ fn follows_flow(packet: &Packet) -> bool {
 struct Outcome {
     reason: Reason,
     leaf: u32,
+    /// Belongs to a flow that passes in audit mode only.
+    audited: bool,
 }
 
 impl Outcome {
     #[inline(always)]
     fn of(reason: Reason) -> Self {
-        Self { reason, leaf: 0 }
+        Self { reason, leaf: 0, audited: false }
     }
 }
 
@@ -154,7 +156,7 @@ fn decide(
     from_lan: bool,
     found: u32,
     active: &Active,
-    scope: &Scope,
+    scope: &mut Scope,
     packet: &Packet,
     length: u32,
 ) -> Outcome {
@@ -179,10 +181,14 @@ fn decide(
         // SAFETY: as for established flows in `judge`.
         let flow = unsafe { &mut *flow };
         let from_initiator = flow.initiator == packet.end_of_source;
-        let usable = flow.flags & flag::AUDIT == 0 || active.settings.audit != 0;
-        if usable && !track::is_expired(flow, active.settings, active.now) {
+        if track::is_usable(flow, active.settings, active.now) {
+            let (direction, audited) = (flow.direction, flow.flags & flag::AUDIT != 0);
             match track::half_open(flow, packet, from_initiator, active.now) {
-                Seen::Pass => return Outcome::of(Reason::established),
+                Seen::Pass => {
+                    // As of every packet of the flow: a reply is no packet of the other direction.
+                    scope.direction = u32::from(direction);
+                    return Outcome { audited, ..Outcome::of(Reason::established) };
+                }
                 Seen::Deny(reason) => return Outcome::of(reason),
                 Seen::Judge => {}
             }
@@ -197,7 +203,7 @@ fn decide(
     }
     policy::count_hit(active.slot, active.settings, leaf, length);
     if leaf & reference::DENY != 0 {
-        return Outcome { reason: Reason::deny_rule, leaf };
+        return Outcome { leaf, ..Outcome::of(Reason::deny_rule) };
     }
     let admission = Admission {
         direction: scope.direction as u8,
@@ -205,8 +211,8 @@ fn decide(
         rule: (leaf & reference::RULE) - 1,
         flags: 0,
     };
-    match track::open(packet, &admission, active.now, found == FLOW_OF_PORTS) {
-        Ok(()) => Outcome { reason: Reason::new_flow, leaf },
+    match track::open(packet, &admission, active.settings, active.now, found == FLOW_OF_PORTS) {
+        Ok(()) => Outcome { leaf, ..Outcome::of(Reason::new_flow) },
         Err(reason) => Outcome::of(reason),
     }
 }
@@ -225,17 +231,11 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
         // A router of the LAN tells about a flow beyond it, which is none of our business.
         return 1;
     }
-    let flow = match FLOWS.get_ptr(&quoted.key) {
-        Some(flow) => flow,
-        None => match HALF_OPEN.get_ptr(&quoted.key) {
-            Some(flow) => flow,
-            None => return 0,
-        },
-    };
-    // SAFETY: a valid element, only read.
-    let flow = unsafe { &*flow };
-    let usable = flow.flags & flag::AUDIT == 0 || settings.audit != 0;
-    u32::from(usable && !track::is_expired(flow, settings, now))
+    // SAFETY: valid elements, only read.
+    let is_usable = |flow: *const Flow| track::is_usable(unsafe { &*flow }, settings, now);
+    let known = FLOWS.get_ptr(&quoted.key).is_some_and(is_usable)
+        || HALF_OPEN.get_ptr(&quoted.key).is_some_and(is_usable);
+    u32::from(known)
 }
 
 /// Counts, tells, and carries out.
@@ -259,6 +259,10 @@ fn conclude(
         padding: 0,
     };
     if !outcome.reason.denies() {
+        if outcome.audited {
+            report::count_audited(direction, outcome.reason, length);
+            return NEXT;
+        }
         report::count(direction, outcome.reason, length);
         if outcome.reason == Reason::new_flow {
             mark::put_on(skb, direction);
@@ -285,7 +289,7 @@ fn conclude(
                 rule: told.rule.wrapping_sub(1),
                 flags: flag::AUDIT,
             };
-            let _ = track::open(packet, &admission, active.now, true);
+            let _ = track::open(packet, &admission, active.settings, active.now, true);
         }
         report::count_audited(direction, outcome.reason, length);
         told.verdict = verdict::AUDIT;
@@ -371,7 +375,7 @@ fn observe(skb: *mut __sk_buff, active: &Active, packet: &Packet, to_pod: bool) 
     if let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
         // SAFETY: as for established flows in `judge`.
         let flow = unsafe { &mut *flow };
-        if !track::is_expired(flow, active.settings, active.now) {
+        if track::is_usable(flow, active.settings, active.now) {
             let from_initiator = flow.initiator == packet.end_of_source;
             if track::established(flow, packet, from_initiator, active.now) == Seen::Pass {
                 learn(skb, active, packet, flow, to_pod);
@@ -382,7 +386,7 @@ fn observe(skb: *mut __sk_buff, active: &Active, packet: &Packet, to_pod: bool) 
     if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
         // SAFETY: as for established flows in `judge`.
         let flow = unsafe { &mut *flow };
-        if !track::is_expired(flow, active.settings, active.now) {
+        if track::is_usable(flow, active.settings, active.now) {
             let from_initiator = flow.initiator == packet.end_of_source;
             track::half_open(flow, packet, from_initiator, active.now);
             return true;

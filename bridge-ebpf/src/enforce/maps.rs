@@ -62,7 +62,8 @@ pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, 262_144> = LruHashMap::new();
 /// Flows that wait for a reply: apart, so that a flood of them evicts no established flow.
 #[btf_map(name = "half_open")]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new();
-/// LAN hosts whose packets to a NodePort were let through, with the time of the last one.
+/// LAN hosts whose packets to a NodePort were let through, with the time of the last one; an odd nanosecond: by audit
+/// mode alone.
 #[btf_map(name = "node_port_peers")]
 pub(crate) static NODE_PORT_PEERS: LruHashMap<ClientKey, u64, 65_536> = LruHashMap::new();
 

@@ -322,6 +322,8 @@ pub(crate) fn parse_quoted(skb: *mut __sk_buff, error: &Packet, quoted: &mut Pac
     parse_ip(skb, error.l4 + 8, u32::from(error.version) | QUOTED, quoted) != 0
         && quoted.is_intact()
         && quoted.kind != Kind::LaterFragment
+        // Not what stands behind the error: the padding of a short frame.
+        && quoted.l4 <= error.end - 8
 }
 
 /// Beside the IP version: the packet is quoted by an ICMP error.
@@ -416,7 +418,8 @@ fn fragment_offset(offset: u16, packet: &mut Packet) {
     }
 }
 
-/// How many extension headers are followed: more than RFC 8200, 4.1 has kinds of.
+/// How many headers behind the first are looked at, that of layer 4 among them: seven extension headers are as many as
+/// RFC 8200, 4.1 lets a packet have.
 const EXTENSION_HEADERS: usize = 8;
 
 /// As [`parse_v4`].

@@ -11,7 +11,7 @@ use bridge_common::counters::Reason;
 
 use crate::{
     maps::{INTERFACES, Scratch, scratch},
-    packet::{Packet, protocol, tcp},
+    packet::{Kind, Packet, protocol, tcp},
 };
 
 const IPV4_HEADER: u32 = 20;
@@ -36,6 +36,10 @@ pub(crate) fn is_answerable(packet: &Packet, reason: Reason) -> bool {
     }
     let plain_header = if packet.version == 4 { IPV4_HEADER } else { IPV6_HEADER };
     if packet.l3 != 0 || packet.l4 != plain_header || !packet.is_intact() {
+        return false;
+    }
+    // What stands there is no header.
+    if packet.kind == Kind::LaterFragment {
         return false;
     }
     match packet.protocol {

@@ -42,6 +42,12 @@ pub(crate) fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
     }
 }
 
+/// Whether packets may still belong to this flow: not expired, and not one that audit mode alone has let in.
+#[inline(always)]
+pub(crate) fn is_usable(flow: &Flow, settings: &Settings, now: u64) -> bool {
+    (flow.flags & flag::AUDIT == 0 || settings.audit != 0) && !is_expired(flow, settings, now)
+}
+
 /// How long a flow of this state may be silent; in nanoseconds.
 ///
 /// The mask changes no state there is. Linux 6.1 forgets what a comparison has shown of a value whose copy on the stack
@@ -66,6 +72,14 @@ pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool
             // The ports are used again, or a SYN was repeated after its connection stood: only the latter passes.
             return Seen::Judge;
         }
+        if packet.detail & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
+            && !from_initiator
+            && flow.state != state::ESTABLISHED
+            && HALF_OPEN.get_ptr(&packet.key).is_some()
+        {
+            // The responder agrees to the ports being used again.
+            return Seen::Judge;
+        }
         tcp_established(flow, packet, from_initiator);
     }
     if now.saturating_sub(flow.last_seen) > TOUCH_INTERVAL {
@@ -82,14 +96,24 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
         }
     } else if packet.detail & tcp::FIN != 0 {
         let fin = if from_initiator { flag::FIN_INITIATOR } else { flag::FIN_RESPONDER };
-        if flow.flags & fin == 0 {
+        if flow.flags & fin == 0 || flow.state == state::RESET {
             flow.flags |= fin;
-            let both = flag::FIN_INITIATOR | flag::FIN_RESPONDER;
-            flow.state = if flow.flags & both == both { state::CLOSING } else { state::FIN_WAIT };
+            flow.state = by_fins(flow.flags);
         }
-    } else if flow.state == state::RESET && flow.flags & (flag::FIN_INITIATOR | flag::FIN_RESPONDER) == 0 {
+    } else if flow.state == state::RESET {
         // Whoever was meant did not take the RST: it was forged or out of window (RFC 5961, 3.2).
-        flow.state = state::ESTABLISHED;
+        flow.state = by_fins(flow.flags);
+    }
+}
+
+/// State of a connection by who has sent FIN.
+#[inline(always)]
+fn by_fins(flags: u8) -> u8 {
+    const BOTH: u8 = flag::FIN_INITIATOR | flag::FIN_RESPONDER;
+    match flags & BOTH {
+        0 => state::ESTABLISHED,
+        BOTH => state::CLOSING,
+        _ => state::FIN_WAIT,
     }
 }
 
@@ -127,6 +151,8 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
             flow.state = state::SYN_RECEIVED;
             flow.set_responder_isn(packet.sequence);
             flow.last_seen = now;
+            // What the ports were used for before is over.
+            let _ = FLOWS.remove(&packet.key);
         }
         // Anything else answers a SYN with what an older connection would have said; the initiator will reset it.
         return Seen::Pass;
@@ -198,7 +224,13 @@ pub(crate) struct Admission {
 
 /// Enters the flow that a packet opens, or reopens; `again`: the established table may have an entry for its ports.
 #[inline(always)]
-pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64, again: bool) -> Result<(), Reason> {
+pub(crate) fn open(
+    packet: &Packet,
+    admission: &Admission,
+    settings: &Settings,
+    now: u64,
+    again: bool,
+) -> Result<(), Reason> {
     let Some(Scratch { flow, .. }) = scratch() else { return Err(Reason::table_full) };
     *flow = Flow {
         last_seen: now,
@@ -215,11 +247,18 @@ pub(crate) fn open(packet: &Packet, admission: &Admission, now: u64, again: bool
         return Err(Reason::table_full);
     }
     if again {
-        // What the ports were used for before is over.
-        let _ = FLOWS.remove(&packet.key);
+        // A connection in whose ports somebody sends a SYN is over when the responder has agreed to another one: that SYN,
+        // and what looked like the end of the connection before it, may be forged.
+        let goes_on = packet.protocol == protocol::TCP
+            // SAFETY: a valid element, only read.
+            && FLOWS.get_ptr(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
+        if !goes_on {
+            let _ = FLOWS.remove(&packet.key);
+        }
     }
     if admission.direction == direction::NODE_PORT {
-        let _ = NODE_PORT_PEERS.insert(&client(packet), &now, 0);
+        let seen = if admission.flags & flag::AUDIT == 0 { now & !1 } else { now | 1 };
+        let _ = NODE_PORT_PEERS.insert(&client(packet), &seen, 0);
     }
     Ok(())
 }
@@ -237,14 +276,11 @@ pub(crate) fn adopt_node_port(packet: &Packet, settings: &Settings, now: u64) {
     // SAFETY: only copied.
     let Some(seen) = (unsafe { NODE_PORT_PEERS.get(&client) }) else { return };
     let age = now.saturating_sub(*seen);
+    let flags = if *seen & 1 == 0 { 0 } else { flag::AUDIT };
     if timeout(settings, unreplied(packet)).is_none_or(|timeout| age > timeout) || opening(packet).is_err() {
         return;
     }
-    let admission = Admission {
-        direction: direction::INBOUND,
-        generation: settings.generation,
-        rule: u32::MAX,
-        flags: 0,
-    };
-    let _ = open(packet, &admission, now, true);
+    let admission =
+        Admission { direction: direction::INBOUND, generation: settings.generation, rule: u32::MAX, flags };
+    let _ = open(packet, &admission, settings, now, true);
 }

@@ -2,11 +2,13 @@
 
 use bridge_common::{counters::Reason, event::verdict};
 use bridge_tests::{
-    packet::Packet,
+    packet::{Packet, Tcp},
     prog::{Action, behaviour},
 };
 
-use crate::world::{Connection, ExternalIngress, OPEN, SHUT, families, node, usual_policy};
+use crate::world::{
+    Connection, ExternalIngress, InternalEgress, InternalIngress, OPEN, SHUT, families, node, usual_policy,
+};
 
 #[test]
 fn what_would_be_denied_passes_and_is_reported_once() {
@@ -24,8 +26,8 @@ fn what_would_be_denied_passes_and_is_reported_once() {
             [(c.server_hook, c.syn_ack()), (c.client_hook, c.ack()), (c.server_hook, c.server_ack())]
         {
             let judged = node.run(hook, &packet.frame()).expect("the program runs");
-            assert_eq!(judged.action, Action::Next);
-            assert!(judged.counted.or(judged.audited).is_some_and(|(_, reason)| !reason.denies()));
+            assert_eq!((judged.action, judged.counted), (Action::Next, None));
+            assert_eq!(judged.audited.map(|(_, reason)| reason), Some(Reason::established));
         }
         let told: Vec<_> = node.events().iter().map(|event| event.verdict).collect();
         assert_eq!(told, [verdict::AUDIT]);
@@ -51,6 +53,27 @@ fn what_audit_would_have_denied_is_denied_once_the_mode_is_enforce() {
         node.denies(shut.client_hook, &shut.ack(), Reason::not_syn);
         node.denies(shut.server_hook, &shut.server_ack(), Reason::not_syn);
         node.passes(open.client_hook, &open.ack(), Reason::established);
+    }
+}
+
+#[test]
+fn a_node_port_that_audit_mode_alone_let_in_is_shut_behind_the_node_as_well() {
+    let mut node = node();
+    let mut audit = behaviour();
+    audit.audit = true;
+    for f in families() {
+        node.publish(&usual_policy(), &audit).expect("a policy");
+        let outside = Packet::new(f.lan, f.node).tcp(Tcp::syn(50_000, 30_000));
+        let inside = Connection::inbound(f, SHUT);
+        assert_eq!(
+            node.run(ExternalIngress, &outside.frame()).expect("the program runs").action,
+            Action::Next
+        );
+        node.ignores(InternalEgress, &inside.syn());
+        let reply = node.run(InternalIngress, &inside.syn_ack().frame()).expect("the program runs");
+        assert_eq!(reply.audited.map(|(_, reason)| reason), Some(Reason::established));
+        node.publish(&usual_policy(), &behaviour()).expect("a policy");
+        node.denies(InternalIngress, &inside.syn_ack(), Reason::not_syn);
     }
 }
 

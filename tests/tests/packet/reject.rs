@@ -139,6 +139,17 @@ fn what_cannot_be_answered_is_dropped() {
 }
 
 #[test]
+fn a_later_fragment_has_no_header_to_answer() {
+    let mut node = node();
+    let [v4, _] = families();
+    let whole = Packet::new(v4.lan, v4.pod).udp(50_000, SHUT, &[0; 64]);
+    for part in &whole.fragments(24, 9)[1..] {
+        let judged = node.denies(InternalIngress, part, Reason::spoofed);
+        assert_eq!(judged.action, Action::Drop);
+    }
+}
+
+#[test]
 fn silence_where_silence_is_configured() {
     let mut node = node();
     let mut silent = behaviour();

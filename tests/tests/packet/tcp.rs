@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bridge_common::{counters::Reason, flow::state};
+use bridge_common::{counters::Reason, flow::state, policy::direction};
 use bridge_tests::{
     packet::Tcp,
     prog::{Action, TIMEOUT, behaviour},
@@ -221,5 +221,63 @@ fn no_packet_of_a_pod_bears_the_address_of_a_lan_host() {
         c.establish(&mut node);
         node.denies(crate::world::InternalIngress, &c.ack(), Reason::spoofed);
         node.passes(ExternalIngress, &c.ack(), Reason::established);
+    }
+}
+
+#[test]
+fn a_forged_end_and_a_forged_beginning_do_not_end_a_connection() {
+    // By somebody who knows the ports and sees no packet: an RST, or a FIN, and a SYN that the rules allow.
+    let mut node = node();
+    let families = families();
+    for end in [|s, d| Tcp::rst(s, d, 77), |s, d| Tcp::fin(s, d, 77, 77)] {
+        let inbound = families.map(|family| Connection::inbound(family, OPEN));
+        let outbound = families.map(|family| Connection::outbound(family, OUT));
+        for c in inbound.into_iter().chain(outbound) {
+            node.forget_flows().expect("empty tables");
+            c.establish(&mut node);
+            node.passes(c.client_hook, &c.client_sends(end), Reason::established);
+            let forged = c.client_sends(|source, destination| {
+                let mut syn = Tcp::syn(source, destination);
+                syn.header.sequence_number = 4_000_000;
+                syn
+            });
+            node.passes(c.client_hook, &forged, Reason::new_flow);
+            // The responder says that it knows of a connection (RFC 5961, 4.2), and both go on with it.
+            for _ in 0..3 {
+                node.passes(c.server_hook, &c.server_ack(), Reason::established);
+                node.passes(c.client_hook, &c.ack(), Reason::established);
+            }
+            assert_eq!(node.flow(&c.key()).map(|(table, _)| table), Some("flows"));
+        }
+    }
+}
+
+#[test]
+fn a_reset_that_nobody_heeds_leaves_a_half_closed_connection_half_closed() {
+    let mut node = node();
+    for c in connections() {
+        c.establish(&mut node);
+        node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::fin(s, d, 1001, 5001)), Reason::established);
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 77)), Reason::established);
+        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::RESET));
+        node.passes(c.server_hook, &c.server_ack(), Reason::established);
+        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::FIN_WAIT));
+    }
+}
+
+#[test]
+fn a_reply_is_counted_under_the_direction_of_its_flow() {
+    let mut node = node();
+    for c in connections() {
+        let of_flow = if c.client_hook == ExternalIngress { direction::INBOUND } else { direction::OUTBOUND };
+        for (hook, packet) in [
+            (c.client_hook, c.syn()),
+            (c.server_hook, c.syn_ack()),
+            (c.client_hook, c.ack()),
+            (c.server_hook, c.server_ack()),
+        ] {
+            let judged = node.run(hook, &packet.frame()).expect("the program runs");
+            assert_eq!(judged.counted.map(|(direction, _)| direction), Some(of_flow), "{packet:?}");
+        }
     }
 }
