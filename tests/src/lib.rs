@@ -11,6 +11,7 @@ pub mod container;
 pub mod gap;
 pub mod kubernetes;
 pub mod lab;
+pub mod model;
 pub mod netns;
 pub mod packet;
 pub mod parity;

@@ -88,6 +88,12 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Send random packets through the eBPF programs and through a plain model of the verdict
+    Model {
+        /// For the comparison: --packets N, --seed N, --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Send the same random packets through eBPF and through iptables, and compare what becomes of them
     Parity {
         /// For instance --packets 1000000 --seed 1
@@ -122,6 +128,7 @@ fn main() -> ExitCode {
         Command::Attack { arguments } => run::attack(&arguments),
         Command::Gap { arguments } => run::gap(&arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
+        Command::Model { arguments } => run::model(&arguments),
         Command::Parity { arguments } => run::parity(&arguments),
         Command::Vm { kernels, write, command } => vm::main(&kernels, write, &command),
     };

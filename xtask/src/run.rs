@@ -1,4 +1,4 @@
-//! `cargo xtask run`, `bench`, `gap` and `parity`: build, and become the program, as root.
+//! `cargo xtask run`, `bench`, `gap`, `model`, `parity` and their like: build, and become the program, as root.
 
 use std::ffi::OsString;
 
@@ -54,6 +54,14 @@ pub(crate) fn gap(arguments: &[OsString]) -> Result<()> {
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn parity(arguments: &[OsString]) -> Result<()> {
     built(false, "bridge-tests", "parity", arguments)
+}
+
+/// `cargo xtask model`.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn model(arguments: &[OsString]) -> Result<()> {
+    built(true, "bridge-tests", "model", arguments)
 }
 
 /// Builds binary `bin` of `package`, and the agent beside it, and becomes it.

@@ -7,14 +7,14 @@ use ipnet::IpNet;
 /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014). Generators of libraries may
 /// change what they make of a seed from version to version.
 #[derive(Clone, Debug)]
-pub(super) struct Dice(u64);
+pub(crate) struct Dice(u64);
 
 impl Dice {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    pub(super) fn bits(&mut self) -> u64 {
+    pub(crate) fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,32 +23,32 @@ impl Dice {
     }
 
     /// From 0 to `end - 1`; 0 if there is nothing to choose from.
-    pub(super) fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         let end = u64::try_from(end.max(1)).unwrap_or(u64::MAX);
         usize::try_from(self.bits() % end).unwrap_or_default()
     }
 
     /// From `low` to `high`, both included.
-    pub(super) fn within(&mut self, low: u8, high: u8) -> u8 {
+    pub(crate) fn within(&mut self, low: u8, high: u8) -> u8 {
         low + u8::try_from(self.below(usize::from(high - low) + 1)).unwrap_or_default()
     }
 
-    pub(super) fn percent(&mut self, chance: usize) -> bool {
+    pub(crate) fn percent(&mut self, chance: usize) -> bool {
         self.below(100) < chance
     }
 
-    pub(super) fn port(&mut self) -> u16 {
+    pub(crate) fn port(&mut self) -> u16 {
         u16::try_from(self.bits() & 0xffff).unwrap_or_default()
     }
 
     /// # Panics
     /// There is nothing to choose from.
-    pub(super) fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
+    pub(crate) fn pick<'a, T>(&mut self, choices: &'a [T]) -> &'a T {
         &choices[self.below(choices.len())]
     }
 
     /// An address of `net`, its first and last more often than others.
-    pub(super) fn address(&mut self, net: &IpNet) -> IpAddr {
+    pub(crate) fn address(&mut self, net: &IpNet) -> IpAddr {
         match self.below(4) {
             0 => net.network(),
             1 => net.broadcast(),
@@ -57,7 +57,7 @@ impl Dice {
     }
 
     /// The address before the first or after the last of `net`.
-    pub(super) fn beside(&mut self, net: &IpNet) -> IpAddr {
+    pub(crate) fn beside(&mut self, net: &IpNet) -> IpAddr {
         if self.percent(50) { offset(net.network(), u128::MAX) } else { offset(net.broadcast(), 1) }
     }
 }

@@ -48,7 +48,7 @@ fn side(address: IpAddr) -> Side {
 }
 
 /// A flow that a rule speaks of, nearly speaks of, or none does; and the protocol that goes with it.
-pub(super) fn flow(dice: &mut Dice, policy: &Policy) -> (Flow, Protocol) {
+pub(crate) fn flow(dice: &mut Dice, policy: &Policy) -> (Flow, Protocol) {
     let near =
         if dice.percent(75) && !policy.rules.is_empty() { Some(dice.pick(&policy.rules)) } else { None };
     let inbound = near.map_or(dice.percent(50), |rule| rule.direction == Direction::Inbound);
@@ -69,7 +69,7 @@ pub(super) fn flow(dice: &mut Dice, policy: &Policy) -> (Flow, Protocol) {
 }
 
 /// From the LAN to a port of the node that is in the NodePort range, or just beside it.
-pub(super) fn node_port_flow(dice: &mut Dice, policy: &Policy) -> Option<(Flow, Protocol)> {
+pub(crate) fn node_port_flow(dice: &mut Dice, policy: &Policy) -> Option<(Flow, Protocol)> {
     let node_ports = policy.node_ports.as_ref()?;
     let v4 = dice.percent(50);
     let choices = [vec![node_ports.range], node_ports.allow.clone()].concat();
@@ -83,7 +83,7 @@ pub(super) fn node_port_flow(dice: &mut Dice, policy: &Policy) -> Option<(Flow, 
 }
 
 /// An address on the side that `of` is on: somebody on the way to it.
-pub(super) fn beyond(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
+pub(crate) fn beyond(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
     let (networks, blocks) = match side(of) {
         Side::Lan => (&policy.external, &LAN),
         Side::Pods => (&policy.pods, &PODS),

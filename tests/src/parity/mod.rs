@@ -5,13 +5,13 @@
 //! addresses that the node routes to either side. Its verdict is whether it comes out on the other side (all of its
 //! fragments, if it has such), or at the node itself if it is addressed there.
 
-mod dice;
-mod endpoints;
+pub(crate) mod dice;
+pub(crate) mod endpoints;
 mod engines;
 mod expected;
 mod identity;
 mod node;
-mod policies;
+pub(crate) mod policies;
 mod run;
 mod scripts;
 

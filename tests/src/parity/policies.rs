@@ -7,7 +7,7 @@ use super::dice::Dice;
 use super::{LAN, PODS, local};
 
 /// A policy with both families, up to a dozen rules, and often NodePorts.
-pub(super) fn policy(dice: &mut Dice) -> Policy {
+pub(crate) fn policy(dice: &mut Dice) -> Policy {
     let networks = |dice: &mut Dice, blocks: &[&str]| -> Vec<IpNet> {
         let mut networks: Vec<IpNet> = blocks.iter().map(|block| subnet(dice, block, 4, 10)).collect();
         while dice.percent(40) {

@@ -1,0 +1,14 @@
+//! A second opinion: the verdict written down once more, from the documentation, in plain Rust, and random packets
+//! by which it is compared with the programs. docs/reliability.md tells what came of it.
+//!
+//! What the programs do with established flows beside letting them through (the fast path) is not in the model; the
+//! comparison of engines ([`crate::parity`]) has it.
+
+mod compare;
+mod header;
+mod traffic;
+mod verdict;
+
+pub use self::compare::{Difference, PACKETS_PER_CASE, Report, compare};
+pub use self::traffic::Step;
+pub use self::verdict::{Expected, Key, Model, Regime};
