@@ -35,8 +35,11 @@ pub fn down(pins: &Pins) -> (Removed, Result<()>) {
     let mut errors = Vec::new();
     match pins.versions() {
         Ok(versions) => {
-            for version in versions {
-                remove_version(&version, &mut removed, &mut errors);
+            for (place, version) in versions.iter().enumerate() {
+                if let Some(next) = versions.get(place + 1) {
+                    errors.extend(clsact::hand_over_qdiscs(version, next).err());
+                }
+                remove_version(version, &mut removed, &mut errors);
             }
         }
         Err(error) => errors.push(error),
@@ -65,6 +68,7 @@ pub(super) fn remove_other_versions(pins: &Pins) -> Result<usize> {
     let mut removed = Removed::default();
     let mut errors = Vec::new();
     for version in pins.versions()?.into_iter().filter(|version| version.directory() != pins.directory()) {
+        errors.extend(clsact::hand_over_qdiscs(&version, pins).err());
         remove_version(&version, &mut removed, &mut errors);
     }
     Error::collect(errors).map(|()| removed.attachments)
@@ -86,7 +90,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
     match pins.attached_filters() {
         Ok(filters) => {
             for filter in filters {
-                match clsact::remove(&filter) {
+                match clsact::remove(pins, &filter) {
                     Ok(()) => removed.attachments += 1,
                     Err(error) => errors.push(error),
                 }

@@ -7,19 +7,14 @@ use std::io;
 
 use aya::programs::SchedClassifier;
 use bridge_common::{fast_path::ability, interface::Interface};
-use netlink_packet_route::{
-    RouteNetlinkMessage,
-    tc::{TcHandle as Handle, TcHeader, TcMessage},
-};
 
 use super::{
     attach::Target,
-    clsact::HANDLE,
+    clsact,
     error::{Error, Result},
     hook::{Hook, Role},
     load::Datapath,
 };
-use crate::netlink::Route;
 
 impl Datapath {
     /// Lets packets take the fast path by those interfaces that allow it: none where a program of others must see them.
@@ -102,27 +97,6 @@ struct Foreign {
 
 /// Whether the clsact or ingress qdisc has filters that are not bridge's.
 fn foreign_filters(index: u32, hook: Hook) -> io::Result<bool> {
-    let minor = match hook {
-        Hook::ExternalIngress | Hook::InternalIngress => Handle::MIN_INGRESS,
-        Hook::ExternalEgress | Hook::InternalEgress => Handle::MIN_EGRESS,
-    };
-    let header = TcHeader {
-        index: index.cast_signed(),
-        parent: Handle { major: u16::MAX, minor },
-        ..TcHeader::default()
-    };
-    let request = RouteNetlinkMessage::GetTrafficFilter(TcMessage::from_parts(header, Vec::new()));
-    match Route::open()?.dump(request) {
-        // With each priority comes a message about it alone, without a handle.
-        Ok(filters) => Ok(filters.iter().any(|filter| match filter {
-            RouteNetlinkMessage::NewTrafficFilter(filter) => {
-                let handle = filter.header.handle;
-                u32::from(handle) != 0 && u32::from(handle) != u32::from(HANDLE)
-            }
-            _ => false,
-        })),
-        // There is no such qdisc.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(false),
-        Err(error) => Err(error),
-    }
+    let filters = clsact::filters(index, hook.attach_type())?;
+    Ok(filters.iter().any(|filter| !clsact::is_own(filter.header.handle.into())))
 }

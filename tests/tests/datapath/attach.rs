@@ -146,6 +146,36 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
 }
 
 #[test]
+fn another_version_stands_beside_the_one_that_enforces_until_that_goes() -> Result<()> {
+    let lab = Lab::builder().pods(1).build()?;
+    let (pins, node) = (pins(&lab)?, &lab.b().netns);
+    let targets = targets(&lab)?;
+    let options = bridge_agent::datapath::Options { mechanism: Mechanism::Clsact, ..options(&pins) };
+    let mut old = load(&lab, &options)?;
+    old.publish(&tables(["old"]), &BEHAVIOUR, None)?;
+    attach(&lab, &mut old, &targets, false)?;
+    let before = attached(node, "eth0")?;
+    drop(old);
+    std::fs::rename(pins.directory(), bridge_tests::gap::runs::other_directory(&pins))?;
+
+    let mut new = load(&lab, &options)?;
+    new.publish(&tables(["new"]), &BEHAVIOUR, None)?;
+    assert_eq!(actions(&attach(&lab, &mut new, &targets, false)?), [Action::Attached; 3]);
+    let both = attached(node, "eth0")?;
+    ensure!(both.len() == 2 && both[1] == before[0], "{both:?}, and before {before:?}");
+    assert_eq!(actions(&attach(&lab, &mut new, &targets, false)?), []);
+    assert_eq!(node.run(|| new.remove_other_versions())?, 3);
+    assert_eq!(attached(node, "eth0")?, both[..1]);
+    drop(new);
+    let (removed, result) = node.run(|| down(&pins));
+    result?;
+    assert_eq!(removed.attachments, 3);
+    let qdiscs = json(node, &["tc", "-json", "qdisc", "show"])?.to_string();
+    ensure!(!qdiscs.contains("clsact"), "{qdiscs}");
+    Ok(())
+}
+
+#[test]
 fn down_leaves_nothing_and_may_be_repeated() -> Result<()> {
     let lab = Lab::builder().pods(1).build()?;
     let (pins, node) = (pins(&lab)?, &lab.b().netns);

@@ -27,6 +27,7 @@ use super::{
     pins::{self, Attached},
     sys,
 };
+use crate::netlink::interface_name;
 
 /// An interface that packets are judged on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -136,8 +137,10 @@ impl Datapath {
         let current = |hook: Hook| current.iter().find(|(of, _)| *of == hook).map_or(0, |(_, id)| *id);
         for step in plan(wanted, links, current, |interface, hook| self.pins.link(interface, hook)) {
             crate::fault::point("attach:step");
+            let about = step.interface().to_owned();
             match self.apply(step) {
                 Ok(change) => changes.push(change),
+                Err(error) if has_gone(wanted, &about) => tell_gone(&about, &error),
                 Err(error) => errors.push(error),
             }
         }
@@ -241,6 +244,7 @@ impl Datapath {
                     changes.push(Change { interface: target.name.clone(), hook: *hook, action })
                 }
                 Ok(None) => {}
+                Err(error) if has_gone(wanted, &target.name) => tell_gone(&target.name, &error),
                 Err(error) => errors.push(error),
             }
         }
@@ -260,18 +264,15 @@ impl Datapath {
             .map_err(|error| Error::attach(&target.name, hook.name(), error))?;
         let program = program(&mut self.ebpf, hook)?;
         let id = program.info().map_err(failed)?.id();
-        let replaced = path.exists();
-        let unchanged = replaced && pinned_program(&path) == Some(id);
-        let filter_is_there =
-            clsact::put(program, &target.name, hook.attach_type(), replaced).map_err(failed)?;
-        if unchanged && filter_is_there {
+        let action = clsact::put(&self.pins, program, id, target, hook)?;
+        if action.is_none() && pinned_program(&path) == Some(id) {
             return Ok(None);
         }
         pins::remove(&path)?;
         program
             .pin(&path)
             .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
-        Ok(Some(if filter_is_there { Action::Replaced } else { Action::Attached }))
+        Ok(Some(action.unwrap_or(Action::Replaced)))
     }
 
     fn remove_filters(
@@ -285,7 +286,7 @@ impl Datapath {
                 for filter in
                     filters.into_iter().filter(|filter| !keep(filter.index.unwrap_or(0), filter.hook))
                 {
-                    match clsact::remove(&filter) {
+                    match clsact::remove(&self.pins, &filter) {
                         Ok(()) => changes.push(Change {
                             interface: filter.interface,
                             hook: filter.hook,
@@ -298,6 +299,17 @@ impl Datapath {
             Err(error) => errors.push(error),
         }
     }
+}
+
+/// Whether an interface is no longer what it was when it was chosen. Whoever watches the interfaces is told, and chooses
+/// again; a pod that ends in this moment keeps no agent from starting.
+fn has_gone(wanted: &[(Target, Hook)], name: &str) -> bool {
+    let target = wanted.iter().find(|(target, _)| target.name == name);
+    target.is_some_and(|(target, _)| interface_name(target.index).as_deref() != Some(name))
+}
+
+fn tell_gone(interface: &str, error: &Error) {
+    tracing::debug!(interface, %error, "the interface has gone");
 }
 
 /// Detaches a pinned link, if its interface is still there, and removes the pin.
@@ -313,7 +325,7 @@ pub(super) fn detach(path: &Path) -> Result<()> {
     }
 }
 
-fn pinned_program(path: &Path) -> Option<u32> {
+pub(super) fn pinned_program(path: &Path) -> Option<u32> {
     Some(SchedClassifier::from_pin(path).ok()?.info().ok()?.id())
 }
 

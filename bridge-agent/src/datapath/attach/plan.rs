@@ -75,6 +75,14 @@ pub(super) fn plan(
 }
 
 impl Step {
+    /// Name of the interface that this is about.
+    pub(super) fn interface(&self) -> &str {
+        match self {
+            Self::Attach(interface, ..) | Self::Rename(_, _, interface) => interface,
+            Self::Forget(link) | Self::Replace(link) | Self::Detach(link) => &link.interface,
+        }
+    }
+
     /// The pin that this makes.
     fn pin(self) -> Option<PathBuf> {
         match self {
