@@ -102,7 +102,9 @@ impl From<ApplyError> for Problem {
             ApplyError::NoTrial => (StatusCode::CONFLICT, "no-trial"),
             ApplyError::NotInForce(_) | ApplyError::FileChanged(_) => (StatusCode::CONFLICT, "file"),
             ApplyError::Write(_) => (StatusCode::INTERNAL_SERVER_ERROR, "file"),
-            ApplyError::Datapath(_) => (StatusCode::INTERNAL_SERVER_ERROR, "kernel"),
+            ApplyError::Datapath(_) | ApplyError::NotTakenBack(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "kernel")
+            }
         };
         Self::new(status, code, error.to_string())
     }

@@ -80,14 +80,22 @@ pub trait Firewall {
     /// Returns what remains, in words.
     fn teardown(&mut self) -> Remains<Self::Error>;
 
-    /// Observes, plans, applies and verifies: afterwards `policy` holds.
+    /// Observes, plans, applies and verifies: afterwards `policy` holds. Whoever writes over the rules in that moment is
+    /// outdone; whoever does so time and again is not.
     ///
     /// # Errors
     /// Those of the steps.
     fn converge(&mut self, policy: &Policy) -> Result<(), Self::Error> {
-        let plan = self.plan(policy, &self.observe()?);
-        self.apply(&plan)?;
-        self.verify(policy)
+        const TIMES: u32 = 3;
+        let mut more = 1..TIMES;
+        loop {
+            let plan = self.plan(policy, &self.observe()?);
+            self.apply(&plan)?;
+            match self.verify(policy) {
+                Err(_) if more.next().is_some() => {}
+                result => return result,
+            }
+        }
     }
 }
 

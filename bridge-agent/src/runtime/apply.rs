@@ -79,6 +79,12 @@ pub enum ApplyError {
         "no configuration waits for its confirmation: its time may be over (see `bridge-agent status`); apply it again"
     )]
     NoTrial,
+    /// What was before could not be put back.
+    #[error(
+        "the configuration before the trial is not wholly in force again yet, which is tried until it is (see \
+         `bridge-agent status`): {0}"
+    )]
+    NotTakenBack(String),
     /// There is nothing sure to go back to.
     #[error(
         "{} is not what is in force, as the last reload has failed or has not been done yet: correct it first, so that \
@@ -256,6 +262,10 @@ impl Agent {
             return Err(ApplyError::NoTrial);
         }
         self.end_trial(Outcome::Reverted);
+        if self.trial.is_some() {
+            let failure = self.shared.status().trial.and_then(|trial| trial.failure);
+            return Err(ApplyError::NotTakenBack(failure.unwrap_or_default()));
+        }
         let generation = self.enforcer.as_ref().map(Enforcer::generation);
         Ok(Applied { generation, deadline: None, warnings: Vec::new() })
     }
