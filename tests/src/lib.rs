@@ -19,6 +19,7 @@ pub mod pool;
 pub mod prog;
 pub mod routes;
 pub mod scenes;
+pub mod soak;
 pub mod traffic;
 pub mod wait;
 pub mod wire;

@@ -73,6 +73,12 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Do everything at once for long, and look at what fails and at what is left behind
+    Soak {
+        /// For instance --minutes 60
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<OsString>,
+    },
     /// Build the container image, with buildah, on a base made by debootstrap
     Image {
         /// Take this base instead, for instance docker.io/library/debian:bookworm-slim
@@ -127,6 +133,7 @@ fn main() -> ExitCode {
         Command::Bench { arguments } => run::bench(&arguments),
         Command::Attack { arguments } => run::attack(&arguments),
         Command::Gap { arguments } => run::gap(&arguments),
+        Command::Soak { arguments } => run::soak(&arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
         Command::Model { arguments } => run::model(&arguments),
         Command::Parity { arguments } => run::parity(&arguments),

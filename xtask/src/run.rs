@@ -1,4 +1,4 @@
-//! `cargo xtask run`, `bench`, `gap`, `model`, `parity` and their like: build, and become the program, as root.
+//! `cargo xtask run`, `bench`, `gap`, `model`, `soak` and their like: build, and become the program, as root.
 
 use std::ffi::OsString;
 
@@ -62,6 +62,14 @@ pub(crate) fn parity(arguments: &[OsString]) -> Result<()> {
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn model(arguments: &[OsString]) -> Result<()> {
     built(true, "bridge-tests", "model", arguments)
+}
+
+/// `cargo xtask soak`.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn soak(arguments: &[OsString]) -> Result<()> {
+    built(true, "bridge-tests", "soak", arguments)
 }
 
 /// Builds binary `bin` of `package`, and the agent beside it, and becomes it.

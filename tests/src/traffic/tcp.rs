@@ -191,6 +191,8 @@ impl Connection {
             match self.stream.read(&mut answer[received..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(length) => received += length,
+                // With a timeout, this is also what comes of being stopped and continued (signal(7)).
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time"));
                 }
