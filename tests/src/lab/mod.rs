@@ -221,10 +221,12 @@ impl Lab {
 
     /// A cgroup v2 directory of this name below the lab's own, made if it is not there.
     pub fn cgroup(&self, name: &str) -> Result<PathBuf> {
-        let own = reap::cgroup_directory(self.id()).context("cgroup v2 is not mounted on /sys/fs/cgroup")?;
-        let directory = own.join(name);
-        fs::create_dir_all(&directory).with_context(|| format!("make cgroup {}", directory.display()))?;
-        Ok(directory)
+        make_cgroup(&format!("{}/{name}", self.id()))
+    }
+
+    /// A cgroup v2 directory in the place of kubelet's `kubepods`, so that agents look for pods in it.
+    pub fn kubepods(&self) -> Result<PathBuf> {
+        make_cgroup(&format!("{}-kubepods", self.id()))
     }
 
     /// Waits until every station gets an answer from its node: neighbours are known, bridges have learnt.
@@ -248,4 +250,11 @@ impl Lab {
         }
         Ok(())
     }
+}
+
+fn make_cgroup(path: &str) -> Result<PathBuf> {
+    let root = reap::cgroup_root().context("cgroup v2 is not mounted on /sys/fs/cgroup")?;
+    let directory = root.join(path);
+    fs::create_dir_all(&directory).with_context(|| format!("make cgroup {}", directory.display()))?;
+    Ok(directory)
 }

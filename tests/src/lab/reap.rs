@@ -33,10 +33,9 @@ pub(super) fn pin_directory(lab: LabId) -> PathBuf {
     Path::new(BPFFS).join(lab.to_string())
 }
 
-/// The cgroup v2 directory of a lab; `None` if cgroup v2 is not mounted.
-pub(super) fn cgroup_directory(lab: LabId) -> Option<PathBuf> {
-    let root = CGROUPS.iter().map(Path::new).find(|root| root.join("cgroup.controllers").exists())?;
-    Some(root.join(lab.to_string()))
+/// Where cgroup v2 is mounted; `None` if it is not.
+pub(super) fn cgroup_root() -> Option<&'static Path> {
+    CGROUPS.iter().map(Path::new).find(|root| root.join("cgroup.controllers").exists())
 }
 
 /// Removes what labs left behind whose owners are gone, and returns their names.
@@ -79,7 +78,10 @@ pub(super) fn remove(lab: LabId) -> Vec<String> {
     for directory in [runtime_directory(lab), pin_directory(lab)] {
         note(&directory, fs::remove_dir_all(&directory));
     }
-    if let Some(directory) = cgroup_directory(lab) {
+    let cgroups =
+        CGROUPS.iter().flat_map(|root| names(root).into_iter().map(|name| Path::new(root).join(name)));
+    let of_lab = |path: &PathBuf| path.file_name()?.to_str().and_then(LabId::of);
+    for directory in cgroups.filter(|path| of_lab(path) == Some(lab)) {
         note(&directory, remove_cgroup(&directory));
     }
     errors

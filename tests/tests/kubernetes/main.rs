@@ -2,6 +2,7 @@
 
 mod follow;
 mod outage;
+mod pool;
 mod resources;
 mod selectors;
 mod support;

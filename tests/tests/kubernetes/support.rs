@@ -26,15 +26,19 @@ pub(crate) fn cluster() -> Result<(Lab, ApiServer)> {
     Ok((lab, server))
 }
 
-/// The agent of the lab's node: all that it knows of pods and rules comes from the API server.
-pub(crate) fn on_node(lab: &Lab, server: &ApiServer) -> Result<Agent> {
-    let config = format!(
+/// The configuration of the lab's node: all that it knows of pods and rules comes from the API server, and from `more`.
+pub(crate) fn node_config(server: &ApiServer, more: &str) -> String {
+    format!(
         "role: node\nnetworks: {{external: [192.168.31.0/24, 'fd31::/64']}}\n\
          enforcement: {{engines: [ebpf], interfaces: {{external: [eth0], internal: ['cali*']}}}}\n\
-         kubernetes: {{kubeconfig: {}, nodeName: b}}\npersistence: {{save: never}}\n",
+         kubernetes: {{kubeconfig: {}, nodeName: b}}\npersistence: {{save: never}}\n{more}",
         server.kubeconfig(User::Node).display()
-    );
-    let agent = Agent::start(lab, lab.b(), &config)?;
+    )
+}
+
+/// The agent of the lab's node.
+pub(crate) fn on_node(lab: &Lab, server: &ApiServer) -> Result<Agent> {
+    let agent = Agent::start(lab, lab.b(), &node_config(server, ""))?;
     until_current(&agent)?;
     Ok(agent)
 }
