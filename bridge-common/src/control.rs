@@ -2,8 +2,9 @@
 
 use crate::flow;
 
-/// How many policies are held at a time: the one in force and the one before or after it.
-pub const SLOTS: u32 = 2;
+/// How many policies are held at a time: the one in force, the one it falls back to while it is on trial, and one that
+/// is being written to take the place of either.
+pub const SLOTS: u32 = 3;
 
 /// The word that decides which policy is in force. One aligned store of it is one switch: no packet sees half of
 /// each policy.

@@ -87,14 +87,12 @@ impl Datapath {
         trial: Option<Duration>,
     ) -> Result<Published> {
         let start = Instant::now();
+        let wanted = Wanted::new(tables, behaviour);
         let control = self.maps.control();
         let active = control.slot_at(now());
         let on_trial = is_trial(control);
-        let digest = digest(tables);
-        let in_force = self.maps.settings(active)?;
-        let same_tables = in_force.generation != 0 && self.digest(active)? == digest;
-        let same = same_tables && in_force == settings(tables, behaviour, in_force.generation);
-        if on_trial && !same {
+        let there = self.compare(active, &wanted)?;
+        if on_trial && !there.same {
             return Err(Error::Unconfirmed);
         }
         if !on_trial {
@@ -102,27 +100,12 @@ impl Datapath {
             // little behind ours: without this it might still read the slot that is written next.)
             self.maps.set_control(Control::slot(active));
         }
-        if same {
-            return Ok(Published::Unchanged { generation: in_force.generation });
+        if there.same {
+            return Ok(Published::Unchanged { generation: there.generation });
         }
-
-        let target = (active + 1) % SLOTS;
-        let last = self.maps.last_generation()?;
-        let generation = last.checked_add(1).unwrap_or(1);
-        let settings = settings(tables, behaviour, generation);
-        let filled = if same_tables {
-            self.share(active)?
-        } else {
-            self.fill(tables, &Carried::new(&self.maps, active, &tables.rules)?)?
-        };
-        // Whoever switched last, if anybody has, may have been killed before the grace period was over.
-        if last > 0 {
-            quiesce(&self.maps, active)?;
-        }
-        crate::fault::point("publish:filled");
-        self.install(target, filled, settings, digest)?;
-        crate::fault::point("publish:installed");
-
+        // Where no trial needs it, the third slot stays empty.
+        let target = unused(active, active);
+        let generation = self.write(target, active, &wanted, there)?;
         let next = match trial {
             None => Control::slot(target),
             Some(time) => {
@@ -130,18 +113,97 @@ impl Datapath {
                 Control::until(target, active, deadline)
             }
         };
+        self.switch(next, active, &wanted, there, start).map(|took| Published::Switched { generation, took })
+    }
+
+    /// Puts `on_trial` in the place of the policy on trial, and `former` in that of the one before it. The deadline stays
+    /// what it is, and at each moment one of the former policies, the old or the new, comes back at it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Table`], [`Error::Map`]; [`Error::NoTrial`] if its time is over.
+    pub fn replace_trial(
+        &mut self,
+        on_trial: (&Tables, &Behaviour),
+        former: (&Tables, &Behaviour),
+    ) -> Result<Published> {
+        let start = Instant::now();
+        let control = self.maps.control();
+        if !is_trial(control) {
+            return Err(Error::NoTrial);
+        }
+        let (active, mut fallback, deadline) =
+            (control.slot_on_trial(), control.fallback(), control.deadline());
+        let wanted = Wanted::new(former.0, former.1);
+        let there = self.compare(fallback, &wanted)?;
+        if !there.same {
+            let target = unused(active, fallback);
+            self.write(target, fallback, &wanted, there)?;
+            self.maps.set_control(Control::until(active, target, deadline));
+            crate::fault::point("publish:former");
+            fallback = target;
+        }
+        let wanted = Wanted::new(on_trial.0, on_trial.1);
+        let there = self.compare(active, &wanted)?;
+        if there.same {
+            return Ok(Published::Unchanged { generation: there.generation });
+        }
+        let target = unused(active, fallback);
+        let generation = self.write(target, active, &wanted, there)?;
+        let next = Control::until(target, fallback, deadline);
+        self.switch(next, active, &wanted, there, start).map(|took| Published::Switched { generation, took })
+    }
+
+    /// How the policy in a slot differs from what is wanted.
+    fn compare(&self, slot: u32, wanted: &Wanted<'_>) -> Result<There> {
+        let settings = self.maps.settings(slot)?;
+        let generation = settings.generation;
+        let same_tables = generation != 0 && self.digest(slot)? == wanted.digest;
+        let same = same_tables && settings == wanted.settings(generation);
+        Ok(There { generation, same_tables, same })
+    }
+
+    /// Writes a policy into a slot that is neither in force nor may come into force by itself. What it shares with
+    /// the one in `like`, or has counted there, it takes over. Returns its number.
+    fn write(&mut self, target: u32, like: u32, wanted: &Wanted<'_>, there: There) -> Result<u32> {
+        let last = self.maps.last_generation()?;
+        let generation = last.checked_add(1).unwrap_or(1);
+        let filled = if there.same_tables {
+            self.share(like)?
+        } else {
+            self.fill(wanted.tables, &Carried::new(&self.maps, like, &wanted.tables.rules)?)?
+        };
+        // Whoever switched last, if anybody has, may have been killed before the grace period was over.
+        if last > 0 {
+            quiesce(&self.maps, like)?;
+        }
+        crate::fault::point("publish:filled");
+        self.install(target, filled, wanted.settings(generation), wanted.digest)?;
+        crate::fault::point("publish:installed");
+        Ok(generation)
+    }
+
+    /// Brings the policy that was written last into force, in the place of the one in `active`. Returns how long it took.
+    fn switch(
+        &mut self,
+        next: Control,
+        active: u32,
+        wanted: &Wanted<'_>,
+        there: There,
+        start: Instant,
+    ) -> Result<Duration> {
         self.maps.set_control(next);
         crate::fault::point("publish:switched");
         let took = start.elapsed();
-
-        if !same_tables && in_force.generation > 0 {
+        if !there.same_tables && there.generation > 0 {
             // Packets under way have counted on the old policy until now.
+            let target = next.slot_on_trial();
             quiesce(&self.maps, target)?;
             let hits = self.table(target, Table::RuleHits)?;
-            let carried = Carried::new(&self.maps, active, &tables.rules)?;
+            let carried = Carried::new(&self.maps, active, &wanted.tables.rules)?;
             carried.write(&hits).map_err(Error::map(Table::RuleHits.name()))?;
         }
-        Ok(Published::Switched { generation, took })
+        Ok(took)
     }
 
     /// Makes a policy on trial final.
@@ -280,6 +342,33 @@ impl Datapath {
     }
 }
 
+/// A policy that is to be in a slot.
+struct Wanted<'a> {
+    tables: &'a Tables,
+    behaviour: &'a Behaviour,
+    digest: Digest,
+}
+
+impl<'a> Wanted<'a> {
+    fn new(tables: &'a Tables, behaviour: &'a Behaviour) -> Self {
+        Self { tables, behaviour, digest: digest(tables) }
+    }
+
+    fn settings(&self, generation: u32) -> Settings {
+        settings(self.tables, self.behaviour, generation)
+    }
+}
+
+/// What is in a slot, held against what is wanted.
+#[derive(Clone, Copy)]
+struct There {
+    /// Number of the policy; 0: there is none.
+    generation: u32,
+    same_tables: bool,
+    /// Both tables and settings.
+    same: bool,
+}
+
 /// Hits that rules of the same name had in the policy before.
 struct Carried {
     cpus: usize,
@@ -303,6 +392,11 @@ impl Carried {
         let row: Vec<u32> = indices((self.cpus + 1) * self.hits.len()).split_off(self.cpus * self.hits.len());
         sys::update_batch(sys::fd(map), &row, &self.hits)
     }
+}
+
+/// A slot that is neither of the two.
+fn unused(one: u32, other: u32) -> u32 {
+    (0..SLOTS).find(|slot| *slot != one && *slot != other).expect("there are three")
 }
 
 /// Whether a policy is in force that will take itself back.

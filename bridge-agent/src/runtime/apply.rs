@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Agent, Error, cluster,
-    enforcer::Enforcer,
+    enforcer::{Enforcer, Term},
     file::{Hash, hash, hash_of},
     probe::{self, Probe},
     status::{self, Request},
@@ -168,17 +168,20 @@ impl Agent {
         if engines(config) != engines(&before) {
             return Err(ApplyError::NoWayBack("enforcement.engines"));
         }
+        if config.kubernetes != before.kubernetes {
+            return Err(ApplyError::NoWayBack("kubernetes"));
+        }
         crate::fault::point("trial:staged");
         self.bring_into_force(config, Some(time))?;
         crate::fault::point("trial:in-force");
         let record = Record::new(time, self.kernel_deadline(), &order.config, former, order.probes.clone());
         // Without it, an agent that is killed now and started anew goes back at once.
         if let Err(error) = files.write(&record) {
-            self.trial = Some(Trial::new(files.clone(), record));
+            self.trial = Some(Trial::new(files.clone(), record, before));
             self.end_trial(Outcome::Reverted);
             return Err(error.into());
         }
-        self.begin_trial(Trial::new(files.clone(), record));
+        self.begin_trial(Trial::new(files.clone(), record, before));
         Ok(())
     }
 
@@ -279,7 +282,7 @@ impl Agent {
         }
         let result = files.former().map_err(Error::from).and_then(|former| {
             self.compare(false);
-            let result = self.change_file(&former, |agent, config| agent.reload_engines(config, None));
+            let result = self.change_file(&former, Term::Good, Self::reload_engines);
             self.compare(true);
             result
         });
@@ -318,7 +321,7 @@ impl Agent {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
         self.compare(false);
-        let result = self.change_file(config, |agent, config| agent.reload_engines(config, trial));
+        let result = self.change_file(config, trial.map_or(Term::Good, Term::Trial), Self::reload_engines);
         self.compare(true);
         result.map_err(ApplyError::Refused)
     }
@@ -327,6 +330,25 @@ impl Agent {
     fn kernel_deadline(&self) -> Option<u64> {
         let maps = Arc::clone(self.enforcer.as_ref()?.maps());
         maps.trial().ok().flatten().map(|datapath::Trial { deadline, .. }| deadline)
+    }
+
+    /// Writes down whether the kernel keeps the deadline of the trial, if that is something else by now: with a change of the
+    /// cluster or of addresses, policies become different that were the same.
+    pub(super) fn note_deadline(&mut self) {
+        let in_kernel = self.kernel_deadline();
+        let Some(trial) = &mut self.trial else { return };
+        if !trial.takes_note_of(in_kernel) {
+            return;
+        }
+        let status = trial.status();
+        if let Err(error) = trial.files.write(&trial.record) {
+            tracing::warn!(%error, "an agent that is killed now and started anew takes the trial back");
+        }
+        self.shared.update(|shown| {
+            if let Some(trial) = &mut shown.trial {
+                trial.in_kernel = status.in_kernel;
+            }
+        });
     }
 
     fn files(&self) -> Files {

@@ -1,6 +1,12 @@
 //! Keeps the packet path as the configuration and the interfaces of the node want it.
 
-use std::{collections::BTreeSet, io, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bridge_common::{
     control::Control,
@@ -106,10 +112,6 @@ impl Desired {
         Self { policy, behaviour, selection, fast_path }
     }
 
-    fn place(&self) -> Place {
-        Place { selection: self.selection.clone(), node_ports: self.policy.node_ports.is_some() }
-    }
-
     /// Whether connections may be in scope that were not with `before`.
     fn has_other_scope(&self, before: &Self) -> bool {
         (&self.policy.pods, &self.policy.external, &self.policy.nodes)
@@ -140,17 +142,42 @@ fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
     by_state
 }
 
-/// While a policy is on trial.
-const OUTDATED: &str = "the addresses of this node are not those that the policy on trial was made for: they count when its trial ends";
-
 /// Target of what the programs log: `--log-level enforce=debug` has them do so.
 const KERNEL_LOG: &str = "enforce";
 
-/// Where packets are judged.
-#[derive(Clone, Debug)]
-struct Place {
-    selection: Selection,
-    node_ports: bool,
+/// How long what is brought into force stays so.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Term<'a> {
+    /// For good.
+    Good,
+    /// For so long, and then what was before comes back, unless it is confirmed.
+    Trial(Duration),
+    /// For what is left of the trial that is going on; then this comes back.
+    Rest(&'a Config, Duration),
+}
+
+impl<'a> Term<'a> {
+    /// Whether it may be taken back.
+    pub(super) const fn on_trial(self) -> bool {
+        !matches!(self, Self::Good)
+    }
+
+    /// What comes back after the rest of a trial.
+    pub(super) const fn former(self) -> Option<&'a Config> {
+        match self {
+            Self::Rest(former, _) => Some(former),
+            Self::Good | Self::Trial(_) => None,
+        }
+    }
+
+    /// The same, with another configuration to come back.
+    pub(super) fn against(self, former: Option<&Config>) -> Term<'_> {
+        match (self, former) {
+            (Self::Rest(_, left), Some(former)) => Term::Rest(former, left),
+            (Self::Trial(time), _) => Term::Trial(time),
+            _ => Term::Good,
+        }
+    }
 }
 
 /// See the module.
@@ -165,10 +192,8 @@ pub(super) struct Enforcer {
     published: Option<Published>,
     stats: Option<TablesStats>,
     chosen: Chosen,
-    /// While a policy is on trial: what the one before it was judged on. The kernel may go back to it by itself.
-    former: Option<Place>,
-    /// While a policy is on trial nothing else can be put in force: whether something should be.
-    outdated: bool,
+    /// While a policy is on trial: the one before it, to which the kernel may go back by itself, and until when.
+    former: Option<(Desired, Instant)>,
     /// What each of the chosen interfaces allows, bits of [`ability`].
     abilities: Vec<u32>,
     keeper: Option<Keeper>,
@@ -176,8 +201,8 @@ pub(super) struct Enforcer {
 }
 
 impl Enforcer {
-    /// Brings enforcement up, or takes it over. If `config` is on trial, `former` is what it is on trial against.
-    pub(super) fn start(pins: &Pins, config: &Config, former: Option<&Config>) -> Result<Self, Error> {
+    /// Brings enforcement up, or takes it over.
+    pub(super) fn start(pins: &Pins, config: &Config, term: Term<'_>) -> Result<Self, Error> {
         let desired = Desired::new(config);
         let mut observer = Observer::open()?;
         let snapshot = observer.snapshot(&desired.selection)?;
@@ -203,15 +228,15 @@ impl Enforcer {
             published,
             stats,
             chosen,
-            former: former.map(|former| Desired::new(former).place()),
-            outdated: false,
+            former: None,
             abilities,
             keeper,
             fast_path,
         };
-        if former.is_none() {
+        match term {
+            Term::Rest(former, left) => enforcer.former = Some((Desired::new(former), Instant::now() + left)),
             // Nobody knows any more of a trial that there may be.
-            enforcer.datapath.fall_back();
+            Term::Good | Term::Trial(_) => enforcer.datapath.fall_back(),
         }
         if let Err(error) = enforcer.bring_up(&tables) {
             if !enforcer.datapath.adopted() {
@@ -252,16 +277,34 @@ impl Enforcer {
             self.carry_over();
         }
         match self.publish(tables, None) {
-            // The policy on trial, as compiled for other addresses of this node, or by another version.
-            Err(Error::Datapath(datapath::Error::Unconfirmed)) => self.wait_for_end_of_trial(),
+            // Its time is over since it was looked at; what comes of that comes next.
+            Err(Error::Datapath(datapath::Error::NoTrial)) => {}
             result => result?,
         }
         self.attach()
     }
 
+    /// Puts a policy in force; with `trial`, for so long at first.
     fn publish(&mut self, tables: &Tables, trial: Option<Duration>) -> Result<(), Error> {
-        let published = self.datapath.publish(tables, &self.desired.behaviour, trial)?;
-        self.outdated = false;
+        let behaviour = self.desired.behaviour;
+        let published = match &self.former {
+            None => self.datapath.publish(tables, &behaviour, trial)?,
+            Some((former, until)) => {
+                let before = compile(former, &self.snapshot)?;
+                let left = until.saturating_duration_since(Instant::now());
+                if self.maps.control().deadline() > 0 {
+                    self.datapath.replace_trial((tables, &behaviour), (&before, &former.behaviour))?
+                } else {
+                    // So far both were the same to the kernel, so that it had nothing to go back to; or it has been.
+                    let published = self.datapath.publish(&before, &former.behaviour, None)?;
+                    if left.is_zero() {
+                        published
+                    } else {
+                        self.datapath.publish(tables, &behaviour, Some(left))?
+                    }
+                }
+            }
+        };
         self.stats = Some(tables.stats());
         self.published = Some(published);
         match published {
@@ -278,14 +321,11 @@ impl Enforcer {
     fn attach(&mut self) -> Result<(), Error> {
         let mut chosen = self.desired.selection.choose(&self.snapshot);
         let mut node_ports = self.desired.policy.node_ports.is_some();
-        if let Some(former) = &self.former {
+        if let Some((former, _)) = &self.former {
             let also = former.selection.choose(&self.observer.snapshot(&former.selection)?).targets;
             let of_trial: BTreeSet<u32> = chosen.targets.iter().map(|target| target.index).collect();
             chosen.targets.extend(also.into_iter().filter(|target| !of_trial.contains(&target.index)));
-            node_ports |= former.node_ports;
-        }
-        if self.outdated {
-            chosen.remarks.push(OUTDATED.into());
+            node_ports |= former.policy.node_ports.is_some();
         }
         for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
             tracing::warn!("{remark}");
@@ -353,23 +393,29 @@ impl Enforcer {
         }
     }
 
-    /// Brings another configuration into force; with `trial` for so long, unless it is confirmed. After an error, the
-    /// one before it is still in force.
-    pub(super) fn reload(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), Error> {
+    /// Brings another configuration into force. After an error, the one before it is still in force.
+    pub(super) fn reload(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         let desired = Desired::new(config);
         let snapshot = self.observer.snapshot(&desired.selection)?;
         let tables = compile(&desired, &snapshot)?;
+        let (former, trial) = match term {
+            Term::Good => (None, None),
+            Term::Trial(time) => (None, Some(time)),
+            Term::Rest(former, left) => (Some((Desired::new(former), Instant::now() + left)), None),
+        };
         let before = std::mem::replace(&mut self.desired, desired);
         let snapshot_before = std::mem::replace(&mut self.snapshot, snapshot);
+        let former_before = std::mem::replace(&mut self.former, former);
         if self.desired.has_other_scope(&before) {
             self.seed(&tables);
         }
         if let Err(error) = self.publish(&tables, trial) {
-            self.desired = before;
-            self.snapshot = snapshot_before;
+            (self.desired, self.snapshot, self.former) = (before, snapshot_before, former_before);
             return Err(error);
         }
-        self.former = trial.map(|_| before.place());
+        if let Some(time) = trial {
+            self.former = Some((before, Instant::now() + time));
+        }
         self.attach_as_far_as_possible();
         self.keep_fast_path();
         Ok(())
@@ -396,16 +442,12 @@ impl Enforcer {
         if addresses_changed {
             let tables = compile(&self.desired, &self.snapshot)?;
             match self.publish(&tables, None) {
-                Err(Error::Datapath(datapath::Error::Unconfirmed)) => self.wait_for_end_of_trial(),
+                // Its time is over: its end, which comes next, compiles anew.
+                Err(Error::Datapath(datapath::Error::NoTrial)) => {}
                 result => result?,
             }
         }
         Ok(())
-    }
-
-    fn wait_for_end_of_trial(&mut self) {
-        tracing::warn!("{OUTDATED}");
-        self.outdated = true;
     }
 
     /// Makes the policy on trial final; to be followed by [`Enforcer::settle`] or [`Enforcer::reinstate`].
@@ -421,17 +463,14 @@ impl Enforcer {
     /// Puts the policy before the one on trial in force, if one is; to be followed by [`Enforcer::reload`].
     pub(super) fn fall_back(&mut self) {
         self.datapath.fall_back();
+        if let Some((_, until)) = &mut self.former {
+            *until = Instant::now();
+        }
     }
 
     /// Lets go of what only a policy on trial needs.
     pub(super) fn settle(&mut self) {
         self.former = None;
-        if std::mem::take(&mut self.outdated) {
-            let published = compile(&self.desired, &self.snapshot).and_then(|t| self.publish(&t, None));
-            if let Err(error) = published {
-                tracing::error!(%error, "the policy is not that of the present addresses of this node");
-            }
-        }
         self.attach_as_far_as_possible();
     }
 

@@ -45,7 +45,7 @@ pub use trial::{Outcome, ProbeStatus, TrialEnd, TrialStatus, WriteError};
 
 use self::{
     cluster::Following,
-    enforcer::Enforcer,
+    enforcer::{Enforcer, Term},
     file::{FileWatch, Hash},
     packet_filter::PacketFilter,
     port_pool::PortPool,
@@ -200,21 +200,25 @@ impl Agent {
         };
         // What can fail without a trace comes first.
         let api = api::Server::bind(&socket, &config.api)?;
-        let former = match Trial::resume(Files::new(&agent.path, &agent.state), &agent.pins) {
-            Some((trial, candidate, former)) => {
+        let on_trial = match Trial::resume(Files::new(&agent.path, &agent.state), &agent.pins) {
+            Some((trial, candidate)) => {
                 tracing::warn!(left = ?trial.left(), "going on with a configuration on trial");
                 config = candidate;
                 agent.in_force = Some(trial.former());
+                let before = Arc::clone(&trial.before);
                 agent.begin_trial(trial);
-                Some(former)
+                Some(before)
             }
             None => {
                 agent.in_force = known;
                 None
             }
         };
-        agent.start(&config, former.as_ref())?;
-        drop(former);
+        let left = agent.trial.as_ref().map_or(Duration::ZERO, Trial::left);
+        let term = on_trial.as_ref().map_or(Term::Good, |before| Term::Rest(before, left));
+        agent.change_file(&config, term, Self::start_engines)?;
+        agent.note_deadline();
+        drop(on_trial);
         // With many rules it takes much memory, and is not needed again.
         drop(config);
         trim_memory();
@@ -264,8 +268,9 @@ impl Agent {
                     drop(self.reload("the file has changed"));
                 }
                 _ = look.tick(), if self.filter.is_some() || self.enforcer.is_some() => self.look(),
-                // What is on trial must stay what it is.
-                () = cluster::changed(self.cluster.as_mut()), if self.trial.is_none() => self.cluster_changed(),
+                // When the time of a trial is over, what was before it comes first.
+                () = cluster::changed(self.cluster.as_mut()),
+                    if self.trial.as_ref().is_none_or(|trial| !trial.left().is_zero()) => self.cluster_changed(),
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
@@ -288,11 +293,6 @@ impl Agent {
         }
     }
 
-    /// Brings every engine up. A start that fails leaves nothing that was not there before.
-    fn start(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
-        self.change_file(config, |agent, config| agent.start_engines(config, former))
-    }
-
     /// Brings everything to `config`; what packets need, `engines` does. Nothing is changed if that fails.
     fn change(
         &mut self,
@@ -313,16 +313,17 @@ impl Agent {
         Ok(())
     }
 
-    fn start_engines(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
+    /// Brings every engine up. A start that fails leaves nothing that was not there before.
+    fn start_engines(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         if wants_ebpf(config) && self.pins.root().exists() {
             // Another agent that works here is not to lose its iptables rules before that shows.
             drop(self.pins.lock().map_err(enforcer::Error::from)?);
         }
         if packet_filter::is_wanted(config) {
-            self.filter = Some(PacketFilter::start(config, former.is_some())?);
+            self.filter = Some(PacketFilter::start(config, term.on_trial())?);
         }
         let enforcing_before = self.pins.exist_of_any_version();
-        let result = self.bring_up(config, former);
+        let result = self.bring_up(config, term);
         if result.is_err()
             && !enforcing_before
             && let Some(filter) = self.filter.take()
@@ -347,9 +348,9 @@ impl Agent {
     }
 
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
-    fn bring_up(&mut self, config: &Config, former: Option<&Config>) -> Result<(), Error> {
+    fn bring_up(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         if wants_ebpf(config) {
-            let enforcer = Enforcer::start(&self.pins, config, former)?;
+            let enforcer = Enforcer::start(&self.pins, config, term)?;
             self.shared.set_maps(Some(Arc::clone(enforcer.maps())));
             match EventReader::new(enforcer.maps()) {
                 Ok(events) => self.events = Some(events),
@@ -423,14 +424,14 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent is started anew");
         }
-        self.change_file(&config, |agent, config| agent.reload_engines(config, None))?;
+        self.change_file(&config, Term::Good, Self::reload_engines)?;
         self.in_force = known;
         Ok(())
     }
 
-    /// With `trial`, for so long at first; see [`Enforcer::reload`].
-    fn reload_engines(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), Error> {
-        let on_trial = trial.is_some();
+    /// Brings another configuration into force. Nothing is changed if that fails.
+    fn reload_engines(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
+        let on_trial = term.on_trial();
         // iptables first: what it refuses it refuses whole, and can be taken back.
         let before = self.filter.as_ref().map(PacketFilter::in_force);
         match (&mut self.filter, packet_filter::is_wanted(config)) {
@@ -439,7 +440,7 @@ impl Agent {
             (_, false) => {}
         }
         crate::fault::point("reload:iptables");
-        if let Err(error) = self.reload_ebpf(config, trial) {
+        if let Err(error) = self.reload_ebpf(config, term) {
             match (before, self.filter.take()) {
                 (Some(before), Some(mut filter)) => {
                     filter.restore(before);
@@ -458,10 +459,10 @@ impl Agent {
         Ok(())
     }
 
-    fn reload_ebpf(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), Error> {
+    fn reload_ebpf(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         match (self.enforcer.take(), wants_ebpf(config)) {
             (Some(mut enforcer), true) => {
-                let result = enforcer.reload(config, trial);
+                let result = enforcer.reload(config, term);
                 self.enforcer = Some(enforcer);
                 result?;
             }
@@ -470,7 +471,7 @@ impl Agent {
                 self.shared.set_maps(None);
                 enforcer.take_down(&self.pins)?;
             }
-            (None, _) => self.bring_up(config, None)?,
+            (None, _) => self.bring_up(config, Term::Good)?,
         }
         Ok(())
     }

@@ -14,6 +14,7 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::{MetadataExt as _, chown},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -126,6 +127,8 @@ pub(super) struct Record {
 pub(super) struct Trial {
     pub(super) files: Files,
     pub(super) record: Record,
+    /// The configuration that is gone back to.
+    pub(super) before: Arc<Config>,
     /// Probes being made.
     pub(super) task: Option<JoinHandle<()>>,
     /// When to try again to put back what was before.
@@ -169,8 +172,17 @@ impl Record {
 }
 
 impl Trial {
-    pub(super) fn new(files: Files, record: Record) -> Self {
-        Self { files, record, task: None, again: None }
+    pub(super) fn new(files: Files, record: Record, before: Config) -> Self {
+        Self { files, record, before: Arc::new(before), task: None, again: None }
+    }
+
+    /// Follows what the kernel has: the deadline it keeps, if it does. Returns whether the record has to be written.
+    pub(super) fn takes_note_of(&mut self, in_kernel: Option<u64>) -> bool {
+        // Its time may be over there just now.
+        let Some(deadline) = in_kernel else { return false };
+        let known = (self.record.in_kernel, self.record.deadline) == (true, deadline);
+        (self.record.in_kernel, self.record.deadline) = (true, deadline);
+        !known
     }
 
     pub(super) fn left(&self) -> Duration {
@@ -216,9 +228,9 @@ impl Trial {
         status
     }
 
-    /// The trial that an agent before this one has begun, with the configuration on trial and the one before it; if
-    /// there is none, or none any more, what is left of it is removed.
-    pub(super) fn resume(files: Files, pins: &Pins) -> Option<(Self, Config, Config)> {
+    /// The trial that an agent before this one has begun, with the configuration on trial; if there is none, or none any
+    /// more, what is left of it is removed.
+    pub(super) fn resume(files: Files, pins: &Pins) -> Option<(Self, Config)> {
         let record = match files.read() {
             Ok(Some(record)) => record,
             Ok(None) => {
@@ -241,7 +253,7 @@ impl Trial {
             Ok((candidate, files.former().map_err(io::Error::other)?))
         });
         match resumed {
-            Some(Ok((candidate, former))) => Some((Self::new(files, record), candidate, former)),
+            Some(Ok((candidate, former))) => Some((Self::new(files, record, former), candidate)),
             Some(Err(error)) => {
                 tracing::warn!(%error, "a trial is given up");
                 files.clear();

@@ -169,3 +169,36 @@ fn a_policy_on_trial_takes_itself_back_unless_it_is_confirmed() -> Result<()> {
     assert_eq!(datapath.maps.settings_in_force()?.generation, 4);
     Ok(())
 }
+
+#[test]
+fn both_policies_of_a_trial_can_be_replaced_while_it_goes_on() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    let mut datapath = load(&lab, &options(&pins))?;
+    let other = Behaviour { reject: !BEHAVIOUR.reject, ..BEHAVIOUR };
+    let names = |datapath: &bridge_agent::datapath::Datapath| -> Result<Vec<String>> {
+        Ok(datapath.maps.rule_counts()?.into_iter().map(|count| count.name).collect())
+    };
+    let (good, trial) = (tables(["good"]), tables(["trial"]));
+    assert!(matches!(datapath.replace_trial((&trial, &BEHAVIOUR), (&good, &BEHAVIOUR)), Err(Error::NoTrial)));
+    datapath.publish(&good, &BEHAVIOUR, None)?;
+    datapath.publish(&trial, &BEHAVIOUR, Some(Duration::from_secs(3)))?;
+    let deadline = datapath.maps.trial()?.context("a trial")?.deadline;
+    // Each in turn, and both at once, more often than there are slots.
+    for number in 0..5 {
+        let (name, before) = (format!("trial-{number}"), format!("good-{number}"));
+        let (trial, good) = (tables([name.as_str()]), tables([before.as_str()]));
+        let published = datapath.replace_trial((&trial, &BEHAVIOUR), (&good, &BEHAVIOUR))?;
+        assert!(matches!(published, Published::Switched { .. }));
+        let published = datapath.replace_trial((&trial, &BEHAVIOUR), (&good, &other))?;
+        assert!(matches!(published, Published::Unchanged { .. }), "only the former one is another");
+        assert_eq!(names(&datapath)?, [name]);
+        assert_eq!(datapath.maps.trial()?.context("it goes on")?.deadline, deadline);
+    }
+    eventually(Duration::from_secs(10), || datapath.maps.trial().ok()?.is_none().then_some(()))
+        .context("its time is over")?;
+    assert_eq!(names(&datapath)?, ["good-4"]);
+    assert_eq!(datapath.maps.settings_in_force()?.reject, u32::from(other.reject));
+    assert!(matches!(datapath.replace_trial((&trial, &BEHAVIOUR), (&good, &other)), Err(Error::NoTrial)));
+    Ok(())
+}

@@ -6,3 +6,4 @@ mod pool;
 mod resources;
 mod selectors;
 mod support;
+mod trial;
