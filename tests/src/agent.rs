@@ -156,6 +156,14 @@ impl Agent {
         self.host.netns.output(self.command(arguments))
     }
 
+    /// What a scrape of its metrics says.
+    pub fn metrics(&self) -> Result<String> {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--fail-with-body", "--max-time", "5", "--unix-socket"]);
+        curl.arg(self.socket()).arg("http://bridge/metrics");
+        self.host.netns.output(curl)
+    }
+
     fn await_notification(&mut self, mut wanted: impl FnMut(&Notification) -> bool) -> Result<()> {
         let end = Instant::now() + DEADLINE;
         let mut buffer = [0; 4096];

@@ -16,6 +16,7 @@ use prometheus_client::{
 
 use crate::{
     datapath::{Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
+    kubernetes::KubernetesStatus,
     pool::Summary,
     runtime::{RoutesStatus, Shared, Status},
 };
@@ -169,6 +170,9 @@ impl Collector for Scrape {
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
             family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
         }
+        if let Some(cluster) = &self.status.kubernetes {
+            encode_cluster(encoder, cluster)?;
+        }
         if let Some(routes) = &self.status.routes {
             encode_routes(encoder, routes)?;
         }
@@ -207,6 +211,23 @@ impl Collector for Scrape {
         let results = results.map(|(result, count)| ([("result", result)], count));
         family(encoder, ("reloads", "Reloads of the configuration"), COUNTER, results)
     }
+}
+
+fn encode_cluster(encoder: &mut DescriptorEncoder<'_>, cluster: &KubernetesStatus) -> fmt::Result {
+    let connected = ("kubernetes_connected", "1: everything of the cluster can be followed");
+    single(encoder, connected, GAUGE, u64::from(cluster.connected))?;
+    let name = (
+        "kubernetes_disconnected_seconds",
+        "How long something of the cluster cannot be followed; 0: it can",
+    );
+    single(encoder, name, GAUGE, cluster.disconnected_seconds)?;
+    let current = ("kubernetes_current", "1: all that is known of the cluster is in force");
+    single(encoder, current, GAUGE, u64::from(cluster.current))?;
+    let objects =
+        cluster.objects.iter().map(|(resource, count)| ([("resource", resource.clone())], *count as u64));
+    family(encoder, ("kubernetes_objects", "Objects of the cluster that are known"), GAUGE, objects)?;
+    let invalid = ("kubernetes_invalid_policies", "Policies that are not followed, as they are not valid");
+    single(encoder, invalid, GAUGE, cluster.invalid_policies as u64)
 }
 
 /// Names of routes themselves are in `GET /v1/routes`: a cluster may have thousands.

@@ -154,6 +154,13 @@ pub(crate) struct Cluster {
     pub(super) cilium: Table<Node>,
 }
 
+impl Cluster {
+    /// How many policies are not valid.
+    pub(super) fn invalid_policies(&self) -> usize {
+        self.policies.iter().filter(|(_, policy)| policy.rules.is_err()).count()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -147,24 +147,34 @@ impl State {
 
     pub(super) fn status(&self) -> KubernetesStatus {
         let applied = self.applied();
-        let (nodes, pods) = {
+        let (counts, invalid_policies) = {
             let cluster = self.cluster();
-            (cluster.nodes.len(), cluster.pods.len())
+            (counts(&cluster), cluster.invalid_policies())
         };
         let health = lock(&self.0.health);
+        let connected = health.failing.is_empty();
+        let objects = counts.into_iter().filter(|(resource, _)| health.expected.contains(resource));
+        let objects: BTreeMap<_, _> = objects.map(|(name, count)| (name.to_owned(), count)).collect();
+        let count = |resource: &str| objects.get(resource).copied().unwrap_or_default();
         let missing = health.expected.iter().filter(|one| !health.listed.contains(*one));
         let failing = health.failing.iter();
         KubernetesStatus {
             server: health.server.clone(),
-            connected: health.failing.is_empty(),
+            connected,
+            disconnected_seconds: match connected {
+                true => 0,
+                false => health.since.elapsed().unwrap_or_default().as_secs(),
+            },
             since: crate::runtime::at(health.since),
             failing: failing.map(|(resource, reason)| ((*resource).to_owned(), reason.clone())).collect(),
             known: self.0.from_before || missing.clone().next().is_none(),
             waiting_for: missing.map(ToString::to_string).collect(),
             current: applied.current,
             pod_networks_from: applied.origin,
-            nodes,
-            pods,
+            nodes: count(NodeObject::NAME),
+            pods: count(PodObject::NAME),
+            objects,
+            invalid_policies,
             policies: applied.policies,
             remarks: applied.remarks,
             error: applied.error,
@@ -283,6 +293,19 @@ impl Follower {
     pub(crate) fn view(&self) -> View {
         View(self.state.clone())
     }
+}
+
+/// How many objects are known of each resource.
+fn counts(cluster: &Cluster) -> [(&'static str, usize); 7] {
+    [
+        (NodeObject::NAME, cluster.nodes.len()),
+        (PodObject::NAME, cluster.pods.len()),
+        (NamespaceObject::NAME, cluster.namespaces.len()),
+        (PolicyObject::NAME, cluster.policies.len()),
+        (AffinityObject::NAME, cluster.affinities.len()),
+        (BlockObject::NAME, cluster.blocks.len()),
+        (CiliumObject::NAME, cluster.cilium.len()),
+    ]
 }
 
 /// Which sources of pod networks are asked.

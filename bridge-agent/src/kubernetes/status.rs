@@ -28,6 +28,12 @@ pub struct KubernetesStatus {
     pub current: bool,
     /// Who says which pod networks a node has: `node`, `calico` or `cilium`.
     pub pod_networks_from: Origin,
+    /// How many seconds ago the connection was lost; 0: it is there.
+    pub disconnected_seconds: u64,
+    /// How many objects are known, by resource, as `kubectl` names it.
+    pub objects: BTreeMap<String, usize>,
+    /// How many policies cannot be followed, as they are not valid.
+    pub invalid_policies: usize,
     /// How many nodes there are.
     pub nodes: usize,
     /// How many pods of this node are known.

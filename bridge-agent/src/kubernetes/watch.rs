@@ -2,7 +2,7 @@
 //!
 //! The thin part: what an event means, [`Table`](super::cluster::Table) knows.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use kube::runtime::watcher::{self, Config, Event, watcher};
@@ -35,6 +35,9 @@ pub(super) struct Query {
     pub(super) absent: Option<Duration>,
 }
 
+/// After this time a definition that is not there is gone, although objects of it are known.
+const GONE: Duration = Duration::from_secs(60);
+
 /// Objects in a page of a list.
 const PAGE: u32 = 250;
 
@@ -52,6 +55,7 @@ impl Query {
 /// Follows until the credentials are refused.
 pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: State) {
     let (mut failures, mut refusals) = (0_u32, 0);
+    let mut missing_since = None;
     loop {
         let mut events = Box::pin(watcher(Api::<T>::all(client.clone()), query.config()));
         loop {
@@ -77,7 +81,7 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
                     continue;
                 }
                 Some(Ok(event)) => {
-                    (failures, refusals) = (0, 0);
+                    (failures, refusals, missing_since) = (0, 0, None);
                     state.works(T::NAME);
                     take_in::<T>(event, &state);
                     continue;
@@ -85,13 +89,18 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
                 Some(Err(error)) => error,
                 None => break,
             };
-            if let (Some(again), Some(403 | 404)) = (query.absent, code(&error)) {
-                (failures, refusals) = (0, 0);
-                state.works(T::NAME);
-                state.change(|cluster| T::table(cluster).absent());
-                state.listed(T::NAME);
-                tokio::time::sleep(again).await;
-                break;
+            if let (Some(again), Some(404)) = (query.absent, code(&error)) {
+                // Who deletes a definition deletes its objects first. A server that has just started does not know its
+                // definitions yet: what is known stays until that can no longer be it.
+                let gone = *missing_since.get_or_insert_with(Instant::now);
+                if T::table(&mut state.cluster()).len() == 0 || gone.elapsed() > GONE {
+                    (failures, refusals) = (0, 0);
+                    state.works(T::NAME);
+                    state.change(|cluster| T::table(cluster).absent());
+                    state.listed(T::NAME);
+                    tokio::time::sleep(again).await;
+                    break;
+                }
             }
             if code(&error) == Some(410) {
                 // The watcher lists anew by itself where it is told so in the middle of a watch.
@@ -103,7 +112,7 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
             }
             failures += 1;
             refusals = if code(&error) == Some(401) { refusals + 1 } else { 0 };
-            state.fails(T::NAME, cause(&error));
+            state.fails(T::NAME, reason(&error));
             if refusals == REFUSALS {
                 return;
             }
@@ -143,6 +152,15 @@ fn code(error: &watcher::Error) -> Option<u16> {
         | watcher::Error::WatchFailed(kube::Error::Api(status))
         | watcher::Error::WatchError(status) => Some(status.code),
         _ => None,
+    }
+}
+
+/// What to tell of a failure.
+fn reason(error: &watcher::Error) -> String {
+    let cause = cause(error);
+    match code(error) {
+        Some(403) => format!("{cause}; give the account the role that deploy/kubernetes has for it"),
+        _ => cause,
     }
 }
 

@@ -22,7 +22,7 @@ pub enum User {
 impl User {
     const ALL: [Self; 3] = [Self::Admin, Self::Node, Self::Host];
 
-    const fn name(self) -> &'static str {
+    pub(super) const fn name(self) -> &'static str {
         match self {
             Self::Admin => "admin",
             Self::Node => "bridge-agent",
@@ -31,7 +31,7 @@ impl User {
     }
 
     /// As the API server knows them: agents are the service accounts of deploy/kubernetes, with their rights and no others.
-    fn account(self) -> String {
+    pub(super) fn account(self) -> String {
         match self {
             Self::Admin => self.name().to_owned(),
             Self::Node | Self::Host => format!("system:serviceaccount:bridge-system:{}", self.name()),
@@ -88,10 +88,24 @@ pub(super) fn write(directory: &Path) -> Result<()> {
 
 /// Another token for `user`, the old one is worth nothing from the API server's next start on.
 pub(super) fn rotate(directory: &Path, user: User) -> Result<()> {
-    let new = directory.join("new.token");
-    fs::write(&new, format!("{}x", token(directory, user)?))?;
-    fs::rename(new, user.token_file(directory))?;
+    replace(directory, user, &format!("{}x", token(directory, user)?))?;
     write_tokens(directory)
+}
+
+/// Puts `token` in the place of that of `user`, in one step.
+pub(super) fn replace(directory: &Path, user: User, token: &str) -> Result<()> {
+    let new = directory.join("new.token");
+    fs::write(&new, token)?;
+    fs::rename(new, user.token_file(directory)).context("replace a token")
+}
+
+/// What the API server writes down: what agents ask.
+pub(super) fn audit_policy() -> String {
+    let accounts = [User::Node, User::Host].map(User::account).join(", ");
+    format!(
+        "apiVersion: audit.k8s.io/v1\nkind: Policy\n\
+         rules:\n- {{level: Metadata, users: [{accounts}]}}\n- {{level: None}}\n"
+    )
 }
 
 fn write_tokens(directory: &Path) -> Result<()> {

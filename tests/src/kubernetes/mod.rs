@@ -6,7 +6,9 @@
 mod assets;
 mod credentials;
 pub mod objects;
+mod plugins;
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
@@ -16,7 +18,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub use self::assets::Assets;
 pub use self::credentials::User;
@@ -52,6 +54,7 @@ impl ApiServer {
         let directory = lab.directory().join("kubernetes");
         fs::create_dir_all(&directory)?;
         credentials::write(&directory)?;
+        fs::write(directory.join("audit.yaml"), credentials::audit_policy())?;
         let mut etcd = Command::new(&assets.etcd);
         etcd.arg("--data-dir").arg(directory.join("etcd")).args(["--log-level", "error"]);
         let etcd = start(&netns, etcd, &directory.join("etcd.log"))?;
@@ -83,6 +86,8 @@ impl ApiServer {
             // What later versions have for good: without it, the second address of everything is dropped.
             ("feature-gates", "IPv6DualStack=true".to_owned()),
             ("cert-dir", at("")),
+            ("audit-policy-file", at("audit.yaml")),
+            ("audit-log-path", at("audit.log")),
         ] {
             server.arg(format!("--{flag}={value}"));
         }
@@ -163,6 +168,55 @@ impl ApiServer {
         let input = body.map(Value::to_string).unwrap_or_default();
         let text = run(&self.netns, curl, &input)?;
         Ok(serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// Runs a script that calls `kubectl`, as an administrator, and returns what it prints.
+    pub fn run_script(&self, path: &str) -> Result<String> {
+        let mut command = Command::new(path);
+        let programs = self.assets.kubectl.parent().context("kubectl lies somewhere")?.display();
+        command.env("PATH", format!("{programs}:{}", std::env::var("PATH").unwrap_or_default()));
+        command.env("KUBECONFIG", self.kubeconfig(User::Admin)).env("HOME", &self.directory);
+        run(&self.netns, command, "")
+    }
+
+    /// A token of a service account of bridge, as a pod would get it.
+    fn account_token(&self, account: &str) -> Result<String> {
+        let path = format!("/api/v1/namespaces/bridge-system/serviceaccounts/{account}/token");
+        let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
+        let answer = self.request(User::Admin, "POST", &path, Some(&request))?;
+        Ok(answer["status"]["token"].as_str().context("a token")?.to_owned())
+    }
+
+    /// Gives `user` the token of its service account in the place of its own.
+    pub fn take_account_token(&self, user: User) -> Result<()> {
+        credentials::replace(&self.directory, user, &self.account_token(user.name())?)
+    }
+
+    /// Fills the Secret of this name with a token of the account of this name, as kube-controller-manager does.
+    pub fn fill_token_secret(&self, account: &str) -> Result<()> {
+        let data = json!({"stringData": {
+            "token": self.account_token(account)?, "ca.crt": fs::read_to_string(self.directory.join("ca.crt"))?,
+        }});
+        let path = format!("/api/v1/namespaces/bridge-system/secrets/{account}");
+        self.request(User::Admin, "PATCH", &path, Some(&data)).map(drop)
+    }
+
+    /// What `user` has asked of resources so far, allowed or not: verb and resource, as `list nodes.` or
+    /// `patch bridgenodes/status.bridge.lan`.
+    ///
+    /// # Errors
+    /// The audit log of the server cannot be read.
+    pub fn requests_of(&self, user: User) -> Result<BTreeSet<String>> {
+        let log = fs::read_to_string(self.directory.join("audit.log")).context("read the audit log")?;
+        let events = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let of_user = events.filter(|event| event["user"]["username"] == user.account());
+        let what = |event: Value| {
+            let object = &event["objectRef"];
+            let part = object["subresource"].as_str().map(|part| format!("/{part}")).unwrap_or_default();
+            let group = object["apiGroup"].as_str().unwrap_or_default();
+            Some(format!("{} {}{part}.{group}", event["verb"].as_str()?, object["resource"].as_str()?))
+        };
+        Ok(of_user.filter_map(what).collect())
     }
 
     /// The definitions and the roles of `deploy/kubernetes`.

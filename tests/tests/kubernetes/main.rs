@@ -1,9 +1,11 @@
 //! Agents that follow a real API server, on real packets.
 
 mod follow;
+mod networks;
 mod outage;
 mod pool;
 mod resources;
+mod rights;
 mod selectors;
 mod support;
 mod trial;

@@ -6,11 +6,13 @@ use anyhow::{Context as _, Result};
 use bridge_tests::kubernetes::User;
 use bridge_tests::lab::Family;
 use bridge_tests::traffic::tcp;
+use bridge_tests::wait::eventually;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::support::{
-    OPEN, cluster, is_refused, on_host, on_node, open, policy, until, until_closed, until_current, until_open,
+    DEADLINE, OPEN, cluster, is_refused, on_host, on_node, open, policy, until, until_closed, until_current,
+    until_metrics, until_open, until_within,
 };
 
 #[test]
@@ -26,6 +28,17 @@ fn what_is_in_force_stays_while_the_api_server_is_away() -> Result<()> {
     let (allowed, denied) = (c1.at(Family::V4, OPEN), c1.at(Family::V4, OPEN + 1));
     let mut long = until_open(a, allowed, &node)?;
 
+    until_metrics(
+        &node,
+        &[
+            "bridge_kubernetes_connected 1",
+            "bridge_kubernetes_disconnected_seconds 0",
+            "bridge_kubernetes_current 1",
+            "bridge_kubernetes_objects{resource=\"nodes\"} 1",
+            "bridge_kubernetes_objects{resource=\"pods\"} 1",
+            "bridge_kubernetes_objects{resource=\"bridgepolicies\"} 1",
+        ],
+    )?;
     server.stop_server();
     for agent in [&node, &host] {
         let cluster = until(agent, |cluster| cluster["connected"] == false)?;
@@ -33,6 +46,11 @@ fn what_is_in_force_stays_while_the_api_server_is_away() -> Result<()> {
         assert!(cluster["failing"].as_object().is_some_and(|failing| !failing.is_empty()), "{cluster}");
         let said = agent.run(&["status"])?;
         assert!(said.contains("GONE, what is in force stays, since 2"), "{said}");
+        until_metrics(agent, &["bridge_kubernetes_connected 0"])?;
+    }
+    // It counts.
+    for seconds in [1, 2] {
+        until_metrics(&node, &[&format!("bridge_kubernetes_disconnected_seconds {seconds}")])?;
     }
     open(a, allowed).context("enforcement and routes stay")?;
     assert!(is_refused(a, denied)?);
@@ -94,4 +112,29 @@ fn a_new_token_is_read_when_the_old_one_is_refused() -> Result<()> {
     server.apply(&policy("all", "pods: [10.200.1.0/24]"))?;
     until_open(a, c1.at(Family::V4, OPEN), &node)?;
     until_current(&node).map(drop)
+}
+
+#[test]
+fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Result<()> {
+    let (lab, server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
+    let mut node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+    let saved = node.socket().with_file_name("kubernetes.json");
+    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+        .context("what is known is saved")?;
+
+    // As a server is that has just started; the agent has not seen the policy go.
+    node.kill()?;
+    server.kubectl(&["delete", "crd", "bridgepolicies.bridge.lan"], "")?;
+    node.restart()?;
+    let status = until(&node, |cluster| cluster["connected"] == false)?;
+    assert!(status["failing"]["bridgepolicies"].is_string(), "{status}");
+    open(a, c1.at(Family::V4, OPEN)).context("what was known stays")?;
+    // It was no mistake.
+    until_within(Duration::from_secs(90), &node, |cluster| cluster["connected"] == true)?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)
 }

@@ -7,7 +7,7 @@ use bridge_tests::traffic::tcp;
 use bridge_tests::wait::eventually;
 use serde_json::{Value, json};
 
-use crate::support::{DEADLINE, OPEN, cluster, on_host, on_node, policy, until, until_open};
+use crate::support::{DEADLINE, OPEN, cluster, on_host, on_node, policy, until, until_metrics, until_open};
 
 const POLICIES: &str = "/apis/bridge.lan/v1alpha1/bridgepolicies";
 
@@ -39,11 +39,13 @@ fn a_policy_that_is_not_valid_is_told_so_and_the_others_stay_in_force() -> Resul
     assert_eq!(condition(&server, "good")?["status"], "True");
     let remarks = until(&node, |cluster| cluster["remarks"] != json!([]))?["remarks"].to_string();
     assert!(remarks.contains("policy bad is not valid"), "{remarks}");
+    until_metrics(&node, &["bridge_kubernetes_invalid_policies 1"])?;
 
     // Mended, it is accepted.
     server.apply(&policy("bad", "sourcePorts: ['1-9']"))?;
     eventually(DEADLINE, || condition(&server, "bad").ok().filter(|said| said["status"] == "True"))
         .context("the mended policy is accepted")?;
+    until_metrics(&node, &["bridge_kubernetes_invalid_policies 0"])?;
 
     // All of it for people, too.
     let wanted = "enforce   ebpf      true      2          0";
@@ -96,9 +98,11 @@ fn the_api_server_takes_every_manifest() -> Result<()> {
     let lab = bridge_tests::lab::Lab::builder().build()?;
     let server = ApiServer::start(&lab)?;
     let list = std::fs::read_to_string(deployed("kustomization.yaml"))?;
-    let files: Vec<&str> = list.lines().filter_map(|line| line.trim().strip_prefix("- ")).collect();
-    let files: Vec<&str> = files.into_iter().filter(|file| file.ends_with(".yaml")).collect();
-    assert!(files.len() >= 6, "{files:?}");
+    let files = list.lines().filter_map(|line| line.trim().strip_prefix("- "));
+    // And one that is applied by hand.
+    let files: Vec<&str> =
+        files.filter(|file| file.ends_with(".yaml")).chain(["lan-host-token.yaml"]).collect();
+    assert!(files.len() >= 7, "{files:?}");
     for file in files {
         // What is newer than this server, it leaves out; what is wrong, it refuses.
         server.kubectl(&["apply", "--validate=false", "-f", &deployed(file)], "").context(file.to_owned())?;

@@ -1,5 +1,6 @@
 //! What the tests against an API server share.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -43,11 +44,16 @@ pub(crate) fn on_node(lab: &Lab, server: &ApiServer) -> Result<Agent> {
     Ok(agent)
 }
 
-/// The agent of the LAN host: its routes come from the API server.
-pub(crate) fn on_host(lab: &Lab, server: &ApiServer) -> Result<Agent> {
+/// The configuration of the LAN host: its routes come from the API server, from who is asked by `podNetworks`.
+pub(crate) fn host_config(server: &ApiServer, pod_networks: &str) -> String {
     let kubeconfig = server.kubeconfig(User::Host);
-    let config = format!("role: host\nkubernetes: {{kubeconfig: {}}}\nroutes: {{}}\n", kubeconfig.display());
-    let agent = Agent::start(lab, lab.a(), &config)?;
+    let section = format!("kubeconfig: {}, podNetworks: {pod_networks}", kubeconfig.display());
+    format!("role: host\nkubernetes: {{{section}}}\nroutes: {{}}\n")
+}
+
+/// The agent of the LAN host.
+pub(crate) fn on_host(lab: &Lab, server: &ApiServer) -> Result<Agent> {
+    let agent = Agent::start(lab, lab.a(), &host_config(server, "auto"))?;
     until_current(&agent)?;
     Ok(agent)
 }
@@ -61,7 +67,17 @@ pub(crate) fn cluster_status(agent: &Agent) -> Result<Value> {
 /// Waits until the agent says this of the cluster.
 #[track_caller]
 pub(crate) fn until(agent: &Agent, what: impl Fn(&Value) -> bool) -> Result<Value> {
-    eventually(DEADLINE, || cluster_status(agent).ok().filter(&what))
+    until_within(DEADLINE, agent, what)
+}
+
+/// As [`until`], with another deadline.
+#[track_caller]
+pub(crate) fn until_within(
+    deadline: Duration,
+    agent: &Agent,
+    what: impl Fn(&Value) -> bool,
+) -> Result<Value> {
+    eventually(deadline, || cluster_status(agent).ok().filter(&what))
         .with_context(|| format!("{:#}\n{}", cluster_status(agent).unwrap_or_default(), agent.log()))
 }
 
@@ -103,4 +119,34 @@ pub(crate) fn until_closed(from: &Host, to: SocketAddr, agent: &Agent) -> Result
 /// Whether a connection is refused, rather than nobody answering.
 pub(crate) fn is_refused(from: &Host, to: SocketAddr) -> Result<bool> {
     Ok(tcp::Client::new(&from.netns).connect(to)?.refused())
+}
+
+/// Network and next hop of each route of the LAN host that bears the mark of bridge.
+fn routes(lab: &Lab) -> BTreeSet<String> {
+    let of = |family: &str| lab.a().netns.ip(&format!("{family} route show proto 98")).unwrap_or_default();
+    let text = of("-4") + &of("-6");
+    text.lines().filter_map(|line| line.split(" dev ").next()).map(str::to_owned).collect()
+}
+
+/// Waits until the kernel of the LAN host has these routes and no others of bridge.
+#[track_caller]
+pub(crate) fn until_routes(lab: &Lab, wanted: &[&str]) -> Result<()> {
+    until_routes_within(DEADLINE, lab, wanted)
+}
+
+/// As [`until_routes`], with another deadline.
+#[track_caller]
+pub(crate) fn until_routes_within(deadline: Duration, lab: &Lab, wanted: &[&str]) -> Result<()> {
+    let wanted: BTreeSet<String> = wanted.iter().map(ToString::to_string).collect();
+    eventually(deadline, || (routes(lab) == wanted).then_some(()))
+        .with_context(|| format!("wanted {wanted:?}, found {:?}", routes(lab)))
+}
+
+/// Waits until a scrape of the agent has these lines.
+#[track_caller]
+pub(crate) fn until_metrics(agent: &Agent, lines: &[&str]) -> Result<()> {
+    let has = |text: &String| lines.iter().all(|line| text.lines().any(|there| there == *line));
+    eventually(DEADLINE, || agent.metrics().ok().filter(has))
+        .map(drop)
+        .with_context(|| format!("wanted {lines:?} in\n{}", agent.metrics().unwrap_or_default()))
 }

@@ -94,6 +94,9 @@ struct AffinitySpec {
     cidr: String,
     node: String,
     state: String,
+    /// `host`, which older ones do not say; `virtual` is for addresses of load balancers, which no pod has.
+    #[serde(deserialize_with = "or_default")]
+    r#type: String,
     /// A text, in this resource.
     #[serde(deserialize_with = "or_default")]
     deleted: String,
@@ -104,9 +107,11 @@ impl Followed for AffinityObject {
     const NAME: &'static str = "blockaffinities.crd.projectcalico.org";
 
     fn keep(self) -> Option<Affinity> {
-        let AffinitySpec { cidr, node, state, deleted } = self.spec;
+        let AffinitySpec { cidr, node, state, r#type, deleted } = self.spec;
         let network = cidr.parse::<IpNet>().ok()?.trunc();
-        (state == "confirmed" && deleted != "true").then(|| Affinity { network, node: node.into() })
+        let of_pods = matches!(r#type.as_str(), "" | "host");
+        (of_pods && state == "confirmed" && deleted != "true")
+            .then(|| Affinity { network, node: node.into() })
     }
 
     fn table(cluster: &mut Cluster) -> &mut Table<Affinity> {
@@ -126,6 +131,23 @@ struct CiliumSpec {
 struct CiliumIpam {
     #[serde(rename = "podCIDRs", deserialize_with = "or_default")]
     pod_cidrs: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
+    pools: CiliumPools,
+}
+
+/// In its IPAM mode `multi-pool`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct CiliumPools {
+    #[serde(deserialize_with = "or_default")]
+    allocated: Vec<CiliumPool>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct CiliumPool {
+    #[serde(deserialize_with = "or_default")]
+    cidrs: Vec<String>,
 }
 
 impl Followed for CiliumObject {
@@ -134,7 +156,9 @@ impl Followed for CiliumObject {
 
     fn keep(self) -> Option<Node> {
         // Its addresses, the node itself has.
-        Some(Node { addresses: [].into(), networks: networks(&self.spec.ipam.pod_cidrs) })
+        let CiliumIpam { pod_cidrs, pools } = self.spec.ipam;
+        let of_pools = pools.allocated.iter().flat_map(|pool| &pool.cidrs);
+        Some(Node { addresses: [].into(), networks: networks(pod_cidrs.iter().chain(of_pools)) })
     }
 
     fn table(cluster: &mut Cluster) -> &mut Table<Node> {
@@ -166,5 +190,33 @@ mod tests {
         assert!(affinity("confirmed", "false").is_some());
         assert_eq!(affinity("pending", "false"), None);
         assert_eq!(affinity("confirmed", "true"), None);
+    }
+
+    #[test]
+    fn addresses_of_load_balancers_are_no_pods() {
+        let affinity = |kind: &str| {
+            kept::<AffinityObject>(&format!(
+                r#"{{"spec": {{"cidr": "10.201.0.0/26", "node": "b", "state": "confirmed"{kind}}}}}"#
+            ))
+        };
+        assert!(affinity("").is_some() && affinity(r#", "type": "host""#).is_some());
+        assert_eq!(affinity(r#", "type": "virtual""#), None);
+    }
+
+    #[test]
+    fn cilium_gives_out_one_network_or_several_of_its_pools() {
+        let networks = |ipam: &str| {
+            let node = kept::<CiliumObject>(&format!(r#"{{"spec": {{"ipam": {ipam}}}}}"#)).unwrap();
+            node.networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            networks(r#"{"podCIDRs": ["10.1.0.0/24", "fd00::/64"], "pools": {}}"#),
+            "10.1.0.0/24 fd00::/64"
+        );
+        assert_eq!(
+            networks(r#"{"pools": {"allocated": [{"pool": "a", "cidrs": ["10.2.0.0/27"]}, {"pool": "b"}]}}"#),
+            "10.2.0.0/27"
+        );
+        assert_eq!(networks("{}"), "");
     }
 }

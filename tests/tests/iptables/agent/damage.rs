@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use bridge_tests::agent::Agent;
 use bridge_tests::wait::eventually;
 
-use super::node::{DEADLINE, Node, RULES, firewall, metrics};
+use super::node::{DEADLINE, Node, RULES, firewall};
 use crate::support::BACKENDS;
 
 /// How long damage may last.
@@ -51,7 +51,7 @@ fn damage_is_mended_within_a_second_told_and_counted() -> Result<()> {
                 "{damage}: {status}"
             );
             let line = format!("bridge_iptables_repairs_total {repairs}");
-            let metrics = metrics(&node, &agent)?;
+            let metrics = agent.metrics()?;
             ensure!(metrics.lines().any(|other| other == line), "{line} is not in\n{metrics}");
         }
         eprintln!("mended after {times:?}");

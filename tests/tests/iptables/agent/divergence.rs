@@ -10,7 +10,7 @@ use bridge_tests::traffic::{icmp, udp};
 use bridge_tests::wait::eventually;
 use serde_json::Value;
 
-use super::node::{ALLOWED, DEADLINE, DENIED, MORE, Node, RULES, firewall, metrics};
+use super::node::{ALLOWED, DEADLINE, DENIED, MORE, Node, RULES, firewall};
 use crate::support::BACKENDS;
 
 const NODE_PORTS: &str = "nodePorts: {range: \"30000-32767\", allow: [30080]}\n";
@@ -61,7 +61,7 @@ fn ordinary_traffic_is_judged_alike_by_both_engines() -> Result<()> {
                 "{mode}{seen}"
             );
             assert_eq!((&seen["deniedByEbpf"], &seen["notCompared"]), (&0.into(), &0.into()), "{mode}{seen}");
-            let metrics = metrics(&node, &agent)?;
+            let metrics = agent.metrics()?;
             let zero = r#"bridge_divergence_total{denied_by="ebpf",reason="policy"}"#;
             assert_eq!(metric(&metrics, zero), Some(0), "{metrics}");
             ensure!(!agent.log().contains("eBPF let through") && !agent.log().contains("eBPF has denied"));
@@ -111,7 +111,7 @@ fn what_iptables_alone_denies_is_counted_exactly_and_named() -> Result<()> {
             }
         }
         let name = r#"bridge_divergence_total{denied_by="iptables",reason="no-rule"}"#;
-        eventually(DEADLINE, || (metric(&metrics(&node, &agent).ok()?, name)? >= 6).then_some(()))
+        eventually(DEADLINE, || (metric(&agent.metrics().ok()?, name)? >= 6).then_some(()))
             .with_context(|| format!("not counted: {:?}", divergence(&agent)))?;
         let seen = divergence(&agent)?;
         assert_eq!(seen["deniedByIptables"], serde_json::json!({ "bridge:no-rule": 6 }), "{seen}");
@@ -183,7 +183,7 @@ fn what_ebpf_alone_denies_is_counted_and_named() -> Result<()> {
         let text = agent.run(&["status"])?;
         ensure!(text.contains("by eBPF alone, last tcp "), "{text}");
         let name = r#"bridge_divergence_total{denied_by="ebpf",reason="policy"}"#;
-        ensure!(metric(&metrics(&node, &agent)?, name) > Some(0));
+        ensure!(metric(&agent.metrics()?, name) > Some(0));
     }
     Ok(())
 }
@@ -194,7 +194,7 @@ fn one_engine_has_nothing_to_be_compared_with() -> Result<()> {
     let mut agent = node.start(&node.config("iptables", "", RULES))?;
     node.holds()?;
     ensure!(divergence(&agent)?.is_null());
-    ensure!(!metrics(&node, &agent)?.contains("bridge_divergence"));
+    ensure!(!agent.metrics()?.contains("bridge_divergence"));
     agent.reload(&node.config("ebpf, iptables", "", RULES))?;
     assert_eq!(divergence(&agent)?["deniedByEbpf"], 0);
     agent.reload(&node.config("iptables", "", RULES))?;

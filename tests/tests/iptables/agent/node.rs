@@ -202,14 +202,6 @@ pub(crate) fn firewall(agent: &Agent) -> Result<Value> {
     Ok(json(agent, &["status"])?["agent"]["firewall"].clone())
 }
 
-/// What a scrape says.
-pub(crate) fn metrics(node: &Node, agent: &Agent) -> Result<String> {
-    let mut curl = Command::new("curl");
-    curl.args(["--silent", "--fail-with-body", "--max-time", "5", "--unix-socket"]);
-    curl.arg(agent.socket()).arg("http://bridge/metrics");
-    node.lab.b().netns.output(curl)
-}
-
 /// Jumps without the note of what they found, which a restart cannot find again.
 pub(crate) fn plain(dump: &str) -> String {
     dump.replace(":table-was-absent", "")
