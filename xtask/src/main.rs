@@ -131,12 +131,12 @@ fn main() -> ExitCode {
         Command::Crds => crds::main(),
         Command::KubeAssets => setup::kube_assets::main(),
         Command::Bench { arguments } => run::bench(&arguments),
-        Command::Attack { arguments } => run::attack(&arguments),
-        Command::Gap { arguments } => run::gap(&arguments),
-        Command::Soak { arguments } => run::soak(&arguments),
+        Command::Attack { arguments } => run::tool("attack", &arguments),
+        Command::Gap { arguments } => run::tool("gap", &arguments),
+        Command::Soak { arguments } => run::tool("soak", &arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
-        Command::Model { arguments } => run::model(&arguments),
-        Command::Parity { arguments } => run::parity(&arguments),
+        Command::Model { arguments } => run::tool("model", &arguments),
+        Command::Parity { arguments } => run::tool("parity", &arguments),
         Command::Vm { kernels, write, command } => vm::main(&kernels, write, &command),
     };
     match result {

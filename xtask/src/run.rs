@@ -1,4 +1,4 @@
-//! `cargo xtask run`, `bench`, `gap`, `model`, `soak` and their like: build, and become the program, as root.
+//! `cargo xtask run`, `bench` and the other programs of the lab: build, and become the program, as root.
 
 use std::ffi::OsString;
 
@@ -32,44 +32,13 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
     built(true, "bridge-tests", "bench", arguments)
 }
 
-/// `cargo xtask attack`.
+/// `cargo xtask attack`, `gap`, `model`, `parity`, `soak`: the program of that name, optimised unless what takes its time is
+/// the kernel and iptables.
 ///
 /// # Errors
 /// Setup or the build fails, or the program cannot be started.
-pub(crate) fn attack(arguments: &[OsString]) -> Result<()> {
-    built(true, "bridge-tests", "attack", arguments)
-}
-
-/// `cargo xtask gap`.
-///
-/// # Errors
-/// Setup or the build fails, or the program cannot be started.
-pub(crate) fn gap(arguments: &[OsString]) -> Result<()> {
-    built(true, "bridge-tests", "gap", arguments)
-}
-
-/// `cargo xtask parity`. Not optimised: what takes its time is the kernel and iptables.
-///
-/// # Errors
-/// Setup or the build fails, or the program cannot be started.
-pub(crate) fn parity(arguments: &[OsString]) -> Result<()> {
-    built(false, "bridge-tests", "parity", arguments)
-}
-
-/// `cargo xtask model`.
-///
-/// # Errors
-/// Setup or the build fails, or the program cannot be started.
-pub(crate) fn model(arguments: &[OsString]) -> Result<()> {
-    built(true, "bridge-tests", "model", arguments)
-}
-
-/// `cargo xtask soak`.
-///
-/// # Errors
-/// Setup or the build fails, or the program cannot be started.
-pub(crate) fn soak(arguments: &[OsString]) -> Result<()> {
-    built(true, "bridge-tests", "soak", arguments)
+pub(crate) fn tool(name: &str, arguments: &[OsString]) -> Result<()> {
+    built(name != "parity", "bridge-tests", name, arguments)
 }
 
 /// Builds binary `bin` of `package`, and the agent beside it, and becomes it.

@@ -42,7 +42,7 @@ pub(super) fn story(dice: &mut Dice, policy: &Policy, tag: u32) -> (Flow, u8, Ve
         }
         Protocol::Udp => {
             match dice.below(10) {
-                0..=2 if !to_node => story.udp_exchange(),
+                0..=2 if !to_node => story.udp_exchange(dice),
                 3..=4 if !to_node => story.icmp_error(dice),
                 5..=6 => story.fragments(dice, IpNumber::UDP),
                 _ => story.udp(dice),
@@ -139,14 +139,18 @@ impl Story<'_> {
         self.send(what, true, packet, expected);
     }
 
-    fn udp_exchange(&mut self) {
+    fn udp_exchange(&mut self, dice: &mut Dice) {
         let opens = self.opens(protocol::UDP);
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         self.send("question", true, self.there().udp(a, b, &self.mark()), opens);
         // If the question was denied, the answer may be a question that a rule allows.
         let answer = opens || self.mirrored().opens(protocol::UDP);
         self.send("answer", false, self.back().udp(b, a, &self.mark()), answer);
-        self.send("another question", true, self.there().udp(a, b, &self.mark()), answer);
+        // In half of them, so many that the last ones may take the fast path.
+        for _ in 0..1 + dice.below(7).saturating_sub(3) {
+            self.send("another question", true, self.there().udp(a, b, &self.mark()), answer);
+            self.send("another answer", false, self.back().udp(b, a, &self.mark()), answer);
+        }
     }
 
     /// A datagram or a SYN cut up, in either order. It passes if all of it does.

@@ -113,7 +113,16 @@ impl Story<'_> {
         let mine = mine.wrapping_add(8);
         let data = Tcp::ack(b, a, theirs, mine).payload(&self.mark());
         self.send("data of the other side", false, self.back().tcp(data), opens);
-        let theirs = theirs.wrapping_add(8);
+        let (mut mine, mut theirs) = (mine, theirs.wrapping_add(8));
+        // In half of them, so long that the rest may take the fast path.
+        for _ in 0..dice.below(7).saturating_sub(3) {
+            let data = Tcp::ack(a, b, mine, theirs).payload(&self.mark());
+            self.send("talk", true, self.there().tcp(data), opens);
+            mine = mine.wrapping_add(8);
+            let data = Tcp::ack(b, a, theirs, mine).payload(&self.mark());
+            self.send("talk of the other side", false, self.back().tcp(data), opens);
+            theirs = theirs.wrapping_add(8);
+        }
         self.tcp_intrusion(dice, mine, theirs);
         let data = Tcp::ack(a, b, mine, theirs).payload(&self.mark());
         self.send("more data", true, self.there().tcp(data), opens);

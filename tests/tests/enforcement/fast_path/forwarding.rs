@@ -1,5 +1,6 @@
 //! What comes out.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
@@ -36,6 +37,26 @@ fn connections_of_both_directions_take_it_and_end_properly() -> Result<()> {
             eventually(DEADLINE, closing).context("the FINs were not followed")?;
         }
     }
+    Ok(())
+}
+
+#[test]
+fn connections_that_go_the_same_way_share_what_was_learnt_of_it() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let agent = Agent::start(&lab, lab.b(), &config("", USUAL_RULES))?;
+    let mut ways = HashSet::new();
+    for (client, server, port) in directions(&lab) {
+        let to = server.at(Family::V4, port);
+        let _server = tcp::Server::echo(&server.netns, to)?;
+        for _ in 0..8 {
+            let mut connection = open(client, to)?;
+            speed_up(&agent, &mut connection)?;
+            let flow = crate::support::flow(&agent, connection.source()?, to, 6)?.context("no flow")?;
+            ways.insert(flow.leases.map(|lease| lease.path));
+        }
+    }
+    let [to_pod, to_lan] = *ways.iter().next().context("no connection")?;
+    ensure!(ways.len() == 1 && to_pod != to_lan, "{ways:?}");
     Ok(())
 }
 
