@@ -18,6 +18,7 @@ pub mod netlink;
 pub mod nodeport_range;
 pub mod policy;
 pub mod pool;
+pub mod privileges;
 pub mod routes;
 pub mod runtime;
 pub mod time;

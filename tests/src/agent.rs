@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::{fs::PermissionsExt as _, net::UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -201,6 +201,8 @@ impl Files {
             _ => {}
         }
         let socket = UnixDatagram::bind(&self.notify)?;
+        // As that of systemd: for whatever user the agent is.
+        fs::set_permissions(&self.notify, fs::Permissions::from_mode(0o777))?;
         socket.set_read_timeout(Some(GLANCE))?;
         Ok(socket)
     }

@@ -72,6 +72,21 @@ impl Container {
     /// # Errors
     /// crun is missing, or refuses the bundle.
     pub fn start(lab: &Lab, node: &Host, files: &Files, manifest: Value, config: &str) -> Result<Self> {
+        Self::start_with(lab, node, files, manifest, config, |_| {})
+    }
+
+    /// As [`Container::start`], with what `adapt` makes of the specification.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_with(
+        lab: &Lab,
+        node: &Host,
+        files: &Files,
+        manifest: Value,
+        config: &str,
+        adapt: impl FnOnce(&mut Value),
+    ) -> Result<Self> {
         let directory = lab.directory().join(&node.name);
         let pins = lab.pin_directory()?.join(&node.name);
         for name in ["etc", "run", "state"] {
@@ -83,7 +98,8 @@ impl Container {
         let number = fs::read_dir(&directory)?.count();
         let name = format!("{}-{number}", node.netns.name());
         let bundle = directory.join(format!("bundle-{number}"));
-        let spec = specification(lab, &directory, &pins, node, files, &manifest, &bundle)?;
+        let mut spec = specification(lab, &directory, &pins, node, files, &manifest, &bundle)?;
+        adapt(&mut spec);
         fs::write(bundle.join("config.json"), serde_json::to_vec_pretty(&spec)?)?;
         let log = fs::File::options().create(true).append(true).open(directory.join("log"))?;
         // crun takes either version of control groups, not both at once; and a pod is in a group of its own, seen from which

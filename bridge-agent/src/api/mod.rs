@@ -13,7 +13,10 @@
 //! POST /v1/revert           go back to the one before it
 //! GET  /metrics             Prometheus text format
 //! ```
-//! and the routes of the port pool, see [`crate::pool::api`].
+//! Those that POST are for the operator: root, or the agent's own user, in the agent's own network namespace. A pod that has the
+//! socket to lease ports cannot change what is enforced.
+//!
+//! And the routes of the port pool, see [`crate::pool::api`].
 
 mod apply;
 pub mod client;
@@ -37,6 +40,7 @@ use axum::{
     body::Body,
     extract::{DefaultBodyLimit, Query, State},
     http::{StatusCode, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -181,16 +185,19 @@ fn group_id(group: &str) -> Result<u32, Error> {
 }
 
 fn router(shared: Shared) -> Router {
+    let for_operators = Router::new()
+        .route("/v1/reload", post(reload))
+        .merge(apply::router())
+        .layer(middleware::from_fn(peer::operators_only));
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/flows", get(flows))
         .route("/v1/rules", get(rules))
         .route("/v1/counters", get(counters))
         .route("/v1/events", get(events))
-        .route("/v1/reload", post(reload))
         .route("/metrics", get(metrics::serve))
         .merge(routes::router())
-        .merge(apply::router())
+        .merge(for_operators)
         .merge(pool::api::routes())
         .method_not_allowed_fallback(async || {
             let text = "this path does not take this method; see docs/openapi.json";

@@ -9,13 +9,16 @@ use std::{
 };
 
 use axum::{
-    extract::connect_info::Connected,
+    extract::{ConnectInfo, Request, connect_info::Connected},
+    http::StatusCode,
+    middleware::Next,
+    response::{IntoResponse as _, Response},
     serve::{IncomingStream, Listener},
 };
 use tokio::net::{UnixListener, UnixStream, unix::UCred};
 
 use crate::{
-    pool::{owner::netns_cookie, service::Client},
+    pool::{api::Problem, owner::netns_cookie, service::Client},
     runtime::Shared,
 };
 
@@ -42,6 +45,25 @@ impl Peer {
     pub(crate) fn client(&self) -> &Client {
         &self.0.client
     }
+}
+
+/// Lets only operators through: root, or the user that the agent runs as, from the agent's own network namespace. Root in
+/// a pod is none.
+pub(super) async fn operators_only(
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let Client { uid, netns, .. } = *peer.client();
+    let own_user = uid == 0 || uid == rustix::process::geteuid().as_raw();
+    // Where the kernel does not tell, it tells of neither.
+    let own_netns = std::os::unix::net::UnixDatagram::unbound().and_then(netns_cookie).ok();
+    if own_user && netns == own_netns {
+        return next.run(request).await;
+    }
+    let text =
+        "only root and the user that the agent runs as may do this, in the agent's own network namespace";
+    Problem::new(StatusCode::FORBIDDEN, "not-operator", text).into_response()
 }
 
 impl Drop for Connection {

@@ -58,7 +58,7 @@ use crate::{
     datapath::{self, EventReader, Pins},
     firewall,
     interfaces::Watch,
-    kubernetes, pool, routes,
+    kubernetes, pool, privileges, routes,
 };
 
 /// What the agent is told on its command line.
@@ -122,6 +122,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// Whatever kept it from starting. What was in force before is still in force.
 pub fn run(options: &Options) -> Result<(), Error> {
+    privileges::give_up().map_err(io_error("cannot give up capabilities that are not needed"))?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -44,9 +44,11 @@ const LAB: [Program; 11] = [
 ];
 
 /// Programs that only tests need.
-const TEST: [Program; 3] = [
+const TEST: [Program; 5] = [
     program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself"),
     program("crun", "crun", "the tests of the DaemonSet run the agent as a container"),
+    program("setpriv", "util-linux", "the tests of privileges run the agent as another user"),
+    program("systemd-analyze", "systemd", "to check how much the systemd unit leaves the agent"),
     program("openssl", "openssl", "certificates of the API server of the Kubernetes tests"),
 ];
 

@@ -1,0 +1,52 @@
+//! What the running agent may do, and nothing besides: it gives up every other capability (capabilities(7)) before it does
+//! anything, and neither it nor a program that it starts can get one back.
+
+use std::io;
+
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, capability_is_in_bounding_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+};
+
+/// Each is needed, and tested to be (`tests/tests/privileges.rs`, `tests/tests/daemonset.rs`):
+/// programs, maps and pins; programs that read packets through pointers; hooks, iptables, routes, connection tracking and
+/// sysctls of the network; iptables-legacy; and for root, whose files these may not be, the group of the socket, the
+/// configuration and keys of other users.
+const KEPT: CapabilitySet = CapabilitySet::BPF
+    .union(CapabilitySet::PERFMON)
+    .union(CapabilitySet::NET_ADMIN)
+    .union(CapabilitySet::NET_RAW)
+    .union(CapabilitySet::CHOWN)
+    .union(CapabilitySet::DAC_OVERRIDE);
+
+/// What [`KEPT`] has taken the place of since Linux 5.8, and before that nothing can.
+const BEFORE_5_8: CapabilitySet = CapabilitySet::SYS_ADMIN;
+
+/// Gives up what is not needed. To be called before there is a second thread: each has capabilities of its own.
+///
+/// # Errors
+/// Of `capget(2)`, `capset(2)` and `prctl(2)`.
+pub fn give_up() -> io::Result<()> {
+    let before = capabilities(None)?;
+    let split = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
+    // Whoever has only what they were split off keeps that.
+    let kept = if before.permitted.contains(split) { KEPT } else { KEPT.union(BEFORE_5_8) };
+    // First: it takes CAP_SETPCAP, without which the bounding set stays what it is, and no_new_privs keeps everybody from it.
+    for capability in CapabilitySet::all().difference(kept).iter() {
+        if before.effective.contains(CapabilitySet::SETPCAP)
+            && capability_is_in_bounding_set(capability).unwrap_or(false)
+        {
+            remove_capability_from_bounding_set(capability)?;
+        }
+    }
+    let after = CapabilitySets {
+        effective: before.effective.intersection(kept),
+        permitted: before.permitted.intersection(kept),
+        // Ambient ones, that a service user's iptables lives on, are of these.
+        inheritable: before.inheritable.intersection(kept),
+    };
+    set_capabilities(None, after)?;
+    set_no_new_privs(true)?;
+    tracing::debug!(kept = ?after.permitted, "gave up what is not needed");
+    Ok(())
+}
