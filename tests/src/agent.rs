@@ -176,6 +176,8 @@ impl Agent {
                         bail!("the agent ended ({status}) before it was ready:\n{}", self.log());
                     }
                 }
+                // With a timeout, this is what comes of being stopped and continued (signal(7)).
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e).context("receive a notification"),
             }
         }
