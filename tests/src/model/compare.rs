@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     parity::dice::Dice,
-    prog::{Action, Node, behaviour},
+    prog::{Action, Node},
 };
 use bridge_agent::{
     datapath::Behaviour,
@@ -224,7 +224,6 @@ fn behaviour_of(regime: &Regime) -> Behaviour {
         reject: regime.policy.on_deny == OnDeny::Reject,
         events_per_second: 0,
         report_allowed: false,
-        ..behaviour()
     }
 }
 
