@@ -37,8 +37,6 @@ pub(super) struct Header {
     pub(super) content: Content,
     /// Nothing stands between the addresses and layer 4: no option, extension header or VLAN tag.
     pub(super) plain: bool,
-    /// A fragment, and not the last and only one.
-    pub(super) fragment: bool,
 }
 
 /// What a packet carries.
@@ -101,7 +99,6 @@ fn ipv4(packet: &[u8], quoted: bool) -> Option<Header> {
         ports: None,
         content: Content::MalformedIp,
         plain: fixed[0] == 0x45,
-        fragment: false,
     };
     let length = usize::from(fixed[0] & 15) * 4;
     let end = match word(fixed, 2)? {
@@ -115,7 +112,6 @@ fn ipv4(packet: &[u8], quoted: bool) -> Option<Header> {
     header.protocol = fixed[9];
     let place = word(fixed, 6)?;
     let (offset, more) = (place & 0x1fff, place & 0x2000 != 0);
-    header.fragment = more || offset > 0;
     header.carry(packet, length..end, true, (offset, more), quoted);
     Some(header)
 }
@@ -134,7 +130,6 @@ fn ipv6(packet: &[u8], quoted: bool) -> Option<Header> {
         ports: None,
         content: Content::MalformedIp,
         plain: true,
-        fragment: false,
     };
     let end = match word(fixed, 4)? {
         // Longer than can be said (BIG TCP, RFC 2675).
@@ -170,8 +165,7 @@ fn ipv6(packet: &[u8], quoted: bool) -> Option<Header> {
         if is_fragment {
             let place = word(extension, 2)?;
             (offset, more) = (place >> 3, place & 1 != 0);
-            header.fragment = more || offset > 0;
-            if offset > 0 {
+                    if offset > 0 {
                 header.protocol = next;
                 header.carry(packet, at..end, false, (offset, more), quoted);
                 return Some(header);
