@@ -79,12 +79,20 @@ struct Writer {
 
 impl Writer {
     async fn write(&mut self, client: &Client, state: &State, shared: &Shared) -> kube::Result<()> {
-        let status = status(state, shared);
+        // What keeps the one from being written is no reason to leave the other.
+        let node = self.tell(client, status(state, shared)).await;
+        if state.synced() {
+            write_conditions(client, state).await?;
+        }
+        node
+    }
+
+    async fn tell(&mut self, client: &Client, status: BridgeNodeStatus) -> kube::Result<()> {
         if self.told.as_ref() != Some(&status) {
             self.write_node(client, &status).await?;
             self.told = Some(status);
         }
-        if state.synced() { write_conditions(client, state).await } else { Ok(()) }
+        Ok(())
     }
 
     async fn write_node(&self, client: &Client, status: &BridgeNodeStatus) -> kube::Result<()> {
