@@ -126,7 +126,8 @@ impl Path {
     #[inline(always)]
     pub const fn is_free(&self, now: u32, epoch: u32) -> bool {
         const HELD: u32 = LEASE_TICKS + PATH_SLACK_TICKS;
-        self.epoch != WRITING && (self.epoch != epoch || self.expires.wrapping_sub(now).wrapping_sub(1) >= HELD)
+        self.epoch != WRITING
+            && (self.epoch != epoch || self.expires.wrapping_sub(now).wrapping_sub(1) >= HELD)
     }
 
     /// Whether both are the same way.
@@ -148,7 +149,6 @@ impl Lease {
     /// An epoch as leases have it: never 0. They come round after 65,535, which a lease does not live to see.
     #[must_use]
     #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "a remainder")]
     pub const fn epoch_of(epoch: u32) -> u16 {
         (epoch % 0xffff) as u16 + 1
     }
@@ -231,8 +231,7 @@ mod tests {
     #[test]
     fn a_lease_holds_for_its_time_in_its_epoch() {
         for now in [0, 1000, u32::MAX - 10] {
-            let lease =
-                Lease { expires: now.wrapping_add(LEASE_TICKS), epoch: Lease::epoch_of(7), path: 1 };
+            let lease = Lease { expires: now.wrapping_add(LEASE_TICKS), epoch: Lease::epoch_of(7), path: 1 };
             assert!(lease.holds(now, 7));
             assert!(lease.holds(now.wrapping_add(LEASE_TICKS - 1), 7));
             assert!(!lease.holds(now.wrapping_add(LEASE_TICKS), 7));

@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
-use bridge_tests::bench::{COMPARISON, GROUPS, Limit, Measurement, forward::{Comparison, Part}, kube, pool};
+use bridge_tests::bench::{
+    COMPARISON, GROUPS, Limit, Measurement,
+    forward::{Comparison, Part},
+    kube, pool,
+};
 use clap::Parser;
 use comfy_table::{Table, presets};
 
@@ -51,8 +55,9 @@ fn main() -> Result<ExitCode> {
     let output = &arguments.output;
     fs::create_dir_all(output).with_context(|| format!("make {}", output.display()))?;
 
-    let comparison =
-        (!arguments.kube && wanted(COMPARISON)).then(|| Comparison::run(arguments.quick, &arguments.part)).transpose()?;
+    let comparison = (!arguments.kube && wanted(COMPARISON))
+        .then(|| Comparison::run(arguments.quick, &arguments.part))
+        .transpose()?;
     let mut measurements = Vec::new();
     let cluster = [kube::GROUP];
     for (name, measure) in if arguments.kube { &cluster[..] } else { GROUPS } {

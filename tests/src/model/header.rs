@@ -165,7 +165,7 @@ fn ipv6(packet: &[u8], quoted: bool) -> Option<Header> {
         if is_fragment {
             let place = word(extension, 2)?;
             (offset, more) = (place >> 3, place & 1 != 0);
-                    if offset > 0 {
+            if offset > 0 {
                 header.protocol = next;
                 header.carry(packet, at..end, false, (offset, more), quoted);
                 return Some(header);

@@ -60,9 +60,7 @@ impl Part {
             contenders: whole
                 .contenders
                 .into_iter()
-                .filter(|contender| {
-                    *contender == Contender::None || chosen(&self.contender, contender.key())
-                })
+                .filter(|contender| *contender == Contender::None || chosen(&self.contender, contender.key()))
                 .collect(),
             traffic: whole.traffic.into_iter().filter(|kind| chosen(&self.traffic, kind.key())).collect(),
             rounds: self.rounds.map_or(whole.rounds, usize::from),

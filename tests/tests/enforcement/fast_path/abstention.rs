@@ -9,7 +9,7 @@ use bridge_tests::traffic::tcp;
 use bridge_tests::wait::eventually;
 use serde_json::Value;
 
-use super::support::{directions, outcomes, packets, speed_up, stay_slow};
+use super::support::{directions, open_fast, outcomes, packets, speed_up, stay_slow};
 use crate::support::{DEADLINE, INBOUND, OUTBOUND, SECOND, USUAL_RULES, config, json, open};
 use bridge_common::fast_path::Outcome;
 
@@ -66,7 +66,7 @@ fn masqueraded_flows_keep_out() -> Result<()> {
     // What is not masqueraded is not kept out by that.
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-    speed_up(&agent, &mut open(lab.a(), to)?)
+    open_fast(&agent, lab.a(), to).map(drop)
 }
 
 #[test]
@@ -116,8 +116,7 @@ fn packets_that_a_program_of_others_must_see_keep_out() -> Result<()> {
     let by = &lab.c1().peer_interface;
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-    let mut connection = open(lab.a(), to)?;
-    speed_up(&agent, &mut connection)?;
+    let mut connection = open_fast(&agent, lab.a(), to)?;
     assert_eq!(allowed(&agent, by)?, ["in", "out", "peer"]);
     let becomes = |interface: &str, expected: &[&str]| {
         let is = || (allowed(&agent, interface).ok()? == expected).then_some(());
@@ -153,7 +152,7 @@ fn an_interface_with_a_queue_is_gone_out_by_through_its_queue() -> Result<()> {
     for family in Family::BOTH {
         for (client, server, port) in directions(&lab) {
             let _server = tcp::Server::echo(&server.netns, server.at(family, port))?;
-            speed_up(&agent, &mut open(client, server.at(family, port))?)?;
+            open_fast(&agent, client, server.at(family, port))?;
         }
     }
     Ok(())
@@ -166,8 +165,7 @@ fn what_is_not_forwarded_by_the_node_is_not_forwarded_by_the_fast_path() -> Resu
     for family in Family::BOTH {
         let to = lab.c1().at(family, INBOUND);
         let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-        let mut connection = open(lab.a(), to)?;
-        speed_up(&agent, &mut connection)?;
+        let mut connection = open_fast(&agent, lab.a(), to)?;
         let forwarding = if family == Family::V4 { "ipv4/ip_forward" } else { "ipv6/conf/all/forwarding" };
         lab.b().netns.set_sysctl(forwarding, "0")?;
         let is_cut = || connection.round_trip(SECOND / 5).is_err().then_some(());

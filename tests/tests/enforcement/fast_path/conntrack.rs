@@ -11,8 +11,8 @@ use bridge_tests::lab::{Family, Lab};
 use bridge_tests::traffic::tcp;
 use bridge_tests::wait::eventually;
 
-use super::support::{directions, outcomes, packets, speed_up};
-use crate::support::{DEADLINE, INBOUND, SECOND, USUAL_RULES, config, json, open};
+use super::support::{directions, open_fast, outcomes, packets};
+use crate::support::{DEADLINE, INBOUND, SECOND, USUAL_RULES, config, json};
 
 const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
 
@@ -59,8 +59,7 @@ fn what_conntrack_has_not_seen_does_not_make_the_rest_invalid() -> Result<()> {
         for (client, server, port) in directions(&lab) {
             let to = server.at(family, port);
             let _server = tcp::Server::echo(&server.netns, to)?;
-            let mut connection = open(client, to)?;
-            speed_up(&agent, &mut connection)?;
+            let mut connection = open_fast(&agent, client, to)?;
             let before = packets(&agent, Outcome::forwarded)?;
             let stream = connection.stream();
             stream.set_read_timeout(Some(DEADLINE))?;
@@ -92,8 +91,7 @@ fn where_conntrack_is_to_be_strict_tcp_keeps_out() -> Result<()> {
     let agent = Agent::start(&lab, lab.b(), &config("", USUAL_RULES))?;
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-    let mut connection = open(lab.a(), to)?;
-    speed_up(&agent, &mut connection)?;
+    let mut connection = open_fast(&agent, lab.a(), to)?;
     lab.b().netns.run(|| fs::write(BE_LIBERAL, "0"))?;
     let keeps_out = || {
         let before = packets(&agent, Outcome::forwarded).ok()?;
@@ -117,8 +115,7 @@ fn a_packet_filter_that_changes_its_mind_is_heard() -> Result<()> {
     let agent = Agent::start(&lab, lab.b(), &config("", USUAL_RULES))?;
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-    let mut connection = open(lab.a(), to)?;
-    speed_up(&agent, &mut connection)?;
+    let mut connection = open_fast(&agent, lab.a(), to)?;
     nft(&lab, "add table inet strict")?;
     nft(
         &lab,

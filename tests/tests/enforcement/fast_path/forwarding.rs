@@ -12,7 +12,7 @@ use bridge_tests::wait::eventually;
 use bridge_tests::wire::{Capture, Frame};
 use etherparse::{Icmpv4Type, Icmpv6Type, NetHeaders, PacketHeaders, TransportHeader};
 
-use super::support::{ask_by_udp, directions, outcomes, packets, round_trip, speed_up};
+use super::support::{ask_by_udp, directions, open_fast, outcomes, packets, round_trip};
 use crate::support::{DEADLINE, SECOND, USUAL_RULES, config, open};
 
 #[test]
@@ -23,8 +23,7 @@ fn connections_of_both_directions_take_it_and_end_properly() -> Result<()> {
         for (client, server, port) in directions(&lab) {
             let to = server.at(family, port);
             let _server = tcp::Server::echo(&server.netns, to)?;
-            let mut connection = open(client, to)?;
-            speed_up(&agent, &mut connection)?;
+            let connection = open_fast(&agent, client, to)?;
             let flow = || crate::support::flow(&agent, connection.source().ok()?, to, 6).ok().flatten();
             let from = connection.source()?;
             ensure!(flow().is_some_and(|flow| flow.leases.iter().all(Lease::is_known)), "{from} {to}");
@@ -49,8 +48,7 @@ fn connections_that_go_the_same_way_share_what_was_learnt_of_it() -> Result<()> 
         let to = server.at(Family::V4, port);
         let _server = tcp::Server::echo(&server.netns, to)?;
         for _ in 0..8 {
-            let mut connection = open(client, to)?;
-            speed_up(&agent, &mut connection)?;
+            let connection = open_fast(&agent, client, to)?;
             let flow = crate::support::flow(&agent, connection.source()?, to, 6)?.context("no flow")?;
             ways.insert(flow.leases.map(|lease| lease.path));
         }
@@ -130,8 +128,7 @@ fn a_packet_whose_time_is_over_is_answered_by_the_node() -> Result<()> {
         for (client, server, port) in directions(&lab) {
             let to = server.at(family, port);
             let _server = tcp::Server::echo(&server.netns, to)?;
-            let mut connection = open(client, to)?;
-            speed_up(&agent, &mut connection)?;
+            let mut connection = open_fast(&agent, client, to)?;
             let mut capture = Capture::start(&client.netns, "eth0")?;
             let before = packets(&agent, Outcome::ttl)?;
             let socket = socket2::SockRef::from(&*connection.stream());

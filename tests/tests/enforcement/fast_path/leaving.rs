@@ -10,7 +10,7 @@ use bridge_tests::traffic::tcp;
 use bridge_tests::wait::eventually;
 use bridge_tests::wire::{Capture, Frame};
 
-use super::support::{LEASE, directions, outcomes, packets, speed_up, stay_slow};
+use super::support::{LEASE, directions, open_fast, outcomes, packets, speed_up, stay_slow};
 use crate::support::{DEADLINE, INBOUND, SECOND, USUAL_RULES, config, open};
 
 /// Runs `change`, and asserts that what it does to a fast connection is seen at once by its packets.
@@ -68,8 +68,7 @@ fn what_a_route_no_longer_lets_through_does_not_get_through() -> Result<()> {
         for (client, server, port) in directions(&lab) {
             let to = server.at(family, port);
             let _server = tcp::Server::echo(&server.netns, to)?;
-            let mut connection = open(client, to)?;
-            speed_up(&agent, &mut connection)?;
+            let mut connection = open_fast(&agent, client, to)?;
             // Where a reply or a request would have to go.
             let (pod, by) = (lab.c1().ip(family), &lab.c1().peer_interface);
             lab.b().netns.ip(&format!("route del {pod} dev {by}"))?;
@@ -78,8 +77,7 @@ fn what_a_route_no_longer_lets_through_does_not_get_through() -> Result<()> {
             eventually(SECOND, is_cut).with_context(|| format!("{family:?} to {}: goes on", server.name))?;
             lab.b().netns.ip(&format!("route del blackhole {pod}"))?;
             lab.b().netns.ip(&format!("route add {pod} dev {by}"))?;
-            let mut again = open(client, to)?;
-            speed_up(&agent, &mut again)?;
+            open_fast(&agent, client, to)?;
         }
     }
     Ok(())
@@ -93,8 +91,7 @@ fn a_neighbour_that_is_elsewhere_is_found_there() -> Result<()> {
     for family in Family::BOTH {
         let to = lab.c1().at(family, INBOUND);
         let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-        let mut connection = open(lab.a(), to)?;
-        speed_up(&agent, &mut connection)?;
+        let mut connection = open_fast(&agent, lab.a(), to)?;
         let mut capture = Capture::start(lab.lan(), &lab.b().peer_interface)?;
         let mac = ELSEWHERE.map(|byte| format!("{byte:02x}")).join(":");
         let neighbour =
@@ -111,7 +108,7 @@ fn a_neighbour_that_is_elsewhere_is_found_there() -> Result<()> {
         eventually(SECOND, is_found).with_context(|| format!("{family:?}: sent to where it was"))?;
         let own = lab.a().mac.map(|byte| format!("{byte:02x}")).join(":");
         lab.b().netns.ip(&neighbour(&own))?;
-        speed_up(&agent, &mut open(lab.a(), to)?)?;
+        open_fast(&agent, lab.a(), to)?;
     }
     Ok(())
 }
@@ -148,8 +145,7 @@ fn a_connection_outlives_an_interface_that_goes_down_or_is_made_anew() -> Result
     let node = &lab.b().netns;
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-    let mut connection = open(lab.a(), to)?;
-    speed_up(&agent, &mut connection)?;
+    let mut connection = open_fast(&agent, lab.a(), to)?;
     let by = &lab.c1().peer_interface;
     node.ip(&format!("link set {by} down"))?;
     node.ip(&format!("link set {by} up"))?;
@@ -167,8 +163,7 @@ fn without_an_agent_connections_go_on_the_normal_way_and_get_fast_again_with_one
     let mut agent = Agent::start(&lab, lab.b(), &config("", USUAL_RULES))?;
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
-    let mut connection = open(lab.a(), to)?;
-    speed_up(&agent, &mut connection)?;
+    let mut connection = open_fast(&agent, lab.a(), to)?;
 
     // So soon that nobody has noticed.
     agent.restart()?;

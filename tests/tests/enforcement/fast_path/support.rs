@@ -11,7 +11,7 @@ use bridge_tests::lab::{Host, Lab};
 use bridge_tests::traffic::tcp;
 use bridge_tests::wait::eventually;
 
-use crate::support::{DEADLINE, INBOUND, OUTBOUND, SECOND};
+use crate::support::{DEADLINE, INBOUND, OUTBOUND, SECOND, open};
 
 /// Client, server, and the port that it may connect to, for each direction.
 pub(crate) fn directions(lab: &Lab) -> [(&Host, &Host, u16); 2] {
@@ -40,6 +40,13 @@ pub(crate) fn speed_up(agent: &Agent, connection: &mut tcp::Connection) -> Resul
         (packets(agent, Outcome::forwarded).ok()? >= before + 2).then_some(())
     };
     eventually(DEADLINE, fast).with_context(|| format!("the fast path was not taken:\n{}", outcomes(agent)))
+}
+
+/// Connects, and has round trips until both their packets take the fast path.
+pub(crate) fn open_fast(agent: &Agent, client: &Host, to: SocketAddr) -> Result<tcp::Connection> {
+    let mut connection = open(client, to)?;
+    speed_up(agent, &mut connection)?;
+    Ok(connection)
 }
 
 /// Round trips of which no packet takes the fast path.
