@@ -13,6 +13,7 @@ use rustix::process::Signal;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::lab::{Host, Lab, Process};
+use crate::wait::patience;
 
 /// How long the agent may take to start, to reload or to stop.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -107,7 +108,7 @@ impl Agent {
     /// Asks it to end (SIGTERM), and waits until it has.
     pub fn stop(&mut self) -> Result<ExitStatus> {
         self.process.signal(Signal::TERM).context("signal the agent")?;
-        let status = self.process.wait(DEADLINE)?;
+        let status = self.process.wait(patience(DEADLINE))?;
         status.with_context(|| format!("the agent did not stop in {DEADLINE:?}:\n{}", self.log()))
     }
 
@@ -165,7 +166,7 @@ impl Agent {
     }
 
     fn await_notification(&mut self, mut wanted: impl FnMut(&Notification) -> bool) -> Result<()> {
-        let end = Instant::now() + DEADLINE;
+        let end = Instant::now() + patience(DEADLINE);
         let mut buffer = [0; 4096];
         while Instant::now() < end {
             match self.notifications.recv(&mut buffer) {

@@ -6,6 +6,13 @@ use std::time::{Duration, Instant};
 /// Time between two looks at the condition.
 const INTERVAL: Duration = Duration::from_millis(2);
 
+/// A deadline as it is on this machine: `BRIDGE_PATIENCE` times as long, where that is set, for an emulated processor.
+#[must_use]
+pub fn patience(deadline: Duration) -> Duration {
+    let times = std::env::var("BRIDGE_PATIENCE").ok().and_then(|times| times.parse().ok());
+    deadline * times.unwrap_or(1)
+}
+
 /// Looks at `condition` until it yields a value; `None` once `deadline` has passed without one.
 ///
 /// The condition is looked at once more after the deadline, so a busy machine that was late to look is not

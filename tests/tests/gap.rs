@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use bridge_tests::gap::runs::{self, Effort, Engines};
 
 fn nothing_is_lost_and_nothing_comes_through(engines: Engines) -> Result<()> {
-    let effort = Effort { rate: 1000, kills: 3, times: 1 };
+    let effort = Effort { rate: 1000, kills: 3, times: 1, rules: 10_000 };
     let rows = runs::all(engines, effort, |row| eprintln!("{row:?}"))?;
     for row in &rows {
         ensure!(row.is_clean(), "{row:?}");

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::{
     cmd,
@@ -65,6 +66,28 @@ pub(crate) fn program(release: bool, package: &str, bin: &str) -> Result<PathBuf
     )?;
     let profile = if release { "release" } else { "debug" };
     Ok(Metadata::read()?.target_directory()?.join(profile).join(bin))
+}
+
+/// Builds tests of `package`, and the agent beside them; returns where each of them is, in their order.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn tests<'a>(package: &str, tests: &[&'a str]) -> Result<Vec<(&'a str, PathBuf)>> {
+    user_side(false, &["--package", "bridge-agent", "--bin", "bridge-agent"])?;
+    let mut cargo = cmd::cargo();
+    cargo.args(["test", "--no-run", "--message-format", "json-render-diagnostics", "--package", package]);
+    cargo.args(tests.iter().flat_map(|test| ["--test", test])).current_dir(workspace::root());
+    let output = cmd::output(&mut cargo)?;
+    let messages: Vec<Value> = output.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let executable = |test: &str| {
+        let artifact =
+            messages.iter().find(|m| m["target"]["name"] == test && m["executable"].is_string())?;
+        artifact["executable"].as_str().map(PathBuf::from)
+    };
+    tests
+        .iter()
+        .map(|test| Ok((*test, executable(test).with_context(|| format!("no test {test}"))?)))
+        .collect()
 }
 
 /// Builds the kernel side into [`workspace::objects`], touching only what has changed.

@@ -41,7 +41,24 @@ pub(crate) fn check(steps: &mut Steps, ready: &Ready, checks: &Checks) {
         deny.args(["--workspace", "check", "--hide-inclusion-graph", "licenses", "bans", "sources"]);
         cmd::run(deny.current_dir(workspace::root()))
     });
+    advisories(steps, checks);
     steps.step("ABI", abi::check);
+}
+
+/// Whether a dependency is known to be vulnerable. Where the database cannot be reached, the table says that nobody has looked.
+fn advisories(steps: &mut Steps, checks: &Checks) {
+    /// In seconds: who cannot be reached may not say so.
+    const PATIENCE: &str = "60";
+    let deny = |arguments: &[&str]| {
+        let mut deny = cmd::command("timeout");
+        deny.arg(PATIENCE).arg(&checks.deny).arg("--workspace").args(arguments);
+        cmd::run(deny.current_dir(workspace::root()))
+    };
+    if steps.step_or_not_run("database of advisories", false, || deny(&["fetch", "db"])).is_some() {
+        steps.step("advisories", || {
+            deny(&["check", "--disable-fetch", "--hide-inclusion-graph", "advisories"])
+        });
+    }
 }
 
 fn cargo(arguments: &[&str]) -> Result<()> {

@@ -22,6 +22,9 @@ struct Arguments {
     /// How often everything else happens
     #[arg(long, default_value_t = 5)]
     times: u32,
+    /// Rules of the policy that is reloaded
+    #[arg(long, default_value_t = 10_000)]
+    rules: u32,
     /// Only upgrade from this bridge-agent, with no connection tracking on the node
     #[arg(long, value_name = "PROGRAM")]
     from: Option<PathBuf>,
@@ -31,7 +34,7 @@ struct Arguments {
 }
 
 fn main() -> Result<ExitCode> {
-    let Arguments { rate, kills, times, from, json } = Arguments::parse();
+    let Arguments { rate, kills, times, rules, from, json } = Arguments::parse();
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
     table.set_header([
@@ -55,7 +58,7 @@ fn main() -> Result<ExitCode> {
                 row.what, row.engines, row.reading.lost, row.reading.leaked
             ),
         };
-        let effort = Effort { rate, kills, times };
+        let effort = Effort { rate, kills, times, rules };
         let rows = match &from {
             Some(from) => vec![runs::upgrade(from, engines, effort)?],
             None => runs::all(engines, effort, show)?,
@@ -65,7 +68,7 @@ fn main() -> Result<ExitCode> {
             let r = &row.reading;
             let number = |value: f64| format!("{value:.1}");
             table.add_row([
-                row.what.to_owned(),
+                row.what.clone(),
                 row.engines.to_owned(),
                 row.times.to_string(),
                 r.sent.to_string(),

@@ -17,7 +17,7 @@ use serde::Serialize;
 use self::frames::{Frames, Kind, Way};
 use self::socket::{BATCH, Receiver, Sender};
 use crate::lab::Lab;
-use crate::wait::eventually;
+use crate::wait::{eventually, patience};
 
 /// Between two bursts of a sender.
 const TICK: Duration = Duration::from_millis(1);
@@ -156,7 +156,7 @@ impl Meter {
         for (way, frame) in frames::openings(lab) {
             let traffic = &meter.ways[way as usize];
             let before = traffic.seen().openings;
-            eventually(PATIENCE, || {
+            eventually(patience(PATIENCE), || {
                 openers[way as usize].send(&mut [frame.clone()]).ok()?;
                 eventually(Duration::from_millis(50), || (traffic.seen().openings > before).then_some(()))
             })
@@ -209,8 +209,8 @@ impl Meter {
         for (way, traffic) in self.ways.iter().enumerate() {
             let ([first, first_probe], [last, last_probe]) = (from.0[way], to.0[way]);
             let missing = || traffic.missing(first, last);
-            let missing =
-                eventually(PATIENCE, || Some(missing()).filter(Vec::is_empty)).unwrap_or_else(missing);
+            let missing = eventually(patience(PATIENCE), || Some(missing()).filter(Vec::is_empty))
+                .unwrap_or_else(missing);
             if let [one, ..] = missing[..] {
                 let end = missing.last().copied().unwrap_or(one);
                 if let (Some(one), Some(end)) = (traffic.sent_at(one), traffic.sent_at(end)) {

@@ -17,8 +17,6 @@ use crate::agent::{Agent, program};
 use crate::lab::Lab;
 use crate::wait::eventually;
 
-/// Rules of the large policy.
-const MANY: u32 = 10_000;
 /// How long nothing happens, to see what the lab itself loses.
 const CALM: Duration = Duration::from_secs(1);
 
@@ -54,6 +52,8 @@ pub struct Effort {
     pub kills: u32,
     /// How often everything else happens.
     pub times: u32,
+    /// Rules of the large policy.
+    pub rules: u32,
 }
 
 /// What happened, how often, and what the meter has read.
@@ -61,7 +61,7 @@ pub struct Effort {
 #[serde(rename_all = "camelCase")]
 pub struct Row {
     /// In words.
-    pub what: &'static str,
+    pub what: String,
     /// See [`Engines::name`].
     pub engines: &'static str,
     /// How often.
@@ -123,7 +123,7 @@ impl Bench {
 
     fn row(
         &mut self,
-        what: &'static str,
+        what: &str,
         times: u32,
         mut work: impl FnMut(&mut Agent, &Lab) -> Result<()>,
     ) -> Result<Row> {
@@ -131,7 +131,7 @@ impl Bench {
         for _ in 0..times {
             reading = reading.and(&self.meter.while_doing(|_| work(agent, lab))?.1);
         }
-        Ok(Row { what, engines: self.engines.name(), times, reading })
+        Ok(Row { what: what.to_owned(), engines: self.engines.name(), times, reading })
     }
 }
 
@@ -146,13 +146,13 @@ pub fn all(engines: Engines, effort: Effort, mut show: impl FnMut(&Row)) -> Resu
         rows.push(row);
     };
     let mut bench = Bench::new(engines, effort)?;
-    let Effort { kills, times, .. } = bench.effort;
+    let Effort { kills, times, rules, .. } = bench.effort;
     add(bench.row("nothing", 1, |_, _| wait(CALM))?);
     add(bench.row("kill -9 and start", kills, |agent, _| agent.restart())?);
     add(bench.row("upgrade, other programs", times, other_programs)?);
     add(bench.row("upgrade, other ABI version", times, other_version)?);
-    add(bench.row("reload of 10,000 rules", times, |agent, _| {
-        agent.reload(&configuration(engines, MANY))?;
+    add(bench.row(&format!("reload of {rules} rules"), times, |agent, _| {
+        agent.reload(&configuration(engines, rules))?;
         agent.reload(&configuration(engines, 0))
     })?);
     add(down(&mut bench)?);
@@ -216,7 +216,7 @@ pub fn upgrade(from: &Path, engines: Engines, effort: Effort) -> Result<Row> {
     let mut meter = Meter::start(&lab, effort.rate)?;
     agent.replace_program(program()?);
     let ((), reading) = meter.while_doing(|_| agent.restart())?;
-    Ok(Row { what: "upgrade from the program given", engines: engines.name(), times: 1, reading })
+    Ok(Row { what: "upgrade from the program given".to_owned(), engines: engines.name(), times: 1, reading })
 }
 
 /// Where another version of the ABI would have its pins.
@@ -238,7 +238,7 @@ fn down(bench: &mut Bench) -> Result<Row> {
     (reading.probes, reading.leaked) = (denied.probes, denied.leaked);
     reading.lost += denied.lost;
     reading.sent += denied.sent;
-    Ok(Row { what: "stop and down", engines: bench.engines.name(), times: 1, reading })
+    Ok(Row { what: "stop and down".to_owned(), engines: bench.engines.name(), times: 1, reading })
 }
 
 /// The first start on a node where connections stand already: probes count from when the agent says that it is ready.
@@ -261,5 +261,10 @@ fn first_start(engines: Engines, effort: Effort) -> Result<Row> {
         drop(meter);
         drop(agent);
     }
-    Ok(Row { what: "first start on a live node", engines: engines.name(), times: effort.times, reading: sum })
+    Ok(Row {
+        what: "first start on a live node".to_owned(),
+        engines: engines.name(),
+        times: effort.times,
+        reading: sum,
+    })
 }

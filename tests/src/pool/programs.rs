@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::lab::{Netns, Process};
+use crate::{
+    lab::{Netns, Process},
+    wait::patience,
+};
 
 /// Puts a command into a control group.
 pub fn in_cgroup(cgroup: &Path, mut command: Command) -> Command {
@@ -38,7 +41,7 @@ pub fn output(netns: &Netns, mut command: Command, deadline: Duration) -> Result
 
 /// Waits for a program whose standard output is a pipe that cannot fill up, and returns what it printed.
 pub fn finish(mut process: Process, deadline: Duration) -> Result<String> {
-    let status = process.wait(deadline)?.context("the program did not end in time")?;
+    let status = process.wait(patience(deadline))?.context("the program did not end in time")?;
     let mut text = String::new();
     process.child().stdout.take().context("a pipe")?.read_to_string(&mut text)?;
     ensure!(status.success(), "{status}: {text}");

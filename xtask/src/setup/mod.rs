@@ -53,7 +53,7 @@ const TEST: [Program; 5] = [
 ];
 
 /// Programs that start other kernels.
-const MACHINE: [Program; 2] = [
+pub(crate) const MACHINE: [Program; 2] = [
     program("qemu-system-x86_64", "qemu-system-x86", "to run other kernels in emulation"),
     program("busybox", "busybox-static", "what starts before those kernels see this host's files"),
 ];
@@ -72,8 +72,6 @@ pub(crate) enum Scope {
     Build,
     /// And to run the lab.
     Lab,
-    /// And to run other kernels.
-    Machine,
     /// And to check and test everything.
     Test,
 }
@@ -101,9 +99,8 @@ pub(crate) struct Checks {
 pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
     let mut apt = apt::Apt::default();
     if scope >= Scope::Lab {
-        let machine: &[Program] = if scope >= Scope::Machine { &MACHINE } else { &[] };
         let tests: &[Program] = if scope >= Scope::Test { &TEST } else { &[] };
-        install(&mut apt, LAB.iter().chain(machine).chain(tests))?;
+        install(&mut apt, LAB.iter().chain(tests))?;
     }
     let ebpf = toolchain::ensure(&mut apt)?;
     let checks = if scope >= Scope::Test {

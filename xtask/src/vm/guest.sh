@@ -9,7 +9,8 @@ for directory in /dev/shm /run /tmp /mnt; do mount -t tmpfs tmp "$directory"; do
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 output /mnt
-export PATH='@PATH@' HOME=/root
+# An emulated processor is slow.
+export PATH='@PATH@' HOME=/root BRIDGE_PATIENCE=5
 release=$(uname -r)
 mkdir -p "/lib/modules/$release"
 mount --bind "@KERNEL_ROOT@/lib/modules/$release" "/lib/modules/$release"

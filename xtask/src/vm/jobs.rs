@@ -1,39 +1,68 @@
-//! What a machine does.
+//! What a machine does, and what came of it.
 
 use std::{fs, path::Path, time::Duration};
 
 use anyhow::Result;
+use serde_json::Value;
 
 use crate::build;
 
+/// Tests that are to be run on every kernel, by file and, where not all of the file are, by name.
+const TESTS: [(&str, &[&str]); 3] = [
+    (
+        "pool_connect",
+        &[
+            "a_full_pool_is_eaddrnotavail_at_once_with_an_event_and_a_counter",
+            "one_port_serves_many_destinations_and_two_pods_never_the_same",
+            "a_port_that_a_program_binds_itself_is_adopted_or_refused",
+            "udp_connected_and_unconnected",
+            "ipv6_and_what_the_pool_is_not_for",
+        ],
+    ),
+    ("pool_run", &["what_is_held_outlives_kill_and_restart_and_down_leaves_no_trace"]),
+    // It needs a machine of its own, and is left to this.
+    ("wall_clock", &[]),
+];
+
 /// A command.
 pub(super) struct Job {
-    name: String,
+    name: &'static str,
     /// To be run by a shell in the folder of the repository.
     command: String,
-    pub(super) limit: Duration,
+    limit: Duration,
 }
 
 /// What came of a job.
 pub(super) struct Outcome {
+    name: &'static str,
     pub(super) ok: bool,
     pub(super) output: String,
     pub(super) errors: String,
 }
 
 impl Job {
-    fn new(name: &str, command: String, limit: Duration) -> Self {
-        Self { name: name.to_owned(), command, limit }
+    const fn new(name: &'static str, command: String, seconds: u64) -> Self {
+        Self { name, command, limit: Duration::from_secs(seconds) }
     }
 
     pub(super) fn of_user(words: &[String]) -> Self {
-        Self::new("command", words.join(" "), Duration::from_secs(900))
+        Self::new("command", words.join(" "), 900)
     }
 
     /// As the machine reads it.
-    pub(super) fn line(&self) -> String {
+    fn line(&self) -> String {
         format!("{}\t{}\t{}\n", self.name, self.limit.as_secs(), self.command)
     }
+}
+
+/// As the machine reads them.
+pub(super) fn lines(jobs: &[Job]) -> String {
+    jobs.iter().map(Job::line).collect()
+}
+
+/// For all of them.
+pub(super) fn limit(jobs: &[Job]) -> Duration {
+    jobs.iter().map(|job| job.limit).sum()
 }
 
 impl Outcome {
@@ -42,21 +71,84 @@ impl Outcome {
             let path = directory.join(format!("{}.{kind}", job.name));
             fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
         };
-        Self { ok: read("status").trim() == "0", output: read("out"), errors: read("err") }
+        Self { name: job.name, ok: read("status").trim() == "0", output: read("out"), errors: read("err") }
+    }
+
+    /// What the machine was seen to do, each with whether it came out: scenes, rows of the gap meter, tests.
+    pub(super) fn rows(&self) -> Vec<(String, bool)> {
+        self.output.lines().filter_map(row).collect()
     }
 
     /// The end of what a failed one has written.
     pub(super) fn why(&self) -> String {
         let lines: Vec<_> = self.output.lines().chain(self.errors.lines()).collect();
-        lines[lines.len().saturating_sub(60)..].join("\n")
+        format!("{}:\n{}", self.name, lines[lines.len().saturating_sub(60)..].join("\n"))
     }
 }
 
-/// The scenes.
+fn row(line: &str) -> Option<(String, bool)> {
+    if let Some((test, result)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
+        return Some((format!("`{test}`"), result == "ok"));
+    }
+    let row: Value = serde_json::from_str(line).ok()?;
+    if let Some(scene) = row["name"].as_str() {
+        return Some((scene.to_owned(), row["ok"].as_bool()?));
+    }
+    let (what, engines) = (row["what"].as_str()?, row["engines"].as_str()?);
+    let clean = row["lost"].as_u64()? == 0 && row["leaked"].as_u64()? == 0;
+    Some((format!("nothing lost, nothing let through: {what} ({engines})"), clean))
+}
+
+/// Everything that a kernel is to do.
 ///
 /// # Errors
-/// They cannot be built.
-pub(super) fn scenes() -> Result<Job> {
-    let program = build::program(false, "bridge-tests", "lab")?;
-    Ok(Job::new("scenes", format!("{} --once --json", program.display()), Duration::from_secs(400)))
+/// It cannot be built.
+pub(super) fn all() -> Result<Vec<Job>> {
+    let scenes = build::program(false, "bridge-tests", "lab")?;
+    let gap = build::program(false, "bridge-tests", "gap")?;
+    let gap = format!("{} --rate 200 --kills 1 --times 1 --rules 200 --json", gap.display());
+    let mut jobs = vec![
+        Job::new("scenes", format!("{} --once --json", scenes.display()), 400),
+        Job::new("gap", gap, 400),
+    ];
+    let programs = build::tests("bridge-tests", &TESTS.map(|(file, _)| file))?;
+    for ((name, program), (_, tests)) in programs.into_iter().zip(TESTS) {
+        let command = format!("{} --include-ignored --test-threads 2 {}", program.display(), tests.join(" "));
+        jobs.push(Job::new(name, command, 300));
+    }
+    Ok(jobs)
+}
+
+#[cfg(test)]
+impl Outcome {
+    pub(super) fn of(output: &str) -> Self {
+        Self { name: "job", ok: true, output: output.to_owned(), errors: String::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scenes_rows_and_tests_are_read_and_nothing_else() {
+        let output = "running 2 tests\ntest a_port ... ok\ntest a_pool ... FAILED\n\
+             {\"name\":\"scene\",\"ok\":true}\n\
+             {\"what\":\"kill\",\"engines\":\"ebpf\",\"lost\":0,\"leaked\":1}\ntest result: FAILED. 1 passed\n";
+        let row = |name: &str, ok| (name.to_owned(), ok);
+        let expected = [
+            row("`a_port`", true),
+            row("`a_pool`", false),
+            row("scene", true),
+            row("nothing lost, nothing let through: kill (ebpf)", false),
+        ];
+        assert_eq!(Outcome::of(output).rows(), expected);
+    }
+
+    #[test]
+    fn a_machine_is_given_time_for_each_of_its_jobs() {
+        let jobs = [Job::new("a", "x".into(), 5), Job::new("b", "y z".into(), 7)];
+        assert_eq!(lines(&jobs), "a\t5\tx\nb\t7\ty z\n");
+        assert_eq!(limit(&jobs), Duration::from_secs(12));
+    }
 }

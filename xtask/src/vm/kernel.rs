@@ -29,7 +29,7 @@ pub(crate) enum Kernel {
 }
 
 impl Kernel {
-    pub(super) const ALL: [Self; 2] = [Self::Linux6_1, Self::Linux6_12];
+    pub(crate) const ALL: [Self; 2] = [Self::Linux6_1, Self::Linux6_12];
 
     pub(super) fn name(self) -> &'static str {
         match self {

@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     build, cmd,
@@ -28,47 +28,82 @@ use jobs::{Job, Outcome};
 
 const INIT: &str = include_str!("init.sh");
 const GUEST: &str = include_str!("guest.sh");
-/// For the machine to start, beside its job.
+/// For the machine to start, beside its jobs.
 const START: Duration = Duration::from_secs(120);
 
 /// `cargo xtask vm`.
 ///
 /// # Errors
-/// Setup or the build fails, or the job fails on a kernel.
+/// Setup or the build fails, or a job fails on a kernel.
 pub(crate) fn main(kernels: &[Kernel], write_table: bool, command: &[String]) -> Result<()> {
     let kernels = if kernels.is_empty() { &Kernel::ALL[..] } else { kernels };
-    let ready = setup::ensure(Scope::Machine)?;
+    let ready = setup::ensure(Scope::Lab)?;
+    ensure(kernels)?;
     build::objects(&ready.ebpf)?;
-    let job = if command.is_empty() { jobs::scenes()? } else { Job::of_user(command) };
-    let mut columns = Vec::new();
-    for kernel in kernels {
-        let outcome = run(*kernel, &job)?;
-        if !command.is_empty() {
-            print!("{}", outcome.output);
-            eprint!("{}", outcome.errors);
-        }
-        columns.push((*kernel, outcome));
+    if command.is_empty() { play(kernels, write_table) } else { run_command(kernels, command) }
+}
+
+/// Sees to it that these kernels, and what runs them, are there.
+///
+/// # Errors
+/// They cannot be had.
+pub(crate) fn ensure(kernels: &[Kernel]) -> Result<()> {
+    setup::programs(&setup::MACHINE)?;
+    kernels.iter().try_for_each(|kernel| kernel::unpacked(*kernel).map(drop))
+}
+
+/// Has each kernel do everything, and shows what came of it.
+///
+/// # Errors
+/// Something did not come out.
+pub(crate) fn play(kernels: &[Kernel], write_table: bool) -> Result<()> {
+    let jobs = jobs::all()?;
+    // At once: much of what they do is waiting.
+    let columns = thread::scope(|scope| {
+        let machines: Vec<_> =
+            kernels.iter().map(|kernel| (*kernel, scope.spawn(|| run(*kernel, &jobs)))).collect();
+        let ended = machines.into_iter().map(|(kernel, machine)| {
+            let outcomes = machine.join().map_err(|_| anyhow!("the thread of a machine panicked"))??;
+            Ok((kernel, outcomes))
+        });
+        ended.collect::<Result<Vec<_>>>()
+    })?;
+    let table = table::render(&columns);
+    println!("{table}");
+    if write_table {
+        table::write(&table)?;
     }
-    let failed: Vec<_> = columns
-        .iter()
+    let failed = columns.iter().flat_map(|(kernel, outcomes)| outcomes.iter().map(move |o| (kernel, o)));
+    let failed: Vec<_> = failed
         .filter(|(_, outcome)| !outcome.ok)
-        .map(|(kernel, outcome)| format!("on Linux {}:\n{}", kernel.name(), outcome.why()))
+        .map(|(kernel, outcome)| format!("on Linux {}, {}", kernel.name(), outcome.why()))
         .collect();
-    if command.is_empty() {
-        let table = table::render(&columns);
-        println!("{table}");
-        if write_table {
-            table::write(&table)?;
-        }
-    }
     if !failed.is_empty() {
         bail!("failed:\n{}", failed.join("\n"));
     }
     Ok(())
 }
 
-/// Starts a kernel, has it do the job, and returns what came of it.
-fn run(kernel: Kernel, job: &Job) -> Result<Outcome> {
+fn run_command(kernels: &[Kernel], command: &[String]) -> Result<()> {
+    let jobs = [Job::of_user(command)];
+    let mut failed = Vec::new();
+    for kernel in kernels {
+        for outcome in run(*kernel, &jobs)? {
+            print!("{}", outcome.output);
+            eprint!("{}", outcome.errors);
+            if !outcome.ok {
+                failed.push(kernel.name());
+            }
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed on Linux {}", failed.join(" and "));
+    }
+    Ok(())
+}
+
+/// Starts a kernel, has it do the jobs, and returns what came of each.
+fn run(kernel: Kernel, jobs: &[Job]) -> Result<Vec<Outcome>> {
     let unpacked = kernel::unpacked(kernel)?;
     let output = workspace::root().join("target/vm").join(kernel.name());
     drop(fs::remove_dir_all(&output));
@@ -77,13 +112,14 @@ fn run(kernel: Kernel, job: &Job) -> Result<Outcome> {
     kernel::write_initramfs(&unpacked, INIT, &output.join("initramfs.d"), &initramfs)?;
     let guest = output.join("guest.sh");
     fs::write(&guest, filled_in(&unpacked.root)?)?;
-    fs::write(output.join("jobs"), job.line())?;
+    fs::write(output.join("jobs"), jobs::lines(jobs))?;
     let share = |path: &Path, tag: &str, more: &str| {
         format!("local,path={},mount_tag={tag},security_model=none,multidevs=remap{more}", path.display())
     };
     let mut machine = cmd::command("qemu-system-x86_64");
     machine
         .args([
+            // Not KVM: where there is a device for it, it need not work, and a machine that hangs tells nobody.
             "-accel",
             "tcg",
             "-m",
@@ -107,8 +143,8 @@ fn run(kernel: Kernel, job: &Job) -> Result<Outcome> {
         .stdin(Stdio::null())
         .stdout(std::io::stderr());
     eprintln!("Linux {} ({}) in emulation", kernel.name(), unpacked.release);
-    watch(&mut machine, START + job.limit)?;
-    Ok(Outcome::read(job, &output))
+    watch(&mut machine, START + jobs::limit(jobs))?;
+    Ok(jobs.iter().map(|job| Outcome::read(job, &output)).collect())
 }
 
 fn filled_in(kernel_root: &Path) -> Result<String> {
