@@ -19,18 +19,21 @@ const KEPT: CapabilitySet = CapabilitySet::BPF
     .union(CapabilitySet::CHOWN)
     .union(CapabilitySet::DAC_OVERRIDE);
 
-/// What [`KEPT`] has taken the place of since Linux 5.8, and before that nothing can.
-const BEFORE_5_8: CapabilitySet = CapabilitySet::SYS_ADMIN;
+/// Of what the capabilities of BPF were a part before Linux 5.8.
+const SYS_ADMIN: CapabilitySet = CapabilitySet::SYS_ADMIN;
 
 /// Gives up what is not needed. To be called before there is a second thread: each has capabilities of its own.
 ///
+/// CAP_SYS_ADMIN stays for an agent that `takes_over` from another version of the ABI, until its next start: the kernel
+/// shows the type information of maps to nobody else (`BPF_BTF_GET_FD_BY_ID`, kernel/bpf/syscall.c).
+///
 /// # Errors
 /// Of `capget(2)`, `capset(2)` and `prctl(2)`.
-pub fn give_up() -> io::Result<()> {
+pub fn give_up(takes_over: bool) -> io::Result<()> {
     let before = capabilities(None)?;
     let split = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
     // Whoever has only what they were split off keeps that.
-    let kept = if before.permitted.contains(split) { KEPT } else { KEPT.union(BEFORE_5_8) };
+    let kept = if before.permitted.contains(split) && !takes_over { KEPT } else { KEPT.union(SYS_ADMIN) };
     // First: it takes CAP_SETPCAP, without which the bounding set stays what it is, and no_new_privs keeps everybody from it.
     for capability in CapabilitySet::all().difference(kept).iter() {
         if before.effective.contains(CapabilitySet::SETPCAP)

@@ -122,7 +122,9 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// Whatever kept it from starting. What was in force before is still in force.
 pub fn run(options: &Options) -> Result<(), Error> {
-    privileges::give_up().map_err(io_error("cannot give up capabilities that are not needed"))?;
+    let pins = Pins::new(&options.pin_root);
+    let takes_over = pins.exist_of_any_version() && !pins.exist();
+    privileges::give_up(takes_over).map_err(io_error("cannot give up capabilities that are not needed"))?;
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
