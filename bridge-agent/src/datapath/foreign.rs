@@ -5,7 +5,6 @@
 
 use std::io;
 
-use aya::programs::SchedClassifier;
 use bridge_common::{fast_path::ability, interface::Interface};
 
 use super::{
@@ -14,6 +13,7 @@ use super::{
     error::{Error, Result},
     hook::{Hook, Role},
     load::Datapath,
+    sys,
 };
 
 impl Datapath {
@@ -75,9 +75,7 @@ impl Datapath {
         let mut foreign = Foreign { behind: filters, any: filters };
         if self.tcx {
             let own = self.program_ids()?.into_iter().find(|(of, _)| *of == hook).map(|(_, id)| id);
-            let (_, programs) = SchedClassifier::query_tcx(&target.name, hook.attach_type())
-                .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
-            let ids: Vec<u32> = programs.iter().map(aya::programs::ProgramInfo::id).collect();
+            let ids = sys::tcx_programs(target.index, hook.tcx()).map_err(failed)?;
             let place = ids.iter().position(|id| Some(*id) == own);
             foreign.any |= ids.len() > 1;
             // Where bridge's own program is missing, everything is behind it.

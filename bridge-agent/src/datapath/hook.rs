@@ -1,6 +1,7 @@
 //! The places in the packet path that programs are attached to.
 
 use aya::programs::TcAttachType;
+use aya_obj::generated::bpf_attach_type;
 use bridge_common::interface::role;
 use serde::Serialize;
 
@@ -76,6 +77,14 @@ impl Hook {
         match self {
             Self::ExternalIngress | Self::InternalIngress => TcAttachType::Ingress,
             Self::ExternalEgress | Self::InternalEgress => TcAttachType::Egress,
+        }
+    }
+
+    /// The same of TCX.
+    pub(super) const fn tcx(self) -> bpf_attach_type {
+        match self {
+            Self::ExternalIngress | Self::InternalIngress => bpf_attach_type::BPF_TCX_INGRESS,
+            Self::ExternalEgress | Self::InternalEgress => bpf_attach_type::BPF_TCX_EGRESS,
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::MapData,
-    programs::{SchedClassifier, TcAttachType},
+    programs::SchedClassifier,
 };
 use aya_obj::{Object, generated::bpf_map_type};
 use bridge_common::control::SLOTS;
@@ -200,7 +200,9 @@ pub(super) fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifie
 
 /// TCX is there (Linux 6.6) if an interface can be asked what it has of it.
 fn has_tcx() -> bool {
-    match SchedClassifier::query_tcx("lo", TcAttachType::Ingress) {
+    /// `LOOPBACK_IFINDEX` (include/net/flow.h).
+    const LO: u32 = 1;
+    match sys::tcx_programs(LO, Hook::ExternalIngress.tcx()) {
         Ok(_) => true,
         Err(error) => {
             tracing::info!(%error, "this kernel has no TCX: attaching by clsact");

@@ -15,7 +15,7 @@ use std::{
 
 use aya::{Pod, maps::MapData};
 use aya_obj::generated::{
-    bpf_attr, bpf_attr__bindgen_ty_3, bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info,
+    bpf_attach_type, bpf_attr, bpf_attr__bindgen_ty_3, bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info,
 };
 
 /// `errno` that the kernel gives where a map type has no batch commands; not known to `libc`.
@@ -142,6 +142,27 @@ pub(super) fn map_btf(map: &bpf_map_info) -> io::Result<Option<Vec<u8>>> {
         bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
     }
     Ok(Some(bytes))
+}
+
+/// Ids of the programs that an interface of the calling thread's network namespace has at a TCX hook, in their order.
+///
+/// Ids alone, which CAP_NET_ADMIN may know: more of a program that is not one's own is for CAP_SYS_ADMIN.
+pub(super) fn tcx_programs(interface: u32, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
+    /// `BPF_MPROG_MAX` (kernel/bpf/mprog.c).
+    const MOST: u32 = 64;
+    let mut ids = vec![0u32; MOST as usize];
+    let mut attr = zeroed();
+    // SAFETY: the kernel writes at most `count` ids to where `prog_ids` points.
+    let count = unsafe {
+        attr.query.__bindgen_anon_1.target_ifindex = interface;
+        attr.query.attach_type = hook as u32;
+        attr.query.prog_ids = ids.as_mut_ptr() as u64;
+        attr.query.__bindgen_anon_2.count = MOST;
+        bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+        attr.query.__bindgen_anon_2.count
+    };
+    ids.truncate(count as usize);
+    Ok(ids)
 }
 
 /// Of a TCX link: id of its program, and index of its interface, 0 once that is gone.

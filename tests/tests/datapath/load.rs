@@ -53,9 +53,9 @@ fn a_foreign_pin_is_refused_and_nothing_is_changed() -> Result<()> {
         anyhow::Ok(())
     };
     for (kind, key, value, entries, expected) in [
-        ("hash", "4", "144", "2", "its map type is 1, expected 2"),
-        ("array", "4", "143", "2", "its value size is 143, expected 144"),
-        ("array", "4", "144", "3", "its size is 3, expected 2"),
+        ("hash", "4", "144", "3", "its map type is 1, expected 2"),
+        ("array", "4", "143", "3", "its value size is 143, expected 144"),
+        ("array", "4", "144", "2", "its size is 2, expected 3"),
     ] {
         others(kind, key, value, entries)?;
         let before = bpftool(&["map", "show", "pinned"], &path)?;
