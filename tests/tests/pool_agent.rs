@@ -27,7 +27,11 @@ use bridge_agent::{
     },
     runtime::{Request, Shared, Status},
 };
-use bridge_common::pool::{FIRST_SLOT, bitmap};
+use bridge_common::pool::{
+    FIRST_SLOT,
+    bitmap::{self, Memory as _},
+    slots::{self, Seat},
+};
 use bridge_tests::{
     agent,
     lab::{Family, Lab},
@@ -165,6 +169,53 @@ fn a_port_that_got_lost_is_found_and_slots_come_back() -> Result<()> {
         .filter(|slot| bitmap::is_free(stand.pool.tables(), bridge_common::pool::ALLOCATOR, *slot))
         .count();
     ensure!(free == (slots - FIRST_SLOT) as usize, "{free} of {slots} slots are free");
+    Ok(())
+}
+
+#[test]
+fn what_is_held_is_true_after_ports_left_and_came_back_and_after_an_agent_that_had_counted_wrong()
+-> Result<()> {
+    let lab = Lab::builder().build()?;
+    let mut stand = Stand::new(&lab, &settings()?)?;
+    let to = SocketAddr::new(lab.a().v4.into(), 8080);
+    let _server = serve(&lab.a().netns, 8080)?;
+    let mut staying = hold(&stand.cgroup, &lab.c1().netns, to, 5)?;
+    ports(&line(&mut staying)?)?;
+    let mut leaving = hold(&stand.cgroup, &lab.c1().netns, to, 4)?;
+    ports(&line(&mut leaving)?)?;
+    ensure!(stand.pool.held()?.held == 9 && stand.pool.sweep(|_, _| false)?.recovered == 0);
+    end(leaving)?;
+    eventually(SOON, || (stand.pool.held().ok()?.held == 5).then_some(())).context("ports are still held")?;
+    // All but one leave the pool, and come back: most of those that were given back are nowhere.
+    let cgroups = vec![stand.cgroup.strip_prefix(attach::mount_point()?)?.to_owned()];
+    let all = Settings { cgroups, ..settings()? };
+    let one = Settings { ports: vec![PortRange { first: 61040, last: 61040 }], ..all.clone() };
+    for settings in [one, all] {
+        stand.pool.change(&settings, Layout::plan(&settings, &Occupied::default())?)?;
+    }
+    let recovered = [stand.pool.sweep(|_, _| false)?.recovered, stand.pool.sweep(|_, _| false)?.recovered];
+    ensure!(recovered[0] == 0 && recovered[1] >= 34, "{recovered:?}");
+    let seat =
+        stand.pool.walk()?.first().map(|lease| Seat { slot: lease.slot, owner_slot: lease.owner_slot });
+    let seat = seat.context("a connection")?;
+    let live = |pool: &KernelPool| {
+        [seat.slot, seat.owner_slot].map(|slot| pool.tables().load(pool.layout().geometry().live(slot)))
+    };
+    ensure!(live(&stand.pool) == [5, 5], "{:?}", live(&stand.pool));
+
+    // An agent that ended seats twice would have left this.
+    for _ in 0..9 {
+        slots::leave(stand.pool.tables(), seat);
+    }
+    ensure!(live(&stand.pool).map(u64::cast_signed) == [-4, -4] && stand.pool.held()?.held == 5);
+    let Stand { pool, base, cgroup } = stand;
+    drop(pool);
+    let pool = KernelPool::load(&object()?, &base, Layout::plan(&settings()?, &Occupied::default())?)?;
+    ensure!(live(&pool) == [5, 5] && pool.held()?.held == 5, "{:?} {:?}", live(&pool), pool.held()?);
+    let stand = Stand { pool, base, cgroup };
+    end(staying)?;
+    stand.settled(SOON)?;
+    ensure!(live(&stand.pool) == [0, 0] && stand.pool.held()?.held == 0, "{:?}", live(&stand.pool));
     Ok(())
 }
 

@@ -210,10 +210,9 @@ impl KernelPool {
         self.write_templates();
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
-        sweep::reopen(
-            &self.tables,
-            &View { held: &HashMap::new(), destinations: &destinations, owners: &owners },
-        );
+        // Without the walk a count that is repaired begins at zero.
+        let held = self.holders().unwrap_or_default();
+        sweep::repair(&self.tables, &held, &destinations, &owners);
         self.withdraw_ports()?;
         for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
             if self.tables.revoke(&grant) {
@@ -224,20 +223,43 @@ impl KernelPool {
         Ok(())
     }
 
-    /// How many ports are held, and how many are warm.
+    /// Every port (slot of the destination, index) that a socket or a lease of the agent holds, and the owner's slot.
+    fn holders(&self) -> Result<HashMap<(u32, u32), u32>, KernelPoolError> {
+        // Grants first: a port that a socket takes over meanwhile is found at the socket.
+        let grants = self.tables.grants().map_err(map("POOL_GRANTS"))?;
+        let mut held: HashMap<_, _> = grants
+            .iter()
+            .map(|(grant, granted)| ((granted.slot, grant.index()), granted.owner_slot))
+            .collect();
+        held.extend(self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)));
+        Ok(held)
+    }
+
+    /// How many ports are held, and how many are warm. Those held are counted at those who hold them, sockets and leases;
+    /// on a kernel that cannot tell, by the claims that are live.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn held(&self) -> Result<Held, KernelPoolError> {
         let geometry = self.layout.geometry();
-        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
-        let held = destinations.iter().map(|(_, slot)| self.tables.load(geometry.live(*slot))).sum();
+        let held = match self.holders() {
+            Ok(held) => held.len() as u64,
+            Err(KernelPoolError::Walk(_)) => self.live_claims()?,
+            Err(error) => return Err(error),
+        };
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let warm = |slot: u32| {
             let words = (0..geometry.words).map(move |word| self.tables.load(geometry.free(slot).word(word)));
             words.map(|word| u64::from(word.count_ones())).sum::<u64>()
         };
         Ok(Held { held, warm: owners.iter().map(|(_, slot)| warm(*slot)).sum() })
+    }
+
+    fn live_claims(&self) -> Result<u64, KernelPoolError> {
+        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let live = |slot| self.tables.load(self.layout.geometry().live(slot));
+        // One below zero can only be wrong.
+        Ok(destinations.iter().map(|(_, slot)| live(*slot)).filter(|live| live.cast_signed() > 0).sum())
     }
 
     /// The ring buffer of [`bridge_common::pool::Event`]; can be had once.
@@ -250,14 +272,14 @@ impl KernelPool {
     /// # Errors
     /// [`KernelPoolError::Walk`] if this kernel cannot tell which ports sockets hold: then nothing is done.
     pub fn sweep(&mut self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
-        let mut held: HashMap<_, _> =
-            self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)).collect();
-        for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
-            held.insert((granted.slot, grant.index()), granted.owner_slot);
-        }
+        // Without the walk nothing is done: marks stay where they are.
+        self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        let touched = sweep::marks(&self.tables, &owners);
+        let held = self.holders()?;
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
-        let view = View { held: &held, destinations: &destinations, owners: &owners };
+        let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
         Ok(self.sweeper.round(&self.tables, &self.layout, &view, known))
     }
 

@@ -17,7 +17,7 @@ use proptest::prelude::*;
 use super::{
     Layout, Settings,
     layout::Occupied,
-    sweep::{Removal, Sweeper, View},
+    sweep::{self, Removal, Sweeper, View},
     tables::lock,
     words::Words,
 };
@@ -39,11 +39,12 @@ impl Private {
         Self { geometry: layout.geometry(), words, destinations, owners, processor }
     }
 
-    fn sweep(&self, layout: &Layout, sweeper: &mut Sweeper, held: &[(u8, Seat, u32)]) -> super::sweep::Swept {
+    fn sweep(&self, layout: &Layout, sweeper: &mut Sweeper, held: &[(u8, Seat, u32)]) -> sweep::Swept {
         let destinations: Vec<_> = lock(&self.destinations).iter().map(|(d, s)| (*d, *s)).collect();
         let owners: Vec<_> = lock(&self.owners).iter().map(|(o, s)| (*o, *s)).collect();
+        let touched = sweep::marks(self, &owners);
         let held = held.iter().map(|(_, seat, index)| ((seat.slot, *index), seat.owner_slot)).collect();
-        let view = View { held: &held, destinations: &destinations, owners: &owners };
+        let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
         sweeper.round(self, layout, &view, |_, _| false)
     }
 }
@@ -224,6 +225,88 @@ proptest! {
     }
 }
 
+/// How many claims are live towards a destination, and of the namespace that made them.
+fn live(tables: &Private, seat: Seat) -> [u64; 2] {
+    [seat.slot, seat.owner_slot].map(|slot| tables.load(tables.geometry.live(slot)))
+}
+
+/// What a reload does to a port that is free or warm and leaves the pool.
+fn withdraw(tables: &Private, seat: Seat, index: u32) {
+    for place in [seat.slot, seat.owner_slot] {
+        tables.fetch_and(tables.geometry.free(place).word(index / 64), !(1 << (index % 64)));
+    }
+}
+
+#[test]
+fn a_port_that_was_given_back_and_left_the_pool_for_a_while_is_not_given_back_twice() {
+    let layout = layout(&[(61001, 61003)]);
+    let (tables, mut sweeper) = (Private::new(&layout), Sweeper::default());
+    let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    let index = slots::claim(&tables, seat, false).unwrap().index;
+    // Another one holds its seat all the time: no slot is taken back.
+    let other = slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    tables.sweep(&layout, &mut sweeper, &[(1, seat, index)]);
+    slots::release(&tables, seat, index);
+    withdraw(&tables, seat, index);
+    // By now it is back: a port that is nowhere.
+    assert_eq!(tables.sweep(&layout, &mut sweeper, &[]).recovered, 0);
+    assert_eq!(tables.sweep(&layout, &mut sweeper, &[]).recovered, 1);
+    assert_eq!(live(&tables, other), [1, 1]);
+
+    // Given back after it was seen to be held, within the round itself.
+    let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    let index = slots::claim(&tables, seat, false).unwrap().index;
+    let (destinations, owners) = (
+        [(destination(1), seat.slot)],
+        [(Owner { netns_cookie: 1, slot: seat.slot, reserved: 0 }, seat.owner_slot)],
+    );
+    let touched = sweep::marks(&tables, &owners);
+    let held = HashMap::from([((seat.slot, index), seat.owner_slot)]);
+    slots::release(&tables, seat, index);
+    withdraw(&tables, seat, index);
+    let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
+    sweeper.round(&tables, &layout, &view, |_, _| false);
+    let recovered: u32 = (0..3).map(|_| tables.sweep(&layout, &mut sweeper, &[]).recovered).sum();
+    assert_eq!((recovered, live(&tables, other)), (1, [1, 1]));
+}
+
+#[test]
+fn the_seat_of_a_port_that_got_lost_ends_even_if_the_port_was_used_before() {
+    let layout = layout(&[(61001, 61001)]);
+    let (tables, mut sweeper) = (Private::new(&layout), Sweeper::default());
+    let claim = || {
+        let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
+        (seat, slots::claim(&tables, seat, false).unwrap().index)
+    };
+    let (seat, index) = claim();
+    slots::release(&tables, seat, index);
+    let (seat, index) = claim();
+    // Both the mark of the first and the hold of the second are seen in one round.
+    tables.sweep(&layout, &mut sweeper, &[(1, seat, index)]);
+    let recovered: u32 = (0..2).map(|_| tables.sweep(&layout, &mut sweeper, &[]).recovered).sum();
+    assert_eq!((recovered, live(&tables, seat)), (1, [0, 0]));
+}
+
+#[test]
+fn a_count_below_zero_is_repaired_and_others_are_left_alone() {
+    let layout = layout(&[(61001, 61003)]);
+    let tables = Private::new(&layout);
+    let claim = |to| {
+        let seat = slots::enter(&tables, &destination(to), 1, 0).unwrap();
+        (seat, slots::claim(&tables, seat, false).unwrap().index)
+    };
+    let ((wrong, index), (right, _)) = (claim(1), claim(2));
+    for _ in 0..5 {
+        slots::leave(&tables, wrong);
+    }
+    assert_eq!(live(&tables, wrong).map(u64::cast_signed), [-4, -4]);
+    let destinations: Vec<_> = lock(&tables.destinations).iter().map(|(d, s)| (*d, *s)).collect();
+    let owners = tables.current_owners().unwrap();
+    let held = HashMap::from([((wrong.slot, index), wrong.owner_slot)]);
+    sweep::repair(&tables, &held, &destinations, &owners);
+    assert_eq!((live(&tables, wrong), live(&tables, right)), ([1, 1], [1, 1]));
+}
+
 #[test]
 fn a_full_pool_says_so_and_a_warm_port_is_for_its_owner_only() {
     let layout = layout(&[(61001, 61003)]);
@@ -269,9 +352,12 @@ fn a_warm_port_that_conntrack_knows_stays_warm() {
         [(destination(1), seat.slot)],
         [(Owner { netns_cookie: 1, slot: seat.slot, reserved: 0 }, seat.owner_slot)],
     );
-    let view = View { held: &HashMap::new(), destinations: &destinations, owners: &owners };
     let mut sweeper = Sweeper::default();
-    let mut round = |known: bool| sweeper.round(&tables, &layout, &view, |_, port| known && port == 61001);
+    let mut round = |known: bool| {
+        let (touched, held) = (&sweep::marks(&tables, &owners), &HashMap::new());
+        let view = View { touched, held, destinations: &destinations, owners: &owners };
+        sweeper.round(&tables, &layout, &view, |_, port| known && port == 61001)
+    };
     assert_eq!(round(true).cooled, 0, "touched since the last round");
     assert_eq!(round(true).kept, 1);
     assert_eq!(round(false).cooled, 1);

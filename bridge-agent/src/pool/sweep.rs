@@ -4,6 +4,10 @@
 //! The hooks go on meanwhile. Why nothing is found that is not lost: a port is missing if no socket held it, and then no
 //! place had it free. One that was merely on its way at that moment is held by a socket from then on, or has been given
 //! back since, which leaves a mark. A port is lost only if it is missing twice in a row without that mark.
+//!
+//! A lost port's seat ends with it, if it is known whose it was. Marks are collected before it is looked up who holds what, so
+//! that a mark ends what earlier rounds knew of a port and nothing that this one knows: a port that was given back and then
+//! left the pool with a reload is nowhere as well when it comes back, but its seat has ended.
 
 use std::collections::{HashMap, HashSet};
 
@@ -30,6 +34,8 @@ pub struct Swept {
 /// What one round sees of the pool.
 #[derive(Debug)]
 pub struct View<'a> {
+    /// What [`marks`] has collected; before anything else was looked up.
+    pub touched: &'a HashSet<(u32, u32)>,
     /// Every port (slot of the destination, index) that a socket or a lease of the agent holds, and the owner's slot;
     /// looked up before the rest.
     pub held: &'a HashMap<(u32, u32), u32>,
@@ -72,16 +78,26 @@ impl Sweeper {
         let mut swept = Swept::default();
         let destinations: HashMap<u32, &Destination> =
             view.destinations.iter().map(|(d, slot)| (*slot, d)).collect();
-        let mut touched = HashSet::new();
+        let touched = view.touched;
         for (owner, owner_slot) in view.owners {
             if let Some(destination) = destinations.get(&owner.slot) {
-                let mut cooling = Cooling { tables, layout, swept: &mut swept, touched: &mut touched };
+                let mut cooling = Cooling { tables, layout, swept: &mut swept, touched };
                 cooling.owner(owner, *owner_slot, destination, &mut known);
             }
         }
-        let missing = missing(tables, layout, view);
+        self.holders.retain(|port, _| !touched.contains(port));
+        let owner_slots = owner_slots(view);
+        let missing = missing(tables, layout, view, &owner_slots);
         for &(slot, index) in &missing {
-            let lost = self.missing.contains(&(slot, index)) && !touched.contains(&(slot, index));
+            let marked = || {
+                // Since the marks were collected.
+                let mut places = owner_slots.get(&slot).into_iter().flatten();
+                places.any(|place| {
+                    tables.load(layout.geometry().touched(*place) + index / 64) & (1 << (index % 64)) != 0
+                })
+            };
+            let lost =
+                self.missing.contains(&(slot, index)) && !touched.contains(&(slot, index)) && !marked();
             if lost && !known(destinations[&slot], layout.port(index)) {
                 bitmap::free(tables, layout.geometry().free(slot), index);
                 if let Some(&owner_slot) = self.holders.get(&(slot, index)) {
@@ -98,11 +114,24 @@ impl Sweeper {
     }
 }
 
+/// Takes up the marks of ports that were given back since this was done last: slots of destinations and indexes.
+pub fn marks<T: Tables>(tables: &T, owners: &[(Owner, u32)]) -> HashSet<(u32, u32)> {
+    let geometry = tables.geometry();
+    let mut marks = HashSet::new();
+    for (owner, owner_slot) in owners {
+        for word in 0..geometry.words {
+            let touched = tables.fetch_and(geometry.touched(*owner_slot) + word, 0);
+            marks.extend(bits(touched).map(|bit| (owner.slot, word * 64 + bit)));
+        }
+    }
+    marks
+}
+
 struct Cooling<'a, T> {
     tables: &'a T,
     layout: &'a Layout,
     swept: &'a mut Swept,
-    touched: &'a mut HashSet<(u32, u32)>,
+    touched: &'a HashSet<(u32, u32)>,
 }
 
 impl<T: Tables> Cooling<'_, T> {
@@ -118,10 +147,11 @@ impl<T: Tables> Cooling<'_, T> {
         let template = self.layout.template(slots::template(destination));
         let (warm, free) = (geometry.free(owner_slot), geometry.free(owner.slot));
         for word in 0..geometry.words {
-            let touched = tables.fetch_and(geometry.touched(owner_slot) + word, 0);
-            self.touched.extend(bits(touched).map(|bit| (owner.slot, word * 64 + bit)));
-            for bit in bits(tables.load(warm.word(word)) & !touched) {
+            for bit in bits(tables.load(warm.word(word))) {
                 let (index, mask) = (word * 64 + bit, 1 << bit);
+                if self.touched.contains(&(owner.slot, index)) {
+                    continue;
+                }
                 if known(destination, self.layout.port(index)) {
                     self.swept.kept += 1;
                     continue;
@@ -130,7 +160,7 @@ impl<T: Tables> Cooling<'_, T> {
                     continue;
                 }
                 if tables.load(geometry.touched(owner_slot) + word) & mask != 0 {
-                    // It was claimed and given back while we looked at it.
+                    // It was claimed and given back after the marks were collected.
                     bitmap::free(tables, warm, index);
                 } else if template.contains(self.layout.port(index)) {
                     bitmap::free(tables, free, index);
@@ -141,13 +171,23 @@ impl<T: Tables> Cooling<'_, T> {
     }
 }
 
-/// The ports that are nowhere: not held, not free, not warm.
-fn missing<T: Tables>(tables: &T, layout: &Layout, view: &View<'_>) -> HashSet<(u32, u32)> {
-    let geometry = layout.geometry();
+/// The slots of the owners at each destination.
+fn owner_slots(view: &View<'_>) -> HashMap<u32, Vec<u32>> {
     let mut owner_slots: HashMap<u32, Vec<u32>> = HashMap::new();
     for (owner, slot) in view.owners {
         owner_slots.entry(owner.slot).or_default().push(*slot);
     }
+    owner_slots
+}
+
+/// The ports that are nowhere: not held, not free, not warm.
+fn missing<T: Tables>(
+    tables: &T,
+    layout: &Layout,
+    view: &View<'_>,
+    owner_slots: &HashMap<u32, Vec<u32>>,
+) -> HashSet<(u32, u32)> {
+    let geometry = layout.geometry();
     let mut missing = HashSet::new();
     for (destination, slot) in view.destinations {
         let template = layout.template(slots::template(destination));
@@ -208,14 +248,29 @@ fn close<T: Tables>(tables: &T, slot: u32, idle: impl Fn() -> bool) -> bool {
     false
 }
 
-/// Repairs what an agent left behind that ended in the middle of a round: slots that are closed and still in a table.
-pub fn reopen<T: Tables>(tables: &T, view: &View<'_>) {
-    let slots =
-        view.destinations.iter().map(|(_, slot)| slot).chain(view.owners.iter().map(|(_, slot)| slot));
+/// Repairs what an earlier agent left behind: slots that are closed and still in a table, since it ended in the middle of a
+/// round, and counts of live claims below zero, since it ended seats twice.
+pub fn repair<T: Tables>(
+    tables: &T,
+    held: &HashMap<(u32, u32), u32>,
+    destinations: &[(Destination, u32)],
+    owners: &[(Owner, u32)],
+) {
+    let mut seats: HashMap<u32, u64> = HashMap::new();
+    for ((slot, _), owner_slot) in held {
+        *seats.entry(*slot).or_default() += 1;
+        *seats.entry(*owner_slot).or_default() += 1;
+    }
+    let slots = destinations.iter().map(|(_, slot)| slot).chain(owners.iter().map(|(_, slot)| slot));
     for slot in slots {
-        let state = tables.geometry().slot(*slot);
+        let (state, live) = (tables.geometry().slot(*slot), tables.geometry().live(*slot));
         if tables.load(state) == pool::SLOT_CLOSED {
             tables.store(state, SLOT_OPEN);
+        }
+        let count = tables.load(live);
+        if count.cast_signed() < 0 {
+            // Added, not written: hooks go on counting.
+            tables.fetch_add(live, seats.get(slot).copied().unwrap_or(0).wrapping_sub(count));
         }
     }
 }
