@@ -256,7 +256,7 @@ def bound():
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut holder = lab.c1().netns.spawn_command(command)?;
     let adopted = || stand.counter(counter::ADOPTIONS).ok().filter(|count| *count == 1);
-    eventually(SOON, adopted).context("not adopted")?;
+    eventually(patience(SOON), adopted).context("not adopted")?;
     let ask = |netns: &Netns, port: u16| -> Result<String> {
         run(&stand, netns, &format!("{}print(json.dumps(code(bound)))", bound(port)))
     };

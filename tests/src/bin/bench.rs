@@ -20,7 +20,7 @@ use comfy_table::{Table, presets};
 struct Arguments {
     /// Only these groups of measurements; without: all
     groups: Vec<String>,
-    /// Fewer rounds and rules in the comparison
+    /// Shorter looks and fewer rules in the comparison
     #[arg(long)]
     quick: bool,
     /// Show the comparison in README.md and docs/benchmark.md, too; from the folder of the repository

@@ -77,7 +77,7 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    /// Compares `part`: thoroughly, in about ten minutes for all of it, or `quick`, in one or two.
+    /// Compares `part`: thoroughly, in about ten minutes for all of it, or `quick`, in five.
     ///
     /// # Errors
     /// Not root, fewer than two CPUs, no lab, or traffic that does not come through without a firewall. What is the
@@ -168,7 +168,7 @@ fn thorough_scope() -> Scope {
 fn quick_scope() -> Scope {
     Scope {
         sizes: vec![1, 1000, 10_000],
-        rounds: 3,
+        rounds: 7,
         effort: Effort {
             packets: Duration::from_millis(60),
             sockets: Duration::from_millis(100),
