@@ -6,11 +6,7 @@ use std::{
     path::Path,
 };
 
-use aya::{
-    Ebpf, EbpfLoader,
-    maps::MapData,
-    programs::SchedClassifier,
-};
+use aya::{Ebpf, EbpfLoader, maps::MapData, programs::SchedClassifier};
 use aya_obj::{Object, generated::bpf_map_type};
 use bridge_common::control::SLOTS;
 use tokio::io::{Interest, unix::AsyncFd};
