@@ -13,7 +13,7 @@ use bridge_common::pool::{Event, Refusal, counter};
 use bridge_tests::{
     lab::{Family, Lab, Netns, Process},
     pool::{Stand, finish, output, python},
-    wait::eventually,
+    wait::{eventually, patience},
 };
 
 const PORTS: PortRange = PortRange { first: 61001, last: 61080 };
