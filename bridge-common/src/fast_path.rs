@@ -3,9 +3,9 @@
 //! Nobody knows better than the network stack which way a packet goes. So a flow's way is learnt from packets that have
 //! taken the normal one, where they come out: the interface, the Ethernet header, and that the routing table says the
 //! same. What was learnt is a [`Path`], which all flows that take it share; a flow has a [`Lease`] of it, which holds for
-//! [`LEASE_TICKS`], and only as long as nothing has changed that the agent knows of ([`Control::epoch`]). When it has run out, packets take the normal way again, and what
-//! they meet there is learnt anew: so conntrack, the neighbour table and whatever filters beside bridge hear of every
-//! flow at least that often, and what would stop it stops it.
+//! [`LEASE_TICKS`], and only as long as nothing has changed that the agent knows of ([`Control::epoch`]). When it has run
+//! out, packets take the normal way again, and what they meet there is learnt anew: so conntrack, the neighbour table and
+//! whatever filters beside bridge hear of every flow at least that often, and what would stop it stops it.
 
 use crate::counters::Counter;
 

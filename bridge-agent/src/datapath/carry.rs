@@ -51,7 +51,7 @@ impl Datapath {
                 forget_rule(&mut flow);
                 flow.flags |= flag::SEEDED;
                 // Of an epoch that is not ours.
-                flow.leases = Flow::default().leases;
+                flow.leases = Default::default();
                 self.maps.seed_flows(&[(key, flow)])
             })?;
             let half_open = sys::fd(&self.maps.half_open);

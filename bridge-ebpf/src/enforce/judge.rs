@@ -73,17 +73,14 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
         let flow = unsafe { &mut *flow };
         let from_initiator = flow.initiator == packet.end_of_source;
         let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
-        let audited = flow.flags & flag::AUDIT != 0;
-        let usable = !audited || active.settings.audit != 0;
         let spoofed = from_lan && hook == Hook::Internal;
-        if usable
-            && !spoofed
-            && !track::is_expired(flow, active.settings, active.now)
+        if !spoofed
+            && track::is_usable(flow, active.settings, active.now)
             && track::established(flow, packet, from_initiator, active.now) == Seen::Pass
         {
             // SAFETY: the context is valid while the program runs.
             let length = unsafe { (*skb).len };
-            if audited {
+            if flow.flags & flag::AUDIT != 0 {
                 report::count_audited(flow.direction, Reason::established, length);
             } else {
                 report::count(flow.direction, Reason::established, length);

@@ -30,20 +30,21 @@ pub(crate) fn place(way: &Path, now: u32, epoch: u32) -> Option<u16> {
     for probe in 0..PROBES {
         let index = first.wrapping_add(probe) % COUNT;
         let path = PATHS.get_ptr_mut(index)?;
-        // SAFETY: a valid element. Whoever finds its epoch there finds the rest in place, and that stays until it expires.
+        // SAFETY: a valid element, aligned to 8 bytes as all are. Whoever finds its epoch there finds the rest in place.
         unsafe {
             if (*path).epoch == epoch && (*path).is_way_of(way) {
-                if (*path).expires != expires {
-                    (*path).expires = expires;
-                }
-                return Some(index as u16);
+                let old = pair(epoch, (*path).expires);
+                let new = pair(epoch, expires);
+                // Unless another way gets the place in this moment, since the time of this one was over.
+                let kept = old == new || compare_exchange(path.cast(), old, new) == old;
+                return kept.then_some(index as u16);
             }
         }
     }
     for probe in 0..PROBES {
         let index = first.wrapping_add(probe) % COUNT;
         let path = PATHS.get_ptr_mut(index)?;
-        // SAFETY: a valid element, aligned to 8 bytes as all are; whoever writes that it is being written to is alone.
+        // SAFETY: as above; whoever writes that it is being written to is alone.
         unsafe {
             let times = path.cast::<u64>();
             let old = pair((*path).epoch, (*path).expires);

@@ -3,7 +3,7 @@
 use bridge_common::{
     control::Settings,
     counters::Reason,
-    fast_path::{Lease, ticks, towards},
+    fast_path::ticks,
     flow::{ClientKey, Flow, FlowKey, flag, state},
     policy::direction,
 };
@@ -20,8 +20,6 @@ const TOUCH_INTERVAL: u64 = 1_000_000_000;
 /// responder may have sent by then, with room to spare. Keeps those who cannot see the SYN-ACK from completing a
 /// handshake.
 const ISN_WINDOW: u32 = 1 << 20;
-
-const NO_LEASES: [Lease; towards::COUNT] = [Lease { expires: 0, epoch: 0, path: 0 }; towards::COUNT];
 
 /// What the flow table says of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -175,7 +173,7 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
 #[inline(always)]
 fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
     let Some(Scratch { flow: promoted, .. }) = scratch() else { return Seen::Deny(Reason::table_full) };
-    *promoted = Flow { last_seen: now, state, leases: NO_LEASES, ..*flow };
+    *promoted = Flow { last_seen: now, state, leases: Default::default(), ..*flow };
     if FLOWS.insert(key, promoted, 0).is_err() {
         return Seen::Deny(Reason::table_full);
     }
@@ -239,7 +237,7 @@ pub(crate) fn open(
         initiator: packet.end_of_source,
         direction: admission.direction,
         flags: admission.flags,
-        leases: NO_LEASES,
+        leases: Default::default(),
         generation: admission.generation,
         rule: admission.rule,
     };

@@ -12,8 +12,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::support::{
-    DEADLINE, OPEN, cluster, is_refused, on_host, on_node, open, policy, until, until_closed, until_current,
-    until_metrics, until_open, until_within,
+    DEADLINE, OPEN, allowing_cluster, cluster, is_refused, on_host, on_node, open, policy, until,
+    until_closed, until_current, until_metrics, until_open, until_within,
 };
 
 /// A number in the metrics.
@@ -123,13 +123,8 @@ fn a_new_token_is_read_when_the_old_one_is_refused() -> Result<()> {
 
 #[test]
 fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Result<()> {
-    let (lab, server) = cluster()?;
+    let (lab, server, mut node, _others) = allowing_cluster()?;
     let (a, c1) = (lab.a(), lab.c1());
-    server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
-    let mut node = on_node(&lab, &server)?;
-    let _host = on_host(&lab, &server)?;
-    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
-    until_open(a, c1.at(Family::V4, OPEN), &node)?;
     let saved = node.socket().with_file_name("kubernetes.json");
     eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
         .context("what is known is saved")?;

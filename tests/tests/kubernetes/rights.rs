@@ -11,8 +11,8 @@ use bridge_tests::wait::eventually;
 use serde_json::{Value, json};
 
 use crate::support::{
-    DEADLINE, OPEN, cluster, on_host, on_node, open, policy, until, until_closed, until_current, until_open,
-    until_routes,
+    DEADLINE, OPEN, allowing_cluster, cluster, on_host, on_node, open, policy, until, until_closed,
+    until_current, until_open, until_routes,
 };
 
 const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
@@ -81,13 +81,8 @@ fn the_kubeconfig_of_lan_hosts_is_made_by_the_script() -> Result<()> {
 
 #[test]
 fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<()> {
-    let (lab, server) = cluster()?;
+    let (lab, server, mut node, _others) = allowing_cluster()?;
     let (a, c1) = (lab.a(), lab.c1());
-    server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
-    let mut node = on_node(&lab, &server)?;
-    let _host = on_host(&lab, &server)?;
-    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
-    until_open(a, c1.at(Family::V4, OPEN), &node)?;
 
     let path = format!("{ROLES}/bridge-agent");
     let role = server.request(User::Admin, "GET", &path, None)?;

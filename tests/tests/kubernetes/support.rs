@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use bridge_tests::agent::Agent;
 use bridge_tests::kubernetes::{ApiServer, User};
-use bridge_tests::lab::{Host, Lab};
+use bridge_tests::lab::{Family, Host, Lab};
 use bridge_tests::traffic::tcp;
 use bridge_tests::wait::eventually;
 use serde_json::{Value, json};
@@ -25,6 +25,19 @@ pub(crate) fn cluster() -> Result<(Lab, ApiServer)> {
     server.add_namespace("shop", &json!({"tier": "gold"}))?;
     server.add_namespace("test", &json!({}))?;
     Ok((lab, server))
+}
+
+/// A cluster with agents on the node and on the LAN host, in which that may talk to the first pod on [`OPEN`], and does.
+/// The agent on the node, and what else is to stay.
+pub(crate) fn allowing_cluster() -> Result<(Lab, ApiServer, Agent, (Agent, tcp::Server))> {
+    let (lab, server) = cluster()?;
+    server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
+    let node = on_node(&lab, &server)?;
+    let host = on_host(&lab, &server)?;
+    let to = lab.c1().at(Family::V4, OPEN);
+    let echo = tcp::Server::echo(&lab.c1().netns, to)?;
+    until_open(lab.a(), to, &node)?;
+    Ok((lab, server, node, (host, echo)))
 }
 
 /// The configuration of the lab's node: all that it knows of pods and rules comes from the API server, and from `more`.
