@@ -374,3 +374,28 @@ fn sockets_outside_the_pool_only_cost_another_try() -> Result<()> {
     stand.settled(SOON)?;
     Ok(())
 }
+
+#[test]
+fn the_only_port_that_no_other_socket_has_bound_is_found() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let twelve = PortRange { first: 61001, last: 61012 };
+    let stand = Stand::new(&lab, &Settings { ports: vec![twelve], exclude: vec![], ..settings()? })?;
+    let _server = serve(&lab.a().netns, &[8080])?;
+    let foreign: Vec<u16> = (61001..=61012).filter(|port| *port != 61006).collect();
+    let _foreign = serve(&lab.c1().netns, &foreign)?;
+    let (first, second): (u16, String) = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            "to = ('{}', 8080)\ns = tcp(to)\nprint(json.dumps([port(s), code(lambda: tcp(to))]))",
+            lab.a().v4
+        ),
+    )?;
+    ensure!(first == 61006 && second == "EADDRNOTAVAIL", "{first} {second}");
+    // What could not be bound is as free as before.
+    let elsewhere: u16 =
+        run(&stand, &lab.c2().netns, &format!("print(json.dumps(port(tcp(('{}', 8080)))))", lab.a().v4))?;
+    ensure!(foreign.contains(&elsewhere), "{elsewhere}");
+    stand.settled(SOON)?;
+    Ok(())
+}

@@ -95,7 +95,7 @@ impl Backend {
         let index = loop {
             match slots::claim(tables, seat, tries > 0) {
                 Ok(claim) if tries < SETTLE_TRIES && slots::settling(tables, seat, claim) => {
-                    slots::unclaim(tables, seat, claim);
+                    slots::unclaim(tables, seat.owner_slot, claim);
                     tries += 1;
                 }
                 Ok(claim) => break claim.index,

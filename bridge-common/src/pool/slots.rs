@@ -188,17 +188,18 @@ pub fn settling<T: Tables>(tables: &T, seat: Seat, claim: Claim) -> bool {
     same_port && !same_processor && age < SETTLING_US
 }
 
-/// Puts a port that was never used back to where it came from. The seat stays.
+/// Puts a port that was never used back to where it came from. The seat, of which this wants the slot of the namespace,
+/// stays.
 #[inline(always)]
-pub fn unclaim<T: Tables>(tables: &T, seat: Seat, claim: Claim) {
-    touch(tables, seat, claim.index);
+pub fn unclaim<T: Tables>(tables: &T, owner_slot: u32, claim: Claim) {
+    touch(tables, owner_slot, claim.index);
     bitmap::free(tables, tables.geometry().free(claim.from), claim.index);
 }
 
 /// Notes that a port was given back, for the sweep and for the search for ports that got lost.
 #[inline(always)]
-fn touch<T: Tables>(tables: &T, seat: Seat, index: u32) {
-    tables.fetch_or(tables.geometry().touched(seat.owner_slot) + (index >> 6), 1 << (index & 63));
+fn touch<T: Tables>(tables: &T, owner_slot: u32, index: u32) {
+    tables.fetch_or(tables.geometry().touched(owner_slot) + (index >> 6), 1 << (index & 63));
 }
 
 /// Gives a used port back: it is warm from now on, unless it has left the pool meanwhile. The seat ends.
@@ -207,7 +208,7 @@ pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     let geometry = tables.geometry();
     tables.store(geometry.closing(seat.owner_slot, index), closing(tables, index));
     // First touched, then free: a sweep that finds the port free finds it touched as well.
-    touch(tables, seat, index);
+    touch(tables, seat.owner_slot, index);
     if bitmap::is_free(tables, geometry.free(TEMPLATE_TCP), index) {
         bitmap::free(tables, geometry.free(seat.owner_slot), index);
     }

@@ -11,19 +11,19 @@ use aya_ebpf::{
 };
 use bridge_common::pool::{
     Config, Destination, Grant, LEASE_HELD, Lease, Refusal, counter,
-    slots::{self, Seat},
+    slots::{self, Claim, Seat},
 };
 
 use crate::{
     maps::{POOL_GRANTS, count},
     sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address},
-    tables::{Maps, atomic_or},
+    tables::{Maps, atomic_or, pool_unclaim},
 };
 
 /// How many ports are tried when sockets outside the pool have bound some exclusively.
-const BIND_TRIES: u32 = 12;
+const BIND_TRIES: usize = 12;
 /// How many of these may go to ports whose last connection is just about to end.
-const SETTLE_TRIES: u32 = 4;
+const SETTLE_TRIES: usize = 4;
 
 /// `struct sockaddr_in`.
 #[repr(C)]
@@ -54,24 +54,42 @@ pub(crate) fn claim_and_bind(
 ) -> Result<u32, Refusal> {
     let tables = Maps { words: config.words };
     reuse_address(ctx);
+    // Ports that others have bound stay claimed until one is found that nobody has: no try goes to the same one again.
+    let mut bound_by_others = [Claim { index: 0, from: 0 }; BIND_TRIES];
+    let mut others = 0;
     let mut tries = 0;
+    let mut result = Err(Refusal::BIND);
     while tries < BIND_TRIES {
         // A warm port that somebody else has bound would be found warm again at once.
-        let claim = slots::claim(&tables, seat, tries > 0)?;
+        let claim = match slots::claim(&tables, seat, tries > 0) {
+            Ok(claim) => claim,
+            Err(refusal) => {
+                if others == 0 {
+                    result = Err(refusal);
+                }
+                break;
+            }
+        };
         tries += 1;
         // If nothing else is free it has to be this one.
         if tries <= SETTLE_TRIES && slots::settling(&tables, seat, claim) {
-            slots::unclaim(&tables, seat, claim);
+            pool_unclaim(config.words, seat.owner_slot, claim.index, claim.from);
             continue;
         }
         let port = (config.base + claim.index) as u16;
         if bind(ctx, family, port) == 0 {
-            return Ok(claim.index);
+            result = Ok(claim.index);
+            break;
         }
-        slots::unclaim(&tables, seat, claim);
         count(counter::BIND_RETRIES);
+        let Some(place) = bound_by_others.get_mut(others) else { break };
+        *place = claim;
+        others += 1;
     }
-    Err(Refusal::BIND)
+    for claim in bound_by_others.iter().take(others) {
+        pool_unclaim(config.words, seat.owner_slot, claim.index, claim.from);
+    }
+    result
 }
 
 /// Takes over the port that the agent has granted to this namespace, together with the seat that the grant has.

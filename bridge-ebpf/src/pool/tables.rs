@@ -6,7 +6,7 @@ use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner,
     bitmap::{self, Bitmap, Memory},
-    slots::Tables,
+    slots::{self, Claim, Tables},
 };
 
 use crate::maps::{POOL_DESTINATIONS, POOL_OWNERS, POOL_WORDS};
@@ -189,6 +189,14 @@ extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 
         Some(index) => i64::from(index),
         None => -1,
     }
+}
+
+/// [`slots::unclaim`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn pool_unclaim(words: u32, owner_slot: u32, index: u32, from: u32) -> i64 {
+    slots::unclaim(&Maps { words }, owner_slot, Claim { index, from });
+    0
 }
 
 /// Words that are copied by one call of [`pool_copy_block`].
