@@ -12,7 +12,7 @@ use bridge_tests::{
     agent::Agent,
     lab::{Family, Lab},
     traffic::tcp::{Client, Server},
-    wait::eventually,
+    wait::{eventually, patience},
 };
 use rustix::time::{ClockId, Timespec, clock_settime};
 use serde_json::Value;
@@ -74,14 +74,15 @@ fn jumps_of_the_wall_clock_change_nothing() -> Result<()> {
     let mut agent = Agent::start(&lab, lab.b(), CONFIG)?;
     let _allowed = Server::echo(&c1.netns, c1.at(Family::V4, ALLOWED))?;
     let _denied = Server::echo(&c1.netns, c1.at(Family::V4, DENIED))?;
-    let connect = |port| Client::new(&a.netns).deadline(SECOND * 5).connect(c1.at(Family::V4, port));
+    let connect =
+        |port| Client::new(&a.netns).deadline(patience(SECOND * 5)).connect(c1.at(Family::V4, port));
     let mut held = connect(ALLOWED)?.reached()?;
     let to = SocketAddr::new(a.v4.into(), 8080);
     agent.run(&["ports", "acquire", &to.to_string(), "--for", "1h"])?;
 
     for ahead in [400 * DAY, -400 * DAY, 10 * 365 * DAY, 0] {
         clock.set(ahead)?;
-        held.round_trip(SECOND * 5).with_context(|| format!("established, {ahead} s ahead"))?;
+        held.round_trip(patience(SECOND * 5)).with_context(|| format!("established, {ahead} s ahead"))?;
         ensure!(connect(ALLOWED)?.succeeded(), "the allowed port, {ahead} s ahead");
         ensure!(connect(DENIED)?.refused(), "the denied port, {ahead} s ahead");
         ensure!(
@@ -95,7 +96,7 @@ fn jumps_of_the_wall_clock_change_nothing() -> Result<()> {
     clock.set(400 * DAY)?;
     agent.restart()?;
     clock.set(-400 * DAY)?;
-    held.round_trip(SECOND * 5).context("established, after a restart under another clock")?;
+    held.round_trip(patience(SECOND * 5)).context("established, after a restart under another clock")?;
 
     let candidate = lab.directory().join("try.yaml");
     let more = CONFIG.replace("[40002]", "[40002, 40003]");
@@ -109,13 +110,15 @@ fn jumps_of_the_wall_clock_change_nothing() -> Result<()> {
         let left = status(&agent)?["trial"]["secondsLeft"].as_u64().unwrap_or_default();
         ensure!((1..=8).contains(&left), "{left} s left, {ahead} s ahead");
         ensure!(connect(DENIED)?.succeeded() || begun.elapsed() > SECOND * 8, "over before its time");
-        eventually(SOON, || connect(DENIED).is_ok_and(|attempt| attempt.refused()).then_some(()))
+        eventually(patience(SOON), || connect(DENIED).is_ok_and(|attempt| attempt.refused()).then_some(()))
             .context("it does not end")?;
         let took = begun.elapsed();
         ensure!(took > SECOND * 7, "over after {took:?}, {ahead} s ahead");
-        eventually(SOON, || status(&agent).is_ok_and(|status| status["trial"].is_null()).then_some(()))
-            .context("the agent does not follow")?;
+        eventually(patience(SOON), || {
+            status(&agent).is_ok_and(|status| status["trial"].is_null()).then_some(())
+        })
+        .context("the agent does not follow")?;
     }
-    held.round_trip(SECOND * 5).context("established, in the end")?;
+    held.round_trip(patience(SECOND * 5)).context("established, in the end")?;
     Ok(())
 }

@@ -10,7 +10,7 @@ mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 output /mnt
 # An emulated processor is slow.
-export PATH='@PATH@' HOME=/root BRIDGE_PATIENCE=5
+export PATH='@PATH@' HOME=/root BRIDGE_PATIENCE=15
 release=$(uname -r)
 mkdir -p "/lib/modules/$release"
 mount --bind "@KERNEL_ROOT@/lib/modules/$release" "/lib/modules/$release"

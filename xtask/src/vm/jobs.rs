@@ -34,7 +34,7 @@ pub(super) struct Job {
 
 /// What came of a job.
 pub(super) struct Outcome {
-    name: &'static str,
+    pub(super) name: &'static str,
     pub(super) ok: bool,
     pub(super) output: String,
     pub(super) errors: String,

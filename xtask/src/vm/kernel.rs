@@ -23,13 +23,13 @@ pub(crate) enum Kernel {
     /// That of the release
     #[value(name = "6.1")]
     Linux6_1,
-    /// That of the next release, from backports
+    /// That of the next release, as Debian's security archive has it for this one
     #[value(name = "6.12")]
     Linux6_12,
 }
 
 impl Kernel {
-    pub(crate) const ALL: [Self; 2] = [Self::Linux6_1, Self::Linux6_12];
+    pub(super) const ALL: [Self; 2] = [Self::Linux6_1, Self::Linux6_12];
 
     pub(super) fn name(self) -> &'static str {
         match self {

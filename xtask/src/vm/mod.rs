@@ -36,6 +36,9 @@ const START: Duration = Duration::from_secs(120);
 /// # Errors
 /// Setup or the build fails, or a job fails on a kernel.
 pub(crate) fn main(kernels: &[Kernel], write_table: bool, command: &[String]) -> Result<()> {
+    if write_table && !kernels.is_empty() {
+        bail!("--write is for all kernels at once: leave out --kernel");
+    }
     let kernels = if kernels.is_empty() { &Kernel::ALL[..] } else { kernels };
     let ready = setup::ensure(Scope::Lab)?;
     ensure(kernels)?;
@@ -55,7 +58,7 @@ pub(crate) fn ensure(kernels: &[Kernel]) -> Result<()> {
 /// Has each kernel do everything, and shows what came of it.
 ///
 /// # Errors
-/// Something did not come out.
+/// Something did not come out of which docs/kernels.md says that it does.
 pub(crate) fn play(kernels: &[Kernel], write_table: bool) -> Result<()> {
     let jobs = jobs::all()?;
     // At once: much of what they do is waiting.
@@ -73,15 +76,16 @@ pub(crate) fn play(kernels: &[Kernel], write_table: bool) -> Result<()> {
     if write_table {
         table::write(&table)?;
     }
-    let failed = columns.iter().flat_map(|(kernel, outcomes)| outcomes.iter().map(move |o| (kernel, o)));
-    let failed: Vec<_> = failed
-        .filter(|(_, outcome)| !outcome.ok)
-        .map(|(kernel, outcome)| format!("on Linux {}, {}", kernel.name(), outcome.why()))
-        .collect();
-    if !failed.is_empty() {
-        bail!("failed:\n{}", failed.join("\n"));
+    let worse = table::worse(&table::documented()?, &columns);
+    if worse.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    for (kernel, outcomes) in &columns {
+        for outcome in outcomes.iter().filter(|outcome| !outcome.ok) {
+            eprintln!("on Linux {}, {}", kernel.name(), outcome.why());
+        }
+    }
+    bail!("not as docs/kernels.md says:\n{}", worse.join("\n"));
 }
 
 fn run_command(kernels: &[Kernel], command: &[String]) -> Result<()> {

@@ -1,6 +1,6 @@
 //! What a kernel can do and what not, as the runs have shown it.
 
-use std::{fmt::Write as _, fs};
+use std::{fmt::Write as _, fs, path::PathBuf};
 
 use anyhow::{Context, Result};
 
@@ -10,6 +10,9 @@ use crate::workspace;
 /// The lines between which the table stands.
 const BEGIN: &str = "<!-- made by `cargo xtask vm --write` -->\n";
 const END: &str = "<!-- end -->\n";
+
+const YES: &str = "yes";
+const NO: &str = "**no**";
 
 /// One row for each thing that was done, one column for each kernel.
 pub(super) fn render(columns: &[(Kernel, Vec<Outcome>)]) -> String {
@@ -32,8 +35,8 @@ pub(super) fn render(columns: &[(Kernel, Vec<Outcome>)]) -> String {
         write!(table, "| {row} |").expect("writing to a string");
         for column in &cells {
             let cell = match column.iter().find(|(name, _)| *name == row) {
-                Some((_, true)) => "yes",
-                Some((_, false)) => "**no**",
+                Some((_, true)) => YES,
+                Some((_, false)) => NO,
                 None => "not run",
             };
             write!(table, " {cell} |").expect("writing to a string");
@@ -43,22 +46,100 @@ pub(super) fn render(columns: &[(Kernel, Vec<Outcome>)]) -> String {
     table
 }
 
+fn document() -> PathBuf {
+    workspace::root().join("docs/kernels.md")
+}
+
+/// docs/kernels.md, in three parts: the second is its table.
+fn parts(text: &str) -> Result<[&str; 3]> {
+    let (before, rest) = text.split_once(BEGIN).context("docs/kernels.md has no place for the table")?;
+    let (table, after) = rest.split_once(END).context("docs/kernels.md has no end of the table")?;
+    Ok([before, table, after])
+}
+
 /// Puts the table into docs/kernels.md.
 ///
 /// # Errors
 /// The place for it is not there.
 pub(super) fn write(table: &str) -> Result<()> {
-    let path = workspace::root().join("docs/kernels.md");
-    let text = fs::read_to_string(&path).context("read docs/kernels.md")?;
-    let (before, rest) = text.split_once(BEGIN).context("docs/kernels.md has no place for the table")?;
-    let (_, after) = rest.split_once(END).context("docs/kernels.md has no end of the table")?;
-    fs::write(path, format!("{before}{BEGIN}{table}{END}{after}"))?;
+    let text = fs::read_to_string(document()).context("read docs/kernels.md")?;
+    let [before, _, after] = parts(&text)?;
+    fs::write(document(), format!("{before}{BEGIN}{table}{END}{after}"))?;
     Ok(())
+}
+
+/// The table of docs/kernels.md.
+///
+/// # Errors
+/// It is not there.
+pub(super) fn documented() -> Result<String> {
+    let text = fs::read_to_string(document()).context("read docs/kernels.md")?;
+    Ok(parts(&text)?[1].to_owned())
+}
+
+/// What these kernels did worse than `documented` says, a line for each.
+pub(super) fn worse(documented: &str, columns: &[(Kernel, Vec<Outcome>)]) -> Vec<String> {
+    let mut worse = Vec::new();
+    for (kernel, outcomes) in columns {
+        let said = column(documented, *kernel);
+        let done: Vec<_> = outcomes.iter().flat_map(Outcome::rows).collect();
+        for (row, ok) in &done {
+            if !ok && !said.contains(&(row, NO)) {
+                worse.push(format!("on Linux {}: {row}", kernel.name()));
+            }
+        }
+        for (row, cell) in said {
+            if cell == YES && done.iter().all(|(name, _)| name != row) {
+                worse.push(format!("on Linux {}, not run: {row}", kernel.name()));
+            }
+        }
+        for outcome in outcomes {
+            if !outcome.ok && outcome.rows().iter().all(|(_, ok)| *ok) {
+                worse.push(format!("on Linux {}, {} failed", kernel.name(), outcome.name));
+            }
+        }
+    }
+    worse
+}
+
+/// The rows of a table, with what they say of a kernel.
+fn column(table: &str, kernel: Kernel) -> Vec<(&str, &str)> {
+    let mut lines = table.lines().map(|line| line.trim().trim_start_matches('|').trim_end_matches('|'));
+    let heading = format!("Linux {}", kernel.name());
+    let header = lines.next().unwrap_or_default();
+    let Some(at) = header.split('|').position(|cell| cell.trim() == heading) else { return Vec::new() };
+    lines
+        .skip(1)
+        .filter_map(|line| {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            Some((*cells.first()?, *cells.get(at)?))
+        })
+        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_kernel_no_longer_does_is_named_and_what_it_never_did_is_not() {
+        let documented =
+            "| | Linux 6.1 | Linux 6.12 |\n|---|---|---|\n| `a` | yes | yes |\n| `b` | **no** | yes |\n";
+        let worse = |kernel, output: &str| worse(documented, &[(kernel, vec![Outcome::of(output)])]);
+        let both = "test a ... ok\ntest b ... FAILED\n";
+        assert_eq!(worse(Kernel::Linux6_1, both), Vec::<String>::new());
+        assert_eq!(worse(Kernel::Linux6_12, both), ["on Linux 6.12: `b`"]);
+        assert_eq!(worse(Kernel::Linux6_1, ""), ["on Linux 6.1, not run: `a`"]);
+        assert_eq!(worse(Kernel::Linux6_1, "test a ... ok\ntest c ... FAILED\n"), ["on Linux 6.1: `c`"]);
+    }
+
+    #[test]
+    fn a_job_that_fails_without_a_row_that_says_why_is_named() {
+        let mut job = Outcome::of("test a ... ok\n");
+        job.ok = false;
+        let documented = "| | Linux 6.1 |\n|---|---|\n| `a` | yes |\n";
+        assert_eq!(worse(documented, &[(Kernel::Linux6_1, vec![job])]), ["on Linux 6.1, job failed"]);
+    }
 
     #[test]
     fn one_row_for_each_thing_done() {
