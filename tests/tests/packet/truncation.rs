@@ -85,3 +85,22 @@ fn random_bytes_are_never_a_fault() {
         node.run(ExternalIngress, &frame).expect("the program runs, and counts once at most");
     }
 }
+
+/// What an error quotes ends with the error: the padding of its frame belongs to nobody.
+#[test]
+fn an_error_whose_quote_goes_on_in_the_padding_of_the_frame() {
+    for f in families() {
+        let mut node = node();
+        let c = Connection::inbound(f, OPEN);
+        c.establish(&mut node);
+        let quoted = c.syn_ack().ip();
+        let ports = if f.lan.is_ipv4() { 20 } else { 40 };
+        for (within, related) in [(ports, false), (ports + 4, false), (ports + 7, false), (ports + 8, true)] {
+            let error = Packet::new(f.lan, f.pod).icmp(&Icmp::TimeExceeded(quoted[..within].to_vec()));
+            let frame = [error.frame(), quoted[within..].to_vec()].concat();
+            let judged = node.run(ExternalIngress, &frame).expect("the program runs");
+            let expected = if related { Reason::related } else { Reason::icmp_unrelated };
+            assert_eq!(judged.counted.map(|(_, reason)| reason), Some(expected), "{within} octets quoted");
+        }
+    }
+}
