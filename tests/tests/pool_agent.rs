@@ -234,10 +234,7 @@ impl Served {
         let service = Service::new(Backend::kernel(pool), settings()?.destinations);
         let socket = lab.directory().join("pool.sock");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let server = {
-            let _inside = runtime.enter();
-            Server::bind(&socket, &config::Api::default())?
-        };
+        let server = Server::bind(&socket, &config::Api::default())?;
         let (shared, requests) = Shared::new(Status::default());
         shared.set_pool(Some(Arc::clone(&service)));
         runtime.spawn(server.serve(shared));

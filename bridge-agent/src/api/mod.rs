@@ -30,9 +30,10 @@ use std::{
     net::SocketAddr,
     os::unix::{
         fs::{FileTypeExt, PermissionsExt, chown},
-        net::UnixStream,
+        net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
+    thread::JoinHandle,
 };
 
 use axum::{
@@ -47,10 +48,7 @@ use axum::{
 use bytes::Bytes;
 use futures_util::stream;
 use serde::{Deserialize, Serialize};
-use tokio::{
-    net::{TcpListener, UnixListener},
-    sync::{broadcast::error::RecvError, oneshot},
-};
+use tokio::sync::{broadcast::error::RecvError, oneshot};
 
 pub use self::apply::Apply;
 pub(crate) use self::peer::Peer;
@@ -88,6 +86,9 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// There is nothing to serve with.
+    #[error("cannot serve the API: {0}")]
+    Serve(#[source] io::Error),
 }
 
 /// Listening, but not serving yet.
@@ -95,7 +96,25 @@ pub enum Error {
 pub struct Server {
     socket: Socket,
     listener: UnixListener,
-    metrics: Option<TcpListener>,
+    metrics: Option<std::net::TcpListener>,
+}
+
+/// Served by a thread of its own: what it reads is shared with the run loop, and no answer waits for what that does just
+/// now, which with many rules takes seconds. Dropping it ends the API and removes the socket.
+#[derive(Debug)]
+pub struct Served {
+    stop: Option<oneshot::Sender<Infallible>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // It has said of what it panicked.
+            drop(thread.join());
+        }
+    }
 }
 
 /// Removes the socket from the file system when it is dropped.
@@ -110,7 +129,7 @@ impl Drop for Socket {
 }
 
 impl Server {
-    /// Listens, inside a tokio runtime.
+    /// Listens.
     ///
     /// # Errors
     ///
@@ -135,6 +154,7 @@ impl Server {
         let staging = PathBuf::from(staging);
         drop(fs::remove_file(&staging));
         let listener = UnixListener::bind(&staging).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
         let socket = Socket(path.to_owned());
         fs::set_permissions(&staging, fs::Permissions::from_mode(config.mode.0)).map_err(failed)?;
         if let Some(group) = group {
@@ -145,30 +165,57 @@ impl Server {
         Ok(Self { socket, listener, metrics })
     }
 
-    /// Serves until it is dropped.
-    pub async fn serve(self, shared: Shared) {
+    /// Begins to serve.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Serve`].
+    pub fn start(self, shared: Shared) -> Result<Served, Error> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(Error::Serve)?;
+        let (stop, stopped) = oneshot::channel();
+        let serve = move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    served = self.serve(shared) => if let Err(error) = served {
+                        tracing::error!(%error, "the API is no longer served");
+                    },
+                    // Nothing is ever sent.
+                    _ = stopped => {}
+                }
+            });
+        };
+        let thread = std::thread::Builder::new().name("api".into()).spawn(serve).map_err(Error::Serve)?;
+        Ok(Served { stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Serves until it is dropped, inside a tokio runtime.
+    ///
+    /// # Errors
+    ///
+    /// It cannot go on.
+    pub async fn serve(self, shared: Shared) -> io::Result<()> {
         let Self { socket: _socket, listener, metrics } = self;
+        let listener = tokio::net::UnixListener::from_std(listener)?;
+        let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
         let metrics_router = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
         let peers = Peers { listener, shared: shared.clone() };
         let api = axum::serve(peers, router(shared).into_make_service_with_connect_info::<Peer>());
-        let ended = match metrics {
+        match metrics {
             Some(listener) => tokio::select! {
                 ended = api => ended,
                 ended = axum::serve(listener, metrics_router) => ended,
             },
             None => api.await,
-        };
-        if let Err(error) = ended {
-            tracing::error!(%error, "the API is no longer served");
         }
     }
 }
 
-fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+fn listen(address: SocketAddr) -> Result<std::net::TcpListener, Error> {
     let failed = |source| Error::Listen { address: address.to_string(), source };
     let listener = std::net::TcpListener::bind(address).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
-    TcpListener::from_std(listener).map_err(failed)
+    Ok(listener)
 }
 
 /// The number of a group, given by name or number.

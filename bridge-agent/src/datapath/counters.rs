@@ -83,9 +83,8 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn rule_counts(&self) -> Result<Vec<RuleCount>> {
-        let slot = self.slot();
-        let rules = self.rule_info(slot)?;
-        let hits = self.rule_hits(slot)?;
+        let both = |slot| Ok((self.rule_info(slot)?, self.rule_hits(slot)?));
+        let (_, (rules, hits)) = self.of_one_policy(|| self.slot(), both)?;
         Ok((0..)
             .zip(rules.iter().zip(hits))
             .map(|(index, (rule, hits))| RuleCount {

@@ -141,13 +141,8 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn rule_names(&self) -> Result<RuleNames> {
-        (0..SLOTS)
-            .map(|slot| {
-                let names = self.rule_info(slot)?.iter().map(rule_name).collect();
-                Ok((self.settings(slot)?.generation, names))
-            })
-            .collect::<Result<_>>()
-            .map(RuleNames)
+        let names = |slot| Ok(self.rule_info(slot)?.iter().map(rule_name).collect());
+        (0..SLOTS).map(|slot| self.of_one_policy(|| slot, names)).collect::<Result<_>>().map(RuleNames)
     }
 
     /// Visits the flows that `filter` means and that have not expired.

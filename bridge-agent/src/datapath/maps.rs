@@ -247,6 +247,31 @@ impl Maps {
         typed(&self.pins, "events")
     }
 
+    /// Reads something of the policy in a slot, and its number; again if another one was written there meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of `read`.
+    pub(super) fn of_one_policy<T>(
+        &self,
+        slot: impl Fn() -> u32,
+        read: impl Fn(u32) -> Result<T>,
+    ) -> Result<(u32, T)> {
+        // Writing takes longer than reading.
+        const TRIES: usize = 5;
+        let mut tries = 0;
+        loop {
+            let slot = slot();
+            let before = self.settings(slot)?.generation;
+            let result = read(slot);
+            tries += 1;
+            // Who writes a slot takes the number away first, and puts the new one there last.
+            if before > 0 && self.settings(slot)?.generation == before || tries == TRIES {
+                return Ok((before, result?));
+            }
+        }
+    }
+
     /// The rules of the policy in `slot`, by index.
     ///
     /// # Errors

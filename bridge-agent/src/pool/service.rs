@@ -154,7 +154,11 @@ impl Service {
         let deadline = Instant::now() + wish.wait;
         loop {
             let freed = self.freed.notified();
-            match self.claim(&destination, netns, wish.count) {
+            let claimed = self.claim(&destination, netns, wish.count).or_else(|refusal| {
+                // Whoever sees to it from time to time may be busy with other things, such as many rules.
+                if self.end_overdue() { self.claim(&destination, netns, wish.count) } else { Err(refusal) }
+            });
+            match claimed {
                 Ok(claimed) => return Ok(self.note(client, wish, claimed)),
                 Err(refusal) if Instant::now() >= deadline => {
                     self.refused(client, wish, refusal);
@@ -257,19 +261,25 @@ impl Service {
 
     /// Ends the leases whose time is over; answers when the next one is.
     pub fn expire(&self) -> Option<Instant> {
-        let now = Instant::now();
-        self.end("expired", |_, lease| lease.until.is_some_and(|until| until <= now));
+        self.end_overdue();
         lock(&self.leases).values().filter_map(|lease| lease.until).min()
     }
 
-    fn end(&self, reason: &'static str, which: impl Fn(u64, &Lease) -> bool) {
+    /// Whether there was any.
+    fn end_overdue(&self) -> bool {
+        let now = Instant::now();
+        self.end("expired", |_, lease| lease.until.is_some_and(|until| until <= now)) > 0
+    }
+
+    fn end(&self, reason: &'static str, which: impl Fn(u64, &Lease) -> bool) -> usize {
         let ended: Vec<(u64, Lease)> = lock(&self.leases).extract_if(|id, lease| which(*id, lease)).collect();
-        for (id, lease) in ended {
+        for (id, lease) in &ended {
             self.backend.release(&lease.claimed);
             lock(&self.counted).released += 1;
-            let _ = self.happenings.send(Happening::Released { id, port: lease.claimed.port, reason });
+            let _ = self.happenings.send(Happening::Released { id: *id, port: lease.claimed.port, reason });
             self.freed.notify_waiters();
         }
+        ended.len()
     }
 
     /// Every port in use: leases, and the connections of hooked sockets.

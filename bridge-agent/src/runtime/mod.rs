@@ -1,6 +1,7 @@
 //! The running agent: brings the configuration into force and keeps it so.
 //!
-//! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next.
+//! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next. The
+//! API has another, so that nobody who only asks waits for that.
 
 mod apply;
 mod cluster;
@@ -225,7 +226,7 @@ impl Agent {
         // With many rules it takes much memory, and is not needed again.
         drop(config);
         trim_memory();
-        let server = tokio::spawn(api.serve(shared));
+        let api = api.start(shared)?;
         notify(&[NotifyState::Ready]);
         tracing::info!(config = %agent.path.display(), socket = %socket.display(), "ready");
 
@@ -234,9 +235,7 @@ impl Agent {
         agent.end_trial(Outcome::Stopped);
 
         notify(&[NotifyState::Stopping]);
-        server.abort();
-        // Dropping the server removes the socket.
-        drop(server.await);
+        drop(api);
         tracing::info!("stopped; what enforces goes on enforcing, and routes stay");
         Ok(())
     }

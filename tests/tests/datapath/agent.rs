@@ -2,14 +2,16 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::process::Stdio;
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_tests::agent::Agent;
 use bridge_tests::lab::{Family, Lab};
 use bridge_tests::traffic::tcp;
-use bridge_tests::wait::eventually;
+use bridge_tests::wait::{eventually, patience};
 use serde_json::Value;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -223,7 +225,7 @@ fn metrics_and_the_api_tell_what_the_kernel_counted() -> Result<()> {
     let agent = Agent::start(&lab, lab.b(), CONFIG)?;
     ensure!(reaches(&lab, ALLOWED)? && !reaches(&lab, DENIED)?);
     let get = |path: &str, method: &str| {
-        let mut curl = std::process::Command::new("curl");
+        let mut curl = Command::new("curl");
         curl.args(["--silent", "--fail-with-body", "--max-time", "5", "--request", method, "--unix-socket"]);
         curl.arg(agent.socket()).arg(format!("http://bridge{path}"));
         lab.b().netns.output(curl)
@@ -244,5 +246,87 @@ fn metrics_and_the_api_tell_what_the_kernel_counted() -> Result<()> {
     fs::write(agent.config(), "role: nobody")?;
     let error = get("/v1/reload", "POST").unwrap_err();
     ensure!(!reaches(&lab, DENIED)?, "{error}");
+    Ok(())
+}
+
+/// Whoever asks while a reload goes on is told at once, of what is in force; and gets a port of the pool.
+#[test]
+fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
+    /// So much longer than without a reload, an answer may take.
+    const AT_ONCE: Duration = Duration::from_millis(200);
+    let lab = Lab::builder().pods(1).build()?;
+    let policies = ["allow", "deny"].map(|action| {
+        let rules = (0..10_000).map(|rule| {
+            let (address, port) = (rule % 256, 1024 + rule / 256);
+            format!(
+                "  - {{name: r{rule}, direction: inbound, external: [192.168.31.{address}/32], protocol: tcp, \
+                 ports: [{port}], action: {action}}}\n"
+            )
+        });
+        let pool = "portPool: {ports: [\"61001-61004\"], destinations: [192.168.31.0/24]}\n";
+        format!("{CONFIG}{}{pool}", rules.collect::<String>())
+    });
+    let mut agent = Agent::start(&lab, lab.b(), &policies[0])?;
+    let socket = agent.socket().to_owned();
+    // Those whose time is over must make room for others in time.
+    let lease = r#"{"destination": "192.168.31.67:443", "ttlMs": 1}"#;
+    let questions: [(&[&str], &str); 4] = [
+        (&["http://bridge/metrics"], r#"bridge_rule_hits_total{rule="r9999",direction="inbound""#),
+        (&["http://bridge/v1/status"], r#""abiVersion""#),
+        (&["http://bridge/v1/rules"], r#""r9999""#),
+        (&["http://bridge/v1/leases", "--data", lease], r#""port""#),
+    ];
+    let ask = || {
+        questions.map(|(question, expected)| {
+            let mut curl = Command::new("curl");
+            curl.args(["--silent", "--max-time", "30", "--write-out", "\n%{time_total}", "--unix-socket"]);
+            let text = lab.b().netns.output({
+                curl.arg(&socket).args(question);
+                curl
+            })?;
+            let (answer, seconds) = text.rsplit_once('\n').context("no time")?;
+            ensure!(answer.contains(expected), "{question:?}: no {expected} in\n{answer}");
+            anyhow::Ok((Duration::from_secs_f64(seconds.parse()?), question[0]))
+        })
+    };
+    let mut undisturbed = Duration::ZERO;
+    for answer in (0..3).flat_map(|_| ask()) {
+        undisturbed = undisturbed.max(answer?.0);
+    }
+    let reloading = AtomicBool::new(true);
+    let (answers, reloads) = thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            let mut answers = Vec::new();
+            while reloading.load(Ordering::Relaxed) {
+                answers.extend(ask());
+            }
+            answers.into_iter().collect::<Result<Vec<_>>>()
+        });
+        let reloads: Result<Vec<_>> = policies
+            .iter()
+            .cycle()
+            .skip(1)
+            .take(6)
+            .map(|policy| {
+                let start = Instant::now();
+                agent.reload(policy)?;
+                Ok(start.elapsed())
+            })
+            .collect();
+        reloading.store(false, Ordering::Relaxed);
+        (asking.join().expect("it does not panic"), reloads)
+    });
+    let (mut answers, reloads) = (answers?, reloads?);
+    answers.sort();
+    let (slowest, median) = (*answers.last().context("nobody has asked")?, answers[answers.len() / 2]);
+    println!(
+        "{} answers during reloads of {reloads:?}: median {median:?}, slowest {slowest:?}; without, up to {undisturbed:?}",
+        answers.len()
+    );
+    ensure!(answers.len() >= 4 * reloads.len(), "{answers:?} are too few to tell");
+    ensure!(reloads.iter().min() > Some(&AT_ONCE), "{reloads:?}: nobody could have waited");
+    ensure!(slowest.0 < undisturbed + patience(AT_ONCE), "{slowest:?}; without reloads {undisturbed:?}");
+    let reloads = &json(&agent, &["status"])?["agent"]["reloads"];
+    ensure!(reloads["failed"] == 0 && reloads["succeeded"].as_u64() >= Some(6), "{reloads}");
     Ok(())
 }
