@@ -10,6 +10,8 @@ pub mod conntrack;
 pub mod datapath;
 mod fault;
 pub mod firewall;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod interfaces;
 pub mod kubernetes;
 pub mod log;

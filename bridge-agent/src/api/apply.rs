@@ -52,7 +52,7 @@ async fn apply(State(shared): State<Shared>, body: Bytes) -> Response {
     }
 }
 
-fn order(body: &[u8]) -> Result<Order, String> {
+pub(crate) fn order(body: &[u8]) -> Result<Order, String> {
     let Apply { config, confirm_ms, probes } = serde_json::from_slice(body).map_err(|error| {
         format!(
             "the body is not what is expected: {error}; for example {{\"config\": \"role: node\\n...\", \"confirmMs\": 60000}}"

@@ -18,7 +18,7 @@
 //!
 //! And the routes of the port pool, see [`crate::pool::api`].
 
-mod apply;
+pub(crate) mod apply;
 pub mod client;
 mod metrics;
 mod peer;

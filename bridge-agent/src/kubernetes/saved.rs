@@ -27,11 +27,24 @@ struct Out<'a> {
     cluster: &'a Cluster,
 }
 
-#[derive(Deserialize)]
-struct In {
-    node: String,
+/// What is in the file.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub(crate) struct In {
+    pub(crate) node: String,
     section: Kubernetes,
-    cluster: Cluster,
+    pub(crate) cluster: Cluster,
+}
+
+impl In {
+    pub(crate) fn read(from: impl io::Read) -> serde_json::Result<Self> {
+        serde_json::from_reader(from)
+    }
+
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn write(&self) -> serde_json::Result<Vec<u8>> {
+        let Self { node, section, cluster } = self;
+        serde_json::to_vec(&Out { node, section, cluster })
+    }
 }
 
 impl Saved {
@@ -49,7 +62,7 @@ impl Saved {
                 return None;
             }
         };
-        match serde_json::from_reader::<_, In>(BufReader::new(file)) {
+        match In::read(BufReader::new(file)) {
             Ok(saved) => (saved.node == self.node && saved.section == self.section).then_some(saved.cluster),
             // Of another version of the agent.
             Err(error) => {

@@ -16,7 +16,7 @@ mod probe;
 mod readiness;
 mod routing;
 mod status;
-mod trial;
+pub(crate) mod trial;
 
 use std::{
     io,

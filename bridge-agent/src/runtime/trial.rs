@@ -108,7 +108,7 @@ fn left(deadline: u64) -> Duration {
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Record {
+pub(crate) struct Record {
     /// `CLOCK_MONOTONIC` means something in one boot only.
     boot: String,
     /// In milliseconds of `CLOCK_MONOTONIC`.

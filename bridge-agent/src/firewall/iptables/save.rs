@@ -3,7 +3,7 @@
 //! What others have in those files is kept, byte for byte; what they have in the kernel is not added (chains of a
 //! kube-proxy or a container engine are made anew at boot and would only be in the way).
 
-mod file;
+pub(crate) mod file;
 
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};

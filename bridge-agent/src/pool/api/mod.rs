@@ -101,7 +101,7 @@ async fn acquire(
     Ok((StatusCode::CREATED, axum::Json(json!({ "leases": leases }))).into_response())
 }
 
-fn wish(body: &[u8]) -> Result<Wish, Problem> {
+pub(crate) fn wish(body: &[u8]) -> Result<Wish, Problem> {
     let bad = |reason: String| Problem::new(StatusCode::BAD_REQUEST, "request", reason);
     let order: Acquire = serde_json::from_slice(body).map_err(|error| {
         bad(format!("the body is not what is expected: {error}; for example {{\"destination\": \"192.168.31.67:443\"}}"))

@@ -44,8 +44,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 use thiserror::Error;
 
-const MAGIC: [u8; 4] = *b"BRDG";
-const VERSION: u8 = 1;
+pub(crate) const MAGIC: [u8; 4] = *b"BRDG";
+pub(crate) const VERSION: u8 = 1;
 /// What every message begins with.
 pub const PREFIX: usize = 8;
 const MAC: usize = 32;
@@ -78,7 +78,7 @@ impl Key {
         (bytes.len() >= Self::MIN).then(|| Self(bytes.to_vec()))
     }
 
-    fn mac(&self, bytes: &[u8]) -> Hmac<Sha256> {
+    pub(crate) fn mac(&self, bytes: &[u8]) -> Hmac<Sha256> {
         let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes keys of any length");
         mac.update(bytes);
         mac

@@ -14,7 +14,7 @@ pub mod message;
 pub mod probe;
 pub mod registry;
 pub mod sniff;
-mod state;
+pub(crate) mod state;
 
 use std::io;
 use std::path::{Path, PathBuf};

@@ -25,6 +25,16 @@ pub(super) fn save<'a>(
     path: &Path,
     entries: impl Iterator<Item = (&'a IpAddr, &'a Entry)>,
 ) -> io::Result<()> {
+    let saved = encode(entries)?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(directory)?;
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    file.write_all(&saved)?;
+    file.persist(path)?;
+    Ok(())
+}
+
+pub(crate) fn encode<'a>(entries: impl Iterator<Item = (&'a IpAddr, &'a Entry)>) -> io::Result<Vec<u8>> {
     let (now, clock) = (Instant::now(), super::clock());
     let saved: Vec<_> = entries
         .map(|(address, entry)| {
@@ -37,12 +47,7 @@ pub(super) fn save<'a>(
             }
         })
         .collect();
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(directory)?;
-    let mut file = tempfile::NamedTempFile::new_in(directory)?;
-    file.write_all(&serde_json::to_vec(&saved)?)?;
-    file.persist(path)?;
-    Ok(())
+    Ok(serde_json::to_vec(&saved)?)
 }
 
 /// What has not expired meanwhile, none of it for longer than `max_lifetime` from now, whatever the clock did.
@@ -51,7 +56,11 @@ pub(super) fn load(path: &Path, max_lifetime: Duration) -> io::Result<Vec<(IpAdd
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         bytes => bytes?,
     };
-    let saved: Vec<Saved> = serde_json::from_slice(&bytes)?;
+    parse(&bytes, max_lifetime)
+}
+
+pub(crate) fn parse(bytes: &[u8], max_lifetime: Duration) -> io::Result<Vec<(IpAddr, Entry)>> {
+    let saved: Vec<Saved> = serde_json::from_slice(bytes)?;
     let (now, clock) = (Instant::now(), super::clock());
     let live = saved.into_iter().filter(|saved| saved.expires > clock).map(|saved| {
         let left = Duration::from_millis(saved.expires - clock).min(max_lifetime);

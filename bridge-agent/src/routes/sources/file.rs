@@ -106,7 +106,15 @@ impl ClusterFile {
     pub fn read(path: &Path) -> Result<Self, FileError> {
         let text =
             std::fs::read_to_string(path).map_err(|error| FileError::Read { path: path.into(), error })?;
-        let file: Self = serde_saphyr::from_str(&text)
+        Self::parse(&text, path)
+    }
+
+    /// Checks the text of a file; `path` is what messages call it.
+    ///
+    /// # Errors
+    /// As [`ClusterFile::read`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, FileError> {
+        let file: Self = serde_saphyr::from_str(text)
             .map_err(|error| FileError::Syntax { path: path.into(), text: error.to_string() })?;
         file.check().map_err(|text| FileError::Content { path: path.into(), text })?;
         Ok(file)

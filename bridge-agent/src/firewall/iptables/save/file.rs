@@ -12,7 +12,7 @@ pub(super) const NEW: &str = "# Made by bridge\n";
 const ADDED: &str = "# Added by bridge";
 
 /// The file with the chains of `ruleset` in it, and none of bridge's that are not in `ruleset`.
-pub(super) fn with(old: &str, ruleset: &Ruleset) -> String {
+pub(crate) fn with(old: &str, ruleset: &Ruleset) -> String {
     let mut text = without(old);
     for table in &ruleset.tables {
         text = insert(&text, table);
@@ -21,7 +21,7 @@ pub(super) fn with(old: &str, ruleset: &Ruleset) -> String {
 }
 
 /// The file without anything of bridge's.
-pub(super) fn without(old: &str) -> String {
+pub(crate) fn without(old: &str) -> String {
     let own_line = |line: &str| {
         if let Some(declared) = line.strip_prefix(':') {
             return is_own(declared.split_whitespace().next().unwrap_or_default());
