@@ -10,8 +10,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use bridge_common::pool::{
-    Config, Destination, Grant, LEASE_HELD, Lease, Refusal, counter,
-    slots::{self, Claim, Seat},
+    Config, Destination, Grant, LEASE_HELD, Lease, MAX_SLOTS, MAX_WORDS, Refusal, counter,
+    slots::{self, Seat},
 };
 
 use crate::{
@@ -44,6 +44,9 @@ struct SockaddrIn6 {
     scope_id: u32,
 }
 
+// Numbers of ports and slots are kept in 16 bits.
+const _: () = assert!(MAX_WORDS * 64 <= 1 << 16 && MAX_SLOTS <= 1 << 16);
+
 /// Claims some port and binds the socket to it.
 #[inline(always)]
 pub(crate) fn claim_and_bind(
@@ -54,40 +57,38 @@ pub(crate) fn claim_and_bind(
 ) -> Result<u32, Refusal> {
     let tables = Maps { words: config.words };
     reuse_address(ctx);
-    // Ports that others have bound stay claimed until one is found that nobody has: no try goes to the same one again.
-    let mut bound_by_others = [Claim { index: 0, from: 0 }; BIND_TRIES];
+    // Ports that others have bound, and the slots they are from: they stay claimed until a port is found that nobody has
+    // bound, so that no try goes to the same one again.
+    let mut bound_by_others = [[0_u16; 2]; BIND_TRIES];
     let mut others = 0;
     let mut tries = 0;
-    let mut result = Err(Refusal::BIND);
-    while tries < BIND_TRIES {
+    let result = loop {
         // A warm port that somebody else has bound would be found warm again at once.
         let claim = match slots::claim(&tables, seat, tries > 0) {
             Ok(claim) => claim,
-            Err(refusal) => {
-                if others == 0 {
-                    result = Err(refusal);
-                }
-                break;
-            }
+            Err(refusal) => break Err(if others == 0 { refusal } else { Refusal::BIND }),
         };
-        tries += 1;
         // If nothing else is free it has to be this one.
-        if tries <= SETTLE_TRIES && slots::settling(&tables, seat, claim) {
+        if tries < SETTLE_TRIES && slots::settling(&tables, seat, claim) {
             pool_unclaim(config.words, seat.owner_slot, claim.index, claim.from);
-            continue;
+        } else {
+            let port = (config.base + claim.index) as u16;
+            if bind(ctx, family, port) == 0 {
+                break Ok(claim.index);
+            }
+            count(counter::BIND_RETRIES);
+            let Some(place) = bound_by_others.get_mut(others) else { break Err(Refusal::BIND) };
+            *place = [claim.index as u16, claim.from as u16];
+            others += 1;
         }
-        let port = (config.base + claim.index) as u16;
-        if bind(ctx, family, port) == 0 {
-            result = Ok(claim.index);
-            break;
+        // At the end, and not at the beginning: on Linux 6.1 no loop may go back by an instruction that is no jump.
+        tries += 1;
+        if tries == BIND_TRIES {
+            break Err(Refusal::BIND);
         }
-        count(counter::BIND_RETRIES);
-        let Some(place) = bound_by_others.get_mut(others) else { break };
-        *place = claim;
-        others += 1;
-    }
-    for claim in bound_by_others.iter().take(others) {
-        pool_unclaim(config.words, seat.owner_slot, claim.index, claim.from);
+    };
+    for [index, from] in bound_by_others.into_iter().take(others) {
+        pool_unclaim(config.words, seat.owner_slot, index.into(), from.into());
     }
     result
 }
