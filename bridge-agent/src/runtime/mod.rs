@@ -123,6 +123,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// Whatever kept it from starting. What was in force before is still in force.
 pub fn run(options: &Options) -> Result<(), Error> {
+    share_heaps();
     let pins = Pins::new(&options.pin_root);
     let takes_over = pins.exist_of_any_version() && !pins.exist();
     privileges::give_up(takes_over).map_err(io_error("cannot give up capabilities that are not needed"))?;
@@ -552,6 +553,16 @@ fn notify_reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => notify(&[NotifyState::Reloading, now]),
         Err(error) => tracing::warn!(%error, "the service manager cannot be told"),
+    }
+}
+
+/// Of the many threads that live for a moment only, each would leave a heap behind, eight for each CPU, which keeps what
+/// nobody needs any more. To be called before there is a second thread.
+fn share_heaps() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointers, and sets how many there may be.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
     }
 }
 

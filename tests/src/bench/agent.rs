@@ -35,7 +35,7 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
     Ok(measurements)
 }
 
-/// `VmRSS` or `VmHWM` of a process.
+/// `VmRSS`, `RssAnon` or `VmHWM` of a process (proc(5)).
 pub(crate) fn resident_kib(pid: u32, field: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status

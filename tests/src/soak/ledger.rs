@@ -22,7 +22,8 @@ use crate::{
     wait::eventually,
 };
 
-/// What of an agent's memory may be no leak: pages that its allocator has kept.
+/// What of an agent's memory may be no leak: between two looks it goes up and down by more than this, with what a reload or
+/// an answer needs for a moment; the medians of many looks do not.
 const SLACK_KIB: f64 = 1024.0;
 
 /// In which an agent cannot gather much.
@@ -50,6 +51,8 @@ impl Finding {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sample {
     at: Instant,
+    /// Of its own. What it has mapped of its program, which is more the more of that has been run, and of maps in the kernel
+    /// is not what it gathers, and has an end.
     resident_kib: f64,
     descriptors: usize,
 }
@@ -63,7 +66,7 @@ impl Sample {
             descriptors = descriptors.min(now);
             None::<()>
         });
-        Ok(Self { at: Instant::now(), resident_kib: resident_kib(pid, "VmRSS")?, descriptors })
+        Ok(Self { at: Instant::now(), resident_kib: resident_kib(pid, "RssAnon")?, descriptors })
     }
 }
 
@@ -85,7 +88,7 @@ pub(super) fn gathered(which: &str, samples: &[Sample], time: Duration) -> Vec<F
     let minutes = (last.at - first.at).as_secs() / 60;
     vec![
         Finding {
-            what: format!("resident memory of the agent on the {which}, KiB, over {minutes} minutes"),
+            what: format!("resident memory of the agent's own on the {which}, KiB, over {minutes} minutes"),
             ok: memory[1] <= memory[0] + SLACK_KIB,
             figures: memory.map(|kib| format!("{kib:.0}")),
         },
