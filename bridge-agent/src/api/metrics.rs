@@ -169,6 +169,8 @@ impl Collector for Scrape {
             };
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
             family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
+            let name = ("pins_restored", "Pins that somebody had removed and that were made again");
+            single(encoder, name, COUNTER, enforcement.pins_restored)?;
         }
         if let Some(cluster) = &self.status.kubernetes {
             encode_cluster(encoder, cluster)?;

@@ -79,7 +79,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
         Ok(links) => {
             for link in links {
                 crate::fault::point("down:detach");
-                match attach::detach(&link.path) {
+                match attach::detach(&link.path, None) {
                     Ok(()) => removed.attachments += 1,
                     Err(error) => errors.push(error),
                 }

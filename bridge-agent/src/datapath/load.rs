@@ -14,6 +14,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use super::{
     error::{Error, Result, load_error, program_error},
     hook::Hook,
+    kept::Kept,
     maps::{DIGESTS, Digest, Maps, Table},
     object,
     pins::{self, Lock, Pins},
@@ -56,7 +57,8 @@ pub struct Datapath {
     pub(super) tcx: bool,
     adopted: bool,
     debug: bool,
-    _lock: Lock,
+    pub(super) kept: Kept,
+    lock: Lock,
 }
 
 /// Whether a map holds nothing between two packets, and is laid out as it suits its programs: such are not pinned.
@@ -126,7 +128,26 @@ impl Datapath {
         let templates = Templates::new(&mut object)?;
         let maps = Maps::open(&pins)?;
         let tcx = options.mechanism == Mechanism::Best && has_tcx();
-        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, debug: options.debug, _lock: lock })
+        let mut kept = Kept::default();
+        kept.keep_all(pins.directory())?;
+        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, debug: options.debug, kept, lock })
+    }
+
+    /// Pins again what somebody else has removed, also into another BPF file system that has taken the place of the one
+    /// there was. Returns how many pins those were.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotBpffs`], [`Error::Path`]; [`Error::Locked`] if another agent has come to work there meanwhile. What is
+    /// attached stays so for as long as this process lives.
+    pub fn restore_pins(&mut self) -> (usize, Result<()>) {
+        if !self.lock.is_on(&self.pins) {
+            match self.pins.prepare_root().and_then(|()| self.pins.lock()) {
+                Ok(lock) => self.lock = lock,
+                Err(error) => return (0, Err(error)),
+            }
+        }
+        self.kept.restore()
     }
 
     /// Passes on what the programs log to the `log` crate, in a task of the runtime, if [`Options::debug`] was set.

@@ -15,6 +15,7 @@ mod fast_path;
 mod flows;
 mod foreign;
 mod hook;
+mod kept;
 mod layout;
 mod load;
 mod maps;

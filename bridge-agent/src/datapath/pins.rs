@@ -41,6 +41,15 @@ pub struct Lock {
     directory: File,
 }
 
+impl Lock {
+    /// Whether it is held on what is the root of the pins now.
+    pub(super) fn is_on(&self, pins: &Pins) -> bool {
+        let place = |of: io::Result<fs::Metadata>| of.map(|of| (of.dev(), of.ino())).ok();
+        let held = place(self.directory.metadata());
+        held.is_some() && held == place(fs::metadata(&pins.root))
+    }
+}
+
 impl Drop for Lock {
     fn drop(&mut self) {
         // Closing is not enough while a child between fork and exec has the descriptor too.
@@ -196,7 +205,7 @@ impl Pins {
 
     /// The pinned links of TCX.
     pub(super) fn attached_links(&self) -> Result<Vec<Attached>> {
-        Ok(entries(&self.links())?.into_iter().filter_map(|path| parse(path, false)).collect())
+        Ok(entries(&self.links())?.into_iter().filter_map(attached_link).collect())
     }
 
     /// The pinned programs that stand for clsact filters.
@@ -236,6 +245,11 @@ fn encode(interface: &str) -> String {
 
 fn decode(name: &str) -> String {
     name.replace(':', ".")
+}
+
+/// The link that is pinned at `path`, by its name.
+pub(super) fn attached_link(path: PathBuf) -> Option<Attached> {
+    parse(path, false)
 }
 
 fn parse(path: PathBuf, with_index: bool) -> Option<Attached> {

@@ -89,6 +89,19 @@ pub(super) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     Ok(owned(fd))
 }
 
+/// Pins what a descriptor stands for, of any kind.
+pub(super) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    // SAFETY: writing fields of a union of integers; `path` lives through the call and ends in zero.
+    unsafe {
+        attr.__bindgen_anon_4.pathname = path.as_ptr() as u64;
+        attr.__bindgen_anon_4.bpf_fd = raw(object);
+        bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr)?;
+    }
+    Ok(())
+}
+
 /// Fills in one of the kernel's info structs.
 ///
 /// # Safety
@@ -165,6 +178,24 @@ pub(super) fn tcx_programs(interface: u32, hook: bpf_attach_type) -> io::Result<
     Ok(ids)
 }
 
+/// Attaches a program to an interface of the calling thread's network namespace by TCX, before all others there. It stays
+/// attached for as long as there is a descriptor of the link, or a pin.
+pub(super) fn tcx_attach(
+    program: BorrowedFd<'_>,
+    interface: u32,
+    hook: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    /// Before what is named; nothing is: before everything (`bpf_mprog_attach`, kernel/bpf/mprog.c).
+    const BEFORE: u32 = 1 << 3;
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_ifindex = interface;
+    attr.link_create.attach_type = hook as u32;
+    attr.link_create.flags = BEFORE;
+    // SAFETY: takes no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) }.map(owned)
+}
+
 /// Of a TCX link: id of its program, and index of its interface, 0 once that is gone.
 pub(super) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     match Kind::of(fd)? {
@@ -178,14 +209,13 @@ pub(super) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     }
 }
 
-/// Detaches a pinned link at once. Removing the pin alone would do so too, but only after a grace period.
-pub(super) fn link_detach(path: &Path) -> io::Result<()> {
-    let fd = obj_get(path)?;
-    if Kind::of(fd.as_fd())? != Kind::Link {
+/// Detaches a link at once. Removing its pin alone would do so too, but only after a grace period.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    if Kind::of(link)? != Kind::Link {
         return Err(io::Error::other("is not a link"));
     }
     let mut attr = zeroed();
-    attr.link_detach.link_fd = raw(fd.as_fd());
+    attr.link_detach.link_fd = raw(link);
     // SAFETY: takes no pointers.
     unsafe { bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr)? };
     Ok(())

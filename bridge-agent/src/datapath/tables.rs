@@ -336,6 +336,8 @@ impl Datapath {
             let path = self.pins.table(slot, table.name());
             pins::remove(&path)?;
             inner.pin(&path).map_err(|error| Error::map(table.name())(io::Error::other(error)))?;
+            let kept = sys::fd(inner).try_clone_to_owned().map_err(Error::map(table.name()))?;
+            self.kept.keep(path, kept);
         }
         self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"))?;
         self.maps.digests.set(slot, digest, 0).map_err(Error::aya_map("digests"))

@@ -62,6 +62,9 @@ pub struct Enforcement {
     /// What may take the fast path.
     #[serde(default)]
     pub fast_path: FastPathStatus,
+    /// Pins that somebody had removed and that were made again.
+    #[serde(default)]
+    pub pins_restored: u64,
     /// What the operator should know.
     pub remarks: Vec<String>,
 }
@@ -198,6 +201,9 @@ pub(super) struct Enforcer {
     abilities: Vec<u32>,
     keeper: Option<Keeper>,
     fast_path: FastPathStatus,
+    pins_restored: u64,
+    /// Why pins are missing.
+    unpinned: Option<String>,
 }
 
 impl Enforcer {
@@ -232,6 +238,8 @@ impl Enforcer {
             abilities,
             keeper,
             fast_path,
+            pins_restored: 0,
+            unpinned: None,
         };
         match term {
             Term::Rest(former, left) => enforcer.former = Some((Desired::new(former), Instant::now() + left)),
@@ -395,6 +403,7 @@ impl Enforcer {
 
     /// Brings another configuration into force. After an error, the one before it is still in force.
     pub(super) fn reload(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
+        self.restore_pins()?;
         let desired = Desired::new(config);
         let snapshot = self.observer.snapshot(&desired.selection)?;
         let tables = compile(&desired, &snapshot)?;
@@ -431,6 +440,8 @@ impl Enforcer {
 
     /// Looks at the interfaces and follows what has changed.
     pub(super) fn interfaces_changed(&mut self) -> Result<(), Error> {
+        // What is new is attached nevertheless.
+        drop(self.restore_pins());
         let snapshot = self.observer.snapshot(&self.desired.selection)?;
         if snapshot == self.snapshot {
             return Ok(());
@@ -476,10 +487,33 @@ impl Enforcer {
 
     /// Looks at what the kernel tells nobody of.
     pub(super) fn look(&mut self) {
+        drop(self.restore_pins());
         if self.keeper.is_some() {
             self.allow_fast_path();
             self.judge_conntrack(false);
         }
+    }
+
+    /// Pins again what somebody has removed. Until that is possible, everything lives with this process.
+    fn restore_pins(&mut self) -> Result<(), Error> {
+        let (restored, result) = self.datapath.restore_pins();
+        if restored > 0 {
+            tracing::warn!(
+                restored,
+                "pins were gone, and are back: somebody had removed them, or unmounted them"
+            );
+            self.pins_restored += restored as u64;
+        }
+        let unpinned = result.as_ref().err().map(|error| {
+            format!("pins are gone, so that nothing is enforced any more when the agent ends: {error}")
+        });
+        if unpinned != self.unpinned {
+            if let Some(remark) = &unpinned {
+                tracing::error!("{remark}");
+            }
+            self.unpinned = unpinned;
+        }
+        Ok(result?)
     }
 
     /// Lets packets take the fast path by those interfaces where nobody else must see them.
@@ -590,7 +624,8 @@ impl Enforcer {
             seeded: self.seeded,
             interfaces,
             fast_path: self.fast_path.clone(),
-            remarks: self.chosen.remarks.clone(),
+            pins_restored: self.pins_restored,
+            remarks: self.unpinned.iter().chain(&self.chosen.remarks).cloned().collect(),
         }
     }
 

@@ -124,6 +124,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// Whatever kept it from starting. What was in force before is still in force.
 pub fn run(options: &Options) -> Result<(), Error> {
     share_heaps();
+    raise_descriptors();
     let pins = Pins::new(&options.pin_root);
     let takes_over = pins.exist_of_any_version() && !pins.exist();
     privileges::give_up(takes_over).map_err(io_error("cannot give up capabilities that are not needed"))?;
@@ -563,6 +564,16 @@ fn share_heaps() {
     // SAFETY: takes no pointers, and sets how many there may be.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
+/// There is a descriptor for each link, two or three for each pod, and 1024 would be too few of them. To be called before
+/// anything is open.
+fn raise_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        tracing::warn!(%error, "the limit of descriptors stays what it is");
     }
 }
 

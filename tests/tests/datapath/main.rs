@@ -3,6 +3,7 @@
 mod agent;
 mod attach;
 mod load;
+mod pins;
 mod policy;
 mod seed;
 mod support;

@@ -5,13 +5,17 @@
 
 mod plan;
 
-use std::{io, os::fd::AsFd, path::Path};
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
 
 use aya::{
     programs::{
-        LinkOrder, ProgramError, SchedClassifier,
+        ProgramError, SchedClassifier,
         links::{FdLink, LinkError, PinnedLink},
-        tc::{SchedClassifierLink, TcAttachOptions},
+        tc::SchedClassifierLink,
     },
     sys::SyscallError,
 };
@@ -138,7 +142,7 @@ impl Datapath {
         for step in plan(wanted, links, current, |interface, hook| self.pins.link(interface, hook)) {
             crate::fault::point("attach:step");
             let about = step.interface().to_owned();
-            match self.apply(step) {
+            match self.apply(step, wanted) {
                 Ok(change) => changes.push(change),
                 Err(error) if has_gone(wanted, &about) => tell_gone(&about, &error),
                 Err(error) => errors.push(error),
@@ -147,13 +151,11 @@ impl Datapath {
     }
 
     fn links(&self) -> Result<Vec<Link>> {
-        self.pins
-            .attached_links()?
-            .into_iter()
-            .map(|Attached { path, interface, hook, .. }| {
-                let fd = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
-                let (program, index) =
-                    sys::tcx_link_info(fd.as_fd()).map_err(Error::path("looking at", &path))?;
+        self.kept
+            .within(&self.pins.links())
+            .filter_map(|(path, link)| Some((pins::attached_link(path.to_owned())?, link)))
+            .map(|(Attached { path, interface, hook, .. }, link)| {
+                let (program, index) = sys::tcx_link_info(link).map_err(Error::path("looking at", &path))?;
                 Ok(Link { path, interface, hook, index, program })
             })
             .collect()
@@ -171,31 +173,39 @@ impl Datapath {
             .collect()
     }
 
-    fn apply(&mut self, step: Step) -> Result<Change> {
+    fn apply(&mut self, step: Step, wanted: &[(Target, Hook)]) -> Result<Change> {
         let change = |interface: String, hook, action| Ok(Change { interface, hook, action });
+        // 0 is that of no interface.
+        let index = |name: &str| {
+            wanted.iter().find(|(target, _)| target.name == name).map_or(0, |(target, _)| target.index)
+        };
         match step {
             Step::Forget(link) | Step::Detach(link) => {
-                detach(&link.path)?;
+                detach(&link.path, self.kept.forget(&link.path))?;
                 change(link.interface, link.hook, Action::Removed)
             }
             Step::Rename(link, path, interface) => {
                 // To write over another pin would detach what it stands for.
                 rustix::fs::renameat_with(CWD, &link.path, CWD, &path, RenameFlags::NOREPLACE)
                     .map_err(|error| Error::path("renaming", &link.path)(error.into()))?;
+                if let Some(kept) = self.kept.forget(&link.path) {
+                    self.kept.keep(path, kept);
+                }
                 change(interface, link.hook, Action::Renamed)
             }
             Step::Replace(link) => match self.replace(&link.path, link.hook) {
                 Ok(()) => change(link.interface, link.hook, Action::Replaced),
                 // The interface has gone, and come again, since it was looked at.
                 Err(error) if errno(&error) == Some(libc::ENOLINK) => {
+                    self.kept.forget(&link.path);
                     pins::remove(&link.path)?;
-                    self.attach_link(&link.interface, link.hook, &link.path)?;
+                    self.attach_link((&link.interface, index(&link.interface)), link.hook, &link.path)?;
                     change(link.interface, link.hook, Action::Attached)
                 }
                 Err(error) => Err(Error::attach(&link.interface, link.hook.name(), error)),
             },
             Step::Attach(interface, hook, path) => {
-                self.attach_link(&interface, hook, &path)?;
+                self.attach_link((&interface, index(&interface)), hook, &path)?;
                 change(interface, hook, Action::Attached)
             }
         }
@@ -216,20 +226,18 @@ impl Datapath {
         Ok(())
     }
 
-    fn attach_link(&mut self, interface: &str, hook: Hook, path: &Path) -> Result<()> {
-        let failed = |error: ProgramError| Error::attach(interface, hook.name(), super::error::chain(&error));
+    fn attach_link(&mut self, (interface, index): (&str, u32), hook: Hook, path: &Path) -> Result<()> {
         let program = program(&mut self.ebpf, hook)?;
-        let id = program
-            .attach_with_options(interface, hook.attach_type(), TcAttachOptions::TcxOrder(LinkOrder::first()))
-            .map_err(failed)?;
-        let link: FdLink = program
-            .take_link(id)
-            .map_err(failed)?
-            .try_into()
-            .map_err(|error: LinkError| Error::attach(interface, hook.name(), error))?;
-        // Whoever dies before the pin is made leaves nothing attached.
-        link.pin(path).map_err(|error| Error::attach(interface, hook.name(), super::error::chain(&error)))?;
-        Ok(())
+        let program = program
+            .fd()
+            .map_err(|error| Error::attach(interface, hook.name(), super::error::chain(&error)))?;
+        let link = sys::tcx_attach(program.as_fd(), index, hook.tcx())
+            .map_err(|error| Error::attach(interface, hook.name(), error))?;
+        // Whoever dies before the pin is made leaves nothing attached. If it cannot be made, the interface is judged on
+        // nevertheless, for as long as this process lives.
+        let pinned = sys::obj_pin(link.as_fd(), path);
+        self.kept.keep(path.to_owned(), link);
+        pinned.map_err(Error::path("pinning", path))
     }
 
     fn attach_filters(
@@ -262,6 +270,9 @@ impl Datapath {
         let qdisc = self.pins.qdisc(target.index, &target.name);
         clsact::ensure_qdisc(&target.name, &qdisc)
             .map_err(|error| Error::attach(&target.name, hook.name(), error))?;
+        if qdisc.exists() {
+            self.kept.keep_directory(&qdisc);
+        }
         let program = program(&mut self.ebpf, hook)?;
         let id = program.info().map_err(failed)?.id();
         let action = clsact::put(&self.pins, program, id, target, hook)?;
@@ -272,11 +283,13 @@ impl Datapath {
         program
             .pin(&path)
             .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
+        let kept = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
+        self.kept.keep(path, kept);
         Ok(Some(action.unwrap_or(Action::Replaced)))
     }
 
     fn remove_filters(
-        &self,
+        &mut self,
         keep: impl Fn(u32, Hook) -> bool,
         changes: &mut Vec<Change>,
         errors: &mut Vec<Error>,
@@ -286,6 +299,7 @@ impl Datapath {
                 for filter in
                     filters.into_iter().filter(|filter| !keep(filter.index.unwrap_or(0), filter.hook))
                 {
+                    self.kept.forget(&filter.path);
                     match clsact::remove(&self.pins, &filter) {
                         Ok(()) => changes.push(Change {
                             interface: filter.interface,
@@ -312,9 +326,9 @@ fn tell_gone(interface: &str, error: &Error) {
     tracing::debug!(interface, %error, "the interface has gone");
 }
 
-/// Detaches a pinned link, if its interface is still there, and removes the pin.
-pub(super) fn detach(path: &Path) -> Result<()> {
-    match sys::link_detach(path) {
+/// Detaches a pinned link, if its interface is still there, and removes the pin. `kept`: a descriptor of it, if there is one.
+pub(super) fn detach(path: &Path, kept: Option<OwnedFd>) -> Result<()> {
+    match kept.map_or_else(|| sys::obj_get(path), Ok).and_then(|link| sys::link_detach(link.as_fd())) {
         // ENOLINK: nothing left to detach from; EOPNOTSUPP: removing the pin will do.
         Err(error)
             if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EOPNOTSUPP)) =>
