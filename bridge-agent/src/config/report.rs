@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path as FilePath, PathBuf};
 
-use annotate_snippets::{AnnotationKind, Group, Level, Renderer, Snippet};
+use annotate_snippets::{AnnotationKind, Level, Origin, Renderer, Snippet};
 use serde::Serialize;
 
 use super::leaf::Problem;
@@ -11,6 +11,9 @@ use super::node::{Node, Span, Value};
 
 /// More findings than this are counted, not kept: nobody reads them, and each costs memory.
 const MOST_KEPT: usize = 1000;
+
+/// So much of a line is shown before and behind the beginning of what is wrong in it, in bytes.
+const MOST_SHOWN: usize = 128;
 
 /// Where a value stands in a configuration. Built on the stack while walking, spelled out only for a finding.
 #[derive(Clone, Copy, Debug)]
@@ -180,9 +183,9 @@ pub struct Place {
     pub line: usize,
     /// In characters, from 1.
     pub column: usize,
-    /// The text that was found wrong, as far as it stands on `line`.
+    /// The text that was found wrong, as far as it stands on `line`; 128 bytes of it at most.
     pub text: String,
-    /// All of the line.
+    /// The line, or of a long one what is around `text`.
     #[serde(skip)]
     excerpt: String,
     /// Where `text` is in `excerpt`, in bytes.
@@ -198,10 +201,14 @@ impl Place {
         let end = floor(at.offset as usize + at.len as usize).unwrap_or(0).max(start);
         let line_start = source[..start].rfind('\n').map_or(0, |newline| newline + 1);
         let line_end = source[start..].find(['\n', '\r']).map_or(source.len(), |newline| start + newline);
+        // A file may be one line of many megabytes, and have an error in each part of it.
+        let line_end = floor(line_end.min(start + MOST_SHOWN)).unwrap_or(line_end);
         let end = start + source[start..end.min(line_end).max(start)].trim_end().len();
+        let column = source[line_start..start].chars().count() + 1;
+        let line_start = floor(line_start.max(start.saturating_sub(MOST_SHOWN))).unwrap_or(line_start);
         Self {
             line: at.line as usize,
-            column: source[line_start..start].chars().count() + 1,
+            column,
             text: source[start..end].to_owned(),
             excerpt: source[line_start..line_end].to_owned(),
             range: start - line_start..end - line_start,
@@ -242,8 +249,16 @@ impl Diagnostic {
                 let annotation = AnnotationKind::Primary.span(place.range.clone());
                 let snippet = Snippet::source(&place.excerpt).line_start(place.line).annotation(annotation);
                 let title = level.primary_title(&self.message);
-                let group: Group<'_> =
-                    title.element(snippet.path(file)).element(Level::HELP.message(&self.help));
+                let help = Level::HELP.message(&self.help);
+                let before = place.excerpt[..place.range.start].chars().count();
+                let group = match file {
+                    // The column in an excerpt is not the one in the line.
+                    Some(file) if before + 1 != place.column => {
+                        let origin = Origin::path(file).line(place.line).char_column(place.column);
+                        title.element(origin).element(snippet).element(help)
+                    }
+                    file => title.element(snippet.path(file)).element(help),
+                };
                 renderer.render(&[group])
             }
             (None, Some(file)) => {

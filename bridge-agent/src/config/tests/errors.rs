@@ -427,3 +427,20 @@ fn files_that_cannot_be_read() {
      = help: save the file as UTF-8
     ");
 }
+
+/// A configuration of one line was told of with a copy of it for each of a thousand findings.
+#[test]
+fn of_a_long_line_only_what_is_around_a_mistake_is_kept() {
+    let rules = "{a: b}, ".repeat(9_000);
+    let text = format!("role: node\nrules: [{rules}{{\u{e4}: b}}]\n");
+    let errors = parse(&text, Some("bridge.yaml".as_ref())).unwrap_err();
+    let longest = errors.0.list.iter().map(|found| format!("{found:?}").len()).max();
+    assert!(longest < Some(4096), "{longest:?} bytes for one finding in a file of {}", text.len());
+    // Where it is in the file is told all the same.
+    let found = &errors.0.list[900];
+    let place = found.place.as_ref().unwrap();
+    assert!(place.column > 600, "{}", place.column);
+    let place = format!("--> bridge.yaml:2:{}\n", place.column);
+    let shown = found.render(&annotate_snippets::Renderer::plain());
+    assert!(shown.contains(&place), "{place} in {shown}");
+}
