@@ -4,6 +4,7 @@ mod abi;
 mod build;
 mod cmd;
 mod crds;
+mod fuzz;
 mod image;
 mod lint;
 mod run;
@@ -94,6 +95,15 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Fuzz what the agent reads, guided by coverage: configuration, API, discovery, cluster file, saved state
+    Fuzz {
+        /// Only this one
+        #[arg(value_enum)]
+        target: Option<fuzz::Target>,
+        /// How long each
+        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..))]
+        seconds: u32,
+    },
     /// Send random packets through the eBPF programs and through a plain model of the verdict
     Model {
         /// For the comparison: --packets N, --seed N, --help
@@ -135,6 +145,7 @@ fn main() -> ExitCode {
         Command::Gap { arguments } => run::tool("gap", &arguments),
         Command::Soak { arguments } => run::tool("soak", &arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
+        Command::Fuzz { target, seconds } => fuzz::main(target, seconds),
         Command::Model { arguments } => run::tool("model", &arguments),
         Command::Parity { arguments } => run::tool("parity", &arguments),
         Command::Vm { kernels, write, command } => vm::main(&kernels, write, &command),

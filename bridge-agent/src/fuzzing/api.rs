@@ -7,6 +7,7 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
     runtime::Runtime,
+    signal::unix::{SignalKind, signal},
 };
 
 use crate::{
@@ -36,6 +37,8 @@ fn served() -> Served {
     let (shared, _) = Shared::new(Status::default());
     let server = {
         let _inside = runtime.enter();
+        // As every Rust program does before `main`, which is libFuzzer's here: who hangs up ends nobody else.
+        drop(signal(SignalKind::pipe()).expect("a handler"));
         Server::bind(&socket, &config::Api::default()).expect("a socket")
     };
     runtime.spawn(server.serve(shared.clone()));

@@ -65,6 +65,10 @@ pub(crate) const IMAGE: [Program; 3] = [
     program("strip", "binutils", "takes debugging information out of the agent in the image"),
 ];
 
+/// What compiles libFuzzer.
+pub(crate) const FUZZ: [Program; 1] =
+    [program("c++", "g++", "libFuzzer, which is in C++, is compiled from source")];
+
 /// What is wanted of the machine.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
