@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs,
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -123,6 +123,57 @@ fn what_is_held_outlives_kill_and_restart_and_down_leaves_no_trace() -> Result<(
     for holder in [first, second, third] {
         end(holder)?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_pool_whose_pins_somebody_removes_goes_on_and_is_pinned_again() -> Result<()> {
+    fn pins(below: &Path) -> BTreeSet<PathBuf> {
+        let entries = fs::read_dir(below).into_iter().flatten().flatten().map(|entry| entry.path());
+        entries.flat_map(|path| if path.is_dir() { pins(&path) } else { BTreeSet::from([path]) }).collect()
+    }
+    let lab = Lab::builder().build()?;
+    let (transparent, clients) = cgroup(&lab)?;
+    let yaml = config("node", &["ports: [\"61001-61040\"]", "bindUdp: false", &transparent]);
+    let mut agent = Agent::start(&lab, lab.b(), &yaml)?;
+    let _server = serve(&lab.a().netns, 8080)?;
+    let to = SocketAddr::new(lab.a().v4.into(), 8080);
+    let mut first = hold(&clients, &lab.c1().netns, to, 15)?;
+    let held = ports(&line(&mut first)?)?;
+    let from_the_pool = |when: &str| {
+        let port = connect(lab.c1(), &clients, to)?;
+        ensure!(port.parse().is_ok_and(|port| PORTS.contains(port)), "{when}: {port}");
+        Ok(())
+    };
+    let (all, hooked) = (pins(agent.pins()), hooks(&clients)?);
+    ensure!(all.len() > 17 && hooked > 0, "{all:?}");
+
+    fs::remove_dir_all(agent.pins())?;
+    let fewer =
+        eventually(Duration::from_secs(1), || hooks(&clients).is_ok_and(|now| now != hooked).then_some(()));
+    ensure!(fewer.is_none(), "{} hooks of {hooked} are left", hooks(&clients)?);
+    from_the_pool("without pins")?;
+    eventually(SOON, || (pins(agent.pins()) == all).then_some(())).with_context(|| {
+        format!("{:?}\n{}", all.difference(&pins(agent.pins())).collect::<Vec<_>>(), agent.log())
+    })?;
+
+    agent.kill()?;
+    from_the_pool("without the agent")?;
+    agent.restart()?;
+    ensure!(pool(&agent)?["held"] == 15, "{}", pool(&agent)?);
+    from_the_pool("with the next agent")?;
+    let mut second = hold(&clients, &lab.c2().netns, to, 10)?;
+    ensure!(ports(&line(&mut second)?)?.is_disjoint(&held));
+    // A pool that is wanted no more is not kept by anything.
+    agent.reload(&config("node", &[]).replace("portPool:\n", ""))?;
+    eventually(SOON, || (hooks(&clients).ok()? == 0).then_some(())).context("hooks are left")?;
+    ensure!(pool(&agent)?.is_null(), "{}", pool(&agent)?);
+    for holder in [first, second] {
+        end(holder)?;
+    }
+    agent.stop()?;
+    agent.run(&["down"])?;
+    ensure!(!agent.pins().exists(), "pins are left");
     Ok(())
 }
 

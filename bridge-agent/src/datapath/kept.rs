@@ -1,4 +1,4 @@
-//! Descriptors of all that is pinned. Somebody who removes pins, or unmounts the BPF file system, takes nothing away from an
+//! Descriptors of what is pinned. Somebody who removes pins, or unmounts the BPF file system, takes nothing away from an
 //! agent that runs: a link lives as long as there is a descriptor of it, and is pinned again.
 
 use std::{
@@ -14,42 +14,54 @@ use super::{
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(crate) struct Kept {
     objects: BTreeMap<PathBuf, OwnedFd>,
     directories: BTreeSet<PathBuf>,
 }
 
 impl Kept {
     /// Keeps everything that is below a directory, and the directory.
-    pub(super) fn keep_all(&mut self, directory: &Path) -> Result<()> {
+    pub(crate) fn keep_all(&mut self, directory: &Path) -> Result<()> {
         self.keep_directory(directory);
         for path in pins::entries(directory)? {
             if path.is_dir() {
                 self.keep_all(&path)?;
             } else {
-                let object = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
-                self.keep(path, object);
+                self.keep_pinned(path)?;
             }
         }
         Ok(())
     }
 
-    pub(super) fn keep_directory(&mut self, path: &Path) {
+    /// Keeps what is pinned at `path` now.
+    pub(crate) fn keep_pinned(&mut self, path: PathBuf) -> Result<()> {
+        let object = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
+        self.keep(path, object);
+        Ok(())
+    }
+
+    pub(crate) fn keep_directory(&mut self, path: &Path) {
         self.directories.insert(path.to_owned());
     }
 
     /// Keeps what is pinned at `path`, or is to be, in the place of what was there.
-    pub(super) fn keep(&mut self, path: PathBuf, object: OwnedFd) {
+    pub(crate) fn keep(&mut self, path: PathBuf, object: OwnedFd) {
         self.objects.insert(path, object);
     }
 
     /// Lets go of what is not to be pinned any more.
-    pub(super) fn forget(&mut self, path: &Path) -> Option<OwnedFd> {
+    pub(crate) fn forget(&mut self, path: &Path) -> Option<OwnedFd> {
         self.objects.remove(path)
     }
 
+    /// Lets go of a directory, with all that is below.
+    pub(crate) fn forget_all(&mut self, directory: &Path) {
+        self.objects.retain(|path, _| !path.starts_with(directory));
+        self.directories.retain(|path| !path.starts_with(directory));
+    }
+
     /// What is pinned in a directory, or is to be.
-    pub(super) fn within(&self, directory: &Path) -> impl Iterator<Item = (&Path, BorrowedFd<'_>)> {
+    pub(crate) fn within(&self, directory: &Path) -> impl Iterator<Item = (&Path, BorrowedFd<'_>)> {
         self.objects
             .iter()
             .filter(move |(path, _)| path.parent() == Some(directory))
@@ -57,7 +69,7 @@ impl Kept {
     }
 
     /// Pins again what is not there any more. Returns how many those were.
-    pub(super) fn restore(&self) -> (usize, Result<()>) {
+    pub(crate) fn restore(&self) -> (usize, Result<()>) {
         let (mut restored, mut errors) = (0, Vec::new());
         for directory in self.directories.iter().filter(|path| !path.exists()) {
             // The same error comes with whatever is to be in it.

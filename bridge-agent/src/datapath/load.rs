@@ -141,13 +141,10 @@ impl Datapath {
     /// [`Error::NotBpffs`], [`Error::Path`]; [`Error::Locked`] if another agent has come to work there meanwhile. What is
     /// attached stays so for as long as this process lives.
     pub fn restore_pins(&mut self) -> (usize, Result<()>) {
-        if !self.lock.is_on(&self.pins) {
-            match self.pins.prepare_root().and_then(|()| self.pins.lock()) {
-                Ok(lock) => self.lock = lock,
-                Err(error) => return (0, Err(error)),
-            }
+        match self.lock.renew(&self.pins) {
+            Ok(()) => self.kept.restore(),
+            Err(error) => (0, Err(error)),
         }
-        self.kept.restore()
     }
 
     /// Passes on what the programs log to the `log` crate, in a task of the runtime, if [`Options::debug`] was set.

@@ -32,6 +32,7 @@ pub use events::{EventReader, Verdict, VerdictFilter};
 pub use fast_path::{FastPath, OutcomeCount};
 pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, protocol_name};
 pub use hook::{Hook, Role};
+pub(crate) use kept::Kept;
 pub use load::{Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};
 pub use pins::{DEFAULT_ROOT, Lock, Pins};

@@ -42,11 +42,19 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Whether it is held on what is the root of the pins now.
-    pub(super) fn is_on(&self, pins: &Pins) -> bool {
+    /// Takes it on what is the root of the pins now, which is made if it is missing, if that is not what it is held on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Pins::prepare_root`] and [`Pins::lock`]; it is held on what it was, then.
+    pub(crate) fn renew(&mut self, pins: &Pins) -> Result<()> {
         let place = |of: io::Result<fs::Metadata>| of.map(|of| (of.dev(), of.ino())).ok();
         let held = place(self.directory.metadata());
-        held.is_some() && held == place(fs::metadata(&pins.root))
+        if held.is_none() || held != place(fs::metadata(&pins.root)) {
+            pins.prepare_root()?;
+            *self = pins.lock()?;
+        }
+        Ok(())
     }
 }
 

@@ -74,6 +74,7 @@ impl KernelPool {
 
     fn attach_and_pin(&mut self, group: &fs::File, directory: &Path) -> Result<(), KernelPoolError> {
         pins::make_directory(directory)?;
+        self.kept.keep_directory(directory);
         for name in PROGRAMS {
             let link = self.attach_one(name, group)?;
             let (path, next) = (directory.join(name), directory.join(format!("{name}_next")));
@@ -82,6 +83,7 @@ impl KernelPool {
                 .map_err(|error| KernelPoolError::Link { path: next.clone(), reason: error.to_string() })?;
             fs::rename(&next, &path)
                 .map_err(|error| KernelPoolError::Link { path: path.clone(), reason: error.to_string() })?;
+            self.keep_pinned(path)?;
         }
         Ok(())
     }
@@ -102,6 +104,7 @@ impl KernelPool {
             }
         }
         for links in attach::entries(&self.pins, POD_LINKS_PREFIX).filter(|links| !wanted.contains(links)) {
+            self.kept.forget_all(&links);
             match fs::remove_dir_all(&links) {
                 Ok(()) => done.removed += 1,
                 Err(error) => done.failures.push(format!("{}: {error}", links.display())),
@@ -142,6 +145,7 @@ impl KernelPool {
             self.attach(&mount, cgroup)?;
         }
         for links in attach::entries(&self.pins, LINKS_PREFIX).filter(|links| !wanted.contains(links)) {
+            self.kept.forget_all(&links);
             fs::remove_dir_all(&links)
                 .map_err(|error| KernelPoolError::Link { path: links, reason: error.to_string() })?;
         }

@@ -31,7 +31,7 @@ use super::{
     walk::Walker,
     words::Words,
 };
-use crate::datapath::{Lock, Pins};
+use crate::datapath::{self, Kept, Lock, Pins};
 
 /// The pool in the kernel.
 pub struct KernelPool {
@@ -47,8 +47,10 @@ pub struct KernelPool {
     pub(super) pins: PathBuf,
     /// Directories of links of pods that this agent has hooked.
     pub(super) pods: HashSet<PathBuf>,
+    /// What this agent has pinned.
+    pub(super) kept: Kept,
     /// Of the agent; `None` for who joined its pool.
-    _lock: Option<Lock>,
+    lock: Option<Lock>,
 }
 
 impl fmt::Debug for KernelPool {
@@ -76,13 +78,16 @@ impl KernelPool {
             None => layout,
         };
         let mut pool = Self::open(object, pins, layout, true)?;
-        pool._lock = Some(lock);
+        pool.lock = Some(lock);
         if pinned.is_none() {
             pool.layout.initialise(&pool.tables);
         }
         // Last: whoever finds a configuration finds all that it speaks of.
         pool.write_config()?;
         pool.adopt()?;
+        for name in pins::shapes(0).map(|shape| shape.name) {
+            pool.keep_pinned(pool.pins.join(name))?;
+        }
         Ok(pool)
     }
 
@@ -131,8 +136,7 @@ impl KernelPool {
         let walker = Walker::load(&mut ebpf);
         let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
         let sweeper = Sweeper::default();
-        let _lock = None;
-        let pods = HashSet::new();
+        let (pods, kept, lock) = (HashSet::new(), Kept::default(), None);
         Ok(Self {
             ebpf,
             config,
@@ -145,8 +149,31 @@ impl KernelPool {
             layout,
             pins,
             pods,
-            _lock,
+            kept,
+            lock,
         })
+    }
+
+    pub(super) fn keep_pinned(&mut self, path: PathBuf) -> Result<(), KernelPoolError> {
+        let kept = self.kept.keep_pinned(path.clone());
+        kept.map_err(|error| KernelPoolError::Link { path, reason: error.to_string() })
+    }
+
+    /// Pins again what somebody else has removed; how many pins those were. The hooks stay for as long as this process lives.
+    ///
+    /// # Errors
+    /// As of [`datapath::Datapath::restore_pins`].
+    pub fn restore_pins(&mut self) -> (usize, Result<(), datapath::Error>) {
+        match self.lock.as_mut().map(|lock| lock.renew(&Pins::new(&self.pins))) {
+            Some(Ok(())) => self.kept.restore(),
+            Some(Err(error)) => (0, Err(error)),
+            None => (0, Ok(())),
+        }
+    }
+
+    /// Leaves everything to its pins.
+    pub fn let_go(&mut self) {
+        self.kept = Kept::default();
     }
 
     /// Goes over to other ports and settings: what is held stays held, ports that left are not given out again, those that

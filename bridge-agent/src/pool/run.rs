@@ -23,6 +23,7 @@ use super::{
     pods,
     ports::PortSet,
     service::Service,
+    tables::lock,
 };
 use crate::datapath::{self, Pins};
 
@@ -144,6 +145,7 @@ impl Started {
             tokio::join!(
                 api::expire(Arc::clone(&service)),
                 sweep(Arc::clone(&service), REST),
+                keep_pinned(Arc::clone(&service)),
                 report(Arc::clone(&service), events),
                 pods::keep(Arc::clone(&service), pods, None),
             );
@@ -181,6 +183,9 @@ impl Started {
     /// # Errors
     /// [`StopError::Left`].
     pub fn withdraw(self) -> Result<(), StopError> {
+        if let Backend::Kernel(pool) = self.service.backend() {
+            lock(pool).let_go();
+        }
         take_away(&self.places)
     }
 
@@ -325,6 +330,35 @@ async fn sweep(service: Arc<Service>, every: Duration) {
             Ok(Ok(swept)) => debug!(?swept, "swept"),
             Ok(Err(error)) => warn!(%error, "cannot sweep the port pool"),
             Err(error) => warn!(%error, "the sweep of the port pool failed"),
+        }
+    }
+}
+
+/// Pins again what somebody has removed.
+async fn keep_pinned(service: Arc<Service>) {
+    const LOOK: Duration = Duration::from_millis(500);
+    let Backend::Kernel(pool) = service.backend() else { return };
+    let mut said = None;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        // Whoever has it now may take a while, and is not to be waited for here.
+        let Ok(mut pool) = pool.try_lock() else { continue };
+        let (restored, result) = pool.restore_pins();
+        if restored > 0 {
+            warn!(
+                restored,
+                "pins of the port pool were gone, and are back: somebody had removed them, or unmounted them"
+            );
+        }
+        let unpinned = result
+            .err()
+            .map(|error| format!("pins are gone, so that the pool ends when the agent ends: {error}"));
+        if unpinned != said {
+            if let Some(unpinned) = &unpinned {
+                warn!("{unpinned}");
+            }
+            service.set_unpinned(unpinned.clone());
+            said = unpinned;
         }
     }
 }

@@ -54,6 +54,8 @@ pub struct Service {
     happenings: broadcast::Sender<Happening>,
     counted: Mutex<Leases>,
     warnings: Mutex<Vec<String>>,
+    /// Why pins are missing.
+    unpinned: Mutex<Option<String>>,
     /// Hooked and waiting.
     pods: Mutex<(usize, usize)>,
 }
@@ -78,6 +80,7 @@ impl Service {
             happenings: broadcast::channel(WATCH_BACKLOG).0,
             counted: Mutex::default(),
             warnings: Mutex::default(),
+            unpinned: Mutex::default(),
             pods: Mutex::default(),
         })
     }
@@ -125,6 +128,11 @@ impl Service {
             .collect();
     }
 
+    /// Says why pins are missing, if they are.
+    pub fn set_unpinned(&self, why: Option<String>) {
+        *lock(&self.unpinned) = why;
+    }
+
     /// Says how many pods are hooked because they say so, and how many said so whose control group is not there.
     pub fn set_pods(&self, hooked: usize, waiting: usize) {
         *lock(&self.pods) = (hooked, waiting);
@@ -140,6 +148,7 @@ impl Service {
         summary.leases = *lock(&self.counted);
         (summary.pods.hooked, summary.pods.waiting) = *lock(&self.pods);
         summary.warnings.clone_from(&lock(&self.warnings));
+        summary.warnings.extend(lock(&self.unpinned).clone());
         summary.leases.held = lock(&self.leases).len() as u64;
         Ok(summary)
     }

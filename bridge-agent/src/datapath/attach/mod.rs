@@ -283,8 +283,7 @@ impl Datapath {
         program
             .pin(&path)
             .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
-        let kept = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
-        self.kept.keep(path, kept);
+        self.kept.keep_pinned(path)?;
         Ok(Some(action.unwrap_or(Action::Replaced)))
     }
 
