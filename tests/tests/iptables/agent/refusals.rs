@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::firewall::iptables::Backend;
 use bridge_tests::agent::Agent;
+use bridge_tests::wait::{eventually, patience};
 use rustix::fs::{FlockOperation, flock};
 
 use super::node::{MORE, Node, RULES, json};
@@ -57,15 +58,20 @@ fn a_policy_that_ebpf_refuses_is_taken_back_from_iptables() -> Result<()> {
             log.matches("iptables rules in force").count() >= 3,
             "iptables did not take it first:\n{log}"
         );
-        assert_eq!(node.dump()?, before);
+        let as_before = || {
+            eventually(patience(Duration::from_secs(10)), || (node.dump().ok()? == before).then_some(()))
+                .with_context(|| {
+                    format!("{}\nand not\n{before}\n{}", node.dump().unwrap_or_default(), agent.log())
+                })
+        };
+        // The file and the signal may have set off a reload each, of which the second may be going on: the agent tells of
+        // the first meanwhile.
+        as_before()?;
         node.holds()?;
 
         // And the watch goes on with the rules of before.
         node.run("iptables -F BRIDGE-INBOUND")?;
-        let mended = bridge_tests::wait::eventually(Duration::from_secs(10), || {
-            (node.dump().ok()? == before).then_some(())
-        });
-        mended.with_context(|| format!("not mended:\n{}", agent.log()))?;
+        as_before()?;
     }
     Ok(())
 }
