@@ -47,6 +47,7 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::stream;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast::error::RecvError, oneshot};
 
@@ -139,8 +140,12 @@ impl Server {
         let group = config.group.as_deref().map(group_id).transpose()?;
         if let Ok(stream) = UnixStream::connect(path) {
             let peer = rustix::net::sockopt::socket_peercred(&stream);
-            let pid = peer.ok().map(|peer| peer.pid.as_raw_nonzero().get());
-            return Err(Error::InUse { path: path.to_owned(), pid });
+            let pid = peer.ok().map(|peer| peer.pid);
+            // A child between fork and exec has the socket, too, also of an agent that has been killed.
+            if pid.is_none_or(|pid| rustix::process::test_kill_process(pid) != Err(Errno::SRCH)) {
+                let pid = pid.map(|pid| pid.as_raw_nonzero().get());
+                return Err(Error::InUse { path: path.to_owned(), pid });
+            }
         }
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(failed)?;

@@ -15,6 +15,8 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use bridge_common::ABI_VERSION;
@@ -185,12 +187,20 @@ impl Pins {
     ///
     /// [`Error::Locked`] with the process id of the holder.
     pub fn lock(&self) -> Result<Lock> {
+        /// A child between fork and exec has the lock, too, for so long at the most, also of an agent that has been killed.
+        const EXEC: Duration = Duration::from_secs(5);
+        let end = Instant::now() + EXEC;
         loop {
             let directory = File::open(&self.root).map_err(Error::path("opening", &self.root))?;
             match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK) => {
-                    return Err(Error::Locked { pid: holder(&directory), path: self.root.clone() });
+                    let pid = holder(&directory);
+                    if pid.is_some_and(|pid| !is_alive(pid)) && Instant::now() < end {
+                        thread::sleep(Duration::from_millis(10));
+                        continue;
+                    }
+                    return Err(Error::Locked { pid, path: self.root.clone() });
                 }
                 Err(error) => return Err(Error::path("locking", &self.root)(error.into())),
             }
@@ -332,6 +342,11 @@ pub(super) fn remove_tree_except(path: &Path, stays: &dyn Fn(&Path) -> bool, err
         }
         _ => {}
     }
+}
+
+fn is_alive(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+    pid.is_some_and(|pid| rustix::process::test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
 
 /// Who has the lock on an open directory, from /proc/locks (proc_pid_locks(5)).

@@ -218,6 +218,28 @@ fn a_second_agent_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// A child that an agent has forked, and that has not executed yet what it is to, has all that the agent had open.
+#[test]
+fn a_child_of_an_agent_that_was_killed_keeps_no_other_from_starting() -> Result<()> {
+    const KILLED: &str = "
+import fcntl, os, socket, sys, time
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+fcntl.flock(os.open(sys.argv[2], os.O_RDONLY), fcntl.LOCK_EX)
+if os.fork() == 0: time.sleep(0.3)
+";
+    let lab = Lab::builder().pods(1).build()?;
+    let mut agent = Agent::start(&lab, lab.b(), CONFIG)?;
+    agent.stop()?;
+    let mut killed = Command::new("python3");
+    killed.args(["-c", KILLED]).arg(agent.socket()).arg(agent.pins());
+    ensure!(killed.stdout(Stdio::null()).stderr(Stdio::null()).status()?.success());
+    agent.restart()?;
+    ensure!(!reaches(&lab, DENIED)?);
+    Ok(())
+}
+
 #[test]
 fn metrics_and_the_api_tell_what_the_kernel_counted() -> Result<()> {
     let lab = Lab::builder().pods(1).build()?;
