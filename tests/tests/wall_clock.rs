@@ -117,7 +117,9 @@ fn jumps_of_the_wall_clock_change_nothing() -> Result<()> {
         eventually(patience(SOON), || {
             status(&agent).is_ok_and(|status| status["trial"].is_null()).then_some(())
         })
-        .context("the agent does not follow")?;
+        .with_context(|| {
+            format!("the agent does not follow, {ahead} s ahead: {:?}\n{}", status(&agent), agent.log())
+        })?;
     }
     held.round_trip(patience(SECOND * 5)).context("established, in the end")?;
     Ok(())
