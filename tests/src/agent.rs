@@ -2,8 +2,11 @@
 
 use std::env;
 use std::fs::{self, OpenOptions};
-use std::io;
-use std::os::unix::{fs::PermissionsExt as _, net::UnixDatagram};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::{
+    fs::PermissionsExt as _,
+    net::{UnixDatagram, UnixStream},
+};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -152,13 +155,27 @@ impl Agent {
         command
     }
 
+    /// Waits until the agent, if there is one, has finished what it is at: what was seen of it in the kernel it then tells, too.
+    fn settle(&self) {
+        let settle = || -> io::Result<()> {
+            let mut stream = UnixStream::connect(self.socket())?;
+            stream.set_read_timeout(Some(patience(DEADLINE)))?;
+            stream.write_all(b"GET /v1/settled HTTP/1.1\r\nHost: bridge\r\nConnection: close\r\n\r\n")?;
+            stream.read_to_end(&mut Vec::new()).map(drop)
+        };
+        // An agent that is not there is at nothing.
+        drop(settle());
+    }
+
     /// Runs a command of `bridge-agent` that talks to this agent, and returns what it prints.
     pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        self.settle();
         self.host.netns.output(self.command(arguments))
     }
 
     /// What a scrape of its metrics says.
     pub fn metrics(&self) -> Result<String> {
+        self.settle();
         let mut curl = Command::new("curl");
         curl.args(["--silent", "--fail-with-body", "--max-time", "5", "--unix-socket"]);
         curl.arg(self.socket()).arg("http://bridge/metrics");

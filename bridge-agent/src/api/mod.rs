@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! GET  /v1/status           what the agent does
+//! GET  /v1/settled          answers when the agent has finished what it is at, for instance a reload
 //! GET  /v1/flows            known flows; ?address= ?port= ?state= ?protocol= ?limit=
 //! GET  /v1/rules            rules in force with their hits
 //! GET  /v1/counters         packets judged, by direction and reason
@@ -243,6 +244,7 @@ fn router(shared: Shared) -> Router {
         .layer(middleware::from_fn(peer::operators_only));
     Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/settled", get(settled))
         .route("/v1/flows", get(flows))
         .route("/v1/rules", get(rules))
         .route("/v1/counters", get(counters))
@@ -289,6 +291,11 @@ fn not_enforcing() -> Response {
 
 async fn status(State(shared): State<Shared>) -> Response {
     Json(shared.status()).into_response()
+}
+
+async fn settled(State(shared): State<Shared>) -> StatusCode {
+    shared.settled().await;
+    StatusCode::NO_CONTENT
 }
 
 /// How many flows are sent if no limit is given.

@@ -8,7 +8,10 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{broadcast, mpsc, oneshot},
+};
 
 use super::{
     apply::{Applied, ApplyError, Order},
@@ -113,6 +116,8 @@ pub struct Shared {
     pub happenings: broadcast::Sender<RouteEvent>,
     /// To the run loop.
     pub requests: mpsc::Sender<Request>,
+    /// The runtime of the run loop.
+    main: Option<Handle>,
 }
 
 struct Inner {
@@ -133,14 +138,25 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// Shared by a run loop, which has the other end, and its servers.
+    /// Shared by a run loop, which has the other end, and its servers. To be called in the runtime of the run loop, if there
+    /// is one.
     #[must_use]
     pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(16);
         let (verdicts, _) = broadcast::channel(BACKLOG);
         let inner =
             Arc::new(RwLock::new(Inner { status, maps: None, routes: None, pool: None, kubernetes: None }));
-        (Self { inner, verdicts, happenings: broadcast::Sender::new(BACKLOG), requests }, receiver)
+        let main = Handle::try_current().ok();
+        (Self { inner, verdicts, happenings: broadcast::Sender::new(BACKLOG), requests, main }, receiver)
+    }
+
+    /// Waits until the run loop has finished what it is at: from then on, what the agent tells is not older than what could be
+    /// seen of it in the kernel before.
+    pub async fn settled(&self) {
+        if let Some(main) = &self.main {
+            // It has one thread, which comes to this when it comes to anything else. That it ends is no error.
+            drop(main.spawn(async {}).await);
+        }
     }
 
     pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {

@@ -30,7 +30,8 @@ pub struct Server {
 
 #[derive(Debug, Default)]
 struct State {
-    accepted: Mutex<Vec<(SocketAddr, TcpStream)>>,
+    /// A connection is let go of when it is over.
+    accepted: Mutex<Vec<(SocketAddr, Option<TcpStream>)>>,
     received: AtomicU64,
 }
 
@@ -83,7 +84,8 @@ impl Drop for Server {
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }
-        for (_, stream) in self.state.accepted.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        let accepted = self.state.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+        for stream in accepted.iter().filter_map(|(_, stream)| stream.as_ref()) {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -93,9 +95,16 @@ fn accept(listener: &TcpListener, state: &Arc<State>, service: Service) {
     // The first error is the listener's shutdown.
     while let Ok((stream, peer)) = listener.accept() {
         let Ok(kept) = stream.try_clone() else { continue };
-        state.accepted.lock().unwrap_or_else(PoisonError::into_inner).push((peer, kept));
+        let index = {
+            let mut accepted = state.accepted.lock().unwrap_or_else(PoisonError::into_inner);
+            accepted.push((peer, Some(kept)));
+            accepted.len() - 1
+        };
         let state = Arc::clone(state);
-        thread::spawn(move || serve(stream, &state, service));
+        thread::spawn(move || {
+            serve(stream, &state, service);
+            state.accepted.lock().unwrap_or_else(PoisonError::into_inner)[index].1 = None;
+        });
     }
 }
 

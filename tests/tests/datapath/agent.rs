@@ -298,17 +298,19 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
         (&["http://bridge/v1/rules"], r#""r9999""#),
         (&["http://bridge/v1/leases", "--data", lease], r#""port""#),
     ];
+    let answer = |question: &[&str]| {
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--max-time", "30", "--write-out", "\n%{time_total}", "--unix-socket"]);
+        curl.arg(&socket).args(question);
+        let text = lab.b().netns.output(curl)?;
+        let (answer, seconds) = text.rsplit_once('\n').context("no time")?;
+        anyhow::Ok((answer.to_owned(), Duration::from_secs_f64(seconds.parse()?)))
+    };
     let ask = || {
         questions.map(|(question, expected)| {
-            let mut curl = Command::new("curl");
-            curl.args(["--silent", "--max-time", "30", "--write-out", "\n%{time_total}", "--unix-socket"]);
-            let text = lab.b().netns.output({
-                curl.arg(&socket).args(question);
-                curl
-            })?;
-            let (answer, seconds) = text.rsplit_once('\n').context("no time")?;
+            let (answer, took) = answer(question)?;
             ensure!(answer.contains(expected), "{question:?}: no {expected} in\n{answer}");
-            anyhow::Ok((Duration::from_secs_f64(seconds.parse()?), question[0]))
+            Ok((took, question[0]))
         })
     };
     let mut undisturbed = Duration::ZERO;
@@ -316,7 +318,15 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
         undisturbed = undisturbed.max(answer?.0);
     }
     let reloading = AtomicBool::new(true);
-    let (answers, reloads) = thread::scope(|scope| {
+    let (answers, waits, reloads) = thread::scope(|scope| {
+        // But who wants to wait for what goes on can.
+        let waiting = scope.spawn(|| {
+            let mut waits = Vec::new();
+            while reloading.load(Ordering::Relaxed) {
+                waits.push(answer(&["http://bridge/v1/settled"])?.1);
+            }
+            anyhow::Ok(waits)
+        });
         let asking = scope.spawn(|| {
             let mut answers = Vec::new();
             while reloading.load(Ordering::Relaxed) {
@@ -336,9 +346,9 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
             })
             .collect();
         reloading.store(false, Ordering::Relaxed);
-        (asking.join().expect("it does not panic"), reloads)
+        (asking.join().expect("it does not panic"), waiting.join().expect("nor does this"), reloads)
     });
-    let (mut answers, reloads) = (answers?, reloads?);
+    let (mut answers, waits, reloads) = (answers?, waits?, reloads?);
     answers.sort();
     let (slowest, median) = (*answers.last().context("nobody has asked")?, answers[answers.len() / 2]);
     println!(
@@ -351,6 +361,7 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
     // A processor that others want, too, makes some wait; but nobody for a reload.
     ensure!(median.0 < undisturbed + patience(AT_ONCE), "{median:?}; without reloads {undisturbed:?}");
     ensure!(slowest.0 < undisturbed + quickest / 2, "{slowest:?} beside reloads of {reloads:?}");
+    ensure!(waits.iter().max() > Some(&(quickest / 2)), "{waits:?} beside reloads of {reloads:?}");
     let reloads = &json(&agent, &["status"])?["agent"]["reloads"];
     ensure!(reloads["failed"] == 0 && reloads["succeeded"].as_u64() >= Some(4), "{reloads}");
     Ok(())
