@@ -5,10 +5,12 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm /sys/fs/cgroup
 mount -t devpts pts /dev/pts
-for directory in /dev/shm /run /tmp /mnt; do mount -t tmpfs tmp "$directory"; done
+# Not /tmp: what is to be run may lie there.
+for directory in /dev/shm /run; do mount -t tmpfs tmp "$directory"; done
+mkdir /run/output
 mount -t cgroup2 cgroup /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
-mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 output /mnt
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000 output /run/output
 # An emulated processor is slow.
 export PATH='@PATH@' HOME=/root BRIDGE_PATIENCE=15
 release=$(uname -r)
@@ -23,10 +25,10 @@ echo "Linux $release"
 cd '@WORKSPACE@' || busybox poweroff -f
 while IFS='	' read -r name seconds command; do
     before=$(cut -d' ' -f1 /proc/uptime)
-    timeout "$seconds" sh -c "$command" > "/mnt/$name.out" 2> "/mnt/$name.err" < /dev/null
+    timeout "$seconds" sh -c "$command" > "/run/output/$name.out" 2> "/run/output/$name.err" < /dev/null
     status=$?
-    echo "$status" > "/mnt/$name.status"
+    echo "$status" > "/run/output/$name.status"
     echo "$name: exit code $status, from $before s to $(cut -d' ' -f1 /proc/uptime) s"
-done < /mnt/jobs
+done < /run/output/jobs
 busybox sync
 busybox poweroff -f
