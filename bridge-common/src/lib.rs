@@ -12,6 +12,7 @@ pub mod counters;
 pub mod event;
 pub mod fast_path;
 pub mod flow;
+pub mod flow_cache;
 pub mod interface;
 pub mod policy;
 pub mod pool;

@@ -10,7 +10,7 @@ use aya::{
     programs::SchedClassifier,
 };
 use bridge_agent::{
-    datapath::{Behaviour, Datapath, Hook, Mechanism, Options, Pins, now, object},
+    datapath::{Behaviour, CacheSize, Datapath, Hook, Mechanism, Options, Pins, now, object},
     model::Policy,
     policy,
 };
@@ -19,6 +19,7 @@ use bridge_common::{
     counters::{Counters, Reason},
     event::Event,
     flow::{ClientKey, Flow, FlowKey, state},
+    flow_cache,
     interface::{Interface, role},
     policy::direction,
 };
@@ -122,6 +123,8 @@ impl Node {
         for name in &names {
             loader.map_pin_path(name, pins.map(name));
         }
+        let cache = CacheSize::of_machine()?;
+        cache.apply(&mut loader);
         let mut programs = loader.load(object::ENFORCE).context("loading the programs a second time")?;
         for hook in Hook::ALL {
             program(&mut programs, hook)?.load()?;
@@ -159,10 +162,34 @@ impl Node {
     /// # Errors
     /// The kernel refused to delete an entry.
     pub fn forget_flows(&mut self) -> Result<()> {
+        self.empty_tables()?;
+        (0..flow_cache::STAMPS).try_for_each(|index| self.stamp(index))
+    }
+
+    /// As [`Node::forget_flows`], without a word to the flow cache.
+    ///
+    /// # Errors
+    /// The kernel refused to delete an entry.
+    pub fn empty_tables(&mut self) -> Result<()> {
         for table in ["flows", "half_open"] {
             clear::<FlowKey, Flow>(open(&self.pins, table)?)?;
         }
         clear::<ClientKey, u64>(open(&self.pins, "node_port_peers")?)
+    }
+
+    /// Gives all flows one stamp, so that those of the flow cache differ in nothing but themselves.
+    ///
+    /// # Errors
+    /// The kernel refused to write one.
+    pub fn level_stamps(&self) -> Result<()> {
+        let mut stamps: Array<_, u32> = open(&self.pins, "flow_stamps")?;
+        Ok((0..flow_cache::STAMPS).try_for_each(|index| stamps.set(index, 7, 0))?)
+    }
+
+    /// Tells the flow cache that something was made of the flows with this stamp.
+    fn stamp(&self, index: u32) -> Result<()> {
+        let mut stamps: Array<_, u32> = open(&self.pins, "flow_stamps")?;
+        Ok(stamps.set(index, stamps.get(&index, 0)?.wrapping_add(1), 0)?)
     }
 
     /// Runs the program of `hook` on a frame.
@@ -239,6 +266,9 @@ impl Node {
         let by = u64::try_from(by.as_nanos()).expect("less than 500 years");
         let last_seen = now().checked_sub(by).expect("the machine has been up for that long");
         map.insert(key, Flow { last_seen, ..flow }, 0).expect("room for an entry that is there");
+        if let Some(index) = flow_cache::stamp_of(key) {
+            self.stamp(index).expect("a stamp");
+        }
         true
     }
 

@@ -8,7 +8,7 @@ use std::{
 
 use aya::{Ebpf, EbpfLoader, maps::MapData, programs::SchedClassifier};
 use aya_obj::{Object, generated::bpf_map_type};
-use bridge_common::control::SLOTS;
+use bridge_common::{control::SLOTS, flow_cache};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -64,11 +64,42 @@ pub struct Datapath {
 /// Whether a map holds nothing between two packets, and is laid out as it suits its programs: such are not pinned.
 fn is_private(name: &str) -> bool {
     // Constants of the programs, which have a section as name; the debug log.
-    name.starts_with('.') || matches!(name, "scratch" | "AYA_LOGS")
+    name.starts_with('.') || matches!(name, "scratch" | FLOW_CACHE | "AYA_LOGS")
 }
+
+/// The map of the flow cache, which is as large as it suits the machine.
+const FLOW_CACHE: &str = "flow_cache";
 
 /// Maps whose size the configuration sets.
 const SIZED: [&str; 2] = ["flows", "half_open"];
+
+/// How large the flow cache is.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheSize {
+    entries: u32,
+    sets: u32,
+}
+
+impl CacheSize {
+    /// As it suits the CPUs of this machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Path`]: they cannot be counted.
+    pub fn of_machine() -> Result<Self> {
+        let cpus =
+            aya::util::nr_cpus().map_err(|(path, error)| Error::path("counting the CPUs in", path)(error))?;
+        let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+        let sets = flow_cache::sets(cpus);
+        Ok(Self { entries: sets.saturating_mul(cpus), sets })
+    }
+
+    /// Tells the loader of the programs.
+    pub fn apply<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        loader.map_max_entries(FLOW_CACHE, self.entries);
+        loader.override_global("FLOW_CACHE_SETS", &self.sets, true);
+    }
+}
 
 impl Datapath {
     /// Loads the programs and makes the maps, or takes over those that are pinned. What enforces goes on enforcing.
@@ -110,6 +141,8 @@ impl Datapath {
         for (name, entries) in &sizes {
             loader.map_max_entries(name, *entries);
         }
+        let cache = CacheSize::of_machine()?;
+        cache.apply(&mut loader);
         // With the level known at load time, the verifier takes the calls of the log out of the programs.
         let level = if options.debug { aya_log::Level::Debug as u8 } else { 0 };
         loader.override_global(aya_log::LEVEL, &level, true);

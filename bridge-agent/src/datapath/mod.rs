@@ -33,7 +33,7 @@ pub use fast_path::{FastPath, OutcomeCount};
 pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, protocol_name};
 pub use hook::{Hook, Role};
 pub(crate) use kept::Kept;
-pub use load::{Datapath, Mechanism, Options};
+pub use load::{CacheSize, Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};
 pub use pins::{DEFAULT_ROOT, Lock, Pins};
 pub(crate) use sys::without_signals;

@@ -11,16 +11,17 @@ use aya_ebpf::{
 };
 use bridge_common::{
     fast_path::{Control, LEASE_TICKS, Lease, Outcome, Path, ability, means, protocols, ticks, towards},
-    flow::{Flow, flag, state},
+    flow::Flow,
     policy::direction,
 };
 
 use crate::{
-    NEXT,
+    NEXT, cache,
     maps::{FAST_PATH, INTERFACES, OUTCOMES, Scratch, scratch},
     mark,
-    packet::{Packet, protocol, tcp},
+    packet::{Headers, Packet, protocol, tcp},
     paths::{held, place},
+    track,
 };
 
 const ETHERNET: u32 = 14;
@@ -40,16 +41,16 @@ pub(crate) fn control(now: u64) -> Option<&'static Control> {
 /// Why a packet of a flow cannot take the fast path, whatever its way.
 #[inline(always)]
 fn obstacle(control: &Control, flow: &Flow, packet: &Packet) -> Option<Outcome> {
-    let (allowed, settled) = match packet.protocol {
-        protocol::TCP => (protocols::TCP, state::ESTABLISHED),
-        protocol::UDP => (protocols::UDP, state::UDP_REPLIED),
+    let allowed = match packet.protocol {
+        protocol::TCP => protocols::TCP,
+        protocol::UDP => protocols::UDP,
         _ => return Some(Outcome::protocol),
     };
     if control.protocols & allowed == 0 {
         return Some(Outcome::off);
     }
     let turning = packet.protocol == protocol::TCP && packet.detail & (tcp::SYN | tcp::FIN | tcp::RST) != 0;
-    if flow.state != settled || turning || flow.flags & flag::AUDIT != 0 {
+    if turning || !track::is_settled(flow, packet.protocol) {
         return Some(Outcome::state);
     }
     if packet.plain == 0 {
@@ -64,45 +65,62 @@ fn obstacle(control: &Control, flow: &Flow, packet: &Packet) -> Option<Outcome> 
 /// A subprogram, as `judge::judge_unknown`: what it has on its stack is not there for others.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *const Flow, from_lan: u32, now: u64) -> i32 {
+pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u32, now: u64) -> i32 {
     // SAFETY: a valid element, or null as far as the verifier knows.
-    let Some(flow) = (unsafe { flow.as_ref() }) else { return NEXT };
+    let Some(flow) = (unsafe { flow.as_mut() }) else { return NEXT };
     let Some(Scratch { packet, .. }) = scratch() else { return NEXT };
+    let sent = leased(packet, flow, from_lan != 0, now).and_then(|(lease, path)| {
+        cache::remember(flow, Some(&lease), now);
+        let l4_header = if packet.protocol == protocol::TCP { packet.tcp_header } else { 8 };
+        let headers = Headers { head: packet.head, version: packet.version, length: packet.l4 + l4_header };
+        send(skb, &headers, &path, flow.direction)
+    });
+    conclude(skb, flow.direction, sent)
+}
+
+/// Sends a packet of a flow of this direction by a path that it holds. What to return from the program.
+#[inline(always)]
+pub(crate) fn forward_by(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> i32 {
+    conclude(skb, direction, send(skb, headers, path, direction))
+}
+
+/// Counts what became of a packet.
+#[inline(always)]
+fn conclude(skb: *mut __sk_buff, direction: u8, sent: Result<i32, Outcome>) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let length = unsafe { (*skb).len };
-    let (action, outcome) = match try_forward(skb, packet, flow, from_lan != 0, now) {
+    let (action, outcome) = match sent {
         Ok(action) => (action, Outcome::forwarded),
         Err(outcome) => {
             // Else there is a way to be learnt from it.
             if !matches!(outcome, Outcome::unseen | Outcome::expired) {
-                mark::put_on(skb, flow.direction);
+                mark::put_on(skb, direction);
             }
             (NEXT, outcome)
         }
     };
-    count(flow.direction, outcome, length);
+    count(direction, outcome, length);
     action
 }
 
+/// The way of a packet of a flow, and the lease of it.
 #[inline(always)]
-fn try_forward(
-    skb: *mut __sk_buff,
-    packet: &Packet,
-    flow: &Flow,
-    from_lan: bool,
-    now: u64,
-) -> Result<i32, Outcome> {
+fn leased(packet: &Packet, flow: &Flow, from_lan: bool, now: u64) -> Result<(Lease, Path), Outcome> {
     let Some(control) = control(now) else { return Err(Outcome::off) };
     if let Some(obstacle) = obstacle(control, flow, packet) {
         return Err(obstacle);
     }
     let way = if from_lan { towards::POD } else { towards::LAN };
-    let lease = &flow.leases[way];
+    let lease = flow.leases[way];
     if !lease.holds(ticks(now), control.epoch) {
         let both = lease.is_known() && flow.leases[1 - way].is_known();
         return Err(if both { Outcome::expired } else { Outcome::unseen });
     }
-    let Some(path) = held(lease, control.epoch) else { return Err(Outcome::expired) };
+    held(lease.path, control.epoch).map(|path| (lease, path)).ok_or(Outcome::expired)
+}
+
+#[inline(always)]
+fn send(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> Result<i32, Outcome> {
     // SAFETY: the context is valid while the program runs.
     let (ifindex, to, tagged) = unsafe { ((*skb).ifindex, (*skb).pkt_type, (*skb).vlan_present) };
     if tagged != 0 {
@@ -111,11 +129,14 @@ fn try_forward(
     if path.input != ifindex || to != PACKET_HOST {
         return Err(Outcome::interface);
     }
-    if segment_length(skb, packet) > u32::from(path.mtu) {
+    if segment_length(skb, headers) > u32::from(path.mtu) {
         return Err(Outcome::mtu);
     }
-    let written =
-        if packet.version == 4 { rewrite_v4(skb, packet, &path) } else { rewrite_v6(skb, packet, &path) };
+    let written = if headers.version == 4 {
+        rewrite_v4(skb, headers.head, path)
+    } else {
+        rewrite_v6(skb, headers.head, path)
+    };
     if !written {
         return Err(Outcome::ttl);
     }
@@ -124,7 +145,7 @@ fn try_forward(
         if path.means == means::PEER {
             bpf_redirect_peer(path.output, 0) as i32
         } else {
-            mark::put_on(skb, flow.direction);
+            mark::put_on(skb, direction);
             bpf_redirect(path.output, 0) as i32
         }
     })
@@ -132,20 +153,15 @@ fn try_forward(
 
 /// The longest packet that comes of this one on the wire, from the IP header on.
 #[inline(always)]
-fn segment_length(skb: *mut __sk_buff, packet: &Packet) -> u32 {
+fn segment_length(skb: *mut __sk_buff, headers: &Headers) -> u32 {
     // SAFETY: the context is valid while the program runs.
     let (length, gso_size) = unsafe { ((*skb).len, (*skb).gso_size) };
-    if gso_size == 0 {
-        return length - ETHERNET;
-    }
-    let header = if packet.protocol == protocol::TCP { packet.tcp_header } else { 8 };
-    packet.l4 + header + gso_size
+    if gso_size == 0 { length - ETHERNET } else { headers.length + gso_size }
 }
 
 /// Writes the Ethernet header, and takes one off the time to live. `false`: nothing is left of that.
 #[inline(always)]
-fn rewrite_v4(skb: *mut __sk_buff, packet: &Packet, path: &Path) -> bool {
-    let [first, second, third] = packet.head;
+fn rewrite_v4(skb: *mut __sk_buff, [first, second, third]: [u32; 3], path: &Path) -> bool {
     let [time_to_live, protocol, high, low] = third.to_ne_bytes();
     if time_to_live <= 1 {
         return false;
@@ -175,8 +191,8 @@ fn rewrite_v4(skb: *mut __sk_buff, packet: &Packet, path: &Path) -> bool {
 
 /// As [`rewrite_v4`].
 #[inline(always)]
-fn rewrite_v6(skb: *mut __sk_buff, packet: &Packet, path: &Path) -> bool {
-    let [.., hop_limit] = packet.head[1].to_ne_bytes();
+fn rewrite_v6(skb: *mut __sk_buff, [_, second, _]: [u32; 3], path: &Path) -> bool {
+    let [.., hop_limit] = second.to_ne_bytes();
     if hop_limit <= 1 {
         return false;
     }

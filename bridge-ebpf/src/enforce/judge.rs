@@ -15,7 +15,7 @@ use bridge_common::{
 };
 
 use crate::{
-    NEXT, fast_path,
+    NEXT, cache, fast_path,
     maps::{CONTROL, FLOWS, HALF_OPEN, SETTINGS, Scratch, scratch},
     mark,
     packet::{self, Kind, Packet, protocol},
@@ -36,19 +36,21 @@ pub(crate) enum Hook {
 }
 
 /// The policy in force.
-struct Active {
+pub(crate) struct Active {
     slot: u32,
-    settings: &'static Settings,
-    now: u64,
+    pub(crate) settings: &'static Settings,
+    pub(crate) now: u64,
 }
 
-#[inline(always)]
-fn active() -> Option<Active> {
-    // SAFETY: no precondition.
-    let now = unsafe { bpf_ktime_get_coarse_ns() };
-    let slot = CONTROL.get(0)?.slot_at(now);
-    let settings = SETTINGS.get(slot)?;
-    if settings.generation == 0 { None } else { Some(Active { slot, settings, now }) }
+impl Active {
+    #[inline(always)]
+    pub(crate) fn get() -> Option<Self> {
+        // SAFETY: no precondition.
+        let now = unsafe { bpf_ktime_get_coarse_ns() };
+        let slot = CONTROL.get(0)?.slot_at(now);
+        let settings = SETTINGS.get(slot)?;
+        if settings.generation == 0 { None } else { Some(Self { slot, settings, now }) }
+    }
 }
 
 /// Judges a packet that came in by an interface.
@@ -57,10 +59,14 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
     let Some(scratch) = scratch() else { return NEXT };
     let packet = &mut scratch.packet;
     mark::take_off(skb);
+    let action = cache::serve(skb, hook as u32);
+    if action != cache::MISS {
+        return action;
+    }
     if !packet::parse(skb, packet) {
         return NEXT;
     }
-    let Some(active) = active() else {
+    let Some(active) = Active::get() else {
         debug!(&TcContext::new(skb), "no policy in force: packet passes");
         return NEXT;
     };
@@ -88,6 +94,7 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
             return match fast_path::control(active.now) {
                 Some(_) => fast_path::forward(skb, flow, from_lan.into(), active.now),
                 None => {
+                    cache::remember(flow, None, active.now);
                     mark::put_on(skb, flow.direction);
                     NEXT
                 }
@@ -318,7 +325,7 @@ pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
     if !packet::parse(skb, packet) || !follows_flow(packet) {
         return;
     }
-    let Some(active) = active() else { return };
+    let Some(active) = Active::get() else { return };
     if observe(skb, &active, packet, true) {
         return;
     }
@@ -340,13 +347,10 @@ pub(crate) fn observe_to_lan(skb: *mut __sk_buff) {
     if !packet::parse(skb, packet) || !follows_flow(packet) {
         return;
     }
-    let Some(active) = active() else { return };
-    let [first, last] = active.settings.node_ports;
-    let port = u16::from_be_bytes(packet.source_port);
-    let node_port = last != 0 && first <= port && port <= last;
+    let Some(active) = Active::get() else { return };
     // SAFETY: the context is valid while the program runs.
     let forwarded = unsafe { (*skb).ingress_ifindex } != 0;
-    if node_port {
+    if scope::is_node_port(active.settings, packet, packet.source_port) {
         observe(skb, &active, packet, false);
     } else if forwarded && let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
         // Only its way matters: it was judged already, and a denied packet's answer, which looks like one of the flow,

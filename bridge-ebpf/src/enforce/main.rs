@@ -21,6 +21,7 @@
     reason = "header lengths, directions and results of helpers are small, whatever the type of the register"
 )]
 
+mod cache;
 mod fast_path;
 mod judge;
 mod maps;

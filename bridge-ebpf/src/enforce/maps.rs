@@ -10,11 +10,16 @@ use bridge_common::{
     event::{Event, EventBudget},
     fast_path,
     flow::{ClientKey, Flow, FlowKey},
+    flow_cache::{MOST_SETS, STAMPS},
     interface::Interface,
     policy::{AddressInfo, Narrow, Page, PairKey, PairSets, RuleHits, RuleInfo, RuleSet, direction},
 };
 
-use crate::{packet::Packet, scope::Scope};
+use crate::{
+    cache::{Place, Set},
+    packet::Packet,
+    scope::Scope,
+};
 
 const SLOT_COUNT: usize = SLOTS as usize;
 const MMAPABLE: usize = 1 << 10; // BPF_F_MMAPABLE
@@ -67,6 +72,15 @@ pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new
 #[btf_map(name = "node_port_peers")]
 pub(crate) static NODE_PORT_PEERS: LruHashMap<ClientKey, u64, 65_536> = LruHashMap::new();
 
+/// What each CPU has lately let through; sets of the first CPU before those of the next. The loader sets the size.
+///
+/// To be mapped into nobody's memory, but so its sets begin with a cache line.
+#[btf_map(name = "flow_cache")]
+pub(crate) static FLOW_CACHE: Array<Set, { MOST_SETS as usize }, MMAPABLE> = Array::new();
+/// See `bridge_common::flow_cache`.
+#[btf_map(name = "flow_stamps")]
+pub(crate) static FLOW_STAMPS: Array<u32, { STAMPS as usize }> = Array::new();
+
 /// Packets judged, by direction.
 #[btf_map(name = "counters")]
 pub(crate) static COUNTERS: PerCpuArray<Counters, { direction::COUNT }> = PerCpuArray::new();
@@ -108,6 +122,8 @@ pub(crate) struct Scratch {
     pub(crate) scope: Scope,
     /// A flow that is about to be entered.
     pub(crate) flow: Flow,
+    /// Where the packet's flow would be in the cache.
+    pub(crate) place: Place,
 }
 
 /// What this CPU works on.

@@ -5,6 +5,8 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes_relative};
 use bridge_common::{address::Address, counters::Reason, flow::FlowKey};
 
+use crate::maps::INTERFACES;
+
 /// Offsets count from the network header, so that devices with and without a link layer header read alike.
 const BPF_HDR_START_NET: u32 = 1;
 
@@ -225,6 +227,19 @@ pub(crate) fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     }
 }
 
+/// Whether a packet that begins with this byte begins with an Ethernet header. On a device that has none, the IP header
+/// is there.
+#[inline(always)]
+fn is_ethernet(skb: *mut __sk_buff, first: u8) -> bool {
+    if !matches!(first >> 4, 4 | 6) {
+        return true;
+    }
+    // SAFETY: the context is valid while the program runs.
+    let ifindex = unsafe { (*skb).ifindex };
+    // SAFETY: only copied.
+    unsafe { INTERFACES.get(&ifindex) }.is_some_and(|interface| interface.link_header == ETHERNET as u32)
+}
+
 /// Reads a packet of the kind that nearly all are of, where it lies: nothing but TCP or UDP in IP in Ethernet, with all
 /// headers in one piece. 0: it is of another kind, and to be read by those who know them all.
 #[unsafe(no_mangle)]
@@ -245,9 +260,8 @@ fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool
     if start + ETHERNET + 20 + UDP_HEADER > end {
         return false;
     }
-    // A device without link layer header has the IP header here. Whose addresses begin like one is read the other way.
     // SAFETY: as above.
-    if matches!(unsafe { *(start as *const u8) } >> 4, 4 | 6) {
+    if !is_ethernet(skb, unsafe { *(start as *const u8) }) {
         return false;
     }
     // SAFETY: as above. To the kernel, words of a header are aligned where it lets programs read them
@@ -313,6 +327,84 @@ fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool
         packet.set_key();
     }
     known
+}
+
+/// What the flow cache needs of a packet's headers.
+pub(crate) struct PlainV4 {
+    /// As they lie in the header, as all that is not a length.
+    pub(crate) source: u32,
+    pub(crate) destination: u32,
+    pub(crate) ports: u32,
+    pub(crate) protocol: u8,
+    pub(crate) headers: Headers,
+}
+
+impl PlainV4 {
+    /// Source and destination port, as they lie there.
+    #[inline(always)]
+    pub(crate) fn ports(&self) -> [u16; 2] {
+        Word(self.ports).ports().map(u16::from_ne_bytes)
+    }
+}
+
+/// Reads a packet of IPv4 of the kind that [`parse_plain`] reads, if it is one that changes nothing in an established flow:
+/// UDP, and TCP with neither SYN, FIN nor RST. `None`: another one.
+#[inline(always)]
+pub(crate) fn established_v4(skb: *mut __sk_buff) -> Option<PlainV4> {
+    // SAFETY: as in `read_plain`.
+    let (start, end) = unsafe { ((*skb).data as usize, (*skb).data_end as usize) };
+    let words = |offset: usize| (start + offset) as *const Word;
+    // SAFETY: as in `read_plain`.
+    let word = |offset: usize| unsafe { *words(ETHERNET + offset) };
+    // SAFETY: as in `read_plain`.
+    let ether_type = u16::from_be(unsafe { (*skb).protocol } as u16);
+    if ether_type != ETH_P_IP || start + ETHERNET + 20 + UDP_HEADER > end {
+        return None;
+    }
+    // SAFETY: as in `read_plain`.
+    if !is_ethernet(skb, unsafe { *(start as *const u8) }) {
+        return None;
+    }
+    let (first, second, third) = (word(0), word(4), word(8));
+    let [version, ..] = first.bytes();
+    let [_, total] = first.halves();
+    if version != 0x45 || second.number() & 0x3fff != 0 || total < 20 {
+        return None;
+    }
+    let available = u32::from(total) - 20;
+    let [_, protocol, ..] = third.bytes();
+    let l4_header = match protocol {
+        protocol::TCP if start + ETHERNET + 20 + TCP_HEADER <= end => {
+            let [offset, flags, ..] = word(20 + 12).bytes();
+            // What else is valid opens or ends a connection.
+            if flags & tcp::DECISIVE & !tcp::URG != tcp::ACK || offset < 0x50 {
+                return None;
+            }
+            u32::from(offset >> 4) * 4
+        }
+        protocol::UDP => UDP_HEADER as u32,
+        _ => return None,
+    };
+    if available < l4_header {
+        return None;
+    }
+    Some(PlainV4 {
+        source: word(12).0,
+        destination: word(16).0,
+        ports: word(20).0,
+        protocol,
+        headers: Headers { head: [first.0, second.0, third.0], version: 4, length: 20 + l4_header },
+    })
+}
+
+/// What the fast path needs of a packet's headers.
+pub(crate) struct Headers {
+    /// See [`Packet::head`].
+    pub(crate) head: [u32; 3],
+    /// 4 or 6.
+    pub(crate) version: u8,
+    /// From the IP header to the payload, in bytes.
+    pub(crate) length: u32,
 }
 
 /// Reads the packet that an ICMP error quotes: as much of it as the error must hold (RFC 792: 8 bytes of layer 4).

@@ -3,17 +3,17 @@
 
 use core::arch::asm;
 
-use bridge_common::fast_path::{LEASE_TICKS, Lease, PATH_SLACK_TICKS, PATHS as COUNT, Path, WRITING};
+use bridge_common::fast_path::{LEASE_TICKS, PATH_SLACK_TICKS, PATHS as COUNT, Path, WRITING};
 
 use crate::maps::PATHS;
 
 /// How many places a way may have.
 const PROBES: u32 = 4;
 
-/// The path of a lease that holds in `epoch`.
+/// The path of this index, whose lease holds, in `epoch`.
 #[inline(always)]
-pub(crate) fn held(lease: &Lease, epoch: u32) -> Option<Path> {
-    let path = PATHS.get_ptr(u32::from(lease.path))?;
+pub(crate) fn held(index: u16, epoch: u32) -> Option<Path> {
+    let path = PATHS.get_ptr(u32::from(index))?;
     // In this order: the place may go to another way, in another epoch, while this packet is on its way.
     // SAFETY: a valid element; what racing CPUs make of it is seen by its epoch.
     let (path, after) = unsafe { (path.read_volatile(), (&raw const (*path).epoch).read_volatile()) };

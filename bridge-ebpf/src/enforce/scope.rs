@@ -58,7 +58,7 @@ pub(crate) fn find(
         true
     } else {
         scope.direction = u32::from(direction::NODE_PORT);
-        from_lan && destination.side == side::LOCAL && is_node_port(settings, packet)
+        from_lan && destination.side == side::LOCAL && is_node_port(settings, packet, packet.destination_port)
     }
 }
 
@@ -69,20 +69,20 @@ pub(crate) fn is_judged(slot: u32, settings: &Settings, packet: &Packet) -> bool
     let Some(source) = lookup(slot, &packet.source, packet.version) else { return false };
     match (source.side, destination.side) {
         (side::POD, side::EXTERNAL) | (side::EXTERNAL, side::POD) => true,
-        (side::EXTERNAL, side::LOCAL) => is_node_port(settings, packet),
+        (side::EXTERNAL, side::LOCAL) => is_node_port(settings, packet, packet.destination_port),
         _ => false,
     }
 }
 
-/// Whether the destination port of the packet is in the NodePort range.
+/// Whether a port of the packet, in network byte order, is in the NodePort range.
 #[inline(always)]
-fn is_node_port(settings: &Settings, packet: &Packet) -> bool {
+pub(crate) fn is_node_port(settings: &Settings, packet: &Packet, port: [u8; 2]) -> bool {
     // Where no layer 4 header was found there is no port. Such a packet goes nowhere without the fragment that has it.
     let has_port = packet.kind != Kind::LaterFragment
         && packet.problem as u8 != Reason::fragment_overlap as u8
         && packet.problem as u8 != Reason::malformed_ip as u8;
     let [first, last] = settings.node_ports;
-    let port = u16::from_be_bytes(packet.destination_port);
+    let port = u16::from_be_bytes(port);
     has_port
         && last != 0
         && first <= port

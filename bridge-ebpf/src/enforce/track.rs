@@ -9,6 +9,7 @@ use bridge_common::{
 };
 
 use crate::{
+    cache,
     maps::{FLOWS, HALF_OPEN, NODE_PORT_PEERS, Scratch, scratch},
     packet::{Kind, Packet, protocol, tcp},
 };
@@ -44,6 +45,18 @@ pub(crate) fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
 #[inline(always)]
 pub(crate) fn is_usable(flow: &Flow, settings: &Settings, now: u64) -> bool {
     (flow.flags & flag::AUDIT == 0 || settings.audit != 0) && !is_expired(flow, settings, now)
+}
+
+/// Whether packets of this flow that neither open nor end it change nothing in it: TCP that is established, UDP that was
+/// replied to, and not by audit mode alone.
+#[inline(always)]
+pub(crate) fn is_settled(flow: &Flow, protocol: u8) -> bool {
+    let settled = match protocol {
+        protocol::TCP => state::ESTABLISHED,
+        protocol::UDP => state::UDP_REPLIED,
+        _ => return false,
+    };
+    flow.state == settled && flow.flags & flag::AUDIT == 0
 }
 
 /// How long a flow of this state may be silent; in nanoseconds.
@@ -91,12 +104,14 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
     if packet.detail & tcp::RST != 0 {
         if flow.state != state::RESET {
             flow.state = state::RESET;
+            cache::forget(&packet.key);
         }
     } else if packet.detail & tcp::FIN != 0 {
         let fin = if from_initiator { flag::FIN_INITIATOR } else { flag::FIN_RESPONDER };
         if flow.flags & fin == 0 || flow.state == state::RESET {
             flow.flags |= fin;
             flow.state = by_fins(flow.flags);
+            cache::forget(&packet.key);
         }
     } else if flow.state == state::RESET {
         // Whoever was meant did not take the RST: it was forged or out of window (RFC 5961, 3.2).
@@ -150,7 +165,7 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
             flow.set_responder_isn(packet.sequence);
             flow.last_seen = now;
             // What the ports were used for before is over.
-            let _ = FLOWS.remove(&packet.key);
+            remove(&packet.key);
         }
         // Anything else answers a SYN with what an older connection would have said; the initiator will reset it.
         return Seen::Pass;
@@ -177,8 +192,16 @@ fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
     if FLOWS.insert(key, promoted, 0).is_err() {
         return Seen::Deny(Reason::table_full);
     }
+    cache::forget(key);
     let _ = HALF_OPEN.remove(key);
     Seen::Pass
+}
+
+/// Takes a flow from the established table.
+#[inline(always)]
+fn remove(key: &FlowKey) {
+    let _ = FLOWS.remove(key);
+    cache::forget(key);
 }
 
 #[inline(always)]
@@ -251,7 +274,7 @@ pub(crate) fn open(
             // SAFETY: a valid element, only read.
             && FLOWS.get_ptr(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
         if !goes_on {
-            let _ = FLOWS.remove(&packet.key);
+            remove(&packet.key);
         }
     }
     if admission.direction == direction::NODE_PORT {

@@ -92,11 +92,11 @@ pub(super) fn gathered(which: &str, samples: &[Sample], time: Duration) -> Vec<F
             ok: memory[1] <= memory[0] + SLACK_KIB,
             figures: memory.map(|kib| format!("{kib:.0}")),
         },
-        Finding::same(
-            &format!("descriptors of the agent on the {which}"),
-            first.descriptors,
-            last.descriptors,
-        ),
+        Finding {
+            what: format!("descriptors of the agent on the {which}"),
+            ok: last.descriptors <= first.descriptors,
+            figures: [first, last].map(|sample| sample.descriptors.to_string()),
+        },
     ]
 }
 

@@ -3,7 +3,7 @@
 use bridge_common::{counters::Reason, flow::state};
 use bridge_tests::packet::{Icmp, Packet, Tcp};
 
-use crate::world::{Connection, ExternalIngress, InternalIngress, OPEN, families, key, node};
+use crate::world::{Connection, ExternalEgress, ExternalIngress, InternalIngress, OPEN, families, key, node};
 
 #[test]
 fn a_query_is_judged_and_its_replies_pass() {
@@ -150,5 +150,20 @@ fn types_that_are_neither_query_reply_nor_error_are_denied() {
             _ => Reason::icmp_type,
         };
         assert_eq!(judged.counted.map(|(_, reason)| reason), Some(expected), "ICMPv6 type {kind}");
+    }
+}
+
+#[test]
+fn an_identifier_is_no_node_port() {
+    let mut node = node();
+    for f in families() {
+        // On its way out to the LAN, the reply has an identifier that would be a NodePort.
+        let request = Packet::new(f.lan, f.pod).icmp(&Icmp::EchoRequest(30_080, 1));
+        let reply = Packet::new(f.pod, f.lan).icmp(&Icmp::EchoReply(30_080, 1));
+        node.passes(ExternalIngress, &request, Reason::new_flow);
+        node.ignores(ExternalEgress, &reply);
+        let number = if f.lan.is_ipv4() { 1 } else { 58 };
+        let flow = node.flow(&key(&request, number, 30_080, 30_080)).map(|(table, flow)| (table, flow.state));
+        assert_eq!(flow, Some(("half_open", state::ICMP_UNREPLIED)));
     }
 }

@@ -1,6 +1,7 @@
 //! The packet path, packet by packet.
 
 mod audit;
+mod flow_cache;
 mod fragments;
 mod icmp;
 mod node_ports;

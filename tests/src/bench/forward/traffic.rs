@@ -43,8 +43,8 @@ pub(super) const MANY: u32 = 10_000;
 const LEAST_SHARE: f64 = 0.2;
 /// How often to try for that.
 const ATTEMPTS: usize = 4;
-/// Until caches are warm, and queues full.
-const WARM_UP: Duration = Duration::from_millis(15);
+/// Until caches are warm, and queues full: of 10,000 flows, a few packets of each.
+const WARM_UP: Duration = Duration::from_millis(50);
 /// Between two looks at a count.
 const GLANCE: Duration = Duration::from_micros(500);
 /// A socket that waits so long waits for ever.
