@@ -2,13 +2,13 @@
 //! for them in a table whose lines it does not have at hand.
 //!
 //! An entry of the cache is a copy of a verdict. It is good for [`LIFETIME_TICKS`], in the policy in which it was made, and
-//! as long as nothing was made of the flow in the flow table: whoever takes a flow from there, or writes another state to
-//! it, adds one to the flow's stamp afterwards ([`stamp_of`]), and an entry bears the stamp that was read before the
-//! flow was looked up. IPv4 alone.
+//! as long as the flow is settled in the flow table: whoever takes it from there, or sees it begin to end, adds one to its
+//! stamp afterwards ([`stamp_of`]), and an entry bears the stamp that was read before the flow was looked up. IPv4 alone.
 
 use crate::{address::Address, fast_path::ticks, flow::FlowKey};
 
-/// How many stamps there are: flows share them, which costs those an entry whose neighbour has changed. A power of two.
+/// How many stamps there are, 64-bit numbers: flows share them, and lose their entries when another one ends. A power of
+/// two.
 pub const STAMPS: u32 = 4096;
 
 /// How long an entry is good for, in [`ticks`]: half a second.

@@ -182,13 +182,13 @@ impl Node {
     /// # Errors
     /// The kernel refused to write one.
     pub fn level_stamps(&self) -> Result<()> {
-        let mut stamps: Array<_, u32> = open(&self.pins, "flow_stamps")?;
+        let mut stamps: Array<_, u64> = open(&self.pins, "flow_stamps")?;
         Ok((0..flow_cache::STAMPS).try_for_each(|index| stamps.set(index, 7, 0))?)
     }
 
     /// Tells the flow cache that something was made of the flows with this stamp.
     fn stamp(&self, index: u32) -> Result<()> {
-        let mut stamps: Array<_, u32> = open(&self.pins, "flow_stamps")?;
+        let mut stamps: Array<_, u64> = open(&self.pins, "flow_stamps")?;
         Ok(stamps.set(index, stamps.get(&index, 0)?.wrapping_add(1), 0)?)
     }
 

@@ -7,6 +7,7 @@ use bridge_common::{
     control::{SLOTS, Settings},
     fast_path::{Control, Lease, Outcome, protocols, ticks},
     flow::{END_LOW, Flow, FlowKey, flag, state},
+    flow_cache::stamp_of,
     policy::{RuleInfo, direction},
 };
 use ipnet::IpNet;
@@ -186,6 +187,7 @@ impl Maps {
             .map_err(Error::map(name))?;
             for key in doomed {
                 deleted += u64::from(sys::delete(sys::fd(map), &key).map_err(Error::map(name))?);
+                self.forget_cached(&key);
             }
         }
         Ok(deleted)
@@ -228,6 +230,7 @@ impl Maps {
                     let known = sys::lookup(sys::fd(&self.flows), key).map_err(Error::map("flows"))?;
                     if known.is_some_and(|known: Flow| known.flags & !flow.flags & flag::AUDIT != 0) {
                         sys::update(sys::fd(&self.flows), key, flow, 0).map_err(Error::map("flows"))?;
+                        self.forget_cached(key);
                         seeded += 1;
                     }
                 }
@@ -235,6 +238,13 @@ impl Maps {
             }
         }
         Ok(seeded)
+    }
+
+    /// To be called after something was made of a flow in the tables; see [`bridge_common::flow_cache`].
+    fn forget_cached(&self, key: &FlowKey) {
+        if let Some(index) = stamp_of(key) {
+            self.flow_stamps.add_one(index);
+        }
     }
 
     fn flow_tables(&self) -> [(&'static str, &MapData); 2] {

@@ -8,6 +8,7 @@ use bridge_common::{
     counters::Counters,
     event::EventBudget,
     fast_path::Outcomes,
+    flow_cache::STAMPS,
     interface::Interface,
     policy::{RuleHits, RuleInfo},
 };
@@ -16,7 +17,7 @@ use super::{
     error::{Error, Result},
     fast_path::FastPath,
     pins::Pins,
-    sys::{self, SharedWord},
+    sys::{self, SharedCounters, SharedWord},
 };
 
 /// The tables that a policy is made of, each of which has an inner map per slot.
@@ -73,6 +74,7 @@ pub struct Maps {
     pub(super) outer: Vec<ArrayOfMaps<MapData>>,
     pub(super) flows: MapData,
     pub(super) half_open: MapData,
+    pub(super) flow_stamps: SharedCounters,
     pub(super) fast_path: FastPath,
     pub(super) outcomes: PerCpuArray<MapData, Outcomes>,
     pub(super) counters: PerCpuArray<MapData, Counters>,
@@ -136,6 +138,8 @@ impl Maps {
             outer: Table::ALL.into_iter().map(|table| typed(pins, table.name())).collect::<Result<_>>()?,
             flows: data(pins, "flows")?,
             half_open: data(pins, "half_open")?,
+            flow_stamps: SharedCounters::new(data(pins, "flow_stamps")?.fd(), STAMPS)
+                .map_err(Error::map("flow_stamps"))?,
             fast_path: FastPath::open(&data(pins, "fast_path")?)?,
             outcomes: typed(pins, "outcomes")?,
             counters: typed(pins, "counters")?,

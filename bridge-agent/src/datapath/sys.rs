@@ -423,24 +423,22 @@ pub(super) fn grace_period() -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Eight bytes of an array map, shared with the kernel.
+/// The beginning of an array map that was made with `BPF_F_MMAPABLE`, shared with the kernel.
 #[derive(Debug)]
-pub(super) struct SharedWord {
-    mapping: ptr::NonNull<AtomicU64>,
-    index: usize,
+struct Mapping {
+    address: ptr::NonNull<c_void>,
     length: usize,
 }
 
 // SAFETY: the mapping belongs to the process, not to a thread, and is accessed atomically.
-unsafe impl Send for SharedWord {}
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl Sync for SharedWord {}
+unsafe impl Sync for Mapping {}
 
-impl SharedWord {
-    /// Maps a map that was made with `BPF_F_MMAPABLE`, for its `index`th eight bytes.
-    pub(super) fn new(map: impl AsFd, index: usize) -> io::Result<Self> {
-        let length = rustix::param::page_size();
-        assert!(index < length / size_of::<u64>(), "in the first page");
+impl Mapping {
+    /// Of whole pages, with room for `length` bytes.
+    fn new(map: impl AsFd, length: usize) -> io::Result<Self> {
+        let length = length.next_multiple_of(rustix::param::page_size());
         // SAFETY: a new mapping of a descriptor that we hold, at no address in particular.
         let address: *mut c_void = unsafe {
             libc::mmap(
@@ -455,13 +453,36 @@ impl SharedWord {
         if address == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let mapping = ptr::NonNull::new(address.cast()).ok_or_else(io::Error::last_os_error)?;
-        Ok(Self { mapping, index, length })
+        let address = ptr::NonNull::new(address).ok_or_else(io::Error::last_os_error)?;
+        Ok(Self { address, length })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: what `new` mapped, once.
+        unsafe {
+            libc::munmap(self.address.as_ptr(), self.length);
+        }
+    }
+}
+
+/// Eight bytes of an array map, shared with the kernel.
+#[derive(Debug)]
+pub(super) struct SharedWord {
+    mapping: Mapping,
+    index: usize,
+}
+
+impl SharedWord {
+    /// Maps a map that was made with `BPF_F_MMAPABLE`, for its `index`th eight bytes.
+    pub(super) fn new(map: impl AsFd, index: usize) -> io::Result<Self> {
+        Ok(Self { mapping: Mapping::new(map, (index + 1) * size_of::<AtomicU64>())?, index })
     }
 
     fn word(&self) -> &AtomicU64 {
         // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
-        unsafe { self.mapping.add(self.index).as_ref() }
+        unsafe { self.mapping.address.cast::<AtomicU64>().add(self.index).as_ref() }
     }
 
     pub(super) fn load(&self) -> u64 {
@@ -477,11 +498,23 @@ impl SharedWord {
     }
 }
 
-impl Drop for SharedWord {
-    fn drop(&mut self) {
-        // SAFETY: what `new` mapped, once.
-        unsafe {
-            libc::munmap(self.mapping.as_ptr().cast(), self.length);
-        }
+/// An array map of counters, shared with the kernel.
+#[derive(Debug)]
+pub(super) struct SharedCounters {
+    mapping: Mapping,
+    count: u32,
+}
+
+impl SharedCounters {
+    /// Maps a map of `count` 64-bit elements that was made with `BPF_F_MMAPABLE`.
+    pub(super) fn new(map: impl AsFd, count: u32) -> io::Result<Self> {
+        Ok(Self { mapping: Mapping::new(map, count as usize * size_of::<AtomicU64>())?, count })
+    }
+
+    pub(super) fn add_one(&self, index: u32) {
+        assert!(index < self.count, "there is no counter {index}");
+        // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
+        let counter = unsafe { self.mapping.address.cast::<AtomicU64>().add(index as usize).as_ref() };
+        counter.fetch_add(1, Ordering::AcqRel);
     }
 }

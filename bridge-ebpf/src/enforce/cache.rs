@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use bridge_common::{
     counters::Reason,
-    fast_path::{Lease, ticks},
+    fast_path::{Lease, Outcome, ticks},
     flow::{Flow, FlowKey},
     flow_cache::{LIFETIME_TICKS, MOST_SETS, WAYS, stamp_index, stamp_of},
 };
@@ -44,7 +44,7 @@ pub(crate) struct Entry {
     padding: u8,
     /// Of the policy.
     generation: u32,
-    /// The flow's, from before it was looked up.
+    /// The flow's, from before it was looked up; its lower half.
     stamp: u32,
     /// Until when it is good, in `ticks`.
     expires: u32,
@@ -120,7 +120,7 @@ pub(crate) extern "C" fn serve(skb: *mut __sk_buff, hook: u32) -> i32 {
         padding: 0,
         generation: active.settings.generation,
         // SAFETY: a valid element.
-        stamp: unsafe { stamp.read_volatile() },
+        stamp: unsafe { stamp.read_volatile() } as u32,
         expires: 0,
         path: NO_PATH,
         padding_after: 0,
@@ -164,6 +164,9 @@ fn pass(skb: *mut __sk_buff, entry: &Entry, headers: &Headers, active: &Active) 
         None => {
             mark::put_on(skb, entry.direction);
             NEXT
+        }
+        Some(control) if !fast_path::allows(control, entry.protocol) => {
+            fast_path::conclude(skb, entry.direction, Err(Outcome::off))
         }
         Some(_) if entry.path == NO_PATH => return MISS,
         Some(control) => match paths::held(entry.path, control.epoch) {
@@ -209,13 +212,13 @@ pub(crate) fn remember(flow: &mut Flow, lease: Option<&Lease>, now: u64) {
     }
 }
 
-/// To be called after something was made of a flow in the flow table.
+/// To be called after a flow was taken from the flow table, or is settled there no longer.
 #[inline(always)]
 pub(crate) fn forget(key: &FlowKey) {
     if let Some(index) = stamp_of(key)
         && let Some(stamp) = FLOW_STAMPS.get_ptr_mut(index)
     {
         // SAFETY: a valid element, aligned as its type; the instruction touches it alone.
-        unsafe { asm!("lock *(u32 *)({p} + 0) += {v}", p = in(reg) stamp, v = in(reg) 1u64) };
+        unsafe { asm!("lock *(u64 *)({p} + 0) += {v}", p = in(reg) stamp, v = in(reg) 1u64) };
     }
 }

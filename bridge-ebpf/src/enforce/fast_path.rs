@@ -38,15 +38,24 @@ pub(crate) fn control(now: u64) -> Option<&'static Control> {
     FAST_PATH.get(0).filter(|control| control.until > now)
 }
 
+/// Whether flows of this protocol may take it.
+#[inline(always)]
+pub(crate) fn allows(control: &Control, protocol: u8) -> bool {
+    let allowed = match protocol {
+        protocol::TCP => protocols::TCP,
+        protocol::UDP => protocols::UDP,
+        _ => 0,
+    };
+    control.protocols & allowed != 0
+}
+
 /// Why a packet of a flow cannot take the fast path, whatever its way.
 #[inline(always)]
 fn obstacle(control: &Control, flow: &Flow, packet: &Packet) -> Option<Outcome> {
-    let allowed = match packet.protocol {
-        protocol::TCP => protocols::TCP,
-        protocol::UDP => protocols::UDP,
-        _ => return Some(Outcome::protocol),
-    };
-    if control.protocols & allowed == 0 {
+    if !matches!(packet.protocol, protocol::TCP | protocol::UDP) {
+        return Some(Outcome::protocol);
+    }
+    if !allows(control, packet.protocol) {
         return Some(Outcome::off);
     }
     let turning = packet.protocol == protocol::TCP && packet.detail & (tcp::SYN | tcp::FIN | tcp::RST) != 0;
@@ -69,8 +78,11 @@ pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *mut Flow, from_lan:
     // SAFETY: a valid element, or null as far as the verifier knows.
     let Some(flow) = (unsafe { flow.as_mut() }) else { return NEXT };
     let Some(Scratch { packet, .. }) = scratch() else { return NEXT };
-    let sent = leased(packet, flow, from_lan != 0, now).and_then(|(lease, path)| {
-        cache::remember(flow, Some(&lease), now);
+    let way = leased(packet, flow, from_lan != 0, now);
+    if !matches!(way, Err(outcome) if outcome as u8 != Outcome::off as u8) {
+        cache::remember(flow, way.as_ref().ok().map(|(lease, _)| lease), now);
+    }
+    let sent = way.and_then(|(_, path)| {
         let l4_header = if packet.protocol == protocol::TCP { packet.tcp_header } else { 8 };
         let headers = Headers { head: packet.head, version: packet.version, length: packet.l4 + l4_header };
         send(skb, &headers, &path, flow.direction)
@@ -84,15 +96,15 @@ pub(crate) fn forward_by(skb: *mut __sk_buff, headers: &Headers, path: &Path, di
     conclude(skb, direction, send(skb, headers, path, direction))
 }
 
-/// Counts what became of a packet.
+/// Counts what became of a packet of a flow of this direction, and marks it if there is nothing to be learnt from it. What to
+/// return from the program.
 #[inline(always)]
-fn conclude(skb: *mut __sk_buff, direction: u8, sent: Result<i32, Outcome>) -> i32 {
+pub(crate) fn conclude(skb: *mut __sk_buff, direction: u8, sent: Result<i32, Outcome>) -> i32 {
     // SAFETY: the context is valid while the program runs.
     let length = unsafe { (*skb).len };
     let (action, outcome) = match sent {
         Ok(action) => (action, Outcome::forwarded),
         Err(outcome) => {
-            // Else there is a way to be learnt from it.
             if !matches!(outcome, Outcome::unseen | Outcome::expired) {
                 mark::put_on(skb, direction);
             }

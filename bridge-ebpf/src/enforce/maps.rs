@@ -79,7 +79,7 @@ pub(crate) static NODE_PORT_PEERS: LruHashMap<ClientKey, u64, 65_536> = LruHashM
 pub(crate) static FLOW_CACHE: Array<Set, { MOST_SETS as usize }, MMAPABLE> = Array::new();
 /// See `bridge_common::flow_cache`.
 #[btf_map(name = "flow_stamps")]
-pub(crate) static FLOW_STAMPS: Array<u32, { STAMPS as usize }> = Array::new();
+pub(crate) static FLOW_STAMPS: Array<u64, { STAMPS as usize }, MMAPABLE> = Array::new();
 
 /// Packets judged, by direction.
 #[btf_map(name = "counters")]

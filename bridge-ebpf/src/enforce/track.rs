@@ -101,21 +101,23 @@ pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool
 
 #[inline(always)]
 fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
+    let was_settled = flow.state == state::ESTABLISHED;
     if packet.detail & tcp::RST != 0 {
         if flow.state != state::RESET {
             flow.state = state::RESET;
-            cache::forget(&packet.key);
         }
     } else if packet.detail & tcp::FIN != 0 {
         let fin = if from_initiator { flag::FIN_INITIATOR } else { flag::FIN_RESPONDER };
         if flow.flags & fin == 0 || flow.state == state::RESET {
             flow.flags |= fin;
             flow.state = by_fins(flow.flags);
-            cache::forget(&packet.key);
         }
     } else if flow.state == state::RESET {
         // Whoever was meant did not take the RST: it was forged or out of window (RFC 5961, 3.2).
         flow.state = by_fins(flow.flags);
+    }
+    if was_settled && flow.state != state::ESTABLISHED {
+        cache::forget(&packet.key);
     }
 }
 
@@ -192,7 +194,6 @@ fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
     if FLOWS.insert(key, promoted, 0).is_err() {
         return Seen::Deny(Reason::table_full);
     }
-    cache::forget(key);
     let _ = HALF_OPEN.remove(key);
     Seen::Pass
 }

@@ -126,3 +126,23 @@ fn an_interface_that_appears_is_enforced_when_it_comes_up() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_flow_that_is_deleted_is_over_with_its_next_packet() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    for fast_path in ["off", "auto"] {
+        let agent = Agent::start(&lab, lab.b(), &config(&format!("fastPath: {fast_path}"), USUAL_RULES))?;
+        for family in Family::BOTH {
+            let to = lab.c1().at(family, INBOUND);
+            let _server = tcp::Server::echo(&lab.c1().netns, to)?;
+            let mut connection = open(lab.a(), to)?;
+            for _ in 0..20 {
+                connection.round_trip(SECOND)?;
+            }
+            agent.run(&["flows", "--delete"])?;
+            let answered = connection.round_trip(SECOND);
+            ensure!(answered.is_err(), "{family:?}, fast path {fast_path}: it goes on");
+        }
+    }
+    Ok(())
+}
