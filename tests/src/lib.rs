@@ -8,6 +8,7 @@ pub mod agent;
 pub mod attack;
 pub mod bench;
 pub mod container;
+pub mod cpu;
 pub mod gap;
 pub mod kubernetes;
 pub mod lab;

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use bridge_agent::datapath::{Maps, Pins};
 use bridge_common::fast_path::Outcome;
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use super::engines::{ByEbpf, ByIptables, Engine};
 use super::node::Node;
 use super::{Case, Difference, Sent};
+use crate::cpu::stay_on;
 use crate::lab::Lab;
 
 /// Packets of a policy, at least.
@@ -139,14 +139,6 @@ impl Drop for Worker {
         self.cases = None;
         let _ = self.thread.take().map(JoinHandle::join);
     }
-}
-
-fn stay_on(nth: usize) -> Result<()> {
-    let allowed = sched_getaffinity(None)?;
-    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|cpu| allowed.is_set(*cpu)).collect();
-    let mut one = CpuSet::new();
-    one.set(cpus[nth % cpus.len()]);
-    Ok(sched_setaffinity(None, &one)?)
 }
 
 impl Nodes {

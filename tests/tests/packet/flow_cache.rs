@@ -7,29 +7,22 @@ use bridge_common::{
     counters::Reason, fast_path::nanoseconds, flow::state, flow_cache::LIFETIME_TICKS, policy::direction,
 };
 use bridge_tests::{
+    cpu::stay_on,
     packet::{Packet, Tcp},
     prog::{Node, behaviour},
 };
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::world::{
     Connection, ExternalIngress, InternalIngress, OPEN, OUT, SHUT, families, node, usual_policy,
 };
 
-/// Each CPU has a cache of its own.
-fn stay_on_one_cpu() {
-    let allowed = sched_getaffinity(None).expect("CPUs to run on");
-    let mut one = CpuSet::new();
-    one.set((0..CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).expect("a CPU to run on"));
-    sched_setaffinity(None, &one).expect("to stay on one of them");
-}
-
 /// Connections of either direction that packets of both ends have gone through since they were established.
-fn spoken() -> (Node, Vec<Connection>) {
-    stay_on_one_cpu();
+fn spoken() -> (Node, [Connection; 2]) {
+    // Each CPU has a cache of its own.
+    stay_on(0).expect("a CPU");
     let mut node = node();
     let [v4, _] = families();
-    let connections = vec![Connection::inbound(v4, OPEN), Connection::outbound(v4, OUT)];
+    let connections = [Connection::inbound(v4, OPEN), Connection::outbound(v4, OUT)];
     for c in &connections {
         c.establish(&mut node);
         speak(&mut node, c);
@@ -42,6 +35,11 @@ fn speak(node: &mut Node, c: &Connection) {
     node.passes(c.server_hook, &c.server_ack(), Reason::established);
 }
 
+fn is_unknown(node: &mut Node, c: &Connection) {
+    node.denies(c.client_hook, &c.ack(), Reason::not_syn);
+    node.denies(c.server_hook, &c.server_ack(), Reason::not_syn);
+}
+
 #[test]
 fn a_cpu_knows_a_flow_without_the_table_for_half_a_second() {
     let (mut node, connections) = spoken();
@@ -51,8 +49,7 @@ fn a_cpu_knows_a_flow_without_the_table_for_half_a_second() {
     }
     thread::sleep(Duration::from_nanos(nanoseconds(LIFETIME_TICKS + 2)));
     for c in &connections {
-        node.denies(c.client_hook, &c.ack(), Reason::not_syn);
-        node.denies(c.server_hook, &c.server_ack(), Reason::not_syn);
+        is_unknown(&mut node, c);
     }
 }
 
@@ -61,8 +58,7 @@ fn a_flow_that_is_taken_from_the_table_is_forgotten_at_once() {
     let (mut node, connections) = spoken();
     node.forget_flows().expect("empty tables");
     for c in &connections {
-        node.denies(c.client_hook, &c.ack(), Reason::not_syn);
-        node.denies(c.server_hook, &c.server_ack(), Reason::not_syn);
+        is_unknown(&mut node, c);
     }
 }
 
@@ -94,8 +90,7 @@ fn the_end_of_a_connection_that_one_side_tells_reaches_the_other() {
 #[test]
 fn ports_that_are_used_again_begin_anew() {
     let (mut node, connections) = spoken();
-    let [inbound, outbound] = &connections[..] else { panic!("one of either direction") };
-    for c in [inbound, outbound] {
+    for c in &connections {
         node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::fin(s, d, 1001, 5001)), Reason::established);
         node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::fin(s, d, 5001, 1002)), Reason::established);
         node.passes(c.client_hook, &c.syn(), Reason::new_flow);
@@ -116,8 +111,7 @@ fn another_policy_is_heard_at_once() {
     node.publish(&usual_policy(), &Behaviour { timeouts, ..behaviour() }).expect("a policy");
     thread::sleep(Duration::from_millis(20));
     for c in &connections {
-        node.denies(c.client_hook, &c.ack(), Reason::not_syn);
-        node.denies(c.server_hook, &c.server_ack(), Reason::not_syn);
+        is_unknown(&mut node, c);
     }
 }
 
@@ -151,7 +145,7 @@ fn no_other_flow_is_taken_for_one_that_is_known() {
 
 #[test]
 fn what_passes_in_audit_mode_alone_is_audited_packet_by_packet() {
-    stay_on_one_cpu();
+    stay_on(0).expect("a CPU");
     let mut node = Node::new(&usual_policy(), &Behaviour { audit: true, ..behaviour() }).expect("it loads");
     let [v4, _] = families();
     let c = Connection::inbound(v4, SHUT);
@@ -168,7 +162,7 @@ fn what_passes_in_audit_mode_alone_is_audited_packet_by_packet() {
 
 #[test]
 fn datagrams_of_a_flow_that_was_replied_to_are_known() {
-    stay_on_one_cpu();
+    stay_on(0).expect("a CPU");
     let mut node = node();
     let [v4, _] = families();
     let request = Packet::new(v4.lan, v4.pod).udp(5000, OPEN, b"x");
