@@ -7,7 +7,7 @@
 //! out, packets take the normal way again, and what they meet there is learnt anew: so conntrack, the neighbour table and
 //! whatever filters beside bridge hear of every flow at least that often, and what would stop it stops it.
 
-use crate::counters::Counter;
+use crate::{counters::Counter, flow::protocol};
 
 /// Whether flows may take the fast path; kept by the agent, in a map that it shares with the kernel side.
 #[repr(C)]
@@ -21,6 +21,20 @@ pub struct Control {
     pub epoch: u32,
     /// Bits of [`protocols`].
     pub protocols: u32,
+}
+
+impl Control {
+    /// Whether flows of this IP protocol may.
+    #[must_use]
+    #[inline(always)]
+    pub const fn allows(&self, protocol: u8) -> bool {
+        let allowed = match protocol {
+            protocol::TCP => protocols::TCP,
+            protocol::UDP => protocols::UDP,
+            _ => 0,
+        };
+        self.protocols & allowed != 0
+    }
 }
 
 /// Bits of [`Control::protocols`].

@@ -122,11 +122,32 @@ impl Flow {
         self.leases[0].expires = sequence;
     }
 
+    /// Whether packets of this flow, which is of this IP protocol, that neither open nor end it change nothing in it: TCP that
+    /// is established, UDP that was replied to, and not by audit mode alone.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_settled(&self, protocol: u8) -> bool {
+        let settled = match protocol {
+            protocol::TCP => state::ESTABLISHED,
+            protocol::UDP => state::UDP_REPLIED,
+            _ => return false,
+        };
+        self.state == settled && self.flags & flag::AUDIT == 0
+    }
+
     /// How long ago it was opened, in nanoseconds, at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
     #[must_use]
     pub const fn age(&self, now: u64) -> u64 {
         nanoseconds(ticks(now).wrapping_sub(self.opened))
     }
+}
+
+/// IP protocol numbers of flows that have something of their own to them.
+pub mod protocol {
+    /// RFC 9293.
+    pub const TCP: u8 = 6;
+    /// RFC 768.
+    pub const UDP: u8 = 17;
 }
 
 /// Values of [`Flow::state`]; also the index of its timeout in [`crate::control::Settings::timeouts`].

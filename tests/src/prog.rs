@@ -163,7 +163,11 @@ impl Node {
     /// The kernel refused to delete an entry.
     pub fn forget_flows(&mut self) -> Result<()> {
         self.empty_tables()?;
-        (0..flow_cache::STAMPS).try_for_each(|index| self.stamp(index))
+        let mut stamps = self.stamps()?;
+        for index in 0..flow_cache::STAMPS {
+            stamps.set(index, stamps.get(&index, 0)?.wrapping_add(1), 0)?;
+        }
+        Ok(())
     }
 
     /// As [`Node::forget_flows`], without a word to the flow cache.
@@ -182,14 +186,12 @@ impl Node {
     /// # Errors
     /// The kernel refused to write one.
     pub fn level_stamps(&self) -> Result<()> {
-        let mut stamps: Array<_, u64> = open(&self.pins, "flow_stamps")?;
+        let mut stamps = self.stamps()?;
         Ok((0..flow_cache::STAMPS).try_for_each(|index| stamps.set(index, 7, 0))?)
     }
 
-    /// Tells the flow cache that something was made of the flows with this stamp.
-    fn stamp(&self, index: u32) -> Result<()> {
-        let mut stamps: Array<_, u64> = open(&self.pins, "flow_stamps")?;
-        Ok(stamps.set(index, stamps.get(&index, 0)?.wrapping_add(1), 0)?)
+    fn stamps(&self) -> Result<Array<MapData, u64>> {
+        open(&self.pins, "flow_stamps")
     }
 
     /// Runs the program of `hook` on a frame.
@@ -266,9 +268,7 @@ impl Node {
         let by = u64::try_from(by.as_nanos()).expect("less than 500 years");
         let last_seen = now().checked_sub(by).expect("the machine has been up for that long");
         map.insert(key, Flow { last_seen, ..flow }, 0).expect("room for an entry that is there");
-        if let Some(index) = flow_cache::stamp_of(key) {
-            self.stamp(index).expect("a stamp");
-        }
+        self.datapath.maps.forget_cached(key);
         true
     }
 

@@ -5,8 +5,8 @@ use std::{collections::HashMap, net::IpAddr};
 use aya::maps::MapData;
 use bridge_common::{
     control::{SLOTS, Settings},
-    fast_path::{Control, Lease, Outcome, protocols, ticks},
-    flow::{END_LOW, Flow, FlowKey, flag, state},
+    fast_path::{Control, Lease, Outcome, ticks},
+    flow::{END_LOW, Flow, FlowKey, flag, protocol, state},
     flow_cache::stamp_of,
     policy::{RuleInfo, direction},
 };
@@ -241,7 +241,7 @@ impl Maps {
     }
 
     /// To be called after something was made of a flow in the tables; see [`bridge_common::flow_cache`].
-    fn forget_cached(&self, key: &FlowKey) {
+    pub fn forget_cached(&self, key: &FlowKey) {
         if let Some(index) = stamp_of(key) {
             self.flow_stamps.add_one(index);
         }
@@ -286,14 +286,11 @@ fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, fast: Control, now: u64) 
 /// Why the packets of a flow do not take the fast path, as far as that can be told without them; `None`: those of one
 /// direction do, if not of both.
 fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outcome> {
-    let (allowed, settled) = match key.protocol {
-        6 => (protocols::TCP, state::ESTABLISHED),
-        17 => (protocols::UDP, state::UDP_REPLIED),
-        _ => return Some(Outcome::protocol),
-    };
-    if fast.until <= now || fast.protocols & allowed == 0 {
+    if !matches!(key.protocol, protocol::TCP | protocol::UDP) {
+        Some(Outcome::protocol)
+    } else if fast.until <= now || !fast.allows(key.protocol) {
         Some(Outcome::off)
-    } else if flow.state != settled || flow.flags & flag::AUDIT != 0 {
+    } else if !flow.is_settled(key.protocol) {
         Some(Outcome::state)
     } else if flow.leases.iter().any(|lease| lease.holds(ticks(now), fast.epoch)) {
         None
@@ -307,7 +304,7 @@ fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outc
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bridge_common::flow::END_HIGH;
+    use bridge_common::{fast_path::protocols, flow::END_HIGH};
 
     fn tcp(initiator: u8) -> FlowView {
         let mut key = FlowKey::default();

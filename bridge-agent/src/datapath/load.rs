@@ -15,7 +15,7 @@ use super::{
     error::{Error, Result, load_error, program_error},
     hook::Hook,
     kept::Kept,
-    maps::{DIGESTS, Digest, Maps, Table},
+    maps::{self, DIGESTS, Digest, Maps, Table},
     object,
     pins::{self, Lock, Pins},
     sys,
@@ -87,9 +87,7 @@ impl CacheSize {
     ///
     /// [`Error::Path`]: they cannot be counted.
     pub fn of_machine() -> Result<Self> {
-        let cpus =
-            aya::util::nr_cpus().map_err(|(path, error)| Error::path("counting the CPUs in", path)(error))?;
-        let cpus = u32::try_from(cpus).unwrap_or(u32::MAX);
+        let cpus = u32::try_from(maps::cpus()?).unwrap_or(u32::MAX);
         let sets = flow_cache::sets(cpus);
         Ok(Self { entries: sets.saturating_mul(cpus), sets })
     }

@@ -324,6 +324,15 @@ impl Maps {
     }
 }
 
+/// How many CPUs the kernel has room for: as many elements it keeps of a map by CPU.
+///
+/// # Errors
+///
+/// [`Error::Path`].
+pub(super) fn cpus() -> Result<usize> {
+    aya::util::nr_cpus().map_err(|(path, error)| Error::path("counting the CPUs in", path)(error))
+}
+
 /// Nanoseconds of `CLOCK_MONOTONIC`, as the kernel side counts them.
 #[must_use]
 pub fn now() -> u64 {

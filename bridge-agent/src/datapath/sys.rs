@@ -456,6 +456,13 @@ impl Mapping {
         let address = ptr::NonNull::new(address).ok_or_else(io::Error::last_os_error)?;
         Ok(Self { address, length })
     }
+
+    /// The `index`th eight bytes.
+    fn word(&self, index: usize) -> &AtomicU64 {
+        assert!(index < self.length / size_of::<AtomicU64>(), "word {index} is not mapped");
+        // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
+        unsafe { self.address.cast::<AtomicU64>().add(index).as_ref() }
+    }
 }
 
 impl Drop for Mapping {
@@ -481,8 +488,7 @@ impl SharedWord {
     }
 
     fn word(&self) -> &AtomicU64 {
-        // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
-        unsafe { self.mapping.address.cast::<AtomicU64>().add(self.index).as_ref() }
+        self.mapping.word(self.index)
     }
 
     pub(super) fn load(&self) -> u64 {
@@ -500,21 +506,15 @@ impl SharedWord {
 
 /// An array map of counters, shared with the kernel.
 #[derive(Debug)]
-pub(super) struct SharedCounters {
-    mapping: Mapping,
-    count: u32,
-}
+pub(super) struct SharedCounters(Mapping);
 
 impl SharedCounters {
     /// Maps a map of `count` 64-bit elements that was made with `BPF_F_MMAPABLE`.
     pub(super) fn new(map: impl AsFd, count: u32) -> io::Result<Self> {
-        Ok(Self { mapping: Mapping::new(map, count as usize * size_of::<AtomicU64>())?, count })
+        Mapping::new(map, count as usize * size_of::<AtomicU64>()).map(Self)
     }
 
     pub(super) fn add_one(&self, index: u32) {
-        assert!(index < self.count, "there is no counter {index}");
-        // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
-        let counter = unsafe { self.mapping.address.cast::<AtomicU64>().add(index as usize).as_ref() };
-        counter.fetch_add(1, Ordering::AcqRel);
+        self.0.word(index as usize).fetch_add(1, Ordering::AcqRel);
     }
 }

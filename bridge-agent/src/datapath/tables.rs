@@ -24,7 +24,7 @@ use sha2::{Digest as _, Sha256};
 use super::{
     error::{Error, Result},
     load::Datapath,
-    maps::{Digest, Maps, Table, now},
+    maps::{Digest, Maps, Table, cpus, now},
     pins, sys,
 };
 use crate::policy::Tables;
@@ -380,8 +380,7 @@ struct Carried {
 
 impl Carried {
     fn new(maps: &Maps, old: u32, rules: &[RuleInfo]) -> Result<Self> {
-        let cpus =
-            aya::util::nr_cpus().map_err(|(path, error)| Error::path("counting the CPUs in", path)(error))?;
+        let cpus = cpus()?;
         let old_rules = maps.rule_info(old)?;
         let old_hits: HashMap<[u8; 64], RuleHits> =
             old_rules.iter().map(|rule| rule.name).zip(maps.rule_hits(old)?).collect();

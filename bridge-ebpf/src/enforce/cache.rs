@@ -21,7 +21,7 @@ use crate::{
     maps::{FLOW_CACHE, FLOW_STAMPS, Scratch, scratch},
     mark,
     packet::{self, Headers},
-    paths, report, track,
+    paths, report,
 };
 
 /// How many sets each CPU has, a power of two. Set by the loader.
@@ -165,7 +165,7 @@ fn pass(skb: *mut __sk_buff, entry: &Entry, headers: &Headers, active: &Active) 
             mark::put_on(skb, entry.direction);
             NEXT
         }
-        Some(control) if !fast_path::allows(control, entry.protocol) => {
+        Some(control) if !control.allows(entry.protocol) => {
             fast_path::conclude(skb, entry.direction, Err(Outcome::off))
         }
         Some(_) if entry.path == NO_PATH => return MISS,
@@ -183,7 +183,7 @@ fn pass(skb: *mut __sk_buff, entry: &Entry, headers: &Headers, active: &Active) 
 #[inline(always)]
 pub(crate) fn remember(flow: &mut Flow, lease: Option<&Lease>, now: u64) {
     let Some(Scratch { place, packet, .. }) = scratch() else { return };
-    if place.known == 0 || !track::is_settled(flow, packet.protocol) {
+    if place.known == 0 || !flow.is_settled(packet.protocol) {
         return;
     }
     let Some(set) = FLOW_CACHE.get_ptr_mut(place.set) else { return };

@@ -10,7 +10,7 @@ use aya_ebpf::{
     },
 };
 use bridge_common::{
-    fast_path::{Control, LEASE_TICKS, Lease, Outcome, Path, ability, means, protocols, ticks, towards},
+    fast_path::{Control, LEASE_TICKS, Lease, Outcome, Path, ability, means, ticks, towards},
     flow::Flow,
     policy::direction,
 };
@@ -21,7 +21,6 @@ use crate::{
     mark,
     packet::{Headers, Packet, protocol, tcp},
     paths::{held, place},
-    track,
 };
 
 const ETHERNET: u32 = 14;
@@ -38,28 +37,17 @@ pub(crate) fn control(now: u64) -> Option<&'static Control> {
     FAST_PATH.get(0).filter(|control| control.until > now)
 }
 
-/// Whether flows of this protocol may take it.
-#[inline(always)]
-pub(crate) fn allows(control: &Control, protocol: u8) -> bool {
-    let allowed = match protocol {
-        protocol::TCP => protocols::TCP,
-        protocol::UDP => protocols::UDP,
-        _ => 0,
-    };
-    control.protocols & allowed != 0
-}
-
 /// Why a packet of a flow cannot take the fast path, whatever its way.
 #[inline(always)]
 fn obstacle(control: &Control, flow: &Flow, packet: &Packet) -> Option<Outcome> {
     if !matches!(packet.protocol, protocol::TCP | protocol::UDP) {
         return Some(Outcome::protocol);
     }
-    if !allows(control, packet.protocol) {
+    if !control.allows(packet.protocol) {
         return Some(Outcome::off);
     }
     let turning = packet.protocol == protocol::TCP && packet.detail & (tcp::SYN | tcp::FIN | tcp::RST) != 0;
-    if turning || !track::is_settled(flow, packet.protocol) {
+    if turning || !flow.is_settled(packet.protocol) {
         return Some(Outcome::state);
     }
     if packet.plain == 0 {

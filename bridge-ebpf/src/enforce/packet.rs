@@ -22,9 +22,9 @@ const ETH_P_8021AD: u16 = 0x88a8;
 
 /// IP protocol numbers.
 pub(crate) mod protocol {
+    pub(crate) use bridge_common::flow::protocol::{TCP, UDP};
+
     pub(crate) const ICMP: u8 = 1;
-    pub(crate) const TCP: u8 = 6;
-    pub(crate) const UDP: u8 = 17;
     pub(crate) const ICMPV6: u8 = 58;
     pub(crate) const SCTP: u8 = 132;
     // IPv6 extension headers.

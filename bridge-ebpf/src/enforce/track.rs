@@ -47,18 +47,6 @@ pub(crate) fn is_usable(flow: &Flow, settings: &Settings, now: u64) -> bool {
     (flow.flags & flag::AUDIT == 0 || settings.audit != 0) && !is_expired(flow, settings, now)
 }
 
-/// Whether packets of this flow that neither open nor end it change nothing in it: TCP that is established, UDP that was
-/// replied to, and not by audit mode alone.
-#[inline(always)]
-pub(crate) fn is_settled(flow: &Flow, protocol: u8) -> bool {
-    let settled = match protocol {
-        protocol::TCP => state::ESTABLISHED,
-        protocol::UDP => state::UDP_REPLIED,
-        _ => return false,
-    };
-    flow.state == settled && flow.flags & flag::AUDIT == 0
-}
-
 /// How long a flow of this state may be silent; in nanoseconds.
 ///
 /// The mask changes no state there is. Linux 6.1 forgets what a comparison has shown of a value whose copy on the stack
