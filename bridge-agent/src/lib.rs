@@ -3,6 +3,7 @@
 //! One direction of dependency: configuration and cluster become a desired state ([`model`]), a plan is made from
 //! it by pure functions, and a thin layer applies the plan to the kernel and reads back what became of it.
 
+pub mod agent;
 pub mod api;
 pub mod cli;
 pub mod config;
@@ -13,14 +14,12 @@ pub mod firewall;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod interfaces;
+pub mod iptables;
+pub mod kernel;
 pub mod kubernetes;
 pub mod log;
 pub mod model;
-pub mod netlink;
 pub mod nodeport_range;
 pub mod policy;
 pub mod pool;
-pub mod privileges;
 pub mod routes;
-pub mod runtime;
-pub mod time;

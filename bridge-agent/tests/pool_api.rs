@@ -12,11 +12,11 @@ use std::{
 };
 
 use bridge_agent::{
+    agent::{Request, Shared, Status},
     api::{self as server, Server},
     config::{self, leaf::FileMode},
     model::PortRange,
     pool::{Layout, Settings, api, backend::Backend, layout::Occupied, service::Service},
-    runtime::{Request, Shared, Status},
 };
 use openapi::documented;
 use proptest::prelude::*;

@@ -6,15 +6,7 @@
 
 #![no_std]
 
-pub mod address;
-pub mod control;
-pub mod counters;
-pub mod event;
-pub mod fast_path;
-pub mod flow;
-pub mod flow_cache;
-pub mod interface;
-pub mod policy;
+pub mod filter;
 pub mod pool;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.

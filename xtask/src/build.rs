@@ -73,7 +73,7 @@ pub(crate) fn program(release: bool, package: &str, bin: &str) -> Result<PathBuf
 /// # Errors
 /// The build fails.
 pub(crate) fn tests<'a>(package: &str, tests: &[&'a str]) -> Result<Vec<(&'a str, PathBuf)>> {
-    user_side(false, &["--package", "bridge-agent", "--bin", "bridge-agent"])?;
+    user_side(false, &["--package", "bridge-agent", "--package", "bridge-lab", "--bins"])?;
     let mut cargo = cmd::cargo();
     cargo.args(["test", "--no-run", "--message-format", "json-render-diagnostics", "--package", package]);
     cargo.args(tests.iter().flat_map(|test| ["--test", test])).current_dir(workspace::root());

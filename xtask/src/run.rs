@@ -15,7 +15,7 @@ use crate::{
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn main(lab: &[OsString], agent: &[OsString]) -> Result<()> {
     if agent.is_empty() {
-        built(false, "bridge-tests", "lab", lab)
+        built(false, "bridge-lab", "lab", lab)
     } else {
         built(false, "bridge-agent", "bridge-agent", agent)
     }
@@ -29,7 +29,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
     if arguments.iter().any(|argument| argument == "--kube") {
         setup::kube_assets::ensure()?;
     }
-    built(true, "bridge-tests", "bench", arguments)
+    built(true, "bridge-lab", "bench", arguments)
 }
 
 /// `cargo xtask attack`, `gap`, `model`, `parity`, `soak`: the program of that name, optimised unless what takes its time is
@@ -38,7 +38,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
 /// # Errors
 /// Setup or the build fails, or the program cannot be started.
 pub(crate) fn tool(name: &str, arguments: &[OsString]) -> Result<()> {
-    built(name != "parity", "bridge-tests", name, arguments)
+    built(name != "parity", "bridge-lab", name, arguments)
 }
 
 /// Builds binary `bin` of `package`, and the agent beside it, and becomes it.

@@ -15,8 +15,8 @@ use crate::{
     workspace::{self, Metadata},
 };
 
-/// The package of the tests that need root.
-const PRIVILEGED: &str = "bridge-tests";
+/// The packages whose tests need root.
+const PRIVILEGED: [&str; 2] = ["bridge-tests", "bridge-lab"];
 /// cargo-nextest's exit code where a filter leaves no test (`NextestExitCode::NO_TESTS_RUN`).
 const NO_TESTS_RUN: i32 = 4;
 
@@ -30,7 +30,8 @@ pub(crate) fn main(filter: Option<&str>) -> Result<()> {
     if filter.is_none() {
         lint::check(&mut steps, &ready, &checks);
     }
-    let unprivileged = ["--workspace", "--exclude", "bridge-ebpf", "--exclude", PRIVILEGED];
+    let mut unprivileged = vec!["--workspace", "--exclude", "bridge-ebpf"];
+    unprivileged.extend(PRIVILEGED.iter().flat_map(|package| ["--exclude", package]));
     let mut found = nextest(&mut steps, "unit tests", &checks, filter, &unprivileged, false);
     if filter.is_none() {
         steps.step("doc tests", || {
@@ -38,7 +39,7 @@ pub(crate) fn main(filter: Option<&str>) -> Result<()> {
             cmd::run(cmd::cargo().args(arguments).current_dir(workspace::root()))
         });
     }
-    let mut privileged = vec!["--package", PRIVILEGED];
+    let mut privileged: Vec<&str> = PRIVILEGED.iter().flat_map(|package| ["--package", package]).collect();
     if steps.step_or_not_run("API server of the Kubernetes tests", is_ci(), kube_assets::ensure).is_none() {
         privileged.extend(["-E", "not binary(kubernetes)"]);
     }
@@ -65,8 +66,8 @@ fn nextest(
     privileged: bool,
 ) -> bool {
     let result = steps.step(name, || {
-        // The tests start the agent itself.
-        let build = ["build", "--package", "bridge-agent", "--bin", "bridge-agent"];
+        // The tests start the agent and the tools of the lab themselves.
+        let build = ["build", "--package", "bridge-agent", "--package", "bridge-lab", "--bins"];
         if privileged {
             cmd::run(cmd::cargo().args(build).current_dir(workspace::root()))?;
         }

@@ -15,10 +15,8 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::{
+    agent::{Applied, ApplyError, LONGEST_TRIAL, MOST_PROBES, Order, Probe, Request, SHORTEST_TRIAL, Shared},
     pool::api::Problem,
-    runtime::{
-        Applied, ApplyError, LONGEST_TRIAL, MOST_PROBES, Order, Probe, Request, SHORTEST_TRIAL, Shared,
-    },
 };
 
 /// A configuration of a million rules, and some.

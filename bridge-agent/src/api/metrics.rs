@@ -15,10 +15,10 @@ use prometheus_client::{
 };
 
 use crate::{
+    agent::{RoutesStatus, Shared, Status},
     datapath::{Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
     kubernetes::KubernetesStatus,
     pool::Summary,
-    runtime::{RoutesStatus, Shared, Status},
 };
 
 pub(super) async fn serve(State(shared): State<Shared>) -> Response {
@@ -30,7 +30,7 @@ pub(super) async fn serve(State(shared): State<Shared>) -> Response {
     let mut text = String::new();
     let encoded = encode(&mut text, &registry);
     drop(registry);
-    crate::runtime::trim_memory();
+    crate::agent::trim_memory();
     match encoded {
         Ok(()) => {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)

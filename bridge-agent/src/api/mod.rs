@@ -57,10 +57,10 @@ pub(crate) use self::peer::Peer;
 use self::peer::Peers;
 use crate::pool::api::Problem;
 use crate::{
+    agent::{Request, Shared},
     config::Api,
     datapath::{self, FlowFilter, FlowView, VerdictFilter},
     pool,
-    runtime::{Request, Shared},
 };
 
 /// Why the API cannot be served.

@@ -18,8 +18,8 @@ use axum::{
 use tokio::net::{UnixListener, UnixStream, unix::UCred};
 
 use crate::{
+    agent::Shared,
     pool::{api::Problem, owner::netns_cookie, service::Client},
-    runtime::Shared,
 };
 
 /// A connection of a client; the last clone of it ends its leases.

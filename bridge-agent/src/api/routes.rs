@@ -9,7 +9,7 @@ use axum::{
 };
 
 use super::failure;
-use crate::runtime::{RouteList, Shared};
+use crate::agent::{RouteList, Shared};
 
 pub(super) fn router() -> Router<Shared> {
     Router::new().route("/v1/routes", get(routes))

@@ -10,9 +10,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Error, Global, block_on, print, print_diagnostics, print_json};
+use crate::agent::{Applied, Outcome, Probe, ProbeStatus, Status};
 use crate::api::{Apply as Body, client::Client};
 use crate::config::{self, Loaded, TimeSpan, leaf::Leaf as _};
-use crate::runtime::{Applied, Outcome, Probe, ProbeStatus, Status};
 
 /// Between two looks at a trial that confirms itself.
 const GLANCE: Duration = Duration::from_millis(100);

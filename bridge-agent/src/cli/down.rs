@@ -3,13 +3,13 @@
 use clap::Args;
 
 use super::{Error, Global, nobody_keeps_routes, print, print_json};
+use crate::agent;
 use crate::config;
 use crate::datapath;
-use crate::firewall::{Firewall as _, iptables};
 use crate::pool::kernel;
 use crate::pool::run::{self, StopError};
 use crate::routes::{carry_out, withdrawal};
-use crate::runtime;
+use crate::{firewall::Firewall as _, iptables};
 
 /// Stop enforcing: remove every program, map, rule and route of bridge.
 #[derive(Debug, Args)]
@@ -19,7 +19,7 @@ impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         nobody_keeps_routes(global)?;
-        let places = runtime::pool_places(&global.pin_root, &global.agent_socket());
+        let places = agent::pool_places(&global.pin_root, &global.agent_socket());
         // Before the rest: where nothing is enforced, only the pool tells that an agent runs.
         let pool = run::stop(&places);
         if let Err(StopError::Locked(error)) = pool {
@@ -31,7 +31,7 @@ impl Down {
         if matches!(result, Err(datapath::Error::Locked { .. })) {
             return result.map_err(Error::from);
         }
-        runtime::forget_trial(&global.config, &global.agent_socket());
+        agent::forget_trial(&global.config, &global.agent_socket());
         // Teardown goes on after an error, and tells all of them.
         let (notes, errors) = remove_iptables(global);
         let routes = remove_routes();
@@ -72,7 +72,7 @@ fn remove_routes() -> Result<usize, Error> {
 /// Removes the iptables rules. The configuration may be gone or invalid: it only tells whether saved files are touched.
 fn remove_iptables(global: &Global) -> (Vec<String>, Vec<iptables::Error>) {
     let settings = config::load(&global.config)
-        .map(|loaded| runtime::firewall_settings(&loaded.config))
+        .map(|loaded| agent::firewall_settings(&loaded.config))
         .unwrap_or_default();
     match iptables::Iptables::new(settings) {
         Ok(mut firewall) => {

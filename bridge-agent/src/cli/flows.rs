@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use bridge_common::flow::state;
+use bridge_common::filter::flow::state;
 use clap::{Args, builder::PossibleValuesParser};
 use ipnet::IpNet;
 

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::client::{self, Client};
 use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
 use crate::datapath::{self, Pins};
-use crate::{log, runtime};
+use crate::{agent, log};
 
 /// Where the configuration is unless told otherwise.
 const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
@@ -148,8 +148,8 @@ fn section(text: &str, key: &str) -> String {
 fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
     block_on(async {
         match Client::connect(&global.agent_socket()).await {
-            Ok(mut agent) => match agent.get::<runtime::Status>("/v1/status").await? {
-                runtime::Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
+            Ok(mut agent) => match agent.get::<agent::Status>("/v1/status").await? {
+                agent::Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
                 _ => Ok(()),
             },
             Err(client::Error::NotRunning { .. }) => Ok(()),
@@ -173,7 +173,7 @@ pub enum Error {
     Config(#[from] ConfigErrors),
     /// The iptables rules could not be read or removed.
     #[error(transparent)]
-    Iptables(#[from] crate::firewall::iptables::Error),
+    Iptables(#[from] crate::iptables::Error),
     /// Standard output or input failed.
     #[error("{what}: {source}")]
     Stream {
@@ -184,7 +184,7 @@ pub enum Error {
     },
     /// The agent could not start, or ended.
     #[error(transparent)]
-    Agent(#[from] runtime::Error),
+    Agent(#[from] agent::Error),
     /// The packet path is not as it should be.
     #[error(transparent)]
     Datapath(#[from] datapath::Error),
@@ -295,7 +295,7 @@ impl Error {
     fn to_json(&self) -> serde_json::Value {
         match self {
             Self::Config(ConfigErrors(Diagnostics { list, left_off }))
-            | Self::Agent(runtime::Error::Config(ConfigErrors(Diagnostics { list, left_off }))) => {
+            | Self::Agent(agent::Error::Config(ConfigErrors(Diagnostics { list, left_off }))) => {
                 serde_json::json!({ "ok": false, "diagnostics": list, "leftOff": left_off })
             }
             other => serde_json::json!({ "ok": false, "error": other.to_string(), "help": other.help() }),
@@ -304,9 +304,7 @@ impl Error {
 
     fn print(&self) -> Result<(), Error> {
         match self {
-            Self::Config(errors) | Self::Agent(runtime::Error::Config(errors)) => {
-                print_diagnostics(&errors.0)
-            }
+            Self::Config(errors) | Self::Agent(agent::Error::Config(errors)) => print_diagnostics(&errors.0),
             other => {
                 let message = other.to_string();
                 let title = Level::ERROR.primary_title(&message);

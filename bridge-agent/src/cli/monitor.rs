@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use bridge_common::event::verdict;
+use bridge_common::filter::event::verdict;
 use clap::{Args, builder::PossibleValuesParser};
 use ipnet::IpNet;
 use serde::Serialize;

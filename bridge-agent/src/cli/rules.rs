@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Error, Global, print, print_json, table};
+use crate::agent;
 use crate::config;
 use crate::datapath::{self, Maps, RuleCount};
-use crate::firewall::iptables::{Iptables, render, ruleset::Family};
 use crate::firewall::{Firewall as _, Hits};
+use crate::iptables::{Iptables, render, ruleset::Family};
 use crate::model::{Policy, Rule};
-use crate::runtime;
 
 /// List the rules in force with their hits.
 #[derive(Debug, Args)]
@@ -130,13 +130,13 @@ fn of_iptables(policy: &Policy, hits: &BTreeMap<String, Hits>) -> Vec<Row> {
 fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {
     let loaded = config::load(&global.config)?;
     let family = if ipv6 { Family::V6 } else { Family::V4 };
-    let options = runtime::firewall_settings(&loaded.config).options;
+    let options = agent::firewall_settings(&loaded.config).options;
     print(&render::restore_input(&loaded.policy(), &options, family))
 }
 
 /// What iptables counted by rule; nothing if it has no rules of bridge. The configuration only tells the back end.
 fn iptables_hits(global: &Global) -> Option<BTreeMap<String, Hits>> {
-    let settings = config::load(&global.config).map(|loaded| runtime::firewall_settings(&loaded.config));
+    let settings = config::load(&global.config).map(|loaded| agent::firewall_settings(&loaded.config));
     let firewall = Iptables::new(settings.unwrap_or_default()).ok()?;
     firewall.hits().ok().filter(|hits| !hits.is_empty())
 }

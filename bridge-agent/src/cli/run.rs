@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{Error, Global};
-use crate::runtime::{self, Options};
+use crate::agent::{self, Options};
 
 /// Bring the configuration into force and keep it so, until SIGTERM; what enforces goes on after that.
 #[derive(Debug, Args)]
@@ -17,6 +17,6 @@ impl Run {
             socket: global.socket.clone(),
             pin_root: global.pin_root.clone(),
         };
-        Ok(runtime::run(&options)?)
+        Ok(agent::run(&options)?)
     }
 }

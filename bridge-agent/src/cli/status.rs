@@ -6,14 +6,14 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{Error, Global, block_on, print, print_json};
+use crate::agent::{
+    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, Outcome, ProbeStatus,
+    Reload, RoutesStatus, Status, TrialEnd, TrialStatus,
+};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
-use crate::runtime::{
-    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, Outcome, ProbeStatus,
-    Reload, RoutesStatus, Status, TrialEnd, TrialStatus,
-};
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
 #[derive(Debug, Args)]

@@ -5,7 +5,7 @@ mod ctnetlink;
 
 use std::{collections::HashMap, net::IpAddr};
 
-use bridge_common::{
+use bridge_common::filter::{
     fast_path::ticks,
     flow::{Flow, FlowKey, flag, state},
     policy::{direction, side},
@@ -173,7 +173,7 @@ fn flow_state(connection: &Connection) -> Option<(u8, u8)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bridge_common::{flow::END_LOW, policy::AddressInfo};
+    use bridge_common::filter::{flow::END_LOW, policy::AddressInfo};
 
     const LAN: &str = "192.168.31.67";
     const NODE: &str = "192.168.31.17";

@@ -1,17 +1,17 @@
 //! Takes over the flows that another version of bridge knows: its maps are pinned beside ours, and laid out otherwise.
 
+use crate::kernel::bpf;
 use std::os::fd::AsFd as _;
 
 use aya::maps::MapData;
 use aya_obj::generated::bpf_map_info;
-use bridge_common::flow::{ClientKey, Flow, FlowKey, flag};
+use bridge_common::filter::flow::{ClientKey, Flow, FlowKey, flag};
 
 use super::{
     error::{Error, Result},
     layout::Layout,
     load::Datapath,
     pins::Pins,
-    sys,
 };
 
 const BPF_NOEXIST: u64 = 1;
@@ -25,7 +25,7 @@ struct Layouts {
 impl Layouts {
     /// `None`: the map has no type information, or none that can be understood.
     fn of(info: &bpf_map_info) -> std::io::Result<Option<Self>> {
-        let Some(btf) = sys::map_btf(info)? else { return Ok(None) };
+        let Some(btf) = bpf::map_btf(info)? else { return Ok(None) };
         let sized = |id, size: u32| Layout::of(&btf, id).filter(|layout| layout.size() == size as usize);
         let key = sized(info.btf_key_type_id, info.key_size);
         Ok(key.zip(sized(info.btf_value_type_id, info.value_size)).map(|(key, value)| Self { key, value }))
@@ -54,14 +54,14 @@ impl Datapath {
                 flow.leases = Default::default();
                 self.maps.seed_flows(&[(key, flow)])
             })?;
-            let half_open = sys::fd(&self.maps.half_open);
+            let half_open = bpf::fd(&self.maps.half_open);
             carried += carry::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
                 forget_rule(&mut flow);
                 insert("half_open", half_open, &key, &flow)
             })?;
             let peers = MapData::from_pin(self.pins.map(PEERS)).map_err(Error::aya_map(PEERS))?;
             carry::<ClientKey, u64>(&version, PEERS, |client, seen| {
-                insert(PEERS, sys::fd(&peers), &client, &seen)
+                insert(PEERS, bpf::fd(&peers), &client, &seen)
             })?;
         }
         Ok(carried)
@@ -81,7 +81,7 @@ fn insert<K: aya::Pod, V: aya::Pod>(
     key: &K,
     value: &V,
 ) -> Result<usize> {
-    match sys::update(map, key, value, BPF_NOEXIST) {
+    match bpf::update(map, key, value, BPF_NOEXIST) {
         Ok(()) => Ok(1),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(0),
         Err(error) => Err(Error::map(name)(error)),
@@ -98,8 +98,8 @@ fn carry<K: aya::Pod, V: aya::Pod>(
     if !path.exists() {
         return Ok(0);
     }
-    let map = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
-    let info = sys::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
+    let map = bpf::obj_get(&path).map_err(Error::path("opening", &path))?;
+    let info = bpf::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
     let theirs = Layouts::of(&info).map_err(Error::path("looking at", &path))?;
     let own = own_layouts(from, name)?;
     let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
@@ -110,7 +110,7 @@ fn carry<K: aya::Pod, V: aya::Pod>(
         return Ok(0);
     }
     let (mut taken, mut failure) = (0, None);
-    sys::for_each_raw(map.as_fd(), key_size, value_size, |key, value| {
+    bpf::for_each_raw(map.as_fd(), key_size, value_size, |key, value| {
         let converted = match &layouts {
             Some((theirs, own)) => {
                 own.key.convert(&theirs.key, key).zip(own.value.convert(&theirs.value, value))
@@ -130,8 +130,8 @@ fn carry<K: aya::Pod, V: aya::Pod>(
 
 fn own_layouts(pins: &Pins, name: &str) -> Result<Option<Layouts>> {
     let path = Pins::new(pins.root()).map(name);
-    let map = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
-    let info = sys::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
+    let map = bpf::obj_get(&path).map_err(Error::path("opening", &path))?;
+    let info = bpf::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
     Layouts::of(&info).map_err(Error::path("looking at", &path))
 }
 

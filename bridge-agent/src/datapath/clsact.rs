@@ -21,7 +21,7 @@ use super::{
     hook::Hook,
     pins::{self, Attached, Pins},
 };
-use crate::netlink::{Route, interface_name};
+use crate::kernel::netlink::{Route, interface_name};
 
 /// The first place in order.
 const PRIORITY: u16 = 1;

@@ -1,6 +1,6 @@
 //! What the kernel side has counted, summed over CPUs.
 
-use bridge_common::{
+use bridge_common::filter::{
     counters::{Counter, Counters, Reason},
     policy::direction,
 };

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, io, net::IpAddr, time::Duration};
 
 use aya::maps::{MapData, RingBuf};
-use bridge_common::{
+use bridge_common::filter::{
     counters::Reason,
     event::{Event, verdict},
     policy::direction,
@@ -147,7 +147,7 @@ fn view(event: &Event, maps: &Maps, names: &mut RuleNames, interfaces: &mut Hash
     let name =
         |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
     let interface = interfaces.entry(event.ifindex).or_insert_with(|| {
-        crate::netlink::interface_name(event.ifindex).unwrap_or_else(|| event.ifindex.to_string())
+        crate::kernel::netlink::interface_name(event.ifindex).unwrap_or_else(|| event.ifindex.to_string())
     });
     Verdict {
         time: wall_clock(event.time),
@@ -179,7 +179,7 @@ fn wall_clock(monotonic: u64) -> String {
     let real = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     let real = Duration::new(real.tv_sec.cast_unsigned(), u32::try_from(real.tv_nsec).unwrap_or(0));
     let ago = Duration::from_nanos(now().saturating_sub(monotonic));
-    crate::time::rfc3339(real.saturating_sub(ago))
+    crate::kernel::time::rfc3339(real.saturating_sub(ago))
 }
 
 #[cfg(test)]

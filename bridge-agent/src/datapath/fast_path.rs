@@ -1,9 +1,10 @@
 //! The fast path, as the user side sees it: whether flows may take it, by which interfaces, and what became of packets.
 
+use crate::kernel::bpf::{self, SharedWord};
 use std::time::Duration;
 
 use aya::maps::MapData;
-use bridge_common::{
+use bridge_common::filter::{
     fast_path::{Control, Outcome, Outcomes},
     policy::direction,
 };
@@ -12,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use super::{
     error::{Error, Result},
     maps::{Maps, now},
-    sys::{self, SharedWord},
 };
 
 /// Whether flows may take the fast path: a [`Control`] that is shared with the kernel.
@@ -25,7 +25,7 @@ pub struct FastPath {
 
 impl FastPath {
     pub(super) fn open(map: &MapData) -> Result<Self> {
-        let word = |index| SharedWord::new(sys::fd(map), index).map_err(Error::map("fast_path"));
+        let word = |index| SharedWord::new(bpf::fd(map), index).map_err(Error::map("fast_path"));
         Ok(Self { until: word(0)?, rest: word(1)? })
     }
 
@@ -36,7 +36,7 @@ impl FastPath {
         Control { until: self.until.load(), epoch, protocols }
     }
 
-    /// Flows of these protocols, bits of [`bridge_common::fast_path::protocols`], may take it from now on and for this
+    /// Flows of these protocols, bits of [`bridge_common::filter::fast_path::protocols`], may take it from now on and for this
     /// long, unless that is put off by another call.
     pub fn allow(&self, protocols: u32, time: Duration) {
         self.rest.update(|rest| join([split(rest)[0].max(1), protocols]));

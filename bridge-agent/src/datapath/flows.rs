@@ -1,9 +1,10 @@
 //! The flow table: which connections are known, as an operator wants to see them.
 
+use crate::kernel::bpf;
 use std::{collections::HashMap, net::IpAddr};
 
 use aya::maps::MapData;
-use bridge_common::{
+use bridge_common::filter::{
     control::{SLOTS, Settings},
     fast_path::{Control, Lease, Outcome, ticks},
     flow::{END_LOW, Flow, FlowKey, flag, protocol, state},
@@ -16,7 +17,6 @@ use serde::{Deserialize, Serialize};
 use super::{
     error::{Error, Result},
     maps::{Maps, now},
-    sys,
 };
 
 /// A flow, from the side that opened it.
@@ -155,7 +155,7 @@ impl Maps {
         let (names, settings, now) = (self.rule_names()?, self.settings_in_force()?, now());
         let fast = self.fast_path().control();
         for (name, map) in self.flow_tables() {
-            sys::for_each(sys::fd(map), |key: FlowKey, flow: Flow| {
+            bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
                 if !is_expired(&flow, &settings, now) {
                     let view = view(&key, &flow, &names, fast, now);
                     if filter.matches(&view) {
@@ -179,14 +179,14 @@ impl Maps {
         let mut deleted = 0;
         for (name, map) in self.flow_tables() {
             let mut doomed = Vec::new();
-            sys::for_each(sys::fd(map), |key: FlowKey, flow: Flow| {
+            bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
                 if filter.matches(&view(&key, &flow, &names, fast, now)) {
                     doomed.push(key);
                 }
             })
             .map_err(Error::map(name))?;
             for key in doomed {
-                deleted += u64::from(sys::delete(sys::fd(map), &key).map_err(Error::map(name))?);
+                deleted += u64::from(bpf::delete(bpf::fd(map), &key).map_err(Error::map(name))?);
                 self.forget_cached(&key);
             }
         }
@@ -202,7 +202,7 @@ impl Maps {
         let (settings, now) = (self.settings_in_force()?, now());
         let count = |name: &'static str, map: &MapData| {
             let mut count = 0;
-            sys::for_each(sys::fd(map), |_: FlowKey, flow: Flow| {
+            bpf::for_each(bpf::fd(map), |_: FlowKey, flow: Flow| {
                 count += u64::from(!is_expired(&flow, &settings, now));
             })
             .map_err(Error::map(name))?;
@@ -224,12 +224,12 @@ impl Maps {
         const BPF_NOEXIST: u64 = 1;
         let mut seeded = 0;
         for (key, flow) in flows {
-            match sys::update(sys::fd(&self.flows), key, flow, BPF_NOEXIST) {
+            match bpf::update(bpf::fd(&self.flows), key, flow, BPF_NOEXIST) {
                 Ok(()) => seeded += 1,
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                    let known = sys::lookup(sys::fd(&self.flows), key).map_err(Error::map("flows"))?;
+                    let known = bpf::lookup(bpf::fd(&self.flows), key).map_err(Error::map("flows"))?;
                     if known.is_some_and(|known: Flow| known.flags & !flow.flags & flag::AUDIT != 0) {
-                        sys::update(sys::fd(&self.flows), key, flow, 0).map_err(Error::map("flows"))?;
+                        bpf::update(bpf::fd(&self.flows), key, flow, 0).map_err(Error::map("flows"))?;
                         self.forget_cached(key);
                         seeded += 1;
                     }
@@ -240,7 +240,7 @@ impl Maps {
         Ok(seeded)
     }
 
-    /// To be called after something was made of a flow in the tables; see [`bridge_common::flow_cache`].
+    /// To be called after something was made of a flow in the tables; see [`bridge_common::filter::flow_cache`].
     pub fn forget_cached(&self, key: &FlowKey) {
         if let Some(index) = stamp_of(key) {
             self.flow_stamps.add_one(index);
@@ -304,7 +304,7 @@ fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outc
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bridge_common::{fast_path::protocols, flow::END_HIGH};
+    use bridge_common::filter::{fast_path::protocols, flow::END_HIGH};
 
     fn tcp(initiator: u8) -> FlowView {
         let mut key = FlowKey::default();

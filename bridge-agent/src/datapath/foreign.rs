@@ -3,9 +3,10 @@
 //! A packet that takes the fast path does not meet those behind bridge's own where it comes in, nor, if it goes straight
 //! to the other end of an interface, any of those where it would go out.
 
+use crate::kernel::bpf;
 use std::io;
 
-use bridge_common::{fast_path::ability, interface::Interface};
+use bridge_common::filter::{fast_path::ability, interface::Interface};
 
 use super::{
     attach::Target,
@@ -13,7 +14,6 @@ use super::{
     error::{Error, Result},
     hook::{Hook, Role},
     load::Datapath,
-    sys,
 };
 
 impl Datapath {
@@ -75,7 +75,7 @@ impl Datapath {
         let mut foreign = Foreign { behind: filters, any: filters };
         if self.tcx {
             let own = self.program_ids()?.into_iter().find(|(of, _)| *of == hook).map(|(_, id)| id);
-            let ids = sys::tcx_programs(target.index, hook.tcx()).map_err(failed)?;
+            let ids = bpf::tcx_programs(target.index, hook.tcx()).map_err(failed)?;
             let place = ids.iter().position(|id| Some(*id) == own);
             foreign.any |= ids.len() > 1;
             // Where bridge's own program is missing, everything is behind it.

@@ -2,7 +2,7 @@
 
 use aya::programs::TcAttachType;
 use aya_obj::generated::bpf_attach_type;
-use bridge_common::interface::role;
+use bridge_common::filter::interface::role;
 use serde::Serialize;
 
 /// What an interface leads to.
@@ -16,7 +16,7 @@ pub enum Role {
 }
 
 impl Role {
-    /// As the kernel side knows it: [`bridge_common::interface::role`].
+    /// As the kernel side knows it: [`bridge_common::filter::interface::role`].
     #[must_use]
     pub const fn number(self) -> u32 {
         match self {

@@ -1,6 +1,7 @@
 //! Descriptors of what is pinned. Somebody who removes pins, or unmounts the BPF file system, takes nothing away from an
 //! agent that runs: a link lives as long as there is a descriptor of it, and is pinned again.
 
+use crate::kernel::bpf;
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -9,7 +10,7 @@ use std::{
 
 use super::{
     error::{Error, Result},
-    pins, sys,
+    pins,
 };
 
 /// See the module.
@@ -35,7 +36,7 @@ impl Kept {
 
     /// Keeps what is pinned at `path` now.
     pub(crate) fn keep_pinned(&mut self, path: PathBuf) -> Result<()> {
-        let object = sys::obj_get(&path).map_err(Error::path("opening", &path))?;
+        let object = bpf::obj_get(&path).map_err(Error::path("opening", &path))?;
         self.keep(path, object);
         Ok(())
     }
@@ -76,7 +77,7 @@ impl Kept {
             drop(pins::make_directory(directory));
         }
         for (path, object) in self.objects.iter().filter(|(path, _)| !path.exists()) {
-            match sys::obj_pin(object.as_fd(), path) {
+            match bpf::obj_pin(object.as_fd(), path) {
                 Ok(()) => restored += 1,
                 Err(error) => errors.push(Error::path("pinning", path)(error)),
             }

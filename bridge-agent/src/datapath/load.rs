@@ -1,5 +1,6 @@
 //! Brings programs and maps into the kernel, or takes over those that are pinned.
 
+use crate::kernel::bpf;
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
@@ -8,7 +9,7 @@ use std::{
 
 use aya::{Ebpf, EbpfLoader, maps::MapData, programs::SchedClassifier};
 use aya_obj::{Object, generated::bpf_map_type};
-use bridge_common::{control::SLOTS, flow_cache};
+use bridge_common::filter::{control::SLOTS, flow_cache};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
@@ -18,7 +19,6 @@ use super::{
     maps::{self, DIGESTS, Digest, Maps, Table},
     object,
     pins::{self, Lock, Pins},
-    sys,
 };
 
 /// How the packet path is brought up.
@@ -149,7 +149,7 @@ impl Datapath {
         crate::fault::point("load:maps");
         for hook in Hook::ALL {
             let program = program(&mut ebpf, hook)?;
-            sys::without_signals(|| program.load()).map_err(|error| program_error(hook.name(), error))?;
+            bpf::without_signals(|| program.load()).map_err(|error| program_error(hook.name(), error))?;
         }
         if !pins.map(DIGESTS).exists() {
             let map = MapData::create(digests(), DIGESTS, None).map_err(Error::aya_map(DIGESTS))?;
@@ -247,7 +247,7 @@ pub(super) fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifie
 fn has_tcx() -> bool {
     /// `LOOPBACK_IFINDEX` (include/net/flow.h).
     const LO: u32 = 1;
-    match sys::tcx_programs(LO, Hook::ExternalIngress.tcx()) {
+    match bpf::tcx_programs(LO, Hook::ExternalIngress.tcx()) {
         Ok(_) => true,
         Err(error) => {
             tracing::info!(%error, "this kernel has no TCX: attaching by clsact");
@@ -288,12 +288,12 @@ fn check_pin(path: &Path, expected: &aya_obj::Map, configured_entries: Option<u3
     let foreign = |what, found: String, expected: String| {
         Err(Error::ForeignPin { path: path.to_owned(), what, found, expected })
     };
-    let fd = sys::obj_get(path).map_err(Error::path("opening", path))?;
-    let kind = sys::Kind::of(fd.as_fd()).map_err(Error::path("looking at", path))?;
-    if kind != sys::Kind::Map {
-        return foreign("its kind", format!("{kind:?}"), format!("{:?}", sys::Kind::Map));
+    let fd = bpf::obj_get(path).map_err(Error::path("opening", path))?;
+    let kind = bpf::Kind::of(fd.as_fd()).map_err(Error::path("looking at", path))?;
+    if kind != bpf::Kind::Map {
+        return foreign("its kind", format!("{kind:?}"), format!("{:?}", bpf::Kind::Map));
     }
-    let found = sys::map_info(fd.as_fd()).map_err(Error::path("looking at", path))?;
+    let found = bpf::map_info(fd.as_fd()).map_err(Error::path("looking at", path))?;
     let properties = [
         ("its map type", found.type_, expected.map_type()),
         ("its key size", found.key_size, expected.key_size()),
@@ -371,7 +371,7 @@ impl Templates {
             Some(features) => object
                 .fixup_and_sanitize_btf(features)
                 .map_err(|error| load_error(error.into()))?
-                .and_then(|btf| sys::btf_load(&btf.to_bytes()).ok()),
+                .and_then(|btf| bpf::btf_load(&btf.to_bytes()).ok()),
             None => None,
         };
         if btf.is_none() {

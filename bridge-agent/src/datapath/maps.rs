@@ -1,9 +1,10 @@
 //! The pinned maps, opened. This alone needs no running agent.
 
+use crate::kernel::bpf::{self, SharedCounters, SharedWord};
 use std::fmt;
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
-use bridge_common::{
+use bridge_common::filter::{
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::EventBudget,
@@ -17,7 +18,6 @@ use super::{
     error::{Error, Result},
     fast_path::FastPath,
     pins::Pins,
-    sys::{self, SharedCounters, SharedWord},
 };
 
 /// The tables that a policy is made of, each of which has an inner map per slot.
@@ -233,10 +233,10 @@ impl Maps {
         let mut fills = Vec::new();
         for name in FILLED {
             let map = data(&self.pins, name)?;
-            let info = sys::map_info(sys::fd(&map)).map_err(Error::map(name))?;
+            let info = bpf::map_info(bpf::fd(&map)).map_err(Error::map(name))?;
             let mut entries = 0;
             let (key, value) = (info.key_size as usize, info.value_size as usize);
-            sys::for_each_raw(sys::fd(&map), key, value, |_, _| entries += 1).map_err(Error::map(name))?;
+            bpf::for_each_raw(bpf::fd(&map), key, value, |_, _| entries += 1).map_err(Error::map(name))?;
             fills.push(Fill { map: name, entries, capacity: info.max_entries });
         }
         Ok(fills)
@@ -314,7 +314,7 @@ impl Maps {
             return Ok(Vec::new());
         }
         let map = MapData::from_pin(path).map_err(Error::aya_map(table.name()))?;
-        let entries = sys::lookup_all::<u32, V>(sys::fd(&map)).map_err(Error::map(table.name()))?;
+        let entries = bpf::lookup_all::<u32, V>(bpf::fd(&map)).map_err(Error::map(table.name()))?;
         Ok(entries.into_iter().map(|(_, value)| value).collect())
     }
 

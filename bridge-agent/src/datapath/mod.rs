@@ -21,7 +21,6 @@ mod load;
 mod maps;
 pub mod object;
 mod pins;
-mod sys;
 mod tables;
 
 pub use attach::{Action, Change, Target};
@@ -36,5 +35,5 @@ pub(crate) use kept::Kept;
 pub use load::{CacheSize, Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};
 pub use pins::{DEFAULT_ROOT, Lock, Pins};
-pub(crate) use sys::without_signals;
+
 pub use tables::{Behaviour, Published};

@@ -176,7 +176,7 @@ impl Pins {
         for below in ["links", "filters", "qdiscs", "policy"] {
             make_directory(&self.directory.join(below))?;
         }
-        (0..bridge_common::control::SLOTS)
+        (0..bridge_common::filter::control::SLOTS)
             .try_for_each(|slot| make_directory(&self.directory.join(format!("policy/{slot}"))))
     }
 

@@ -3,6 +3,7 @@
 //! A slot is written only after a grace period since it was last in force, so no packet ever finds tables of two
 //! policies in it.
 
+use crate::kernel::bpf;
 use std::{
     collections::HashMap,
     io,
@@ -13,7 +14,7 @@ use aya::{
     Pod,
     maps::{MapData, lpm_trie::Key},
 };
-use bridge_common::{
+use bridge_common::filter::{
     address::Address,
     control::{Control, SLOTS, Settings},
     policy::{RuleHits, RuleInfo},
@@ -25,15 +26,15 @@ use super::{
     error::{Error, Result},
     load::Datapath,
     maps::{Digest, Maps, Table, cpus, now},
-    pins, sys,
+    pins,
 };
 use crate::policy::Tables;
 
 /// What holds beside the rules; goes into [`Settings`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Behaviour {
-    /// Nanoseconds by [`bridge_common::flow::state`].
-    pub timeouts: [u64; bridge_common::flow::state::COUNT],
+    /// Nanoseconds by [`bridge_common::filter::flow::state`].
+    pub timeouts: [u64; bridge_common::filter::flow::state::COUNT],
     /// Denied packets pass, and are counted and reported as they would have been.
     pub audit: bool,
     /// Denied packets are answered.
@@ -296,7 +297,7 @@ impl Datapath {
             aya::maps::MapError::CreateError { io_error, .. } => failed(io_error),
             error => failed(io::Error::other(error)),
         })?;
-        sys::update_batch(sys::fd(&map), keys, values).map_err(failed)?;
+        bpf::update_batch(bpf::fd(&map), keys, values).map_err(failed)?;
         Ok(map)
     }
 
@@ -336,7 +337,7 @@ impl Datapath {
             let path = self.pins.table(slot, table.name());
             pins::remove(&path)?;
             inner.pin(&path).map_err(|error| Error::map(table.name())(io::Error::other(error)))?;
-            let kept = sys::fd(inner).try_clone_to_owned().map_err(Error::map(table.name()))?;
+            let kept = bpf::fd(inner).try_clone_to_owned().map_err(Error::map(table.name()))?;
             self.kept.keep(path, kept);
         }
         self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"))?;
@@ -391,7 +392,7 @@ impl Carried {
     /// Writes the row behind those of the CPUs.
     fn write(&self, map: &MapData) -> io::Result<()> {
         let row: Vec<u32> = indices((self.cpus + 1) * self.hits.len()).split_off(self.cpus * self.hits.len());
-        sys::update_batch(sys::fd(map), &row, &self.hits)
+        bpf::update_batch(bpf::fd(map), &row, &self.hits)
     }
 }
 
@@ -411,7 +412,7 @@ fn indices(count: usize) -> Vec<u32> {
 
 /// Waits until no packet reads any slot but `active`.
 fn quiesce(maps: &Maps, active: u32) -> Result<()> {
-    if sys::grace_period().is_ok() {
+    if bpf::grace_period().is_ok() {
         return Ok(());
     }
     // Where membarrier is not to be had: writing an outer map waits too (maybe_wait_bpf_programs,
@@ -422,9 +423,9 @@ fn quiesce(maps: &Maps, active: u32) -> Result<()> {
     }
     let name = Table::RuleInfo.name();
     let inner = MapData::from_pin(path).map_err(Error::aya_map(name))?;
-    let fd = std::os::fd::AsRawFd::as_raw_fd(&sys::fd(&inner));
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&bpf::fd(&inner));
     let outer = MapData::from_pin(maps.pins().map(name)).map_err(Error::aya_map(name))?;
-    sys::update(sys::fd(&outer), &active, &fd, 0).map_err(Error::map(name))
+    bpf::update(bpf::fd(&outer), &active, &fd, 0).map_err(Error::map(name))
 }
 
 fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings {

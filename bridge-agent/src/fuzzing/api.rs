@@ -11,11 +11,11 @@ use tokio::{
 };
 
 use crate::{
+    agent::{Shared, Status},
     api::{Server, apply},
     config,
     model::PortRange,
     pool::{self, Layout, Settings, backend::Backend, layout::Occupied, service::Service},
-    runtime::{Shared, Status},
 };
 
 /// Nothing that is asked here takes long.

@@ -4,7 +4,7 @@ use annotate_snippets::Renderer;
 
 use crate::{
     config::{self, Diagnostic, Diagnostics},
-    firewall::iptables::{
+    iptables::{
         render::{Options, restore_input},
         ruleset::Family,
     },

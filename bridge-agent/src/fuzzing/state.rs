@@ -7,12 +7,12 @@ use std::{
 };
 
 use crate::{
+    agent::trial::Record,
     config::{self, Config},
-    firewall::iptables::{render, ruleset::Family, save::file},
+    iptables::{render, ruleset::Family, save::file},
     kubernetes::{plan::plan, saved::In},
     pool::{checks, ports::PortSet},
     routes::discovery::{registry::Entry, state},
-    runtime::trial::Record,
 };
 
 static NODE: LazyLock<Config> = LazyLock::new(|| {

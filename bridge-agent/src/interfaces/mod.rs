@@ -9,7 +9,7 @@ use std::{
     net::IpAddr,
 };
 
-use bridge_common::fast_path::ability;
+use bridge_common::filter::fast_path::ability;
 use ipnet::IpNet;
 
 pub use observe::{Observer, Watch};

@@ -11,7 +11,7 @@ use netlink_packet_route::{
 };
 
 use super::{Device, Link, Route, Selection, Snapshot};
-use crate::netlink;
+use crate::kernel::netlink;
 
 /// How often something that changed while it was read is read again.
 const ATTEMPTS: usize = 10;

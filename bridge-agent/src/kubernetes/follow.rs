@@ -18,8 +18,8 @@ use super::report;
 use super::saved::Saved;
 use super::status::{Applied, KubernetesStatus};
 use super::watch::{Query, follow};
+use crate::agent::Shared;
 use crate::config::{Config, Kubernetes, PodNetworks, Role};
-use crate::runtime::Shared;
 
 /// What a connection that cannot be made is called among what fails.
 const CONNECTION: &str = "connection";
@@ -165,7 +165,7 @@ impl State {
                 true => 0,
                 false => health.since.elapsed().unwrap_or_default().as_secs(),
             },
-            since: crate::runtime::at(health.since),
+            since: crate::agent::at(health.since),
             failing: failing.map(|(resource, reason)| ((*resource).to_owned(), reason.clone())).collect(),
             known: self.0.from_before || missing.clone().next().is_none(),
             waiting_for: missing.map(ToString::to_string).collect(),

@@ -12,8 +12,8 @@ use super::follow::State;
 use super::objects::NodeObject;
 use super::resources::{ACCEPTED, BridgeNode, BridgeNodeSpec, BridgeNodeStatus, BridgePolicy, PoolUse};
 use super::saved::Saved;
+use crate::agent::Shared;
 use crate::config::Kubernetes;
-use crate::runtime::Shared;
 
 /// How often it is looked whether interfaces or the use of the pool have changed.
 const LOOK: Duration = Duration::from_secs(15);
@@ -201,7 +201,7 @@ fn untold(state: &State) -> Vec<(String, serde_json::Value)> {
         };
         // When it was last different, as the conventions of the API have it.
         let before = policy.told.as_ref().filter(|told| told.accepted == accepted);
-        let since = before.map_or_else(crate::runtime::wall_clock, |told| told.since.clone());
+        let since = before.map_or_else(crate::agent::wall_clock, |told| told.since.clone());
         json!({
             "type": ACCEPTED,
             "status": if accepted { "True" } else { "False" },

@@ -14,7 +14,7 @@ use std::{
 };
 
 use super::Error;
-use crate::time;
+use crate::kernel::time;
 
 /// Reads a manifest.
 ///

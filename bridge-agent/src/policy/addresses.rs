@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::rc::Rc;
 
-use bridge_common::policy::{AddressInfo, side};
+use bridge_common::filter::policy::{AddressInfo, side};
 use ipnet::IpNet;
 
 use super::Error;

@@ -1,6 +1,6 @@
 //! From the desired state to the tables by which the kernel judges packets.
 //!
-//! Pure: nothing here touches the kernel. The tables are specified in [`bridge_common::policy`]; [`mod@reference`]
+//! Pure: nothing here touches the kernel. The tables are specified in [`bridge_common::filter::policy`]; [`mod@reference`]
 //! reads them as the kernel does. Among the rules that match the first packet of a flow a deny wins, then the
 //! lowest index; if none matches, the packet is denied.
 
@@ -17,7 +17,7 @@ mod tests;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use bridge_common::policy::{
+use bridge_common::filter::policy::{
     AddressInfo, Narrow, Page, PairKey, PairSets, RuleInfo, RuleSet, direction, reference as abi, side,
 };
 use ipnet::IpNet;
@@ -58,11 +58,11 @@ pub struct Tables {
     pub pages: Vec<Page>,
     /// By index: the rules of the policy, then [`NODE_PORTS_RULE`], if NodePorts are judged.
     pub rules: Vec<RuleInfo>,
-    /// For [`bridge_common::control::Settings::global_sets`].
+    /// For [`bridge_common::filter::control::Settings::global_sets`].
     pub global_sets: [u32; 2],
-    /// For [`bridge_common::control::Settings::node_ports`].
+    /// For [`bridge_common::filter::control::Settings::node_ports`].
     pub node_ports: [u16; 2],
-    /// For [`bridge_common::control::Settings::node_port_root`].
+    /// For [`bridge_common::filter::control::Settings::node_port_root`].
     pub node_port_root: u32,
     /// Length of `rules`.
     pub rule_count: u32,

@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use bridge_common::policy::{PairKey, PairSets};
+use bridge_common::filter::policy::{PairKey, PairSets};
 
 use super::addresses::Side;
 use super::ports::{Exhausted, Ports};

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
-use bridge_common::policy::{protocol, reference};
+use bridge_common::filter::policy::{protocol, reference};
 
 use super::envelope::Envelope;
 use super::intern::Interner;

@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::policy::{AddressInfo, PairKey, direction, protocol, reference, side};
+use bridge_common::filter::policy::{AddressInfo, PairKey, direction, protocol, reference, side};
 use ipnet::IpNet;
 
 use super::Tables;
@@ -16,7 +16,7 @@ pub struct Packet {
     pub source: IpAddr,
     /// Where it goes.
     pub destination: IpAddr,
-    /// One of [`bridge_common::policy::protocol`].
+    /// One of [`bridge_common::filter::policy::protocol`].
     pub protocol: usize,
     /// Host byte order; 0 where the protocol has no ports.
     pub source_port: u16,
@@ -24,7 +24,7 @@ pub struct Packet {
     pub destination_port: u16,
 }
 
-/// Which direction's rules judge `packet`, by the tables: one of [`bridge_common::policy::direction`].
+/// Which direction's rules judge `packet`, by the tables: one of [`bridge_common::filter::policy::direction`].
 /// `None`: it is out of scope and passes.
 #[must_use]
 pub fn scope_tables(tables: &Tables, packet: &Packet) -> Option<u8> {

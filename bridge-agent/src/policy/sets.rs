@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use bridge_common::policy::{NARROW_WIDTH, Narrow, Page, RuleSet, reference};
+use bridge_common::filter::policy::{NARROW_WIDTH, Narrow, Page, RuleSet, reference};
 
 use super::intern::Interner;
 use super::ports::{BY_SOURCE, Cell, Interval, Ports, leaf};

@@ -21,7 +21,7 @@ use super::{
     kernel::KernelPoolError,
     pins,
 };
-use crate::datapath::without_signals;
+use crate::kernel::bpf::without_signals;
 
 /// The programs of the object, in the order in which they are attached: what releases comes before what claims, so that
 /// no claim goes unseen.

@@ -225,7 +225,7 @@ pub struct RouteEvent {
 impl RouteEvent {
     pub(super) fn now(kind: EventKind, text: String) -> Self {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { time: crate::time::rfc3339(time), kind, text }
+        Self { time: crate::kernel::time::rfc3339(time), kind, text }
     }
 }
 

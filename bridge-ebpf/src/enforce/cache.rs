@@ -1,5 +1,5 @@
 //! The flow cache: packets of flows that this CPU has lately let through, judged by one line of memory. See
-//! `bridge_common::flow_cache`.
+//! `bridge_common::filter::flow_cache`.
 
 use core::arch::asm;
 
@@ -8,7 +8,7 @@ use aya_ebpf::{
     bindings::__sk_buff,
     helpers::{bpf_get_smp_processor_id, generated::bpf_get_prandom_u32},
 };
-use bridge_common::{
+use bridge_common::filter::{
     counters::Reason,
     fast_path::{Lease, Outcome, ticks},
     flow::{Flow, FlowKey},

@@ -1,7 +1,7 @@
 //! The fast path: packets of established flows, from interface to interface past the network stack.
 //!
 //! [`learn`] sees where the stack brings the packets of a flow, [`forward`] does the same without it. See
-//! `bridge_common::fast_path`.
+//! `bridge_common::filter::fast_path`.
 
 use aya_ebpf::{
     bindings::__sk_buff,
@@ -9,7 +9,7 @@ use aya_ebpf::{
         bpf_fib_lookup, bpf_redirect, bpf_redirect_peer, bpf_skb_load_bytes, bpf_skb_store_bytes,
     },
 };
-use bridge_common::{
+use bridge_common::filter::{
     fast_path::{Control, LEASE_TICKS, Lease, Outcome, Path, ability, means, ticks, towards},
     flow::Flow,
     policy::direction,

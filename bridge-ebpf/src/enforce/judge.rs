@@ -6,7 +6,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::debug;
-use bridge_common::{
+use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     event::verdict,

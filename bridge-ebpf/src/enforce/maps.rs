@@ -4,7 +4,7 @@ use aya_ebpf::{
     btf_maps::{Array, ArrayOfMaps, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
-use bridge_common::{
+use bridge_common::filter::{
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::{Event, EventBudget},
@@ -77,7 +77,7 @@ pub(crate) static NODE_PORT_PEERS: LruHashMap<ClientKey, u64, 65_536> = LruHashM
 /// To be mapped into nobody's memory, but so its sets begin with a cache line.
 #[btf_map(name = "flow_cache")]
 pub(crate) static FLOW_CACHE: Array<Set, { MOST_SETS as usize }, MMAPABLE> = Array::new();
-/// See `bridge_common::flow_cache`.
+/// See `bridge_common::filter::flow_cache`.
 #[btf_map(name = "flow_stamps")]
 pub(crate) static FLOW_STAMPS: Array<u64, { STAMPS as usize }, MMAPABLE> = Array::new();
 

@@ -5,7 +5,7 @@
 //! Linux. Whatever writes there takes the mark off, and the packet is read twice.
 
 use aya_ebpf::bindings::__sk_buff;
-use bridge_common::policy::direction;
+use bridge_common::filter::policy::direction;
 
 /// In `__sk_buff::tc_index`.
 const KNOWN: u32 = 0xb21d;

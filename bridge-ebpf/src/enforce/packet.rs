@@ -3,7 +3,7 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_skb_load_bytes_relative};
-use bridge_common::{address::Address, counters::Reason, flow::FlowKey};
+use bridge_common::filter::{address::Address, counters::Reason, flow::FlowKey};
 
 use crate::maps::INTERFACES;
 
@@ -22,7 +22,7 @@ const ETH_P_8021AD: u16 = 0x88a8;
 
 /// IP protocol numbers.
 pub(crate) mod protocol {
-    pub(crate) use bridge_common::flow::protocol::{TCP, UDP};
+    pub(crate) use bridge_common::filter::flow::protocol::{TCP, UDP};
 
     pub(crate) const ICMP: u8 = 1;
     pub(crate) const ICMPV6: u8 = 58;

@@ -3,7 +3,7 @@
 
 use core::arch::asm;
 
-use bridge_common::fast_path::{LEASE_TICKS, PATH_SLACK_TICKS, PATHS as COUNT, Path, WRITING};
+use bridge_common::filter::fast_path::{LEASE_TICKS, PATH_SLACK_TICKS, PATHS as COUNT, Path, WRITING};
 
 use crate::maps::PATHS;
 

@@ -1,7 +1,7 @@
-//! Judges the first packet of a flow by the compiled policy; see `bridge_common::policy`.
+//! Judges the first packet of a flow by the compiled policy; see `bridge_common::filter::policy`.
 
 use aya_ebpf::helpers::bpf_get_smp_processor_id;
-use bridge_common::{
+use bridge_common::filter::{
     control::Settings,
     policy::{NARROW_WIDTH, Narrow, PairKey, direction, protocol, reference},
 };

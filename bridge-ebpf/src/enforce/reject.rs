@@ -7,7 +7,7 @@ use aya_ebpf::{
         bpf_skb_store_bytes,
     },
 };
-use bridge_common::counters::Reason;
+use bridge_common::filter::counters::Reason;
 
 use crate::{
     maps::{INTERFACES, Scratch, scratch},

@@ -1,7 +1,7 @@
 //! Counters and events.
 
 use aya_ebpf::bindings::__sk_buff;
-use bridge_common::{
+use bridge_common::filter::{
     counters::{Counter, Counters, Reason},
     event::Event,
 };

@@ -1,7 +1,7 @@
 //! Whether a packet is judged at all, and as what.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
-use bridge_common::{
+use bridge_common::filter::{
     address::Address,
     control::Settings,
     counters::Reason,

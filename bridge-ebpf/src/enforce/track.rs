@@ -1,6 +1,6 @@
 //! Follows flows: what a packet means to an entry of the flow tables.
 
-use bridge_common::{
+use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     fast_path::ticks,

@@ -107,8 +107,8 @@ fn row(line: &str) -> Option<(String, bool)> {
 /// # Errors
 /// It cannot be built.
 pub(super) fn all() -> Result<Vec<Job>> {
-    let scenes = build::program(false, "bridge-tests", "lab")?;
-    let gap = build::program(false, "bridge-tests", "gap")?;
+    let scenes = build::program(false, "bridge-lab", "lab")?;
+    let gap = build::program(false, "bridge-lab", "gap")?;
     let gap = format!("{} --rate 200 --kills 1 --times 1 --rules 200 --json", gap.display());
     let mut jobs = vec![
         Job::new("scenes", format!("{} --once --json", scenes.display()), LIMIT),

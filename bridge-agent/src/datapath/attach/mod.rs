@@ -5,6 +5,7 @@
 
 mod plan;
 
+use crate::kernel::bpf;
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
@@ -19,7 +20,7 @@ use aya::{
     },
     sys::SyscallError,
 };
-use bridge_common::interface::Interface;
+use bridge_common::filter::interface::Interface;
 use rustix::fs::{CWD, RenameFlags};
 
 use self::plan::{Link, Step, plan};
@@ -29,9 +30,8 @@ use super::{
     hook::{Hook, Role},
     load::{Datapath, program},
     pins::{self, Attached},
-    sys,
 };
-use crate::netlink::interface_name;
+use crate::kernel::netlink::interface_name;
 
 /// An interface that packets are judged on.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,7 +44,7 @@ pub struct Target {
     pub role: Role,
     /// Length of its link layer header in bytes.
     pub link_header: u32,
-    /// What it allows of the fast path, bits of [`bridge_common::fast_path::ability`], as long as no programs of others
+    /// What it allows of the fast path, bits of [`bridge_common::filter::fast_path::ability`], as long as no programs of others
     /// are in the way.
     pub fast_path: u32,
 }
@@ -155,7 +155,7 @@ impl Datapath {
             .within(&self.pins.links())
             .filter_map(|(path, link)| Some((pins::attached_link(path.to_owned())?, link)))
             .map(|(Attached { path, interface, hook, .. }, link)| {
-                let (program, index) = sys::tcx_link_info(link).map_err(Error::path("looking at", &path))?;
+                let (program, index) = bpf::tcx_link_info(link).map_err(Error::path("looking at", &path))?;
                 Ok(Link { path, interface, hook, index, program })
             })
             .collect()
@@ -231,11 +231,11 @@ impl Datapath {
         let program = program
             .fd()
             .map_err(|error| Error::attach(interface, hook.name(), super::error::chain(&error)))?;
-        let link = sys::tcx_attach(program.as_fd(), index, hook.tcx())
+        let link = bpf::tcx_attach(program.as_fd(), index, hook.tcx())
             .map_err(|error| Error::attach(interface, hook.name(), error))?;
         // Whoever dies before the pin is made leaves nothing attached. If it cannot be made, the interface is judged on
         // nevertheless, for as long as this process lives.
-        let pinned = sys::obj_pin(link.as_fd(), path);
+        let pinned = bpf::obj_pin(link.as_fd(), path);
         self.kept.keep(path.to_owned(), link);
         pinned.map_err(Error::path("pinning", path))
     }
@@ -327,7 +327,7 @@ fn tell_gone(interface: &str, error: &Error) {
 
 /// Detaches a pinned link, if its interface is still there, and removes the pin. `kept`: a descriptor of it, if there is one.
 pub(super) fn detach(path: &Path, kept: Option<OwnedFd>) -> Result<()> {
-    match kept.map_or_else(|| sys::obj_get(path), Ok).and_then(|link| sys::link_detach(link.as_fd())) {
+    match kept.map_or_else(|| bpf::obj_get(path), Ok).and_then(|link| bpf::link_detach(link.as_fd())) {
         // ENOLINK: nothing left to detach from; EOPNOTSUPP: removing the pin will do.
         Err(error)
             if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EOPNOTSUPP)) =>

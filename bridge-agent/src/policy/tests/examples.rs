@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::policy::{AddressInfo, direction, protocol, reference as abi, side};
+use bridge_common::filter::policy::{AddressInfo, direction, protocol, reference as abi, side};
 use ipnet::IpNet;
 
 use super::generate::net;

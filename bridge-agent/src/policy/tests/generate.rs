@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::policy::protocol;
+use bridge_common::filter::policy::protocol;
 use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::option;

@@ -7,7 +7,7 @@ mod well_formed;
 
 use std::collections::BTreeMap;
 
-use bridge_common::policy::{direction, reference as abi};
+use bridge_common::filter::policy::{direction, reference as abi};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;

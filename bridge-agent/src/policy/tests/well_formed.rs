@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use bridge_common::policy::{NARROW_WIDTH, Narrow, Page, reference as abi};
+use bridge_common::filter::policy::{NARROW_WIDTH, Narrow, Page, reference as abi};
 use ipnet::IpNet;
 
 use crate::model::Policy;

@@ -29,7 +29,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 pub(crate) use self::reply::Problem;
 use super::service::{Service, Transport, Wish};
-use crate::{api::Peer, runtime::Shared};
+use crate::{agent::Shared, api::Peer};
 
 /// Most bytes of a request's body.
 pub const MAX_BODY: usize = 16 << 10;

@@ -1,0 +1,193 @@
+//! What is told of packets that one engine let through and the other did not.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use crate::datapath::{FlowFilter, FlowView, Maps, Verdict};
+use crate::iptables::divergence::Divergence;
+use crate::iptables::walk::{self, Packet};
+use crate::iptables::watch::Guard;
+
+/// Packets that one engine let through and the other did not, since this agent has compared them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DivergenceStatus {
+    /// Denied by iptables, let through or never judged by eBPF: by what in iptables denied them. Not counted in audit
+    /// mode.
+    pub denied_by_iptables: BTreeMap<String, u64>,
+    /// Denied by eBPF, and iptables would have let them through; at the least.
+    pub denied_by_ebpf: u64,
+    /// The last of these.
+    pub last_denied_by_ebpf: Option<String>,
+    /// Denied by eBPF, and held against the rules of iptables.
+    pub compared: u64,
+    /// Denied by eBPF, and iptables could not be asked in time.
+    pub not_compared: u64,
+}
+
+impl From<Divergence> for DivergenceStatus {
+    fn from(seen: Divergence) -> Self {
+        let Divergence { denied_by_iptables, denied_by_ebpf, last, compared, not_compared } = seen;
+        let last_denied_by_ebpf = last.as_ref().map(five_tuple);
+        Self { denied_by_iptables, denied_by_ebpf, last_denied_by_ebpf, compared, not_compared }
+    }
+}
+
+/// A packet that eBPF has denied, if it was the first of its flow and the policy was the reason. (A packet that is
+/// malformed, or belongs to no flow and opens none, is not for the rules to judge.)
+pub(super) fn first_packet(verdict: &Verdict) -> Option<Packet> {
+    matches!(verdict.reason.as_str(), "no_rule" | "deny_rule").then_some(())?;
+    let icmp = matches!(verdict.protocol.as_str(), "icmp" | "icmpv6");
+    let port = |port| if icmp { 0 } else { port };
+    Some(Packet {
+        source: verdict.source,
+        source_port: port(verdict.source_port),
+        destination: verdict.destination,
+        destination_port: port(verdict.destination_port),
+        protocol: protocol_number(&verdict.protocol)?,
+        icmp_type: verdict.detail,
+        to_node: verdict.direction == "nodeport",
+    })
+}
+
+/// What opened a flow. ICMP queries that eBPF follows are echo requests but for rare ones.
+fn opener(flow: &FlowView) -> Option<Packet> {
+    let protocol = protocol_number(&flow.protocol)?;
+    let port = |port| if matches!(protocol, 1 | 58) { 0 } else { port };
+    Some(Packet {
+        source: flow.source,
+        source_port: port(flow.source_port),
+        destination: flow.destination,
+        destination_port: port(flow.destination_port),
+        protocol,
+        icmp_type: if protocol == 58 { 128 } else { 8 },
+        to_node: flow.direction == "nodeport",
+    })
+}
+
+/// As [`crate::datapath`] names them.
+fn protocol_number(name: &str) -> Option<u8> {
+    match name {
+        "icmpv6" => Some(58),
+        name => walk::protocol_number(name),
+    }
+}
+
+fn five_tuple(packet: &Packet) -> String {
+    let Packet { source, source_port, destination, destination_port, protocol, .. } = *packet;
+    let protocol = crate::datapath::protocol_name(protocol);
+    if source_port == 0 && destination_port == 0 {
+        return format!("{protocol} {source} to {destination}");
+    }
+    let at = std::net::SocketAddr::new;
+    format!("{protocol} {} to {}", at(source, source_port), at(destination, destination_port))
+}
+
+/// Tells the log, at most once in a while.
+#[derive(Debug)]
+pub(super) struct Reporter {
+    told: (u64, u64),
+    next: Instant,
+}
+
+const PAUSE: Duration = Duration::from_secs(10);
+/// How long flows are looked at to find one that iptables would not have let through.
+const SEARCH: Duration = Duration::from_millis(50);
+
+impl Default for Reporter {
+    fn default() -> Self {
+        Self { told: (0, 0), next: Instant::now() }
+    }
+}
+
+impl Reporter {
+    pub(super) fn report(&mut self, seen: &Divergence, guard: &Guard, maps: Option<&Maps>) {
+        // What connection tracking calls invalid is often no more than a late packet of a flow that has ended.
+        let others = seen.denied_by_iptables.iter().filter(|(cause, _)| *cause != "bridge:invalid");
+        let now = (others.map(|(_, packets)| packets).sum(), seen.denied_by_ebpf);
+        if now == self.told || Instant::now() < self.next {
+            return;
+        }
+        if now.0 > self.told.0 {
+            // The counters of iptables do not tell which packet it was; a flow that eBPF let through does.
+            let example = maps.and_then(|maps| denied_flow(guard, maps));
+            let example = example.as_ref().map_or_else(|| "unknown".to_owned(), five_tuple);
+            tracing::warn!(
+                packets = now.0 - self.told.0,
+                by = ?seen.denied_by_iptables,
+                example,
+                "iptables has denied packets that eBPF let through: see `bridge-agent status`, and whether eBPF is \
+                 attached to every interface that pods and LAN hosts are behind"
+            );
+        }
+        if now.1 > self.told.1 {
+            let example = seen.last.as_ref().map(five_tuple);
+            tracing::warn!(
+                packets = now.1 - self.told.1,
+                example,
+                "eBPF has denied packets that iptables would have let through: see `bridge-agent status`, and what \
+                 another program does to the chains BRIDGE-* or to the maps of bridge"
+            );
+        }
+        self.told = now;
+        self.next = Instant::now() + PAUSE;
+    }
+}
+
+/// A flow that eBPF knows and that the rules would deny.
+fn denied_flow(guard: &Guard, maps: &Maps) -> Option<Packet> {
+    let mut found = None;
+    let end = Instant::now() + SEARCH;
+    let looked = maps.for_each_flow(&FlowFilter::default(), |flow| {
+        if found.is_none() && Instant::now() < end {
+            let denied = |packet: &Packet| guard.verdict(packet) == Some(walk::Verdict::Denied);
+            found = opener(&flow).filter(denied);
+        }
+    });
+    if let Err(error) = looked {
+        tracing::debug!(%error, "flows cannot be read");
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(reason: &str, protocol: &str, direction: &str) -> Verdict {
+        Verdict {
+            time: String::new(),
+            verdict: "reject".into(),
+            reason: reason.into(),
+            direction: direction.into(),
+            protocol: protocol.into(),
+            source: [192, 168, 31, 67].into(),
+            source_port: 50_000,
+            destination: [10, 200, 1, 91].into(),
+            destination_port: 22,
+            rule: None,
+            interface: "eth0".into(),
+            length: 74,
+            detail: 8,
+            generation: 1,
+            suppressed: 0,
+        }
+    }
+
+    #[test]
+    fn only_what_the_policy_denied_is_compared() {
+        let packet = first_packet(&verdict("no_rule", "tcp", "inbound")).unwrap();
+        assert_eq!((packet.protocol, packet.destination_port, packet.to_node), (6, 22, false));
+        assert_eq!(five_tuple(&packet), "tcp 192.168.31.67:50000 to 10.200.1.91:22");
+        assert!(first_packet(&verdict("deny_rule", "udp", "nodeport")).unwrap().to_node);
+        let ping = first_packet(&verdict("no_rule", "icmp", "inbound")).unwrap();
+        assert_eq!((ping.protocol, ping.icmp_type, ping.source_port), (1, 8, 0));
+        assert_eq!(five_tuple(&ping), "icmp 192.168.31.67 to 10.200.1.91");
+        for reason in ["not_syn", "established", "malformed"] {
+            assert_eq!(first_packet(&verdict(reason, "tcp", "inbound")), None, "{reason}");
+        }
+        assert_eq!(first_packet(&verdict("no_rule", "47", "inbound")).unwrap().protocol, 47);
+    }
+}

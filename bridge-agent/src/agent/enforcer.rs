@@ -1,0 +1,652 @@
+//! Keeps the packet path as the configuration and the interfaces of the node want it.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bridge_common::filter::{
+    control::Control,
+    fast_path::{ability, protocols},
+    flow::state,
+};
+use serde::{Deserialize, Serialize};
+
+use super::fast_path::{FastPathStatus, Keeper, Tracking};
+use crate::{
+    config::{Config, FastPath, Timeouts},
+    conntrack,
+    datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
+    interfaces::{Chosen, Observer, Selection, Snapshot},
+    model::{Mode, OnDeny, Policy},
+    policy::{self, Tables, TablesStats},
+};
+
+/// Why the packet path could not be brought to what is wanted. What was in force is still in force.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// See the cause.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// The rules cannot be compiled.
+    #[error("the rules cannot be compiled: {0}")]
+    Policy(#[from] policy::Error),
+    /// The kernel did not tell about interfaces.
+    #[error("cannot read the interfaces of this host: {0}")]
+    Interfaces(#[from] io::Error),
+}
+
+/// What is in force.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Enforcement {
+    /// `enforce` or `audit`.
+    pub mode: String,
+    /// Number of the policy; grows with each.
+    pub generation: u32,
+    /// How large its tables are.
+    pub tables: Option<TablesStats>,
+    /// Microseconds from the first write of its tables until it was in force; `None` if it was in force already.
+    pub switched_in_us: Option<u64>,
+    /// `tcx` or `clsact`.
+    pub mechanism: String,
+    /// Whether enforcement was on before this agent came.
+    pub adopted: bool,
+    /// Connections taken over from conntrack at first start.
+    pub seeded: Option<usize>,
+    /// What is judged where.
+    pub interfaces: Vec<AttachedInterface>,
+    /// What may take the fast path.
+    #[serde(default)]
+    pub fast_path: FastPathStatus,
+    /// Pins that somebody had removed and that were made again.
+    #[serde(default)]
+    pub pins_restored: u64,
+    /// What the operator should know.
+    pub remarks: Vec<String>,
+}
+
+/// An interface that packets are judged on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttachedInterface {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    /// `external` or `internal`.
+    pub role: String,
+    /// What of the fast path may go by it: `in`, `out`, `peer` (straight to its other end).
+    #[serde(default)]
+    pub fast_path: Vec<String>,
+}
+
+/// What a configuration says about the packet path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Desired {
+    policy: Policy,
+    behaviour: Behaviour,
+    selection: Selection,
+    fast_path: bool,
+}
+
+impl Desired {
+    pub(super) fn new(config: &Config) -> Self {
+        let policy = config.policy();
+        let enforcement = &config.enforcement;
+        let behaviour = Behaviour {
+            timeouts: timeouts(&enforcement.timeouts),
+            audit: policy.mode == Mode::Audit,
+            reject: policy.on_deny == OnDeny::Reject,
+            events_per_second: enforcement.events.rate,
+            report_allowed: enforcement.events.allowed,
+        };
+        let selection = Selection {
+            external: enforcement.interfaces.external.clone(),
+            internal: enforcement.interfaces.internal.clone(),
+            external_networks: policy.external.clone(),
+            pod_networks: policy.pods.clone(),
+        };
+        // In audit mode nothing is to be different from what it would be without bridge.
+        let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
+        Self { policy, behaviour, selection, fast_path }
+    }
+
+    /// Whether connections may be in scope that were not with `before`.
+    fn has_other_scope(&self, before: &Self) -> bool {
+        (&self.policy.pods, &self.policy.external, &self.policy.nodes)
+            != (&before.policy.pods, &before.policy.external, &before.policy.nodes)
+            || self.policy.node_ports.as_ref().map(|ports| ports.range)
+                != before.policy.node_ports.as_ref().map(|ports| ports.range)
+    }
+}
+
+fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
+    let mut by_state = [0; state::COUNT];
+    for (state, timeout) in [
+        (state::SYN_SENT, timeouts.tcp_handshake),
+        (state::SYN_RECEIVED, timeouts.tcp_handshake),
+        (state::ESTABLISHED, timeouts.tcp_established),
+        (state::FIN_WAIT, timeouts.tcp_closing),
+        (state::CLOSING, timeouts.tcp_closing),
+        (state::RESET, timeouts.tcp_reset),
+        (state::UDP_UNREPLIED, timeouts.udp_unreplied),
+        (state::UDP_REPLIED, timeouts.udp_replied),
+        (state::ICMP_UNREPLIED, timeouts.icmp),
+        (state::ICMP_REPLIED, timeouts.icmp),
+        (state::OTHER_UNREPLIED, timeouts.other),
+        (state::OTHER_REPLIED, timeouts.other),
+    ] {
+        by_state[usize::from(state)] = u64::try_from(timeout.duration().as_nanos()).unwrap_or(u64::MAX);
+    }
+    by_state
+}
+
+/// Target of what the programs log: `--log-level enforce=debug` has them do so.
+const KERNEL_LOG: &str = "enforce";
+
+/// How long what is brought into force stays so.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Term<'a> {
+    /// For good.
+    Good,
+    /// For so long, and then what was before comes back, unless it is confirmed.
+    Trial(Duration),
+    /// For what is left of the trial that is going on; then this comes back.
+    Rest(&'a Config, Duration),
+}
+
+impl<'a> Term<'a> {
+    /// Whether it may be taken back.
+    pub(super) const fn on_trial(self) -> bool {
+        !matches!(self, Self::Good)
+    }
+
+    /// What comes back after the rest of a trial.
+    pub(super) const fn former(self) -> Option<&'a Config> {
+        match self {
+            Self::Rest(former, _) => Some(former),
+            Self::Good | Self::Trial(_) => None,
+        }
+    }
+
+    /// The same, with another configuration to come back.
+    pub(super) fn against(self, former: Option<&Config>) -> Term<'_> {
+        match (self, former) {
+            (Self::Rest(_, left), Some(former)) => Term::Rest(former, left),
+            (Self::Trial(time), _) => Term::Trial(time),
+            _ => Term::Good,
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Enforcer {
+    datapath: Datapath,
+    maps: Arc<Maps>,
+    observer: Observer,
+    desired: Desired,
+    snapshot: Snapshot,
+    seeded: Option<usize>,
+    published: Option<Published>,
+    stats: Option<TablesStats>,
+    chosen: Chosen,
+    /// While a policy is on trial: the one before it, to which the kernel may go back by itself, and until when.
+    former: Option<(Desired, Instant)>,
+    /// What each of the chosen interfaces allows, bits of [`ability`].
+    abilities: Vec<u32>,
+    keeper: Option<Keeper>,
+    fast_path: FastPathStatus,
+    pins_restored: u64,
+    /// Why pins are missing.
+    unpinned: Option<String>,
+}
+
+impl Enforcer {
+    /// Brings enforcement up, or takes it over.
+    pub(super) fn start(pins: &Pins, config: &Config, term: Term<'_>) -> Result<Self, Error> {
+        let desired = Desired::new(config);
+        let mut observer = Observer::open()?;
+        let snapshot = observer.snapshot(&desired.selection)?;
+        let tables = compile(&desired, &snapshot)?;
+        let flows = config.enforcement.flows;
+        let datapath = Datapath::load(&Options {
+            pins: pins.clone(),
+            flows: flows.established,
+            half_open: flows.half_open,
+            mechanism: Mechanism::Best,
+            debug: tracing::enabled!(target: KERNEL_LOG, tracing::Level::DEBUG),
+        })?;
+        let maps = Arc::new(Maps::open(pins)?);
+        let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
+        let (abilities, keeper, fast_path) = (Vec::new(), None, FastPathStatus::default());
+        let mut enforcer = Self {
+            datapath,
+            maps,
+            observer,
+            desired,
+            snapshot,
+            seeded,
+            published,
+            stats,
+            chosen,
+            former: None,
+            abilities,
+            keeper,
+            fast_path,
+            pins_restored: 0,
+            unpinned: None,
+        };
+        match term {
+            Term::Rest(former, left) => enforcer.former = Some((Desired::new(former), Instant::now() + left)),
+            // Nobody knows any more of a trial that there may be.
+            Term::Good | Term::Trial(_) => enforcer.datapath.fall_back(),
+        }
+        if let Err(error) = enforcer.bring_up(&tables) {
+            if !enforcer.datapath.adopted() {
+                // Nothing was there before, and nothing half done is to stay.
+                drop(enforcer);
+                if let Err(error) = datapath::undo(pins) {
+                    tracing::error!(%error, "left behind after a failed start");
+                }
+            }
+            return Err(error);
+        }
+        enforcer.keep_fast_path();
+        // Only now: reading the log takes its map from what is yet to be loaded.
+        if let Err(error) = enforcer.datapath.forward_log() {
+            tracing::warn!(%error, "what the programs log cannot be read");
+        }
+        crate::fault::point("start:enforcing");
+        match enforcer.datapath.remove_other_versions() {
+            Ok(0) => {}
+            Ok(attachments) => tracing::info!(attachments, "removed what another version of bridge had left"),
+            Err(error) => tracing::warn!(%error, "cannot remove all that another version of bridge has left"),
+        }
+        Ok(enforcer)
+    }
+
+    fn bring_up(&mut self, tables: &Tables) -> Result<(), Error> {
+        if self.datapath.is_unseeded(self.desired.behaviour.audit)? {
+            // Nothing was enforced so far. Until the connections that are there are known, nothing is denied; those
+            // that are opened meanwhile are already followed.
+            // Where another version of bridge enforces, it goes on so, and knows flows that conntrack need not know.
+            let lenient = Behaviour { audit: true, events_per_second: 0, ..self.desired.behaviour };
+            self.datapath.publish(tables, &lenient, None)?;
+            self.attach()?;
+            crate::fault::point("start:lenient");
+            self.carry_over();
+            self.seeded = self.seed(tables);
+            // What it has learnt meanwhile.
+            self.carry_over();
+        }
+        match self.publish(tables, None) {
+            // Its time is over since it was looked at; what comes of that comes next.
+            Err(Error::Datapath(datapath::Error::NoTrial)) => {}
+            result => result?,
+        }
+        self.attach()
+    }
+
+    /// Puts a policy in force; with `trial`, for so long at first.
+    fn publish(&mut self, tables: &Tables, trial: Option<Duration>) -> Result<(), Error> {
+        let behaviour = self.desired.behaviour;
+        let published = match &self.former {
+            None => self.datapath.publish(tables, &behaviour, trial)?,
+            Some((former, until)) => {
+                let before = compile(former, &self.snapshot)?;
+                let left = until.saturating_duration_since(Instant::now());
+                if self.maps.control().deadline() > 0 {
+                    self.datapath.replace_trial((tables, &behaviour), (&before, &former.behaviour))?
+                } else {
+                    // So far both were the same to the kernel, so that it had nothing to go back to; or it has been.
+                    let published = self.datapath.publish(&before, &former.behaviour, None)?;
+                    if left.is_zero() {
+                        published
+                    } else {
+                        self.datapath.publish(tables, &behaviour, Some(left))?
+                    }
+                }
+            }
+        };
+        self.stats = Some(tables.stats());
+        self.published = Some(published);
+        match published {
+            Published::Switched { generation, took } => {
+                tracing::info!(generation, rules = tables.rule_count, ?took, "policy in force");
+            }
+            Published::Unchanged { generation } => {
+                tracing::debug!(generation, "the policy is in force already");
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self) -> Result<(), Error> {
+        let mut chosen = self.desired.selection.choose(&self.snapshot);
+        let mut node_ports = self.desired.policy.node_ports.is_some();
+        if let Some((former, _)) = &self.former {
+            let also = former.selection.choose(&self.observer.snapshot(&former.selection)?).targets;
+            let of_trial: BTreeSet<u32> = chosen.targets.iter().map(|target| target.index).collect();
+            chosen.targets.extend(also.into_iter().filter(|target| !of_trial.contains(&target.index)));
+            node_ports |= former.policy.node_ports.is_some();
+        }
+        for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
+            tracing::warn!("{remark}");
+        }
+        let to_lan = node_ports || self.desired.fast_path;
+        let (changes, result) = self.datapath.attach(&chosen.targets, to_lan);
+        for Change { interface, hook, action } in changes {
+            tracing::info!(interface, hook = hook.name(), ?action, "interface");
+        }
+        self.chosen = chosen;
+        self.allow_fast_path();
+        Ok(result?)
+    }
+
+    /// Takes over the flows of another version of bridge. Without them, they would be cut, unless conntrack knows them;
+    /// that is no reason not to enforce.
+    fn carry_over(&self) {
+        match self.datapath.carry_over() {
+            Ok(0) => {}
+            Ok(flows) => tracing::info!(flows, "took over flows from another version of bridge"),
+            Err(error) => {
+                tracing::warn!(%error, "not all flows of another version of bridge could be taken over")
+            }
+        }
+    }
+
+    /// Takes over the connections that conntrack knows. Without them, they would be cut; that is no reason not to
+    /// enforce.
+    fn seed(&self, tables: &Tables) -> Option<usize> {
+        let scope = conntrack::Scope::new(tables);
+        let now = datapath::now();
+        let (mut known, mut seeded, mut failure) = (0_usize, 0, None);
+        let read = conntrack::for_each(|connection| {
+            known += 1;
+            match self.maps.seed_flows(&scope.flows(&connection, now)) {
+                Ok(count) => seeded += count,
+                Err(error) => failure = Some(error),
+            }
+        });
+        match (read, failure) {
+            (Err(error), _) if error.kind() == io::ErrorKind::Unsupported => {
+                tracing::warn!(
+                    "this kernel has no conntrack: connections that are already open must be opened anew"
+                );
+                None
+            }
+            (Err(error), _) => {
+                tracing::warn!(%error, seeded, "conntrack could not be read: open connections may be cut");
+                Some(seeded)
+            }
+            (Ok(()), Some(error)) => {
+                tracing::warn!(%error, seeded, "not all open connections could be taken over");
+                Some(seeded)
+            }
+            (Ok(()), None) if known == 0 => {
+                tracing::info!(
+                    "conntrack knows no connections here: if some are open, they must be opened anew"
+                );
+                Some(0)
+            }
+            (Ok(()), None) => {
+                tracing::info!(known, seeded, "took over open connections from conntrack");
+                Some(seeded)
+            }
+        }
+    }
+
+    /// Brings another configuration into force. After an error, the one before it is still in force.
+    pub(super) fn reload(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
+        self.restore_pins()?;
+        let desired = Desired::new(config);
+        let snapshot = self.observer.snapshot(&desired.selection)?;
+        let tables = compile(&desired, &snapshot)?;
+        let (former, trial) = match term {
+            Term::Good => (None, None),
+            Term::Trial(time) => (None, Some(time)),
+            Term::Rest(former, left) => (Some((Desired::new(former), Instant::now() + left)), None),
+        };
+        let before = std::mem::replace(&mut self.desired, desired);
+        let snapshot_before = std::mem::replace(&mut self.snapshot, snapshot);
+        let former_before = std::mem::replace(&mut self.former, former);
+        if self.desired.has_other_scope(&before) {
+            self.seed(&tables);
+        }
+        if let Err(error) = self.publish(&tables, trial) {
+            (self.desired, self.snapshot, self.former) = (before, snapshot_before, former_before);
+            return Err(error);
+        }
+        if let Some(time) = trial {
+            self.former = Some((before, Instant::now() + time));
+        }
+        self.attach_as_far_as_possible();
+        self.keep_fast_path();
+        Ok(())
+    }
+
+    /// The policy is in force, whatever becomes of single interfaces.
+    fn attach_as_far_as_possible(&mut self) {
+        if let Err(error) = self.attach() {
+            tracing::error!(%error, "not everything is attached");
+            self.chosen.remarks.push(error.to_string());
+        }
+    }
+
+    /// Looks at the interfaces and follows what has changed.
+    pub(super) fn interfaces_changed(&mut self) -> Result<(), Error> {
+        // What is new is attached nevertheless.
+        drop(self.restore_pins());
+        let snapshot = self.observer.snapshot(&self.desired.selection)?;
+        if snapshot == self.snapshot {
+            return Ok(());
+        }
+        let addresses_changed = snapshot.addresses != self.snapshot.addresses;
+        self.snapshot = snapshot;
+        // What is new is attached first: it may already see packets.
+        self.attach_as_far_as_possible();
+        if addresses_changed {
+            let tables = compile(&self.desired, &self.snapshot)?;
+            match self.publish(&tables, None) {
+                // Its time is over: its end, which comes next, compiles anew.
+                Err(Error::Datapath(datapath::Error::NoTrial)) => {}
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the policy on trial final; to be followed by [`Enforcer::settle`] or [`Enforcer::reinstate`].
+    pub(super) fn confirm(&mut self) -> Result<Control, Error> {
+        Ok(self.datapath.confirm()?)
+    }
+
+    /// Takes [`Enforcer::confirm`] back.
+    pub(super) fn reinstate(&mut self, control: Control) {
+        self.datapath.reinstate(control);
+    }
+
+    /// Puts the policy before the one on trial in force, if one is; to be followed by [`Enforcer::reload`].
+    pub(super) fn fall_back(&mut self) {
+        self.datapath.fall_back();
+        if let Some((_, until)) = &mut self.former {
+            *until = Instant::now();
+        }
+    }
+
+    /// Lets go of what only a policy on trial needs.
+    pub(super) fn settle(&mut self) {
+        self.former = None;
+        self.attach_as_far_as_possible();
+    }
+
+    /// Looks at what the kernel tells nobody of.
+    pub(super) fn look(&mut self) {
+        drop(self.restore_pins());
+        if self.keeper.is_some() {
+            self.allow_fast_path();
+            self.judge_conntrack(false);
+        }
+    }
+
+    /// Pins again what somebody has removed. Until that is possible, everything lives with this process.
+    fn restore_pins(&mut self) -> Result<(), Error> {
+        let (restored, result) = self.datapath.restore_pins();
+        if restored > 0 {
+            tracing::warn!(
+                restored,
+                "pins were gone, and are back: somebody had removed them, or unmounted them"
+            );
+            self.pins_restored += restored as u64;
+        }
+        let unpinned = result.as_ref().err().map(|error| {
+            format!("pins are gone, so that nothing is enforced any more when the agent ends: {error}")
+        });
+        if unpinned != self.unpinned {
+            if let Some(remark) = &unpinned {
+                tracing::error!("{remark}");
+            }
+            self.unpinned = unpinned;
+        }
+        Ok(result?)
+    }
+
+    /// Lets packets take the fast path by those interfaces where nobody else must see them.
+    fn allow_fast_path(&mut self) {
+        if !self.desired.fast_path {
+            self.abilities = Vec::new();
+            return;
+        }
+        let (abilities, result) = self.datapath.allow_fast_path(&self.chosen.targets);
+        if let Err(error) = result {
+            tracing::debug!(%error, "an interface takes no part in the fast path");
+        }
+        if abilities != self.abilities {
+            for (target, allowed) in self.chosen.targets.iter().zip(&abilities) {
+                tracing::debug!(interface = target.name, allows = ?names(*allowed), "fast path");
+            }
+        }
+        self.abilities = abilities;
+    }
+
+    /// Begins, goes on, or ends to keep the fast path, as is wanted.
+    fn keep_fast_path(&mut self) {
+        if !self.desired.fast_path {
+            self.keeper = None;
+            self.maps.fast_path().stop();
+            self.fast_path = FastPathStatus::default();
+            return;
+        }
+        if self.keeper.is_none() {
+            match Keeper::start(Arc::clone(&self.maps)) {
+                Ok(keeper) => self.keeper = Some(keeper),
+                Err(error) => {
+                    self.maps.fast_path().stop();
+                    let remark = format!("no fast path: routes and neighbours cannot be watched: {error}");
+                    tracing::warn!("{remark}");
+                    self.fast_path = FastPathStatus::new(0, vec![remark]);
+                    return;
+                }
+            }
+        }
+        self.judge_conntrack(true);
+    }
+
+    /// Lets those protocols take the fast path that conntrack does not mind. `relax`: it is made not to mind.
+    fn judge_conntrack(&mut self, relax: bool) {
+        let Some(keeper) = &self.keeper else { return };
+        let mut tracking = Tracking::read();
+        let mut failure = None;
+        if relax && matches!(tracking, Ok(Tracking::Strict)) {
+            failure = Tracking::relax().err();
+            tracking = Tracking::read();
+        }
+        let status = match tracking {
+            Ok(Tracking::Absent | Tracking::Liberal) => {
+                keeper.allow(protocols::TCP | protocols::UDP);
+                FastPathStatus::new(protocols::TCP | protocols::UDP, Vec::new())
+            }
+            other => {
+                keeper.allow(protocols::UDP);
+                let failure = failure.or(other.err());
+                FastPathStatus::new(protocols::UDP, vec![Tracking::remark(failure.as_ref())])
+            }
+        };
+        if status.protocols != self.fast_path.protocols {
+            for remark in &status.remarks {
+                tracing::warn!("{remark}");
+            }
+            self.fast_path = status;
+        }
+    }
+
+    pub(super) fn selection(&self) -> &Selection {
+        &self.desired.selection
+    }
+
+    pub(super) fn maps(&self) -> &Arc<Maps> {
+        &self.maps
+    }
+
+    /// Number of the policy in force.
+    pub(super) fn generation(&self) -> u32 {
+        self.published.map_or(0, Published::generation)
+    }
+
+    pub(super) fn status(&self) -> Enforcement {
+        let interfaces = self
+            .chosen
+            .targets
+            .iter()
+            .zip(self.abilities.iter().chain(std::iter::repeat(&0)))
+            .map(|(target, abilities)| AttachedInterface {
+                name: target.name.clone(),
+                index: target.index,
+                role: format!("{:?}", target.role).to_lowercase(),
+                fast_path: names(*abilities),
+            })
+            .collect();
+        Enforcement {
+            mode: if self.desired.behaviour.audit { "audit" } else { "enforce" }.to_owned(),
+            generation: self.generation(),
+            tables: self.stats,
+            switched_in_us: match self.published {
+                Some(Published::Switched { took, .. }) => u64::try_from(took.as_micros()).ok(),
+                _ => None,
+            },
+            mechanism: if self.datapath.uses_tcx() { "tcx" } else { "clsact" }.to_owned(),
+            adopted: self.datapath.adopted(),
+            seeded: self.seeded,
+            interfaces,
+            fast_path: self.fast_path.clone(),
+            pins_restored: self.pins_restored,
+            remarks: self.unpinned.iter().chain(&self.chosen.remarks).cloned().collect(),
+        }
+    }
+
+    /// Detaches everything and forgets every policy.
+    pub(super) fn take_down(self, pins: &Pins) -> Result<(), Error> {
+        drop(self.datapath);
+        let (_, result) = datapath::down(pins);
+        Ok(result?)
+    }
+}
+
+/// What an interface allows of the fast path, in words.
+fn names(allowed: u32) -> Vec<String> {
+    [(ability::INPUT, "in"), (ability::OUTPUT, "out"), (ability::PEER, "peer")]
+        .into_iter()
+        .filter(|(bit, _)| allowed & bit != 0)
+        .map(|(_, name)| name.to_owned())
+        .collect()
+}
+
+fn compile(desired: &Desired, snapshot: &Snapshot) -> Result<Tables, Error> {
+    let local: Vec<IpAddr> = snapshot.addresses.iter().copied().collect();
+    Ok(policy::compile(&desired.policy, &local)?)
+}

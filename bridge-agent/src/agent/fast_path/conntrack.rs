@@ -1,0 +1,63 @@
+//! Conntrack beside the fast path.
+//!
+//! Conntrack follows the sequence numbers of a TCP connection. Those that pass by it leave its window behind, and what it
+//! sees of the connection later is invalid to it, which most packet filters deny. And data whose acknowledgement has passed
+//! by it is unacknowledged to it, so that it forgets the connection after minutes of silence instead of days. The kernel's
+//! own flow tables tell it of both for each connection that they forward; from outside the kernel that can be said for
+//! all connections only.
+
+use std::{fs, io};
+
+/// 0: what is out of window is invalid.
+const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+/// How long silent connections are remembered, in seconds.
+const ESTABLISHED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
+/// The same of those with data that nobody has acknowledged.
+const UNACKNOWLEDGED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_unacknowledged";
+
+/// Whether TCP may pass conntrack by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::agent) enum Tracking {
+    /// There is none.
+    Absent,
+    /// It minds neither windows nor acknowledgements.
+    Liberal,
+    /// It does.
+    Strict,
+}
+
+impl Tracking {
+    /// Of the network namespace of this process.
+    pub(in crate::agent) fn read() -> io::Result<Self> {
+        let liberal = match fs::read_to_string(BE_LIBERAL) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Absent),
+            value => value?.trim() != "0",
+        };
+        let patient = seconds(UNACKNOWLEDGED)? >= seconds(ESTABLISHED)?;
+        Ok(if liberal && patient { Self::Liberal } else { Self::Strict })
+    }
+
+    /// Makes it liberal.
+    pub(in crate::agent) fn relax() -> io::Result<()> {
+        let (established, unacknowledged) = (seconds(ESTABLISHED)?, seconds(UNACKNOWLEDGED)?);
+        if unacknowledged < established {
+            fs::write(UNACKNOWLEDGED, established.to_string())?;
+        }
+        fs::write(BE_LIBERAL, "1")
+    }
+
+    /// What TCP is kept from the fast path by.
+    pub(in crate::agent) fn remark(error: Option<&io::Error>) -> String {
+        let why = error.map(|error| format!(" ({error})")).unwrap_or_default();
+        format!(
+            "TCP takes no fast path: conntrack would take it for out of window, or forget it too soon, and that cannot be \
+             changed from here{why}; set net.netfilter.nf_conntrack_tcp_be_liberal=1 and \
+             net.netfilter.nf_conntrack_tcp_timeout_unacknowledged to no less than nf_conntrack_tcp_timeout_established \
+             with sysctl(8), then reload"
+        )
+    }
+}
+
+fn seconds(path: &str) -> io::Result<u64> {
+    fs::read_to_string(path)?.trim().parse().map_err(io::Error::other)
+}

@@ -1,0 +1,214 @@
+//! Keeps the fast path: as long as somebody watches what it depends on, flows may take it.
+//!
+//! A thread of its own, so that a change is dealt with at once, whatever else the agent is busy with. Without an agent, the
+//! permission runs out within [`LEASE`], and every packet takes the normal path.
+
+mod conntrack;
+mod neighbours;
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use bridge_common::filter::fast_path::protocols;
+use netlink_packet_core::NetlinkPayload;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::Socket;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use serde::{Deserialize, Serialize};
+
+pub(super) use conntrack::Tracking;
+
+use self::neighbours::Neighbours;
+use crate::{datapath::Maps, kernel::netlink};
+
+/// How long flows may take the fast path without a word from the agent.
+const LEASE: Duration = Duration::from_secs(3);
+/// How often the agent says so.
+const RENEWAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+
+/// Whether flows may take the fast path.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FastPathStatus {
+    /// Flows of these protocols may; none: it is off.
+    pub protocols: Vec<String>,
+    /// Why not all may.
+    pub remarks: Vec<String>,
+}
+
+impl FastPathStatus {
+    pub(super) fn new(allowed: u32, remarks: Vec<String>) -> Self {
+        let names = [(protocols::TCP, "tcp"), (protocols::UDP, "udp")];
+        let protocols = names
+            .into_iter()
+            .filter(|(bit, _)| allowed & bit != 0)
+            .map(|(_, name)| name.to_owned())
+            .collect();
+        Self { protocols, remarks }
+    }
+}
+
+/// What every path depends on.
+const GROUPS: [u32; 9] = [
+    libc::RTNLGRP_LINK,
+    libc::RTNLGRP_NEIGH,
+    libc::RTNLGRP_IPV4_ROUTE,
+    libc::RTNLGRP_IPV6_ROUTE,
+    libc::RTNLGRP_IPV4_RULE,
+    RTNLGRP_IPV6_RULE,
+    // Forwarding, rp_filter.
+    RTNLGRP_IPV4_NETCONF,
+    RTNLGRP_IPV6_NETCONF,
+    RTNLGRP_NEXTHOP,
+];
+// linux/rtnetlink.h; not all are in `libc`.
+const RTNLGRP_IPV6_RULE: u32 = 19;
+const RTNLGRP_IPV4_NETCONF: u32 = 24;
+const RTNLGRP_IPV6_NETCONF: u32 = 25;
+const RTNLGRP_NEXTHOP: u32 = 32;
+
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+
+/// Keeps the fast path open; dropping it leaves it to run out.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    maps: Arc<Maps>,
+    allowed: Arc<AtomicU32>,
+    wake: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Keeper {
+    /// Starts; flows of no protocol may take the fast path yet.
+    pub(super) fn start(maps: Arc<Maps>) -> io::Result<Self> {
+        let socket = netlink::subscribe(&GROUPS)?;
+        let neighbours = Neighbours::read()?;
+        // What has changed until now was not watched.
+        maps.fast_path().forget_paths();
+        let allowed = Arc::new(AtomicU32::new(0));
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let watch = Watch {
+            socket,
+            neighbours,
+            maps: Arc::clone(&maps),
+            allowed: Arc::clone(&allowed),
+            wake: Arc::clone(&wake),
+        };
+        let thread = std::thread::Builder::new().name("fast-path".into()).spawn(move || watch.run())?;
+        Ok(Self { maps, allowed, wake, thread: Some(thread) })
+    }
+
+    /// From now on flows of these protocols may take the fast path.
+    pub(super) fn allow(&self, allowed: u32) {
+        self.allowed.store(allowed, Ordering::Relaxed);
+        self.maps.fast_path().allow(allowed, LEASE);
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        // It fails for a counter that is about to overflow alone.
+        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Watch {
+    socket: Socket,
+    neighbours: Neighbours,
+    maps: Arc<Maps>,
+    allowed: Arc<AtomicU32>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Watch {
+    fn renew(&self) {
+        self.maps.fast_path().allow(self.allowed.load(Ordering::Relaxed), LEASE);
+    }
+
+    fn run(mut self) {
+        if let Err(error) = self.watch() {
+            self.maps.fast_path().stop();
+            tracing::error!(%error, "routes and neighbours can no longer be watched: the fast path is off");
+        }
+    }
+
+    /// Until it is woken.
+    fn watch(&mut self) -> io::Result<()> {
+        loop {
+            let mut sources = [
+                PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN),
+            ];
+            match poll(&mut sources, Some(&RENEWAL)) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if !sources[1].revents().is_empty() {
+                return Ok(());
+            }
+            if self.has_changed()? {
+                self.maps.fast_path().forget_paths();
+            }
+            self.renew();
+        }
+    }
+
+    /// Whether anything of what was told so far changes the way of a flow.
+    fn has_changed(&mut self) -> io::Result<bool> {
+        let mut changed = false;
+        loop {
+            match self.socket.recv_from_full() {
+                Ok((bytes, _)) => {
+                    let mut rest = &bytes[..];
+                    // Not all that is told here is understood; what is not said of a neighbour matters in any case.
+                    changed |= kinds(rest).any(|kind| !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH));
+                    while let Some((message, after)) = netlink::next(rest)? {
+                        rest = after;
+                        if let NetlinkPayload::InnerMessage(message) = &message.payload {
+                            changed |= self.neighbour_changed(message);
+                        }
+                    }
+                }
+                // More was told than the socket holds: anything may have changed.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    changed = true;
+                    self.neighbours = Neighbours::read()?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(changed),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn neighbour_changed(&mut self, message: &RouteNetlinkMessage) -> bool {
+        match message {
+            RouteNetlinkMessage::NewNeighbour(neighbour) => self.neighbours.is_news(neighbour),
+            RouteNetlinkMessage::DelNeighbour(neighbour) => self.neighbours.is_loss(neighbour),
+            _ => false,
+        }
+    }
+}
+
+/// The types of the messages in a buffer (`struct nlmsghdr`, linux/netlink.h).
+fn kinds(mut bytes: &[u8]) -> impl Iterator<Item = u16> {
+    const HEADER: usize = 16;
+    const ALIGNMENT: usize = 4;
+    std::iter::from_fn(move || {
+        let header: &[u8; HEADER] = bytes.first_chunk()?;
+        let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
+        bytes = bytes.get(length.max(HEADER).next_multiple_of(ALIGNMENT)..).unwrap_or_default();
+        Some(u16::from_ne_bytes([header[4], header[5]]))
+    })
+}

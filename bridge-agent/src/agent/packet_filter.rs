@@ -1,0 +1,212 @@
+//! The iptables engine as the run loop keeps it: started, updated and taken down with the configuration.
+
+use std::num::NonZeroU32;
+
+use serde::{Deserialize, Serialize};
+
+use super::divergence::{self, DivergenceStatus, Reporter};
+use super::status;
+use crate::{
+    config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
+    datapath::{Maps, Verdict},
+    iptables::{
+        self, Error, Iptables, Programs,
+        render::Options,
+        save::Saving,
+        watch::{self, Guard},
+    },
+    model::Policy,
+};
+
+/// The iptables engine, as it says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FirewallStatus {
+    /// `nft` or `legacy`.
+    pub backend: String,
+    /// How often rules that another program had changed were put back.
+    pub repairs: u64,
+    /// What had become of them the last time.
+    pub last_repair: Option<String>,
+    /// When that was; RFC 3339, UTC.
+    pub last_repair_time: Option<String>,
+    /// Why the rules could not be read or put back, if that is so now.
+    pub failure: Option<String>,
+    /// Packets that one engine let through and the other did not; with both engines only.
+    pub divergence: Option<DivergenceStatus>,
+}
+
+/// The engine, while it is wanted.
+#[derive(Debug)]
+pub(super) struct PacketFilter {
+    guard: Guard,
+    backend: String,
+    /// What the driver was made with.
+    settings: Settings,
+    /// Whether eBPF is beside it.
+    compares: bool,
+    reporter: Reporter,
+}
+
+/// What a reload can be taken back to.
+#[derive(Debug)]
+pub(super) struct InForce {
+    policy: Policy,
+    settings: Settings,
+}
+
+/// All of the configuration but the policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Settings {
+    scope: Scope,
+    save: Save,
+    section: config::Iptables,
+}
+
+impl Settings {
+    /// Whether rules are saved for the boot. A policy on trial never is: after a reboot nobody would take it back.
+    fn saves(&self, on_trial: bool) -> bool {
+        self.save == Save::Auto && !on_trial
+    }
+
+    const fn of(config: &Config) -> Self {
+        let Enforcement { scope, iptables: section, .. } = config.enforcement;
+        Self { scope, save: config.persistence.save, section }
+    }
+
+    fn driver(self, on_trial: bool) -> iptables::Config {
+        let Self { scope, section, .. } = self;
+        iptables::Config {
+            options: Options {
+                scope,
+                mark: section.mark.get(),
+                log_per_second: NonZeroU32::new(section.log_rate),
+            },
+            programs: Programs { lock_wait: section.lock_wait.duration(), ..Programs::default() },
+            backend: match section.backend {
+                Backend::Auto => None,
+                Backend::Nft => Some(iptables::Backend::Nft),
+                Backend::Legacy => Some(iptables::Backend::Legacy),
+            },
+            saving: Saving { enabled: self.saves(on_trial), ..Saving::default() },
+        }
+    }
+}
+
+pub(super) fn is_wanted(config: &Config) -> bool {
+    config.role == Role::Node && config.enforcement.engines.contains(&Engine::Iptables)
+}
+
+/// The driver as the configuration has it.
+pub fn settings(config: &Config) -> iptables::Config {
+    Settings::of(config).driver(false)
+}
+
+impl PacketFilter {
+    pub(super) fn start(config: &Config, on_trial: bool) -> Result<Self, Error> {
+        Self::enforce(Settings::of(config), config.policy(), watch::Status::default(), on_trial)
+    }
+
+    fn enforce(
+        settings: Settings,
+        policy: Policy,
+        before: watch::Status,
+        on_trial: bool,
+    ) -> Result<Self, Error> {
+        let firewall = Iptables::new(settings.driver(on_trial))?;
+        let backend = firewall.choice().backend.name().to_owned();
+        let guard = Guard::start(firewall, policy)?.after(before);
+        tracing::info!(backend, "iptables rules in force");
+        Ok(Self { guard, backend, settings, compares: false, reporter: Reporter::default() })
+    }
+
+    /// Puts another configuration in force; that of before stays if it is refused.
+    pub(super) fn reload(&mut self, config: &Config, on_trial: bool) -> Result<(), Error> {
+        let wanted = Settings::of(config);
+        if self.settings == wanted {
+            self.guard.set_saving(wanted.saves(on_trial));
+            return self.guard.update(config.policy());
+        }
+        let before = self.in_force();
+        let result = self.replace(wanted, config.policy(), on_trial);
+        if result.is_err() {
+            self.restore(before);
+        }
+        result
+    }
+
+    /// With another driver.
+    fn replace(&mut self, settings: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
+        // It would take what the new driver writes for damage.
+        self.guard.stop();
+        let before = watch::Status { failure: None, ..self.guard.status() };
+        let Self { guard, backend, .. } = Self::enforce(settings, policy, before, on_trial)?;
+        (self.guard, self.backend, self.settings) = (guard, backend, settings);
+        Ok(())
+    }
+
+    /// What is in force, to go back to.
+    pub(super) fn in_force(&self) -> InForce {
+        InForce { policy: self.guard.policy(), settings: self.settings }
+    }
+
+    /// Goes back to what was in force.
+    pub(super) fn restore(&mut self, before: InForce) {
+        let InForce { policy, settings } = before;
+        // What is gone back to is never on trial: while one is, nothing else is brought into force.
+        let result = if self.guard.watches() && self.settings == settings {
+            self.guard.set_saving(settings.saves(false));
+            self.guard.update(policy)
+        } else {
+            self.replace(settings, policy, false)
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "the iptables rules are not those of the configuration in force");
+        }
+    }
+
+    /// Begins, or ends, to compare with eBPF; see [`Guard::compare`].
+    pub(super) fn compare(&mut self, begin: bool) {
+        self.compares = self.guard.compare(begin);
+    }
+
+    /// Takes in what eBPF did with a packet.
+    pub(super) fn judged_by_ebpf(&self, verdict: &Verdict) {
+        if self.compares
+            && let Some(packet) = divergence::first_packet(verdict)
+        {
+            self.guard.denied_by_ebpf(packet);
+        }
+    }
+
+    /// Tells the log what the comparison has found.
+    pub(super) fn report(&mut self, maps: Option<&Maps>) {
+        if self.compares {
+            self.reporter.report(&self.guard.status().divergence, &self.guard, maps);
+        }
+    }
+
+    pub(super) fn status(&self) -> FirewallStatus {
+        let seen = self.guard.status();
+        let (time, last_repair) = seen.last_repair.unzip();
+        FirewallStatus {
+            backend: self.backend.clone(),
+            repairs: seen.repairs,
+            last_repair,
+            last_repair_time: time.map(status::at),
+            failure: seen.failure,
+            divergence: self.compares.then(|| seen.divergence.into()),
+        }
+    }
+
+    /// Removes every rule. What cannot be removed is logged: nothing else hinders going on.
+    pub(super) fn take_down(self) {
+        let remains = self.guard.teardown();
+        for note in remains.notes {
+            tracing::info!("{note}");
+        }
+        for error in remains.errors {
+            tracing::error!(%error, "iptables rules are left");
+        }
+    }
+}

@@ -1,0 +1,6 @@
+//! What every subsystem needs of the kernel, below all of them.
+
+pub mod bpf;
+pub mod capabilities;
+pub mod netlink;
+pub mod time;

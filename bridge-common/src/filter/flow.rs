@@ -1,0 +1,226 @@
+//! The flow table: keys, values, states.
+
+use super::{
+    address::Address,
+    fast_path::{Lease, nanoseconds, ticks, towards},
+};
+
+/// What names a flow whichever way its packets go: the end with the smaller (address, port) is `low`.
+///
+/// For ICMP queries both ports hold the identifier.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Address of the smaller end.
+    pub low: Address,
+    /// Address of the greater end.
+    pub high: Address,
+    /// Port of the smaller end, network byte order.
+    pub low_port: [u8; 2],
+    /// Port of the greater end, network byte order.
+    pub high_port: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 3],
+}
+
+/// Which end of a [`FlowKey`] something is.
+pub const END_LOW: u8 = 0;
+/// See [`END_LOW`].
+pub const END_HIGH: u8 = 1;
+
+impl FlowKey {
+    /// The key of a packet with this source and destination, and which end the source is. Ports in network byte order.
+    #[must_use]
+    pub fn new(
+        source: &Address,
+        source_port: [u8; 2],
+        destination: &Address,
+        destination_port: [u8; 2],
+        protocol: u8,
+    ) -> (Self, u8) {
+        let mut key = Self::default();
+        let end = key.set(source, source_port, destination, destination_port, protocol);
+        (key, end)
+    }
+
+    /// As [`FlowKey::new`], in place.
+    #[inline(always)]
+    pub fn set(
+        &mut self,
+        source: &Address,
+        source_port: [u8; 2],
+        destination: &Address,
+        destination_port: [u8; 2],
+        protocol: u8,
+    ) -> u8 {
+        let (sh, sl) = source.halves();
+        let (dh, dl) = destination.halves();
+        let source_is_low = if sh != dh {
+            sh < dh
+        } else if sl != dl {
+            sl < dl
+        } else {
+            u16::from_be_bytes(source_port) <= u16::from_be_bytes(destination_port)
+        };
+        self.protocol = protocol;
+        self.padding = [0; 3];
+        if source_is_low {
+            (self.low, self.low_port) = (*source, source_port);
+            (self.high, self.high_port) = (*destination, destination_port);
+            END_LOW
+        } else {
+            (self.low, self.low_port) = (*destination, destination_port);
+            (self.high, self.high_port) = (*source, source_port);
+            END_HIGH
+        }
+    }
+}
+
+/// What is known of a flow: with its key and what the kernel adds to both, two cache lines.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flow {
+    /// Time of the last packet, nanoseconds of `CLOCK_MONOTONIC`, coarse and updated at most once a second.
+    pub last_seen: u64,
+    /// Time of the first packet, in [`ticks`].
+    pub opened: u32,
+    /// One of [`state`].
+    pub state: u8,
+    /// Which end opened the flow: [`END_LOW`] or [`END_HIGH`].
+    pub initiator: u8,
+    /// One of [`crate::filter::policy::direction`].
+    pub direction: u8,
+    /// Bits of [`flag`].
+    pub flags: u8,
+    /// In the established table: its ways past the network stack, by [`towards`]. In the half-open table, of the first:
+    /// see [`Flow::responder_isn`].
+    pub leases: [Lease; towards::COUNT],
+    /// Number of the policy that admitted the flow; 0: seeded from the kernel's conntrack.
+    pub generation: u32,
+    /// Index of the rule that admitted it, in that policy.
+    pub rule: u32,
+}
+
+/// Bytes that the kernel keeps with each element of an LRU hash table (`struct htab_elem`, kernel/bpf/hashtab.c).
+const ELEMENT: usize = 48;
+const _: () = assert!(ELEMENT + size_of::<FlowKey>() + size_of::<Flow>() == 2 * 64);
+
+impl Flow {
+    /// Initial sequence number of the responder, host byte order; only of a flow in the half-open table, which has no ways
+    /// yet.
+    #[must_use]
+    #[inline(always)]
+    pub const fn responder_isn(&self) -> u32 {
+        self.leases[0].expires
+    }
+
+    /// See [`Flow::responder_isn`].
+    #[inline(always)]
+    pub const fn set_responder_isn(&mut self, sequence: u32) {
+        self.leases[0].expires = sequence;
+    }
+
+    /// Whether packets of this flow, which is of this IP protocol, that neither open nor end it change nothing in it: TCP that
+    /// is established, UDP that was replied to, and not by audit mode alone.
+    #[must_use]
+    #[inline(always)]
+    pub const fn is_settled(&self, protocol: u8) -> bool {
+        let settled = match protocol {
+            protocol::TCP => state::ESTABLISHED,
+            protocol::UDP => state::UDP_REPLIED,
+            _ => return false,
+        };
+        self.state == settled && self.flags & flag::AUDIT == 0
+    }
+
+    /// How long ago it was opened, in nanoseconds, at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
+    #[must_use]
+    pub const fn age(&self, now: u64) -> u64 {
+        nanoseconds(ticks(now).wrapping_sub(self.opened))
+    }
+}
+
+/// IP protocol numbers of flows that have something of their own to them.
+pub mod protocol {
+    /// RFC 9293.
+    pub const TCP: u8 = 6;
+    /// RFC 768.
+    pub const UDP: u8 = 17;
+}
+
+/// Values of [`Flow::state`]; also the index of its timeout in [`crate::filter::control::Settings::timeouts`].
+pub mod state {
+    /// TCP: SYN seen.
+    pub const SYN_SENT: u8 = 1;
+    /// TCP: SYN-ACK seen.
+    pub const SYN_RECEIVED: u8 = 2;
+    /// TCP: the initiator has acknowledged the responder's SYN.
+    pub const ESTABLISHED: u8 = 3;
+    /// TCP: one side has sent FIN.
+    pub const FIN_WAIT: u8 = 4;
+    /// TCP: both sides have sent FIN.
+    pub const CLOSING: u8 = 5;
+    /// TCP: RST seen, from either side.
+    pub const RESET: u8 = 6;
+    /// UDP: no reply yet.
+    pub const UDP_UNREPLIED: u8 = 7;
+    /// UDP: packets of both directions seen.
+    pub const UDP_REPLIED: u8 = 8;
+    /// ICMP query: no reply yet.
+    pub const ICMP_UNREPLIED: u8 = 9;
+    /// ICMP query: replied to.
+    pub const ICMP_REPLIED: u8 = 10;
+    /// SCTP and every other protocol: no reply yet.
+    pub const OTHER_UNREPLIED: u8 = 11;
+    /// SCTP and every other protocol: packets of both directions seen.
+    pub const OTHER_REPLIED: u8 = 12;
+    /// One more than the greatest state.
+    pub const COUNT: usize = 13;
+    /// The states by number, as they are shown.
+    pub const NAMES: [&str; COUNT] = [
+        "none",
+        "syn-sent",
+        "syn-received",
+        "established",
+        "fin-wait",
+        "closing",
+        "reset",
+        "udp-unreplied",
+        "udp-replied",
+        "icmp-unreplied",
+        "icmp-replied",
+        "other-unreplied",
+        "other-replied",
+    ];
+}
+
+/// Bits of [`Flow::flags`].
+pub mod flag {
+    /// The initiator has sent FIN.
+    pub const FIN_INITIATOR: u8 = 1;
+    /// The responder has sent FIN.
+    pub const FIN_RESPONDER: u8 = 2;
+    /// Would have been denied: such a flow passes in audit mode only.
+    pub const AUDIT: u8 = 4;
+    /// Taken over from the kernel's conntrack at first start.
+    pub const SEEDED: u8 = 8;
+}
+
+/// A LAN host's end of a NodePort flow, by which the flow is known again after the node has rewritten its
+/// destination to the address of a pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ClientKey {
+    /// Address of the LAN host.
+    pub address: Address,
+    /// Its port, network byte order.
+    pub port: [u8; 2],
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: [u8; 5],
+}
+
+crate::plain_old_data!(FlowKey: 40, Flow: 40, ClientKey: 24);

@@ -1,0 +1,11 @@
+//! The packet filter: keys, values and events of its maps.
+
+pub mod address;
+pub mod control;
+pub mod counters;
+pub mod event;
+pub mod fast_path;
+pub mod flow;
+pub mod flow_cache;
+pub mod interface;
+pub mod policy;

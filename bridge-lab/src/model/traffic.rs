@@ -1,0 +1,544 @@
+//! Random packets that belong together: conversations, what strangers throw in between, and damage.
+
+use std::net::IpAddr;
+
+use bridge_agent::{
+    datapath::Hook,
+    model::{Mode, OnDeny, Policy, Protocol},
+};
+use bridge_common::filter::flow::state;
+use etherparse::IpNumber;
+
+use super::verdict::{Key, Regime};
+use crate::{
+    packet::{Icmp, Packet, Tcp},
+    parity::{
+        Flow, LAN, PODS,
+        dice::Dice,
+        endpoints::{beyond, flow, node_port_flow},
+        policies,
+    },
+    prog::NODE_ADDRESSES,
+};
+
+/// What happens to a node.
+#[derive(Clone, Debug)]
+pub enum Step {
+    /// A frame comes by a hook.
+    Packet(Hook, Vec<u8>),
+    /// A flow has been silent for so many seconds.
+    Age(Key, u64),
+    /// The other policy is in force.
+    Switch(usize),
+}
+
+/// Timeouts are multiples of this many seconds, and ages lie in the middle between them.
+const TICK: u64 = 10;
+
+/// How many conversations there are at a time.
+const TALKS: usize = 6;
+
+/// Two policies, one much like the other.
+pub(super) fn regimes(dice: &mut Dice) -> Vec<Regime> {
+    let first = policies::policy(dice);
+    let mut second = first.clone();
+    for _ in 0..dice.below(4) {
+        if !second.rules.is_empty() {
+            let index = dice.below(second.rules.len());
+            second.rules.remove(index);
+        }
+    }
+    if dice.percent(30) {
+        let other = policies::policy(dice);
+        second.node_ports = other.node_ports;
+        second.nodes.extend(other.nodes);
+    }
+    if dice.percent(10) && second.external.len() > 2 {
+        second.external.pop();
+    }
+    [first, second]
+        .into_iter()
+        .map(|mut policy| {
+            policy.mode = if dice.percent(15) { Mode::Audit } else { Mode::Enforce };
+            policy.on_deny = if dice.percent(70) { OnDeny::Reject } else { OnDeny::Drop };
+            let mut timeouts = [0; state::COUNT];
+            timeouts.fill_with(|| TICK * (1 + u64::from(dice.within(0, 9))));
+            Regime { policy, timeouts }
+        })
+        .collect()
+}
+
+/// At least so many steps.
+pub(super) fn round(dice: &mut Dice, regimes: &[Regime], length: usize) -> Vec<Step> {
+    let policy = &regimes[0].policy;
+    let mut talks: Vec<Talk> = (0..TALKS).map(|_| Talk::new(dice, policy)).collect();
+    let mut steps = Vec::with_capacity(length + 2);
+    while steps.len() < length {
+        if dice.percent(1) {
+            let index = dice.below(talks.len());
+            talks[index] = Talk::new(dice, policy);
+        }
+        if dice.below(300) == 0 {
+            steps.push(Step::Switch(dice.below(regimes.len())));
+        }
+        let index = dice.below(talks.len());
+        let talk = &mut talks[index];
+        if dice.percent(3) {
+            let age = TICK * u64::from(dice.within(0, 10)) + TICK / 2;
+            steps.extend(talk.keys().into_iter().map(|key| Step::Age(key, age)));
+        }
+        if dice.percent(8) {
+            steps.push(talk.error(dice, policy));
+        } else {
+            talk.speak(dice, &mut steps);
+        }
+    }
+    steps
+}
+
+/// Two that talk, or try to.
+struct Talk {
+    flow: Flow,
+    /// What the server's end is called behind a NodePort.
+    inner: Option<Flow>,
+    /// Replies come in under the node's address.
+    masqueraded: bool,
+    protocol: Protocol,
+    /// Of [`Protocol::Any`].
+    number: u8,
+    stage: usize,
+    /// Next sequence number of the client, and of the server.
+    sequence: [u32; 2],
+    /// Initial sequence number of the server, when it last said so.
+    isn: u32,
+    /// IP packets of either side.
+    recent: Vec<Vec<u8>>,
+}
+
+const OTHER: [u8; 14] = [47, 50, 51, 2, 58, 1, 0, 41, 4, 135, 139, 140, 253, 255];
+
+impl Talk {
+    fn new(dice: &mut Dice, policy: &Policy) -> Self {
+        let (mut flow, protocol) = flow(dice, policy);
+        let (mut inner, mut masqueraded) = (None, false);
+        let mut protocol = protocol;
+        if dice.percent(20)
+            && let Some((outer, of)) = node_port_flow(dice, policy)
+        {
+            let pod = if outer.source.is_ipv4() { &PODS[0] } else { &PODS[1] };
+            let around = policy.pods.iter().find(|net| net.addr().is_ipv4() == outer.source.is_ipv4());
+            let around = around.copied().unwrap_or_else(|| pod.parse().expect("a prefix"));
+            let destination = dice.address(&around);
+            inner = Some(Flow { destination, destination_port: dice.port(), ..outer });
+            (flow, protocol) = (outer, of);
+        } else if dice.percent(15) {
+            masqueraded = true;
+        } else if dice.percent(12) {
+            let odd = odd_address(dice, policy, flow.source.is_ipv4());
+            if dice.percent(50) { flow.source = odd } else { flow.destination = odd }
+        }
+        if protocol == Protocol::Icmp {
+            flow.destination_port = flow.source_port;
+        }
+        Self {
+            flow,
+            inner,
+            masqueraded,
+            protocol,
+            number: *dice.pick(&OTHER),
+            stage: 0,
+            sequence: [number(dice), number(dice)],
+            isn: 0,
+            recent: Vec::new(),
+        }
+    }
+
+    /// Of the tables; for protocols without ports these are 0.
+    fn keys(&self) -> Vec<Key> {
+        let key = |flow: &Flow| {
+            let (ports, number) = match self.protocol {
+                Protocol::Tcp => ((flow.source_port, flow.destination_port), 6),
+                Protocol::Udp => ((flow.source_port, flow.destination_port), 17),
+                Protocol::Sctp => ((flow.source_port, flow.destination_port), 132),
+                Protocol::Icmp => {
+                    ((flow.source_port, flow.source_port), if flow.source.is_ipv4() { 1 } else { 58 })
+                }
+                Protocol::Any => ((0, 0), self.number),
+            };
+            Key::new((flow.source, ports.0), (flow.destination, ports.1), number)
+        };
+        std::iter::once(&self.flow).chain(&self.inner).map(key).collect()
+    }
+
+    /// One of the two sends something; on its way it may come by two hooks.
+    fn speak(&mut self, dice: &mut Dice, steps: &mut Vec<Step>) {
+        let (from_client, content) = match self.protocol {
+            Protocol::Tcp => {
+                let (from_client, tcp) = self.tcp(dice);
+                (from_client, Carried::Tcp(tcp))
+            }
+            Protocol::Icmp => self.icmp(dice),
+            Protocol::Udp => (dice.percent(60), Carried::Udp(dice.below(60))),
+            Protocol::Sctp => {
+                let from_client = dice.percent(60);
+                let kind = *dice.pick(&[1, 1, 1, 2, 0, 3, 14]);
+                (from_client, Carried::Sctp(kind))
+            }
+            Protocol::Any => (dice.percent(60), Carried::Raw(self.number, dice.below(40))),
+        };
+        let places: Vec<(Hook, Flow)> = match (self.inner, from_client) {
+            (Some(inner), true) => vec![(Hook::ExternalIngress, self.flow), (Hook::InternalEgress, inner)],
+            (Some(inner), false) => vec![(Hook::InternalIngress, inner), (Hook::ExternalEgress, self.flow)],
+            (None, _) => vec![(self.hook(from_client), self.flow)],
+        };
+        let dress = Dress::new(dice);
+        for (hook, flow) in places {
+            if dice.percent(8) {
+                continue;
+            }
+            let hook = if dice.percent(4) { *dice.pick(&Hook::ALL) } else { hook };
+            let flow = if from_client { flow } else { flow.reversed() };
+            let base = dress.put_on(Packet::new(flow.source, flow.destination), flow.source.is_ipv4());
+            let packet = content.put_into(base, &flow);
+            self.recent.push(packet.ip());
+            if self.recent.len() > 6 {
+                self.recent.remove(0);
+            }
+            for packet in dress.cut(packet, dice) {
+                steps.push(Step::Packet(hook, damaged(dice, packet.frame())));
+            }
+        }
+    }
+
+    fn hook(&self, from_client: bool) -> Hook {
+        let source = if from_client { self.flow.source } else { self.flow.destination };
+        let pod =
+            PODS.iter().any(|block| block.parse::<ipnet::IpNet>().is_ok_and(|block| block.contains(&source)));
+        match (pod, self.masqueraded && !from_client) {
+            (true, _) => Hook::InternalIngress,
+            (false, true) => Hook::InternalEgress,
+            (false, false) => Hook::ExternalIngress,
+        }
+    }
+
+    fn icmp(&self, dice: &mut Dice) -> (bool, Carried) {
+        let from_client = dice.percent(55);
+        let v4 = self.flow.source.is_ipv4();
+        let (queries, replies): (&[u8], &[u8]) =
+            if v4 { (&[8, 8, 8, 13, 15, 17], &[0, 0, 0, 14, 16, 18]) } else { (&[128], &[129]) };
+        let kind = match dice.below(20) {
+            0 => dice.within(0, 255),
+            n if (n < 17) == from_client => *dice.pick(queries),
+            _ => *dice.pick(replies),
+        };
+        (from_client, Carried::Icmp(kind))
+    }
+
+    /// The next segment of a connection, or one that is not; and who sends it.
+    fn tcp(&mut self, dice: &mut Dice) -> (bool, Tcp) {
+        let [client, server] = self.sequence;
+        if dice.percent(35) {
+            return self.wild_tcp(dice);
+        }
+        let segment = |from_client: bool, flags: u8| {
+            let (sequence, acknowledgement) = if from_client { (client, server) } else { (server, client) };
+            (from_client, flags, sequence, acknowledgement)
+        };
+        let (from_client, flags, sequence, acknowledgement) = match self.stage {
+            0 => {
+                self.sequence[0] = client.wrapping_add(1);
+                (true, 0x02, client, 0)
+            }
+            1 => {
+                self.isn = server;
+                self.sequence[1] = server.wrapping_add(1);
+                (false, 0x12, server, client)
+            }
+            2 => segment(true, 0x10),
+            3..=7 => segment(dice.percent(50), *dice.pick(&[0x10, 0x18, 0x30])),
+            8 => segment(dice.percent(50), 0x11),
+            9 => segment(dice.percent(50), 0x11),
+            10 => segment(dice.percent(50), *dice.pick(&[0x10, 0x14, 0x04])),
+            _ => segment(dice.percent(50), 0x10),
+        };
+        self.stage = match self.stage {
+            // Out of turn now and then: data before the end of the handshake, an end in its middle, a second SYN.
+            _ if dice.percent(6) => dice.below(12),
+            11.. => 0,
+            stage => stage + 1,
+        };
+        if self.stage == 0 && dice.percent(50) {
+            self.sequence = [number(dice), number(dice)];
+        }
+        let payload = if dice.percent(30) { dice.below(40) } else { 0 };
+        (from_client, tcp_segment(flags, sequence, acknowledgement, payload))
+    }
+
+    fn wild_tcp(&mut self, dice: &mut Dice) -> (bool, Tcp) {
+        const SENSIBLE: [u8; 12] = [0x02, 0x12, 0x10, 0x10, 0x10, 0x18, 0x11, 0x04, 0x14, 0x22, 0x31, 0xc2];
+        let from_client = dice.percent(60);
+        let flags = if dice.percent(95) { *dice.pick(&SENSIBLE) } else { dice.within(0, 255) };
+        let near = |dice: &mut Dice, of: u32| match dice.below(8) {
+            0 => of.wrapping_sub(1),
+            1 => of.wrapping_add(1),
+            2 => of.wrapping_add(1 << 20),
+            3 => of.wrapping_add((1 << 20) + 1),
+            4 => number(dice),
+            5 => of.wrapping_add(0x8000_0000),
+            _ => of,
+        };
+        let [client, server] = self.sequence;
+        let (sequence, acknowledgement) = if from_client {
+            let acknowledged = if dice.percent(70) { self.isn } else { server };
+            (near(dice, client), near(dice, acknowledged))
+        } else {
+            (near(dice, server), near(dice, client))
+        };
+        if !from_client && flags & 0x12 == 0x12 {
+            self.isn = sequence;
+        }
+        (from_client, tcp_segment(flags, sequence, acknowledgement, dice.below(12)))
+    }
+
+    /// An ICMP error about this conversation, or about one that might be it.
+    fn error(&self, dice: &mut Dice, policy: &Policy) -> Step {
+        let Flow { source, destination, source_port, destination_port } = self.flow;
+        let v4 = source.is_ipv4();
+        let mut quoted = match dice.below(8) {
+            0 => {
+                let stranger = odd_address(dice, policy, v4);
+                Packet::new(source, stranger).tcp(tcp_segment(2, 1, 0, 0)).ip()
+            }
+            1 => Packet::new(source, destination)
+                .udp(source_port, destination_port.wrapping_add(u16::from(dice.within(0, 2))), &[1; 8])
+                .ip(),
+            2 => Packet::new(destination, source).tcp(Tcp::ack(destination_port, source_port, 1, 1)).ip(),
+            _ if self.recent.is_empty() => Packet::new(source, destination).ip(),
+            _ => dice.pick(&self.recent).clone(),
+        };
+        if dice.percent(20) {
+            quoted.truncate(dice.below(quoted.len() + 1));
+        }
+        if dice.percent(10) {
+            flip(dice, &mut quoted);
+        }
+        let (sender, addressee) = addresses(&quoted).unwrap_or((source, destination));
+        let (mut to, mut from) = if dice.percent(85) { (sender, addressee) } else { (addressee, sender) };
+        if to.is_ipv4() != v4 || from.is_ipv4() != v4 {
+            (to, from) = (source, destination);
+        }
+        if dice.percent(30) {
+            from = beyond(dice, policy, destination);
+        }
+        if dice.percent(3) {
+            to = odd_address(dice, policy, v4);
+        }
+        let message = match dice.below(5) {
+            0 => Icmp::TooBig(1280, quoted),
+            1 => Icmp::TimeExceeded(quoted),
+            2 => Icmp::Other(4, 0, [0; 4], quoted),
+            code => Icmp::Unreachable(u8::try_from(code).unwrap_or_default(), quoted),
+        };
+        let pod = |address: IpAddr| {
+            PODS.iter().any(|block| block.parse::<ipnet::IpNet>().is_ok_and(|b| b.contains(&address)))
+        };
+        let natural = if pod(from) { Hook::InternalIngress } else { Hook::ExternalIngress };
+        let hook = if dice.percent(5) { *dice.pick(&Hook::ALL) } else { natural };
+        let dress = Dress::new(dice);
+        let packet = dress.put_on(Packet::new(from, to), v4).icmp(&message);
+        Step::Packet(hook, damaged(dice, packet.frame()))
+    }
+}
+
+/// What a packet carries, before it is known between which addresses.
+enum Carried {
+    Tcp(Tcp),
+    Udp(usize),
+    Sctp(u8),
+    Icmp(u8),
+    Raw(u8, usize),
+}
+
+impl Carried {
+    fn put_into(&self, packet: Packet, flow: &Flow) -> Packet {
+        let (source, destination) = (flow.source_port, flow.destination_port);
+        match self {
+            Self::Tcp(tcp) => {
+                let mut tcp = tcp.clone();
+                (tcp.header.source_port, tcp.header.destination_port) = (source, destination);
+                packet.tcp(tcp)
+            }
+            Self::Udp(length) => packet.udp(source, destination, &vec![7; *length]),
+            Self::Sctp(1) => packet.sctp_init(source, destination),
+            Self::Sctp(kind) => packet.sctp(source, destination, 1, &[*kind, 0, 0, 8, 0, 0, 0, 1]),
+            Self::Icmp(kind) => {
+                let [high, low] = source.to_be_bytes();
+                packet.icmp(&Icmp::Other(*kind, 0, [high, low, 0, 1], vec![0; 8]))
+            }
+            Self::Raw(number, length) => packet.raw(IpNumber(*number), &vec![0; *length]),
+        }
+    }
+}
+
+/// What stands around the layer 4 of a packet.
+#[derive(Default)]
+struct Dress {
+    tags: Vec<bool>,
+    options: usize,
+    extensions: Vec<usize>,
+    fragment: Option<Fragment>,
+}
+
+#[derive(Clone, Copy)]
+enum Fragment {
+    /// This place, whatever the packet is.
+    At(u16, bool),
+    /// Cut at multiples of so many octets.
+    Cut(usize),
+}
+
+impl Dress {
+    /// Mostly nothing.
+    fn new(dice: &mut Dice) -> Self {
+        let mut dress = Self::default();
+        match dice.below(40) {
+            0 => dress.tags = (0..=dice.below(3)).map(|_| dice.percent(70)).collect(),
+            1 => dress.options = 1 + dice.below(40),
+            2 | 3 => {
+                let count = if dice.percent(80) { 1 + dice.below(3) } else { 6 + dice.below(5) };
+                dress.extensions = (0..count).map(|_| dice.below(14)).collect();
+            }
+            4 | 5 => {
+                let more = dice.percent(60);
+                let offset = *dice.pick(&[0, 0, 0, 1, 2, 3, 8000]);
+                dress.fragment = Some(Fragment::At(offset, more));
+            }
+            6 => dress.fragment = Some(Fragment::Cut(8 * (1 + dice.below(4)))),
+            7 => {
+                dress.tags = vec![true];
+                dress.fragment = Some(Fragment::At(u16::from(dice.within(0, 2)), dice.percent(50)));
+                dress.extensions = vec![dice.below(14)];
+                dress.options = 4 * dice.below(3);
+            }
+            _ => (),
+        }
+        dress
+    }
+
+    fn put_on(&self, mut packet: Packet, v4: bool) -> Packet {
+        for (inside, plain) in (1..).zip(&self.tags) {
+            packet = if *plain { packet.vlan(inside) } else { packet.service_vlan(inside) };
+        }
+        if v4 {
+            packet = packet.options(&vec![1; self.options]);
+        } else {
+            packet = self.extensions.iter().fold(packet, |packet, kind| match kind {
+                0..=2 => packet.hop_by_hop(u8::from(*kind == 1)),
+                3..=6 => packet.destination_options(u8::from(*kind == 4)),
+                7 | 8 => packet.routing(),
+                9 => packet.raw_extension(IpNumber::IPV6_ROUTE_HEADER, vec![0, 0, 0, 1, 0, 0, 0, 0]),
+                10 | 11 => packet.authentication(),
+                12 => packet.raw_extension(IpNumber(44), vec![0; 8]),
+                _ => packet.raw_extension(IpNumber(135), vec![0; 8]),
+            });
+        }
+        if let Some(Fragment::At(offset, more)) = self.fragment {
+            packet = packet.fragment(offset, more, 9);
+        }
+        packet
+    }
+
+    fn cut(&self, packet: Packet, dice: &mut Dice) -> Vec<Packet> {
+        let Some(Fragment::Cut(size)) = self.fragment else { return vec![packet] };
+        let mut parts = packet.fragments(size, u32::from(dice.port()));
+        if parts.is_empty() {
+            return vec![packet];
+        }
+        if dice.percent(30) {
+            parts.reverse();
+        }
+        parts
+    }
+}
+
+/// Cut off anywhere, bits turned, lengths wrong; mostly not.
+fn damaged(dice: &mut Dice, mut frame: Vec<u8>) -> Vec<u8> {
+    let whole = frame.clone();
+    match dice.below(24) {
+        0 => frame.truncate(14 + dice.below(frame.len() - 13)),
+        1 => flip(dice, &mut frame),
+        2 => {
+            // Behind the addresses: what is damaged is still somebody's.
+            let start = if frame[12] == 0x86 { 54 } else { 34 };
+            if frame.len() > start {
+                let at = start + dice.below(frame.len() - start);
+                frame[at] = dice.within(0, 255);
+            }
+        }
+        3 => {
+            let at = *dice.pick(&[14, 16, 17, 18, 19, 20, 23, 46]);
+            if at < frame.len() {
+                frame[at] = dice.within(0, 255);
+            }
+        }
+        _ => (),
+    }
+    if runs(&frame) { frame } else { whole }
+}
+
+/// A few bits.
+fn flip(dice: &mut Dice, bytes: &mut [u8]) {
+    for _ in 0..=dice.below(3) {
+        if !bytes.is_empty() {
+            let at = dice.below(bytes.len());
+            bytes[at] ^= 1 << dice.below(8);
+        }
+    }
+}
+
+/// BPF_PROG_TEST_RUN takes no IP header that is cut off, unless a VLAN tag stands before it.
+fn runs(frame: &[u8]) -> bool {
+    match frame.get(12..14) {
+        Some([0x08, 0x00]) => frame.len() >= 34,
+        Some([0x86, 0xdd]) => frame.len() >= 54,
+        Some(_) => frame.len() >= 15,
+        None => false,
+    }
+}
+
+/// Somebody that the rules do not speak of: far away, of the cluster, or the node itself.
+fn odd_address(dice: &mut Dice, policy: &Policy, v4: bool) -> IpAddr {
+    let mut choices: Vec<IpAddr> = NODE_ADDRESSES.iter().filter_map(|address| address.parse().ok()).collect();
+    choices.extend(policy.nodes.iter().map(|net| net.addr()));
+    choices
+        .extend(["203.0.113.5", "2001:db8::5"].iter().filter_map(|address| address.parse::<IpAddr>().ok()));
+    for block in LAN.iter().chain(&PODS) {
+        choices.push(dice.address(&block.parse().expect("a prefix")));
+    }
+    choices.retain(|address| address.is_ipv4() == v4);
+    *dice.pick(&choices)
+}
+
+/// Source and destination of an IP packet.
+fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr)> {
+    let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+    let v6 = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+    match packet.first()? >> 4 {
+        4 => Some((v4(12)?, v4(16)?)),
+        6 => Some((v6(8)?, v6(24)?)),
+        _ => None,
+    }
+}
+
+fn tcp_segment(flags: u8, sequence: u32, acknowledgement: u32, payload: usize) -> Tcp {
+    let mut tcp = Tcp::ack(0, 0, sequence, acknowledgement).payload(&vec![0; payload]);
+    let header = &mut tcp.header;
+    (header.fin, header.syn, header.rst) = (flags & 1 != 0, flags & 2 != 0, flags & 4 != 0);
+    (header.psh, header.ack, header.urg) = (flags & 8 != 0, flags & 16 != 0, flags & 32 != 0);
+    (header.ece, header.cwr) = (flags & 64 != 0, flags & 128 != 0);
+    tcp
+}
+
+fn number(dice: &mut Dice) -> u32 {
+    u32::try_from(dice.bits() >> 32).unwrap_or_default()
+}

@@ -1,0 +1,93 @@
+//! The two engines, as the agent uses them.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::config::{Events, Flows};
+use bridge_agent::datapath::{Behaviour, Datapath, FlowFilter, Mechanism, Options, Pins, Role, Target};
+use bridge_agent::firewall::Firewall as _;
+use bridge_agent::iptables::{Config, Iptables, save::Saving};
+use bridge_agent::model::{OnDeny, Policy};
+use bridge_agent::policy;
+use bridge_common::filter::fast_path::{ability, protocols};
+use bridge_common::filter::flow::state;
+
+use super::node::Node;
+use super::{Side, local};
+
+/// No flow expires while a case lasts. In nanoseconds.
+const TIMEOUT: u64 = 60_000_000_000;
+const ETHERNET: u32 = 14;
+
+/// Enforces one policy after the other in the network namespace of its thread.
+pub(super) trait Engine {
+    /// Forgets every flow, and puts the policy in force.
+    fn enforce(&mut self, policy: &Policy) -> Result<()>;
+}
+
+/// iptables alone, on the back end that is the system's default.
+pub(super) struct ByIptables(Iptables);
+
+impl ByIptables {
+    pub(super) fn new() -> Result<Self> {
+        let saving = Saving { enabled: false, ..Saving::default() };
+        Ok(Self(Iptables::new(Config { saving, ..Config::default() })?))
+    }
+}
+
+impl Engine for ByIptables {
+    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+        self.0.converge(policy)?;
+        let output = Command::new("conntrack").arg("--flush").output().context("start conntrack")?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let left = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
+        ensure!(left.trim() == "0", "conntrack still knows {} flows", left.trim());
+        Ok(())
+    }
+}
+
+/// eBPF alone, with the fast path.
+pub(super) struct ByEbpf {
+    datapath: Datapath,
+    targets: [Target; 2],
+}
+
+impl ByEbpf {
+    pub(super) fn new(node: &Node, pins: Pins) -> Result<Self> {
+        let Flows { established, half_open } = Flows::default();
+        let mechanism = Mechanism::Best;
+        let options = Options { pins, flows: established, half_open, mechanism, debug: false };
+        let through = ability::INPUT | ability::OUTPUT;
+        let target = |side, role, fast_path| -> Result<Target> {
+            let (index, name) = node.interface(side)?;
+            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET, fast_path })
+        };
+        let targets = [
+            target(Side::Lan, Role::External, through)?,
+            target(Side::Pods, Role::Internal, through | ability::PEER)?,
+        ];
+        let datapath = Datapath::load(&options)?;
+        // Nothing changes of what it depends on but the policy, and that is heard of.
+        datapath.maps.fast_path().allow(protocols::TCP | protocols::UDP, Duration::MAX);
+        Ok(Self { datapath, targets })
+    }
+}
+
+impl Engine for ByEbpf {
+    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+        let tables = policy::compile(policy, &local())?;
+        let behaviour = Behaviour {
+            timeouts: [TIMEOUT; state::COUNT],
+            audit: false,
+            reject: policy.on_deny == OnDeny::Reject,
+            events_per_second: Events::default().rate,
+            report_allowed: false,
+        };
+        self.datapath.publish(&tables, &behaviour, None)?;
+        self.datapath.attach(&self.targets, true).1?;
+        self.datapath.allow_fast_path(&self.targets).1?;
+        self.datapath.maps.delete_flows(&FlowFilter::default())?;
+        Ok(())
+    }
+}

@@ -1,0 +1,237 @@
+//! The same packets through both engines, and what became of them.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write as _};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use bridge_agent::datapath::{Maps, Pins};
+use bridge_common::filter::fast_path::Outcome;
+
+use super::engines::{ByEbpf, ByIptables, Engine};
+use super::node::Node;
+use super::{Case, Difference, Sent};
+use crate::cpu::stay_on;
+use crate::lab::Lab;
+
+/// Packets of a policy, at least.
+pub const PACKETS_PER_POLICY: usize = 500;
+/// Seeds of cases that once showed an engine to be wrong, and what it was.
+pub const REGRESSIONS: [(u64, &str); 4] = [
+    (68, "eBPF let a TCP header in fragments of 8 or 16 octets through to a denied NodePort"),
+    (
+        105,
+        "eBPF answered a forged ACK of a handshake with an RST, and took that for the end of the handshake",
+    ),
+    (110, "eBPF let an IPv6 packet without next header through by a rule for any protocol"),
+    (113, "eBPF denied a LAN router's ICMP error about a flow out of scope"),
+];
+/// Cases that wait for a slower engine.
+const AHEAD: usize = 2;
+/// Differences that are told in full; the others are only counted.
+const TOLD: usize = 20;
+
+/// Two nodes that never hear of each other: one enforces by eBPF, the other by iptables.
+///
+/// Needs root, iproute2, ethtool, iptables and conntrack.
+pub struct Nodes {
+    ebpf: Worker,
+    iptables: Worker,
+    /// Of the eBPF programs.
+    pins: Pins,
+    /// Its pins go with it, also after a crash.
+    _lab: Lab,
+}
+
+/// What a run has shown.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Policies that were put in force.
+    pub policies: usize,
+    /// Packets (datagrams, if they were sent in fragments) that went through both engines.
+    pub packets: usize,
+    /// How many of them came out of both.
+    pub passed: usize,
+    /// How many of the node that enforces by eBPF took the fast path.
+    pub fast: u64,
+    /// How many met each intended difference.
+    pub intended: BTreeMap<Difference, usize>,
+    /// How many were treated by an engine in another way than expected.
+    pub unexplained: usize,
+    /// The first of those, with all that it takes to see them again.
+    pub told: Vec<String>,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl Report {
+    /// Packets in a second.
+    #[must_use]
+    pub fn rate(&self) -> f64 {
+        f64::from(u32::try_from(self.packets).unwrap_or(u32::MAX)) / self.took.as_secs_f64()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} policies", self.policies)?;
+        let passed = 100 * self.passed / self.packets.max(1);
+        writeln!(f, "{} packets through each engine, {passed} % passed both", self.packets)?;
+        writeln!(f, "{} took the fast path of eBPF", self.fast)?;
+        writeln!(f, "{:.0} packets per second ({:.0} s)", self.rate(), self.took.as_secs_f64())?;
+        for difference in Difference::ALL {
+            let count = self.intended.get(&difference).copied().unwrap_or_default();
+            writeln!(f, "{count:7} differ as intended: {}", difference.name())?;
+        }
+        write!(f, "{:7} differ unexplained", self.unexplained)
+    }
+}
+
+struct Worker {
+    cases: Option<SyncSender<Arc<Case>>>,
+    verdicts: Receiver<Result<Vec<bool>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts an engine on a node of its own, on one CPU: packets must not overtake one another.
+    fn start<E: Engine>(
+        cpu: usize,
+        engine: impl FnOnce(&Node) -> Result<E> + Send + 'static,
+    ) -> Result<Self> {
+        let node = Node::new()?;
+        let (cases, next) = sync_channel::<Arc<Case>>(AHEAD);
+        let (results, verdicts) = channel();
+        let work = move |mut node: Node| -> Result<()> {
+            stay_on(cpu)?;
+            let mut engine = engine(&node)?;
+            let mut judge = |case: &Case| {
+                engine.enforce(&case.policy)?;
+                node.send(&case.sent)
+            };
+            for case in next {
+                let seen = judge(&case).with_context(|| format!("seed {}", case.seed));
+                if results.send(seen).is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        let ns = Arc::clone(&node.ns);
+        let thread = ns.spawn(move || {
+            if let Err(error) = work(node) {
+                eprintln!("{error:#}");
+            }
+        });
+        Ok(Self { cases: Some(cases), verdicts, thread: Some(thread) })
+    }
+
+    fn next(&self) -> Result<Vec<bool>> {
+        self.verdicts.recv().context("the engine has ended")?
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.cases = None;
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+impl Nodes {
+    /// Makes both nodes, and starts the engines.
+    ///
+    /// # Errors
+    /// Something of what it needs is missing.
+    pub fn new() -> Result<Self> {
+        let lab = Lab::builder().pods(0).build()?;
+        let pins = Pins::new(lab.pin_directory()?.join("parity"));
+        let own = pins.clone();
+        let ebpf = Worker::start(0, move |node| ByEbpf::new(node, own))?;
+        let iptables = Worker::start(1, |_| ByIptables::new())?;
+        Ok(Self { ebpf, iptables, pins, _lab: lab })
+    }
+
+    /// The case of each seed, through both engines.
+    ///
+    /// # Errors
+    /// An engine refuses a policy, or a node falls silent.
+    pub fn compare(self, seeds: &[u64], mut progress: impl FnMut(&Report)) -> Result<Report> {
+        let start = Instant::now();
+        let mut report = Report::default();
+        thread::scope(|scope| {
+            let (sender, cases) = sync_channel::<Arc<Case>>(AHEAD);
+            let workers = [&self.ebpf, &self.iptables].map(|worker| worker.cases.clone());
+            scope.spawn(move || {
+                for seed in seeds {
+                    let case = Arc::new(Case::new(*seed, PACKETS_PER_POLICY));
+                    for to in workers.iter().flatten().chain([&sender]) {
+                        // Whoever has hung up tells why.
+                        if to.send(Arc::clone(&case)).is_err() {
+                            return;
+                        }
+                    }
+                }
+            });
+            for case in cases {
+                let ebpf = self.ebpf.next().context("eBPF")?;
+                let iptables = self.iptables.next().context("iptables")?;
+                report.add(&case, &ebpf, &iptables);
+                report.took = start.elapsed();
+                progress(&report);
+            }
+            let outcomes = Maps::open(&self.pins)?.outcome_counts()?;
+            let fast = outcomes.iter().filter(|count| count.outcome == Outcome::forwarded.name());
+            report.fast = fast.map(|count| count.packets).sum();
+            Ok(report)
+        })
+    }
+}
+
+impl Report {
+    fn add(&mut self, case: &Case, ebpf: &[bool], iptables: &[bool]) {
+        self.policies += 1;
+        self.packets += case.sent.len();
+        for (number, (sent, seen)) in case.sent.iter().zip(ebpf.iter().zip(iptables)).enumerate() {
+            let seen = (*seen.0, *seen.1);
+            if seen != (sent.expected.ebpf, sent.expected.iptables) {
+                self.unexplained += 1;
+                if self.told.len() < TOLD {
+                    self.told.push(tell(case, number, seen));
+                }
+            } else if let Some(difference) = sent.expected.difference() {
+                *self.intended.entry(difference).or_default() += 1;
+            } else if seen == (true, true) {
+                self.passed += 1;
+            }
+        }
+    }
+}
+
+/// Everything about one packet, and those before it that may have mattered.
+fn tell(case: &Case, number: usize, seen: (bool, bool)) -> String {
+    let sent = &case.sent[number];
+    let word = |passes: bool| if passes { "passes" } else { "is denied" };
+    let mut text = format!("seed {}, packet {number}, {}\n", case.seed, sent.what);
+    let mut row = |what: &str, ebpf, iptables| {
+        let _ = writeln!(text, "  {what:9} eBPF: {}, iptables: {}", word(ebpf), word(iptables));
+    };
+    row("expected", sent.expected.ebpf, sent.expected.iptables);
+    row("seen", seen.0, seen.1);
+    let addresses = |sent: &Sent| {
+        let (source, destination) = sent.packets[0].addresses();
+        [source.min(destination), source.max(destination)]
+    };
+    let before = case.sent[..=number].iter().filter(|other| addresses(other) == addresses(sent));
+    for (packet, other) in before.flat_map(|other| other.packets.iter().map(move |packet| (packet, other))) {
+        let (source, destination) = packet.addresses();
+        let hex: String = packet.ip().iter().map(|octet| format!("{octet:02x}")).collect();
+        let _ = writeln!(text, "  from {:?}, {source} to {destination}, {}: {hex}", other.from, other.what);
+    }
+    let _ = writeln!(text, "  {:?}", case.policy);
+    let _ = write!(text, "  again: cargo xtask parity --packets 1 --seed {}", case.seed);
+    text
+}

@@ -1,0 +1,97 @@
+//! Loading, pinning, adopting.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use bridge_agent::datapath::{Error, Maps, Options};
+use bridge_lab::lab::Lab;
+
+use crate::support::{BEHAVIOUR, bpftool, load, options, pins, tables};
+
+#[test]
+fn a_policy_is_in_force_after_publishing_and_after_a_restart() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    let mut first = load(&lab, &options(&pins))?;
+    assert!(first.is_unseeded(false)? && !first.adopted());
+    let published = first.publish(&tables(["one", "two"]), &BEHAVIOUR, None)?;
+    eprintln!("{published:?}");
+    assert_eq!(published.generation(), 1);
+    let published = first.publish(&tables(["one"]), &BEHAVIOUR, None)?;
+    eprintln!("{published:?}");
+    drop(first);
+    let again = load(&lab, &options(&pins))?;
+    assert!(!again.is_unseeded(false)? && again.adopted());
+    let maps = Maps::open(&pins)?;
+    assert_eq!(maps.settings_in_force()?.generation, 2);
+    assert_eq!(maps.rule_info(maps.slot())?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn a_second_agent_is_refused_and_told_the_pid_of_the_first() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    let _first = load(&lab, &options(&pins))?;
+    let error = load(&lab, &options(&pins)).unwrap_err();
+    assert!(matches!(error, Error::Locked { pid: Some(pid), .. } if pid == std::process::id()), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_foreign_pin_is_refused_and_nothing_is_changed() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    drop(load(&lab, &options(&pins))?);
+    let path = pins.map("settings");
+    let others = |kind: &str, key: &str, value: &str, entries: &str| {
+        std::fs::remove_file(&path)?;
+        let mut bpftool = Command::new("bpftool");
+        bpftool.args(["map", "create"]).arg(&path);
+        bpftool.args(["type", kind, "key", key, "value", value, "entries", entries, "name", "settings"]);
+        ensure!(bpftool.status()?.success());
+        anyhow::Ok(())
+    };
+    for (kind, key, value, entries, expected) in [
+        ("hash", "4", "144", "3", "its map type is 1, expected 2"),
+        ("array", "4", "143", "3", "its value size is 143, expected 144"),
+        ("array", "4", "144", "2", "its size is 2, expected 3"),
+    ] {
+        others(kind, key, value, entries)?;
+        let before = bpftool(&["map", "show", "pinned"], &path)?;
+        let error = load(&lab, &options(&pins)).unwrap_err();
+        let text = error.to_string();
+        assert!(matches!(error, Error::ForeignPin { .. }) && text.contains(expected), "{text}");
+        assert!(text.contains("bridge-agent down"), "no remedy: {text}");
+        assert_eq!(bpftool(&["map", "show", "pinned"], &path)?["id"], before["id"], "the pin was replaced");
+    }
+    // A link is not a map, and its info would pass for one.
+    std::fs::remove_file(&path)?;
+    std::fs::create_dir(&path)?;
+    let text = load(&lab, &options(&pins)).unwrap_err().to_string();
+    assert!(text.contains("settings"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    let absurd = Options { flows: u32::MAX, ..options(&pins) };
+    let error = load(&lab, &absurd).unwrap_err().to_string();
+    assert!(error.contains("flows"), "{error}");
+    assert!(!pins.directory().exists(), "maps are left");
+    load(&lab, &options(&pins))?;
+    Ok(())
+}
+
+#[test]
+fn a_table_that_is_pinned_keeps_its_size_and_its_flows() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    drop(load(&lab, &options(&pins))?);
+    let larger = Options { flows: 8192, ..options(&pins) };
+    let datapath = load(&lab, &larger)?;
+    assert_eq!(datapath.maps.count_flows()?.established_capacity, 4096);
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! What is not between a pod and a LAN host is nobody's business: with no rule at all, everything else works.
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_lab::agent::Agent;
+use bridge_lab::lab::{Family, Host, Lab};
+use bridge_lab::traffic::icmp::echo;
+use bridge_lab::traffic::{tcp, udp};
+
+use crate::support::{SECOND, SILENCE, config, open};
+
+/// TCP, UDP and echo from one to the other, at an address that the other has.
+fn talks(client: &Host, server: &Host, family: Family, port: u16) -> Result<()> {
+    let to = server.at(family, port);
+    let _tcp = tcp::Server::echo(&server.netns, to)?;
+    let _udp = udp::Server::echo(&server.netns, to)?;
+    open(client, to)?;
+    let attempt = udp::ask(&client.netns, 0, to, b"hello", SECOND)?;
+    ensure!(attempt.succeeded(), "UDP: {attempt}");
+    let attempt = echo(&client.netns, to.ip(), SECOND)?;
+    ensure!(attempt.succeeded(), "echo: {attempt}");
+    Ok(())
+}
+
+#[test]
+fn what_is_out_of_scope_is_untouched() -> Result<()> {
+    let lab = Lab::builder().second_host().build()?;
+    let (a, a2, b, c1, c2) = (lab.a(), lab.a2(), lab.b(), lab.c1(), lab.c2());
+    // With NodePorts, too: what the node serves itself is not one, unless it is in their range.
+    for rest in ["", "nodePorts: {range: \"30000-32767\"}\n"] {
+        let mut agent = Agent::start(&lab, lab.b(), &config("", rest))?;
+        for family in Family::BOTH {
+            for (client, server, port, what) in [
+                (a, b, 22, "a login on the node"),
+                (b, a, 443, "the node as a client"),
+                (c1, b, 53, "a pod to its node"),
+                // By the gateway's address, which is in the network of the pods.
+                (b, c1, 10250, "a probe of the kubelet"),
+                (c1, c2, 5432, "pod to pod"),
+                (a, a2, 80, "LAN host to LAN host"),
+            ] {
+                talks(client, server, family, port).with_context(|| format!("{what}, {family:?}"))?;
+            }
+            // And yet it is in force.
+            for (client, server) in [(a, c1), (c1, a)] {
+                let server = tcp::Server::echo(&server.netns, server.at(family, 80))?;
+                let attempt = tcp::Client::new(&client.netns).connect(server.address())?;
+                ensure!(attempt.refused(), "{attempt}");
+            }
+            let attempt = echo(&a.netns, c1.ip(family), SILENCE)?;
+            ensure!(attempt.timed_out(), "{attempt}");
+        }
+        agent.stop()?;
+        agent.run(&["down"])?;
+    }
+    Ok(())
+}

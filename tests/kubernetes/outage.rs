@@ -1,0 +1,142 @@
+//! The API server goes, comes back, has forgotten, or knows us no more.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use bridge_lab::agent::Agent;
+use bridge_lab::kubernetes::User;
+use bridge_lab::lab::Family;
+use bridge_lab::traffic::tcp;
+use bridge_lab::wait::eventually;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::support::{
+    DEADLINE, OPEN, allowing_cluster, cluster, is_refused, on_host, on_node, open, policy, until,
+    until_closed, until_current, until_metrics, until_open, until_within,
+};
+
+/// A number in the metrics.
+fn metric(agent: &Agent, name: &str) -> Result<u64> {
+    let text = agent.metrics()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    value.with_context(|| format!("no {name} in\n{text}"))
+}
+
+#[test]
+fn what_is_in_force_stays_while_the_api_server_is_away() -> Result<()> {
+    let (lab, mut server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c1", c1)?;
+    server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+    let mut node = on_node(&lab, &server)?;
+    let mut host = on_host(&lab, &server)?;
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    let (allowed, denied) = (c1.at(Family::V4, OPEN), c1.at(Family::V4, OPEN + 1));
+    let mut long = until_open(a, allowed, &node)?;
+
+    until_metrics(
+        &node,
+        &[
+            "bridge_kubernetes_connected 1",
+            "bridge_kubernetes_disconnected_seconds 0",
+            "bridge_kubernetes_current 1",
+            "bridge_kubernetes_objects{resource=\"nodes\"} 1",
+            "bridge_kubernetes_objects{resource=\"pods\"} 1",
+            "bridge_kubernetes_objects{resource=\"bridgepolicies\"} 1",
+        ],
+    )?;
+    server.stop_server();
+    for agent in [&node, &host] {
+        let cluster = until(agent, |cluster| cluster["connected"] == false)?;
+        assert!(cluster["since"].as_str().is_some_and(|since| since.ends_with('Z')), "{cluster}");
+        assert!(cluster["failing"].as_object().is_some_and(|failing| !failing.is_empty()), "{cluster}");
+        let said = agent.run(&["status"])?;
+        assert!(said.contains("GONE, what is in force stays, since 2"), "{said}");
+        until_metrics(agent, &["bridge_kubernetes_connected 0"])?;
+    }
+    let seconds = || metric(&node, "bridge_kubernetes_disconnected_seconds");
+    let first = seconds()?;
+    eventually(DEADLINE, || seconds().ok().filter(|now| *now > first + 1)).context("it counts")?;
+    open(a, allowed).context("enforcement and routes stay")?;
+    assert!(is_refused(a, denied)?);
+
+    // Also over restarts: of that cluster nothing can be heard now.
+    node.restart()?;
+    host.restart()?;
+    open(a, allowed).context("after a restart without an API server")?;
+    assert!(is_refused(a, denied)?);
+    long.round_trip(Duration::from_secs(5))?;
+    until(&node, |cluster| {
+        cluster["waitingFor"] != json!([]) && cluster["policies"][0]["name"] == "devices"
+    })?;
+
+    server.start_server()?;
+    until(&node, |cluster| cluster["connected"] == true && cluster["waitingFor"] == json!([]))?;
+    until(&host, |cluster| cluster["connected"] == true)?;
+    server.kubectl(&["delete", "bridgepolicy", "devices"], "")?;
+    until_closed(a, allowed, &node)
+}
+
+#[test]
+fn who_has_fallen_behind_lists_anew_and_misses_nothing() -> Result<()> {
+    let (lab, mut server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c1", c1)?;
+    server.apply(&policy("old", "podSelector: {}"))?;
+    let node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let _servers = [OPEN, OPEN + 1].map(|port| tcp::Server::echo(&c1.netns, c1.at(Family::V4, port)));
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+
+    // While the agent sleeps, one policy goes, another comes, and etcd forgets how it was: the watch cannot go on (410).
+    let pid = Pid::from_raw(node.pid().cast_signed()).context("a process id")?;
+    kill_process(pid, Signal::STOP)?;
+    server.kubectl(&["delete", "bridgepolicy", "old"], "")?;
+    server.apply(&policy("new", "podSelector: {}").replace(&OPEN.to_string(), &(OPEN + 1).to_string()))?;
+    server.compact()?;
+    server.stop_server();
+    server.start_server()?;
+    kill_process(pid, Signal::CONT)?;
+    until_open(a, c1.at(Family::V4, OPEN + 1), &node)?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)
+}
+
+#[test]
+fn a_new_token_is_read_when_the_old_one_is_refused() -> Result<()> {
+    let (lab, mut server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)?;
+    server.rotate(User::Node)?;
+    until(&node, |cluster| cluster["connected"] == false)?;
+    server.start_server()?;
+    until(&node, |cluster| cluster["connected"] == true)?;
+    server.apply(&policy("all", "pods: [10.200.1.0/24]"))?;
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+    until_current(&node).map(drop)
+}
+
+#[test]
+fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Result<()> {
+    let (lab, server, mut node, _others) = allowing_cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let saved = node.socket().with_file_name("kubernetes.json");
+    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+        .context("what is known is saved")?;
+
+    // As a server is that has just started; the agent has not seen the policy go.
+    node.kill()?;
+    server.kubectl(&["delete", "crd", "bridgepolicies.bridge.lan"], "")?;
+    node.restart()?;
+    let status = until(&node, |cluster| cluster["connected"] == false)?;
+    assert!(status["failing"]["bridgepolicies"].is_string(), "{status}");
+    open(a, c1.at(Family::V4, OPEN)).context("what was known stays")?;
+    // It was no mistake.
+    until_within(Duration::from_secs(90), &node, |cluster| cluster["connected"] == true)?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)
+}

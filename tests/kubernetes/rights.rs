@@ -1,0 +1,107 @@
+//! What the accounts of deploy/kubernetes may do in the cluster: what agents do, and no more.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_lab::agent::Agent;
+use bridge_lab::kubernetes::{ApiServer, User, deployed};
+use bridge_lab::lab::Family;
+use bridge_lab::traffic::tcp;
+use bridge_lab::wait::eventually;
+use serde_json::{Value, json};
+
+use crate::support::{
+    DEADLINE, OPEN, allowing_cluster, cluster, on_host, on_node, open, policy, until, until_closed,
+    until_current, until_open, until_routes,
+};
+
+const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
+
+/// Verb and resource of everything that a role allows.
+fn granted(server: &ApiServer, role: &str) -> Result<BTreeSet<String>> {
+    let role = server.request(User::Admin, "GET", &format!("{ROLES}/{role}"), None)?;
+    let mut rights = BTreeSet::new();
+    let list = |value: &Value| -> Vec<String> {
+        value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    for rule in role["rules"].as_array().context("a role has rules")? {
+        for (group, resource) in list(&rule["apiGroups"]).iter().flat_map(|group| {
+            list(&rule["resources"]).into_iter().map(move |resource| (group.clone(), resource))
+        }) {
+            rights.extend(list(&rule["verbs"]).iter().map(|verb| format!("{verb} {resource}.{group}")));
+        }
+    }
+    Ok(rights)
+}
+
+#[test]
+fn accounts_may_do_what_agents_do_and_no_more() -> Result<()> {
+    let (lab, server) = cluster()?;
+    server.install_calico()?;
+    server.install_cilium()?;
+    server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c1", lab.c1())?;
+    server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+    // Tokens as pods get them, in the place of those that the tests usually use.
+    for user in [User::Node, User::Host] {
+        server.take_account_token(user)?;
+    }
+    let node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let c1 = lab.c1();
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    until_open(lab.a(), c1.at(Family::V4, OPEN), &node)?;
+    for (user, role) in [(User::Node, "bridge-agent"), (User::Host, "bridge-lan-host")] {
+        let granted = granted(&server, role)?;
+        ensure!(granted.len() > 5, "{granted:?}");
+        let done = || server.requests_of(user).unwrap_or_default();
+        eventually(DEADLINE, || (done() == granted).then_some(())).with_context(|| {
+            let done = done();
+            let unused: Vec<_> = granted.difference(&done).collect();
+            let refused: Vec<_> = done.difference(&granted).collect();
+            format!("{role}: never used {unused:?}, not granted {refused:?}")
+        })?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_kubeconfig_of_lan_hosts_is_made_by_the_script() -> Result<()> {
+    let (lab, server) = cluster()?;
+    // As the controller of tokens fills it, which is not here.
+    server.kubectl(&["apply", "-f", &deployed("lan-host-token.yaml")], "")?;
+    server.fill_token_secret("bridge-lan-host")?;
+    let kubeconfig = lab.directory().join("lan-host.kubeconfig");
+    std::fs::write(&kubeconfig, server.run_script(&deployed("lan-host-kubeconfig.sh"))?)?;
+    let config = format!("role: host\nkubernetes: {{kubeconfig: {}}}\nroutes: {{}}\n", kubeconfig.display());
+    let host = Agent::start(&lab, lab.a(), &config)?;
+    until_current(&host)?;
+    until_routes(&lab, &["10.200.1.0/24 via 192.168.31.17", "fd20:1::/64 via fd31::17"])
+}
+
+#[test]
+fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<()> {
+    let (lab, server, mut node, _others) = allowing_cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+
+    let path = format!("{ROLES}/bridge-agent");
+    let role = server.request(User::Admin, "GET", &path, None)?;
+    let without = |resource: &str| {
+        let rules = role["rules"].as_array().into_iter().flatten();
+        let rules = rules.filter(|rule| !rule["resources"].to_string().contains(&format!("\"{resource}\"")));
+        json!({"rules": rules.collect::<Vec<_>>()})
+    };
+    server.request(User::Admin, "PATCH", &path, Some(&without("bridgepolicies")))?;
+    // A watch that is there goes on; who connects anew is refused.
+    node.restart()?;
+    let status = until(&node, |cluster| cluster["connected"] == false)?;
+    let reason = status["failing"]["bridgepolicies"].to_string();
+    ensure!(reason.contains("is forbidden") && reason.contains("deploy/kubernetes"), "{status}");
+    open(a, c1.at(Family::V4, OPEN)).context("not being allowed to see a policy is not its being gone")?;
+
+    server.request(User::Admin, "PATCH", &path, Some(&json!({"rules": role["rules"]})))?;
+    until(&node, |cluster| cluster["connected"] == true)?;
+    until_current(&node)?;
+    server.kubectl(&["delete", "bridgepolicy", "devices"], "")?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)
+}

@@ -1,0 +1,401 @@
+//! What the hooks do to the sockets of programs that know nothing of them.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::{model::PortRange, pool::Settings};
+use bridge_common::pool::{Event, Refusal, counter};
+use bridge_lab::{
+    lab::{Family, Lab, Netns, Process},
+    pool::{Stand, finish, output, python},
+    wait::{eventually, patience},
+};
+
+const PORTS: PortRange = PortRange { first: 61001, last: 61080 };
+const SOON: Duration = Duration::from_secs(20);
+
+/// What every Python program here begins with.
+const PRELUDE: &str = r"
+import errno, json, socket, sys, time
+def tcp(to, family=socket.AF_INET):
+    s = socket.socket(family)
+    s.settimeout(10)
+    s.connect(to)
+    return s
+def port(s): return s.getsockname()[1]
+def code(f):
+    try:
+        f()
+        return 'connected'
+    except OSError as e:
+        return errno.errorcode[e.errno]
+";
+
+fn settings() -> Result<Settings> {
+    Ok(Settings {
+        ports: vec![PORTS],
+        exclude: vec![PortRange { first: 61050, last: 61050 }],
+        destinations: vec![
+            "192.168.31.0/24".parse()?,
+            "fd00::/8".parse()?,
+            "2001:db8::/32".parse()?,
+            "10.200.0.0/16".parse()?,
+        ],
+        ..Settings::default()
+    })
+}
+
+fn in_pool(port: u16) -> bool {
+    PORTS.contains(port) && port != 61050
+}
+
+/// Accepts TCP on some ports of all addresses, for ever, and says to each client which port it came from.
+fn serve(netns: &Netns, ports: &[u16]) -> Result<Process> {
+    let mut script = String::from("import selectors, socket\nsel = selectors.DefaultSelector()\n");
+    for port in ports {
+        writeln!(
+            script,
+            "l = socket.create_server(('::', {port}), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)"
+        )?;
+        writeln!(script, "sel.register(l, selectors.EVENT_READ, 1)")?;
+    }
+    script.push_str(
+        r"print('ready', flush=True)
+while True:
+    for key, _ in sel.select():
+        s = key.fileobj
+        if key.data:
+            c, peer = s.accept()
+            try:
+                c.sendall(b'HTTP/1.0 200 OK\r\n\r\n%d\n' % peer[1])
+                c.shutdown(socket.SHUT_WR)
+            except OSError: pass
+            sel.register(c, selectors.EVENT_READ, 0)
+        else:
+            try: data = s.recv(4096)
+            except OSError: data = b''
+            if not data:
+                sel.unregister(s)
+                s.close()
+",
+    );
+    let mut command = python(&script);
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut process = netns.spawn_command(command)?;
+    let mut ready = [0; 6];
+    std::io::Read::read_exact(process.child().stdout.as_mut().context("a pipe")?, &mut ready)?;
+    Ok(process)
+}
+
+/// Runs a hooked Python program that prints JSON.
+fn run<T: serde::de::DeserializeOwned>(stand: &Stand, netns: &Netns, script: &str) -> Result<T> {
+    let text = output(netns, stand.hooked(python(&format!("{PRELUDE}{script}"))), SOON)?;
+    serde_json::from_str(&text).with_context(|| text)
+}
+
+#[test]
+fn curl_nc_and_python_connect_from_pool_ports_without_knowing() -> Result<()> {
+    let lab = Lab::builder().masquerade().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.a().netns, &[8080])?;
+    let to = lab.a().v4;
+    for pod in lab.pods() {
+        let mut curl = Command::new("curl");
+        curl.args(["-s", "--max-time", "10", &format!("http://{to}:8080/")]);
+        let mut nc = Command::new("nc");
+        nc.args(["-d", "-w", "10", &to.to_string(), "8080"]);
+        let py = python(&format!(
+            "import urllib.request as u; print(u.urlopen('http://{to}:8080/').read().decode())"
+        ));
+        for command in [curl, nc, py] {
+            let what = format!("{:?}", command.get_program());
+            let text = output(&pod.netns, stand.hooked(command), SOON)?;
+            let port: u16 = text
+                .trim()
+                .lines()
+                .last()
+                .unwrap_or_default()
+                .trim()
+                .parse()
+                .with_context(|| text.clone())?;
+            ensure!(in_pool(port), "{what} came from {port}");
+        }
+    }
+    ensure!(stand.settled(SOON)? == 6);
+    Ok(())
+}
+
+#[test]
+fn a_lan_host_is_a_client_too() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.c1().netns, &[8080])?;
+    let ports: Vec<u16> = run(
+        &stand,
+        &lab.a().netns,
+        &format!("print(json.dumps([port(tcp(('{}', 8080))) for _ in range(20)]))", lab.c1().v4),
+    )?;
+    ensure!(ports.iter().all(|port| in_pool(*port)), "{ports:?}");
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn a_full_pool_is_eaddrnotavail_at_once_with_an_event_and_a_counter() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let mut stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.a().netns, &[8080, 8081])?;
+    let mut events = stand.pool.take_events().context("events")?;
+    #[derive(serde::Deserialize)]
+    struct Seen {
+        ports: Vec<u16>,
+        full: String,
+        refusal: f64,
+        success: f64,
+        elsewhere: u16,
+        mapped: String,
+        again: u16,
+        freed: u16,
+    }
+    let a = lab.a().v4;
+    let seen: Seen = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            r"
+to = ('{a}', 8080)
+def timed(f):
+    start = time.perf_counter()
+    result = f()
+    return time.perf_counter() - start, result
+held = [timed(lambda: tcp(to)) for _ in range(79)]
+success = sorted(t for t, _ in held)[39]
+held = [s for _, s in held]
+ports = [port(s) for s in held]
+full = code(lambda: tcp(to))
+refusal = sorted(timed(lambda: code(lambda: tcp(to)))[0] for _ in range(79))[39]
+elsewhere = port(tcp(('{a}', 8081)))
+mapped = code(lambda: tcp(('::ffff:{a}', 8080), socket.AF_INET6))
+freed = port(held[7])
+held[7].recv(100); held[7].close()
+while True:
+    try: s = tcp(to); break
+    except OSError: pass
+print(json.dumps(dict(ports=ports, full=full, refusal=refusal, success=success, elsewhere=elsewhere, mapped=mapped, again=port(s), freed=freed)))
+"
+        ),
+    )?;
+    let unique: BTreeSet<u16> = seen.ports.iter().copied().collect();
+    ensure!(unique.len() == 79 && unique.iter().all(|port| in_pool(*port)), "{unique:?}");
+    ensure!(seen.full == "EADDRNOTAVAIL" && seen.mapped == "EADDRNOTAVAIL", "{} {}", seen.full, seen.mapped);
+    ensure!(seen.again == seen.freed && in_pool(seen.elsewhere));
+    println!("median of 79: success {:.0} us, refusal {:.0} us", seen.success * 1e6, seen.refusal * 1e6);
+    ensure!(seen.refusal < 3.0 * seen.success, "a refusal takes longer than three connects");
+    ensure!(stand.counter(counter::REFUSALS + Refusal::EXHAUSTED.0)? >= 81);
+    let item = events.next().context("no event")?;
+    // SAFETY: the hooks write events and nothing else.
+    let event: Event = unsafe { item.as_ptr().cast::<Event>().read_unaligned() };
+    ensure!(Refusal(event.refusal) == Refusal::EXHAUSTED && event.destination.port() == 8080);
+    ensure!(event.comm.starts_with(b"python3"), "{:?}", event.comm);
+    drop(item);
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn one_port_serves_many_destinations_and_two_pods_never_the_same() -> Result<()> {
+    let lab = Lab::builder().masquerade().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.a().netns, &[8080, 8081, 8082])?;
+    let a = lab.a().v4;
+    let many: Vec<Vec<u16>> = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            "s = [[tcp(('{a}', p)) for _ in range(79)] for p in (8080, 8081, 8082)]\nprint(json.dumps([[port(c) for c in r] for r in s]))"
+        ),
+    )?;
+    for ports in &many {
+        ensure!(ports.iter().collect::<BTreeSet<_>>().len() == 79);
+    }
+    // All of them are warm with the first pod now: the second one gets none.
+    let second: String =
+        run(&stand, &lab.c2().netns, &format!("print(json.dumps(code(lambda: tcp(('{a}', 8080)))))"))?;
+    ensure!(second == "EADDRNOTAVAIL", "{second}");
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn a_port_that_a_program_binds_itself_is_adopted_or_refused() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.a().netns, &[8080])?;
+    let a = lab.a().v4;
+    let bound = |port: u16| {
+        format!(
+            r"
+def bound():
+    global s
+    s = socket.socket()
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    s.bind(('', {port}))
+    s.settimeout(10)
+    s.connect(('{a}', 8080))
+"
+        )
+    };
+    // Held by the first pod for as long as its standard input is open.
+    let script = format!("{PRELUDE}{}bound(); print(port(s), flush=True); sys.stdin.read()", bound(61005));
+    let mut command = stand.hooked(python(&script));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut holder = lab.c1().netns.spawn_command(command)?;
+    let adopted = || stand.counter(counter::ADOPTIONS).ok().filter(|count| *count == 1);
+    eventually(patience(SOON), adopted).context("not adopted")?;
+    let ask = |netns: &Netns, port: u16| -> Result<String> {
+        run(&stand, netns, &format!("{}print(json.dumps(code(bound)))", bound(port)))
+    };
+    ensure!(ask(&lab.c2().netns, 61005)? == "EADDRNOTAVAIL");
+    ensure!(stand.counter(counter::REFUSALS + Refusal::TAKEN.0)? == 1);
+    for outside in [61000, 61081, 61050, 40000] {
+        let seen = ask(&lab.c2().netns, outside)?;
+        ensure!(seen == "EADDRNOTAVAIL", "{outside}: {seen}");
+    }
+    ensure!(stand.counter(counter::REFUSALS + Refusal::OUTSIDE.0)? == 4);
+    ensure!(stand.counter(counter::ADOPTIONS)? == 1);
+    ensure!(ask(&lab.c2().netns, 61006)? == "connected");
+    drop(holder.child().stdin.take());
+    finish(holder, SOON)?;
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn udp_connected_and_unconnected() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    #[derive(Debug, serde::Deserialize)]
+    struct Seen {
+        connected: Vec<u16>,
+        bound: Vec<u16>,
+        bound6: u16,
+        sent: String,
+        unbound: String,
+        probe: u16,
+        other: u16,
+        again: u16,
+    }
+    let a = lab.a().v4;
+    let seen: Seen = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            r"
+def udp(family=socket.AF_INET): return socket.socket(family, socket.SOCK_DGRAM)
+def connected(to):
+    s = udp(); s.connect(to); return s
+def bound(family=socket.AF_INET):
+    s = udp(family); s.bind(('', 0)); return s
+c = [connected(('{a}', 5353)) for _ in range(40)]
+b = [bound() for _ in range(5)]
+first = port(c[0])
+c[0].connect(('{a}', 5354))
+print(json.dumps(dict(
+    connected=[port(s) for s in c], bound=[port(s) for s in b], bound6=port(bound(socket.AF_INET6)),
+    sent=code(lambda: b[0].sendto(b'x', ('{a}', 5353))),
+    unbound=code(lambda: udp().sendto(b'x', ('{a}', 5353))),
+    probe=port(connected(('{a}', 0))), other=port(connected(('127.0.0.1', 5353))), again=port(c[0]) - first)))
+"
+        ),
+    )?;
+    // 79 ports, of which 9 are set aside for unconnected sockets.
+    let connected: BTreeSet<u16> = seen.connected.iter().copied().collect();
+    let bound: BTreeSet<u16> = seen.bound.iter().copied().chain([seen.bound6]).collect();
+    ensure!(
+        connected.len() == 40 && connected.iter().all(|port| in_pool(*port) && *port < 61072),
+        "{seen:?}"
+    );
+    ensure!(bound.len() == 6 && bound.iter().all(|port| (61072..=61080).contains(port)), "{seen:?}");
+    ensure!(seen.sent == "connected" && seen.unbound == "EADDRNOTAVAIL", "{seen:?}");
+    ensure!(!in_pool(seen.probe) && !in_pool(seen.other) && seen.again == 0, "{seen:?}");
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn ipv6_and_what_the_pool_is_not_for() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let settings = Settings {
+        destinations: vec!["192.168.31.67/32".parse()?, lab.a().ip(Family::V6).into()],
+        ..settings()?
+    };
+    let stand = Stand::new(&lab, &settings)?;
+    let _server = serve(&lab.a().netns, &[8080])?;
+    let _other = serve(&lab.b().netns, &[8080])?;
+    let (a, b) = (lab.a().at(Family::V6, 8080), lab.b().at(Family::V4, 8080));
+    let [six, mapped, other]: [u16; 3] = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            r"print(json.dumps([port(tcp(('{}', 8080), socket.AF_INET6)), port(tcp(('::ffff:{}', 8080), socket.AF_INET6)), port(tcp(('{}', 8080)))]))",
+            a.ip(),
+            lab.a().v4,
+            b.ip()
+        ),
+    )?;
+    ensure!(in_pool(six) && in_pool(mapped), "{six} {mapped}");
+    ensure!(!in_pool(other), "{other} for {}", b);
+    ensure!(stand.settled(SOON)? == 2);
+    Ok(())
+}
+
+#[test]
+fn sockets_outside_the_pool_only_cost_another_try() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.a().netns, &[8080])?;
+    let foreign: Vec<u16> = (61001..=61080).step_by(4).collect();
+    let _foreign = serve(&lab.c1().netns, &foreign)?;
+    let ports: Vec<u16> = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            "s = [tcp(('{}', 8080)) for _ in range(30)]\nprint(json.dumps([port(c) for c in s]))",
+            lab.a().v4
+        ),
+    )?;
+    ensure!(ports.iter().all(|port| in_pool(*port) && !foreign.contains(port)), "{ports:?}");
+    ensure!(stand.counter(counter::BIND_RETRIES)? > 0);
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn the_only_port_that_no_other_socket_has_bound_is_found() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let twelve = PortRange { first: 61001, last: 61012 };
+    let stand = Stand::new(&lab, &Settings { ports: vec![twelve], exclude: vec![], ..settings()? })?;
+    let _server = serve(&lab.a().netns, &[8080])?;
+    let foreign: Vec<u16> = (61001..=61012).filter(|port| *port != 61006).collect();
+    let _foreign = serve(&lab.c1().netns, &foreign)?;
+    let (first, second): (u16, String) = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            "to = ('{}', 8080)\ns = tcp(to)\nprint(json.dumps([port(s), code(lambda: tcp(to))]))",
+            lab.a().v4
+        ),
+    )?;
+    ensure!(first == 61006 && second == "EADDRNOTAVAIL", "{first} {second}");
+    // What could not be bound is as free as before.
+    let elsewhere: u16 =
+        run(&stand, &lab.c2().netns, &format!("print(json.dumps(port(tcp(('{}', 8080)))))", lab.a().v4))?;
+    ensure!(foreign.contains(&elsewhere), "{elsewhere}");
+    stand.settled(SOON)?;
+    Ok(())
+}
