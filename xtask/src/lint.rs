@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    abi, build, cmd,
+    abi, build, cmd, prose,
     setup::{self, Checks, Ready, Scope},
     steps::Steps,
     workspace,
@@ -43,6 +43,9 @@ pub(crate) fn check(steps: &mut Steps, ready: &Ready, checks: &Checks) {
     });
     advisories(steps, checks);
     steps.step("ABI", abi::check);
+    steps.step("words", prose::check_words);
+    // A release archive has no history.
+    steps.step_or_not_run("commit subjects", workspace::root().join(".git").exists(), prose::check_subjects);
 }
 
 /// Whether a dependency is known to be vulnerable. Where the database cannot be reached, the table says that nobody has looked.

@@ -7,6 +7,7 @@ mod crds;
 mod fuzz;
 mod image;
 mod lint;
+mod prose;
 mod run;
 mod setup;
 mod steps;
@@ -50,8 +51,16 @@ enum Command {
         /// Part of the name of a test
         filter: Option<String>,
     },
-    /// Check formatting, lints, licences and the ABI
+    /// Check formatting, lints, licences, the ABI, the words of the prose and commit subjects
     Lint,
+    /// Count the words that the style avoids, or list the lines with one of them
+    Words {
+        /// For instance nobody
+        word: Option<String>,
+        /// Lower the ceilings in xtask/words.toml to today's figures
+        #[arg(long, conflicts_with = "word")]
+        lower: bool,
+    },
     /// Compare the layout of bridge-common with the one on record
     Abi {
         /// Record the present one
@@ -137,6 +146,8 @@ fn main() -> ExitCode {
         Command::Run { lab, agent } => run::main(&lab, &agent),
         Command::Test { filter } => test::main(filter.as_deref()),
         Command::Lint => lint::main(),
+        Command::Words { lower: true, .. } => prose::lower_ceilings(),
+        Command::Words { word, .. } => prose::list_words(word.as_deref()),
         Command::Abi { bless } => abi::main(bless),
         Command::Crds => crds::main(),
         Command::KubeAssets => setup::kube_assets::main(),
