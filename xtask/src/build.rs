@@ -19,7 +19,7 @@ use crate::{
 const PACKAGE: &str = "bridge-ebpf";
 const TARGET: &str = "bpfel-unknown-none";
 
-/// What cargo and rustup set for the toolchain that runs us, and what would change how the kernel side is built.
+/// Variables that cargo and rustup set for our own toolchain, and those that would change the kernel-side build.
 const FOREIGN_ENVIRONMENT: [&str; 9] = [
     "CARGO",
     "CARGO_BUILD_TARGET",
@@ -90,7 +90,7 @@ pub(crate) fn tests<'a>(package: &str, tests: &[&'a str]) -> Result<Vec<(&'a str
         .collect()
 }
 
-/// Builds the kernel side into [`workspace::objects`], touching only what has changed.
+/// Builds the kernel side into [`workspace::objects`], touching only changed files.
 ///
 /// # Errors
 /// The build fails, or a file cannot be written.
@@ -112,8 +112,8 @@ pub(crate) fn lint_objects(toolchain: &EbpfToolchain) -> Result<()> {
     cmd::run(command.env("CARGO", &toolchain.cargo).args(["--", "-D", "warnings"]))
 }
 
-/// `program` (a cargo, or a subcommand of it) doing `what` to the kernel side.
-fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, what: &str) -> Command {
+/// Runs `program` (a cargo, or a subcommand of it) with `action` on the kernel side.
+fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Command {
     let mut command = cmd::command(program);
     for name in FOREIGN_ENVIRONMENT {
         command.env_remove(name);
@@ -132,7 +132,7 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, what: &str) -> Command 
     ];
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     command.args([
-        what,
+        action,
         "--package",
         PACKAGE,
         "--bins",
@@ -146,8 +146,8 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, what: &str) -> Command 
     command
 }
 
-/// Makes `to` hold exactly the files `names` of `from`; files that are the same already are left alone, so that
-/// what embeds them is not built again.
+/// Makes `to` hold exactly the files `names` of `from`. Equal files are left untouched, so that cargo does not rebuild
+/// the crates that embed them.
 fn publish(from: &Path, to: &Path, names: &[String]) -> Result<()> {
     fs::create_dir_all(to).with_context(|| to.display().to_string())?;
     for name in names {

@@ -56,7 +56,7 @@ pub(crate) fn rustc_path() -> PathBuf {
     cargo_path().with_file_name("rustc")
 }
 
-/// Whether we may do what only root may.
+/// Returns whether we run as root.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
@@ -82,7 +82,7 @@ pub(crate) fn as_root(program: &Path, arguments: &[OsString]) -> Result<Command>
         bail!("this needs root, and there is no sudo here: as root, type\n  {}", show(&plain));
     };
     let mut command = command(sudo);
-    // sudo's own PATH may lack what cargo and its tools need; `-E` keeps the rest of the environment.
+    // sudo's own PATH may lack cargo and its tools; `-E` keeps the rest of the environment.
     let mut path = OsString::from("PATH=");
     path.push(search_path());
     command.arg("-E").arg("env").arg(path).arg(program).args(arguments);
@@ -117,10 +117,10 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` to its end and returns what it wrote to standard output.
+/// Runs `command` to its end and returns its standard output.
 ///
 /// # Errors
-/// It cannot be started, or fails; the message holds what it wrote to standard error.
+/// It cannot be started, or fails; the message holds its standard error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let shown = show(command);
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{shown}`"))?;

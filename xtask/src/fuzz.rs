@@ -1,7 +1,7 @@
-//! `cargo xtask fuzz`: coverage-guided fuzzing of what the agent reads.
+//! `cargo xtask fuzz`: coverage-guided fuzzing of the agent's parsers.
 //!
-//! libFuzzer drives it. The counters it is guided by are those of LLVM's pass, which a stable compiler runs as well. What it
-//! has beyond coverage (sanitizers) needs another compiler, and finds little in parsers without unsafe code.
+//! libFuzzer drives it, guided by the coverage counters of an LLVM pass that a stable compiler has too. Its sanitizers
+//! need another compiler and would find little in parsers without unsafe code.
 
 use std::{
     env, fs,
@@ -21,7 +21,7 @@ use crate::{
     workspace::{self, Metadata},
 };
 
-/// What makes the compiler count.
+/// Compiler flags that insert the coverage counters.
 const FLAGS: [&str; 7] = [
     "-Cpasses=sancov-module",
     "-Cllvm-args=-sanitizer-coverage-level=4",
@@ -34,16 +34,16 @@ const FLAGS: [&str; 7] = [
 
 /// An input may take no longer, in seconds: one that does when it is run once more, alone, is a finding.
 const SLOW: u32 = 1;
-/// After so many seconds it is not waited for its end.
+/// Seconds after which an unfinished input counts as a hang.
 const TIMEOUT: u32 = 20;
 /// The process may need no more memory, in MiB.
 const MEMORY: u32 = 1024;
 /// Longest input, in bytes.
 const LONGEST: u32 = 64 << 10;
-/// So many of the last lines of a fuzzer are shown when it has found something.
+/// Number of a fuzzer's last lines that are shown with a finding.
 const SHOWN: usize = 60;
 
-/// What is fuzzed; a function of `bridge-agent/src/fuzzing` and a program of `fuzz/fuzz_targets` each.
+/// Fuzz targets: each is a function of `bridge-agent/src/fuzzing` and a program of `fuzz/fuzz_targets`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Target {
     /// The configuration file
@@ -54,7 +54,7 @@ pub(crate) enum Target {
     Discovery,
     /// The cluster file
     Cluster,
-    /// What the agent has written and reads again, and saved iptables rules
+    /// Files that the agent writes and reads again, and saved iptables rules
     State,
 }
 
@@ -122,7 +122,7 @@ impl Place {
         self.target.join(&self.host).join("debug").join(target.name())
     }
 
-    /// Fuzzes one target, and tells what was done.
+    /// Fuzzes one target and returns a summary.
     fn fuzz(&self, target: Target, seconds: u32) -> Result<String> {
         let name = target.name();
         let (corpus, found) = (self.target.join("corpus").join(name), self.target.join("found").join(name));
@@ -131,7 +131,7 @@ impl Place {
         }
         let program = self.program(target);
         let mut command = self.command(&program);
-        // What it finds new goes to the first of them. Former findings are tried again.
+        // libFuzzer writes new inputs to the first folder, and tries the findings of earlier runs again.
         command.args([&corpus, &self.source.join("seeds").join(name), &found]);
         if target == Target::Config {
             command.arg(workspace::root().join("deploy/examples"));
@@ -162,11 +162,11 @@ impl Place {
                 findings.push(path);
             }
         }
-        let told = seen.told(findings.len());
+        let summary = seen.summary(findings.len());
         if succeeded && findings.is_empty() {
-            return Ok(told);
+            return Ok(summary);
         }
-        let mut text = told;
+        let mut text = summary;
         for input in findings {
             let mut again = self.command(&program);
             again.arg(&input);
@@ -175,7 +175,7 @@ impl Place {
         bail!(text)
     }
 
-    /// One of the programs, with what holds for each of its inputs.
+    /// Returns the command of one target, with the limits that hold for each input.
     fn command(&self, program: &Path) -> Command {
         let mut command = cmd::command(program);
         command.args([format!("-timeout={TIMEOUT}"), format!("-rss_limit_mb={MEMORY}")]);
@@ -186,13 +186,13 @@ impl Place {
     /// Whether an input that took long takes long by itself: the machine may have had other things to do.
     fn is_slow_alone(&self, program: &Path, input: &Path) -> Result<bool> {
         let (seen, _) = watch(self.command(program).arg(input))?;
-        // If it is not told, it did not come to its end.
+        // A run without a time did not finish.
         Ok(seen.milliseconds.is_none_or(|taken| taken > u64::from(SLOW) * 1000))
     }
 }
 
-/// Has what is fuzzed be made of the same as what is delivered: begins with the versions of the workspace, to which cargo
-/// adds libFuzzer's.
+/// Pins the fuzzed code to the dependencies of the release: starts from the workspace's versions, to which cargo adds
+/// libFuzzer's.
 fn lock(workspace: &Path, own: &Path) -> Result<()> {
     let modified = |path: &Path| fs::metadata(path).and_then(|data| data.modified()).ok();
     if modified(own) < modified(workspace) {
@@ -230,14 +230,14 @@ fn written_since(folder: &Path, start: SystemTime) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// What libFuzzer writes about its work.
+/// Statistics that libFuzzer prints.
 #[derive(Default)]
 struct Seen {
     executions: Option<u64>,
     per_second: Option<u64>,
     /// Edges, by corpus and seeds and at the end.
     edges: Option<(u64, u64)>,
-    /// What a single input took.
+    /// Time for a single input.
     milliseconds: Option<u64>,
     last: Vec<String>,
 }
@@ -261,7 +261,7 @@ impl Seen {
         self.last.push(line.to_owned());
     }
 
-    fn told(&self, findings: usize) -> String {
+    fn summary(&self, findings: usize) -> String {
         let known = |number: Option<u64>| number.map_or("?".to_owned(), |number| number.to_string());
         let (first, last) = self.edges.unzip();
         format!(
@@ -292,9 +292,9 @@ mod tests {
         ] {
             seen.line(line);
         }
-        let told =
+        let summary =
             "12345 executions, 600 per second; edges: 812 by corpus and seeds, 1024 at the end; findings: 1";
-        assert_eq!(seen.told(1), told);
+        assert_eq!(seen.summary(1), summary);
         assert_eq!(seen.milliseconds, Some(1234));
     }
 

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: what can be checked without running anything.
+//! `cargo xtask lint`: checks that run no test.
 
 use anyhow::Result;
 
@@ -21,7 +21,7 @@ pub(crate) fn main() -> Result<()> {
     steps.finish()
 }
 
-/// Sets up and builds what every other step stands on; nothing if that failed.
+/// Sets up and builds the prerequisites of every other step; `None` if that failed.
 pub(crate) fn prepare(steps: &mut Steps) -> Option<(Ready, Checks)> {
     let mut ready = steps.step("setup", || setup::ensure(Scope::Test))?;
     let checks = ready.checks.take()?;
@@ -48,7 +48,7 @@ pub(crate) fn check(steps: &mut Steps, ready: &Ready, checks: &Checks) {
     steps.step_or_not_run("commit subjects", workspace::root().join(".git").exists(), prose::check_subjects);
 }
 
-/// Whether a dependency is known to be vulnerable. Where the database cannot be reached, the table says that nobody has looked.
+/// Checks the dependencies for known vulnerabilities. Without network access, the table lists this check as not run.
 fn advisories(steps: &mut Steps, checks: &Checks) {
     /// In seconds: who cannot be reached may not say so.
     const PATIENCE: &str = "60";

@@ -29,7 +29,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install what is missing to build, run and test; the other commands do so by themselves
+    /// Install missing build, run and test tools; the other commands do so themselves
     Setup,
     /// Build the eBPF objects, and the agent that embeds them
     Build {
@@ -71,7 +71,7 @@ enum Command {
     Crds,
     /// Build kube-apiserver and kubectl for the tests, from Debian's source package, unless they are there
     KubeAssets,
-    /// Measure, side by side with what a user would otherwise pick
+    /// Measure, side by side with the usual alternatives
     Bench {
         /// Arguments of the benchmark
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
@@ -83,7 +83,7 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
-    /// Do everything at once for long, and look at what fails and at what is left behind
+    /// Run agents, reloads, kills and traffic together for long, and look for failures and leaks
     Soak {
         /// For instance --minutes 60
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
@@ -98,13 +98,13 @@ enum Command {
         #[arg(long)]
         test: bool,
     },
-    /// Attack a node from the LAN, and count what becomes of connections that are meant well
+    /// Attack a node from the LAN, and count the legitimate connections that suffer
     Attack {
         /// For instance --packets 5000000 --rate 200000
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
-    /// Fuzz what the agent reads, guided by coverage: configuration, API, discovery, cluster file, saved state
+    /// Fuzz the agent's parsers, guided by coverage: configuration, API, discovery, cluster file, saved state
     Fuzz {
         /// Only this one
         #[arg(value_enum)]
@@ -119,7 +119,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Send the same random packets through eBPF and through iptables, and compare what becomes of them
+    /// Send the same random packets through eBPF and through iptables, and compare the verdicts
     Parity {
         /// For instance --packets 1000000 --seed 1
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
@@ -130,7 +130,7 @@ enum Command {
         /// Only on this one; can be repeated
         #[arg(long = "kernel", value_enum)]
         kernels: Vec<vm::Kernel>,
-        /// Put what came out into docs/kernels.md
+        /// Write the results into docs/kernels.md
         #[arg(long)]
         write: bool,
         /// Run this shell command there instead

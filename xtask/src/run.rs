@@ -32,7 +32,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<()> {
     built(true, "bridge-lab", "bench", arguments)
 }
 
-/// `cargo xtask attack`, `gap`, `model`, `parity`, `soak`: the program of that name, optimised unless what takes its time is
+/// `cargo xtask attack`, `gap`, `model`, `parity`, `soak`: the program of that name, optimised unless its time goes to
 /// the kernel and iptables.
 ///
 /// # Errors

@@ -23,7 +23,7 @@ struct Step {
 enum Outcome {
     Ok,
     Failed,
-    /// What it needs is not to be had here; the table says so.
+    /// A prerequisite is unavailable here; the table says so.
     NotRun,
 }
 
@@ -52,7 +52,7 @@ impl Steps {
         let result = self.step(name, action);
         if let (None, false, Some(step)) = (&result, required, self.0.last_mut()) {
             step.outcome = Outcome::NotRun;
-            step.closing = Some("what needs it was NOT RUN".to_owned());
+            step.closing = Some("its dependents were NOT RUN".to_owned());
         }
         result
     }

@@ -51,7 +51,7 @@ pub(crate) fn main(filter: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Whether nobody is there who would see that something was not run.
+/// Returns whether this is CI, where nobody would notice a step that was not run.
 fn is_ci() -> bool {
     std::env::var_os("CI").is_some_and(|value| value == "true" || value == "1")
 }
@@ -91,7 +91,7 @@ fn nextest(
     found
 }
 
-/// Has cargo start each test binary by sudo; cargo itself, and what it writes, stays with the user.
+/// Makes cargo start each test binary by sudo; cargo itself, and its output files, stay with the user.
 pub(crate) fn run_tests_by_sudo(command: &mut Command) -> Result<()> {
     let sudo = cmd::as_root(Path::new("true"), &[]).context("the privileged tests need root")?;
     let sudo = sudo.get_program().to_owned();
@@ -102,7 +102,7 @@ pub(crate) fn run_tests_by_sudo(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs nextest, shows what it writes, and returns its closing line; `None` if a filter left no test.
+/// Runs nextest, forwards its output, and returns its closing line; `None` if a filter left no test.
 fn run_to_closing_line(command: &mut Command, filtered: bool) -> Result<Option<String>> {
     let shown = cmd::show(command);
     let mut child =

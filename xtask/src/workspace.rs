@@ -16,7 +16,7 @@ pub(crate) fn objects() -> PathBuf {
     root().join("target/bpf")
 }
 
-/// What `cargo metadata` says of the workspace.
+/// Output of `cargo metadata`.
 pub(crate) struct Metadata(serde_json::Value);
 
 impl Metadata {

@@ -1,4 +1,4 @@
-//! What of a crate's source decides how its types lie in memory and what its numbers mean.
+//! Reads from the source of a crate the facts that fix the memory layout of its types and the meaning of its numbers.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -46,7 +46,7 @@ impl Layout {
         Ok(Self { version, items })
     }
 
-    /// Reads what [`fmt::Display`] writes.
+    /// Parses the output of [`fmt::Display`].
     pub(super) fn parse_lock(text: &str) -> Result<Self> {
         let mut lines = text.lines().filter(|line| !line.starts_with('#'));
         let version = lines.next().and_then(|line| line.strip_prefix("version ")?.parse().ok());
@@ -61,7 +61,7 @@ impl Layout {
         Ok(Self { version, items })
     }
 
-    /// What became of `older`.
+    /// Returns the differences from `older`.
     pub(super) fn differences(&self, older: &Self) -> Vec<Difference> {
         let changed = self.items.iter().filter_map(|(item, definition)| match older.items.get(item) {
             None => Some(Difference::Added(item.clone())),

@@ -1,7 +1,7 @@
 //! The rule that a changed layout of `bridge-common` needs a new ABI version.
 //!
-//! Pinned maps outlive the agent that made them, so what lies in them must be what the next agent reads. The
-//! layout is kept in `bridge-common/abi.lock` beside the version it belongs to.
+//! Pinned maps outlive the agent that made them, so the next agent must read the same layout. The layout is recorded in
+//! `bridge-common/abi.lock` beside the version it belongs to.
 
 mod layout;
 
@@ -37,16 +37,16 @@ pub(crate) fn main(bless: bool) -> Result<()> {
     Ok(())
 }
 
-/// Holds the present layout against the one on record.
+/// Compares the present layout with the recorded one.
 ///
 /// # Errors
-/// They differ; the message says in what, and what to do.
+/// The layouts differ; the message names the difference and the remedy.
 pub(crate) fn check() -> Result<()> {
     let bless = "type `cargo xtask abi --bless` and commit bridge-common/abi.lock";
     let Some(recorded) = recorded()? else { bail!("no layout is on record: {bless}") };
     match judge(&recorded, &present()?) {
         Verdict::Same => Ok(()),
-        Verdict::Record { what } => bail!("{what}: {bless}"),
+        Verdict::Record { difference } => bail!("{difference}: {bless}"),
         Verdict::Refused(why) => bail!("{why}"),
     }
 }
@@ -56,7 +56,7 @@ enum Verdict {
     Same,
     /// Nothing is wrong with the present layout, but it is not on record.
     Record {
-        what: String,
+        difference: String,
     },
     /// The present layout must not go by its version.
     Refused(String),
@@ -69,9 +69,9 @@ fn judge(recorded: &Layout, present: &Layout) -> Verdict {
         return Verdict::Refused(format!("ABI_VERSION is {is}, but {was} is on record: versions only go up"));
     }
     if is > was {
-        return Verdict::Record { what: format!("ABI version {is} is not on record ({was} is)") };
+        return Verdict::Record { difference: format!("ABI version {is} is not on record ({was} is)") };
     }
-    // What is new lies in no map that an agent of this version has pinned.
+    // New types lie in no map that an agent of this version has pinned.
     let breaking: Vec<_> =
         differences.iter().filter(|difference| !matches!(difference, Difference::Added(_))).collect();
     if !breaking.is_empty() {
@@ -86,7 +86,7 @@ fn judge(recorded: &Layout, present: &Layout) -> Verdict {
         return Verdict::Same;
     }
     let list: String = differences.iter().map(|difference| format!("\n  {difference}")).collect();
-    Verdict::Record { what: format!("not on record yet:{list}\nno new version is needed") }
+    Verdict::Record { difference: format!("not on record yet:{list}\nno new version is needed") }
 }
 
 fn lock_file() -> PathBuf {

@@ -19,7 +19,7 @@ pub(super) struct Apt {
 impl Apt {
     /// Installs packages, each with the reason that is shown; nothing happens if there are none.
     ///
-    /// Never removes a package: one that conflicts with what is installed is an error.
+    /// Never removes a package: a conflict with an installed package is an error.
     ///
     /// # Errors
     /// No apt here, no root, or apt fails; the message names the command to type.
@@ -37,7 +37,7 @@ impl Apt {
         let by_hand = format!("apt-get update && apt-get install {}", packages.join(" "));
         if !is_here() {
             bail!(
-                "there is no apt-get here: install what Debian's packages {} hold by the package manager of this \
+                "there is no apt-get here: install the equivalent of Debian's packages {} by the package manager of this \
                  system, then try again",
                 packages.join(", ")
             );
@@ -79,7 +79,8 @@ impl Apt {
         Ok(depends.lines().find_map(|line| line.trim().strip_prefix("Depends: ")).map(str::to_owned))
     }
 
-    /// Fetches the lists of packages, once. Old ones may do: what follows fails if they do not.
+    /// Fetches the package lists, once. A failure is ignored: old lists may do, and the installation fails if they do
+    /// not.
     fn update(&mut self) {
         if self.updated || !cmd::can_be_root() {
             return;
@@ -95,7 +96,7 @@ fn is_here() -> bool {
     cmd::find_program("apt-get").is_some()
 }
 
-/// Runs apt-get as root, without questions; shows what it wrote only if it fails.
+/// Runs apt-get as root, without questions; shows its output only if it fails.
 fn apt_get(arguments: &[OsString]) -> Result<()> {
     let options = ["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-o", "DPkg::Lock::Timeout=600"];
     let arguments: Vec<_> = options.iter().map(OsString::from).chain(arguments.iter().cloned()).collect();

@@ -1,7 +1,7 @@
-//! `cargo xtask setup`: what must be on the machine, and how it gets there.
+//! `cargo xtask setup`: finds and installs the tools that the machine needs.
 //!
-//! Every part is probed by looking at files, so that asking again costs next to nothing; what is missing is
-//! installed by the package manager it belongs to, and said.
+//! Every tool is probed by looking at files, so that a second call costs next to nothing. A missing one is announced,
+//! then installed by the package manager it belongs to.
 
 mod apt;
 pub(crate) mod kube_assets;
@@ -28,16 +28,16 @@ const fn program(name: &'static str, package: &'static str, why: &'static str) -
     Program { name, package, why }
 }
 
-/// What the lab, the privileged tests and the benchmarks run.
+/// Programs of the lab, the privileged tests and the benchmarks.
 const LAB: [Program; 11] = [
     program("iptables", "iptables", "the rules beside those in eBPF, by iptables-nft and iptables-legacy"),
-    program("nft", "nftables", "to look at and to measure what iptables-nft makes"),
+    program("nft", "nftables", "to inspect and measure the rules of iptables-nft"),
     program("ip", "iproute2", "network namespaces, links and routes of the lab"),
-    program("tc", "iproute2", "to look at what is attached to an interface"),
+    program("tc", "iproute2", "to list the programs attached to an interface"),
     program("bpftool", "bpftool", "to look at maps and programs"),
     program("conntrack", "conntrack", "to look at the kernel's connection tracking"),
     program("ethtool", "ethtool", "offloads of the lab's links, on and off"),
-    program("tcpdump", "tcpdump", "to see what really crosses a link"),
+    program("tcpdump", "tcpdump", "to capture packets on a link"),
     program("curl", "curl", "an unmodified client, and the lease API"),
     program("nc", "netcat-openbsd", "an unmodified client and server"),
     program("python3", "python3", "an unmodified client"),
@@ -55,21 +55,25 @@ const TEST: [Program; 5] = [
 /// Programs that start other kernels.
 pub(crate) const MACHINE: [Program; 2] = [
     program("qemu-system-x86_64", "qemu-system-x86", "to run other kernels in emulation"),
-    program("busybox", "busybox-static", "what starts before those kernels see this host's files"),
+    program(
+        "busybox",
+        "busybox-static",
+        "the first program of those kernels, before they see this host's files",
+    ),
 ];
 
-/// What builds the container image.
+/// Programs that build the container image.
 pub(crate) const IMAGE: [Program; 3] = [
     program("buildah", "buildah", "builds the container image"),
     program("debootstrap", "debootstrap", "makes the base of the container image"),
     program("strip", "binutils", "takes debugging information out of the agent in the image"),
 ];
 
-/// What compiles libFuzzer.
+/// Programs that compile libFuzzer.
 pub(crate) const FUZZ: [Program; 1] =
     [program("c++", "g++", "libFuzzer, which is in C++, is compiled from source")];
 
-/// What is wanted of the machine.
+/// The tools that a command needs.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Scope {
     /// To build everything.
@@ -80,7 +84,7 @@ pub(crate) enum Scope {
     Test,
 }
 
-/// What [`ensure`] found or made.
+/// The tools that [`ensure`] found or installed.
 pub(crate) struct Ready {
     /// Builds the kernel side.
     pub(crate) ebpf: EbpfToolchain,
@@ -96,7 +100,7 @@ pub(crate) struct Checks {
     pub(crate) deny: PathBuf,
 }
 
-/// Sees to it that what `scope` needs is there; silent if it is.
+/// Installs the missing tools of `scope`; prints nothing if there are none.
 ///
 /// # Errors
 /// Something cannot be installed; the message names the command to type.
@@ -157,7 +161,7 @@ pub(crate) fn newest_dependency(meta: &str) -> Result<Option<String>> {
     apt::Apt::default().dependency(meta)
 }
 
-/// Tells the user what is about to be installed.
-fn announce(what: &str, why: &str) {
-    eprintln!("setup: installing {what}: {why}");
+/// Announces an installation.
+fn announce(tool: &str, why: &str) {
+    eprintln!("setup: installing {tool}: {why}");
 }

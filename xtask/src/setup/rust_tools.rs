@@ -38,7 +38,7 @@ impl RustTool {
     }
 }
 
-/// Where what we build and fetch lies: a folder of the user, outside the repository.
+/// Returns the folder for built and fetched tools: the user's, outside the repository.
 pub(crate) fn cache() -> Result<PathBuf> {
     let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     absolute("XDG_CACHE_HOME")
@@ -47,7 +47,7 @@ pub(crate) fn cache() -> Result<PathBuf> {
         .context("neither XDG_CACHE_HOME nor HOME names a folder: set HOME")
 }
 
-/// Where `install` puts the program `name`; `variant` tells builds of one version apart.
+/// Returns the path where `install` puts the program `name`; `variant` distinguishes builds of one version.
 pub(super) fn installed(name: &str, version: &str, variant: &str) -> Result<PathBuf> {
     Ok(cache()?.join(format!("tools/{name}-{version}{variant}/bin/{name}")))
 }
@@ -70,7 +70,7 @@ pub(super) fn install(
     cargo.args(["install", "--quiet", "--locked", "--version", version, name, "--root"]).arg(root);
     // Not from within the repository: its configuration is not for other people's programs.
     cargo.current_dir("/");
-    // What these programs do takes a moment; optimising them takes minutes.
+    // These programs run for a moment; optimising them takes minutes.
     for (key, value) in [("OPT_LEVEL", "0"), ("LTO", "off"), ("CODEGEN_UNITS", "64"), ("DEBUG", "false")] {
         cargo.env(format!("CARGO_PROFILE_RELEASE_{key}"), value);
     }
@@ -82,7 +82,7 @@ pub(super) fn install(
 /// A program that comes with a toolchain, if asked for.
 pub(super) struct Component {
     program: &'static str,
-    /// What rustup calls it.
+    /// Name that rustup uses.
     name: &'static str,
     /// The Debian package beside `rustc-web`.
     package: &'static str,
@@ -98,7 +98,7 @@ pub(super) const CLIPPY: Component = Component {
     why: "checks for mistakes",
 };
 
-/// Adds what is missing of `wanted` to the toolchain whose programs lie in `bin`.
+/// Adds the missing components of `wanted` to the toolchain whose programs lie in `bin`.
 pub(super) fn components(apt: &mut Apt, bin: &Path, wanted: &[Component]) -> Result<()> {
     let missing: Vec<_> = wanted.iter().filter(|component| !bin.join(component.program).exists()).collect();
     if missing.is_empty() {

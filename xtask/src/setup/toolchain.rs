@@ -1,4 +1,5 @@
-//! What builds the kernel side: a compiler that accepts `-Z build-std`, the source of `core`, and bpf-linker.
+//! Finds the tools that build the kernel side: a compiler that accepts `-Z build-std`, the source of `core`, and
+//! bpf-linker.
 //!
 //! bpf-linker reads the bitcode that rustc writes, so it must be linked to the LLVM of that rustc: the LLVM
 //! decides which toolchains are usable here.
@@ -49,7 +50,7 @@ struct Compiler {
     stable: bool,
 }
 
-/// The toolchain to use, with what it lacked.
+/// Returns the toolchain to use, after installing its missing parts.
 pub(super) fn ensure(apt: &mut Apt) -> Result<EbpfToolchain> {
     let works = |llvm| linker_path(llvm).is_ok_and(|linker| linker_works(&linker));
     let compiler = match choose(&installed_compilers()?, works, |llvm| can_link(apt, llvm))? {
@@ -177,7 +178,7 @@ struct Version {
     llvm: u32,
 }
 
-/// Reads what `rustc -vV` prints.
+/// Parses the output of `rustc -vV`.
 fn parse_version(text: &str) -> Option<Version> {
     let field = |name| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
     let release = field("release")?;
@@ -207,7 +208,7 @@ fn llvm_prefix(llvm: u32) -> PathBuf {
     PathBuf::from(format!("/usr/lib/llvm-{llvm}"))
 }
 
-/// What the linker is linked to.
+/// Returns the library that the linker is linked to.
 fn llvm_library(llvm: u32) -> PathBuf {
     llvm_prefix(llvm).join("lib/libLLVM.so")
 }
@@ -236,7 +237,7 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<PathBuf> {
         return Ok(linker);
     }
     if linker.exists() {
-        // It is there but does not start: what it was linked to has changed.
+        // It exists but does not start: the library under it has changed.
         fs::remove_dir_all(linker.ancestors().nth(2).context("the cache has no folder")?)?;
     }
     let why = "links the kernel side into eBPF objects";

@@ -1,11 +1,12 @@
-# What the machine does: sets up what the lab expects of a host, runs the jobs one after the other, and ends.
+# Runs in the virtual machine: sets up the host environment that the lab expects, runs the jobs one after the other, and
+# ends.
 # @KERNEL_ROOT@, @OUTPUT@ and @PATH@ are filled in.
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /dev/shm /sys/fs/cgroup
 mount -t devpts pts /dev/pts
-# Not /tmp: what is to be run may lie there.
+# Not /tmp: the programs to run may lie there.
 for directory in /dev/shm /run; do mount -t tmpfs tmp "$directory"; done
 mkdir /run/output
 mount -t cgroup2 cgroup /sys/fs/cgroup

@@ -1,4 +1,4 @@
-//! What a machine does, and what came of it.
+//! Jobs of a virtual machine and their results.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -24,7 +24,7 @@ const TESTS: [(&str, &[&str]); 3] = [
     ("wall_clock", &[]),
 ];
 
-/// Seconds that a job may take: several times what it does where nobody else wants the processors.
+/// Seconds that a job may take: several times its duration on idle processors.
 const LIMIT: u64 = 900;
 
 /// A command.
@@ -35,7 +35,7 @@ pub(super) struct Job {
     limit: Duration,
 }
 
-/// What came of a job.
+/// Result of a job.
 pub(super) struct Outcome {
     pub(super) name: &'static str,
     pub(super) ok: bool,
@@ -77,12 +77,12 @@ impl Outcome {
         Self { name: job.name, ok: read("status").trim() == "0", output: read("out"), errors: read("err") }
     }
 
-    /// What the machine was seen to do, each with whether it came out: scenes, rows of the gap meter, tests.
+    /// Returns the results of the job, each with whether it passed: scenes, rows of the gap meter, tests.
     pub(super) fn rows(&self) -> Vec<(String, bool)> {
         self.output.lines().filter_map(row).collect()
     }
 
-    /// The end of what a failed one has written.
+    /// Returns the end of a failed job's output.
     pub(super) fn why(&self) -> String {
         let lines: Vec<_> = self.output.lines().chain(self.errors.lines()).collect();
         format!("{}:\n{}", self.name, lines[lines.len().saturating_sub(60)..].join("\n"))
@@ -97,9 +97,9 @@ fn row(line: &str) -> Option<(String, bool)> {
     if let Some(scene) = row["name"].as_str() {
         return Some((scene.to_owned(), row["ok"].as_bool()?));
     }
-    let (what, engines) = (row["what"].as_str()?, row["engines"].as_str()?);
+    let (event, engines) = (row["what"].as_str()?, row["engines"].as_str()?);
     let clean = row["lost"].as_u64()? == 0 && row["leaked"].as_u64()? == 0;
-    Some((format!("nothing lost, nothing let through: {what} ({engines})"), clean))
+    Some((format!("nothing lost, nothing let through: {event} ({engines})"), clean))
 }
 
 /// Everything that a kernel is to do.

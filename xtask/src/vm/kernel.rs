@@ -1,4 +1,4 @@
-//! Debian's kernels, unpacked, and what a machine needs to start one.
+//! Debian's kernels, unpacked, and the files that a virtual machine needs to start one.
 
 use std::{
     fs,
@@ -12,7 +12,7 @@ use clap::ValueEnum;
 
 use crate::{cmd, setup};
 
-/// What [`super::INIT`] loads before it has the host's files.
+/// Modules that [`super::INIT`] loads before it has the host's files.
 const MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 /// The programs of [`super::INIT`]; all are busybox.
 const APPLETS: [&str; 7] = ["sh", "mount", "modprobe", "mkdir", "switch_root", "sed", "poweroff"];

@@ -1,7 +1,7 @@
 //! `cargo xtask vm`: other kernels, in emulation, with this host's files.
 //!
-//! The machine sees the files of this host read-only, under a layer that forgets what is changed, so that it runs what was
-//! built here with the programs that are installed here. It has no network.
+//! The machine sees this host's files read-only, under a layer that forgets changes, so that it runs the programs built
+//! and installed here. It has no network.
 
 mod jobs;
 mod kernel;
@@ -46,7 +46,7 @@ pub(crate) fn main(kernels: &[Kernel], write_table: bool, command: &[String]) ->
     if command.is_empty() { play(kernels, write_table) } else { run_command(kernels, command) }
 }
 
-/// Sees to it that these kernels, and what runs them, are there.
+/// Installs these kernels and the emulator.
 ///
 /// # Errors
 /// They cannot be had.
@@ -55,13 +55,13 @@ pub(crate) fn ensure(kernels: &[Kernel]) -> Result<()> {
     kernels.iter().try_for_each(|kernel| kernel::unpacked(*kernel).map(drop))
 }
 
-/// Has each kernel do everything, and shows what came of it.
+/// Runs all jobs on each kernel, and prints the results.
 ///
 /// # Errors
-/// Something did not come out of which docs/kernels.md says that it does.
+/// A result is worse than docs/kernels.md documents.
 pub(crate) fn play(kernels: &[Kernel], write_table: bool) -> Result<()> {
     let jobs = jobs::all()?;
-    // At once: much of what they do is waiting.
+    // In parallel: the jobs mostly wait.
     let columns = thread::scope(|scope| {
         let machines: Vec<_> =
             kernels.iter().map(|kernel| (*kernel, scope.spawn(|| run(*kernel, &jobs)))).collect();
@@ -106,7 +106,7 @@ fn run_command(kernels: &[Kernel], command: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Starts a kernel, has it do the jobs, and returns what came of each.
+/// Starts a kernel, runs the jobs in it, and returns the result of each.
 fn run(kernel: Kernel, jobs: &[Job]) -> Result<Vec<Outcome>> {
     let unpacked = kernel::unpacked(kernel)?;
     let output = workspace::root().join("target/vm").join(kernel.name());
@@ -123,7 +123,7 @@ fn run(kernel: Kernel, jobs: &[Job]) -> Result<Vec<Outcome>> {
     let mut machine = cmd::command("qemu-system-x86_64");
     machine
         .args([
-            // Not KVM: where there is a device for it, it need not work, and a machine that hangs tells nobody.
+            // Not KVM: a KVM device need not work, and a machine that hangs reports nothing.
             "-accel",
             "tcg",
             "-m",

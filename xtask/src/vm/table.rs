@@ -1,4 +1,4 @@
-//! What a kernel can do and what not, as the runs have shown it.
+//! Table of the features that each kernel has, as the runs have shown.
 
 use std::{fmt::Write as _, fs, path::PathBuf};
 
@@ -77,7 +77,7 @@ pub(super) fn documented() -> Result<String> {
     Ok(parts(&text)?[1].to_owned())
 }
 
-/// What these kernels did worse than `documented` says, a line for each.
+/// Returns a line for each result of these kernels that is worse than `documented`.
 pub(super) fn worse(documented: &str, columns: &[(Kernel, Vec<Outcome>)]) -> Vec<String> {
     let mut worse = Vec::new();
     for (kernel, outcomes) in columns {
@@ -102,7 +102,7 @@ pub(super) fn worse(documented: &str, columns: &[(Kernel, Vec<Outcome>)]) -> Vec
     worse
 }
 
-/// The rows of a table, with what they say of a kernel.
+/// Returns the rows of a table with their cell for one kernel.
 fn column(table: &str, kernel: Kernel) -> Vec<(&str, &str)> {
     let mut lines = table.lines().map(|line| line.trim().trim_start_matches('|').trim_end_matches('|'));
     let heading = format!("Linux {}", kernel.name());
