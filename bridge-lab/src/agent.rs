@@ -23,7 +23,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// How long to wait for a notification before looking whether the agent still runs.
 const GLANCE: Duration = Duration::from_millis(20);
 
-/// An agent. Dropping it kills it; what it enforces stays in force until the lab goes, or `bridge-agent down`.
+/// An agent. Dropping it kills it; its enforcement stays active until the lab is removed or `bridge-agent down` runs.
 #[derive(Debug)]
 pub struct Agent {
     program: PathBuf,
@@ -155,7 +155,7 @@ impl Agent {
         command
     }
 
-    /// Waits until the agent, if there is one, has finished what it is at: what was seen of it in the kernel it then tells, too.
+    /// Waits until a running agent has finished its current work, so that later queries include all that it observed.
     fn settle(&self) {
         let settle = || -> io::Result<()> {
             let mut stream = UnixStream::connect(self.socket())?;
@@ -167,13 +167,13 @@ impl Agent {
         drop(settle());
     }
 
-    /// Runs a command of `bridge-agent` that talks to this agent, and returns what it prints.
+    /// Runs a command of `bridge-agent` against this agent, and returns its output.
     pub fn run(&self, arguments: &[&str]) -> Result<String> {
         self.settle();
         self.host.netns.output(self.command(arguments))
     }
 
-    /// What a scrape of its metrics says.
+    /// Returns a scrape of its metrics.
     pub fn metrics(&self) -> Result<String> {
         self.settle();
         let mut curl = Command::new("curl");
@@ -194,7 +194,7 @@ impl Agent {
                         bail!("the agent ended ({status}) before it was ready:\n{}", self.log());
                     }
                 }
-                // With a timeout, this is what comes of being stopped and continued (signal(7)).
+                // A read with a timeout ends so when the process is stopped and continued (signal(7)).
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return Err(e).context("receive a notification"),
             }
@@ -213,8 +213,8 @@ impl Files {
             .context("write the configuration")
     }
 
-    /// Anew for each start: nothing an earlier agent said is taken for the word of the new one.
-    /// By path, since an abstract address belongs to one network namespace.
+    /// Binds a new socket for each start, so that no message of an earlier agent is taken for one of the new agent. By
+    /// path, since an abstract address belongs to one network namespace.
     fn bind_notifications(&self) -> io::Result<UnixDatagram> {
         match fs::remove_file(&self.notify) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -237,7 +237,7 @@ impl Files {
     }
 }
 
-/// What the agent says of itself (sd_notify(3)).
+/// State that the agent reports by sd_notify(3).
 #[derive(Debug, PartialEq, Eq)]
 struct Notification {
     ready: bool,

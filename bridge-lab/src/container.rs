@@ -22,7 +22,7 @@ use crate::{
 
 /// How long the agent may take to be ready.
 const DEADLINE: Duration = Duration::from_secs(15);
-/// What containerd and CRI-O do with /proc where a container is not privileged.
+/// Paths of /proc that containerd and CRI-O make read-only in an unprivileged container.
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 const MASKED: [&str; 4] = ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"];
 
@@ -75,7 +75,7 @@ impl Container {
         Self::start_with(lab, node, files, manifest, config, |_| {})
     }
 
-    /// As [`Container::start`], with what `adapt` makes of the specification.
+    /// As [`Container::start`], after `adapt` has changed the specification.
     ///
     /// # Errors
     /// As there.
@@ -208,12 +208,12 @@ impl Container {
         &self.node
     }
 
-    fn crun(&self, what: &str) -> Command {
+    fn crun(&self, subcommand: &str) -> Command {
         // It wants to know which version of control groups there is, and refuses both at once.
         let script = "test -d /sys/fs/cgroup/unified && mount --make-rprivate / && \
              mount --bind /sys/fs/cgroup/unified /sys/fs/cgroup; exec crun --cgroup-manager=disabled --root \"$@\"";
         let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script, "sh"]).arg(self.directory.join("state")).arg(what);
+        command.args(["--mount", "sh", "-c", script, "sh"]).arg(self.directory.join("state")).arg(subcommand);
         command
     }
 }
@@ -282,7 +282,7 @@ fn specification(
         let mode = if mount["readOnly"] == true { "ro" } else { "rw" };
         mounts.push(bind(&source, path, mode));
         if matches!(files, Files::OfThisMachine) {
-            // crun makes the place in the root directory, which here is nobody else's.
+            // crun creates the mount point in the root directory, which is private to this container.
             let place = bundle.join("rootfs").join(path.trim_start_matches('/'));
             fs::create_dir_all(place.parent().context("a parent")?)?;
         }

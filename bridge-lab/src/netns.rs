@@ -149,18 +149,18 @@ fn line(route: &serde_json::Value) -> String {
 
 /// Polls until `condition` holds; how long it took.
 #[track_caller]
-pub fn eventually(what: &str, deadline: Duration, mut condition: impl FnMut() -> bool) -> Duration {
+pub fn eventually(description: &str, deadline: Duration, mut condition: impl FnMut() -> bool) -> Duration {
     let start = Instant::now();
     loop {
         if condition() {
             return start.elapsed();
         }
-        assert!(start.elapsed() < deadline, "not within {deadline:?}: {what}");
+        assert!(start.elapsed() < deadline, "not within {deadline:?}: {description}");
         std::thread::sleep(Duration::from_micros(500));
     }
 }
 
-/// A deadline for what takes milliseconds, on a machine that is busy.
+/// A deadline for operations of milliseconds, on a busy machine.
 pub const SECONDS: Duration = Duration::from_secs(5);
 
 /// Both sides know each other's hardware address: no packet has to wait for ARP or neighbour discovery.

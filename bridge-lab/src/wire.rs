@@ -24,7 +24,7 @@ const VLAN_TAG: usize = 4;
 /// A frame that was seen.
 #[derive(Clone, Debug)]
 pub struct Frame {
-    /// From the destination MAC address on, VLAN tags in their place. Checksums of what a socket on this
+    /// From the destination MAC address on, VLAN tags in their place. Checksums of packets that a socket on this
     /// machine sent may not be filled in (checksum offload).
     pub bytes: Vec<u8>,
     /// Whether it left by the interface; else it came in.
@@ -115,8 +115,8 @@ impl Capture {
         Ok(None)
     }
 
-    /// Everything up to the frame that `is_last` is true of, and with it. This is how to show that a packet
-    /// did *not* come: send another after it, which does, and look at what came before.
+    /// Returns all frames up to and including the first for which `is_last` is true. To show that a packet did *not*
+    /// arrive, send another after it that does, and check the frames before it.
     ///
     /// # Errors
     /// No such frame within `deadline`, or frames were lost for want of room.
@@ -165,7 +165,7 @@ pub struct Injector {
 }
 
 impl Injector {
-    /// Sends out of `interface`: what is injected into `eth0` of a LAN host comes in on `eth0` of the node.
+    /// Sends out of `interface`: a frame injected into `eth0` of a LAN host arrives on `eth0` of the node.
     pub fn new(netns: &Netns, interface: &str) -> io::Result<Self> {
         // Protocol 0: it receives nothing.
         Ok(Self { socket: bound(netns, interface, 0)? })

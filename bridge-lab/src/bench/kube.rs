@@ -103,7 +103,7 @@ fn labels(number: u32) -> BTreeMap<String, String> {
     (0..8).map(label).collect()
 }
 
-/// What an agent says of the cluster, once all of it is in force.
+/// Waits until the agent reports that the state of the cluster is applied.
 fn until_current(agent: &Agent) -> Result<()> {
     let current = || {
         let status: Value = serde_json::from_str(&agent.run(&["status", "--json"]).ok()?).ok()?;
@@ -165,7 +165,7 @@ fn on_node(lab: &Lab, server: &ApiServer) -> Result<Vec<Measurement>> {
     lab.a().netns.ip("route del 10.200.1.0/24 via 192.168.31.17")?;
     let size = format!("{NODES} nodes, {PODS} pods, {PODS_HERE} here");
     Ok(vec![
-        Measurement::of(format!("node: start to first sync in force, {size}"), "ms", sync).limit(5000.0),
+        Measurement::of(format!("node: start to first sync applied, {size}"), "ms", sync).limit(5000.0),
         Measurement::of("node: resident memory after it", "KiB", resident).limit(40.0 * 1024.0),
         Measurement::of("node: most resident memory", "KiB", most).limit(40.0 * 1024.0),
         Measurement::of("node: policy made, request to first connection", "ms", opened).limit(500.0),

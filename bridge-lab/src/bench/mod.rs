@@ -1,7 +1,7 @@
-//! What bridge costs: start, memory, policies of 100,000 rules, the packet path by itself, the routes of 5,000 nodes,
-//! connects from the port pool; and what forwarding costs under it, beside what a user would otherwise pick.
+//! The costs of bridge: start, memory, policies of 100,000 rules, the packet path by itself, the routes of 5,000 nodes,
+//! connects from the port pool, and forwarding beside the usual alternatives.
 //!
-//! Times are wall-clock; each is measured several times, and told as median, least and most.
+//! Times are wall-clock; each is measured several times, and reported as median, minimum and maximum.
 
 pub(crate) mod agent;
 pub mod forward;
@@ -20,7 +20,7 @@ use serde::Serialize;
 /// A figure. The unit is part of it; nothing here is a time without one.
 #[derive(Clone, Debug, Serialize)]
 pub struct Measurement {
-    /// What was measured.
+    /// Name of the measurement.
     pub name: String,
     /// Median of the runs.
     pub value: f64,
@@ -32,7 +32,7 @@ pub struct Measurement {
     pub most: f64,
     /// How many runs.
     pub runs: usize,
-    /// What it must not exceed, if the project promises something.
+    /// Limit on the median, if the project promises one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<f64>,
 }
@@ -56,7 +56,7 @@ impl Measurement {
         }
     }
 
-    /// What the median must not exceed.
+    /// Sets the limit on the median.
     #[must_use]
     pub fn limit(self, limit: f64) -> Self {
         Self { limit: Some(limit), ..self }

@@ -9,7 +9,7 @@ use super::{Measurement, rules};
 use crate::packet::{Packet, Tcp};
 use crate::prog::{Node, behaviour};
 
-/// Where the kernel puts maps, and so what shares a cache line, is different each time.
+/// Maps lie at other addresses in each node, so other data shares their cache lines.
 const NODES: usize = 6;
 const RUNS: usize = 6;
 const COUNTS: [u32; 2] = [1, 100_000];
@@ -41,7 +41,7 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
                 );
             }
         }
-        // Side by side, so that what else the machine does falls on all alike.
+        // Interleaved, so that other load on the machine falls on all alike.
         for run in 0..RUNS {
             for turn in 0..nodes.len() {
                 // Each is first as often as the other.

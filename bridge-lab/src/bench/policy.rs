@@ -1,4 +1,4 @@
-//! From a policy to the moment it is in force.
+//! Time from writing a policy to enforcing it.
 
 use std::time::Instant;
 

@@ -1,5 +1,4 @@
-//! The routes of a large cluster: the agent on a LAN host, told of 5,000 nodes by a file, beside what a script would
-//! do.
+//! The routes of a large cluster: the agent on a LAN host, which reads 5,000 nodes from a file, beside a script.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -156,7 +155,7 @@ fn run() -> Result<[f64; 9]> {
     Ok([first_sync, processor, by_script, one_change, written, one_repair, all_repaired, resident, peak])
 }
 
-/// What a script would do.
+/// The equivalent script.
 fn ip_batch(lab: &Lab) -> Result<f64> {
     let mut total = 0.0;
     for (family, v6) in [("-4", false), ("-6", true)] {

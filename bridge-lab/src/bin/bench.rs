@@ -13,8 +13,7 @@ use bridge_lab::bench::{
 use clap::Parser;
 use comfy_table::{Table, presets};
 
-/// Measure what bridge costs, and compare it with what a user would otherwise pick; exit code 1 if something misses its
-/// limit
+/// Measure the costs of bridge, and compare it with the usual alternatives; exit code 1 if a limit is missed
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask bench")]
 struct Arguments {
@@ -28,7 +27,7 @@ struct Arguments {
     publish: bool,
     #[command(flatten)]
     part: Part,
-    /// Only what a large cluster costs: 5,000 nodes and 50,000 pods in a real API server
+    /// Only the costs of a large cluster: 5,000 nodes and 50,000 pods in a real API server
     #[arg(long)]
     kube: bool,
     /// Print one JSON object a line instead of tables

@@ -38,7 +38,7 @@ fn main() -> Result<ExitCode> {
     let mut table = Table::new();
     table.load_preset(presets::ASCII_MARKDOWN);
     table.set_header([
-        "what happens",
+        "event",
         "engines",
         "times",
         "packets",
@@ -55,7 +55,7 @@ fn main() -> Result<ExitCode> {
             Ok(line) if json => println!("{line}"),
             _ => eprintln!(
                 "{} ({}): {} lost, {} leaked",
-                row.what, row.engines, row.reading.lost, row.reading.leaked
+                row.event, row.engines, row.reading.lost, row.reading.leaked
             ),
         };
         let effort = Effort { rate, kills, times, rules };
@@ -68,7 +68,7 @@ fn main() -> Result<ExitCode> {
             let r = &row.reading;
             let number = |value: f64| format!("{value:.1}");
             table.add_row([
-                row.what.clone(),
+                row.event.clone(),
                 row.engines.to_owned(),
                 row.times.to_string(),
                 r.sent.to_string(),

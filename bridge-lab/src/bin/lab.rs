@@ -25,7 +25,7 @@ enum Command {
     Run(RunArgs),
     /// Set up the lab, without the scenes, and keep it up
     Up,
-    /// Remove what labs of killed processes left behind
+    /// Remove the leftovers of labs whose process was killed
     Clean,
 }
 
@@ -50,7 +50,7 @@ async fn main() -> Result<ExitCode> {
         Command::Clean => clean(),
     });
     let mut end = pin!(ended());
-    // What keeps the lab up until somebody ends it, and how to end.
+    // Keeps the lab up until the user ends it, then returns the exit code.
     let (stays, code) = tokio::select! {
         done = work => done??,
         signal = &mut end => {
@@ -71,7 +71,7 @@ async fn main() -> Result<ExitCode> {
     Ok(code)
 }
 
-/// Until somebody asks this program to end.
+/// Returns when the user asks this program to end.
 async fn ended() -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -116,7 +116,7 @@ fn clean() -> Result<(Option<Stage>, ExitCode)> {
     Ok((None, ExitCode::SUCCESS))
 }
 
-/// What to try in a lab that stays up.
+/// Prints commands to try in a lab that stays up.
 fn explain(Stage { lab, agent, .. }: &Stage) {
     println!("\nThe lab {} stays up until Ctrl-C:", lab.id());
     for host in lab.hosts().iter().chain(lab.nodes()).chain(lab.pods()) {

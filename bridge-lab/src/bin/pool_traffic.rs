@@ -18,7 +18,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// What the client asks the server to do after its first three bytes (this, and its own port).
+/// Ways to end a connection, which the client requests after its first three bytes (the way, and its own port).
 mod end {
     pub(crate) const CLIENT_CLOSES: u8 = 0;
     pub(crate) const SERVER_CLOSES: u8 = 1;
@@ -55,7 +55,7 @@ fn serve(address: SocketAddr) -> Result<()> {
             let (stream, peer) = listener.accept().await?;
             let counters = Arc::clone(&counters);
             tokio::spawn(async move {
-                // A client that vanishes in the middle is what this is about.
+                // Clients that vanish half-way are the subject of the test.
                 let _ = one(stream, peer, &counters).await;
             });
         }

@@ -1,4 +1,4 @@
-//! Frames of the meter: of flows that are allowed, and of probes that no rule allows. Each bears its number.
+//! Frames of the meter: of allowed flows, and of probes that no rule allows. Each carries its number.
 //!
 //! Both ends are addresses that no kernel has: a kernel that knew nothing of these connections would reset them.
 
@@ -17,7 +17,7 @@ pub(super) const POD: Ipv4Addr = Ipv4Addr::new(10, 200, 1, 200);
 const INBOUND: u16 = 40002;
 /// Open to pods.
 const OUTBOUND: u16 = 8443;
-/// Open to nobody.
+/// Allowed by no rule.
 const DENIED: u16 = 40003;
 
 /// TCP flows that the LAN has opened, and as many that the pod has; half as many of UDP.
@@ -29,7 +29,7 @@ const MAGIC: &[u8; 7] = b"bridge:";
 /// Magic number, kind, number, and its complement: with that, the checksum is the same for every number.
 const PAYLOAD: usize = 24;
 
-/// What a frame is.
+/// Kind of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Of an allowed flow that stands.
@@ -60,7 +60,7 @@ impl Way {
     }
 }
 
-/// The rules under which [`Frames`] are what they are said to be.
+/// The rules that allow the flows and deny the probes of [`Frames`].
 pub(super) const RULES: &str = "rules:
   - {name: in-tcp, direction: inbound, protocol: tcp, ports: [40002]}
   - {name: in-udp, direction: inbound, protocol: udp, ports: [40002]}
@@ -75,7 +75,7 @@ pub(super) struct Frames {
     pub(super) probes: Vec<Vec<u8>>,
 }
 
-/// Makes the addresses known to the node, so that nobody has to be asked for them.
+/// Adds neighbour entries for the addresses to the node, so that it sends no ARP requests.
 pub(super) fn prepare(lab: &Lab) -> Result<()> {
     let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
     let mac = |mac: [u8; 6]| mac.map(|octet| format!("{octet:02x}")).join(":");

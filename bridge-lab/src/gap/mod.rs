@@ -1,6 +1,6 @@
 //! The gap meter: numbered packets of allowed flows and numbered probes that must not pass, both ways through the node,
-//! as fast as is asked for, while something happens to the agent. It tells which packets were lost, which probes came
-//! through, and for how long.
+//! at a given rate, while an event befalls the agent. It reports which packets were lost, which probes passed, and for
+//! how long.
 
 mod frames;
 pub mod runs;
@@ -23,7 +23,7 @@ use crate::wait::{eventually, patience};
 const TICK: Duration = Duration::from_millis(1);
 /// How long the last packets of a reading may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long is measured after something has happened, for what shows only then.
+/// Measurement continues for this long after an event, for delayed effects.
 const AFTER: Duration = Duration::from_millis(100);
 
 /// Sends and receives until it is dropped.
@@ -34,7 +34,7 @@ pub struct Meter {
     threads: Vec<JoinHandle<Result<()>>>,
 }
 
-/// What goes one way.
+/// Packets in one direction.
 #[derive(Debug, Default)]
 struct Traffic {
     /// Frames sent of each kind: the next number.
@@ -44,7 +44,7 @@ struct Traffic {
     seen: Mutex<Seen>,
 }
 
-/// What has arrived.
+/// Packets that have arrived.
 #[derive(Debug, Default)]
 struct Seen {
     /// Bits by number.
@@ -56,7 +56,7 @@ struct Seen {
     longest_silence: Duration,
 }
 
-/// What happened to packets while something happened to the agent.
+/// Losses and leaks during an event.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Reading {
@@ -72,11 +72,11 @@ pub struct Reading {
     pub probes: u64,
     /// Those of them that arrived.
     pub leaked: u64,
-    /// What happened took so long, in milliseconds.
+    /// Duration of the event in milliseconds.
     pub took_ms: f64,
 }
 
-/// A moment, in numbers of what was sent each way.
+/// A moment, as the number of packets sent in each direction.
 #[derive(Clone, Copy, Debug)]
 pub struct Mark([[u64; 2]; 2]);
 
@@ -133,7 +133,7 @@ impl Seen {
 
 impl Meter {
     /// Opens the flows, and sends from then on: each way, `rate` packets of allowed flows in a second, and as many
-    /// probes. What enforces must let the flows be opened, with [`runs::configuration`] for instance.
+    /// probes. The policy must allow the flows to be opened, [`runs::configuration`] for instance.
     ///
     /// # Errors
     /// A flow cannot be opened, or a socket.
@@ -175,7 +175,7 @@ impl Meter {
         Mark([0, 1].map(|way| self.ways[way].sent()))
     }
 
-    /// What became of packets while `work` was done, and a moment after.
+    /// Returns losses and leaks while `work` ran, and a moment after.
     ///
     /// # Errors
     /// Of `work`, or a thread of the meter has failed.
@@ -195,7 +195,7 @@ impl Meter {
         Ok((done, reading))
     }
 
-    /// What became of packets sent between two moments.
+    /// Returns losses and leaks among the packets sent between two moments.
     ///
     /// # Errors
     /// A thread of the meter has failed.
@@ -249,7 +249,7 @@ impl Drop for Meter {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // What failed was told by a reading.
+            // A reading has reported its failure.
             let _ = thread.join();
         }
     }
@@ -273,7 +273,7 @@ fn send(sender: &Sender, mut frames: Frames, rate: u32, traffic: &Traffic, stop:
     let begun = Instant::now();
     let mut next = [0_u64; 2];
     while !stop.load(Ordering::Relaxed) {
-        // What is due by now; after a pause of this thread not all at once, which no queue would hold.
+        // Packets due by now; after a pause of this thread not all at once, which would overflow every queue.
         let due = u64::try_from(begun.elapsed().as_micros())?.saturating_mul(rate.into()) / 1_000_000;
         let burst = due.saturating_sub(next[0]).min(BATCH as u64);
         for (kind, templates) in [&mut frames.allowed, &mut frames.probes].into_iter().enumerate() {

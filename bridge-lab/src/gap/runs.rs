@@ -1,4 +1,4 @@
-//! What happens to the agent while the meter runs.
+//! The events that befall the agent while the meter runs.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::agent::{Agent, program};
 use crate::lab::Lab;
 use crate::wait::eventually;
 
-/// How long nothing happens, to see what the lab itself loses.
+/// Duration of the first, undisturbed measurement, which shows the losses of the lab itself.
 const CALM: Duration = Duration::from_secs(1);
 
 /// Which engines enforce.
@@ -56,12 +56,13 @@ pub struct Effort {
     pub rules: u32,
 }
 
-/// What happened, how often, and what the meter has read.
+/// An event, how often it was repeated, and the meter's reading.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Row {
     /// In words.
-    pub what: String,
+    #[serde(rename = "what")]
+    pub event: String,
     /// See [`Engines::name`].
     pub engines: &'static str,
     /// How often.
@@ -123,7 +124,7 @@ impl Bench {
 
     fn row(
         &mut self,
-        what: &str,
+        event: &str,
         times: u32,
         mut work: impl FnMut(&mut Agent, &Lab) -> Result<()>,
     ) -> Result<Row> {
@@ -131,11 +132,11 @@ impl Bench {
         for _ in 0..times {
             reading = reading.and(&self.meter.while_doing(|_| work(agent, lab))?.1);
         }
-        Ok(Row { what: what.to_owned(), engines: self.engines.name(), times, reading })
+        Ok(Row { event: event.to_owned(), engines: self.engines.name(), times, reading })
     }
 }
 
-/// Everything, with `show` told each row as it is measured.
+/// Runs every event; `show` is called with each row as it is measured.
 ///
 /// # Errors
 /// The lab or the agent fails; not that packets are lost.
@@ -194,7 +195,7 @@ fn other_programs(agent: &mut Agent, lab: &Lab) -> Result<()> {
     agent.restart()
 }
 
-/// Killed, and started as if what is pinned there were of another version of the ABI: an agent knows that by the name of
+/// Kills the agent, and starts it as if the pins were of another ABI version: an agent recognises that by the name of
 /// the directory alone.
 fn other_version(agent: &mut Agent, _: &Lab) -> Result<()> {
     agent.kill()?;
@@ -216,7 +217,7 @@ pub fn upgrade(from: &Path, engines: Engines, effort: Effort) -> Result<Row> {
     let mut meter = Meter::start(&lab, effort.rate)?;
     agent.replace_program(program()?);
     let ((), reading) = meter.while_doing(|_| agent.restart())?;
-    Ok(Row { what: "upgrade from the program given".to_owned(), engines: engines.name(), times: 1, reading })
+    Ok(Row { event: "upgrade from the program given".to_owned(), engines: engines.name(), times: 1, reading })
 }
 
 /// Where another version of the ABI would have its pins.
@@ -238,7 +239,7 @@ fn down(bench: &mut Bench) -> Result<Row> {
     (reading.probes, reading.leaked) = (denied.probes, denied.leaked);
     reading.lost += denied.lost;
     reading.sent += denied.sent;
-    Ok(Row { what: "stop and down".to_owned(), engines: bench.engines.name(), times: 1, reading })
+    Ok(Row { event: "stop and down".to_owned(), engines: bench.engines.name(), times: 1, reading })
 }
 
 /// The first start on a node where connections stand already: probes count from when the agent says that it is ready.
@@ -262,7 +263,7 @@ fn first_start(engines: Engines, effort: Effort) -> Result<Row> {
         drop(agent);
     }
     Ok(Row {
-        what: "first start on a live node".to_owned(),
+        event: "first start on a live node".to_owned(),
         engines: engines.name(),
         times: effort.times,
         reading: sum,

@@ -13,7 +13,7 @@ use crate::wire::{self, BUFFER};
 
 /// Frames of one system call.
 pub(crate) const BATCH: usize = 64;
-/// Room for a frame of the meter, and enough of others to tell that they are not.
+/// Room for a frame of the meter, and enough of others to distinguish them.
 const ROOM: usize = 256;
 
 /// Sends frames out of an interface.

@@ -12,7 +12,7 @@ use super::netns::Netns;
 use super::plan::{NodePort, Options, Plan, Station};
 use super::{Host, Lab, Traces, reap};
 
-/// Says what a [`Lab`] is to be like.
+/// Describes the [`Lab`] to build.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Builder(Options);
@@ -88,7 +88,7 @@ impl Builder {
         self
     }
 
-    /// Builds the lab, after removing what labs of dead owners left.
+    /// Builds the lab, after removing the leftovers of labs whose owner is dead.
     ///
     /// # Errors
     /// Not root, a tool or kernel feature missing, an option out of its range.

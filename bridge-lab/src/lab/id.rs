@@ -1,11 +1,11 @@
-//! The name of a lab, from which anybody can tell whether its owner still lives.
+//! The name of a lab, from which any process can determine whether its owner still lives.
 
 use std::fmt;
 use std::fs;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// What the names of all labs begin with.
+/// Prefix of the names of all labs.
 const PREFIX: &str = "bridge-lab-";
 
 /// Identifies a lab on this machine: its owner's process id, that process's start time (so that a reused
@@ -19,7 +19,7 @@ pub struct LabId {
 }
 
 impl LabId {
-    /// A name that no other lab bears.
+    /// Returns a name that no other lab has.
     pub fn unique() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let pid = std::process::id();

@@ -6,8 +6,8 @@
 //! lab.a().netns.ip("route show")?;
 //! # anyhow::Ok(())
 //! ```
-//! Every trace of a lab bears the id of its owner. It goes with the [`Lab`] value, also in a panic; what a
-//! killed owner leaves is removed at the start of the next lab, or by [`clean`].
+//! Every trace of a lab carries the id of its owner. It is removed with the [`Lab`] value, also in a panic; the
+//! leftovers of a killed owner are removed at the start of the next lab, or by [`clean`].
 
 mod builder;
 mod id;
@@ -61,7 +61,7 @@ pub struct Host {
     pub v4: Ipv4Addr,
     /// Its IPv6 address; of a node, the one on the LAN.
     pub v6: Ipv6Addr,
-    /// The interface that bears these addresses: `eth0`, or on a VLAN `eth0.ID` on top of it.
+    /// The interface with these addresses: `eth0`, or on a VLAN `eth0.ID` on top of it.
     pub interface: String,
     /// The MAC address of `eth0`.
     pub mac: [u8; 6],
@@ -115,7 +115,7 @@ impl Lab {
         Builder::default()
     }
 
-    /// What the names of all its traces begin with.
+    /// The prefix of the names of all its traces.
     pub fn id(&self) -> LabId {
         self.traces.0
     }
@@ -195,7 +195,7 @@ impl Lab {
         }
     }
 
-    /// The MAC address of the `cali…` interfaces: what a pod sends to.
+    /// Returns the MAC address of the `cali…` interfaces, to which pods send.
     pub fn node_side_mac(&self) -> [u8; 6] {
         plan::NODE_SIDE_MAC
     }
@@ -205,8 +205,8 @@ impl Lab {
         reap::runtime_directory(self.id())
     }
 
-    /// A directory for pinned eBPF objects on the BPF file system, which is mounted if it is not. The
-    /// directory itself is left to whoever pins.
+    /// Returns a directory for pinned eBPF objects on the BPF file system, which is mounted if it is not. The caller
+    /// creates the directory itself.
     pub fn pin_directory(&self) -> Result<PathBuf> {
         let directory = reap::pin_directory(self.id());
         let bpffs = directory.parent().context("a parent")?;

@@ -73,15 +73,15 @@ impl Netns {
         process::spawn(command, self.lab, Arc::clone(&self.handle))
     }
 
-    /// Runs `command` inside the namespace to its end and returns what it printed on standard output.
-    /// A failure is an error with what it printed on standard error.
+    /// Runs `command` inside the namespace to its end and returns its standard output. A failure is an error with its
+    /// standard error.
     pub fn output(&self, mut command: Command) -> Result<String> {
-        let what = format!("{command:?}");
+        let shown = format!("{command:?}");
         let output =
-            self.run(|| command.output()).with_context(|| format!("start {what} (is it installed?)"))?;
+            self.run(|| command.output()).with_context(|| format!("start {shown} (is it installed?)"))?;
         anyhow::ensure!(
             output.status.success(),
-            "{what} in {}: {}: {}",
+            "{shown} in {}: {}: {}",
             self.name,
             output.status,
             String::from_utf8_lossy(&output.stderr).trim()

@@ -15,7 +15,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-/// What a lab is to be like; see the methods of [`super::Builder`].
+/// The shape of a lab; see the methods of [`super::Builder`].
 #[derive(Clone, Debug)]
 pub(super) struct Options {
     pub(super) second_host: bool,
@@ -156,7 +156,7 @@ impl Plan {
         Ok(Self { options, hosts, nodes, pods })
     }
 
-    /// The interface that bears a LAN host's or node's LAN addresses.
+    /// Returns the interface that has the LAN addresses of a LAN host or node.
     pub(super) fn lan_interface(&self) -> String {
         self.options.vlan.map_or_else(|| "eth0".into(), |id| format!("eth0.{id}"))
     }
@@ -252,7 +252,8 @@ impl Plan {
         )
     }
 
-    /// What the cluster's own machinery does on a node, in a table of the lab's own; `None` if nothing.
+    /// Returns the NAT rules of a cluster's own components on a node, in a table of the lab's own; `None` if there are
+    /// none.
     pub(super) fn nftables(&self, index: u8) -> Option<String> {
         let Options { masquerade, conntrack, node_ports, .. } = &self.options;
         let node = &self.nodes[usize::from(index)];

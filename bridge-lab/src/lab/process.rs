@@ -100,8 +100,8 @@ fn on_lasting_thread(command: Command) -> io::Result<Child> {
     result.recv().map_err(|_| gone())?
 }
 
-/// Kills every process that bears the mark of `lab`, also those that its children started; returns how many
-/// still ran when `deadline` had passed.
+/// Kills every process with the mark of `lab`, also those that its children started; returns how many still ran when
+/// `deadline` had passed.
 pub(super) fn kill_all(lab: LabId, deadline: Duration) -> usize {
     let mut left = 0;
     eventually(deadline, || {

@@ -1,4 +1,4 @@
-//! Removing what a lab made: at its end, and for labs whose owner was killed.
+//! Removes the traces of a lab: at its end, and for labs whose owner was killed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -38,15 +38,15 @@ pub(super) fn cgroup_root() -> Option<&'static Path> {
     CGROUPS.iter().map(Path::new).find(|root| root.join("cgroup.controllers").exists())
 }
 
-/// Removes what labs left behind whose owners are gone, and returns their names.
-/// What cannot be removed is in the errors; the rest is removed all the same.
+/// Removes the leftovers of labs whose owners are dead, and returns their names. Failures to remove are in the errors;
+/// the rest is removed all the same.
 pub fn clean() -> (Vec<LabId>, Vec<String>) {
     let gone: Vec<_> = all().into_iter().filter(|lab| !lab.owner_lives()).collect();
     let errors = gone.iter().flat_map(|lab| remove(*lab)).collect();
     (gone, errors)
 }
 
-/// Removes every lab of this process, for when it has to end at once; what cannot be removed is in the errors.
+/// Removes every lab of this process, which has to end at once; failures to remove are in the errors.
 pub fn remove_own() -> Vec<String> {
     all().into_iter().filter(|lab| lab.is_own()).flat_map(remove).collect()
 }
@@ -59,8 +59,8 @@ pub fn all() -> BTreeSet<LabId> {
 /// Removes every trace of a lab, its processes first; goes on after errors and returns them.
 pub(super) fn remove(lab: LabId) -> Vec<String> {
     let mut errors = Vec::new();
-    let mut note = |what: &Path, result: io::Result<()>| match result {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => errors.push(format!("{}: {e}", what.display())),
+    let mut note = |path: &Path, result: io::Result<()>| match result {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => errors.push(format!("{}: {e}", path.display())),
         _ => {}
     };
     let running = process::kill_all(lab, DYING);
@@ -87,8 +87,8 @@ pub(super) fn remove(lab: LabId) -> Vec<String> {
     errors
 }
 
-/// A cgroup's files cannot be unlinked: its directories are removed from the leaves up, each as soon as the
-/// kernel has let go of its last process.
+/// A cgroup's files cannot be unlinked: its directories are removed from the leaves up, each as soon as the kernel has
+/// released its last process.
 fn remove_cgroup(directory: &Path) -> io::Result<()> {
     for entry in fs::read_dir(directory)? {
         let entry = entry?;

@@ -1,4 +1,4 @@
-//! The agent on the node: what it lets through, what it refuses, and what outlives it.
+//! The agent on the node: traffic that it allows and denies, and state that outlives it.
 
 use std::process::Command;
 use std::time::Duration;
@@ -46,7 +46,7 @@ pub(super) const SCENES: &[Scene] = &[
     },
     Scene {
         name: "audit mode: the denied port",
-        expected: "reached, and counted as what would have been denied",
+        expected: "reached, and counted as would-be denials",
         run: audit,
     },
     Scene {
@@ -61,7 +61,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const AT_ONCE: Duration = Duration::from_millis(100);
 const DENIED: u16 = 40003;
 
-/// What the agent of the scenes is told; `mode` is `enforce` or `audit`.
+/// Configuration of the agent in the scenes; `mode` is `enforce` or `audit`.
 fn config(mode: &str) -> String {
     config_with(mode, "ebpf")
 }

@@ -1,5 +1,4 @@
-//! What `cargo xtask run` shows: one scene after the other on one stage, each with what is expected and what
-//! was seen.
+//! The scenes of `cargo xtask run`: one after the other on one stage, each with its expected and its observed result.
 
 mod enforcement;
 mod port_pool;
@@ -18,7 +17,7 @@ use crate::traffic::Attempt;
 /// Of the table, in characters: so that it also fits into a README.
 const WIDTH: u16 = 120;
 
-/// Where the scenes are played. They build on one another: what one sets up, the next one finds.
+/// Where the scenes are played. They build on one another: each finds the state that the earlier ones left.
 #[derive(Debug)]
 pub struct Stage {
     /// The lab.
@@ -46,20 +45,20 @@ impl Stage {
 /// One thing to show.
 #[derive(Clone, Copy, Debug)]
 pub struct Scene {
-    /// What happens.
+    /// Title of the scene.
     pub name: &'static str,
-    /// What has to come of it.
+    /// Expected result.
     pub expected: &'static str,
     /// Makes it happen.
     pub run: fn(&mut Stage) -> Result<Seen>,
 }
 
-/// What came of a scene.
+/// Observed result of a scene.
 #[derive(Debug)]
 pub struct Seen {
     /// In words, with times.
     pub text: String,
-    /// Whether it is what was expected.
+    /// Whether the observed result is the expected one.
     pub ok: bool,
 }
 
@@ -67,9 +66,9 @@ impl Seen {
     /// Several attempts, each with whether it came out as expected.
     fn attempts<T>(attempts: impl IntoIterator<Item = (impl Display, Attempt<T>, bool)>) -> Self {
         let mut seen = Self { text: String::new(), ok: true };
-        for (what, attempt, ok) in attempts {
+        for (label, attempt, ok) in attempts {
             let separator = if seen.text.is_empty() { "" } else { "; " };
-            write!(seen.text, "{separator}{what} {attempt}").expect("writing to a string");
+            write!(seen.text, "{separator}{label} {attempt}").expect("writing to a string");
             seen.ok &= ok;
         }
         seen

@@ -1,4 +1,4 @@
-//! Unmodified programs connect from ports of the pool, and what does not is refused.
+//! Unmodified programs connect from ports of the pool, and connections from other ports are refused.
 
 use std::io::Write as _;
 use std::net::TcpListener;
@@ -50,7 +50,7 @@ pub(super) struct Pool {
     lan: PathBuf,
 }
 
-/// What the agent on the node is told: the pool, and that both directions are open to its ports alone.
+/// Configuration of the agent on the node: the pool, and rules that open both directions to its ports alone.
 fn node(cgroup: &str) -> String {
     format!(
         r#"role: node
@@ -90,7 +90,7 @@ fn pool(stage: &mut Stage) -> Result<&Pool> {
     stage.pool.as_ref().context("just made")
 }
 
-/// Tells every client, as a web page, which port it comes from. The server ends with the process.
+/// Answers every client with a web page that contains its source port. The server ends with the process.
 fn serve(server: &Host, port: u16) -> Result<()> {
     let listener = server.netns.run(|| TcpListener::bind((server.v4, port)))?;
     thread::spawn(move || {

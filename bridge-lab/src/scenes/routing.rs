@@ -65,7 +65,7 @@ fn no_route(stage: &mut Stage) -> Result<Seen> {
     connect(stage.lab.a(), stage.lab.c1(), Attempt::unreachable)
 }
 
-/// What the agent of the LAN host is told, beside its source of routes.
+/// Configuration of the LAN host's agent, apart from its source of routes.
 fn config(source: &str) -> String {
     format!("role: host\nnetworks: {{pods: [10.200.0.0/16, \"fd20::/16\"]}}\nroutes: {source}\n")
 }
@@ -76,7 +76,7 @@ fn count(lab: &Lab) -> Result<usize> {
     Ok(v4.lines().count() + v6.lines().count())
 }
 
-/// Connects once there are so many routes: reached, or, if there are none, not.
+/// Connects once there are `wanted` routes: reached, or, if there are none, not.
 fn with_routes(lab: &Lab, wanted: usize) -> Result<Seen> {
     let come = eventually(DEADLINE, || count(lab).ok().filter(|count| *count == wanted));
     let expected = if wanted > 0 { Attempt::succeeded } else { Attempt::unreachable };
@@ -123,7 +123,7 @@ fn by_discovery(_: &mut Stage) -> Result<Seen> {
     Ok(in_turn([with_routes(&lab, 2)?, with_routes(&lab, 0)?]))
 }
 
-/// What the agent of the LAN host is told from here on.
+/// Configuration of the LAN host's agent in the later scenes.
 pub(super) fn static_routes(lab: &Lab) -> String {
     let routes = Family::BOTH
         .map(|family| format!("{{to: \"{}\", via: \"{}\"}}", lab.pod_network(0, family), lab.b().ip(family)));

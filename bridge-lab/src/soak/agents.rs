@@ -1,4 +1,4 @@
-//! What the operators of the agents do.
+//! Work of the agents' operators.
 
 use std::{
     fmt::Write as _,
@@ -27,14 +27,14 @@ pub(super) const REFUSED: &str = "a policy that is refused";
 pub(super) const KILL: &str = "kill -9 and start";
 pub(super) const STOP: &str = "stop and start";
 pub(super) const REVERT: &str = "a trial that is taken back";
-pub(super) const EXPIRE: &str = "a trial that nobody confirms";
+pub(super) const EXPIRE: &str = "a trial without confirmation";
 pub(super) const SECOND: &str = "a second agent is refused";
 pub(super) const ROUTES: &str = "other routes on the LAN host";
 pub(super) const ROUTE_LOST: &str = "a route is deleted, and back";
 
 const PAUSE: Duration = Duration::from_millis(300);
 
-/// What a policy may differ in.
+/// The fields in which policies differ.
 pub(super) struct Policy {
     engines: &'static str,
     on_deny: &'static str,
@@ -75,7 +75,7 @@ pub(super) fn node(cgroup: &Path, policy: &Policy) -> Result<String> {
     Ok(yaml)
 }
 
-/// The configuration of the LAN host, with so many routes.
+/// Configuration of the LAN host, with `routes` routes.
 pub(super) fn host(routes: u32) -> String {
     let routes: Vec<String> = (0..=routes)
         .map(|number| format!("{{to: 10.201.{}.0/24, via: 192.168.31.17}}", number % 256))
@@ -122,7 +122,7 @@ fn second(agent: &Agent, lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Until the end; answers what one agent had gathered after each round of the second half.
+/// Works until the end; returns a sample of one agent's resources after each round of the second half.
 pub(super) fn work_on_node(
     agent: &mut Agent,
     lab: &Lab,

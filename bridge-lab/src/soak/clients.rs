@@ -16,7 +16,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Asks an agent, whichever is there.
 #[derive(Debug)]
 pub(super) struct Client {
-    /// `bridge-agent` and what every command of it is told.
+    /// `bridge-agent` and the arguments common to all its commands.
     program: PathBuf,
     arguments: Vec<std::ffi::OsString>,
     socket: PathBuf,
@@ -42,7 +42,7 @@ impl Client {
         curl
     }
 
-    /// Until the end. What fails while the agent is replaced by another does not count.
+    /// Works until the end. Failures while the agent is being replaced do not count.
     pub(super) fn work(&self, lab: &Lab, course: &Course) {
         let netns = &lab.b().netns;
         let to = format!("{}:8443", lab.a().v4);
@@ -51,7 +51,7 @@ impl Client {
             round += 1;
             let agent = course.node.load(Ordering::Relaxed);
             let paths = ["/v1/status", "/v1/flows", "/v1/rules", "/v1/counters", "/metrics", "/v1/leases"];
-            let (what, result): (_, Result<()>) = match round % 10 {
+            let (work, result): (_, Result<()>) = match round % 10 {
                 0 => (
                     LEASE,
                     netns.output(self.command(&["ports", "acquire", &to, "--for", "1s"], &[])).map(drop),
@@ -61,7 +61,7 @@ impl Client {
                 _ => (READ, netns.output(self.get(paths[round % paths.len()])).map(drop)),
             };
             if agent != 0 && agent == course.node.load(Ordering::Relaxed) {
-                course.count(what, 1, result);
+                course.count(work, 1, result);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What is there before and after, and what agents gather while they live.
+//! Objects that exist before and after, and resources that agents accumulate while they live.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,8 +22,8 @@ use crate::{
     wait::eventually,
 };
 
-/// What of an agent's memory may be no leak: between two looks it goes up and down by more than this, with what a reload or
-/// an answer needs for a moment; the medians of many looks do not.
+/// Variation of an agent's memory that is no leak: single samples vary by more, with the temporary memory of a reload
+/// or an answer; the medians of many samples do not.
 const SLACK_KIB: f64 = 1024.0;
 
 /// In which an agent cannot gather much.
@@ -32,8 +32,8 @@ const SHORT: Duration = Duration::from_secs(300);
 /// One thing that was looked for.
 #[derive(Clone, Debug)]
 pub struct Finding {
-    /// What.
-    pub what: String,
+    /// The object or resource.
+    pub subject: String,
     /// Before, and after.
     pub figures: [String; 2],
     /// Whether it is as it should be.
@@ -41,18 +41,18 @@ pub struct Finding {
 }
 
 impl Finding {
-    fn same(what: &str, before: impl ToString, after: impl ToString) -> Self {
+    fn same(subject: &str, before: impl ToString, after: impl ToString) -> Self {
         let figures = [before.to_string(), after.to_string()];
-        Self { what: what.to_owned(), ok: figures[0] == figures[1], figures }
+        Self { subject: subject.to_owned(), ok: figures[0] == figures[1], figures }
     }
 }
 
-/// What a process has.
+/// Resources of a process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sample {
     at: Instant,
-    /// Of its own. What it has mapped of its program, which is more the more of that has been run, and of maps in the kernel
-    /// is not what it gathers, and has an end.
+    /// Private memory. Mapped pages of its program and of kernel maps are left out: they grow with use, are not
+    /// accumulated, and are bounded.
     resident_kib: f64,
     descriptors: usize,
 }
@@ -70,13 +70,13 @@ impl Sample {
     }
 }
 
-/// Whether an agent has gathered anything in its life, by what it had each time that it was at rest.
+/// Returns whether an agent has accumulated resources in its life, from samples at rest.
 pub(super) fn gathered(which: &str, samples: &[Sample], time: Duration) -> Vec<Finding> {
-    // The first round fills what is kept for the next.
+    // The first round fills caches that later rounds reuse.
     let Some((first, last)) = samples.get(1).zip(samples.last()) else {
-        let figures = ["-".to_owned(), format!("{} rounds are too few to tell", samples.len())];
-        let what = format!("what the agent on the {which} has gathered");
-        return vec![Finding { what, figures, ok: time < SHORT }];
+        let figures = ["-".to_owned(), format!("{} rounds are too few", samples.len())];
+        let subject = format!("resources accumulated by the agent on the {which}");
+        return vec![Finding { subject, figures, ok: time < SHORT }];
     };
     let third = samples.len().div_ceil(3);
     let median = |part: &[Sample]| {
@@ -88,19 +88,21 @@ pub(super) fn gathered(which: &str, samples: &[Sample], time: Duration) -> Vec<F
     let minutes = (last.at - first.at).as_secs() / 60;
     vec![
         Finding {
-            what: format!("resident memory of the agent's own on the {which}, KiB, over {minutes} minutes"),
+            subject: format!(
+                "resident memory of the agent's own on the {which}, KiB, over {minutes} minutes"
+            ),
             ok: memory[1] <= memory[0] + SLACK_KIB,
             figures: memory.map(|kib| format!("{kib:.0}")),
         },
         Finding {
-            what: format!("descriptors of the agent on the {which}"),
+            subject: format!("descriptors of the agent on the {which}"),
             ok: last.descriptors <= first.descriptors,
             figures: [first, last].map(|sample| sample.descriptors.to_string()),
         },
     ]
 }
 
-/// What there is of an agent that runs.
+/// Kernel objects of a running agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Node {
     pins: BTreeSet<String>,
@@ -134,8 +136,8 @@ impl Node {
     }
 }
 
-/// How many there are; and if they differ, in what.
-fn differing<'a, T: IntoIterator<Item = &'a String> + Copy>(what: &str, before: T, after: T) -> Finding {
+/// Returns the number of entries, and the difference if there is one.
+fn differing<'a, T: IntoIterator<Item = &'a String> + Copy>(subject: &str, before: T, after: T) -> Finding {
     let sets = [before, after].map(|list| list.into_iter().collect::<BTreeSet<_>>());
     let only =
         |a: usize, b: usize| sets[a].difference(&sets[b]).map(|one| (*one).clone()).collect::<Vec<_>>();
@@ -143,10 +145,10 @@ fn differing<'a, T: IntoIterator<Item = &'a String> + Copy>(what: &str, before: 
         [] => sets[a].len().to_string(),
         only => format!("{}, only here: {}", sets[a].len(), only.join(" | ")),
     });
-    Finding { what: what.to_owned(), ok: sets[0] == sets[1], figures }
+    Finding { subject: subject.to_owned(), ok: sets[0] == sets[1], figures }
 }
 
-/// What there is without an agent.
+/// Kernel objects of the lab without an agent.
 #[derive(Clone, Debug)]
 pub(super) struct Bare {
     rules: Vec<String>,
@@ -183,7 +185,7 @@ impl Bare {
     }
 }
 
-/// Every rule, of every table, without what is counted.
+/// Returns every rule of every table, without counters.
 fn rules(host: &Host) -> Result<Vec<String>> {
     let mut nft = Command::new("nft");
     nft.args(["--stateless", "list", "ruleset"]);
@@ -219,7 +221,7 @@ fn walk(root: &Path, directory: &Path, into: &mut BTreeSet<String>) -> Result<()
 pub(super) struct Ids(Mutex<BTreeMap<&'static str, BTreeSet<u32>>>);
 
 impl Ids {
-    /// What these processes have now.
+    /// Notes the present objects of these processes.
     pub(super) fn note(&self, pids: &[&AtomicU32]) {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for pid in pids.iter().map(|pid| pid.load(Ordering::Relaxed)) {
@@ -253,8 +255,8 @@ impl Ids {
         };
         eventually(patience, || left().is_ok_and(|left| left.is_empty()).then_some(()));
         let (left, ever) = (left()?, known.values().map(BTreeSet::len).sum::<usize>());
-        let what = "after `down`: programs, maps and links, of all that agents ever had".to_owned();
+        let subject = "after `down`: programs, maps and links, of all that agents ever had".to_owned();
         let figures = [ever.to_string(), format!("{} {}", left.len(), left.join(", ")).trim().to_owned()];
-        Ok(Finding { what, ok: left.is_empty() && ever > 0, figures })
+        Ok(Finding { subject, ok: left.is_empty() && ever > 0, figures })
     }
 }

@@ -1,8 +1,8 @@
-//! Everything at once, for long: connections both ways, the port pool, reloads, trials, kills, clients of the API, routes,
-//! interfaces that come and go, faults. Then a look at what may have been left behind.
+//! Agents, reloads, kills and traffic together, for long: connections both ways, the port pool, reloads, trials,
+//! clients of the API, routes, interfaces that come and go, faults. Afterwards a search for leftovers.
 //!
-//! In the first half the agents are killed and started again, too. In the second they live on, so that what one agent
-//! gathers in its life shows.
+//! In the first half the agents are also killed and started again. In the second they live on, so that the resources
+//! that an agent accumulates show.
 
 mod agents;
 mod clients;
@@ -26,7 +26,7 @@ pub use self::ledger::Finding;
 use self::ledger::{Bare, Ids, Node};
 use crate::{agent::Agent, lab::Lab, wait::eventually};
 
-/// How often is noted what the agents have in the kernel.
+/// Interval at which the kernel objects of the agents are noted.
 const LOOK: Duration = Duration::from_millis(500);
 /// How long everything may take to come to rest.
 const REST: Duration = Duration::from_secs(30);
@@ -65,12 +65,12 @@ pub struct Tally {
     pub why: Option<String>,
 }
 
-/// What came of a soak.
+/// Result of a soak.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What was done.
+    /// The work that was done.
     pub work: BTreeMap<&'static str, Tally>,
-    /// What was looked for afterwards.
+    /// The results of the search for leftovers.
     pub findings: Vec<Finding>,
 }
 
@@ -78,13 +78,13 @@ impl Outcome {
     /// Whether everything was done, nothing failed, and nothing was left behind.
     #[must_use]
     pub fn is_clean(&self) -> bool {
-        WORK.iter().all(|what| self.work.get(what).is_some_and(|tally| tally.done > 0))
+        WORK.iter().all(|work| self.work.get(work).is_some_and(|tally| tally.done > 0))
             && self.work.values().all(|tally| tally.failed == 0)
             && self.findings.iter().all(|finding| finding.ok)
     }
 }
 
-/// What those who work at once share.
+/// State shared by the concurrent workers.
 #[derive(Debug)]
 struct Course {
     end: Instant,
@@ -119,21 +119,21 @@ impl Course {
         Instant::now() < self.end
     }
 
-    fn count(&self, what: &'static str, times: u64, result: Result<()>) {
+    fn count(&self, name: &'static str, times: u64, result: Result<()>) {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        let tally = work.entry(what).or_default();
+        let tally = work.entry(name).or_default();
         tally.done += times;
         if let Err(error) = result {
             tally.failed += 1;
-            eprintln!("{what}: {error:#}");
+            eprintln!("{name}: {error:#}");
             tally.why.get_or_insert_with(|| format!("{error:#}"));
         }
     }
 
     /// Does something again and again, with `pause` in between.
-    fn repeat(&self, what: &'static str, pause: Duration, mut work: impl FnMut() -> Result<()>) {
+    fn repeat(&self, name: &'static str, pause: Duration, mut work: impl FnMut() -> Result<()>) {
         while self.pause(pause) {
-            self.count(what, 1, work());
+            self.count(name, 1, work());
         }
     }
 }
@@ -168,8 +168,8 @@ pub fn run(time: Duration) -> Result<Outcome> {
         while course.pause(LOOK) {
             ids.note(&[&course.node, &course.host]);
         }
-        let join = |thread: thread::ScopedJoinHandle<'_, Result<Vec<ledger::Sample>>>, what| {
-            thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?.context(what)
+        let join = |thread: thread::ScopedJoinHandle<'_, Result<Vec<ledger::Sample>>>, work| {
+            thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?.context(work)
         };
         let (at_node, at_host) = (join(at_node, "on the node"), join(at_host, "on the LAN host"));
         anyhow::Ok([("node", at_node?), ("LAN host", at_host?)])

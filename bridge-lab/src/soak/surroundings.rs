@@ -1,4 +1,4 @@
-//! What happens around the agents: interfaces and namespaces that come and go, routes, rules that somebody deletes.
+//! Changes around the agents: interfaces and namespaces that come and go, routes, rules that another program deletes.
 
 use std::{
     fs,
@@ -42,7 +42,7 @@ pub(super) fn interfaces(lab: &Lab, course: &Course) {
     });
 }
 
-/// Somebody flushes a chain of bridge's.
+/// Flushes a chain of bridge's, as another program might.
 pub(super) fn faults(lab: &Lab, course: &Course) {
     let node = &lab.b().netns;
     let iptables = |arguments: &[&str]| {

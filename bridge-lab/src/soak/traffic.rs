@@ -23,7 +23,7 @@ pub(super) const HELD: &str = "a connection that stands answers";
 pub(super) const INBOUND: &str = "a LAN host connects to a pod";
 pub(super) const OUTBOUND: &str = "a pod connects to a LAN host";
 pub(super) const POOL: &str = "a pod connects from the port pool";
-pub(super) const DENIED: &str = "what no rule allows is denied";
+pub(super) const DENIED: &str = "traffic that no rule allows is denied";
 
 /// Connections that stand, each way.
 const STANDING: usize = 8;
@@ -55,7 +55,7 @@ while True:
             s.close()
 ";
 
-/// Connects until its standard input ends, and tells how that went.
+/// Connects until its standard input ends, and reports the results.
 const POOLED: &str = r"
 import json, select, socket, sys
 done = outside = failed = 0

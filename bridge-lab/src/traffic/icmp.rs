@@ -13,14 +13,14 @@ use crate::lab::Netns;
 /// Asks `to` for an echo and waits for it.
 ///
 /// # Errors
-/// Of system calls; what the network does is in the [`Attempt`].
+/// A system call fails. The answer of the network is in the [`Attempt`].
 pub fn echo(netns: &Netns, to: IpAddr, deadline: Duration) -> io::Result<Attempt<()>> {
     let protocol = if to.is_ipv4() { Protocol::ICMPV4 } else { Protocol::ICMPV6 };
     let mut socket = netns.run(|| Socket::new(domain(to), Type::RAW, Some(protocol)))?;
     let echo = IcmpEchoHeader { id: rand::random(), seq: 1 };
     let start = Instant::now();
     let result = socket
-        // Connected, it gets answers from nobody else, and ICMP errors as errors.
+        // A connected socket gets answers from this peer alone, and ICMP errors as errors.
         .connect(&SocketAddr::new(to, 0).into())
         .and_then(|()| socket.send(&request(to, echo)))
         .and_then(|_| await_reply(&mut socket, to, echo, start + deadline));

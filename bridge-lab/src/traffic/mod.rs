@@ -1,4 +1,4 @@
-//! Real clients and servers on real sockets, and what became of their attempts.
+//! Real clients and servers on real sockets, and the results of their attempts.
 
 pub mod icmp;
 pub mod tcp;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use socket2::Domain;
 
-/// What became of an attempt to reach somebody, and after which time.
+/// Result of an attempt to reach a peer, and the time that it took.
 #[derive(Debug)]
 pub struct Attempt<T> {
     /// From the first packet to the result.
@@ -30,7 +30,7 @@ pub enum Outcome<T> {
     Refused,
     /// Nothing came back in time.
     TimedOut,
-    /// There is no way there, or somebody on the way said so.
+    /// There is no route, or a router on the way reported so.
     Unreachable(Errno),
 }
 
@@ -75,7 +75,7 @@ impl<T> Attempt<T> {
         matches!(self.outcome, Outcome::Unreachable(_))
     }
 
-    /// What was reached.
+    /// Returns the peer's answer.
     ///
     /// # Errors
     /// The attempt, if it did not come through.
@@ -86,7 +86,7 @@ impl<T> Attempt<T> {
         }
     }
 
-    /// What was reached, if it was, and the attempt without it.
+    /// Returns the peer's answer, if there was one, and the attempt without it.
     pub fn split(self) -> (Option<T>, Attempt<()>) {
         let (reached, outcome) = match self.outcome {
             Outcome::Reached(reached) => (Some(reached), Outcome::Reached(())),
@@ -119,7 +119,7 @@ fn any(of: SocketAddr) -> IpAddr {
     if of.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// What is left until `end`; a socket timeout of zero would mean for ever, so never less than a little.
+/// Returns the time left until `end`; never zero, which as a socket timeout would mean for ever.
 fn left(end: std::time::Instant) -> Duration {
     end.saturating_duration_since(std::time::Instant::now()).max(Duration::from_micros(1))
 }

@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::{Attempt, any, left};
 use crate::lab::Netns;
 
-/// What a server does with what it receives.
+/// What a server does with data that it receives.
 #[derive(Clone, Copy, Debug)]
 enum Service {
     Echo,
@@ -30,13 +30,13 @@ pub struct Server {
 
 #[derive(Debug, Default)]
 struct State {
-    /// A connection is let go of when it is over.
+    /// A connection is removed when it ends.
     accepted: Mutex<Vec<(SocketAddr, Option<TcpStream>)>>,
     received: AtomicU64,
 }
 
 impl Server {
-    /// Sends back what it receives. Port 0 in `address`: a free one.
+    /// Starts a server that sends back the data that it receives. Port 0 in `address`: a free one.
     pub fn echo(netns: &Netns, address: SocketAddr) -> io::Result<Self> {
         Self::start(netns, address, Service::Echo)
     }
@@ -161,7 +161,7 @@ impl<'a> Client<'a> {
     /// Connects.
     ///
     /// # Errors
-    /// Of system calls, such as EADDRINUSE; what the network does is in the [`Attempt`].
+    /// A system call fails, with EADDRINUSE for instance. The answer of the network is in the [`Attempt`].
     pub fn connect(&self, to: SocketAddr) -> io::Result<Attempt<Connection>> {
         let socket = self.netns.run(|| socket(to))?;
         if self.source_port != 0 {
@@ -182,8 +182,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Proves that the connection lives in both directions: sends to an echo server what was never sent
-    /// before, and returns the time until it came back.
+    /// Proves that the connection works in both directions: sends fresh data to an echo server, and returns the time
+    /// until it came back.
     ///
     /// # Errors
     /// It did not within `deadline`, came back changed, or the connection is closed or reset.
@@ -200,7 +200,7 @@ impl Connection {
             match self.stream.read(&mut answer[received..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(length) => received += length,
-                // With a timeout, this is also what comes of being stopped and continued (signal(7)).
+                // A read with a timeout also ends so when the process is stopped and continued (signal(7)).
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                     return Err(io::Error::new(io::ErrorKind::TimedOut, "no answer in time"));

@@ -46,7 +46,7 @@ impl Server {
         self.address
     }
 
-    /// What has come until now, and from whom, after address translation on the way.
+    /// Returns the datagrams received so far with their senders, after address translation on the way.
     pub fn received(&self) -> Vec<(SocketAddr, Vec<u8>)> {
         self.state.received.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -89,7 +89,7 @@ fn socket(of: SocketAddr) -> io::Result<Socket> {
 /// Sends one datagram and waits for the same one back. Source port 0: any.
 ///
 /// # Errors
-/// Of system calls; what the network does is in the [`Attempt`].
+/// A system call fails. The answer of the network is in the [`Attempt`].
 pub fn ask(
     netns: &Netns,
     source_port: u16,

@@ -1,4 +1,4 @@
-//! The run: everybody in turn, round after round, so that what else the machine does falls on all alike.
+//! The run: all contenders in turn, round after round, so that other load on the machine falls on all alike.
 
 use anyhow::Result;
 
@@ -7,7 +7,7 @@ use super::figures::{Figure, Figures, divided};
 use super::place::Place;
 use super::traffic::{Effort, MANY, Traffic};
 
-/// What is compared, and how thoroughly.
+/// Scope and thoroughness of the comparison.
 #[derive(Clone, Debug)]
 pub(super) struct Scope {
     pub(super) sizes: Vec<u32>,
@@ -70,21 +70,21 @@ fn at_size(scope: &Scope, rules: u32) -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// A contender, and its lab or what keeps it from having one.
+/// A contender, and its lab or the reason why it has none.
 type Contestant = (Contender, Result<Place, String>);
 
-/// Does `what` with everybody; who is first changes from time to time. What one cannot do, the others are not kept
-/// from; but without those without a firewall there is nothing to compare with.
+/// Runs `work` with every contender; the order rotates. A contender that fails does not stop the others, but without
+/// the contender "no firewall" there is nothing to compare with.
 fn in_turn(
     contestants: &mut [Contestant],
     time: usize,
-    mut what: impl FnMut(usize, &mut Place) -> Result<()>,
+    mut work: impl FnMut(usize, &mut Place) -> Result<()>,
 ) -> Result<()> {
     for turn in 0..contestants.len() {
         let index = (time + turn) % contestants.len();
         let (contender, contestant) = &mut contestants[index];
         let Ok(place) = contestant else { continue };
-        match what(index, place) {
+        match work(index, place) {
             Ok(()) => {}
             Err(error) if *contender == Contender::None => return Err(error),
             Err(error) => *contestant = Err(format!("{error:#}")),

@@ -1,4 +1,4 @@
-//! Who is compared: what a user would otherwise pick, and bridge in each of its shapes.
+//! The contenders: the usual alternatives, and bridge in each of its configurations.
 
 use std::fs;
 use std::process::Command;
@@ -27,7 +27,7 @@ const LONGEST_LIST: u32 = 10_000;
 const FAST_PATH: &str = "fastPath";
 
 impl Contender {
-    /// In the order they are shown; what the others are compared with is the first.
+    /// In the order of display; the first is the reference of the others.
     pub(super) const ALL: [Self; 7] = [
         Self::None,
         Self::IptablesLegacy,
@@ -64,7 +64,7 @@ impl Contender {
         }
     }
 
-    /// Why it cannot be compared here with so many rules; `None`: it can.
+    /// Returns why this contender cannot be compared here with `rules` rules; `None` if it can.
     pub(super) fn missing(self, rules: u32) -> Result<Option<String>> {
         let list = matches!(self, Self::IptablesLegacy | Self::IptablesNft | Self::EbpfIptables);
         if list && rules > LONGEST_LIST {
@@ -83,10 +83,10 @@ impl Contender {
         Ok(Command::new(tool).arg("--version").output().err().map(|error| format!("{tool}: {error}")))
     }
 
-    /// Puts a policy of `rules` rules in force on the node; what is returned keeps it there.
+    /// Applies a policy of `rules` rules on the node; it stays active while the returned value lives.
     ///
     /// # Errors
-    /// Whatever the tool, or the agent, says.
+    /// The tool or the agent fails.
     pub(super) fn enforce(self, lab: &Lab, rules: u32) -> Result<Option<Agent>> {
         let fast_path = |on: &str| -> Result<String> {
             Ok(if knows_fast_path()? { format!(", {FAST_PATH}: {on}") } else { String::new() })

@@ -43,7 +43,7 @@ fn quantile(sorted: &[f64], part: f64) -> f64 {
     sorted[below] + (sorted[above] - sorted[below]) * (at - at.floor())
 }
 
-/// What a contender made of one kind of traffic, at one number of rules.
+/// Result of a contender for one kind of traffic, at one number of rules.
 #[derive(Clone, Debug)]
 pub(super) struct Figure {
     pub(super) contender: Contender,
@@ -100,7 +100,7 @@ pub struct Record {
     /// Median.
     value: Option<f64>,
     unit: &'static str,
-    /// Median of the ratios of the single rounds, not ratio of the medians: what disturbed a round, disturbed both.
+    /// Median of the ratios of single rounds, not the ratio of the medians: a disturbed round is disturbed for both.
     ratio_to_no_firewall: Option<f64>,
     ratio_least: Option<f64>,
     ratio_most: Option<f64>,
@@ -182,7 +182,7 @@ pub(super) mod tests {
         assert_eq!(json["contender"], "fastpath");
         assert_eq!(json["value"], 215.0);
         assert_eq!(json["unit"], "packets per CPU second");
-        // Of 1.5 and 1.4: what made the second round faster made it faster for both.
+        // Of 1.5 and 1.4: the second round was faster for both.
         assert_eq!(json["ratio_to_no_firewall"], 1.45);
     }
 

@@ -1,4 +1,4 @@
-//! What the project promises of its speed, and whether this run has seen it.
+//! The project's promises of speed, and whether this run met them.
 
 use super::contender::Contender;
 use super::figures::{Figures, Spread};
@@ -7,15 +7,15 @@ use super::traffic::Traffic;
 /// A promise.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limit {
-    /// What is promised, in words.
+    /// The promise in words.
     pub promise: String,
     /// `None`: not in this run.
     pub measured: Option<f64>,
-    /// What it must keep.
+    /// Bound on the measured value.
     pub limit: Bound,
 }
 
-/// What the measured value is held against.
+/// Kind of bound on a measured value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Bound {
     /// It may be more.

@@ -1,4 +1,4 @@
-//! bridge beside what a user would otherwise pick: the same traffic through the same node, under the same policy.
+//! bridge beside the usual alternatives: the same traffic through the same node, under the same policy.
 //!
 //! Packets are made by the kernel on one CPU, at the far end of the node's cable, faster than the other CPU forwards
 //! them; those that reach the pod are counted. Their rate is by the time that the forwarding CPU was at it, so other
@@ -34,7 +34,7 @@ use super::Limit;
 
 const LOCK: &str = "/run/bridge-bench.lock";
 
-/// A part of the comparison, for those who work on it: what is not said is as it would be otherwise.
+/// A part of the comparison, for contributors; options that are absent keep their defaults.
 #[derive(Args, Clone, Debug, Default)]
 #[group(id = "part", multiple = true)]
 pub struct Part {
@@ -69,7 +69,7 @@ impl Part {
     }
 }
 
-/// What was found out.
+/// Result of the comparison.
 pub struct Comparison {
     figures: Figures,
     machine: String,
@@ -80,8 +80,8 @@ impl Comparison {
     /// Compares `part`: thoroughly, in about ten minutes for all of it, or `quick`, in five.
     ///
     /// # Errors
-    /// Not root, fewer than two CPUs, no lab, or traffic that does not come through without a firewall. What is the
-    /// matter with a single contender is no error, but told.
+    /// Not root, fewer than two CPUs, no lab, or traffic that does not arrive without a firewall. A fault of a single
+    /// contender is not an error; the table reports it.
     pub fn run(quick: bool, part: &Part) -> Result<Self> {
         let cpus = available_parallelism()?.get();
         ensure!(cpus >= 2, "one CPU makes packets and another forwards them: {cpus} is too few");
@@ -120,7 +120,7 @@ impl Comparison {
         Ok(())
     }
 
-    /// What is promised of them.
+    /// Returns the limits of these figures.
     #[must_use]
     pub fn limits(&self) -> Vec<Limit> {
         limits::limits(&self.figures)
@@ -141,7 +141,7 @@ impl Comparison {
     }
 }
 
-/// Until the file is dropped, nobody else compares on this machine: two would have the same CPUs.
+/// Locks the machine for this comparison until the file is dropped: two at a time would share the CPUs.
 fn alone() -> Result<File> {
     let file = File::create(LOCK).with_context(|| format!("make {LOCK}"))?;
     if file.try_lock().is_err() {

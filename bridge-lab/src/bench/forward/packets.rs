@@ -46,7 +46,7 @@ const DEADLINE: Duration = Duration::from_secs(20);
 pub(super) const GENERATING: usize = 1;
 pub(super) const FORWARDING: usize = 0;
 
-/// Priorities of SCHED_RR: of what sends and receives, of what forwards, of what watches both.
+/// SCHED_RR priorities of the threads that send and receive, that forward, and that watch both.
 pub(super) const SENDING: libc::c_int = 1;
 pub(super) const PASSING: libc::c_int = 2;
 const WATCHING: libc::c_int = 3;
@@ -58,7 +58,7 @@ pub(super) const DATA: usize = FRAME - Ethernet2Header::LEN - 40;
 #[derive(Clone, Debug)]
 pub(super) struct Cable {
     pub(super) netns: Netns,
-    /// The far end: what is sent by it comes in at the near one.
+    /// The far end: frames sent from it arrive at the near end.
     pub(super) interface: String,
     /// Of the far and of the near end.
     pub(super) macs: ([u8; 6], [u8; 6]),
@@ -84,7 +84,7 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// The frame without what varies, and the plan that has it.
+    /// Returns the frame with its varying fields zeroed, and the plan that fills them.
     fn plan(&self, from: &Cable) -> Result<Plan> {
         let interface = from.netns.run(|| index(&from.interface))?;
         self.plan_by(interface, from.macs)
@@ -143,7 +143,7 @@ pub(super) struct Packets {
     counts: Counts,
 }
 
-/// What was sent, and what of it came in.
+/// Packets sent, and those of them that arrived.
 pub(super) struct Counts {
     serial: Array<MapData, u64>,
     arrived: PerCpuArray<MapData, u64>,
@@ -307,7 +307,7 @@ fn index(interface: &str) -> Result<u32> {
 mod tests {
     use super::*;
 
-    /// What the kernel side writes, by the plan, is what the packet would be if it were made by hand.
+    /// A frame that the kernel side writes by the plan equals the frame built by hand.
     #[test]
     fn the_checksums_of_a_plan_are_those_of_the_packet() -> Result<()> {
         let (lan, pod) = (Ipv4Addr::new(192, 168, 31, 66), Ipv4Addr::new(10, 200, 1, 92));

@@ -1,4 +1,4 @@
-//! The lab of one contender: LAN host, node and pods, with its policy in force on the node.
+//! The lab of one contender: LAN host, node and pods, with its policy applied on the node.
 //!
 //! Real sockets talk from the LAN host to the first pod. Packets of the packet source go to the second one, from
 //! addresses of the LAN that no host has, and come in at the end of the node's cable: a real packet of such a flow would
@@ -40,7 +40,7 @@ pub(super) struct Place {
     pub(super) next_packet: u64,
     /// The threads that forward: the one that takes packets off the cable, and that of the CPU's other soft interrupts.
     pub(super) forwarding: Vec<u32>,
-    /// Bridge, if it is what enforces.
+    /// Present if bridge enforces.
     #[cfg_attr(not(test), expect(dead_code, reason = "it is there to be dropped with the lab"))]
     pub(super) agent: Option<Agent>,
 }
@@ -88,7 +88,7 @@ impl Place {
         self.stream(true, flows, data)
     }
 
-    /// Each packet opens a flow: when all have been opened, nobody remembers the first.
+    /// Each packet opens a flow; by the time all are open, the first has been forgotten.
     pub(super) fn new_flows(&self) -> Stream {
         Stream { lan: STRANGERS, ..self.stream(true, NEW_FLOWS, Tcp::syn(0, 0)) }
     }
@@ -106,7 +106,8 @@ impl Place {
         }
     }
 
-    /// Opens `flows` flows as TCP does, and lets both sides speak: whoever follows flows knows them as established.
+    /// Opens `flows` flows by a TCP handshake and sends data both ways, so that every stateful firewall sees them
+    /// established.
     ///
     /// # Errors
     /// A packet did not arrive.
@@ -170,7 +171,7 @@ fn thread_ids(name: &str) -> Result<Vec<u32>> {
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         let Some(id) = entry.file_name().to_str().and_then(|id| id.parse().ok()) else { continue };
-        // Whoever has ended meanwhile has no name.
+        // A process that has ended meanwhile has no name.
         if fs::read_to_string(entry.path().join("comm")).is_ok_and(|found| found.starts_with(name)) {
             ids.push(id);
         }

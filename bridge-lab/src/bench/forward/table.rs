@@ -36,7 +36,7 @@ const SUMMARY: [(Traffic, u32, &str); 6] = [
     (Traffic::Connect, 10_000, "TCP connects"),
 ];
 
-/// What matters most, in one table of Markdown.
+/// Renders the headline figures as one Markdown table.
 pub(super) fn summary(figures: &Figures, machine: &str, how: &str) -> String {
     let columns = SUMMARY.map(|(_, rules, title)| format!("{title}, {} rules", grouped(f64::from(rules))));
     let mut rows = vec![["ratio to no firewall".to_owned()].into_iter().chain(columns).collect()];
@@ -104,7 +104,7 @@ fn aligned(rows: &[Vec<String>]) -> String {
 pub(super) const BEGIN: &str = "<!-- cargo xtask bench --publish -->";
 pub(super) const END: &str = "<!-- end of the figures -->";
 
-/// The document with `text` for what was between the lines; `None`: it has no such lines.
+/// Replaces the lines between the markers of `document` by `text`; `None` if it has no markers.
 pub(super) fn replace(document: &str, text: &str) -> Option<String> {
     let (before, rest) = document.split_once(BEGIN)?;
     let (_, after) = rest.split_once(END)?;

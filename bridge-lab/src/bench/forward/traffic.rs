@@ -1,4 +1,4 @@
-//! What is sent through the node, and how its rate is taken.
+//! The traffic that is sent through the node, and how its rate is measured.
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -49,9 +49,9 @@ const WARM_UP: Duration = Duration::from_millis(50);
 const GLANCE: Duration = Duration::from_micros(500);
 /// A socket that waits so long waits for ever.
 const STUCK: Duration = Duration::from_secs(10);
-/// What a request, and a response, is long.
+/// Length of a request and of a response.
 const MESSAGE: usize = 64;
-/// What is written at a time.
+/// Bytes per write.
 const CHUNK: usize = 128 << 10;
 
 impl Traffic {
@@ -90,7 +90,7 @@ impl Traffic {
 
     pub(super) fn unit(self) -> &'static str {
         match self {
-            // Of the CPU that forwards: what others have of its time is not counted.
+            // CPU time of the forwarding CPU; time that other processes take is not counted.
             Self::Established | Self::EstablishedMany => "packets per CPU second",
             Self::NewFlows => "flows per CPU second",
             Self::Bulk => "Mbit/s",
@@ -203,7 +203,7 @@ fn accept(listener: &TcpListener) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// What the server reads, in Mbit/s.
+/// Returns the rate at which the server reads, in Mbit/s.
 fn bulk(listener: &TcpListener, client: Client) -> Result<f64> {
     let server = || {
         let mut stream = accept(listener)?;
