@@ -14,18 +14,18 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::{
-    agent::{Request, Shared, Status},
     api::Server,
     config,
     model::PortRange,
     pool::{
-        KernelPool, Layout, Settings, api, attach,
+        KernelPool, Layout, Settings, attach,
         backend::Backend,
         checks, conntrack,
         layout::Occupied,
         run::{self, Places},
         service::Service,
     },
+    state::{Request, Shared, Status},
 };
 use bridge_common::pool::{
     FIRST_SLOT,
@@ -238,7 +238,7 @@ impl Served {
         let (shared, requests) = Shared::new(Status::default());
         shared.set_pool(Some(Arc::clone(&service)));
         runtime.spawn(server.serve(shared));
-        runtime.spawn(api::expire(Arc::clone(&service)));
+        runtime.spawn(run::expire(Arc::clone(&service)));
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         thread::spawn(move || runtime.block_on(stopped));
         Ok(Self { service, socket, cgroup, _requests: requests, _stop: stop })

@@ -23,3 +23,4 @@ pub mod nodeport_range;
 pub mod policy;
 pub mod pool;
 pub mod routes;
+pub mod state;

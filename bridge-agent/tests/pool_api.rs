@@ -12,11 +12,11 @@ use std::{
 };
 
 use bridge_agent::{
-    agent::{Request, Shared, Status},
-    api::{self as server, Server},
+    api::{self, Server},
     config::{self, leaf::FileMode},
     model::PortRange,
-    pool::{Layout, Settings, api, backend::Backend, layout::Occupied, service::Service},
+    pool::{Layout, Settings, backend::Backend, layout::Occupied, run, service::Service},
+    state::{Request, Shared, Status},
 };
 use openapi::documented;
 use proptest::prelude::*;
@@ -54,7 +54,7 @@ impl Agent {
         };
         let (shared, requests) = Shared::new(Status::default());
         shared.set_pool(Some(Arc::clone(&service)));
-        runtime.spawn(api::expire(Arc::clone(&service)));
+        runtime.spawn(run::expire(Arc::clone(&service)));
         runtime.spawn(server.serve(shared.clone()));
         std::thread::spawn(move || runtime.block_on(stopped));
         Self { socket, service, shared, _requests: requests, _directory: directory, _stop: stop }
@@ -247,7 +247,7 @@ fn malformed_requests_get_a_reason() {
     }
     assert_eq!(agent.ask("DELETE", "/v1/leases/x", "").0, 400);
     assert_eq!(agent.ask("DELETE", "/v1/leases/18446744073709551616", "").0, 400);
-    assert_eq!(agent.ask("POST", "/v1/leases", &" ".repeat(api::MAX_BODY + 1)).0, 413);
+    assert_eq!(agent.ask("POST", "/v1/leases", &" ".repeat(api::MAX_LEASE_BODY + 1)).0, 413);
     assert_eq!(agent.leases(), 0);
 }
 
@@ -257,10 +257,10 @@ fn the_socket_has_its_permissions_and_only_one_agent() {
     let mode = std::fs::metadata(&agent.socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let second = Server::bind(&agent.socket, &access(0o660));
-    assert!(matches!(second, Err(server::Error::InUse { .. })), "{second:?}");
+    assert!(matches!(second, Err(api::Error::InUse { .. })), "{second:?}");
     let file = agent.socket.with_extension("txt");
     std::fs::write(&file, "precious").unwrap();
-    assert!(matches!(Server::bind(&file, &access(0o660)), Err(server::Error::NotASocket(_))));
+    assert!(matches!(Server::bind(&file, &access(0o660)), Err(api::Error::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
 }
 

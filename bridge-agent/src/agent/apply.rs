@@ -2,129 +2,43 @@
 //! file; on trial, it becomes that only when it is confirmed.
 
 use std::{
-    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
-
-use serde::{Deserialize, Serialize};
 
 use super::{
     Agent, Error, cluster,
     enforcer::{Enforcer, Term},
     file::{Hash, hash, hash_of},
-    probe::{self, Probe},
-    status::{self, Request},
-    trial::{Files, Outcome, Record, Trial, TrialEnd, WriteError},
+    probe,
+    trial::{Files, Record, Trial},
 };
 use crate::{
-    config::{self, Config, ConfigErrors, Loaded},
+    config::{self, Config, Loaded},
     datapath,
+    kernel::{memory, time},
+    state::{Applied, ApplyError, ApplyRequest, Request, TrialEnd, TrialOutcome},
 };
 
-/// A trial lasts so long at the least.
-pub const SHORTEST_TRIAL: Duration = Duration::from_secs(1);
-/// And so long at the most.
-pub const LONGEST_TRIAL: Duration = Duration::from_secs(24 * 3600);
-/// So many probes.
-pub const MOST_PROBES: usize = 16;
 /// What could not be put back at the end of a trial is tried again after this.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// What is to be brought into force.
-#[derive(Clone, Debug)]
-pub struct Order {
-    /// The text of a configuration.
-    pub config: String,
-    /// Only for so long, unless it is confirmed.
-    pub confirm: Option<Duration>,
-    /// Who has to answer for it to be confirmed by itself.
-    pub probes: Vec<Probe>,
-}
-
-/// What has been brought into force.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Applied {
-    /// Number of the policy in force, if eBPF enforces.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub generation: Option<u32>,
-    /// When the configuration of before comes back, unless this one is confirmed; RFC 3339, UTC. Left out: never.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub deadline: Option<String>,
-    /// What is allowed in the configuration, but hardly meant.
-    pub warnings: Vec<String>,
-}
-
-/// Why a configuration was not applied, confirmed or taken back.
-#[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
-    /// It is not valid.
-    #[error(transparent)]
-    Config(#[from] ConfigErrors),
-    /// It could not be brought into force; the one before it is.
-    #[error("the configuration before it is still in force: {0}")]
-    Refused(#[source] Error),
-    /// The kernel side could not confirm it.
-    #[error(transparent)]
-    Datapath(#[from] super::enforcer::Error),
-    /// Another one is on trial.
-    #[error(
-        "a configuration is on trial for {0} s more: confirm it (`bridge-agent confirm`), take it back (`bridge-agent \
-         revert`), or wait"
-    )]
-    OnTrial(u64),
-    /// None is on trial.
-    #[error(
-        "no configuration waits for its confirmation: its time may be over (see `bridge-agent status`); apply it again"
-    )]
-    NoTrial,
-    /// What was before could not be put back.
-    #[error(
-        "the configuration before the trial is not wholly in force again yet, which is tried until it is (see \
-         `bridge-agent status`): {0}"
-    )]
-    NotTakenBack(String),
-    /// There is nothing sure to go back to.
-    #[error(
-        "{} is not what is in force, as the last reload has failed or has not been done yet: correct it first, so that \
-         there is something to go back to, or apply without --confirm", .0.display()
-    )]
-    NotInForce(PathBuf),
-    /// It would take something away that nobody could give back with the agent dead.
-    #[error(
-        "{0} differs from what is in force, and the kernel cannot go back on that by itself: apply it without --confirm"
-    )]
-    NoWayBack(&'static str),
-    /// Somebody has written the file while another configuration was on trial.
-    #[error(
-        "{} was changed by somebody else during the trial: put it back, then confirm; or let the trial run out, and \
-         apply again", .0.display()
-    )]
-    FileChanged(PathBuf),
-    /// It cannot become the configuration file.
-    #[error(
-        "{0}; if this file is provided by something else (a ConfigMap, configuration management), change it there"
-    )]
-    Write(#[from] WriteError),
-}
-
 impl Agent {
     /// See the module.
-    pub(super) fn apply(&mut self, order: &Order) -> Result<Applied, ApplyError> {
+    pub(super) fn apply(&mut self, request: &ApplyRequest) -> Result<Applied, ApplyError> {
         if let Some(trial) = &self.trial {
             return Err(ApplyError::OnTrial(trial.status().seconds_left));
         }
-        let Loaded { config, warnings } = config::parse(&order.config, Some(&self.path))?;
+        let Loaded { config, warnings } = config::parse(&request.config, Some(&self.path))?;
         let warnings = warnings.list.iter().map(|warning| warning.message.clone()).collect();
         let files = self.files();
-        files.stage(&order.config)?;
-        let result = match order.confirm {
-            None => self.apply_for_good(&files, order, &config),
-            Some(time) => self.apply_on_trial(&files, order, &config, time),
+        files.stage(&request.config)?;
+        let result = match request.confirm {
+            None => self.apply_for_good(&files, request, &config),
+            Some(trial) => self.apply_on_trial(&files, request, &config, trial),
         };
         self.show_enforcement();
-        super::trim_memory();
+        memory::trim();
         if let Err(error) = result {
             tracing::error!(%error, "a configuration was not applied");
             if self.trial.is_none() {
@@ -132,30 +46,35 @@ impl Agent {
             }
             return Err(error);
         }
-        let deadline = self.trial.as_ref().map(|trial| status::at(SystemTime::now() + trial.left()));
+        let deadline = self.trial.as_ref().map(|trial| time::at(SystemTime::now() + trial.left()));
         tracing::info!(until = deadline, "a configuration was applied");
         Ok(Applied { generation: self.enforcer.as_ref().map(Enforcer::generation), deadline, warnings })
     }
 
-    fn apply_for_good(&mut self, files: &Files, order: &Order, config: &Config) -> Result<(), ApplyError> {
+    fn apply_for_good(
+        &mut self,
+        files: &Files,
+        request: &ApplyRequest,
+        config: &Config,
+    ) -> Result<(), ApplyError> {
         self.bring_into_force(config, None)?;
         if let Err(error) = files.commit() {
             // The next start would bring the file into force: so that is done now.
             drop(self.reload("an applied configuration could not take its place"));
             return Err(error.into());
         }
-        self.note_file(hash_of(order.config.as_bytes()));
+        self.note_file(hash_of(request.config.as_bytes()));
         Ok(())
     }
 
     fn apply_on_trial(
         &mut self,
         files: &Files,
-        order: &Order,
+        request: &ApplyRequest,
         config: &Config,
-        time: Duration,
+        trial: Duration,
     ) -> Result<(), ApplyError> {
-        let not_in_force = || ApplyError::NotInForce(files.config().to_owned());
+        let not_in_force = || ApplyError::FileNotActive(files.config().to_owned());
         let former = self.in_force.ok_or_else(not_in_force)?;
         if !files.keep_former(former)? {
             return Err(not_in_force());
@@ -172,13 +91,14 @@ impl Agent {
             return Err(ApplyError::NoWayBack("kubernetes"));
         }
         crate::fault::point("trial:staged");
-        self.bring_into_force(config, Some(time))?;
+        self.bring_into_force(config, Some(trial))?;
         crate::fault::point("trial:in-force");
-        let record = Record::new(time, self.kernel_deadline(), &order.config, former, order.probes.clone());
+        let record =
+            Record::new(trial, self.kernel_deadline(), &request.config, former, request.probes.clone());
         // Without it, an agent that is killed now and started anew goes back at once.
         if let Err(error) = files.write(&record) {
             self.trial = Some(Trial::new(files.clone(), record, before));
-            self.end_trial(Outcome::Reverted);
+            self.end_trial(TrialOutcome::Reverted);
             return Err(error.into());
         }
         self.begin_trial(Trial::new(files.clone(), record, before));
@@ -212,11 +132,11 @@ impl Agent {
     }
 
     /// Makes the configuration on trial the one that counts.
-    pub(super) fn confirm(&mut self, outcome: Outcome) -> Result<Applied, ApplyError> {
+    pub(super) fn confirm(&mut self, outcome: TrialOutcome) -> Result<Applied, ApplyError> {
         let Some(trial) = &self.trial else { return Err(ApplyError::NoTrial) };
         let (files, candidate, in_kernel) = (trial.files.clone(), trial.candidate(), trial.in_kernel());
         if trial.left().is_zero() {
-            self.end_trial(Outcome::Expired);
+            self.end_trial(TrialOutcome::Expired);
             return Err(ApplyError::NoTrial);
         }
         if hash(files.config()) != Some(trial.former()) {
@@ -224,7 +144,9 @@ impl Agent {
         }
         // In the kernel first: it may be too late there.
         let control = match &mut self.enforcer {
-            Some(enforcer) if in_kernel => Some(enforcer.confirm()?),
+            Some(enforcer) if in_kernel => {
+                Some(enforcer.confirm().map_err(|error| ApplyError::Kernel(error.into()))?)
+            }
             _ => None,
         };
         crate::fault::point("trial:confirmed");
@@ -264,17 +186,17 @@ impl Agent {
         if self.trial.is_none() {
             return Err(ApplyError::NoTrial);
         }
-        self.end_trial(Outcome::Reverted);
+        self.end_trial(TrialOutcome::Reverted);
         if self.trial.is_some() {
             let failure = self.shared.status().trial.and_then(|trial| trial.failure);
-            return Err(ApplyError::NotTakenBack(failure.unwrap_or_default()));
+            return Err(ApplyError::NotReverted(failure.unwrap_or_default()));
         }
         let generation = self.enforcer.as_ref().map(Enforcer::generation);
         Ok(Applied { generation, deadline: None, warnings: Vec::new() })
     }
 
     /// Goes back to what was before, in everything; tried again later if that fails.
-    pub(super) fn end_trial(&mut self, outcome: Outcome) {
+    pub(super) fn end_trial(&mut self, outcome: TrialOutcome) {
         let Some(trial) = &self.trial else { return };
         let files = trial.files.clone();
         if let Some(enforcer) = &mut self.enforcer {
@@ -302,14 +224,14 @@ impl Agent {
         self.trial = None;
         self.show_enforcement();
         self.show_end(outcome);
-        super::trim_memory();
+        memory::trim();
         tracing::warn!(?outcome, "the configuration before the trial is in force again");
         if hash(&self.path).is_some_and(|now| Some(now) != self.in_force) {
             drop(self.reload("the file has changed during the trial"));
         }
     }
 
-    fn show_end(&self, outcome: Outcome) {
+    fn show_end(&self, outcome: TrialOutcome) {
         self.shared.update(|status| {
             status.trial = None;
             status.last_trial = Some(TrialEnd::now(outcome));
@@ -323,7 +245,7 @@ impl Agent {
         self.compare(false);
         let result = self.change_file(config, trial.map_or(Term::Good, Term::Trial), Self::reload_engines);
         self.compare(true);
-        result.map_err(ApplyError::Refused)
+        result.map_err(|error| ApplyError::Refused(error.into()))
     }
 
     /// The deadline of a policy on trial in the kernel.

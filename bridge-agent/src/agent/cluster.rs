@@ -5,8 +5,9 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Agent, Error, enforcer::Term, trim_memory};
+use super::{Agent, Error, enforcer::Term};
 use crate::config::Config;
+use crate::kernel::memory;
 use crate::kubernetes::Follower;
 
 /// Memory that reading a large cluster has taken is given back, at most so often.
@@ -62,7 +63,7 @@ impl Agent {
         let there = self.cluster.as_ref().map(|following| &following.follower);
         let fresh = match there.filter(|follower| follower.is_for(file)) {
             Some(_) => None,
-            None => Some(Follower::start(file, section, &self.shared)?),
+            None => Some(Follower::start(file, section, self.shared.engines())?),
         };
         let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
         let (mut planned, version) = follower.plan(file);
@@ -118,7 +119,7 @@ impl Agent {
         }
         following.follower.done(version, planned, error, start.elapsed());
         if following.trimmed.elapsed() > TRIM {
-            trim_memory();
+            memory::trim();
             following.trimmed = Instant::now();
         }
         self.cluster = Some(following);

@@ -1,38 +1,18 @@
 //! What is told of packets that one engine let through and the other did not.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-
-use serde::{Deserialize, Serialize};
 
 use crate::datapath::{FlowFilter, FlowView, Maps, Verdict};
 use crate::iptables::divergence::Divergence;
 use crate::iptables::walk::{self, Packet};
 use crate::iptables::watch::Guard;
+use crate::state::DivergenceStatus;
 
-/// Packets that one engine let through and the other did not, since this agent has compared them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct DivergenceStatus {
-    /// Denied by iptables, let through or never judged by eBPF: by what in iptables denied them. Not counted in audit
-    /// mode.
-    pub denied_by_iptables: BTreeMap<String, u64>,
-    /// Denied by eBPF, and iptables would have let them through; at the least.
-    pub denied_by_ebpf: u64,
-    /// The last of these.
-    pub last_denied_by_ebpf: Option<String>,
-    /// Denied by eBPF, and held against the rules of iptables.
-    pub compared: u64,
-    /// Denied by eBPF, and iptables could not be asked in time.
-    pub not_compared: u64,
-}
-
-impl From<Divergence> for DivergenceStatus {
-    fn from(seen: Divergence) -> Self {
-        let Divergence { denied_by_iptables, denied_by_ebpf, last, compared, not_compared } = seen;
-        let last_denied_by_ebpf = last.as_ref().map(five_tuple);
-        Self { denied_by_iptables, denied_by_ebpf, last_denied_by_ebpf, compared, not_compared }
-    }
+/// Converts counters for the status.
+pub(super) fn status(seen: Divergence) -> DivergenceStatus {
+    let Divergence { denied_by_iptables, denied_by_ebpf, last, compared, not_compared } = seen;
+    let last_denied_by_ebpf = last.as_ref().map(five_tuple);
+    DivergenceStatus { denied_by_iptables, denied_by_ebpf, last_denied_by_ebpf, compared, not_compared }
 }
 
 /// A packet that eBPF has denied, if it was the first of its flow and the policy was the reason. (A packet that is

@@ -13,9 +13,8 @@ use bridge_common::filter::{
     fast_path::{ability, protocols},
     flow::state,
 };
-use serde::{Deserialize, Serialize};
 
-use super::fast_path::{FastPathStatus, Keeper, Tracking};
+use super::fast_path::{self, Keeper, Tracking};
 use crate::{
     config::{Config, FastPath, Timeouts},
     conntrack,
@@ -23,6 +22,7 @@ use crate::{
     interfaces::{Chosen, Observer, Selection, Snapshot},
     model::{Mode, OnDeny, Policy},
     policy::{self, Tables, TablesStats},
+    state::{AttachedInterface, Enforcement, FastPathStatus},
 };
 
 /// Why the packet path could not be brought to what is wanted. What was in force is still in force.
@@ -37,51 +37,6 @@ pub enum Error {
     /// The kernel did not tell about interfaces.
     #[error("cannot read the interfaces of this host: {0}")]
     Interfaces(#[from] io::Error),
-}
-
-/// What is in force.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Enforcement {
-    /// `enforce` or `audit`.
-    pub mode: String,
-    /// Number of the policy; grows with each.
-    pub generation: u32,
-    /// How large its tables are.
-    pub tables: Option<TablesStats>,
-    /// Microseconds from the first write of its tables until it was in force; `None` if it was in force already.
-    pub switched_in_us: Option<u64>,
-    /// `tcx` or `clsact`.
-    pub mechanism: String,
-    /// Whether enforcement was on before this agent came.
-    pub adopted: bool,
-    /// Connections taken over from conntrack at first start.
-    pub seeded: Option<usize>,
-    /// What is judged where.
-    pub interfaces: Vec<AttachedInterface>,
-    /// What may take the fast path.
-    #[serde(default)]
-    pub fast_path: FastPathStatus,
-    /// Pins that somebody had removed and that were made again.
-    #[serde(default)]
-    pub pins_restored: u64,
-    /// What the operator should know.
-    pub remarks: Vec<String>,
-}
-
-/// An interface that packets are judged on.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct AttachedInterface {
-    /// Its name.
-    pub name: String,
-    /// Its index.
-    pub index: u32,
-    /// `external` or `internal`.
-    pub role: String,
-    /// What of the fast path may go by it: `in`, `out`, `peer` (straight to its other end).
-    #[serde(default)]
-    pub fast_path: Vec<String>,
 }
 
 /// What a configuration says about the packet path.
@@ -549,7 +504,7 @@ impl Enforcer {
                     self.maps.fast_path().stop();
                     let remark = format!("no fast path: routes and neighbours cannot be watched: {error}");
                     tracing::warn!("{remark}");
-                    self.fast_path = FastPathStatus::new(0, vec![remark]);
+                    self.fast_path = fast_path::status(0, vec![remark]);
                     return;
                 }
             }
@@ -569,12 +524,12 @@ impl Enforcer {
         let status = match tracking {
             Ok(Tracking::Absent | Tracking::Liberal) => {
                 keeper.allow(protocols::TCP | protocols::UDP);
-                FastPathStatus::new(protocols::TCP | protocols::UDP, Vec::new())
+                fast_path::status(protocols::TCP | protocols::UDP, Vec::new())
             }
             other => {
                 keeper.allow(protocols::UDP);
                 let failure = failure.or(other.err());
-                FastPathStatus::new(protocols::UDP, vec![Tracking::remark(failure.as_ref())])
+                fast_path::status(protocols::UDP, vec![Tracking::remark(failure.as_ref())])
             }
         };
         if status.protocols != self.fast_path.protocols {

@@ -1,7 +1,7 @@
-//! The running agent: brings the configuration into force and keeps it so.
+//! The running agent: applies the configuration and keeps the kernel in that state.
 //!
-//! One thread: what the kernel and the operator say comes in one at a time, and each is dealt with before the next. The
-//! API has another, so that nobody who only asks waits for that.
+//! One thread handles one event at a time, from the kernel, the operator and the cluster. The API has a thread of its own
+//! ([`crate::api`]), so that no client waits for this one.
 
 mod apply;
 mod cluster;
@@ -13,9 +13,8 @@ mod packet_filter;
 mod port_pool;
 mod port_ranges;
 mod probe;
-mod readiness;
 mod routing;
-mod status;
+mod service_manager;
 pub(crate) mod trial;
 
 use std::{
@@ -25,24 +24,15 @@ use std::{
     time::Duration,
 };
 
-use sd_notify::NotifyState;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
 };
 
-pub use apply::{Applied, ApplyError, LONGEST_TRIAL, MOST_PROBES, Order, SHORTEST_TRIAL};
-pub use divergence::DivergenceStatus;
-pub use enforcer::{AttachedInterface, Enforcement, Error as EnforcerError};
-pub use fast_path::FastPathStatus;
-pub use packet_filter::{FirewallStatus, settings as firewall_settings};
+pub use enforcer::Error as EnforcerError;
+pub use packet_filter::settings as firewall_settings;
 pub(crate) use port_pool::places as pool_places;
-pub use probe::Probe;
-pub use routing::{DiscoveryStatus, RouteList, RoutesStatus};
-pub use status::{Reload, Reloads, Request, Shared, Status};
-pub(crate) use status::{at, wall_clock};
 pub(crate) use trial::forget as forget_trial;
-pub use trial::{Outcome, ProbeStatus, TrialEnd, TrialStatus, WriteError};
 
 use self::{
     cluster::Following,
@@ -54,16 +44,16 @@ use self::{
     trial::{Files, Trial},
 };
 use crate::{
-    api,
     config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
     datapath::{self, EventReader, Pins},
     interfaces::Watch,
     iptables,
-    kernel::capabilities,
+    kernel::{memory, time},
     kubernetes, pool, routes,
+    state::{Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
 };
 
-/// What the agent is told on its command line.
+/// Options of `bridge-agent run`.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The configuration file.
@@ -89,21 +79,12 @@ pub enum Error {
     /// The routes cannot be looked after.
     #[error(transparent)]
     Routes(#[from] routes::Error),
-    /// What is on trial is not to be disturbed.
-    #[error(
-        "a configuration is on trial for {0} s more, and the file is read when that is over: confirm it (`bridge-agent \
-         confirm`), take it back (`bridge-agent revert`), or wait"
-    )]
-    OnTrial(u64),
     /// The port pool is not as it should be.
     #[error(transparent)]
     Pool(#[from] pool::run::StartError),
     /// The cluster cannot be followed.
     #[error(transparent)]
     Kubernetes(#[from] kubernetes::Error),
-    /// The API could not be served.
-    #[error(transparent)]
-    Api(#[from] api::Error),
     /// Something that the loop itself needs.
     #[error("{what}: {source}")]
     Io {
@@ -118,30 +99,14 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
-/// Runs until SIGTERM or SIGINT. What enforces goes on enforcing after that.
-///
-/// # Errors
-///
-/// Whatever kept it from starting. What was in force before is still in force.
-pub fn run(options: &Options) -> Result<(), Error> {
-    share_heaps();
-    raise_descriptors();
-    let pins = Pins::new(&options.pin_root);
-    let takes_over = pins.exist_of_any_version() && !pins.exist();
-    capabilities::give_up(takes_over).map_err(io_error("cannot give up capabilities that are not needed"))?;
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(io_error("cannot start the runtime"))?
-        .block_on(Agent::run(options))
-}
-
 /// How often the status is brought up to date with what the watch of the iptables rules has seen, and programs of others
 /// are looked for, of which the kernel does not tell.
 const LOOK: Duration = Duration::from_millis(500);
 
-struct Agent {
+/// The agent: [`open`](Self::open), then [`start`](Self::start), then [`run`](Self::run).
+pub struct Agent {
     path: PathBuf,
+    socket: PathBuf,
     /// Where the agent keeps what outlives it, but not a reboot.
     state: PathBuf,
     pins: Pins,
@@ -160,9 +125,12 @@ struct Agent {
     cluster: Option<Following>,
     events: Option<EventReader>,
     shared: Shared,
+    /// The configuration to start with.
+    first: Option<Config>,
+    sources: Option<Sources>,
 }
 
-/// Where changes come from.
+/// Sources of events.
 struct Sources {
     interfaces: Watch,
     file: FileWatch,
@@ -173,27 +141,31 @@ struct Sources {
 }
 
 impl Agent {
-    async fn run(options: &Options) -> Result<(), Error> {
+    /// Reads the configuration and watches for changes; changes nothing. Call it inside a tokio runtime with one thread.
+    ///
+    /// # Errors
+    /// The configuration is not valid, or a source of events is not available.
+    pub fn open(options: &Options) -> Result<Self, Error> {
         let signal = |kind| signal(kind).map_err(io_error("cannot listen for signals"));
         let (hangup, terminate, interrupt) = (
             signal(SignalKind::hangup())?,
             signal(SignalKind::terminate())?,
             signal(SignalKind::interrupt())?,
         );
-        // Watched before they are read: nothing is missed in between.
+        // Watched before they are read, so that no change in between is missed.
         let interfaces = Watch::open().map_err(io_error("cannot watch the interfaces"))?;
         let file =
             FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
         let known = file::hash(&options.config);
-        let mut config = load(&options.config)?;
+        let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
         let state = socket.parent().unwrap_or(Path::new("/")).to_owned();
-        let mut agent = Self {
+        Ok(Self {
             path: options.config.clone(),
             state,
             pins: Pins::new(&options.pin_root),
-            in_force: None,
+            in_force: known,
             written: None,
             trial: None,
             api: config.api.clone(),
@@ -203,43 +175,68 @@ impl Agent {
             pool: PortPool::new(port_pool::places(&options.pin_root, &socket), shared.clone()),
             cluster: None,
             events: None,
-            shared: shared.clone(),
-        };
-        // What can fail without a trace comes first.
-        let api = api::Server::bind(&socket, &config.api)?;
-        let on_trial = match Trial::resume(Files::new(&agent.path, &agent.state), &agent.pins) {
-            Some((trial, candidate)) => {
-                tracing::warn!(left = ?trial.left(), "going on with a configuration on trial");
+            shared,
+            socket,
+            first: Some(config),
+            sources: Some(Sources { interfaces, file, hangup, terminate, interrupt, requests }),
+        })
+    }
+
+    /// The state that API servers read.
+    #[must_use]
+    pub fn shared(&self) -> Shared {
+        self.shared.clone()
+    }
+
+    /// Path of the API's socket.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The section `api` of the configuration.
+    #[must_use]
+    pub fn api(&self) -> &Api {
+        &self.api
+    }
+
+    /// Applies the configuration, or resumes a trial that an earlier run began.
+    ///
+    /// # Errors
+    /// A part of the configuration cannot be applied. The former state of the kernel is still active.
+    pub fn start(&mut self) -> Result<(), Error> {
+        let Some(mut config) = self.first.take() else { return Ok(()) };
+        let on_trial =
+            Trial::resume(Files::new(&self.path, &self.state), &self.pins).map(|(trial, candidate)| {
+                tracing::warn!(left = ?trial.left(), "the agent resumes a trial");
                 config = candidate;
-                agent.in_force = Some(trial.former());
+                self.in_force = Some(trial.former());
                 let before = Arc::clone(&trial.before);
-                agent.begin_trial(trial);
-                Some(before)
-            }
-            None => {
-                agent.in_force = known;
-                None
-            }
-        };
-        let left = agent.trial.as_ref().map_or(Duration::ZERO, Trial::left);
+                self.begin_trial(trial);
+                before
+            });
+        let left = self.trial.as_ref().map_or(Duration::ZERO, Trial::left);
         let term = on_trial.as_ref().map_or(Term::Good, |before| Term::Rest(before, left));
-        agent.change_file(&config, term, Self::start_engines)?;
-        agent.note_deadline();
-        drop(on_trial);
-        // With many rules it takes much memory, and is not needed again.
-        drop(config);
-        trim_memory();
-        let api = api.start(shared)?;
-        notify(&[NotifyState::Ready]);
-        tracing::info!(config = %agent.path.display(), socket = %socket.display(), "ready");
+        self.change_file(&config, term, Self::start_engines)?;
+        self.note_deadline();
+        // With many rules the configuration takes much memory, and is not needed again.
+        drop((config, on_trial));
+        memory::trim();
+        Ok(())
+    }
 
-        agent.serve(Sources { interfaces, file, hangup, terminate, interrupt, requests }).await?;
-        // With nobody there who could confirm it, it can only end one way: in both engines at once.
-        agent.end_trial(Outcome::Stopped);
-
-        notify(&[NotifyState::Stopping]);
-        drop(api);
-        tracing::info!("stopped; what enforces goes on enforcing, and routes stay");
+    /// Follows all sources of events until SIGTERM or SIGINT. Enforcement and routes stay afterwards.
+    ///
+    /// # Errors
+    /// A source of events fails.
+    pub async fn run(&mut self) -> Result<(), Error> {
+        let Some(sources) = self.sources.take() else { return Ok(()) };
+        service_manager::ready();
+        tracing::info!(config = %self.path.display(), socket = %self.socket.display(), "ready");
+        self.serve(sources).await?;
+        // No client can confirm it any more: both engines roll back together.
+        self.end_trial(TrialOutcome::Stopped);
+        service_manager::stopping();
         Ok(())
     }
 
@@ -263,7 +260,7 @@ impl Agent {
                     self.interfaces_changed();
                 }
                 () = tokio::time::sleep_until(end_of_trial.unwrap_or_else(tokio::time::Instant::now)),
-                    if end_of_trial.is_some() => self.end_trial(Outcome::Expired),
+                    if end_of_trial.is_some() => self.end_trial(TrialOutcome::Expired),
                 _ = from.hangup.recv() => {
                     from.file.take_note();
                     drop(self.reload("SIGHUP"));
@@ -279,11 +276,11 @@ impl Agent {
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.
                     Request::Reload(answer) => drop(answer.send(self.reload("asked to"))),
-                    Request::Apply(order, answer) => drop(answer.send(self.apply(&order))),
-                    Request::Confirm(answer) => drop(answer.send(self.confirm(Outcome::Confirmed))),
+                    Request::Apply(request, answer) => drop(answer.send(self.apply(&request))),
+                    Request::Confirm(answer) => drop(answer.send(self.confirm(TrialOutcome::Confirmed))),
                     Request::Revert(answer) => drop(answer.send(self.revert())),
                     Request::ProbesAnswered => {
-                        if let Err(error) = self.confirm(Outcome::ConfirmedByProbes) {
+                        if let Err(error) = self.confirm(TrialOutcome::ConfirmedByProbes) {
                             tracing::error!(%error, "every probe has answered, and the trial cannot be confirmed");
                         }
                     }
@@ -304,7 +301,7 @@ impl Agent {
         config: &Config,
         engines: impl FnOnce(&mut Self, &Config) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let routes = self.routing.prepare(config, &self.shared.happenings)?;
+        let routes = self.routing.prepare(config, &self.shared.route_events)?;
         let before = self.pool.prepare(config)?;
         if let Err(error) = engines(self, config) {
             self.pool.undo(before);
@@ -398,38 +395,39 @@ impl Agent {
         }
     }
 
-    /// Brings the configuration file into force. A bad one changes nothing.
-    fn reload(&mut self, why: &str) -> Result<(), String> {
-        notify_reloading();
-        tracing::info!(why, "reloading");
+    /// Applies the configuration file again. An invalid one changes nothing.
+    fn reload(&mut self, why: &str) -> Result<(), ReloadError> {
+        service_manager::reloading();
+        tracing::info!(why, "the agent reloads its configuration");
         self.compare(false);
-        let result = self.try_reload().map_err(|error| error.to_string());
+        let result = self.try_reload();
         self.compare(true);
-        if let Err(error) = &result {
-            tracing::error!("reload failed, the configuration before it is still in force: {error}");
+        let error = result.as_ref().err().map(ToString::to_string);
+        if let Some(error) = &error {
+            tracing::error!(error, "the reload failed; the former configuration is still active");
         }
-        let error = result.as_ref().err().cloned();
         self.show_enforcement();
         self.shared.update(|status| {
             let reloads = &mut status.reloads;
             *if error.is_none() { &mut reloads.succeeded } else { &mut reloads.failed } += 1;
-            reloads.last = Some(Reload { time: status::wall_clock(), error });
+            reloads.last = Some(Reload { time: time::wall_clock(), error });
         });
-        trim_memory();
-        notify(&[NotifyState::Ready]);
+        memory::trim();
+        service_manager::ready();
         result
     }
 
-    fn try_reload(&mut self) -> Result<(), Error> {
+    fn try_reload(&mut self) -> Result<(), ReloadError> {
         if let Some(trial) = &self.trial {
-            return Err(Error::OnTrial(trial.status().seconds_left));
+            return Err(ReloadError::OnTrial(trial.status().seconds_left));
         }
         let known = file::hash(&self.path);
         let config = load(&self.path)?;
         if config.api != self.api {
-            tracing::warn!("a change of `api` takes effect when the agent is started anew");
+            tracing::warn!("a change of `api` takes effect when the agent starts again");
         }
-        self.change_file(&config, Term::Good, Self::reload_engines)?;
+        let applied = self.change_file(&config, Term::Good, Self::reload_engines);
+        applied.map_err(|error| ReloadError::Refused(error.into()))?;
         self.in_force = known;
         Ok(())
     }
@@ -523,7 +521,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         abi_version: bridge_common::ABI_VERSION,
         pid: std::process::id(),
-        started: status::wall_clock(),
+        started: time::wall_clock(),
         config: path.to_owned(),
         role: match config.role {
             Role::Node => "node",
@@ -541,49 +539,5 @@ fn first_status(path: &Path, config: &Config) -> Status {
         reloads: Reloads::default(),
         trial: None,
         last_trial: None,
-    }
-}
-
-/// Tells the service manager, if there is one.
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager cannot be told");
-    }
-}
-
-fn notify_reloading() {
-    match NotifyState::monotonic_usec_now() {
-        Ok(now) => notify(&[NotifyState::Reloading, now]),
-        Err(error) => tracing::warn!(%error, "the service manager cannot be told"),
-    }
-}
-
-/// Of the many threads that live for a moment only, each would leave a heap behind, eight for each CPU, which keeps what
-/// nobody needs any more. To be called before there is a second thread.
-fn share_heaps() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointers, and sets how many there may be.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2);
-    }
-}
-
-/// There is a descriptor for each link, two or three for each pod, and 1024 would be too few of them. To be called before
-/// anything is open.
-fn raise_descriptors() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        tracing::warn!(%error, "the limit of descriptors stays what it is");
-    }
-}
-
-/// Gives memory back that was needed for a moment only: for compiling, a first sync of many routes, an answer with many
-/// rules.
-pub(crate) fn trim_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointers; gives free pages of the heap back.
-    unsafe {
-        libc::malloc_trim(0);
     }
 }

@@ -2,10 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use serde::{Deserialize, Serialize};
-
-use super::divergence::{self, DivergenceStatus, Reporter};
-use super::status;
+use super::divergence::{self, Reporter};
 use crate::{
     config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
     datapath::{Maps, Verdict},
@@ -15,26 +12,10 @@ use crate::{
         save::Saving,
         watch::{self, Guard},
     },
+    kernel::time,
     model::Policy,
+    state::FirewallStatus,
 };
-
-/// The iptables engine, as it says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct FirewallStatus {
-    /// `nft` or `legacy`.
-    pub backend: String,
-    /// How often rules that another program had changed were put back.
-    pub repairs: u64,
-    /// What had become of them the last time.
-    pub last_repair: Option<String>,
-    /// When that was; RFC 3339, UTC.
-    pub last_repair_time: Option<String>,
-    /// Why the rules could not be read or put back, if that is so now.
-    pub failure: Option<String>,
-    /// Packets that one engine let through and the other did not; with both engines only.
-    pub divergence: Option<DivergenceStatus>,
-}
 
 /// The engine, while it is wanted.
 #[derive(Debug)]
@@ -188,14 +169,14 @@ impl PacketFilter {
 
     pub(super) fn status(&self) -> FirewallStatus {
         let seen = self.guard.status();
-        let (time, last_repair) = seen.last_repair.unzip();
+        let (repaired, last_repair) = seen.last_repair.unzip();
         FirewallStatus {
             backend: self.backend.clone(),
             repairs: seen.repairs,
             last_repair,
-            last_repair_time: time.map(status::at),
+            last_repair_time: repaired.map(time::at),
             failure: seen.failure,
-            divergence: self.compares.then(|| seen.divergence.into()),
+            divergence: self.compares.then(|| divergence::status(seen.divergence)),
         }
     }
 

@@ -4,7 +4,6 @@ use std::path::Path;
 
 use tokio::{sync::watch, task::JoinHandle};
 
-use super::status::Shared;
 use crate::{
     config::Config,
     datapath::object,
@@ -13,6 +12,7 @@ use crate::{
         pods::OptedIn,
         run::{self, Places, StartError, Started},
     },
+    state::Shared,
 };
 
 /// Where the pool has its pins and what it must find again after a crash: beside the socket of the agent, in a directory

@@ -15,95 +15,18 @@ use std::{
     os::unix::fs::{MetadataExt as _, chown},
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
-use super::{
-    file::{Hash, hash_of},
-    probe::Probe,
-    status,
-};
+use super::file::{Hash, hash_of};
 use crate::{
     config::{self, Config, ConfigErrors, Loaded},
     datapath::{self, Maps, Pins},
+    state::{Probe, ProbeStatus, TrialStatus, WriteError, time_left},
 };
-
-/// A trial as the agent says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct TrialStatus {
-    /// When the configuration before it comes back; RFC 3339, UTC.
-    pub deadline: String,
-    /// Whole seconds until then, rounded up.
-    pub seconds_left: u64,
-    /// Whether the kernel keeps the deadline: eBPF enforces, and its policy is another one than before.
-    pub in_kernel: bool,
-    /// Who has to answer for it to be confirmed by itself.
-    pub probes: Vec<ProbeStatus>,
-    /// Why what was before could not be put back, if its time is over and that is so.
-    pub failure: Option<String>,
-    /// The deadline, in milliseconds of `CLOCK_MONOTONIC`.
-    #[serde(skip)]
-    pub(super) deadline_ms: u64,
-}
-
-/// A probe.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ProbeStatus {
-    /// As it was asked for.
-    pub target: String,
-    /// Whether it has answered since.
-    pub answered: bool,
-    /// Why not, the last time.
-    pub error: Option<String>,
-}
-
-/// How a trial ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Outcome {
-    /// By `bridge-agent confirm`.
-    Confirmed,
-    /// Every probe has answered.
-    ConfirmedByProbes,
-    /// Nobody confirmed it in time: what was before is in force.
-    Expired,
-    /// By `bridge-agent revert`.
-    Reverted,
-    /// The agent was told to stop: nobody could have confirmed it any more.
-    Stopped,
-}
-
-/// The last trial.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct TrialEnd {
-    /// When it ended; RFC 3339, UTC.
-    pub time: String,
-    /// How.
-    pub outcome: Outcome,
-}
-
-impl TrialEnd {
-    pub(super) fn now(outcome: Outcome) -> Self {
-        Self { time: status::wall_clock(), outcome }
-    }
-}
-
-impl TrialStatus {
-    pub(super) fn refresh(&mut self) {
-        self.seconds_left = left(self.deadline_ms).as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX);
-    }
-}
-
-/// Until a moment of `CLOCK_MONOTONIC`, in milliseconds.
-fn left(deadline: u64) -> Duration {
-    Duration::from_millis(deadline.saturating_sub(datapath::now() / 1_000_000))
-}
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -166,7 +89,7 @@ impl Record {
     fn goes_on(&self, maps: Option<&Maps>) -> bool {
         let in_kernel = maps.and_then(|maps| maps.trial().ok().flatten()).map(|trial| trial.deadline);
         self.boot == boot()
-            && !left(self.deadline).is_zero()
+            && !time_left(self.deadline).is_zero()
             && in_kernel == self.in_kernel.then_some(self.deadline)
     }
 }
@@ -186,7 +109,7 @@ impl Trial {
     }
 
     pub(super) fn left(&self) -> Duration {
-        left(self.record.deadline)
+        time_left(self.record.deadline)
     }
 
     /// When it has to be looked after again.
@@ -214,18 +137,9 @@ impl Trial {
     }
 
     pub(super) fn status(&self) -> TrialStatus {
-        let deadline = status::at(SystemTime::now() + self.left());
         let probe = |probe: &Probe| ProbeStatus { target: probe.to_string(), answered: false, error: None };
-        let mut status = TrialStatus {
-            deadline,
-            seconds_left: 0,
-            in_kernel: self.record.in_kernel,
-            probes: self.record.probes.iter().map(probe).collect(),
-            failure: None,
-            deadline_ms: self.record.deadline,
-        };
-        status.refresh();
-        status
+        let Record { deadline, in_kernel, probes, .. } = &self.record;
+        TrialStatus::new(*deadline, *in_kernel, probes.iter().map(probe).collect())
     }
 
     /// The trial that an agent before this one has begun, with the configuration on trial; if there is none, or none any
@@ -280,20 +194,6 @@ pub(super) struct Files {
     former: PathBuf,
 }
 
-/// A file that could not be written.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot write {}: {source}", path.display())]
-pub struct WriteError {
-    /// The file.
-    pub path: PathBuf,
-    /// What the kernel said.
-    pub source: io::Error,
-}
-
-fn write_error(path: &Path) -> impl FnOnce(io::Error) -> WriteError {
-    |source| WriteError { path: path.to_owned(), source }
-}
-
 impl Files {
     /// For the configuration file `config`, or what the link of that name points to.
     pub(super) fn new(config: &Path, state: &Path) -> Self {
@@ -315,12 +215,12 @@ impl Files {
 
     /// Writes a configuration beside the file whose place it is to take: what can fail, fails now.
     pub(super) fn stage(&self, text: &str) -> Result<(), WriteError> {
-        write(&self.candidate, text.as_bytes(), Some(&self.config)).map_err(write_error(&self.candidate))
+        write(&self.candidate, text.as_bytes(), Some(&self.config)).map_err(WriteError::at(&self.candidate))
     }
 
     /// Puts the staged configuration in the place of the file.
     pub(super) fn commit(&self) -> Result<(), WriteError> {
-        fs::rename(&self.candidate, &self.config).map_err(write_error(&self.config))?;
+        fs::rename(&self.candidate, &self.config).map_err(WriteError::at(&self.config))?;
         // That the name lasts, too. Where a directory cannot be synchronized, that is no reason not to go on.
         if let Some(directory) = self.config.parent().and_then(|path| File::open(path).ok()) {
             drop(directory.sync_all());
@@ -330,11 +230,11 @@ impl Files {
 
     /// Keeps what is in the configuration file now, of which this is the hash.
     pub(super) fn keep_former(&self, known: Hash) -> Result<bool, WriteError> {
-        let text = fs::read(&self.config).map_err(write_error(&self.config))?;
+        let text = fs::read(&self.config).map_err(WriteError::at(&self.config))?;
         if hash_of(&text) != known {
             return Ok(false);
         }
-        replace(&self.former, &text).map_err(write_error(&self.former))?;
+        replace(&self.former, &text).map_err(WriteError::at(&self.former))?;
         Ok(true)
     }
 
@@ -345,7 +245,7 @@ impl Files {
 
     pub(super) fn write(&self, record: &Record) -> Result<(), WriteError> {
         let text = serde_json::to_vec(record).map_err(io::Error::other);
-        text.and_then(|text| replace(&self.record, &text)).map_err(write_error(&self.record))
+        text.and_then(|text| replace(&self.record, &text)).map_err(WriteError::at(&self.record))
     }
 
     fn read(&self) -> io::Result<Option<Record>> {

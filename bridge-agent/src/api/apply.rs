@@ -1,5 +1,4 @@
-//! `POST /v1/apply`, `/v1/confirm`, `/v1/revert`: a configuration comes into force through the agent, on trial or for
-//! good.
+//! `POST /v1/apply`, `/v1/confirm`, `/v1/revert`: applies a configuration, for good or on trial.
 
 use std::time::Duration;
 
@@ -8,30 +7,29 @@ use axum::{
     body::Bytes,
     extract::{DefaultBodyLimit, State},
     http::StatusCode,
-    response::{IntoResponse, Response},
     routing::post,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use crate::{
-    agent::{Applied, ApplyError, LONGEST_TRIAL, MOST_PROBES, Order, Probe, Request, SHORTEST_TRIAL, Shared},
-    pool::api::Problem,
+use super::Problem;
+use crate::state::{
+    Applied, ApplyError, ApplyRequest, InvalidProbe, MAX_PROBES, MAX_TRIAL, MIN_TRIAL, Probe, Request, Shared,
 };
 
-/// A configuration of a million rules, and some.
+/// Bytes of a body: room for a configuration of a million rules.
 const MAX_BODY: usize = 512 << 20;
 
-/// What `POST /v1/apply` takes.
+/// The body of `POST /v1/apply`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Apply {
     /// The text of a configuration file.
     pub config: String,
-    /// How long it is in force unless it is confirmed; left out: for good.
+    /// Length of the trial in milliseconds; left out: apply it for good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub confirm_ms: Option<u64>,
-    /// Who has to answer for it to be confirmed by itself: `tcp://HOST:PORT`.
+    /// Probes that confirm the trial when all have answered: `tcp://HOST:PORT`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub probes: Vec<String>,
 }
@@ -43,51 +41,58 @@ pub(super) fn router() -> Router<Shared> {
         .route("/v1/revert", post(async |State(shared)| ask(&shared, Request::Revert).await))
 }
 
-async fn apply(State(shared): State<Shared>, body: Bytes) -> Response {
-    match order(&body) {
-        Ok(order) => ask(&shared, |answer| Request::Apply(Box::new(order), answer)).await,
-        Err(text) => Problem::new(StatusCode::BAD_REQUEST, "request", text).into_response(),
+async fn apply(State(shared): State<Shared>, body: Bytes) -> Result<Json<Applied>, Problem> {
+    let request = parse(&body)?;
+    ask(&shared, |answer| Request::Apply(Box::new(request), answer)).await
+}
+
+/// A body of `POST /v1/apply` that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum InvalidApply {
+    #[error(
+        "the body is not valid: {0}; for example {{\"config\": \"role: node\\n...\", \"confirmMs\": 60000}}"
+    )]
+    Json(#[from] serde_json::Error),
+    #[error("confirmMs is not between {} and {}", MIN_TRIAL.as_millis(), MAX_TRIAL.as_millis())]
+    Time,
+    #[error("probes confirm a trial: set its time with confirmMs")]
+    ProbesWithoutTrial,
+    #[error("{0} probes are more than {MAX_PROBES}")]
+    TooManyProbes(usize),
+    #[error(transparent)]
+    Probe(#[from] InvalidProbe),
+}
+
+impl From<InvalidApply> for Problem {
+    fn from(error: InvalidApply) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "request", error.to_string())
     }
 }
 
-pub(crate) fn order(body: &[u8]) -> Result<Order, String> {
-    let Apply { config, confirm_ms, probes } = serde_json::from_slice(body).map_err(|error| {
-        format!(
-            "the body is not what is expected: {error}; for example {{\"config\": \"role: node\\n...\", \"confirmMs\": 60000}}"
-        )
-    })?;
+/// Reads the body of `POST /v1/apply`.
+pub(crate) fn parse(body: &[u8]) -> Result<ApplyRequest, InvalidApply> {
+    let Apply { config, confirm_ms, probes } = serde_json::from_slice(body)?;
     let confirm = confirm_ms.map(Duration::from_millis);
-    if confirm.is_some_and(|time| !(SHORTEST_TRIAL..=LONGEST_TRIAL).contains(&time)) {
-        let (least, most) = (SHORTEST_TRIAL.as_millis(), LONGEST_TRIAL.as_millis());
-        return Err(format!("confirmMs is not between {least} and {most}"));
+    if confirm.is_some_and(|time| !(MIN_TRIAL..=MAX_TRIAL).contains(&time)) {
+        return Err(InvalidApply::Time);
     }
     if confirm.is_none() && !probes.is_empty() {
-        return Err("probes confirm what is on trial: say for how long with confirmMs".into());
+        return Err(InvalidApply::ProbesWithoutTrial);
     }
-    if probes.len() > MOST_PROBES {
-        return Err(format!("{} probes are more than {MOST_PROBES}", probes.len()));
+    if probes.len() > MAX_PROBES {
+        return Err(InvalidApply::TooManyProbes(probes.len()));
     }
     let probes = probes.iter().map(|probe| probe.parse::<Probe>()).collect::<Result<_, _>>()?;
-    Ok(Order { config, confirm, probes })
+    Ok(ApplyRequest { config, confirm, probes })
 }
 
 async fn ask(
     shared: &Shared,
     request: impl FnOnce(oneshot::Sender<Result<Applied, ApplyError>>) -> Request,
-) -> Response {
-    let stopping = || {
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the agent is stopping; ask the next one")
-            .into_response()
-    };
+) -> Result<Json<Applied>, Problem> {
     let (answer, result) = oneshot::channel();
-    if shared.requests.send(request(answer)).await.is_err() {
-        return stopping();
-    }
-    match result.await {
-        Ok(Ok(applied)) => Json(applied).into_response(),
-        Ok(Err(error)) => Problem::from(error).into_response(),
-        Err(_) => stopping(),
-    }
+    shared.requests.send(request(answer)).await.map_err(|_| Problem::stopping())?;
+    Ok(Json(result.await.map_err(|_| Problem::stopping())??))
 }
 
 impl From<ApplyError> for Problem {
@@ -98,9 +103,9 @@ impl From<ApplyError> for Problem {
             ApplyError::NoWayBack(_) => (StatusCode::UNPROCESSABLE_ENTITY, "no-way-back"),
             ApplyError::OnTrial(_) => (StatusCode::CONFLICT, "on-trial"),
             ApplyError::NoTrial => (StatusCode::CONFLICT, "no-trial"),
-            ApplyError::NotInForce(_) | ApplyError::FileChanged(_) => (StatusCode::CONFLICT, "file"),
+            ApplyError::FileNotActive(_) | ApplyError::FileChanged(_) => (StatusCode::CONFLICT, "file"),
             ApplyError::Write(_) => (StatusCode::INTERNAL_SERVER_ERROR, "file"),
-            ApplyError::Datapath(_) | ApplyError::NotTakenBack(_) => {
+            ApplyError::Kernel(_) | ApplyError::NotReverted(_) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "kernel")
             }
         };
@@ -113,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_that_mean_nothing_are_refused_with_what_to_write_instead() {
+    fn invalid_bodies_are_refused_with_a_remedy() {
         for (body, complaint) in [
             ("", "for example"),
             (r#"{"confirmMs":1000}"#, "config"),
@@ -123,14 +128,14 @@ mod tests {
             (r#"{"config":"","probes":["tcp://x:1"]}"#, "confirmMs"),
             (r#"{"config":"","confirmMs":1000,"probes":["x:1"]}"#, "tcp://HOST:PORT"),
         ] {
-            let error = order(body.as_bytes()).unwrap_err();
+            let error = parse(body.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(complaint), "{body}: {error}");
         }
-        let probes = vec!["tcp://x:1"; MOST_PROBES + 1];
+        let probes = vec!["tcp://x:1"; MAX_PROBES + 1];
         let body = serde_json::json!({ "config": "", "confirmMs": 1000, "probes": probes });
-        assert!(order(body.to_string().as_bytes()).unwrap_err().contains("more than 16"));
+        assert!(parse(body.to_string().as_bytes()).unwrap_err().to_string().contains("more than 16"));
         let body = br#"{"config":"role: node","confirmMs":60000,"probes":["tcp://192.168.31.67:22"]}"#;
-        let order = order(body).unwrap();
-        assert_eq!((order.confirm, order.probes.len()), (Some(Duration::from_secs(60)), 1));
+        let request = parse(body).unwrap();
+        assert_eq!((request.confirm, request.probes.len()), (Some(Duration::from_secs(60)), 1));
     }
 }

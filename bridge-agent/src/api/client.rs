@@ -12,7 +12,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-use super::Failure;
+use super::ErrorBody;
 
 /// Why the agent did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -119,8 +119,8 @@ impl Client {
         }
         let status: StatusCode = response.status();
         let body = response.into_body().collect().await?.to_bytes();
-        let text =
-            serde_json::from_slice(&body).map_or_else(|_| status.to_string(), |Failure { error }| error);
+        let text = serde_json::from_slice(&body)
+            .map_or_else(|_| status.to_string(), |ErrorBody { error, .. }| error);
         Err(Error::Refused(text))
     }
 }

@@ -14,11 +14,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use super::Problem;
 use crate::{
-    agent::{RoutesStatus, Shared, Status},
     datapath::{Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
+    kernel::memory,
     kubernetes::KubernetesStatus,
     pool::Summary,
+    state::{RoutesStatus, Shared, Status},
 };
 
 pub(super) async fn serve(State(shared): State<Shared>) -> Response {
@@ -30,13 +32,15 @@ pub(super) async fn serve(State(shared): State<Shared>) -> Response {
     let mut text = String::new();
     let encoded = encode(&mut text, &registry);
     drop(registry);
-    crate::agent::trim_memory();
+    memory::trim();
     match encoded {
         Ok(()) => {
             ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
                 .into_response()
         }
-        Err(error) => super::failure(StatusCode::INTERNAL_SERVER_ERROR, error),
+        Err(error) => {
+            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "agent", error.to_string()).into_response()
+        }
     }
 }
 

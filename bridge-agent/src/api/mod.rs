@@ -17,12 +17,14 @@
 //! Those that POST are for the operator: root, or the agent's own user, in the agent's own network namespace. A pod that has the
 //! socket to lease ports cannot change what is enforced.
 //!
-//! And the routes of the port pool, see [`crate::pool::api`].
+//! And the routes of the port pool, see [`leases`].
 
 pub(crate) mod apply;
 pub mod client;
+pub(crate) mod leases;
 mod metrics;
 mod peer;
+mod problem;
 mod routes;
 
 use std::{
@@ -52,15 +54,15 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast::error::RecvError, oneshot};
 
-pub use self::apply::Apply;
 pub(crate) use self::peer::Peer;
 use self::peer::Peers;
-use crate::pool::api::Problem;
+pub use self::problem::ErrorBody;
+pub(crate) use self::problem::Problem;
+pub use self::{apply::Apply, leases::MAX_BODY as MAX_LEASE_BODY};
 use crate::{
-    agent::{Request, Shared},
     config::Api,
-    datapath::{self, FlowFilter, FlowView, VerdictFilter},
-    pool,
+    datapath::{self, FlowFilter, FlowView, ReasonCount, RuleCount, VerdictFilter},
+    state::{ReloadError, Request, Shared},
 };
 
 /// Why the API cannot be served.
@@ -252,7 +254,7 @@ fn router(shared: Shared) -> Router {
         .route("/metrics", get(metrics::serve))
         .merge(routes::router())
         .merge(for_operators)
-        .merge(pool::api::routes())
+        .merge(leases::router())
         .method_not_allowed_fallback(async || {
             let text = "this path does not take this method; see docs/openapi.json";
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method", text)
@@ -260,33 +262,20 @@ fn router(shared: Shared) -> Router {
         .fallback(async || {
             Problem::new(StatusCode::NOT_FOUND, "path", "there is no such path; see docs/openapi.json")
         })
-        .layer(DefaultBodyLimit::max(pool::api::MAX_BODY))
+        .layer(DefaultBodyLimit::max(leases::MAX_BODY))
         .with_state(shared)
 }
 
-/// An answer that says what went wrong.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Failure {
-    /// For people.
-    pub error: String,
-}
-
-fn failure(status: StatusCode, error: impl ToString) -> Response {
-    (status, Json(Failure { error: error.to_string() })).into_response()
-}
-
-impl IntoResponse for datapath::Error {
-    fn into_response(self) -> Response {
-        failure(StatusCode::INTERNAL_SERVER_ERROR, self)
+impl From<datapath::Error> for Problem {
+    fn from(error: datapath::Error) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string())
     }
 }
 
-/// Where there is no eBPF enforcement.
-fn not_enforcing() -> Response {
-    failure(
-        StatusCode::CONFLICT,
-        "this agent does not enforce by eBPF: role is host, or engines leave it out",
-    )
+/// The answer of an agent that does not enforce by eBPF.
+fn no_ebpf() -> Problem {
+    let text = "this agent does not enforce by eBPF: role is host, or engines leave it out";
+    Problem::new(StatusCode::CONFLICT, "no-ebpf", text)
 }
 
 async fn status(State(shared): State<Shared>) -> Response {
@@ -320,31 +309,29 @@ pub struct FlowList {
     pub total: usize,
 }
 
-async fn flows(State(shared): State<Shared>, Query(query): Query<FlowQuery>) -> Response {
-    let Some(maps) = shared.maps() else { return not_enforcing() };
+async fn flows(
+    State(shared): State<Shared>,
+    Query(query): Query<FlowQuery>,
+) -> Result<Json<FlowList>, Problem> {
+    let maps = shared.maps().ok_or_else(no_ebpf)?;
     let FlowQuery { limit, address, port, state, protocol } = query;
     let filter = FlowFilter { address, port, state, protocol };
     let (limit, mut flows, mut total) = (limit.unwrap_or(FLOW_LIMIT), Vec::new(), 0);
-    let read = maps.for_each_flow(&filter, |flow| {
+    maps.for_each_flow(&filter, |flow| {
         total += 1;
         if flows.len() < limit {
             flows.push(flow);
         }
-    });
-    match read {
-        Ok(()) => Json(FlowList { flows, total }).into_response(),
-        Err(error) => error.into_response(),
-    }
+    })?;
+    Ok(Json(FlowList { flows, total }))
 }
 
-async fn rules(State(shared): State<Shared>) -> Response {
-    let Some(maps) = shared.maps() else { return not_enforcing() };
-    maps.rule_counts().map_or_else(IntoResponse::into_response, |rules| Json(rules).into_response())
+async fn rules(State(shared): State<Shared>) -> Result<Json<Vec<RuleCount>>, Problem> {
+    Ok(Json(shared.maps().ok_or_else(no_ebpf)?.rule_counts()?))
 }
 
-async fn counters(State(shared): State<Shared>) -> Response {
-    let Some(maps) = shared.maps() else { return not_enforcing() };
-    maps.reason_counts().map_or_else(IntoResponse::into_response, |counts| Json(counts).into_response())
+async fn counters(State(shared): State<Shared>) -> Result<Json<Vec<ReasonCount>>, Problem> {
+    Ok(Json(shared.maps().ok_or_else(no_ebpf)?.reason_counts()?))
 }
 
 /// Of an event.
@@ -352,18 +339,18 @@ type Line = Result<Vec<u8>, serde_json::Error>;
 
 async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter>) -> Response {
     if shared.maps().is_none() && shared.routes().is_none() {
-        return not_enforcing();
+        return no_ebpf().into_response();
     }
     // A filter names what only verdicts have.
     let everything = filter == VerdictFilter::default();
-    let receivers = (shared.verdicts.subscribe(), shared.happenings.subscribe());
+    let receivers = (shared.verdicts.subscribe(), shared.route_events.subscribe());
     let lines = stream::unfold(
         (receivers, filter),
-        move |((mut verdicts, mut happenings), filter)| async move {
+        move |((mut verdicts, mut route_events), filter)| async move {
             let line = loop {
                 let line = tokio::select! {
                     verdict = verdicts.recv() => line(verdict, |verdict| filter.matches(verdict).then_some(&**verdict)),
-                    happening = happenings.recv(), if everything => line(happening, |happening| Some(happening)),
+                    event = route_events.recv(), if everything => line(event, |event| Some(event)),
                 };
                 if let Some(line) = line? {
                     break line;
@@ -372,7 +359,7 @@ async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter
             // None of the types can fail to be serialized.
             let mut line = line.unwrap_or_default();
             line.push(b'\n');
-            Some((Ok::<_, Infallible>(Bytes::from(line)), ((verdicts, happenings), filter)))
+            Some((Ok::<_, Infallible>(Bytes::from(line)), ((verdicts, route_events), filter)))
         },
     );
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
@@ -397,14 +384,20 @@ pub struct Missed {
     pub missed: u64,
 }
 
-async fn reload(State(shared): State<Shared>) -> Response {
+async fn reload(State(shared): State<Shared>) -> Result<StatusCode, Problem> {
     let (answer, result) = oneshot::channel();
-    if shared.requests.send(Request::Reload(answer)).await.is_err() {
-        return failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping");
-    }
-    match result.await {
-        Ok(Ok(())) => StatusCode::NO_CONTENT.into_response(),
-        Ok(Err(error)) => failure(StatusCode::UNPROCESSABLE_ENTITY, error),
-        Err(_) => failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping"),
+    shared.requests.send(Request::Reload(answer)).await.map_err(|_| Problem::stopping())?;
+    result.await.map_err(|_| Problem::stopping())??;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+impl From<ReloadError> for Problem {
+    fn from(error: ReloadError) -> Self {
+        let (status, code) = match &error {
+            ReloadError::Config(_) => (StatusCode::UNPROCESSABLE_ENTITY, "config"),
+            ReloadError::OnTrial(_) => (StatusCode::CONFLICT, "on-trial"),
+            ReloadError::Refused(_) => (StatusCode::UNPROCESSABLE_ENTITY, "refused"),
+        };
+        Self::new(status, code, error.to_string())
     }
 }

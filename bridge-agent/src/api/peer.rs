@@ -17,9 +17,10 @@ use axum::{
 };
 use tokio::net::{UnixListener, UnixStream, unix::UCred};
 
+use super::Problem;
 use crate::{
-    agent::Shared,
-    pool::{api::Problem, owner::netns_cookie, service::Client},
+    pool::{owner::netns_cookie, service::Client},
+    state::Shared,
 };
 
 /// A connection of a client; the last clone of it ends its leases.

@@ -8,8 +8,8 @@ use axum::{
     routing::get,
 };
 
-use super::failure;
-use crate::agent::{RouteList, Shared};
+use super::Problem;
+use crate::state::{RouteList, Shared};
 
 pub(super) fn router() -> Router<Shared> {
     Router::new().route("/v1/routes", get(routes))
@@ -17,10 +17,8 @@ pub(super) fn router() -> Router<Shared> {
 
 async fn routes(State(shared): State<Shared>) -> Response {
     let Some(view) = shared.routes() else {
-        return failure(
-            StatusCode::CONFLICT,
-            "this agent looks after no routes: its configuration has no `routes`",
-        );
+        let text = "this agent has no routes: its configuration has no `routes`";
+        return Problem::new(StatusCode::CONFLICT, "no-routes", text).into_response();
     };
     Json(RouteList::of(&view)).into_response()
 }

@@ -10,9 +10,9 @@ use clap::Args;
 use serde_json::json;
 
 use super::{Error, Global, block_on, print, print_diagnostics, print_json};
-use crate::agent::{Applied, Outcome, Probe, ProbeStatus, Status};
 use crate::api::{Apply as Body, client::Client};
 use crate::config::{self, Loaded, TimeSpan, leaf::Leaf as _};
+use crate::state::{Applied, Probe, ProbeStatus, Status, TrialOutcome};
 
 /// Between two looks at a trial that confirms itself.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -128,7 +128,7 @@ fn wait(global: &Global, applied: &Applied) -> Result<(), Error> {
         std::thread::sleep(GLANCE);
     };
     match status.last_trial.map(|end| end.outcome) {
-        Some(Outcome::Confirmed | Outcome::ConfirmedByProbes) => show(
+        Some(TrialOutcome::Confirmed | TrialOutcome::ConfirmedByProbes) => show(
             global,
             &Applied { deadline: None, ..applied.clone() },
             "Every probe has answered: in force for good",

@@ -28,7 +28,8 @@ use serde::{Deserialize, Serialize};
 use crate::api::client::{self, Client};
 use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
 use crate::datapath::{self, Pins};
-use crate::{agent, log};
+use crate::state::Status;
+use crate::{agent, api, log};
 
 /// Where the configuration is unless told otherwise.
 const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
@@ -148,8 +149,8 @@ fn section(text: &str, key: &str) -> String {
 fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
     block_on(async {
         match Client::connect(&global.agent_socket()).await {
-            Ok(mut agent) => match agent.get::<agent::Status>("/v1/status").await? {
-                agent::Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
+            Ok(mut agent) => match agent.get::<Status>("/v1/status").await? {
+                Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
                 _ => Ok(()),
             },
             Err(client::Error::NotRunning { .. }) => Ok(()),
@@ -161,7 +162,7 @@ fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
 /// Waits for what an agent has to say.
 fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let failed = |source| Error::Stream { what: "cannot start the runtime", source };
+    let failed = |source| Error::Process { what: "cannot start the runtime", source };
     runtime.map_err(failed)?.block_on(work)
 }
 
@@ -182,9 +183,20 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// This process cannot run as it should.
+    #[error("{what}: {source}")]
+    Process {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
     /// The agent could not start, or ended.
     #[error(transparent)]
     Agent(#[from] agent::Error),
+    /// The API could not be served.
+    #[error(transparent)]
+    Api(#[from] api::Error),
     /// The packet path is not as it should be.
     #[error(transparent)]
     Datapath(#[from] datapath::Error),
@@ -265,7 +277,9 @@ impl Error {
             // These say so.
             Self::Config(_)
             | Self::Iptables(_)
+            | Self::Process { .. }
             | Self::Agent(_)
+            | Self::Api(_)
             | Self::Datapath(_)
             | Self::Client(_)
             | Self::Routes(_)

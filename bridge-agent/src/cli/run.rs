@@ -1,11 +1,16 @@
-//! `bridge-agent run`: the agent itself.
+//! `bridge-agent run`: the agent itself, and the API beside it.
 
 use clap::Args;
 
-use super::{Error, Global};
-use crate::agent::{self, Options};
+use super::{Error, Global, block_on};
+use crate::{
+    agent::{Agent, Options},
+    api,
+    datapath::Pins,
+    kernel::{capabilities, memory},
+};
 
-/// Bring the configuration into force and keep it so, until SIGTERM; what enforces goes on after that.
+/// Run the agent until SIGTERM; enforcement stays active afterwards.
 #[derive(Debug, Args)]
 pub struct Run {}
 
@@ -17,6 +22,24 @@ impl Run {
             socket: global.socket.clone(),
             pin_root: global.pin_root.clone(),
         };
-        Ok(agent::run(&options)?)
+        memory::limit_arenas();
+        memory::raise_descriptor_limit();
+        let pins = Pins::new(&options.pin_root);
+        let takes_over = pins.exist_of_any_version() && !pins.exist();
+        let failed = |source| Error::Process { what: "cannot drop capabilities that are not needed", source };
+        capabilities::give_up(takes_over).map_err(failed)?;
+        block_on(serve(&options))
     }
+}
+
+async fn serve(options: &Options) -> Result<(), Error> {
+    let mut agent = Agent::open(options)?;
+    // Before the agent changes anything: a socket that is in use stops this agent without a trace.
+    let server = api::Server::bind(agent.socket(), agent.api())?;
+    agent.start()?;
+    let served = server.start(agent.shared())?;
+    agent.run().await?;
+    drop(served);
+    tracing::info!("the agent stopped; enforcement and routes stay");
+    Ok(())
 }

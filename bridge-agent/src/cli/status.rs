@@ -6,14 +6,14 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{Error, Global, block_on, print, print_json};
-use crate::agent::{
-    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, Outcome, ProbeStatus,
-    Reload, RoutesStatus, Status, TrialEnd, TrialStatus,
-};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
+use crate::state::{
+    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, ProbeStatus, Reload,
+    RoutesStatus, Status, TrialEnd, TrialOutcome, TrialStatus,
+};
 
 /// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
 #[derive(Debug, Args)]
@@ -241,13 +241,13 @@ fn show_trial(trial: &TrialStatus, line: &mut impl FnMut(&str, String)) {
     }
 }
 
-const fn ended(outcome: Outcome) -> &'static str {
+const fn ended(outcome: TrialOutcome) -> &'static str {
     match outcome {
-        Outcome::Confirmed => "confirmed",
-        Outcome::ConfirmedByProbes => "confirmed, as every probe has answered",
-        Outcome::Expired => "not confirmed in time: the configuration before it is in force",
-        Outcome::Reverted => "taken back: the configuration before it is in force",
-        Outcome::Stopped => "taken back, as the agent was stopped",
+        TrialOutcome::Confirmed => "confirmed",
+        TrialOutcome::ConfirmedByProbes => "confirmed, as every probe has answered",
+        TrialOutcome::Expired => "not confirmed in time: the configuration before it is in force",
+        TrialOutcome::Reverted => "taken back: the configuration before it is in force",
+        TrialOutcome::Stopped => "taken back, as the agent was stopped",
     }
 }
 

@@ -11,11 +11,11 @@ use tokio::{
 };
 
 use crate::{
-    agent::{Shared, Status},
-    api::{Server, apply},
+    api::{Server, apply, leases},
     config,
     model::PortRange,
-    pool::{self, Layout, Settings, backend::Backend, layout::Occupied, service::Service},
+    pool::{Layout, Settings, backend::Backend, layout::Occupied, service::Service},
+    state::{Shared, Status},
 };
 
 /// Nothing that is asked here takes long.
@@ -68,13 +68,13 @@ pub fn api(input: &[u8]) -> bool {
     thread_local! {
         static SERVED: OnceCell<Served> = const { OnceCell::new() };
     }
-    let order = apply::order(input);
-    if let Ok(order) = &order {
-        for probe in &order.probes {
+    let request = apply::parse(input);
+    if let Ok(request) = &request {
+        for probe in &request.probes {
             assert_eq!(probe.to_string().parse().as_ref(), Ok(probe));
         }
     }
-    let wish = pool::api::wish(input);
+    let wish = leases::wish(input);
     SERVED.with(|served| {
         let served = served.get_or_init(self::served);
         served.renew_pool();
@@ -85,7 +85,7 @@ pub fn api(input: &[u8]) -> bool {
                 let status = answer.strip_prefix(b"HTTP/1.1 ").and_then(|rest| rest.first_chunk::<3>());
                 assert!(status.is_some_and(|status| status != b"500"), "{}", answer.escape_ascii());
             }
-            order.is_ok() || wish.is_ok() || answer.starts_with(b"HTTP/1.1 ")
+            request.is_ok() || wish.is_ok() || answer.starts_with(b"HTTP/1.1 ")
         })
     })
 }
@@ -120,7 +120,7 @@ fn framed(input: &[u8]) -> Option<Vec<u8>> {
     let body = &body[1..];
     let (method, path) = str::from_utf8(head).ok()?.split_once(' ')?;
     let in_path = |byte: u8| byte.is_ascii_graphic() && !b"\"<>#\\^`{|}".contains(&byte);
-    let waits = pool::api::wish(body).is_ok_and(|wish| !wish.wait.is_zero());
+    let waits = leases::wish(body).is_ok_and(|wish| !wish.wait.is_zero());
     if !["GET", "POST", "DELETE", "PUT"].contains(&method)
         || !path.starts_with('/')
         || !path.bytes().all(in_path)

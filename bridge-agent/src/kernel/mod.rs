@@ -2,5 +2,6 @@
 
 pub mod bpf;
 pub mod capabilities;
+pub mod memory;
 pub mod netlink;
 pub mod time;

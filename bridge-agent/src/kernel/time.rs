@@ -1,6 +1,18 @@
 //! Moments, as they are shown.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Returns the current time as RFC 3339 in UTC.
+#[must_use]
+pub fn wall_clock() -> String {
+    at(SystemTime::now())
+}
+
+/// Formats a time as RFC 3339 in UTC.
+#[must_use]
+pub fn at(time: SystemTime) -> String {
+    rfc3339(time.duration_since(UNIX_EPOCH).unwrap_or_default())
+}
 
 /// Time since 1970 as RFC 3339 in UTC, to the microsecond.
 #[must_use]

@@ -10,6 +10,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::cluster::Cluster;
 use super::connect::{self, Error};
+use super::engines::Engines;
 use super::objects::{
     AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject, PolicyObject,
 };
@@ -18,8 +19,8 @@ use super::report;
 use super::saved::Saved;
 use super::status::{Applied, KubernetesStatus};
 use super::watch::{Query, follow};
-use crate::agent::Shared;
 use crate::config::{Config, Kubernetes, PodNetworks, Role};
+use crate::kernel::time;
 
 /// What a connection that cannot be made is called among what fails.
 const CONNECTION: &str = "connection";
@@ -165,7 +166,7 @@ impl State {
                 true => 0,
                 false => health.since.elapsed().unwrap_or_default().as_secs(),
             },
-            since: crate::agent::at(health.since),
+            since: time::at(health.since),
             failing: failing.map(|(resource, reason)| ((*resource).to_owned(), reason.clone())).collect(),
             known: self.0.from_before || missing.clone().next().is_none(),
             waiting_for: missing.map(ToString::to_string).collect(),
@@ -220,7 +221,11 @@ impl Follower {
     ///
     /// # Errors
     /// There is nothing to connect with.
-    pub(crate) fn start(config: &Config, section: &Kubernetes, shared: &Shared) -> Result<Self, Error> {
+    pub(crate) fn start(
+        config: &Config,
+        section: &Kubernetes,
+        engines: watch::Receiver<Engines>,
+    ) -> Result<Self, Error> {
         connect::check(section)?;
         let node = match config.role {
             Role::Node => Some(connect::node_name(section)?),
@@ -239,7 +244,7 @@ impl Follower {
         let state = State::new(before, expected(config.role, section.pod_networks));
         let seen = state.0.version.subscribe();
         let follow = supervise(section.clone(), node.clone(), state.clone());
-        let report = report::run(section.clone(), node.clone(), state.clone(), shared.clone(), saved);
+        let report = report::run(section.clone(), node.clone(), state.clone(), engines, saved);
         let task = tokio::spawn(async move {
             tokio::join!(follow, report);
         });

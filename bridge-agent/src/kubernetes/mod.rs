@@ -9,6 +9,7 @@
 
 mod cluster;
 mod connect;
+mod engines;
 mod follow;
 mod networks;
 mod objects;
@@ -22,6 +23,7 @@ mod status;
 mod watch;
 
 pub use connect::Error;
+pub(crate) use engines::Engines;
 pub(crate) use follow::Follower;
 pub use follow::View;
 pub use networks::Origin;

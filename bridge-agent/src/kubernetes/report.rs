@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
+use tokio::sync::watch;
 
 use super::connect;
+use super::engines::Engines;
 use super::follow::State;
 use super::objects::NodeObject;
 use super::resources::{ACCEPTED, BridgeNode, BridgeNodeSpec, BridgeNodeStatus, BridgePolicy, PoolUse};
 use super::saved::Saved;
-use crate::agent::Shared;
 use crate::config::Kubernetes;
+use crate::kernel::time;
 
 /// How often it is looked whether interfaces or the use of the pool have changed.
 const LOOK: Duration = Duration::from_secs(15);
@@ -32,7 +34,7 @@ pub(super) async fn run(
     section: Kubernetes,
     node: Option<String>,
     state: State,
-    shared: Shared,
+    engines: watch::Receiver<Engines>,
     saved: Option<Saved>,
 ) {
     let Some(node) = node else { return };
@@ -59,7 +61,7 @@ pub(super) async fn run(
             client = connect::connect(&section).await.ok().map(|(client, _)| client);
         }
         let Some(connected) = &client else { continue };
-        if let Err(error) = writer.write(connected, &state, &shared).await {
+        if let Err(error) = writer.write(connected, &state, &engines).await {
             if writer.warned.insert(error.to_string()) {
                 tracing::warn!(%error, "what this agent does cannot be written into the cluster");
             }
@@ -78,9 +80,19 @@ struct Writer {
 }
 
 impl Writer {
-    async fn write(&mut self, client: &Client, state: &State, shared: &Shared) -> kube::Result<()> {
+    async fn write(
+        &mut self,
+        client: &Client,
+        state: &State,
+        engines: &watch::Receiver<Engines>,
+    ) -> kube::Result<()> {
         // What keeps the one from being written is no reason to leave the other.
-        let node = self.tell(client, status(state, shared)).await;
+        let node = self
+            .tell(client, {
+                let engines = engines.borrow().clone();
+                status(state, engines)
+            })
+            .await;
         if state.synced() {
             write_conditions(client, state).await?;
         }
@@ -122,32 +134,26 @@ fn is_absent(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
-fn status(state: &State, shared: &Shared) -> BridgeNodeStatus {
+fn status(state: &State, engines: Engines) -> BridgeNodeStatus {
     let applied = state.applied();
     let pods = state.cluster().pods.len();
-    let (enforcement, firewall) = shared.engines();
-    let mut engines = Vec::new();
-    engines.extend(enforcement.as_ref().map(|_| "ebpf"));
-    engines.extend(firewall.as_ref().map(|_| "iptables"));
     let mut errors = applied.remarks;
     errors.extend(applied.error);
-    errors.extend(firewall.and_then(|firewall| firewall.failure));
-    let pool = shared.pool().and_then(|pool| pool.summary().ok());
-    let enforcement = enforcement.unwrap_or_default();
-    errors.extend(enforcement.remarks);
+    errors.extend(engines.errors);
+    let pool = engines.pool.and_then(|pool| pool.summary().ok());
     BridgeNodeStatus {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        mode: match (enforcement.mode, engines.is_empty()) {
+        mode: match (engines.mode, engines.names.is_empty()) {
             (_, true) => "none".to_owned(),
             (mode, _) if mode.is_empty() => "enforce".to_owned(),
             (mode, _) => mode,
         },
-        engines: engines.join(","),
+        engines: engines.names.join(","),
         current: applied.current,
-        generation: enforcement.generation.into(),
+        generation: engines.generation.into(),
         policy_count: count(applied.policies.len()),
         policies: applied.policies,
-        interfaces: enforcement.interfaces.into_iter().map(|interface| interface.name).collect(),
+        interfaces: engines.interfaces,
         pods: count(pods),
         error_count: count(errors.len()),
         errors: errors.into_iter().take(ERRORS).collect(),
@@ -201,7 +207,7 @@ fn untold(state: &State) -> Vec<(String, serde_json::Value)> {
         };
         // When it was last different, as the conventions of the API have it.
         let before = policy.told.as_ref().filter(|told| told.accepted == accepted);
-        let since = before.map_or_else(crate::agent::wall_clock, |told| told.since.clone());
+        let since = before.map_or_else(time::wall_clock, |told| told.since.clone());
         json!({
             "type": ACCEPTED,
             "status": if accepted { "True" } else { "False" },

@@ -3,7 +3,6 @@
 //! [`settings`] and [`layout`] say which ports there are (pure), [`kernel`] loads and pins the hooks, [`tables`] are
 //! the words and tables that the hooks and the agent change together, [`attach`] finds control groups.
 
-pub mod api;
 pub mod attach;
 pub mod backend;
 pub mod checks;

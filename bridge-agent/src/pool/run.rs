@@ -13,7 +13,7 @@ use tokio::{io::unix::AsyncFd, sync::watch};
 use tracing::{debug, info, warn};
 
 use super::{
-    KernelPool, Layout, Settings, api, attach,
+    KernelPool, Layout, Settings, attach,
     backend::Backend,
     checks::{self, Warning},
     conntrack,
@@ -76,7 +76,7 @@ impl StartError {
 
 /// A pool that has been started.
 pub struct Started {
-    /// To be served; see [`api`].
+    /// Leases ports to clients of the API.
     pub service: Arc<Service>,
     settings: Settings,
     places: Places,
@@ -143,7 +143,7 @@ impl Started {
         let (service, events) = (Arc::clone(&self.service), self.events.take());
         async move {
             tokio::join!(
-                api::expire(Arc::clone(&service)),
+                expire(Arc::clone(&service)),
                 sweep(Arc::clone(&service), REST),
                 keep_pinned(Arc::clone(&service)),
                 report(Arc::clone(&service), events),
@@ -301,6 +301,17 @@ fn lacking(error: &KernelPoolError) -> bool {
         | KernelPoolError::Link { .. }
         | KernelPoolError::Locked(_)
         | KernelPoolError::Walk(_) => false,
+    }
+}
+
+/// Ends leases whose time is over, for as long as it runs.
+pub async fn expire(service: Arc<Service>) {
+    /// Bounds the delay of a lease that is acquired during the pause.
+    const MAX_PAUSE: Duration = Duration::from_millis(100);
+    loop {
+        let next = service.expire().map(tokio::time::Instant::from_std);
+        let latest = tokio::time::Instant::now() + MAX_PAUSE;
+        tokio::time::sleep_until(next.map_or(latest, |next| next.min(latest))).await;
     }
 }
 

@@ -268,7 +268,7 @@ impl Reconciler {
         if self.merged.routes.len() > CHUNK
             || outcome.as_ref().is_ok_and(|outcome| outcome.operations > CHUNK)
         {
-            crate::agent::trim_memory();
+            crate::kernel::memory::trim();
         }
         Counters::add(&self.counters.interrupted, self.netlink.take_interrupted());
         let end = Instant::now();

@@ -22,38 +22,22 @@ use netlink_packet_core::NetlinkPayload;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::Socket;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use serde::{Deserialize, Serialize};
 
 pub(super) use conntrack::Tracking;
 
 use self::neighbours::Neighbours;
-use crate::{datapath::Maps, kernel::netlink};
+use crate::{datapath::Maps, kernel::netlink, state::FastPathStatus};
 
 /// How long flows may take the fast path without a word from the agent.
 const LEASE: Duration = Duration::from_secs(3);
 /// How often the agent says so.
 const RENEWAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
-/// Whether flows may take the fast path.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct FastPathStatus {
-    /// Flows of these protocols may; none: it is off.
-    pub protocols: Vec<String>,
-    /// Why not all may.
-    pub remarks: Vec<String>,
-}
-
-impl FastPathStatus {
-    pub(super) fn new(allowed: u32, remarks: Vec<String>) -> Self {
-        let names = [(protocols::TCP, "tcp"), (protocols::UDP, "udp")];
-        let protocols = names
-            .into_iter()
-            .filter(|(bit, _)| allowed & bit != 0)
-            .map(|(_, name)| name.to_owned())
-            .collect();
-        Self { protocols, remarks }
-    }
+/// Returns the status for protocols that may take the fast path, and remarks why others may not.
+pub(super) fn status(allowed: u32, remarks: Vec<String>) -> FastPathStatus {
+    let names = [(protocols::TCP, "tcp"), (protocols::UDP, "udp")];
+    let allowed = names.into_iter().filter(|(bit, _)| allowed & bit != 0);
+    FastPathStatus { protocols: allowed.map(|(_, name)| name.to_owned()).collect(), remarks }
 }
 
 /// What every path depends on.

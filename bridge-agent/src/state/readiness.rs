@@ -1,6 +1,6 @@
 //! Whether what the configuration asks for is in force (pure).
 
-use super::status::Status;
+use super::Status;
 
 impl Status {
     /// What is not in force although the configuration asks for it; nothing: the agent is ready. A refused reload is no

@@ -1,15 +1,16 @@
-//! What goes wrong, as an answer.
+//! The one error body of the API: `{"code": "...", "error": "..."}`.
 
 use axum::{
+    Json,
     http::StatusCode,
     response::{IntoResponse, Response},
 };
 use bridge_common::pool::Refusal;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 
-use super::super::service::ServiceError;
+use crate::pool::service::ServiceError;
 
-/// An error with its status: `{"code": "...", "error": "..."}`.
+/// An error with its HTTP status.
 #[derive(Debug)]
 pub(crate) struct Problem {
     status: StatusCode,
@@ -17,9 +18,23 @@ pub(crate) struct Problem {
     text: String,
 }
 
+/// The body of an error.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// For programs; stable.
+    pub code: String,
+    /// For people.
+    pub error: String,
+}
+
 impl Problem {
     pub(crate) fn new(status: StatusCode, code: &'static str, text: impl Into<String>) -> Self {
         Self { status, code, text: text.into() }
+    }
+
+    /// The run loop has ended.
+    pub(super) fn stopping() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the agent is stopping; ask the next one")
     }
 }
 
@@ -40,6 +55,6 @@ impl From<ServiceError> for Problem {
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        (self.status, axum::Json(json!({ "code": self.code, "error": self.text }))).into_response()
+        (self.status, Json(ErrorBody { code: self.code.to_owned(), error: self.text })).into_response()
     }
 }

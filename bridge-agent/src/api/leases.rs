@@ -10,8 +10,6 @@
 //! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
 //! docs/openapi.json describes all of it, and is tested against this server.
 
-mod reply;
-
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use axum::{
@@ -27,18 +25,20 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
-pub(crate) use self::reply::Problem;
-use super::service::{Service, Transport, Wish};
-use crate::{agent::Shared, api::Peer};
+use super::{Peer, Problem};
+use crate::{
+    pool::service::{Service, Transport, Wish},
+    state::Shared,
+};
 
 /// Most bytes of a request's body.
 pub const MAX_BODY: usize = 16 << 10;
 /// Most ports of one request.
-pub const MAX_COUNT: u32 = 1024;
+pub(super) const MAX_COUNT: u32 = 1024;
 /// Longest wait for a port.
-pub const MAX_WAIT: Duration = Duration::from_secs(60);
+pub(super) const MAX_WAIT: Duration = Duration::from_secs(60);
 /// Longest time of a lease.
-pub const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
+pub(super) const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
 
 /// What `POST /v1/leases` takes.
 #[derive(Debug, Deserialize)]
@@ -59,7 +59,7 @@ fn one() -> u32 {
 }
 
 /// The routes. The pool may come and go with the configuration: it is looked up with each request.
-pub(crate) fn routes() -> Router<Shared> {
+pub(super) fn router() -> Router<Shared> {
     Router::new()
         .route("/v1/leases", post(acquire).get(list))
         .route("/v1/leases/watch", get(watch))
@@ -76,17 +76,6 @@ impl FromRequestParts<Shared> for Pool {
     async fn from_request_parts(_: &mut Parts, shared: &Shared) -> Result<Self, Problem> {
         let text = "this agent has no port pool; add `portPool` to its configuration";
         shared.pool().map(Self).ok_or_else(|| Problem::new(StatusCode::NOT_FOUND, "no-pool", text))
-    }
-}
-
-/// Ends leases whose time is over, for as long as it runs.
-pub async fn expire(service: Arc<Service>) {
-    /// So that a lease that begins meanwhile does not live much too long.
-    const AT_LEAST_EVERY: Duration = Duration::from_millis(100);
-    loop {
-        let next = service.expire().map(tokio::time::Instant::from_std);
-        let soon = tokio::time::Instant::now() + AT_LEAST_EVERY;
-        tokio::time::sleep_until(next.map_or(soon, |next| next.min(soon))).await;
     }
 }
 

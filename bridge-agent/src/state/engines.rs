@@ -1,0 +1,94 @@
+//! The engines as the status shows them.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::policy::TablesStats;
+
+/// The eBPF engine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Enforcement {
+    /// `enforce` or `audit`.
+    pub mode: String,
+    /// Number of the active policy; grows with each.
+    pub generation: u32,
+    /// Sizes of its tables.
+    pub tables: Option<TablesStats>,
+    /// Microseconds from the first write of its tables to the switch; `None` if it was active already.
+    pub switched_in_us: Option<u64>,
+    /// `tcx` or `clsact`.
+    pub mechanism: String,
+    /// Whether the agent found eBPF enforcement active when it started.
+    pub adopted: bool,
+    /// Connections seeded from conntrack at first start.
+    pub seeded: Option<usize>,
+    /// Attached interfaces.
+    pub interfaces: Vec<AttachedInterface>,
+    /// Protocols that may take the fast path.
+    #[serde(default)]
+    pub fast_path: FastPathStatus,
+    /// Pins that another program had removed and the agent restored.
+    #[serde(default)]
+    pub pins_restored: u64,
+    /// Problems that the operator should know.
+    pub remarks: Vec<String>,
+}
+
+/// An interface with programs of bridge on it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttachedInterface {
+    pub name: String,
+    pub index: u32,
+    /// `external` or `internal`.
+    pub role: String,
+    /// Use of the interface by the fast path: `in`, `out`, `peer` (straight to its other end).
+    #[serde(default)]
+    pub fast_path: Vec<String>,
+}
+
+/// Protocols that may take the fast path.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FastPathStatus {
+    /// Empty: the fast path is off.
+    pub protocols: Vec<String>,
+    /// Why other protocols may not.
+    pub remarks: Vec<String>,
+}
+
+/// The iptables engine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FirewallStatus {
+    /// `nft` or `legacy`.
+    pub backend: String,
+    /// How often the agent repaired rules that another program had changed.
+    pub repairs: u64,
+    /// Damage found at the last repair.
+    pub last_repair: Option<String>,
+    /// Time of the last repair; RFC 3339, UTC.
+    pub last_repair_time: Option<String>,
+    /// Why the rules cannot be read or repaired now.
+    pub failure: Option<String>,
+    /// Packets on which the engines disagreed; only with both engines.
+    pub divergence: Option<DivergenceStatus>,
+}
+
+/// Packets that one engine passed and the other denied, since this agent started to compare.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DivergenceStatus {
+    /// Denied by iptables, passed or not seen by eBPF: packets by denying rule. Not counted in audit mode.
+    pub denied_by_iptables: BTreeMap<String, u64>,
+    /// Denied by eBPF, and allowed by the rules of iptables; a lower bound.
+    pub denied_by_ebpf: u64,
+    /// The last of these.
+    pub last_denied_by_ebpf: Option<String>,
+    /// Denied by eBPF and compared with the rules of iptables.
+    pub compared: u64,
+    /// Denied by eBPF and not compared, because the rules were not read in time.
+    pub not_compared: u64,
+}

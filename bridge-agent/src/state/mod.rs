@@ -1,0 +1,199 @@
+//! The state of the agent that the run loop writes and API clients read, and the requests of clients to the run loop.
+
+mod engines;
+mod probe;
+mod readiness;
+mod request;
+mod routes;
+mod status;
+mod trial;
+
+use std::{
+    fmt,
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+};
+
+use tokio::{
+    runtime::Handle,
+    sync::{broadcast, mpsc, watch},
+};
+
+pub use engines::{AttachedInterface, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus};
+pub use probe::{InvalidProbe, Probe};
+pub use request::{
+    Applied, ApplyError, ApplyRequest, MAX_PROBES, MAX_TRIAL, MIN_TRIAL, ReloadError, Request, WriteError,
+};
+pub use routes::{DiscoveryStatus, RouteList, RoutesStatus};
+pub use status::{Reload, Reloads, Status};
+pub(crate) use trial::time_left;
+pub use trial::{ProbeStatus, TrialEnd, TrialOutcome, TrialStatus};
+
+use crate::{
+    datapath::{Maps, Verdict},
+    kubernetes::{self, Engines},
+    pool::service::Service,
+    routes::{RouteEvent, View},
+};
+
+/// Events that a slow reader may lag behind before it loses some.
+const BACKLOG: usize = 1024;
+/// Requests that may wait for the run loop.
+const REQUESTS: usize = 16;
+
+/// The state shared by the run loop and the servers of the API. Clones share it.
+#[derive(Clone)]
+pub struct Shared {
+    inner: Arc<RwLock<Inner>>,
+    /// Verdicts on packets.
+    pub verdicts: broadcast::Sender<Arc<Verdict>>,
+    /// Changes of routes, next hops and discovered pods.
+    pub route_events: broadcast::Sender<RouteEvent>,
+    /// Requests to the run loop.
+    pub requests: mpsc::Sender<Request>,
+    engines: watch::Sender<Engines>,
+    /// The runtime of the run loop.
+    main: Option<Handle>,
+}
+
+struct Inner {
+    status: Status,
+    maps: Option<Arc<Maps>>,
+    routes: Option<View>,
+    pool: Option<Arc<Service>>,
+    kubernetes: Option<kubernetes::View>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    /// Returns the shared state, and the requests for the run loop. Call it in the runtime of the run loop, if there is one.
+    #[must_use]
+    pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
+        let (requests, receiver) = mpsc::channel(REQUESTS);
+        let inner = Inner { status, maps: None, routes: None, pool: None, kubernetes: None };
+        let shared = Self {
+            inner: Arc::new(RwLock::new(inner)),
+            verdicts: broadcast::Sender::new(BACKLOG),
+            route_events: broadcast::Sender::new(BACKLOG),
+            requests,
+            engines: watch::Sender::default(),
+            main: Handle::try_current().ok(),
+        };
+        (shared, receiver)
+    }
+
+    /// A panic while the lock was held leaves whole values.
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the run loop has finished its current work, so that the status is not older than any change of the kernel
+    /// that the caller has already seen.
+    pub async fn settled(&self) {
+        if let Some(main) = &self.main {
+            // The runtime has one thread: the task runs between two steps of the run loop. An error means that the agent stops.
+            drop(main.spawn(async {}).await);
+        }
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Status)) {
+        let mut inner = self.write();
+        change(&mut inner.status);
+        self.publish_engines(&inner);
+    }
+
+    pub(crate) fn set_maps(&self, maps: Option<Arc<Maps>>) {
+        self.write().maps = maps;
+    }
+
+    pub(crate) fn set_routes(&self, routes: Option<View>) {
+        self.write().routes = routes;
+    }
+
+    pub(crate) fn set_kubernetes(&self, cluster: Option<kubernetes::View>) {
+        self.write().kubernetes = cluster;
+    }
+
+    /// Makes `pool` the pool from which clients lease ports.
+    pub fn set_pool(&self, pool: Option<Arc<Service>>) {
+        let mut inner = self.write();
+        inner.pool = pool;
+        self.publish_engines(&inner);
+    }
+
+    /// The engines and the pool of this node, for its report to the cluster.
+    pub(crate) fn engines(&self) -> watch::Receiver<Engines> {
+        self.engines.subscribe()
+    }
+
+    fn publish_engines(&self, inner: &Inner) {
+        let engines = engines(inner);
+        self.engines.send_if_modified(|known| {
+            let changed = *known != engines;
+            *known = engines;
+            changed
+        });
+    }
+
+    /// The pinned maps, if eBPF enforces.
+    #[must_use]
+    pub fn maps(&self) -> Option<Arc<Maps>> {
+        self.read().maps.clone()
+    }
+
+    /// The routes, if the configuration has any.
+    #[must_use]
+    pub fn routes(&self) -> Option<View> {
+        self.read().routes.clone()
+    }
+
+    /// The port pool, if the configuration has one.
+    #[must_use]
+    pub fn pool(&self) -> Option<Arc<Service>> {
+        self.read().pool.clone()
+    }
+
+    /// The current status.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let (mut status, cluster) = {
+            let inner = self.read();
+            (inner.status.clone(), inner.kubernetes.clone())
+        };
+        status.kubernetes = cluster.map(|cluster| cluster.status());
+        if let Some(maps) = self.maps() {
+            status.flows = maps.count_flows().ok();
+            status.suppressed_events = maps.suppressed_events().ok();
+        }
+        if let Some(trial) = &mut status.trial {
+            trial.refresh();
+        }
+        status.routes = self.routes().as_ref().map(RoutesStatus::of);
+        status.pool = self.pool().and_then(|pool| pool.summary().ok());
+        status
+    }
+}
+
+fn engines(Inner { status, pool, .. }: &Inner) -> Engines {
+    let mut engines = Engines { pool: pool.clone(), ..Engines::default() };
+    if let Some(ebpf) = &status.enforcement {
+        engines.names.push("ebpf");
+        engines.mode.clone_from(&ebpf.mode);
+        engines.generation = ebpf.generation;
+        engines.interfaces = ebpf.interfaces.iter().map(|interface| interface.name.clone()).collect();
+    }
+    if let Some(iptables) = &status.firewall {
+        engines.names.push("iptables");
+        engines.errors.extend(iptables.failure.clone());
+    }
+    engines.errors.extend(status.enforcement.iter().flat_map(|ebpf| ebpf.remarks.iter().cloned()));
+    engines
+}
