@@ -45,7 +45,7 @@ fn an_allowed_port_passes_and_a_denied_one_is_refused() -> Result<()> {
         ensure!(String::from_utf8_lossy(&save.stdout).contains(" -j BRIDGE-FORWARD\n"), "{save:?}");
         let nft = container.exec(&["nft", "list", "table", "inet", "bridge-pool"])?;
         ensure!(String::from_utf8_lossy(&nft.stdout).contains("masquerade to :61001-61100"), "{nft:?}");
-        // What is in force stays when the pod ends.
+        // Enforcement stays active when the pod ends.
         ensure!(container.stop()?.success(), "{}", container.log());
         ensure!(connect(40003)?.refused(), "without the agent");
     }

@@ -1,4 +1,4 @@
-//! The lab is what it says it is, and leaves nothing behind.
+//! The lab has the shape that was asked for, and leaves nothing behind.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -130,7 +130,7 @@ fn masquerade_shows_the_node_s_address_to_the_lan_only() -> Result<()> {
             let sink = tcp::Server::sink(&server.netns, server.at(family, 0))?;
             tcp::Client::new(&lab.c1().netns).connect(sink.address())?.reached()?;
             let peers = eventually(SECOND, || Some(sink.peers()).filter(|peers| !peers.is_empty()));
-            assert_eq!(peers.context("nobody came")?[0].ip(), seen);
+            assert_eq!(peers.context("no datagram arrived")?[0].ip(), seen);
         }
     }
     Ok(())
@@ -176,7 +176,7 @@ fn pods_of_two_nodes_reach_each_other() -> Result<()> {
     Ok(())
 }
 
-/// A kernel either has VLAN interfaces, and then frames are tagged, or says what it lacks.
+/// A kernel either has VLAN interfaces, and then frames are tagged, or the lab names the missing feature.
 #[test]
 fn on_a_vlan_frames_are_tagged() -> Result<()> {
     let lab = match Lab::builder().vlan(31).build() {

@@ -198,7 +198,7 @@ fn sctp_is_tracked_and_a_wrong_checksum_is_not() -> Result<()> {
     Ok(())
 }
 
-/// What captures are for: to show that a packet did not get through.
+/// The main use of captures: to show that a packet did not get through.
 #[test]
 fn a_capture_shows_what_was_forwarded_and_what_was_not() -> Result<()> {
     let lab = Lab::builder().build()?;

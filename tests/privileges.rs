@@ -1,5 +1,5 @@
-//! With how little the agent gets along: what it gives up by itself, what it runs with as a service user, what the systemd
-//! unit leaves it, and who may tell it what to do.
+//! The privileges that the agent needs: those that it drops itself, those of a service user, those that the systemd
+//! unit leaves it, and who may use its API.
 
 use std::{
     collections::BTreeSet,
@@ -26,8 +26,8 @@ const ALLOWED: u16 = 40002;
 const DENIED: u16 = 40003;
 /// No user of this machine.
 const USER: u32 = 61_357;
-/// What `bridge-agent run` keeps, by the number that capabilities(7) has: CHOWN, DAC_OVERRIDE, NET_ADMIN, NET_RAW, PERFMON,
-/// BPF.
+/// Capabilities that `bridge-agent run` keeps, by their number in capabilities(7): CHOWN, DAC_OVERRIDE, NET_ADMIN,
+/// NET_RAW, PERFMON, BPF.
 const KEPT: [u32; 6] = [0, 1, 12, 13, 38, 39];
 /// How much of a risk the unit may be, of `systemd-analyze security`, in tenths.
 const EXPOSURE: &str = "31";
@@ -76,7 +76,7 @@ fn works(lab: &Lab, cgroup: &Path, when: &str) -> Result<()> {
     Ok(())
 }
 
-/// What answers in a lab, and a connection that stands.
+/// Starts servers in a lab, and opens a connection.
 fn stand(lab: &Lab) -> Result<(Vec<Server>, bridge_lab::lab::Process)> {
     let servers = [ALLOWED, DENIED].map(|port| Server::echo(&lab.c1().netns, lab.c1().at(Family::V4, port)));
     Ok((servers.into_iter().collect::<Result<_, _>>()?, serve(&lab.a().netns, 8080)?))
@@ -256,11 +256,11 @@ fn system_calls(filter: &[String]) -> Result<BTreeSet<String>> {
     Ok(calls)
 }
 
-/// What systemd makes of the unit, as a filter of an OCI runtime.
+/// Translates the system call filter of the unit into one of an OCI runtime.
 fn seccomp() -> Result<Value> {
     const NAMESPACES: u64 = 0x7e02_0080;
     let mut calls = system_calls(&setting("SystemCallFilter")?)?;
-    // systemd.exec(5): these are let through where the filter lists what is allowed.
+    // systemd.exec(5): an allow-list includes these implicitly.
     calls.extend(system_calls(&["@default".into()])?);
     for setting in ["RestrictNamespaces", "MemoryDenyWriteExecute"] {
         ensure!(self::setting(setting)? == ["yes"], "{setting}");
@@ -346,7 +346,7 @@ fn only_the_operator_changes_what_is_enforced() -> Result<()> {
     let lab = Lab::builder().build()?;
     let cgroup = lab.cgroup("clients")?;
     let agent = Agent::start(&lab, lab.b(), &config("ebpf", &cgroup)?)?;
-    // As open as can be: what follows is for the agent to refuse.
+    // The file mode lets everyone in, so any refusal below comes from the agent.
     fs::set_permissions(agent.socket(), fs::Permissions::from_mode(0o666))?;
     let ask = |host: &bridge_lab::lab::Host, user: u32, method: &str, path: &str| -> Result<String> {
         let mut curl = Command::new("setpriv");
@@ -380,7 +380,7 @@ fn only_the_operator_changes_what_is_enforced() -> Result<()> {
 #[test]
 fn no_log_however_detailed_has_a_secret() -> Result<()> {
     let lab = Lab::builder().build()?;
-    let (token, key) = ("dG9rZW4tbm90LXRvLWJlLXRvbGQ", "a-key-that-is-not-to-be-told-to-anybody");
+    let (token, key) = ("dG9rZW4tbm90LXRvLWJlLXRvbGQ", "a-key-that-must-not-be-printed");
     let kubeconfig = lab.directory().join("kubeconfig");
     fs::write(
         &kubeconfig,

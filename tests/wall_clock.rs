@@ -44,7 +44,7 @@ impl Clock {
         Ok(Self { started: Instant::now(), right: SystemTime::now().duration_since(UNIX_EPOCH)? })
     }
 
-    /// So many seconds ahead of what is right.
+    /// Sets the clock `ahead` seconds ahead of the right time.
     fn set(&self, ahead: i64) -> Result<()> {
         let now = self.right + self.started.elapsed();
         let seconds = i64::try_from(now.as_secs())? + ahead;
