@@ -200,7 +200,7 @@ fn sctp_is_tracked_and_a_wrong_checksum_is_not() -> Result<()> {
 
 /// The main use of captures: to show that a packet did not get through.
 #[test]
-fn a_capture_shows_what_was_forwarded_and_what_was_not() -> Result<()> {
+fn a_capture_shows_forwarded_packets_and_no_dropped_ones() -> Result<()> {
     let lab = Lab::builder().build()?;
     let injector = injector(&lab)?;
     let b = &lab.b().netns;

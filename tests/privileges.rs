@@ -87,7 +87,7 @@ fn connection(lab: &Lab) -> Result<Connection> {
 }
 
 #[test]
-fn every_thread_has_given_up_what_is_not_needed_and_cannot_get_it_back() -> Result<()> {
+fn every_thread_has_dropped_unneeded_capabilities_for_good() -> Result<()> {
     let lab = Lab::builder().build()?;
     let cgroup = lab.cgroup("clients")?;
     let agent = Agent::start(&lab, lab.b(), &config("ebpf, iptables", &cgroup)?)?;
@@ -297,7 +297,7 @@ fn seccomp() -> Result<Value> {
 }
 
 #[test]
-fn the_agent_does_everything_with_what_the_unit_leaves_it() -> Result<()> {
+fn the_agent_works_with_the_privileges_of_the_systemd_unit() -> Result<()> {
     let seccomp = seccomp()?;
     let capabilities = setting("CapabilityBoundingSet")?;
     for engines in ["ebpf, iptables], iptables: {backend: nft", "ebpf, iptables], iptables: {backend: legacy"]
@@ -342,7 +342,7 @@ fn the_agent_does_everything_with_what_the_unit_leaves_it() -> Result<()> {
 }
 
 #[test]
-fn only_the_operator_changes_what_is_enforced() -> Result<()> {
+fn only_the_operator_changes_enforcement() -> Result<()> {
     let lab = Lab::builder().build()?;
     let cgroup = lab.cgroup("clients")?;
     let agent = Agent::start(&lab, lab.b(), &config("ebpf", &cgroup)?)?;

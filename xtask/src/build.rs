@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn publishing_writes_what_changed_and_removes_what_is_gone() {
+    fn publishing_writes_changed_files_and_removes_old_ones() {
         let folder = tempfile::tempdir().unwrap();
         let (from, to) = (folder.path().join("from"), folder.path().join("to"));
         fs::create_dir_all(&from).unwrap();

@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_libfuzzer_writes_is_understood() {
+    fn output_of_libfuzzer_is_parsed() {
         let mut seen = Seen::default();
         for line in [
             "#2\tINITED cov: 812 ft: 813 corp: 1/1b exec/s: 0 rss: 40Mb",

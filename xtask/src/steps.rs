@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_had_is_listed_as_not_run_or_fails_where_it_must_be_had() {
+    fn an_unavailable_step_is_listed_as_not_run_or_fails_where_required() {
         let mut steps = Steps::default();
         steps.step_or_not_run("server", false, || Err::<(), _>(anyhow!("no network")));
         assert!(steps.to_string().contains("NOT RUN"), "{steps}");

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_send_is_none_of_the_meters() {
+    fn frames_of_other_senders_are_ignored() {
         assert_eq!(read(&[]), None);
         assert_eq!(read(&[0; 100]), None);
         let mut frame = payload(Kind::Allowed);

@@ -52,6 +52,15 @@ fn paths_and_links_are_found() {
 }
 
 #[test]
+fn every_path_in_the_architecture_exists() {
+    let root = workspace::root();
+    let text = fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    let missing: Vec<&str> = paths(&text).into_iter().filter(|path| !root.join(path).exists()).collect();
+    assert!(paths(&text).len() > 40, "ARCHITECTURE.md names hardly any path");
+    assert!(missing.is_empty(), "ARCHITECTURE.md names paths that do not exist: {missing:?}");
+}
+
+#[test]
 fn every_link_in_the_documents_leads_to_a_file() {
     let mut broken = Vec::new();
     for document in documents() {

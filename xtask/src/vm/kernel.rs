@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_module_comes_with_what_it_depends_on() {
+    fn a_module_comes_with_its_dependencies() {
         let dep = "kernel/fs/9p/9p.ko: kernel/net/9p/9pnet.ko\nkernel/net/9p/9pnet.ko:\nkernel/x/xz.ko.xz: kernel/y.ko";
         assert_eq!(needed(dep, "9p"), ["kernel/fs/9p/9p.ko", "kernel/net/9p/9pnet.ko"]);
         assert_eq!(needed(dep, "9pnet"), ["kernel/net/9p/9pnet.ko"]);

@@ -122,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_kernel_no_longer_does_is_named_and_what_it_never_did_is_not() {
+    fn lost_features_are_named_and_those_never_there_are_not() {
         let documented =
             "| | Linux 6.1 | Linux 6.12 |\n|---|---|---|\n| `a` | yes | yes |\n| `b` | **no** | yes |\n";
         let worse = |kernel, output: &str| worse(documented, &[(kernel, vec![Outcome::of(output)])]);

@@ -172,7 +172,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_record_has_what_readers_look_for() {
+    fn a_record_has_the_fields_that_readers_use() {
         let figures = figures(&[
             (Contender::None, Traffic::Established, 10_000, [100.0, 200.0]),
             (Contender::FastPath, Traffic::Established, 10_000, [150.0, 280.0]),
@@ -187,7 +187,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn what_is_missing_says_why() {
+    fn a_missing_figure_has_a_reason() {
         let figure = Figure {
             contender: Contender::FastPath,
             traffic: Traffic::NewFlows,

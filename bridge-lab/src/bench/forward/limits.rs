@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn new_flows_are_held_against_what_a_user_would_otherwise_pick() {
+    fn new_flows_are_compared_with_the_usual_alternatives() {
         let figures = figures(&[
             (Contender::IptablesLegacy, Traffic::NewFlows, 1000, [10.0, 10.0]),
             (Contender::NftablesSet, Traffic::NewFlows, 1000, [40.0, 40.0]),

@@ -87,7 +87,7 @@ impl Comparison {
         ensure!(cpus >= 2, "one CPU makes packets and another forwards them: {cpus} is too few");
         let _alone = alone()?;
         let scope = part.of(if quick { quick_scope() } else { thorough_scope() });
-        let how = format!("medians of {} rounds, everybody in turn", scope.rounds);
+        let how = format!("medians of {} rounds, contenders in turn", scope.rounds);
         Ok(Self { figures: compare(&scope)?, machine: machine()?, how })
     }
 

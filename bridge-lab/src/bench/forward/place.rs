@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn each_contender_lets_through_what_its_last_rule_allows_and_knows_flows_as_established() -> Result<()> {
+    fn each_contender_allows_the_traffic_of_its_last_rule_and_sees_flows_established() -> Result<()> {
         let _alone = alone()?;
         for contender in Contender::ALL {
             if contender.missing(3)?.is_some() {
