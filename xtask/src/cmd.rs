@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+use crate::progress::Progress;
+
 /// Directories that hold administration programs and that an unprivileged user's PATH may lack.
 const ADMIN_DIRECTORIES: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
@@ -95,6 +97,13 @@ pub(crate) fn show(command: &Command) -> String {
     words.map(|word| quote(&word.to_string_lossy())).collect::<Vec<_>>().join(" ")
 }
 
+/// The command without its folder and options, for a line of progress.
+fn brief(command: &Command) -> String {
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let words = command.get_args().filter(|word| !word.as_encoded_bytes().starts_with(b"-")).take(2);
+    std::iter::once(program).chain(words).map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
 fn quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:+,@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
@@ -123,6 +132,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// It cannot be started, or fails; the message holds its standard error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let shown = show(command);
+    let _progress = Progress::of(brief(command));
     let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{shown}`"))?;
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -149,6 +159,13 @@ mod tests {
         let mut command = Command::new("apt-get");
         command.args(["install", "a b", "it's", ""]);
         assert_eq!(show(&command), r"apt-get install 'a b' 'it'\''s' ''");
+    }
+
+    #[test]
+    fn a_line_of_progress_names_the_program_and_its_first_words() {
+        let mut command = Command::new("/usr/bin/apt-get");
+        command.args(["-q", "install", "--yes", "qemu", "busybox"]);
+        assert_eq!(brief(&command), "apt-get install qemu");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod crds;
 mod fuzz;
 mod image;
 mod lint;
+mod progress;
 mod prose;
 mod run;
 mod setup;

@@ -1,5 +1,6 @@
 //! `lab`: plays the scenes, keeps a lab up to try things in, cleans up after killed ones.
 
+use std::io::{IsTerminal as _, stderr};
 use std::pin::pin;
 use std::process::ExitCode;
 
@@ -85,20 +86,38 @@ async fn ended() -> Result<()> {
 }
 
 fn run(args: &RunArgs) -> Result<(Option<Stage>, ExitCode)> {
+    let total = scenes::all().count();
+    progress(0, total, "set-up");
     let mut stage = Stage::set()?;
     let mut played = Vec::new();
-    for scene in scenes::all() {
+    for (index, scene) in scenes::all().enumerate() {
+        progress(index + 1, total, scene.name);
         let scene = scenes::play(scene, &mut stage);
         if args.json {
             println!("{}", serde_json::to_string(&scene)?);
         }
         played.push(scene);
     }
+    clear_progress();
     if !args.json {
         println!("{}", scenes::table(&played));
     }
     let code = if played.iter().all(|scene| scene.ok) { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     Ok(((!args.once).then_some(stage), code))
+}
+
+/// Shows the scene that is being played, on a terminal only: one line, redrawn (ECMA-48, EL).
+fn progress(number: usize, total: usize, name: &str) {
+    if stderr().is_terminal() {
+        let name: String = name.chars().take(60).collect();
+        eprint!("\r[{number}/{total}] {name}\x1b[K");
+    }
+}
+
+fn clear_progress() {
+    if stderr().is_terminal() {
+        eprint!("\r\x1b[K");
+    }
 }
 
 fn up() -> Result<(Option<Stage>, ExitCode)> {

@@ -21,6 +21,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::{
     build, cmd,
+    progress::Progress,
     setup::{self, Scope},
     workspace,
 };
@@ -61,6 +62,8 @@ pub(crate) fn ensure(kernels: &[Kernel]) -> Result<()> {
 /// A result is worse than docs/kernels.md documents.
 pub(crate) fn play(kernels: &[Kernel], write_table: bool) -> Result<()> {
     let jobs = jobs::all()?;
+    let names: Vec<_> = kernels.iter().map(|kernel| kernel.name()).collect();
+    let progress = Progress::lines(format!("Linux {} in emulation", names.join(" and ")));
     // In parallel: the jobs mostly wait.
     let columns = thread::scope(|scope| {
         let machines: Vec<_> =
@@ -71,6 +74,7 @@ pub(crate) fn play(kernels: &[Kernel], write_table: bool) -> Result<()> {
         });
         ended.collect::<Result<Vec<_>>>()
     })?;
+    drop(progress);
     let table = table::render(&columns);
     println!("{table}");
     if write_table {
