@@ -20,7 +20,7 @@ const CONFIG: &str = r#"
 role: node
 networks: {pods: [10.200.1.0/24, "fd20:1::/64"], external: [192.168.31.0/24, "fd31::/64"]}
 enforcement: {engines: [ebpf, iptables]}
-rules: [{name: in, direction: inbound, protocol: tcp, ports: [40002]}, {name: out, direction: outbound, protocol: tcp}]
+rules: [{name: in, direction: inbound, protocol: tcp, ports: [40002]}, {name: out, direction: outbound, protocol: tcp, ports: ["1-65535"]}]
 persistence: {save: never}
 "#;
 

@@ -27,7 +27,7 @@ fn config(role: &str, pool: &[&str]) -> String {
     let mut yaml =
         format!("role: {role}\nnetworks: {{pods: [10.200.0.0/16], external: [192.168.31.0/24]}}\n");
     if role == "node" {
-        yaml += "enforcement: {engines: [ebpf]}\nrules:\n  - {name: from-the-pool, direction: outbound, protocol: tcp, \
+        yaml += "enforcement: {engines: [ebpf]}\nrules:\n  - {name: from-the-pool, direction: outbound, protocol: tcp, ports: [\"1-65535\"], \
                  sourcePorts: [\"61001-61040\"], action: allow}\n";
     }
     yaml += "persistence: {save: never}\n";

@@ -12,7 +12,7 @@ use bridge_lab::wait::eventually;
 use serde_json::{Value, json};
 
 use crate::support::{
-    DEADLINE, OPEN, host_config, is_refused, node_config, policy, until_current, until_open, until_routes,
+    DEADLINE, EVERY_POD, OPEN, host_config, is_refused, node_config, policy, until_current, until_open, until_routes,
     until_routes_within,
 };
 
@@ -89,7 +89,7 @@ fn calicos_blocks_count_from_when_it_is_installed_and_what_one_lends_goes_to_the
     let (a, c1) = (lab.a(), lab.c1());
     let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
     ensure!(is_refused(a, c1.at(Family::V4, OPEN))?, "nothing allows it");
-    server.apply(&policy("all", "podSelector: {}"))?;
+    server.apply(&policy("all", EVERY_POD))?;
     server.add_namespace("shop", &json!({}))?;
     server.add_pod("shop", "c1", &json!({}), "b")?;
     server.run_pod("shop", "c1", c1)?;

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::support::{
-    DEADLINE, OPEN, allowing_cluster, cluster, is_refused, on_host, on_node, open, policy, until,
+    DEADLINE, EVERY_POD, OPEN, allowing_cluster, cluster, is_refused, on_host, on_node, open, policy, until,
     until_closed, until_current, until_metrics, until_open, until_within,
 };
 
@@ -85,7 +85,7 @@ fn who_has_fallen_behind_lists_anew_and_misses_nothing() -> Result<()> {
     let (a, c1) = (lab.a(), lab.c1());
     server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
     server.run_pod("shop", "c1", c1)?;
-    server.apply(&policy("old", "podSelector: {}"))?;
+    server.apply(&policy("old", EVERY_POD))?;
     let node = on_node(&lab, &server)?;
     let _host = on_host(&lab, &server)?;
     let _servers = [OPEN, OPEN + 1].map(|port| tcp::Server::echo(&c1.netns, c1.at(Family::V4, port)));
@@ -95,7 +95,7 @@ fn who_has_fallen_behind_lists_anew_and_misses_nothing() -> Result<()> {
     let pid = Pid::from_raw(node.pid().cast_signed()).context("a process id")?;
     kill_process(pid, Signal::STOP)?;
     server.kubectl(&["delete", "bridgepolicy", "old"], "")?;
-    server.apply(&policy("new", "podSelector: {}").replace(&OPEN.to_string(), &(OPEN + 1).to_string()))?;
+    server.apply(&policy("new", EVERY_POD).replace(&OPEN.to_string(), &(OPEN + 1).to_string()))?;
     server.compact()?;
     server.stop_server();
     server.start_server()?;

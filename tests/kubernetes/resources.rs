@@ -34,7 +34,7 @@ fn a_policy_that_is_not_valid_is_told_so_and_the_others_stay_in_force() -> Resul
     until_open(a, c1.at(Family::V4, OPEN), &node)?;
     let said = condition(&server, "bad")?;
     assert_eq!((&said["status"], &said["reason"]), (&json!("False"), &json!("Invalid")), "{said}");
-    let message = "rules[0].sourcePorts[0]: port range `9-1` ends before it begins; write \"1-9\"";
+    let message = "spec.rules[0].sourcePorts[0]: port range `9-1` ends before it begins; write \"1-9\"";
     assert_eq!(said["message"], message);
     assert_eq!(condition(&server, "good")?["status"], "True");
     let remarks = until(&node, |cluster| cluster["remarks"] != json!([]))?["remarks"].to_string();

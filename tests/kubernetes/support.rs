@@ -99,6 +99,9 @@ pub(crate) fn until_current(agent: &Agent) -> Result<Value> {
     until(agent, |cluster| cluster["current"] == true && cluster["waitingFor"] == json!([]))
 }
 
+/// Keys of a rule that selects every pod; an empty selector is refused.
+pub(crate) const EVERY_POD: &str = "podSelector: {matchExpressions: [{key: none, operator: DoesNotExist}]}";
+
 /// A policy that lets LAN hosts in on [`OPEN`], to the pods that `pods` (keys of a rule) names.
 pub(crate) fn policy(name: &str, pods: &str) -> String {
     format!(

@@ -11,7 +11,7 @@ use bridge_lab::wait::eventually;
 use serde_json::{Value, json};
 
 use crate::support::{
-    DEADLINE, OPEN, cluster, node_config, on_host, policy, until, until_closed, until_current, until_open,
+    DEADLINE, EVERY_POD, OPEN, cluster, node_config, on_host, policy, until, until_closed, until_current, until_open,
 };
 
 /// The port that the configuration on trial opens.
@@ -60,7 +60,7 @@ impl Trial {
         self.server.kubectl(&["delete", "bridgepolicy", "open"], "")?;
         self.is_closed(OPEN)?;
         self.server
-            .apply(&policy("other", "podSelector: {}").replace(&OPEN.to_string(), &OTHER.to_string()))?;
+            .apply(&policy("other", EVERY_POD).replace(&OPEN.to_string(), &OTHER.to_string()))?;
         self.is_open(OTHER)?;
         let addresses = ["192.168.31.18".into()];
         self.server.add_node_as("b2", &addresses, &["10.200.2.0/24".into()])?;
@@ -113,7 +113,7 @@ fn config(server: &ApiServer, more: &str) -> String {
 #[test]
 fn changes_of_the_cluster_reach_the_configuration_on_trial_and_stay_when_it_is_confirmed() -> Result<()> {
     let trial = Trial::new()?;
-    trial.server.apply(&policy("open", "podSelector: {}"))?;
+    trial.server.apply(&policy("open", EVERY_POD))?;
     trial.is_open(OPEN)?;
     trial.begin("600s")?;
     trial.change()?;
@@ -128,7 +128,7 @@ fn changes_of_the_cluster_during_a_trial_stay_when_it_is_taken_back() -> Result<
     let mut trial = Trial::new()?;
     trial.begin("600s")?;
     // Made during the trial, too.
-    trial.server.apply(&policy("open", "podSelector: {}"))?;
+    trial.server.apply(&policy("open", EVERY_POD))?;
     trial.is_open(OPEN)?;
     // An agent that is started anew goes on with both.
     trial.node.restart()?;
@@ -141,7 +141,7 @@ fn changes_of_the_cluster_during_a_trial_stay_when_it_is_taken_back() -> Result<
 #[test]
 fn what_the_kernel_goes_back_to_without_an_agent_has_the_cluster_of_now() -> Result<()> {
     let mut trial = Trial::new()?;
-    trial.server.apply(&policy("open", "podSelector: {}"))?;
+    trial.server.apply(&policy("open", EVERY_POD))?;
     trial.is_open(OPEN)?;
     trial.begin("12s")?;
     trial.change()?;

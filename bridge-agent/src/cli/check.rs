@@ -1,4 +1,4 @@
-//! `bridge-agent check`: validate, and print what the configuration comes to.
+//! `bridge-agent check`: validates a configuration file or manifests of Kubernetes, and prints the result.
 
 use std::io::Read;
 use std::path::Path;
@@ -6,15 +6,20 @@ use std::path::Path;
 use clap::Args;
 
 use super::{Error, Global, print, print_diagnostics, print_json};
-use crate::config::{self, Config, Loaded, Role};
+use crate::config::{self, Config, Loaded, Manifests, Role};
 use crate::model::{Action, PortRange};
 
-/// Validate the configuration and print what it comes to; needs no privilege.
+/// Validate a configuration file, or manifests with BridgePolicies, without privileges.
+///
+/// The file may be the output of `kustomize build`: each BridgePolicy in it is checked, and each ConfigMap with a bridge.yaml.
 #[derive(Debug, Args)]
 pub struct Check {
     /// Print the JSON schema of the configuration file instead
     #[arg(long)]
     schema: bool,
+    /// The file to check, `-` for standard input [default: the file of --config]
+    #[arg(value_name = "FILE", conflicts_with = "schema")]
+    file: Option<std::path::PathBuf>,
 }
 
 impl Check {
@@ -22,7 +27,12 @@ impl Check {
         if self.schema {
             return print_json(&config::schema());
         }
-        let Loaded { config, warnings } = load(&global.config)?;
+        let path = self.file.as_deref().unwrap_or(&global.config);
+        let (text, name) = read(path)?;
+        if config::is_manifest(&text) {
+            return show_manifests(&config::manifests(&text, name)?, name, global);
+        }
+        let Loaded { config, warnings } = config::parse(&text, Some(name))?;
         let effective = config.effective();
         if global.json {
             return print_json(&serde_json::json!({
@@ -34,18 +44,45 @@ impl Check {
         }
         print_diagnostics(&warnings)?;
         let yaml = effective.to_yaml().map_err(|error| Error::Format(error.to_string()))?;
-        print(&format!("# {} is valid: {}\n{yaml}", global.config.display(), summary(&config)))
+        print(&format!("# {} is valid: {}\n{yaml}", path.display(), summary(&config)))
     }
 }
 
-fn load(path: &Path) -> Result<Loaded, Error> {
+fn read(path: &Path) -> Result<(String, &Path), Error> {
     if path != Path::new("-") {
-        return Ok(config::load(path)?);
+        return Ok((config::read_text(path)?, path));
     }
     let mut text = String::new();
     let read = std::io::stdin().lock().read_to_string(&mut text);
     read.map_err(|source| Error::Stream { what: "cannot read standard input", source })?;
-    Ok(config::parse(&text, Some(Path::new("<stdin>")))?)
+    Ok((text, Path::new("<stdin>")))
+}
+
+fn show_manifests(found: &Manifests, name: &Path, global: &Global) -> Result<(), Error> {
+    if global.json {
+        let policies = found.policies.iter();
+        let policies = policies.map(|(name, rules)| serde_json::json!({ "name": name, "rules": rules.len() }));
+        return print_json(&serde_json::json!({
+            "ok": true,
+            "diagnostics": found.warnings.list,
+            "leftOff": found.warnings.left_off,
+            "policies": policies.collect::<Vec<_>>(),
+            "configs": found.configs,
+            "skipped": found.skipped,
+        }));
+    }
+    print_diagnostics(&found.warnings)?;
+    let mut lines = format!("{} is valid:\n", name.display());
+    for (name, rules) in &found.policies {
+        lines += &format!("  BridgePolicy {name}: {} rules\n", rules.len());
+    }
+    for name in &found.configs {
+        lines += &format!("  bridge.yaml in ConfigMap {name}\n");
+    }
+    if found.skipped > 0 {
+        lines += &format!("  {} objects of other kinds, not checked\n", found.skipped);
+    }
+    print(&lines)
 }
 
 fn summary(config: &Config) -> String {

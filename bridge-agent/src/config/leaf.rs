@@ -147,6 +147,9 @@ impl Leaf for SocketAddress {
         let address: SocketAddr = text
             .parse()
             .map_err(|_| Problem::new(format!("`{text}` is not an address with a port"), HELP))?;
+        if text.rsplit(':').next().is_some_and(super::network::has_leading_zero) {
+            return Err(Problem::new(format!("the port of `{text}` has a leading zero"), HELP));
+        }
         if address.port() == 0 {
             return Err(Problem::new(format!("`{text}` has port 0, which nobody could connect to"), HELP));
         }
@@ -238,7 +241,7 @@ mod tests {
 
     #[test]
     fn socket_address_needs_a_port() {
-        for bad in ["127.0.0.1", "127.0.0.1:0", ":9469", "localhost:9469", "127.0.0.1:65536", "::1:9469:"] {
+        for bad in ["127.0.0.1", "127.0.0.1:0", ":9469", "localhost:9469", "127.0.0.1:65536", "::1:9469:", "127.0.0.1:09469"] {
             assert!(SocketAddress::parse(bad).is_err(), "{bad}");
         }
         assert_eq!(SocketAddress::parse("[::1]:9469").unwrap().to_string(), "[::1]:9469");

@@ -10,6 +10,7 @@ mod enforcement;
 mod interface;
 mod iptables;
 mod kubernetes;
+pub(crate) mod labels;
 pub mod leaf;
 mod network;
 mod networks;
@@ -17,11 +18,12 @@ pub(crate) mod node;
 mod node_ports;
 mod persistence;
 mod port_pool;
-mod ports;
+pub(crate) mod ports;
 pub mod report;
 mod resource;
 mod routes;
-mod rules;
+pub(crate) mod rules;
+mod shadow;
 mod shape;
 mod static_route;
 #[cfg(test)]
@@ -51,9 +53,11 @@ pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
-pub(crate) use resource::policy_rules;
+pub use resource::GROUP;
+pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
 pub use routes::{Discovery, Health, Routes};
-pub use rules::{LabelOperator, LabelRequirement, LabelSelector, MAX_RULES, Rule, RuleName};
+pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
+pub use rules::{MAX_RULES, Rule, RuleName};
 pub(crate) use shape::inlined_schema_of as schema_of;
 pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};
 pub use time_span::TimeSpan;
@@ -160,6 +164,7 @@ pub fn parse(text: &str, file: Option<&FilePath>) -> Result<Loaded, ConfigErrors
 #[must_use]
 pub fn schema() -> serde_json::Value {
     let mut schema = shape::schema_of::<Config>(false);
+    shape::remove_marks(&mut schema);
     schema["title"] = "bridge-agent configuration".into();
     schema
 }

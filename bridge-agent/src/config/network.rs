@@ -1,4 +1,4 @@
-//! Networks as they are written: a prefix without host bits.
+//! Networks in CIDR notation, without host bits and without leading zeros.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -47,7 +47,7 @@ impl Leaf for Network {
                 format!("write {whole} for this one address, or the prefix of its network"),
             ));
         }
-        let net = IpNet::from_str(text).map_err(|_| not_a_network(text))?;
+        let net = net(text).ok_or_else(|| not_a_network(text))?;
         check(text, net)
     }
 }
@@ -86,7 +86,7 @@ impl Leaf for HostOrNetwork {
     fn parse(text: &str) -> Result<Self, Problem> {
         let net = match IpAddr::from_str(text) {
             Ok(address) => IpNet::from(address),
-            Err(_) => IpNet::from_str(text).map_err(|_| not_a_network(text))?,
+            Err(_) => net(text).ok_or_else(|| not_a_network(text))?,
         };
         check(text, net).map(|network| Self(network.0))
     }
@@ -98,8 +98,28 @@ impl fmt::Display for HostOrNetwork {
     }
 }
 
+/// Parses ADDRESS/LENGTH. `ipnet` takes `010.0.0.0/08` for 10.0.0.0/8, other readers for octal, so neither part may begin
+/// with a superfluous zero.
+fn net(text: &str) -> Option<IpNet> {
+    let (address, length) = text.split_once('/')?;
+    if has_leading_zero(length) || !length.bytes().all(|byte| byte.is_ascii_digit()) {
+        return None;
+    }
+    IpNet::new(IpAddr::from_str(address).ok()?, length.parse().ok()?).ok()
+}
+
+/// Whether a decimal number begins with a zero that some readers take for the mark of an octal one.
+pub(crate) fn has_leading_zero(number: &str) -> bool {
+    number.len() > 1 && number.starts_with('0')
+}
+
 fn not_a_network(text: &str) -> Problem {
     let problem = format!("`{text}` is not a network");
+    let without = without_leading_zeros(text);
+    if without != text && net(&without).is_some() {
+        let problem = format!("`{text}` has a number with a leading zero, which some readers take for octal");
+        return Problem::new(problem, format!("write {without} if the numbers are decimal"));
+    }
     if let Some((address, length)) = text.split_once('/')
         && let Ok(address) = IpAddr::from_str(address)
     {
@@ -108,6 +128,20 @@ fn not_a_network(text: &str) -> Problem {
         return Problem::new(problem, help);
     }
     Problem::new(problem, "write ADDRESS/LENGTH, such as 192.168.31.0/24 or fd00:31::/64")
+}
+
+/// The same text with each decimal number at its shortest; IPv6 groups are left alone.
+fn without_leading_zeros(text: &str) -> String {
+    let (address, length) = text.split_once('/').unwrap_or((text, ""));
+    let shortest = |number: &str| match number.trim_start_matches('0') {
+        "" if !number.is_empty() => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    let address = match address.contains(':') {
+        true => address.to_owned(),
+        false => address.split('.').map(shortest).collect::<Vec<_>>().join("."),
+    };
+    format!("{address}/{}", shortest(length))
 }
 
 fn check(text: &str, net: IpNet) -> Result<Network, Problem> {
@@ -169,6 +203,25 @@ mod tests {
         for bad in ["", "/", "10.0.0.0/", "10.0.0/8", "x/8", "10.0.0.0/-1", "10.0.0.0/8/8", " 10.0.0.0/8"] {
             assert!(Network::parse(bad).is_err(), "{bad:?}");
             assert!(HostOrNetwork::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_with_leading_zeros_are_refused() {
+        for (bad, help) in [
+            ("192.168.031.067/32", "write 192.168.31.67/32 if the numbers are decimal"),
+            ("192.168.010.0/24", "write 192.168.10.0/24 if the numbers are decimal"),
+            ("010.0.0.0/08", "write 10.0.0.0/8 if the numbers are decimal"),
+            ("10.0.0.0/08", "write 10.0.0.0/8 if the numbers are decimal"),
+            ("fd00::/064", "write fd00::/64 if the numbers are decimal"),
+            ("00.0.0.0/0", "write 0.0.0.0/0 if the numbers are decimal"),
+        ] {
+            assert_eq!(Network::parse(bad).unwrap_err().help, help, "{bad}");
+            assert_eq!(HostOrNetwork::parse(bad).unwrap_err().help, help, "{bad}");
+        }
+        assert!(HostOrNetwork::parse("192.168.031.67").is_err());
+        for good in ["0.0.0.0/0", "::/0", "fd00:0031::/64", "10.0.0.0/8"] {
+            assert!(Network::parse(good).is_ok(), "{good}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! Ports as they are written: a number, a `"first-last"` text, or a list of them.
+//! Ports: a number, a `"first-last"` text, or a list of them.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,8 +9,13 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_saphyr::FlowSeq;
 
 use super::leaf::{Leaf, Problem};
+use super::network::has_leading_zero;
 use super::report::{Path, Report};
 use crate::model::PortRange;
+
+/// The texts that [`PortItem`] accepts, but for ranges whose ends are out of order.
+pub(crate) const PATTERN: &str = "^([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])\
+    (-([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?$";
 
 /// One port or one range of ports, both ends included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,6 +45,15 @@ impl Leaf for PortItem {
 /// One port out of `whole`, which the message quotes.
 fn port(text: &str, whole: &str) -> Result<u16, Problem> {
     let trimmed = text.trim();
+    if has_leading_zero(text) && text.bytes().all(|byte| byte.is_ascii_digit()) {
+        let shortest = text.trim_start_matches('0');
+        let help = match shortest {
+            "" => "write ports from 1 to 65535".to_owned(),
+            _ => format!("write {shortest} if it is decimal"),
+        };
+        let message = format!("`{text}` in `{whole}` has a leading zero, which some readers take for octal");
+        return Err(Problem::new(message, help));
+    }
     let number: u64 = trimmed
         .parse()
         .ok()
@@ -47,7 +61,7 @@ fn port(text: &str, whole: &str) -> Result<u16, Problem> {
         .ok_or_else(|| not_a_port(whole))?;
     match u16::try_from(number) {
         Ok(0) => Err(Problem::new(
-            format!("port 0 in `{whole}` is not a port anyone can use"),
+            format!("port 0 in `{whole}` is reserved and never used on the wire"),
             "write ports from 1 to 65535",
         )),
         Ok(port) => Ok(port),
@@ -59,6 +73,11 @@ fn port(text: &str, whole: &str) -> Result<u16, Problem> {
 }
 
 fn not_a_port(whole: &str) -> Problem {
+    if let Some(digits) = whole.strip_prefix("0x").or_else(|| whole.strip_prefix("0X"))
+        && let Ok(port) = u16::from_str_radix(digits, 16)
+    {
+        return Problem::new(format!("`{whole}` is hexadecimal"), format!("write {port}, which is decimal"));
+    }
     // "60001 - 60100", "60001:60100" and "60001..60100" are what other tools accept.
     let numbers: Vec<&str> =
         whole.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty()).collect();
@@ -127,7 +146,7 @@ impl JsonSchema for PortItem {
         json_schema!({
             "anyOf": [
                 {"type": "integer", "minimum": 1, "maximum": u16::MAX},
-                {"type": "string", "pattern": "^[0-9]{1,5}(-[0-9]{1,5})?$"},
+                {"type": "string", "pattern": PATTERN},
             ],
             "format": Self::FORMAT,
         })
@@ -290,6 +309,29 @@ mod tests {
         for bad in ["", "-", "-5", "5-", "+5", "5-+6", "5-6-7", "٣", "1e3", "0x50"] {
             assert!(PortItem::parse(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn numbers_are_decimal_without_leading_zeros() {
+        let help = |text: &str| PortItem::parse(text).unwrap_err().help;
+        assert_eq!(help("010"), "write 10 if it is decimal");
+        assert_eq!(help("0080-90"), "write 80 if it is decimal");
+        assert_eq!(help("80-090"), "write 90 if it is decimal");
+        assert_eq!(help("00"), "write ports from 1 to 65535");
+        assert_eq!(help("0x50"), "write 80, which is decimal");
+        assert_eq!(help("0Xffff"), "write 65535, which is decimal");
+    }
+
+    #[test]
+    fn the_pattern_accepts_exactly_the_ports() {
+        let pattern = regex::Regex::new(PATTERN).unwrap();
+        for port in 0..=70_000_u32 {
+            assert_eq!(pattern.is_match(&port.to_string()), (1..=65_535).contains(&port), "{port}");
+        }
+        for bad in ["010", "0", "1-", "-1", "1--2", "1-2-3", " 1", "1 ", "65536-1", "1-65536", "0x50"] {
+            assert!(!pattern.is_match(bad), "{bad}");
+        }
+        assert!(pattern.is_match("60001-60100"));
     }
 
     #[test]

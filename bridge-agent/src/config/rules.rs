@@ -1,52 +1,72 @@
-//! `rules`: which flows may be opened.
+//! `rules`: the flows that may be opened, in the configuration file and in policies alike.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::labels::{LabelSelector, check_selector};
 use super::leaf::{Leaf, Problem, leaf};
 use super::network::Network;
 use super::networks::Networks;
 use super::ports::Ports;
 use super::report::{Path, Report};
-use crate::model::{self, Action, Direction, Protocol};
+use super::shadow;
+use crate::model::{self, Action, Direction, PortRange, Protocol};
 
 /// The most rules a configuration may have.
 pub const MAX_RULES: usize = 1_000_000;
+
+/// The bounds of a policy in the cluster. The API server enforces them, and needs them to bound the cost of validation.
+pub(crate) mod bounds {
+    /// Rules in a policy.
+    pub(crate) const RULES: usize = 4096;
+    /// Items of `ports` or `sourcePorts`.
+    pub(crate) const PORTS: usize = 60;
+    /// Items of `external` or `pods`.
+    pub(crate) const NETWORKS: usize = 40;
+    /// Items of `matchExpressions`, and keys of `matchLabels`.
+    pub(crate) const REQUIREMENTS: usize = 16;
+    /// Items of `values`.
+    pub(crate) const VALUES: usize = 64;
+}
 
 /// One rule: every criterion must match. Among matching rules a deny wins; without a match a flow is denied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Rule {
-    /// Unique among the rules; 1 to 63 bytes of letters, digits, `.`, `_` and `-`.
+    /// Unique among the rules; 1 to 63 bytes of letters, digits, `.`, `_` and `-`, such as `devices-to-api`.
     pub name: RuleName,
-    /// Which side opens the flow: `inbound` from a LAN host to a pod, `outbound` from a pod to a LAN host.
+    /// The side that opens the flow: `inbound` from a LAN host to a pod, `outbound` from a pod to a LAN host.
     pub direction: Direction,
-    /// LAN hosts, inside `networks.external`. Left out: all of `networks.external`.
+    /// LAN hosts, inside `networks.external`, in CIDR notation, such as `[192.168.31.67/32, "fd00:31::/64"]`. Left out: all of
+    /// `networks.external`.
     #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow_option")]
     pub external: Option<Vec<Network>>,
-    /// Pods by address, inside `networks.pods`. Left out: all of `networks.pods`.
+    /// Pods by address, inside `networks.pods`, in CIDR notation, such as `[10.200.1.0/24]`. Left out, and no selector either:
+    /// all of `networks.pods`.
     #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow_option")]
     pub pods: Option<Vec<Network>>,
-    /// Pods by label, instead of `pods`. Needs a `kubernetes` section.
+    /// Pods by label, instead of `pods`, such as `{matchLabels: {app: api}}`. Needs a `kubernetes` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_selector: Option<LabelSelector>,
-    /// Pods by the labels of their namespace, instead of `pods`; with `podSelector`, both must hold. Left out: every
+    /// Pods by the labels of their namespace, instead of `pods`; with `podSelector`, both must match. Left out: every
     /// namespace. Needs a `kubernetes` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace_selector: Option<LabelSelector>,
-    /// The protocol. `any` is every IP protocol; with ports, those that have ports: TCP, UDP and SCTP.
+    /// The protocol. `any` covers every IP protocol; with ports, those that have ports: TCP, UDP and SCTP.
     pub protocol: Protocol,
-    /// Destination ports. Left out: all ports.
+    /// Destination ports: numbers and ranges with both ends included, such as `[40002, "60001-60100"]`. Required for `tcp`,
+    /// `udp` and `sctp`; `["1-65535"]` covers all ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("x-shown" = true))]
     pub ports: Option<Ports>,
-    /// Source ports. Left out: all ports.
+    /// Source ports, in the form of `ports`, such as `["61001-61100"]`. Left out: all ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_ports: Option<Ports>,
-    /// What happens to a flow that matches.
+    /// The action for a flow that matches.
     #[serde(default)]
     pub action: Action,
 }
@@ -59,7 +79,7 @@ leaf!(RuleName);
 
 impl RuleName {
     /// # Errors
-    /// What is wrong with `text`, and what to write instead.
+    /// `text` is not a name; the problem has the remedy.
     pub fn new(text: &str) -> Result<Self, Problem> {
         Self::parse(text)
     }
@@ -104,58 +124,21 @@ impl fmt::Display for RuleName {
     }
 }
 
-/// Selects pods by their labels, as Kubernetes does: every requirement must hold; an empty selector selects all.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
-pub struct LabelSelector {
-    /// Labels that must have exactly these values.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub match_labels: BTreeMap<String, String>,
-    /// Requirements on labels.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub match_expressions: Vec<LabelRequirement>,
-}
-
-/// A requirement on one label.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct LabelRequirement {
-    /// The label that is looked at.
-    pub key: String,
-    /// How the label is compared with `values`.
-    pub operator: LabelOperator,
-    /// The values of `In` and `NotIn`; none for `Exists` and `DoesNotExist`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
-    pub values: Vec<String>,
-}
-
-/// See [`LabelRequirement::operator`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum LabelOperator {
-    /// The label has one of the values.
-    In,
-    /// The label has none of the values, or is not there.
-    NotIn,
-    /// The label is there.
-    Exists,
-    /// The label is not there.
-    DoesNotExist,
-}
-
-/// What the rules of one configuration are held against, computed once for all of them.
-struct Surroundings {
+/// The parts of a configuration that its rules are checked against, computed once for all rules.
+struct Context {
     pods: Cover,
     external: Cover,
     /// Whether all pod networks are in the file, rather than also in the cluster.
     pods_known: bool,
     external_known: bool,
     kubernetes: bool,
+    /// Whether the rules are those of a configuration file, rather than of a policy in the cluster.
     of_a_file: bool,
 }
 
-impl Surroundings {
-    /// Those of a rule that says nothing of the node it is for.
-    const fn of_a_cluster() -> Self {
+impl Context {
+    /// The context of a policy, which applies to every node.
+    const fn of_a_policy() -> Self {
         Self {
             pods: Cover(Vec::new()),
             external: Cover(Vec::new()),
@@ -167,7 +150,7 @@ impl Surroundings {
     }
 }
 
-/// Networks joined where they can be, disjoint and sorted, so that one look tells what they contain.
+/// Disjoint, sorted networks, adjacent ones joined; a binary search finds whether they contain another.
 struct Cover(Vec<IpNet>);
 
 impl Cover {
@@ -184,7 +167,7 @@ impl Cover {
     }
 }
 
-/// Checks all rules. `path` is that of the list.
+/// Checks the rules of a configuration file. `path` points to the list.
 pub(crate) fn check(
     rules: &[Rule],
     path: &Path<'_>,
@@ -194,7 +177,7 @@ pub(crate) fn check(
 ) {
     let root = Path::Root;
     let section = root.key("networks");
-    let around = Surroundings {
+    let context = Context {
         pods: Cover::of(&networks.pod_nets()),
         external: Cover::of(&networks.external_nets()),
         pods_known: !kubernetes && report.intact(&section) && !networks.pods.is_empty(),
@@ -202,16 +185,24 @@ pub(crate) fn check(
         kubernetes,
         of_a_file: true,
     };
-    check_list(rules, path, &around, report);
+    check_list(rules, path, &context, report);
 }
 
-/// Checks rules that are not a node's own, but for every node of a cluster: whose networks they are held against, each
-/// node knows for itself. `path` is that of the list.
-pub(crate) fn check_for_cluster(rules: &[Rule], path: &Path<'_>, report: &mut Report<'_>) {
-    check_list(rules, path, &Surroundings::of_a_cluster(), report);
+/// Checks the rules of a policy, which apply to every node, each with networks of its own. `path` points to the list.
+pub(crate) fn check_policy(rules: &[Rule], path: &Path<'_>, report: &mut Report<'_>) {
+    bound("rules", rules.len(), bounds::RULES, path, report);
+    check_list(rules, path, &Context::of_a_policy(), report);
 }
 
-fn check_list(rules: &[Rule], path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
+/// Reports a list of a policy that is longer than the API server takes.
+fn bound(name: &str, length: usize, limit: usize, path: &Path<'_>, report: &mut Report<'_>) {
+    if length > limit {
+        let message = format!("`{name}` has {length} items, and a policy may have {limit}");
+        report.error(path, Problem::new(message, "split it over several rules or policies"));
+    }
+}
+
+fn check_list(rules: &[Rule], path: &Path<'_>, context: &Context, report: &mut Report<'_>) {
     if let Some(problem) = too_many(rules.len()) {
         report.error(path, problem);
         return;
@@ -221,8 +212,8 @@ fn check_list(rules: &[Rule], path: &Path<'_>, around: &Surroundings, report: &m
         let at = path.index(index);
         if let Some(first) = names.insert(rule.name.as_str(), index) {
             let first = path.index(first);
-            // Of what is in no file, the path is all there is to say.
-            let place = if around.of_a_file { report.place(&first.key("name")) } else { first.to_string() };
+            // A policy has no lines to point to.
+            let place = if context.of_a_file { report.place(&first.key("name")) } else { first.to_string() };
             report.error(
                 &at.key("name"),
                 Problem::new(
@@ -231,8 +222,9 @@ fn check_list(rules: &[Rule], path: &Path<'_>, around: &Surroundings, report: &m
                 ),
             );
         }
-        rule.check(&at, around, report);
+        rule.check(&at, context, report);
     }
+    shadow::check(rules, path, report);
 }
 
 fn too_many(count: usize) -> Option<Problem> {
@@ -245,11 +237,11 @@ fn too_many(count: usize) -> Option<Problem> {
 }
 
 impl Rule {
-    fn check(&self, path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
-        self.check_selectors(path, around, report);
-        self.check_ports(path, report);
-        let external = self.side(&path.key("external"), self.external.as_deref(), "external", around, report);
-        let pods = self.side(&path.key("pods"), self.pods.as_deref(), "pods", around, report);
+    fn check(&self, path: &Path<'_>, context: &Context, report: &mut Report<'_>) {
+        self.check_selectors(path, context, report);
+        self.check_ports(path, context, report);
+        let external = self.side(&path.key("external"), self.external.as_deref(), "external", context, report);
+        let pods = self.side(&path.key("pods"), self.pods.as_deref(), "pods", context, report);
         if let (Some(external), Some(pods)) = (external, pods)
             && report.intact(path)
             && !families(&external).shares(families(&pods))
@@ -268,93 +260,72 @@ impl Rule {
         }
     }
 
-    /// Whether its pods are named by labels.
+    /// Whether it selects pods by labels.
     #[must_use]
     pub const fn selects(&self) -> bool {
         self.pod_selector.is_some() || self.namespace_selector.is_some()
     }
 
-    fn check_selectors(&self, path: &Path<'_>, around: &Surroundings, report: &mut Report<'_>) {
+    fn check_selectors(&self, path: &Path<'_>, context: &Context, report: &mut Report<'_>) {
         for (key, selector) in
             [("podSelector", &self.pod_selector), ("namespaceSelector", &self.namespace_selector)]
         {
-            if let Some(selector) = selector {
-                self.check_selector(key, selector, &path.key(key), around, report);
+            let Some(selector) = selector else { continue };
+            let path = path.key(key);
+            if self.pods.is_some() {
+                let message = format!("rule `{}` has both `pods` and `{key}`", self.name);
+                let help = format!("keep one: `pods` for addresses, `{key}` for labels");
+                report.error(&path, Problem::new(message, help));
+            }
+            if !context.kubernetes {
+                let message = "pods can be selected by label only with a `kubernetes` section";
+                let help = "add `kubernetes: {}` (inside a cluster) or `kubernetes: {kubeconfig: PATH}`, or use `pods`";
+                report.error(&path, Problem::new(message, help));
+            }
+            check_selector(key, selector, &path, report);
+            if !context.of_a_file {
+                for (name, length, limit) in selector.sizes() {
+                    bound(name, length, limit, &path, report);
+                }
             }
         }
     }
 
-    fn check_selector(
-        &self,
-        key: &str,
-        selector: &LabelSelector,
-        path: &Path<'_>,
-        around: &Surroundings,
-        report: &mut Report<'_>,
-    ) {
-        if self.pods.is_some() {
-            report.error(
-                path,
-                Problem::new(
-                    format!("rule `{}` has both `pods` and `{key}`", self.name),
-                    format!("keep one: `pods` for addresses, `{key}` for labels"),
-                ),
-            );
+    fn check_ports(&self, path: &Path<'_>, context: &Context, report: &mut Report<'_>) {
+        let needs_ports = matches!(self.protocol, Protocol::Tcp | Protocol::Udp | Protocol::Sctp);
+        if needs_ports && self.ports.is_none() && report.intact(path) {
+            let message = format!("rule `{}` has no `ports`", self.name);
+            let help = r#"write `ports`, such as ports: [40002]; for all of them: ports: ["1-65535"]"#;
+            report.error(path, Problem::new(message, help));
         }
-        if !around.kubernetes {
-            report.error(
-                path,
-                Problem::new(
-                    "pods can be selected by label only with a `kubernetes` section",
-                    "add `kubernetes: {}` (inside a cluster) or `kubernetes: {kubeconfig: PATH}`, or use `pods`",
-                ),
-            );
-        }
-        let expressions = path.key("matchExpressions");
-        for (index, requirement) in selector.match_expressions.iter().enumerate() {
-            let takes_values = matches!(requirement.operator, LabelOperator::In | LabelOperator::NotIn);
-            if takes_values == requirement.values.is_empty() && report.intact(&expressions.index(index)) {
-                let (message, help) = if takes_values {
-                    ("this operator needs values", "add `values: [...]`")
-                } else {
-                    ("this operator takes no values", "remove `values`")
-                };
-                report.error(&expressions.index(index), Problem::new(message, help));
-            }
-        }
-    }
-
-    fn check_ports(&self, path: &Path<'_>, report: &mut Report<'_>) {
         for (key, ports) in [("ports", &self.ports), ("sourcePorts", &self.source_ports)] {
             let Some(ports) = ports else { continue };
             let path = path.key(key);
             if self.protocol == Protocol::Icmp {
-                report.error(
-                    &path,
-                    Problem::new(
-                        format!("ICMP has no ports, so rule `{}` can have none", self.name),
-                        format!(
-                            "remove `{key}`, or write the protocol the ports belong to: tcp, udp or sctp"
-                        ),
-                    ),
-                );
+                let message = format!("ICMP has no ports, so rule `{}` can have none", self.name);
+                let help =
+                    format!("remove `{key}`, or write the protocol the ports belong to: tcp, udp or sctp");
+                report.error(&path, Problem::new(message, help));
             }
             ports.check(&path, report);
+            if !context.of_a_file {
+                bound(key, ports.0.len(), bounds::PORTS, &path, report);
+            }
         }
     }
 
-    /// Checks one side, and returns the networks it stands for, if they are known.
+    /// Checks one side, and returns its networks, if they are known.
     fn side(
         &self,
         path: &Path<'_>,
         nets: Option<&[Network]>,
         side: &str,
-        around: &Surroundings,
+        context: &Context,
         report: &mut Report<'_>,
     ) -> Option<Vec<IpNet>> {
         let (all, known) = match side {
-            "pods" => (&around.pods, around.pods_known),
-            _ => (&around.external, around.external_known),
+            "pods" => (&context.pods, context.pods_known),
+            _ => (&context.external, context.external_known),
         };
         let Some(nets) = nets else {
             let selected = side == "pods" && self.selects();
@@ -372,6 +343,9 @@ impl Rule {
         }
         let nets: Vec<IpNet> = nets.iter().map(|network| network.net()).collect();
         super::networks::repeated(path, &nets, report);
+        if !context.of_a_file {
+            bound(side, nets.len(), bounds::NETWORKS, path, report);
+        }
         if known {
             for (index, net) in nets.iter().enumerate().filter(|(_, net)| !all.contains(net)) {
                 report.error(&path.index(index), outside(net, side, &all.0));
@@ -385,7 +359,12 @@ impl Rule {
         let nets = |list: &Option<Vec<Network>>| {
             list.as_ref().map(|list| list.iter().map(|network| network.net()).collect::<Vec<IpNet>>())
         };
-        let ports = |ports: &Option<Ports>| ports.as_ref().map(Ports::normalised).unwrap_or_default();
+        // For a protocol that has ports, all ports are no restriction. `any` with ports excludes protocols without.
+        let all = |ranges: &[PortRange]| ranges == [EVERY_PORT] && self.protocol != Protocol::Any;
+        let ports = |ports: &Option<Ports>| {
+            let ranges = ports.as_ref().map(Ports::normalised).unwrap_or_default();
+            if all(&ranges) { Vec::new() } else { ranges }
+        };
         model::Rule {
             name: self.name.0.clone(),
             direction: self.direction,
@@ -408,7 +387,10 @@ fn outside(net: &IpNet, side: &str, all: &[IpNet]) -> Problem {
     )
 }
 
-/// Which IP versions a list of networks has.
+/// Written `1-65535`: 0 cannot be written, and is never used on the wire.
+const EVERY_PORT: PortRange = PortRange { first: 1, last: u16::MAX };
+
+/// The IP versions that a list of networks has.
 #[derive(Clone, Copy)]
 struct Families {
     v4: bool,

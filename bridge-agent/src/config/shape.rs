@@ -21,6 +21,18 @@ pub(crate) fn schema_of<T: JsonSchema>(inline: bool) -> Json {
     settings.into_generator().into_root_schema_for::<T>().to_value()
 }
 
+/// Removes the marks that only this module reads.
+pub(super) fn remove_marks(schema: &mut Json) {
+    match schema {
+        Json::Object(fields) => {
+            fields.remove(SHOWN);
+            fields.values_mut().for_each(remove_marks);
+        }
+        Json::Array(items) => items.iter_mut().for_each(remove_marks),
+        _ => {}
+    }
+}
+
 /// The JSON schema of `T`, everything in its place.
 pub(crate) fn inlined_schema_of<T: JsonSchema>() -> Json {
     schema_of::<T>(true)
@@ -50,6 +62,9 @@ fn without_null(schema: &mut Schema) {
     }
 }
 
+/// Marks an optional key that examples of its object have, since most objects need it.
+pub(super) const SHOWN: &str = "x-shown";
+
 /// What a schema allows; as much of JSON schema as the types of this module come to.
 #[derive(Debug)]
 pub(crate) enum Shape {
@@ -74,6 +89,8 @@ pub(crate) struct Field {
     name: String,
     shape: Shape,
     required: bool,
+    /// Whether examples of the object have it.
+    shown: bool,
 }
 
 impl Shape {
@@ -122,6 +139,7 @@ impl Shape {
                     let fields =
                         schema["properties"].as_object().into_iter().flatten().map(|(name, schema)| Field {
                             required: required.contains(name),
+                            shown: required.contains(name) || schema[SHOWN] == true,
                             shape: Self::from_schema(schema),
                             name: name.clone(),
                         });
@@ -217,9 +235,9 @@ impl Shape {
     fn example(&self) -> String {
         match self {
             Self::Object(fields) => {
-                let required = fields.iter().filter(|field| field.required);
+                let shown = fields.iter().filter(|field| field.shown);
                 let parts: Vec<_> =
-                    required.map(|field| format!("{}: {}", field.name, field.shape.example())).collect();
+                    shown.map(|field| format!("{}: {}", field.name, field.shape.example())).collect();
                 format!("{{{}}}", parts.join(", "))
             }
             Self::Map(_) => "{}".into(),
@@ -277,7 +295,7 @@ fn integer(text: &str, min: i64, max: i64) -> Result<(), Problem> {
     } else {
         format!("write a whole number from {min} to {max}")
     };
-    if text.starts_with('+') {
+    if text.starts_with('+') || super::network::has_leading_zero(text.trim_start_matches('-')) {
         return Err(Problem::new(format!("`{text}` is not a whole number"), help));
     }
     match text.parse::<i64>() {

@@ -9,8 +9,8 @@ use super::leaf::Problem;
 use super::node::{Key, Node, Span, Value};
 use super::report::{Findings, Path, Severity};
 
-/// How deep lists and mappings may be nested. The configuration itself needs 6.
-const MOST_NESTED: usize = 32;
+/// The limit of nested lists and mappings. The configuration itself needs 6, a CustomResourceDefinition 30.
+const MOST_NESTED: usize = 64;
 
 /// How many keys a mapping may have. The configuration itself has 13 at most, a label selector a few.
 const MOST_KEYS: usize = 4096;
@@ -20,6 +20,29 @@ const MOST_REPEATED: usize = 1_000_000;
 
 /// Reads one YAML document. What is wrong goes to `findings`; `None` if no tree is left.
 pub(crate) fn parse<'s>(text: &'s str, findings: &mut Findings) -> Option<Node<'s>> {
+    let mut documents = documents(text, Documents::One, findings)?;
+    if documents.is_empty() {
+        let help = "write at least `role: node` or `role: host`";
+        findings.push(Severity::Error, &Path::Root, None, Problem::new("the configuration is empty", help));
+        return None;
+    }
+    Some(documents.swap_remove(0))
+}
+
+/// Parses a stream of YAML documents, such as the output of `kustomize build`. Errors go to `findings`; `None` if the text
+/// is not YAML.
+pub(crate) fn parse_stream<'s>(text: &'s str, findings: &mut Findings) -> Option<Vec<Node<'s>>> {
+    documents(text, Documents::Many, findings)
+}
+
+/// The number of documents that a text may have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Documents {
+    One,
+    Many,
+}
+
+fn documents<'s>(text: &'s str, allowed: Documents, findings: &mut Findings) -> Option<Vec<Node<'s>>> {
     let options = granit_parser::options! {
         emit_comments: false,
         emit_unresolved_aliases: true,
@@ -28,7 +51,8 @@ pub(crate) fn parse<'s>(text: &'s str, findings: &mut Findings) -> Option<Node<'
     };
     let mut builder = Builder {
         open: Vec::new(),
-        root: None,
+        roots: Vec::new(),
+        allowed,
         anchors: HashMap::new(),
         repeated: 0,
         documents: 0,
@@ -44,12 +68,7 @@ pub(crate) fn parse<'s>(text: &'s str, findings: &mut Findings) -> Option<Node<'
             }
         }
     }
-    let root = builder.root.take();
-    if root.is_none() {
-        let help = "write at least `role: node` or `role: host`";
-        findings.push(Severity::Error, &Path::Root, None, Problem::new("the configuration is empty", help));
-    }
-    root
+    Some(builder.roots)
 }
 
 /// A list or mapping whose end was not seen yet.
@@ -64,7 +83,8 @@ struct Open<'s> {
 
 struct Builder<'s, 'f> {
     open: Vec<Open<'s>>,
-    root: Option<Node<'s>>,
+    roots: Vec<Node<'s>>,
+    allowed: Documents,
     anchors: HashMap<usize, Node<'s>>,
     repeated: usize,
     documents: usize,
@@ -80,7 +100,7 @@ impl<'s> Builder<'s, '_> {
         match event {
             Event::DocumentStart(..) => {
                 self.documents += 1;
-                if self.documents == 2 {
+                if self.documents == 2 && self.allowed == Documents::One {
                     let help = "keep one document to a file: remove this and what follows";
                     self.error(at, Problem::new("a second YAML document begins here", help));
                 }
@@ -155,7 +175,7 @@ impl<'s> Builder<'s, '_> {
                     open.key = Some(Key { name: Cow::Borrowed(""), at });
                 }
             }
-            None => self.root = None,
+            None => {}
         }
     }
 
@@ -165,8 +185,10 @@ impl<'s> Builder<'s, '_> {
             self.anchors.insert(anchor, node.clone());
         }
         let Some(open) = self.open.last_mut() else {
-            // Of several documents the first one counts; the others were refused above.
-            self.root.get_or_insert(node);
+            // Of several documents the first one counts where one is allowed; the others were refused above.
+            if self.roots.is_empty() || self.allowed == Documents::Many {
+                self.roots.push(node);
+            }
             return;
         };
         open.damaged |= node.damaged;

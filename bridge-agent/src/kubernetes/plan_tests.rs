@@ -29,7 +29,7 @@ fn pod(app: &str, address: &str) -> Option<Pod> {
 }
 
 fn policy(rules: &str) -> Option<Policy> {
-    let rules = crate::config::policy_rules(rules).map_err(|error| error.to_string());
+    let rules = crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#)).map_err(|error| error.to_string());
     Some(Policy { generation: 1, rules, told: None })
 }
 
@@ -89,7 +89,7 @@ fn a_pod_that_is_not_known_yet_is_in_no_rule_that_selects() {
     let mut cluster = cluster();
     cluster.policies.apply("all".into(), policy(
         r#"{"rules": [{"name": "any", "direction": "inbound", "protocol": "tcp", "ports": [443]},
-                      {"name": "gold", "direction": "outbound", "protocol": "tcp", "namespaceSelector": {"matchLabels": {"tier": "gold"}}}]}"#,
+                      {"name": "gold", "direction": "outbound", "protocol": "any", "namespaceSelector": {"matchLabels": {"tier": "gold"}}}]}"#,
     ));
     cluster.pods.apply("shop/web".into(), None);
     assert_eq!(rules(&with(FILE, &cluster)), "web: []\nall.any: all\nall.gold: [10.200.2.92/32]");
@@ -106,7 +106,7 @@ fn a_pod_that_is_not_known_yet_is_in_no_rule_that_selects() {
 fn a_policy_that_is_not_valid_leaves_the_others_alone() {
     let mut cluster = cluster();
     cluster.policies.apply("bad".into(), policy(r#"{"rules": []}"#));
-    let one = r#"{"rules": [{"name": "any", "direction": "inbound", "protocol": "tcp"}]}"#;
+    let one = r#"{"rules": [{"name": "any", "direction": "inbound", "protocol": "any"}]}"#;
     cluster.policies.apply("good".into(), policy(one));
     let planned = with(FILE, &cluster);
     assert_eq!(rules(&planned), "web: [10.200.2.91/32]\ngood.any: all");
@@ -133,8 +133,8 @@ fn what_overlaps_the_lan_is_not_taken_for_pods() {
 fn rules_are_cut_down_to_what_this_node_judges() {
     let mut cluster = cluster();
     cluster.policies.apply("p".into(), policy(
-        r#"{"rules": [{"name": "wide", "direction": "inbound", "protocol": "tcp", "external": ["192.168.0.0/16"], "pods": ["10.200.2.0/25"]},
-                      {"name": "elsewhere", "direction": "inbound", "protocol": "tcp", "external": ["172.16.0.0/12"]}]}"#,
+        r#"{"rules": [{"name": "wide", "direction": "inbound", "protocol": "any", "external": ["192.168.0.0/16"], "pods": ["10.200.2.0/25"]},
+                      {"name": "elsewhere", "direction": "inbound", "protocol": "any", "external": ["172.16.0.0/12"]}]}"#,
     ));
     let planned = with(FILE, &cluster).config.policy();
     let nets = |texts: &[&str]| Some(texts.iter().map(|net| net.parse().unwrap()).collect::<Vec<IpNet>>());

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::schema;
 use crate::config::Rule;
 
-/// The group of all of them.
-pub const GROUP: &str = "bridge.lan";
+pub use crate::config::GROUP;
+
 /// The condition of a `BridgePolicy` that tells whether its rules can be followed.
 pub const ACCEPTED: &str = "Accepted";
 
@@ -134,7 +134,17 @@ pub struct PoolUse {
 /// The custom resource definitions.
 #[must_use]
 pub fn objects() -> [CustomResourceDefinition; 2] {
-    [BridgePolicy::crd(), BridgeNode::crd()]
+    let mut policy = BridgePolicy::crd();
+    // The agent refuses unknown keys by itself; see `schema`.
+    for version in &mut policy.spec.versions {
+        let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
+        let Some(schema) = schema else { continue };
+        schema.x_kubernetes_preserve_unknown_fields = Some(true);
+        if let Some(spec) = schema.properties.as_mut().and_then(|properties| properties.get_mut("spec")) {
+            spec.x_kubernetes_preserve_unknown_fields = Some(true);
+        }
+    }
+    [policy, BridgeNode::crd()]
 }
 
 /// File name and YAML of each custom resource definition, as they lie in `deploy/kubernetes/crds`.

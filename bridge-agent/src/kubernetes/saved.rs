@@ -109,7 +109,7 @@ mod tests {
         };
         cluster.pods.apply("n/c1".into(), Some(pod));
         let policy = |rules| super::super::cluster::Policy { generation: 1, rules, told: None };
-        let json = r#"{"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {}}]}"#;
+        let json = r#"{"spec": {"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {"matchLabels": {"app": "api"}}}]}}"#;
         cluster
             .policies
             .apply("good".into(), Some(policy(crate::config::policy_rules(json).map_err(|_| String::new()))));

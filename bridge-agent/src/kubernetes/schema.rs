@@ -1,58 +1,131 @@
-//! The schema of rules as a custom resource definition may have it: "structural", which is less than JSON schema.
+//! The schema of rules in a custom resource definition, which must be "structural": a subset of JSON schema.
 //!
-//! It is made from the very schema that the configuration file is checked against; whatever it cannot say, the agent
-//! checks, and tells by a condition.
+//! It is made from the schema of the configuration file. Bounds and CEL rules have the API server refuse at once what it
+//! can see; the agent checks the rest, and reports it in the condition `Accepted`. Two properties keep the API server from
+//! changing the meaning of a policy before the agent reads it:
+//!
+//! - Unknown keys are preserved, so that the agent can refuse a misspelt one. The API server would drop it.
+//! - Keys may be null, so that a CEL rule can refuse that. The API server would drop the key, and a rule without `external`
+//!   is for the whole LAN.
+//!
 //! See <https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema>.
 
 use schemars::Schema;
 use serde_json::{Map, Value as Json, json};
 
-use crate::config::Rule;
+use crate::config::labels::{KEY_PATTERN, MAX_KEY, MAX_NAME, VALUE_PATTERN};
+use crate::config::ports::PATTERN;
+use crate::config::{Rule, rules::bounds};
 
-/// As many rules a policy may have: what they cost to validate must have a bound.
-const MOST_RULES: usize = 4096;
+/// The longest port item, `10000-65535`.
+const MAX_PORT: usize = 11;
+/// The longest network, an IPv6 address of 39 characters with `/128`.
+const MAX_NETWORK: usize = 43;
 
-/// Rules that the schema itself cannot say: for API servers from 1.25 on (CEL). Older ones drop them, and leave it to
-/// the agent.
-const VALIDATIONS: [(&str, &str); 2] = [
-    (
-        "!has(self.pods) || !(has(self.podSelector) || has(self.namespaceSelector))",
-        "keep one: `pods` for addresses, or `podSelector` and `namespaceSelector` for labels",
-    ),
-    (
-        "self.protocol != 'icmp' || !(has(self.ports) || has(self.sourcePorts))",
-        "ICMP has no ports: remove `ports` and `sourcePorts`, or write tcp, udp or sctp",
-    ),
-];
+/// A CEL rule, and the message that the API server shows if it does not hold.
+type Validation = (String, String);
 
-/// The schema of a list of rules.
+fn validation(rule: &str, message: &str) -> Validation {
+    (rule.to_owned(), message.to_owned())
+}
+
+/// The rules about several keys of one rule.
+fn of_rule() -> Vec<Validation> {
+    vec![
+        validation(
+            "self.protocol in ['icmp', 'any'] || has(self.ports)",
+            r#"write `ports`, such as ports: [40002]; for all of them: ports: ["1-65535"]"#,
+        ),
+        validation(
+            "self.protocol != 'icmp' || !(has(self.ports) || has(self.sourcePorts))",
+            "ICMP has no ports: remove `ports` and `sourcePorts`, or write tcp, udp or sctp",
+        ),
+        validation(
+            "!has(self.pods) || !(has(self.podSelector) || has(self.namespaceSelector))",
+            "keep one: `pods` for addresses, or `podSelector` and `namespaceSelector` for labels",
+        ),
+    ]
+}
+
+fn of_selector() -> Vec<Validation> {
+    vec![validation(
+        "has(self.matchLabels) || has(self.matchExpressions)",
+        "an empty selector selects everything: leave it out, or write `matchLabels` or `matchExpressions`",
+    )]
+}
+
+fn of_requirement() -> Vec<Validation> {
+    vec![validation(
+        "(self.operator in ['In', 'NotIn']) == (has(self.values) && size(self.values) > 0)",
+        "In and NotIn need `values`; Exists and DoesNotExist take none",
+    )]
+}
+
+fn of_port() -> Vec<Validation> {
+    vec![validation(
+        "type(self) == int || !self.contains('-') || int(self.split('-')[0]) <= int(self.split('-')[1])",
+        r#"a range is "first-last", its ends in order"#,
+    )]
+}
+
+fn of_network() -> Vec<Validation> {
+    vec![validation(
+        "isCIDR(self) && cidr(self) == cidr(self).masked()",
+        "not a network: write ADDRESS/LENGTH with no bits set after LENGTH, such as 192.168.31.0/24",
+    )]
+}
+
+/// Returns the schema of a list of rules.
 pub(super) fn rules() -> Schema {
     let mut rule = crate::config::schema_of::<Rule>();
     structural(&mut rule);
-    let validations = VALIDATIONS.map(|(rule, message)| json!({ "rule": rule, "message": message })).to_vec();
-    if let Some(rule) = rule.as_object_mut() {
-        rule.insert("x-kubernetes-validations".into(), validations.into());
-    }
+    strict(&mut rule, of_rule());
     let list = json!({
         "type": "array",
         "items": rule,
         "minItems": 1,
-        "maxItems": MOST_RULES,
+        "maxItems": bounds::RULES,
         "x-kubernetes-list-type": "map",
         "x-kubernetes-list-map-keys": ["name"],
     });
     Schema::try_from(list).expect("an object is a schema")
 }
 
+/// Has an object keep unknown keys and nulls, and refuse nulls by CEL.
+fn strict(schema: &mut Json, mut validations: Vec<Validation>) {
+    let Some(object) = schema.as_object_mut() else { return };
+    let required: Vec<Json> = object.get("required").and_then(Json::as_array).cloned().unwrap_or_default();
+    if let Some(Json::Object(fields)) = object.get_mut("properties") {
+        let optional = fields.iter_mut().filter(|(key, _)| !required.iter().any(|name| name == *key));
+        let nulls: Vec<Validation> = optional
+            .map(|(key, field)| {
+                field["nullable"] = true.into();
+                let rule = format!("!has(self.{key}) || dyn(self.{key}) != null");
+                (rule, format!("`{key}` has no value: write one, or remove the key"))
+            })
+            .collect();
+        // The others take a value for granted.
+        validations.splice(0..0, nulls);
+    }
+    object.insert("x-kubernetes-preserve-unknown-fields".into(), true.into());
+    insert_validations(object, validations);
+}
+
+fn insert_validations(object: &mut Map<String, Json>, validations: Vec<Validation>) {
+    let list = validations.into_iter().map(|(rule, message)| json!({ "rule": rule, "message": message }));
+    object.insert("x-kubernetes-validations".into(), list.collect());
+}
+
 fn structural(schema: &mut Json) {
     let Some(object) = schema.as_object_mut() else { return };
-    for key in ["examples", "$schema", "title"] {
+    for key in ["examples", "$schema", "title", "x-shown"] {
         object.remove(key);
     }
     if object.get("additionalProperties") == Some(&Json::Bool(false)) {
         object.remove("additionalProperties");
     }
-    if object.get("default").is_some_and(Json::is_null) {
+    // Kept where it has a meaning: `action: allow`.
+    if object.get("default").is_some_and(|default| !default.is_string()) {
         object.remove("default");
     }
     match object.get("format").and_then(Json::as_str) {
@@ -60,35 +133,90 @@ fn structural(schema: &mut Json) {
         Some("rule-name") => {
             object.remove("format");
             object.insert("pattern".into(), "^[A-Za-z0-9._-]{1,63}$".into());
+            object.insert("maxLength".into(), MAX_NAME.into());
+        }
+        Some("cidr") => {
+            // The format's own message does not say how to write a network.
+            object.remove("format");
+            object.insert("maxLength".into(), MAX_NETWORK.into());
+            insert_validations(object, of_network());
         }
         _ => {}
     }
-    // A list of ports may be written without its brackets in a file; a schema here has one form of each value.
+    // A list of ports may be written without its brackets in a file; here each value has one form.
     if let Some(Json::Array(forms)) = object.remove("anyOf")
         && let Some(Json::Object(list)) = forms.into_iter().find(|form| form["type"] == "array")
     {
         object.extend(list.into_iter().filter(|(key, _)| key != "description"));
     }
     choices(object);
+    let mut is_selector = false;
+    let mut is_requirement = false;
     for (key, value) in object.iter_mut() {
         match (key.as_str(), value) {
-            ("properties", Json::Object(fields)) => fields.values_mut().for_each(structural),
+            ("properties", Json::Object(fields)) => {
+                is_selector = fields.contains_key("matchLabels");
+                is_requirement = fields.contains_key("operator");
+                for (name, field) in fields {
+                    structural(field);
+                    limit(name, field);
+                }
+            }
             ("items" | "additionalProperties", value) => structural(value),
             _ => {}
         }
     }
+    if is_selector {
+        strict(schema, of_selector());
+    } else if is_requirement {
+        strict(schema, of_requirement());
+    }
 }
 
-/// A number or a text. What the agent accepts as a range, the pattern does: not that its ends are in order.
+/// Bounds a field by its name.
+fn limit(name: &str, field: &mut Json) {
+    let list = |field: &mut Json, most: usize| {
+        field["minItems"] = 1.into();
+        field["maxItems"] = most.into();
+    };
+    match name {
+        "ports" | "sourcePorts" => list(field, bounds::PORTS),
+        "external" | "pods" => list(field, bounds::NETWORKS),
+        "matchExpressions" => list(field, bounds::REQUIREMENTS),
+        "matchLabels" => {
+            field["minProperties"] = 1.into();
+            field["maxProperties"] = bounds::REQUIREMENTS.into();
+            label_value(&mut field["additionalProperties"]);
+        }
+        "key" => {
+            field["pattern"] = KEY_PATTERN.into();
+            field["maxLength"] = MAX_KEY.into();
+        }
+        "values" => {
+            list(field, bounds::VALUES);
+            label_value(&mut field["items"]);
+        }
+        _ => {}
+    }
+}
+
+fn label_value(schema: &mut Json) {
+    schema["pattern"] = VALUE_PATTERN.into();
+    schema["maxLength"] = MAX_NAME.into();
+}
+
+/// A number or a text.
 fn port(object: &mut Map<String, Json>) {
     object.clear();
     object.insert("x-kubernetes-int-or-string".into(), true.into());
-    object.insert("pattern".into(), "^[0-9]{1,5}(-[0-9]{1,5})?$".into());
+    object.insert("pattern".into(), PATTERN.into());
+    object.insert("maxLength".into(), MAX_PORT.into());
     object.insert("minimum".into(), 1.into());
     object.insert("maximum".into(), u16::MAX.into());
+    insert_validations(object, of_port());
 }
 
-/// `oneOf` of constants, each with its description, to `enum`.
+/// Turns `oneOf` of constants, each with its description, into `enum`.
 fn choices(object: &mut Map<String, Json>) {
     let Some(Json::Array(variants)) = object.remove("oneOf") else { return };
     let text = |variant: &Json| match (&variant["const"], &variant["enum"]) {

@@ -9,7 +9,6 @@ pub(super) fn pods<'c>(rule: &Rule, cluster: &'c Cluster) -> impl Iterator<Item 
     cluster.pods.iter().map(|(_, pod)| pod).filter(move |pod| {
         let of_namespace = match &rule.namespace_selector {
             None => true,
-            Some(selector) if is_empty(selector) => true,
             // Of a namespace that is not known yet nothing is: not even that a label is not there.
             Some(selector) => {
                 cluster.namespaces.get(&pod.namespace).is_some_and(|labels| matches(selector, labels))
@@ -17,10 +16,6 @@ pub(super) fn pods<'c>(rule: &Rule, cluster: &'c Cluster) -> impl Iterator<Item 
         };
         of_namespace && rule.pod_selector.as_ref().is_none_or(|selector| matches(selector, &pod.labels))
     })
-}
-
-fn is_empty(selector: &LabelSelector) -> bool {
-    selector.match_labels.is_empty() && selector.match_expressions.is_empty()
 }
 
 fn matches(selector: &LabelSelector, labels: &Labels) -> bool {
@@ -79,7 +74,7 @@ mod tests {
 
     fn selected(selectors: &str) -> String {
         let json = format!(
-            r#"{{"rules": [{{"name": "r", "direction": "inbound", "protocol": "tcp", {selectors}}}]}}"#
+            r#"{{"spec": {{"rules": [{{"name": "r", "direction": "inbound", "protocol": "tcp", "ports": [1], {selectors}}}]}}}}"#
         );
         let rules = crate::config::policy_rules(&json).unwrap();
         let cluster = cluster();
@@ -90,7 +85,7 @@ mod tests {
 
     #[test]
     fn every_requirement_must_hold() {
-        assert_eq!(selected(r#""podSelector": {}"#), "api new try web");
+        assert_eq!(selected(r#""podSelector": {"matchExpressions": [{"key": "none", "operator": "DoesNotExist"}]}"#), "api new try web");
         assert_eq!(selected(r#""podSelector": {"matchLabels": {"app": "api"}}"#), "api new try");
         assert_eq!(selected(r#""podSelector": {"matchLabels": {"app": "api", "zone": "a"}}"#), "api");
         let expression =
@@ -102,8 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_that_is_not_known_yet_matches_nothing_but_the_empty_selector() {
-        assert_eq!(selected(r#""namespaceSelector": {}"#), "api new try web");
+    fn a_namespace_that_is_not_known_yet_matches_no_selector() {
         assert_eq!(selected(r#""namespaceSelector": {"matchLabels": {"tier": "gold"}}"#), "api web");
         let not_gold =
             r#""namespaceSelector": {"matchExpressions": [{"key": "tier", "operator": "DoesNotExist"}]}"#;

@@ -81,13 +81,66 @@ fn ports_in_one_list_are_disjoint() {
 #[test]
 fn ports_are_1_to_65535_and_not_inverted() {
     assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: tcp, ports: [0, 65536, 9-1, http, -1], sourcePorts: []}\n"), @r#"
-    4:58 0: port 0 in `0` is not a port anyone can use; write ports from 1 to 65535
+    4:58 0: port 0 in `0` is reserved and never used on the wire; write ports from 1 to 65535
     4:61 65536: port 65536 in `65536` is above 65535; write ports from 1 to 65535
     4:68 9-1: port range `9-1` ends before it begins; write "1-9"
     4:73 http: `http` is not a port or a range of ports; write a number such as 40002, or a range such as "60001-60100", both ends included
     4:79 -1: `-1` is not a port or a range of ports; write a number such as 40002, or a range such as "60001-60100", both ends included
     4:97 []: the list of ports is empty; name at least one port, or remove the key
     "#);
+}
+
+#[test]
+fn ports_are_required_for_protocols_that_have_them() {
+    assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: tcp}\n  - {name: b, direction: inbound, protocol: udp, sourcePorts: 53}\n  - {name: c, direction: inbound, protocol: sctp}\n  - {name: d, direction: inbound, protocol: tcp, port: [80]}\n  - {name: e, direction: inbound, protocol: tcp, ports:}\n  - {name: f, direction: inbound, protocol: icmp}\n  - {name: g, direction: inbound, protocol: any}\n  - {name: h, direction: inbound, protocol: tcp, ports: ['1-65535']}\n"), @r#"
+    4:5 {name: a, direction: inbound, protocol: tcp}: rule `a` has no `ports`; write `ports`, such as ports: [40002]; for all of them: ports: ["1-65535"]
+    5:5 {name: b, direction: inbound, protocol: udp, sourcePorts: 53}: rule `b` has no `ports`; write `ports`, such as ports: [40002]; for all of them: ports: ["1-65535"]
+    6:5 {name: c, direction: inbound, protocol: sctp}: rule `c` has no `ports`; write `ports`, such as ports: [40002]; for all of them: ports: ["1-65535"]
+    7:50 port: unknown key `port`; did you mean `ports`?
+    8:55 : `ports` has no value; write ["60001-60100"], or remove it
+    "#);
+}
+
+#[test]
+fn numbers_with_leading_zeros_are_refused() {
+    assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: tcp, external: [192.168.031.0/24], ports: [010, '0080-90', 0x50]}\n"), @r"
+    4:61 192.168.031.0/24: `192.168.031.0/24` has a number with a leading zero, which some readers take for octal; write 192.168.31.0/24 if the numbers are decimal
+    4:88 010: `010` in `010` has a leading zero, which some readers take for octal; write 10 if it is decimal
+    4:93 '0080-90': `0080` in `0080-90` has a leading zero, which some readers take for octal; write 80 if it is decimal
+    4:104 0x50: `0x50` is hexadecimal; write 80, which is decimal
+    ");
+}
+
+#[test]
+fn selectors_have_requirements_that_a_pod_can_meet() {
+    let rule = |keys: &str| {
+        findings(&format!("{MINIMAL}kubernetes: {{}}\nrules: [{{name: a, direction: inbound, protocol: any, {keys}}}]\n"))
+    };
+    assert_snapshot!(rule("podSelector: {}, namespaceSelector: {matchLabels: {}}"), @r"
+    4:67 {}: an empty `podSelector` selects every pod; leave it out, or write `matchLabels` or `matchExpressions`
+    4:90 {matchLabels: {}}: an empty `namespaceSelector` selects every namespace; leave it out, or write `matchLabels` or `matchExpressions`
+    ");
+    assert_snapshot!(rule("podSelector: {matchLabel: {app: api}}"), @r"
+    4:68 matchLabel: unknown key `matchLabel`; did you mean `matchLabels`?
+    ");
+    assert_snapshot!(rule("podSelector: {matchLabels: {app: 'not a label!', 'not a key!': x}, matchExpressions: [{key: '', operator: NotIn, values: [x]}]}"), @r"
+    4:87 'not a label!': `not a label!` is not a label value, so no pod can have it; write at most 63 letters, digits, `-`, `_` and `.`, a letter or digit at both ends
+    4:117 x: `not a key!` is not a label key, so no pod can have it; write at most 63 letters, digits, `-`, `_` and `.`, a letter or digit at both ends, after an optional DNS name and `/`, such as app.kubernetes.io/name
+    4:146 '': `` is not a label key, so no pod can have it; write at most 63 letters, digits, `-`, `_` and `.`, a letter or digit at both ends, after an optional DNS name and `/`, such as app.kubernetes.io/name
+    ");
+}
+
+#[test]
+fn an_allow_that_a_deny_covers_is_warned_of() {
+    assert_snapshot!(rules("  - {name: all, direction: inbound, protocol: any, action: deny}\n  - {name: web, direction: inbound, protocol: tcp, ports: [443]}\n  - {name: ping, direction: inbound, protocol: icmp}\n  - {name: out, direction: outbound, protocol: any}\n"), @r"
+    warning: 5:5 {name: web, direction: inbound, protocol: tcp, ports: [443]}: rule `web` never matches: `all` denies all of it; remove `web`, or narrow `all`; a deny wins over every allow
+    warning: 6:5 {name: ping, direction: inbound, protocol: icmp}: rule `ping` never matches: `all` denies all of it; remove `ping`, or narrow `all`; a deny wins over every allow
+    ");
+    // Each of these has a flow that no deny matches.
+    assert_snapshot!(rules("  - {name: low, direction: inbound, protocol: tcp, ports: ['1-1023'], action: deny}\n  - {name: net, direction: inbound, protocol: any, external: [192.168.31.0/25], action: deny}\n  - {name: port, direction: inbound, protocol: any, ports: [7], action: deny}\n  - {name: a, direction: inbound, protocol: tcp, ports: ['1023-1024']}\n  - {name: b, direction: inbound, protocol: tcp, ports: [1024], external: [192.168.31.0/24]}\n  - {name: c, direction: inbound, protocol: icmp}\n"), @"");
+    assert_snapshot!(rules("  - {name: low, direction: inbound, protocol: tcp, ports: ['1-99', '100-1023'], pods: [10.200.1.0/25], action: deny}\n  - {name: a, direction: inbound, protocol: tcp, ports: ['80-200'], pods: [10.200.1.64/26], sourcePorts: [9]}\n"), @r"
+    warning: 5:5 {name: a, direction: inbound, protocol: tcp, ports: ['80-200'], pods: [10.200.1.64/26], sourcePorts: [9]}: rule `a` never matches: `low` denies all of it; remove `a`, or narrow `low`; a deny wins over every allow
+    ");
 }
 
 #[test]
@@ -123,7 +176,7 @@ fn a_misspelt_section_is_not_missing_as_well() {
     assert_snapshot!(findings("role: node\nnetworks: {pod: [10.200.1.0/24], external: [192.168.31.0/24]}\n"), @r"
     2:12 pod: unknown key `pod`; did you mean `pods`?
     ");
-    assert_snapshot!(rules("  - {nam: a, direction: inbound, protocol: tcp}\n"), @r"
+    assert_snapshot!(rules("  - {nam: a, direction: inbound, protocol: any}\n"), @r"
     4:6 nam: unknown key `nam`; did you mean `name`?
     ");
 }
@@ -131,7 +184,7 @@ fn a_misspelt_section_is_not_missing_as_well() {
 #[test]
 fn rule_names_are_unique_and_short_and_plain() {
     let long = "x".repeat(64);
-    assert_snapshot!(rules(&format!("  - {{name: a, direction: inbound, protocol: tcp}}\n  - {{name: a, direction: inbound, protocol: tcp}}\n  - {{name: a b/c, direction: inbound, protocol: tcp}}\n  - {{name: {long}, direction: inbound, protocol: tcp}}\n  - {{name: '', direction: inbound, protocol: tcp}}\n")), @r"
+    assert_snapshot!(rules(&format!("  - {{name: a, direction: inbound, protocol: any}}\n  - {{name: a, direction: inbound, protocol: any}}\n  - {{name: a b/c, direction: inbound, protocol: any}}\n  - {{name: {long}, direction: inbound, protocol: any}}\n  - {{name: '', direction: inbound, protocol: any}}\n")), @r"
     5:12 a: the name `a` is already taken by the rule at line 4; give each rule a name of its own: hit counters and iptables comments go by it
     6:12 a b/c: the rule's name contains ' '; use only letters, digits, `.`, `_` and `-`, such as a-b-c
     7:12 xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx: the rule's name has 64 bytes; shorten it to 63 bytes, such as xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
@@ -141,19 +194,18 @@ fn rule_names_are_unique_and_short_and_plain() {
 
 #[test]
 fn what_a_rule_lacks_is_named() {
-    assert_snapshot!(rules("  - name: a\n    ports: 80\n  - {}\n  - tcp\n"), @r"
-    4:5 name: a: `direction` is missing; add `direction:` with one of inbound, outbound
+    assert_snapshot!(rules("  - name: a\n    ports: 80\n  - {}\n  - tcp\n"), @r#"    4:5 name: a: `direction` is missing; add `direction:` with one of inbound, outbound
     4:5 name: a: `protocol` is missing; add `protocol:` with one of tcp, udp, sctp, icmp, any
     6:5 {}: `direction` is missing; add `direction:` with one of inbound, outbound
     6:5 {}: `name` is missing; add `name`, such as `name: devices-to-api`
     6:5 {}: `protocol` is missing; add `protocol:` with one of tcp, udp, sctp, icmp, any
-    7:5 tcp: an element of the list should be a mapping, not a single value; write {direction: inbound, name: devices-to-api, protocol: tcp}
-    ");
+    7:5 tcp: an element of the list should be a mapping, not a single value; write {direction: inbound, name: devices-to-api, ports: ["60001-60100"], protocol: tcp}
+    "#);
 }
 
 #[test]
 fn rule_networks_lie_inside_those_that_are_judged() {
-    assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: tcp, external: [192.168.32.0/24, 192.168.31.0/25], pods: [10.200.0.0/16]}\n  - {name: b, direction: inbound, protocol: tcp, external: []}\n"), @r"
+    assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: any, external: [192.168.32.0/24, 192.168.31.0/25], pods: [10.200.0.0/16]}\n  - {name: b, direction: inbound, protocol: any, external: []}\n"), @r"
     4:61 192.168.32.0/24: 192.168.32.0/24 is not inside `networks.external` (192.168.31.0/24), where alone packets are judged; write a network inside them, or add 192.168.32.0/24 to `networks.external`
     4:103 10.200.0.0/16: 10.200.0.0/16 is not inside `networks.pods` (10.200.1.0/24), where alone packets are judged; write a network inside them, or add 10.200.0.0/16 to `networks.pods`
     5:60 []: the list is empty, so rule `b` could match nothing; write at least one network, or remove the key for all of `networks.external`
@@ -162,19 +214,19 @@ fn rule_networks_lie_inside_those_that_are_judged() {
 
 #[test]
 fn a_rule_inside_two_neighbouring_networks_is_inside() {
-    assert_snapshot!(findings("role: node\nnetworks: {pods: [10.0.0.0/25, 10.0.0.128/25], external: [192.168.31.0/24]}\nrules: [{name: a, direction: inbound, protocol: tcp, pods: [10.0.0.0/24]}]\n"), @"");
+    assert_snapshot!(findings("role: node\nnetworks: {pods: [10.0.0.0/25, 10.0.0.128/25], external: [192.168.31.0/24]}\nrules: [{name: a, direction: inbound, protocol: any, pods: [10.0.0.0/24]}]\n"), @"");
 }
 
 #[test]
 fn ip_versions_that_cannot_meet() {
-    assert_snapshot!(findings("role: node\nnetworks: {pods: [10.200.1.0/24, 'fd00:1::/64'], external: [192.168.31.0/24, 'fd00:2::/64']}\nrules:\n  - {name: a, direction: inbound, protocol: tcp, external: [192.168.31.67/32], pods: ['fd00:1::/64']}\n  - {name: b, direction: inbound, protocol: tcp, external: [192.168.31.67/32]}\n"), @r"
-    4:5 {name: a, direction: inbound, protocol: tcp, external: [192.168.31.67/32], pods: ['fd00:1::/64']}: rule `a` can match nothing: its external side is IPv4 only, its pods IPv6 only; give both sides networks of the same IP version
+    assert_snapshot!(findings("role: node\nnetworks: {pods: [10.200.1.0/24, 'fd00:1::/64'], external: [192.168.31.0/24, 'fd00:2::/64']}\nrules:\n  - {name: a, direction: inbound, protocol: any, external: [192.168.31.67/32], pods: ['fd00:1::/64']}\n  - {name: b, direction: inbound, protocol: any, external: [192.168.31.67/32]}\n"), @r"
+    4:5 {name: a, direction: inbound, protocol: any, external: [192.168.31.67/32], pods: ['fd00:1::/64']}: rule `a` can match nothing: its external side is IPv4 only, its pods IPv6 only; give both sides networks of the same IP version
     ");
 }
 
 #[test]
 fn pods_by_label_need_a_cluster() {
-    assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: tcp, pods: [10.200.1.1/32], podSelector: {matchExpressions: [{key: app, operator: In}, {key: app, operator: Exists, values: [x]}]}}\n"), @r"
+    assert_snapshot!(rules("  - {name: a, direction: inbound, protocol: any, pods: [10.200.1.1/32], podSelector: {matchExpressions: [{key: app, operator: In}, {key: app, operator: Exists, values: [x]}]}}\n"), @r"
     4:86 {matchExpressions: [{key: app, operator: In}, {key: app, operator: Exists, values: [x]}]}: rule `a` has both `pods` and `podSelector`; keep one: `pods` for addresses, `podSelector` for labels
     4:86 {matchExpressions: [{key: app, operator: In}, {key: app, operator: Exists, values: [x]}]}: pods can be selected by label only with a `kubernetes` section; add `kubernetes: {}` (inside a cluster) or `kubernetes: {kubeconfig: PATH}`, or use `pods`
     4:106 {key: app, operator: In}: this operator needs values; add `values: [...]`
@@ -315,9 +367,9 @@ fn the_api_socket() {
 
 #[test]
 fn a_host_has_no_rules_and_a_context_needs_a_kubeconfig() {
-    assert_snapshot!(findings("role: host\nnodePorts: {}\nrules: [{name: a, direction: inbound, protocol: tcp}]\nkubernetes: {context: lab}\n"), @r"
+    assert_snapshot!(findings("role: host\nnodePorts: {}\nrules: [{name: a, direction: inbound, protocol: any}]\nkubernetes: {context: lab}\n"), @r"
     2:12 {}: `nodePorts` is enforced on a node, and this is a host; write `role: node`, or remove the section
-    3:8 [{name: a, direction: inbound, protocol: tcp}]: `rules` is enforced on a node, and this is a host; write `role: node`, or remove the section
+    3:8 [{name: a, direction: inbound, protocol: any}]: `rules` is enforced on a node, and this is a host; write `role: node`, or remove the section
     4:23 lab: `context` names a context of a kubeconfig, and none is given; add `kubeconfig: PATH`, or remove `context`
     ");
 }
@@ -328,7 +380,7 @@ fn a_key_without_a_value_is_a_slip() {
     3:11 : `kubernetes` has no value; write {}, or remove it
     4:11 ~: `portPool` has no value; write {ports: ["60001-60100"]}, or remove it
     5:14 null: `group` has no value; write TEXT, or remove it
-    7:4 : an element of the list has no value; write {direction: inbound, name: devices-to-api, protocol: tcp}, or remove it
+    7:4 : an element of the list has no value; write {direction: inbound, name: devices-to-api, ports: ["60001-60100"], protocol: tcp}, or remove it
     "#);
 }
 
@@ -350,7 +402,7 @@ fn yaml_that_is_none() {
     1:1 []: the configuration should be a mapping, not a list; write {role: node}
     ");
     assert_snapshot!(findings(&"[".repeat(5000)), @r"
-    1:33 : this is not YAML: recursion limit exceeded; nest less deeply
+    1:65 : this is not YAML: recursion limit exceeded; nest less deeply
     ");
 }
 
@@ -397,7 +449,7 @@ fn aliases_cannot_ask_for_all_memory() {
 #[test]
 fn only_so_many_are_kept() {
     let text =
-        format!("{MINIMAL}rules:\n{}", "  - {name: '', direction: inbound, protocol: tcp}\n".repeat(1500));
+        format!("{MINIMAL}rules:\n{}", "  - {name: '', direction: inbound, protocol: any}\n".repeat(1500));
     let error = parse(&text, None).unwrap_err();
     assert_eq!((error.0.list.len(), error.0.left_off), (1000, 500));
     assert!(error.to_string().ends_with("and 500 more"));

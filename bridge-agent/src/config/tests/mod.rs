@@ -77,7 +77,7 @@ fn a_rule_by_label_matches_nothing_until_its_pods_are_known() {
         "role: node
 networks: {external: [192.168.31.0/24]}
 kubernetes: {}
-rules: [{name: a, direction: inbound, protocol: tcp, podSelector: {matchLabels: {app: api}}}]
+rules: [{name: a, direction: inbound, protocol: any, podSelector: {matchLabels: {app: api}}}]
 ",
     )
     .policy();

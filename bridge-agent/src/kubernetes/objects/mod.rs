@@ -78,13 +78,15 @@ fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
 macro_rules! object {
     ($(#[$doc:meta])* $name:ident: $group:expr, $version:literal, $kind:literal, $plural:literal, $scope:ty {
         $($field:ident: $type:ty),* $(,)?
-    }) => {
+    } $($rest:ident)?) => {
         $(#[$doc])*
         #[derive(Clone, Debug, Deserialize)]
         pub(in crate::kubernetes) struct $name {
             #[serde(default, deserialize_with = "meta")]
             metadata: ObjectMeta,
             $(#[serde(default, deserialize_with = "or_default")] $field: $type,)*
+            // Every other key, so that a misspelt one is not lost.
+            $(#[serde(flatten)] $rest: serde_json::Map<String, Json>,)?
         }
 
         impl Resource for $name {
@@ -139,9 +141,9 @@ object! {
     /// `bridge.lan/v1alpha1` BridgePolicy. Its `spec` is read by the parser of the configuration file: one that is
     /// not valid must not keep the others from being read.
     PolicyObject: GROUP, "v1alpha1", "BridgePolicy", "bridgepolicies", ClusterResourceScope {
-        spec: Option<Json>,
         status: PolicyStatus,
     }
+    rest
 }
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
@@ -291,7 +293,7 @@ impl Followed for PolicyObject {
     const NAME: &'static str = "bridgepolicies";
 
     fn keep(self) -> Option<Policy> {
-        let json = self.spec.map_or_else(|| "{}".to_owned(), |spec| spec.to_string());
+        let json = Json::Object(self.rest).to_string();
         let condition = self.status.conditions.into_iter().find(|condition| condition.r#type == ACCEPTED);
         Some(Policy {
             generation: self.metadata.generation.unwrap_or_default(),
@@ -391,7 +393,7 @@ mod tests {
         assert_eq!((told.generation, told.accepted), (2, true));
         assert_eq!(
             policy.rules.unwrap_err(),
-            r#"rules[0].ports[0]: port range `9-1` ends before it begins; write "1-9""#
+            r#"spec.rules[0].ports[0]: port range `9-1` ends before it begins; write "1-9""#
         );
     }
 }
