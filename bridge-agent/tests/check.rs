@@ -133,3 +133,74 @@ fn a_reader_that_has_seen_enough_is_no_failure() {
     let status = agent(&["check", "--schema"]).stdout(writer).status().unwrap();
     assert_eq!(status.code(), Some(0));
 }
+
+const MANIFESTS: &str = "apiVersion: v1
+kind: Namespace
+metadata: {name: bridge-system}
+---
+apiVersion: bridge.lan/v1alpha1
+kind: BridgePolicy
+metadata: {name: devices}
+spec:
+  rules:
+  - name: to-api
+    direction: inbound
+    podSelector: {matchLabels: {app: api}}
+    protocol: tcp
+    ports: [40002]
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: bridge-agent}
+data:
+  bridge.yaml: |
+    role: node
+    networks: {external: [192.168.31.0/24]}
+    kubernetes: {}
+";
+
+#[test]
+fn policies_in_the_output_of_kustomize_are_checked() {
+    let output = run(&["check", "-"], MANIFESTS);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let expected = "<stdin> is valid:\n  BridgePolicy devices: 1 rules\n  bridge.yaml in ConfigMap bridge-agent\n  \
+                    1 objects of other kinds, not checked\n";
+    assert_eq!(stdout(&output), expected);
+    let said = json(&run(&["check", "--json", "-"], MANIFESTS));
+    assert_eq!(said["policies"], serde_json::json!([{ "name": "devices", "rules": 1 }]), "{said}");
+
+    // As JSON, and as a list.
+    let list = "{\"apiVersion\": \"v1\", \"kind\": \"List\", \"items\": [{\"apiVersion\": \"bridge.lan/v1alpha1\", \"kind\": \"BridgePolicy\",
+        \"metadata\": {\"name\": \"p\"}, \"spec\": {\"rules\": [{\"name\": \"r\", \"direction\": \"inbound\", \"protocol\": \"icmp\"}]}}]}";
+    let output = run(&["check", "-"], list);
+    assert!(stdout(&output).contains("BridgePolicy p: 1 rules"), "{}", stderr(&output));
+}
+
+#[test]
+fn mistakes_in_manifests_are_shown_with_their_lines() {
+    for (from, to, place, message) in [
+        ("ports: [40002]", "port: [40002]", "<stdin>:14:5", "did you mean `ports`?"),
+        ("ports: [40002]", "ports:", "<stdin>:14:10", "`ports` has no value"),
+        ("    ports: [40002]\n", "", "<stdin>:10:5", "has no `ports`"),
+        ("ports: [40002]", "ports: ['010']", "<stdin>:14:13", "leading zero"),
+        ("matchLabels: {app: api}", "matchLabel: {app: api}", "<stdin>:12:19", "did you mean `matchLabels`?"),
+        ("spec:\n", "mode: audit\nspec:\n", "<stdin>:8:1", "unknown key `mode`"),
+        (
+            "external: [192.168.31.0/24]",
+            "external: [192.168.31.1]",
+            "ConfigMap bridge-agent, bridge.yaml:2:23",
+            "prefix",
+        ),
+    ] {
+        let text = MANIFESTS.replace(from, to);
+        assert_ne!(text, MANIFESTS, "{from}");
+        let output = run(&["check", "-"], &text);
+        assert_eq!((output.status.code(), stdout(&output)), (Some(1), ""), "{to}");
+        for expected in [place, message] {
+            assert!(stderr(&output).contains(expected), "{to}: {expected}: {}", stderr(&output));
+        }
+    }
+    let none = run(&["check", "-"], "apiVersion: v1\nkind: Namespace\nmetadata: {name: x}\n");
+    assert_eq!(none.status.code(), Some(1));
+    assert!(stderr(&none).contains("none of these 1 objects is a BridgePolicy"), "{}", stderr(&none));
+}

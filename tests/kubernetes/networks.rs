@@ -12,8 +12,8 @@ use bridge_lab::wait::eventually;
 use serde_json::{Value, json};
 
 use crate::support::{
-    DEADLINE, EVERY_POD, OPEN, host_config, is_refused, node_config, policy, until_current, until_open, until_routes,
-    until_routes_within,
+    DEADLINE, EVERY_POD, OPEN, host_config, is_refused, node_config, policy, until_current, until_open,
+    until_routes, until_routes_within,
 };
 
 /// An agent that runs looks every minute whether definitions have come.

@@ -11,7 +11,8 @@ use bridge_lab::wait::eventually;
 use serde_json::{Value, json};
 
 use crate::support::{
-    DEADLINE, EVERY_POD, OPEN, cluster, node_config, on_host, policy, until, until_closed, until_current, until_open,
+    DEADLINE, EVERY_POD, OPEN, cluster, node_config, on_host, policy, until, until_closed, until_current,
+    until_open,
 };
 
 /// The port that the configuration on trial opens.
@@ -59,8 +60,7 @@ impl Trial {
         self.is_open(OPEN)?;
         self.server.kubectl(&["delete", "bridgepolicy", "open"], "")?;
         self.is_closed(OPEN)?;
-        self.server
-            .apply(&policy("other", EVERY_POD).replace(&OPEN.to_string(), &OTHER.to_string()))?;
+        self.server.apply(&policy("other", EVERY_POD).replace(&OPEN.to_string(), &OTHER.to_string()))?;
         self.is_open(OTHER)?;
         let addresses = ["192.168.31.18".into()];
         self.server.add_node_as("b2", &addresses, &["10.200.2.0/24".into()])?;

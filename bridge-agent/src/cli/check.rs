@@ -61,7 +61,8 @@ fn read(path: &Path) -> Result<(String, &Path), Error> {
 fn show_manifests(found: &Manifests, name: &Path, global: &Global) -> Result<(), Error> {
     if global.json {
         let policies = found.policies.iter();
-        let policies = policies.map(|(name, rules)| serde_json::json!({ "name": name, "rules": rules.len() }));
+        let policies =
+            policies.map(|(name, rules)| serde_json::json!({ "name": name, "rules": rules.len() }));
         return print_json(&serde_json::json!({
             "ok": true,
             "diagnostics": found.warnings.list,

@@ -77,12 +77,7 @@ impl LabelSelector {
 }
 
 /// Checks the selector at `path`, which is the value of `key`.
-pub(super) fn check_selector(
-    key: &str,
-    selector: &LabelSelector,
-    path: &Path<'_>,
-    report: &mut Report<'_>,
-) {
+pub(super) fn check_selector(key: &str, selector: &LabelSelector, path: &Path<'_>, report: &mut Report<'_>) {
     if selector.is_empty() && report.intact(path) {
         let all = if key == "podSelector" { "pod" } else { "namespace" };
         report.error(
@@ -138,10 +133,7 @@ fn is_name(text: &str) -> bool {
 fn is_subdomain(text: &str) -> bool {
     let is_label = |label: &str| {
         let inside = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        !label.is_empty()
-            && label.chars().all(inside)
-            && !label.starts_with('-')
-            && !label.ends_with('-')
+        !label.is_empty() && label.chars().all(inside) && !label.starts_with('-') && !label.ends_with('-')
     };
     text.len() <= MAX_PREFIX && text.split('.').all(is_label)
 }

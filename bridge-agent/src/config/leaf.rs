@@ -241,7 +241,15 @@ mod tests {
 
     #[test]
     fn socket_address_needs_a_port() {
-        for bad in ["127.0.0.1", "127.0.0.1:0", ":9469", "localhost:9469", "127.0.0.1:65536", "::1:9469:", "127.0.0.1:09469"] {
+        for bad in [
+            "127.0.0.1",
+            "127.0.0.1:0",
+            ":9469",
+            "localhost:9469",
+            "127.0.0.1:65536",
+            "::1:9469:",
+            "127.0.0.1:09469",
+        ] {
             assert!(SocketAddress::parse(bad).is_err(), "{bad}");
         }
         assert_eq!(SocketAddress::parse("[::1]:9469").unwrap().to_string(), "[::1]:9469");

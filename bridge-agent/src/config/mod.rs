@@ -46,6 +46,7 @@ pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, 
 pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
 pub use kubernetes::{Kubernetes, PodNetworks};
+pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
 pub use network::{HostOrNetwork, Network};
 pub use networks::Networks;
 pub use node_ports::NodePorts;
@@ -56,7 +57,6 @@ pub use report::{ConfigErrors, Diagnostic, Diagnostics};
 pub use resource::GROUP;
 pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
 pub use routes::{Discovery, Health, Routes};
-pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
 pub use rules::{MAX_RULES, Rule, RuleName};
 pub(crate) use shape::inlined_schema_of as schema_of;
 pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};

@@ -117,9 +117,14 @@ pub(crate) fn manifests(text: &str, file: &FilePath) -> Result<Manifests, Config
     for object in yaml::parse_stream(text, &mut findings).unwrap_or_default().into_iter().flat_map(items) {
         found.object(object, file, &mut findings, &mut nested);
     }
-    if found.policies.is_empty() && found.configs.is_empty() && !findings.has_errors() && nested.list.is_empty() {
+    if found.policies.is_empty()
+        && found.configs.is_empty()
+        && !findings.has_errors()
+        && nested.list.is_empty()
+    {
         let message = format!("none of these {} objects is a {POLICY} of {GROUP}", found.skipped);
-        let help = format!("write `apiVersion: {GROUP}/v1alpha1` and `kind: {POLICY}`, or check another file");
+        let help =
+            format!("write `apiVersion: {GROUP}/v1alpha1` and `kind: {POLICY}`, or check another file");
         findings.push(Severity::Error, &Path::Root, None, Problem::new(message, help));
     }
     let failed = findings.has_errors() || nested.list.iter().any(|found| found.severity == Severity::Error);
@@ -138,8 +143,12 @@ fn items(object: Node<'_>) -> Vec<Node<'_>> {
     let is_list = object.get("kind").and_then(Node::scalar).is_some_and(|kind| kind.ends_with("List"));
     match object.value {
         Value::Map(entries) if is_list => {
-            let items = entries.into_iter().filter(|(key, _)| key.name == "items").map(|(_, items)| items.value);
-            items.filter_map(|items| if let Value::List(items) = items { Some(items) } else { None }).flatten().collect()
+            let items =
+                entries.into_iter().filter(|(key, _)| key.name == "items").map(|(_, items)| items.value);
+            items
+                .filter_map(|items| if let Value::List(items) = items { Some(items) } else { None })
+                .flatten()
+                .collect()
         }
         value => vec![Node { value, ..object }],
     }
@@ -168,7 +177,8 @@ impl Manifests {
             return;
         }
         let config = object.get("data").and_then(|data| data.get(CONFIG_KEY)).and_then(Node::scalar);
-        let Some(config) = config.filter(|_| text("apiVersion") == "v1" && text("kind") == "ConfigMap") else {
+        let Some(config) = config.filter(|_| text("apiVersion") == "v1" && text("kind") == "ConfigMap")
+        else {
             self.skipped += 1;
             return;
         };

@@ -240,7 +240,8 @@ impl Rule {
     fn check(&self, path: &Path<'_>, context: &Context, report: &mut Report<'_>) {
         self.check_selectors(path, context, report);
         self.check_ports(path, context, report);
-        let external = self.side(&path.key("external"), self.external.as_deref(), "external", context, report);
+        let external =
+            self.side(&path.key("external"), self.external.as_deref(), "external", context, report);
         let pods = self.side(&path.key("pods"), self.pods.as_deref(), "pods", context, report);
         if let (Some(external), Some(pods)) = (external, pods)
             && report.intact(path)

@@ -21,7 +21,8 @@ pub(super) fn check(rules: &[Rule], path: &Path<'_>, report: &mut Report<'_>) {
         left = rest;
         if let Some(deny) = denies.iter().find(|deny| covers(deny, rule)) {
             let message = format!("rule `{}` never matches: `{}` denies all of it", rule.name, deny.name);
-            let help = format!("remove `{}`, or narrow `{}`; a deny wins over every allow", rule.name, deny.name);
+            let help =
+                format!("remove `{}`, or narrow `{}`; a deny wins over every allow", rule.name, deny.name);
             report.warn(&path.index(index), Problem::new(message, help));
         }
     }
@@ -45,7 +46,8 @@ fn covers_protocol(wide: &Rule, narrow: &Rule) -> bool {
 
 fn covers_pods(wide: &Rule, narrow: &Rule) -> bool {
     if wide.selects() {
-        return (&wide.pod_selector, &wide.namespace_selector) == (&narrow.pod_selector, &narrow.namespace_selector);
+        return (&wide.pod_selector, &wide.namespace_selector)
+            == (&narrow.pod_selector, &narrow.namespace_selector);
     }
     match &wide.pods {
         None => true,
@@ -67,6 +69,7 @@ fn covers_networks(wide: Option<&[Network]>, narrow: Option<&[Network]>) -> bool
 fn covers_ports(wide: Option<&Ports>, narrow: Option<&Ports>) -> bool {
     let Some(wide) = wide.map(Ports::normalised) else { return true };
     let narrow = narrow.map_or_else(|| vec![PortRange { first: 1, last: u16::MAX }], Ports::normalised);
-    let contains = |inner: &PortRange| wide.iter().any(|outer| outer.first <= inner.first && inner.last <= outer.last);
+    let contains =
+        |inner: &PortRange| wide.iter().any(|outer| outer.first <= inner.first && inner.last <= outer.last);
     narrow.iter().all(contains)
 }

@@ -29,7 +29,8 @@ fn pod(app: &str, address: &str) -> Option<Pod> {
 }
 
 fn policy(rules: &str) -> Option<Policy> {
-    let rules = crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#)).map_err(|error| error.to_string());
+    let rules =
+        crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#)).map_err(|error| error.to_string());
     Some(Policy { generation: 1, rules, told: None })
 }
 

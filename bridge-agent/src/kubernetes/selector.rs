@@ -85,7 +85,10 @@ mod tests {
 
     #[test]
     fn every_requirement_must_hold() {
-        assert_eq!(selected(r#""podSelector": {"matchExpressions": [{"key": "none", "operator": "DoesNotExist"}]}"#), "api new try web");
+        assert_eq!(
+            selected(r#""podSelector": {"matchExpressions": [{"key": "none", "operator": "DoesNotExist"}]}"#),
+            "api new try web"
+        );
         assert_eq!(selected(r#""podSelector": {"matchLabels": {"app": "api"}}"#), "api new try");
         assert_eq!(selected(r#""podSelector": {"matchLabels": {"app": "api", "zone": "a"}}"#), "api");
         let expression =

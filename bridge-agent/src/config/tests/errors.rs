@@ -114,7 +114,9 @@ fn numbers_with_leading_zeros_are_refused() {
 #[test]
 fn selectors_have_requirements_that_a_pod_can_meet() {
     let rule = |keys: &str| {
-        findings(&format!("{MINIMAL}kubernetes: {{}}\nrules: [{{name: a, direction: inbound, protocol: any, {keys}}}]\n"))
+        findings(&format!(
+            "{MINIMAL}kubernetes: {{}}\nrules: [{{name: a, direction: inbound, protocol: any, {keys}}}]\n"
+        ))
     };
     assert_snapshot!(rule("podSelector: {}, namespaceSelector: {matchLabels: {}}"), @r"
     4:67 {}: an empty `podSelector` selects every pod; leave it out, or write `matchLabels` or `matchExpressions`

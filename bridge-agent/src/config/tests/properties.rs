@@ -62,7 +62,8 @@ fn rule() -> impl Strategy<Value = Rule> {
         .prop_map(|(name, direction, external, pods, protocol, ports, source_ports, action)| {
             let has_ports = protocol != Protocol::Icmp;
             let needs_ports = has_ports && protocol != Protocol::Any;
-            let ports = ports.or_else(|| needs_ports.then(|| Ports(vec![PortItem::parse("1-65535").unwrap()])));
+            let ports =
+                ports.or_else(|| needs_ports.then(|| Ports(vec![PortItem::parse("1-65535").unwrap()])));
             Rule {
                 name: RuleName::parse(&name).unwrap(),
                 direction,
