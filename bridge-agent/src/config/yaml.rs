@@ -168,14 +168,11 @@ impl<'s> Builder<'s, '_> {
 
     /// Something stood here that cannot be used.
     fn unusable(&mut self, at: Span) {
-        match self.open.last_mut() {
-            Some(open) => {
-                open.damaged = true;
-                if open.key.take().is_none() && matches!(open.value, Value::Map(_)) {
-                    open.key = Some(Key { name: Cow::Borrowed(""), at });
-                }
+        if let Some(open) = self.open.last_mut() {
+            open.damaged = true;
+            if open.key.take().is_none() && matches!(open.value, Value::Map(_)) {
+                open.key = Some(Key { name: Cow::Borrowed(""), at });
             }
-            None => {}
         }
     }
 
