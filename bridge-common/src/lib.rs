@@ -10,7 +10,7 @@ pub mod filter;
 pub mod pool;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Marks types that may be copied from and to a BPF map as bytes, and asserts their size.
 macro_rules! plain_old_data {

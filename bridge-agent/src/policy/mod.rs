@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use bridge_common::filter::policy::{
-    AddressInfo, Narrow, Page, PairKey, PairSets, RuleInfo, RuleSet, direction, reference as abi, side,
+    AddressInfo, PortIntervals, PortPage, PairKey, PairSets, RuleInfo, RuleSet, direction, reference as abi, side,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -53,9 +53,9 @@ pub struct Tables {
     /// By index; the first says "no rule matches".
     pub rule_sets: Vec<RuleSet>,
     /// By index.
-    pub narrows: Vec<Narrow>,
+    pub narrows: Vec<PortIntervals>,
     /// By index; the first is not used.
-    pub pages: Vec<Page>,
+    pub pages: Vec<PortPage>,
     /// By index: the rules of the policy, then [`NODE_PORTS_RULE`], if NodePorts are judged.
     pub rules: Vec<RuleInfo>,
     /// For [`bridge_common::filter::control::Settings::global_sets`].

@@ -86,12 +86,12 @@ fn resolve(tables: &Tables, root: u32, port: u16) -> u32 {
     let [high, low] = port.to_be_bytes().map(usize::from);
     match reference::tag(root) {
         reference::LEAF => root,
-        reference::NARROW => {
+        reference::INTERVALS => {
             let narrow = &tables.narrows[value];
             let slot = narrow.first.iter().filter(|&&first| first <= port).count() - 1;
             narrow.references[slot]
         }
-        reference::WIDE => {
+        reference::DIRECTORY => {
             let entry = tables.pages[value].references[high];
             if reference::tag(entry) == reference::PAGE {
                 tables.pages[(entry & reference::VALUE) as usize].references[low]

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use bridge_common::filter::policy::{NARROW_WIDTH, Narrow, Page, RuleSet, reference};
+use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, RuleSet, reference};
 
 use super::intern::Interner;
 use super::ports::{BY_SOURCE, Cell, Interval, Ports, leaf};
@@ -18,7 +18,7 @@ pub(super) struct Emitter<'a> {
     rule_sets: Vec<RuleSet>,
     /// Index in `rule_sets`, by table.
     sets: HashMap<u32, u32>,
-    narrows: Vec<Narrow>,
+    narrows: Vec<PortIntervals>,
     pages: Interner<Runs>,
     /// By partition; 0: not written yet.
     references: Vec<u32>,
@@ -64,7 +64,7 @@ impl<'a> Emitter<'a> {
             return Err(Error::TooManyPages { pages });
         }
         let pages = self.pages.values().iter().map(|runs| {
-            let mut page = Page { references: [0; 256] };
+            let mut page = PortPage { references: [0; 256] };
             for (index, &(first, reference)) in runs.iter().enumerate() {
                 let end = runs.get(index + 1).map_or(256, |&(next, _)| usize::from(next));
                 page.references[usize::from(first)..end].fill(reference);
@@ -82,7 +82,7 @@ impl<'a> Emitter<'a> {
         }
         let intervals = self.ports.partition(partition);
         let reference =
-            if intervals.len() <= NARROW_WIDTH { self.narrow(intervals) } else { self.wide(intervals) };
+            if intervals.len() <= INTERVALS { self.narrow(intervals) } else { self.wide(intervals) };
         self.references[partition as usize] = reference;
         reference
     }
@@ -92,15 +92,15 @@ impl<'a> Emitter<'a> {
     }
 
     fn narrow(&mut self, intervals: &[Interval]) -> u32 {
-        let mut narrow = Narrow { first: [0; NARROW_WIDTH], references: [0; NARROW_WIDTH], padding: 0 };
-        for slot in 0..NARROW_WIDTH {
+        let mut narrow = PortIntervals { first: [0; INTERVALS], references: [0; INTERVALS], padding: 0 };
+        for slot in 0..INTERVALS {
             let interval = intervals[slot.min(intervals.len() - 1)];
             narrow.first[slot] = interval.first;
             narrow.references[slot] = self.reference(interval.cell);
         }
         let index = u32::try_from(self.narrows.len()).expect("no more than partitions");
         self.narrows.push(narrow);
-        reference::NARROW | index
+        reference::INTERVALS | index
     }
 
     fn wide(&mut self, intervals: &[Interval]) -> u32 {
@@ -129,6 +129,6 @@ impl<'a> Emitter<'a> {
                 directory.push((block, entry));
             }
         }
-        reference::WIDE | self.pages.number(Rc::from(directory))
+        reference::DIRECTORY | self.pages.number(Rc::from(directory))
     }
 }

@@ -18,19 +18,19 @@ pub const LIFETIME_TICKS: u32 = ticks(500_000_000);
 pub const WAYS: usize = 2;
 
 /// Most sets of [`WAYS`] entries that a CPU has. A power of two, as is what the loader makes of it.
-pub const MOST_SETS: u32 = 1 << 15;
+pub const MAX_SETS: u32 = 1 << 15;
 
-/// Most sets of all CPUs together, of 64 bytes each, unless there are so many CPUs that each has [`LEAST_SETS`].
-pub const MOST_SETS_TOGETHER: u32 = 1 << 18;
+/// Most sets of all CPUs together, of 64 bytes each, unless there are so many CPUs that each has [`MIN_SETS`].
+pub const MAX_SETS_TOGETHER: u32 = 1 << 18;
 
 /// Least sets of a CPU.
-pub const LEAST_SETS: u32 = 1 << 10;
+pub const MIN_SETS: u32 = 1 << 10;
 
 /// How many sets each of `cpus` CPUs has.
 #[must_use]
 pub const fn sets(cpus: u32) -> u32 {
-    let mut sets = MOST_SETS;
-    while sets > LEAST_SETS && sets.saturating_mul(cpus) > MOST_SETS_TOGETHER {
+    let mut sets = MAX_SETS;
+    while sets > MIN_SETS && sets.saturating_mul(cpus) > MAX_SETS_TOGETHER {
         sets /= 2;
     }
     sets
@@ -83,10 +83,10 @@ mod tests {
 
     #[test]
     fn sets_are_bounded_together() {
-        assert_eq!(sets(1), MOST_SETS);
-        assert_eq!(sets(8), MOST_SETS);
-        assert_eq!(sets(9), MOST_SETS / 2);
-        assert_eq!(sets(256), LEAST_SETS);
-        assert_eq!(sets(u32::MAX), LEAST_SETS);
+        assert_eq!(sets(1), MAX_SETS);
+        assert_eq!(sets(8), MAX_SETS);
+        assert_eq!(sets(9), MAX_SETS / 2);
+        assert_eq!(sets(256), MIN_SETS);
+        assert_eq!(sets(u32::MAX), MIN_SETS);
     }
 }

@@ -91,11 +91,11 @@ pub mod reference {
     pub const VALUE: u32 = (1 << 30) - 1;
     /// A verdict: 0 is "no rule matches", else [`DENY`] and the index of the rule plus one.
     pub const LEAF: u32 = 0;
-    /// Index of a [`super::Narrow`].
-    pub const NARROW: u32 = 1 << 30;
-    /// Index of a [`super::Page`] by the high byte of the port; its entries are references.
-    pub const WIDE: u32 = 2 << 30;
-    /// Only inside the page of a [`WIDE`]: index of a [`super::Page`] by the low byte of the port.
+    /// Index of a [`super::PortIntervals`].
+    pub const INTERVALS: u32 = 1 << 30;
+    /// Index of a [`super::PortPage`] by the high byte of the port; its entries are references.
+    pub const DIRECTORY: u32 = 2 << 30;
+    /// Only inside the page of a [`DIRECTORY`]: index of a [`super::PortPage`] by the low byte of the port.
     pub const PAGE: u32 = 3 << 30;
     /// In a leaf: the rule denies.
     pub const DENY: u32 = 1 << 29;
@@ -110,25 +110,25 @@ pub mod reference {
     }
 }
 
-/// How many intervals a [`Narrow`] holds.
-pub const NARROW_WIDTH: usize = 10;
+/// How many intervals a [`PortIntervals`] holds.
+pub const INTERVALS: usize = 10;
 
 /// A partition of the ports into few intervals: one cache line.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Narrow {
+pub struct PortIntervals {
     /// First port of each interval, host byte order, ascending; the first is 0. Unused ones repeat the last.
-    pub first: [u16; NARROW_WIDTH],
+    pub first: [u16; INTERVALS],
     /// What holds in each interval. Unused ones repeat the last.
-    pub references: [u32; NARROW_WIDTH],
+    pub references: [u32; INTERVALS],
     /// Zero.
     pub padding: u32,
 }
 
-/// A table of 256 references; see [`reference::WIDE`].
+/// A table of 256 references; see [`reference::DIRECTORY`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Page {
+pub struct PortPage {
     /// By high or low byte of the port.
     pub references: [u32; 256],
 }
@@ -160,8 +160,8 @@ crate::plain_old_data!(
     PairKey: 8,
     PairSets: 8,
     RuleSet: 20,
-    Narrow: 64,
-    Page: 1024,
+    PortIntervals: 64,
+    PortPage: 1024,
     RuleHits: 16,
     RuleInfo: 72,
 );

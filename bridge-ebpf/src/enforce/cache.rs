@@ -1,7 +1,5 @@
-//! The flow cache: packets of flows that this CPU has lately let through, judged by one line of memory. See
+//! The flow cache: verdicts of this CPU on packets of established flows, one cache line each. See
 //! `bridge_common::filter::flow_cache`.
-
-use core::arch::asm;
 
 use aya_ebpf::{
     Global,
@@ -10,102 +8,41 @@ use aya_ebpf::{
 };
 use bridge_common::filter::{
     counters::Reason,
-    fast_path::{Lease, Outcome, ticks},
+    fast_path::{Outcome, ticks},
     flow::{Flow, FlowKey},
-    flow_cache::{LIFETIME_TICKS, MOST_SETS, WAYS, stamp_index, stamp_of},
+    flow_cache::{LIFETIME_TICKS, MAX_SETS, WAYS, stamp_index, stamp_of},
 };
+
+use bridge_ebpf::atomic;
 
 use crate::{
-    NEXT, fast_path,
-    judge::Active,
-    maps::{FLOW_CACHE, FLOW_STAMPS, Scratch, scratch},
+    active::Active,
+    cache_set::{Entry, NO_PATH},
+    fast_path,
+    maps::{FLOW_CACHE, FLOW_STAMPS, Route, Scratch, scratch},
     mark,
-    packet::{self, Headers},
+    parse::fast::{Headers, established_v4},
     paths, report,
+    verdict::NEXT,
 };
 
-/// How many sets each CPU has, a power of two. Set by the loader.
+/// Sets of each CPU, a power of two. Set by the loader.
 #[unsafe(no_mangle)]
-static FLOW_CACHE_SETS: Global<u32> = Global::new(MOST_SETS);
+static FLOW_CACHE_SETS: Global<u32> = Global::new(MAX_SETS);
 
-/// Packets of one direction of a flow pass.
-#[repr(C, align(8))]
-#[derive(Clone, Copy)]
-pub(crate) struct Entry {
-    /// Addresses and ports, as they lie in the headers.
-    source: u32,
-    destination: u32,
-    ports: u32,
-    protocol: u8,
-    /// Where packets come in: what comes from a pod's interface cannot be of a LAN host.
-    hook: u8,
-    /// Of the flow.
-    direction: u8,
-    padding: u8,
-    /// Of the policy.
-    generation: u32,
-    /// The flow's, from before it was looked up; its lower half.
-    stamp: u32,
-    /// Until when it is good, in `ticks`.
-    expires: u32,
-    /// Index of the path that packets take; [`NO_PATH`]: the network stack's.
-    path: u16,
-    padding_after: u16,
-}
-
-const NO_PATH: u16 = u16::MAX;
-
-/// One of so many misses takes the place of another flow, where there is no free one.
+/// A miss evicts a live entry with probability 1 / `TRIES`.
 const TRIES: u32 = 8;
 
-/// The entries that one hash value leads to.
-#[repr(C, align(64))]
-pub(crate) struct Set {
-    ways: [Entry; WAYS],
-}
-const _: () = assert!(size_of::<Set>() == 64);
-
-/// Where in the cache the flow of a packet belongs.
-#[repr(C)]
-pub(crate) struct Place {
-    entry: Entry,
-    /// Index of the set.
-    set: u32,
-    /// 0: the cache is not for packets like this one.
-    known: u32,
-}
-
-impl Entry {
-    #[inline(always)]
-    fn is_of(&self, packet: &Self) -> bool {
-        self.source == packet.source
-            && self.destination == packet.destination
-            && self.ports == packet.ports
-            && self.protocol == packet.protocol
-            && self.hook == packet.hook
-    }
-
-    #[inline(always)]
-    fn is_good(&self, packet: &Self, now: u32) -> bool {
-        self.generation == packet.generation && self.stamp == packet.stamp && self.is_fresh(now)
-    }
-
-    #[inline(always)]
-    fn is_fresh(&self, now: u32) -> bool {
-        self.expires.wrapping_sub(now).wrapping_sub(1) < LIFETIME_TICKS
-    }
-}
-
-/// What [`serve`] returns of a packet that it knows nothing of.
+/// Returned by [`serve`] on a cache miss.
 pub(crate) const MISS: i32 = i32::MIN;
 
-/// Lets a packet through by the cache: what to return from the program, or [`MISS`].
+/// Judges a packet by the cache. Returns the TC action, or [`MISS`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn serve(skb: *mut __sk_buff, hook: u32) -> i32 {
     let Some(Scratch { place, .. }) = scratch() else { return MISS };
     place.known = 0;
-    let Some(plain) = packet::established_v4(skb) else { return MISS };
+    let Some(plain) = established_v4(skb) else { return MISS };
     let Some(active) = Active::get() else { return MISS };
     let [source_port, destination_port] = plain.ports();
     let stamp = stamp_index(plain.source, plain.destination, [source_port, destination_port]);
@@ -155,7 +92,7 @@ fn set_index(packet: &Entry) -> u32 {
     cpu * sets + ((mixed >> 40) as u32 & (sets - 1))
 }
 
-/// What becomes of a packet of this entry; [`MISS`]: its way must be learnt.
+/// Passes a packet of this entry; [`MISS`]: its path must be learned.
 #[inline(always)]
 fn pass(skb: *mut __sk_buff, entry: &Entry, headers: &Headers, active: &Active) -> i32 {
     // SAFETY: the context is valid while the program runs.
@@ -178,11 +115,10 @@ fn pass(skb: *mut __sk_buff, entry: &Entry, headers: &Headers, active: &Active) 
     action
 }
 
-/// Remembers that packets like the one in [`scratch`], which [`serve`] did not know, pass: by the path of a lease that
-/// holds, or by the network stack.
+/// Enters a verdict after a miss: packets like the one in [`scratch`] pass by its route.
 #[inline(always)]
-pub(crate) fn remember(flow: &mut Flow, lease: Option<&Lease>, now: u64) {
-    let Some(Scratch { place, packet, .. }) = scratch() else { return };
+pub(crate) fn remember(flow: &mut Flow, now: u64) {
+    let Some(Scratch { place, packet, route, .. }) = scratch() else { return };
     if place.known == 0 || !flow.is_settled(packet.protocol) {
         return;
     }
@@ -192,14 +128,17 @@ pub(crate) fn remember(flow: &mut Flow, lease: Option<&Lease>, now: u64) {
     let ticks = ticks(now);
     let mut expires = ticks.wrapping_add(LIFETIME_TICKS);
     let mut path = NO_PATH;
-    if let Some(lease) = lease {
-        path = lease.path;
-        if expires.wrapping_sub(lease.expires) < LIFETIME_TICKS {
-            expires = lease.expires;
+    match route.kind {
+        Route::UNKNOWN => return,
+        Route::PATH => {
+            path = route.lease.path;
+            if expires.wrapping_sub(route.lease.expires) < LIFETIME_TICKS {
+                expires = route.lease.expires;
+            }
         }
+        _ => {}
     }
-    // Where others have all the places, few of those that miss take one: else all of them would, and all would miss. A flow
-    // of many packets is soon among them.
+    // If every miss evicted an entry of a full set, three flows would evict each other at every packet.
     // SAFETY: no precondition.
     let chance = unsafe { bpf_get_prandom_u32() } % (TRIES * WAYS as u32);
     for (index, way) in (0..).zip(&mut set.ways) {
@@ -212,13 +151,13 @@ pub(crate) fn remember(flow: &mut Flow, lease: Option<&Lease>, now: u64) {
     }
 }
 
-/// To be called after a flow was taken from the flow table, or is settled there no longer.
+/// Invalidates the entries of a flow. Call after the flow is removed or leaves its settled state.
 #[inline(always)]
 pub(crate) fn forget(key: &FlowKey) {
     if let Some(index) = stamp_of(key)
         && let Some(stamp) = FLOW_STAMPS.get_ptr_mut(index)
     {
         // SAFETY: a valid element, aligned as its type; the instruction touches it alone.
-        unsafe { asm!("lock *(u64 *)({p} + 0) += {v}", p = in(reg) stamp, v = in(reg) 1u64) };
+        unsafe { atomic::add(stamp, 1) };
     }
 }

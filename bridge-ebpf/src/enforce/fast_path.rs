@@ -1,6 +1,6 @@
 //! The fast path: packets of established flows, from interface to interface past the network stack.
 //!
-//! [`learn`] sees where the stack brings the packets of a flow, [`forward`] does the same without it. See
+//! [`learn`] observes where the network stack sends the packets of a flow, [`forward`] sends them there without it. See
 //! `bridge_common::filter::fast_path`.
 
 use aya_ebpf::{
@@ -15,12 +15,15 @@ use bridge_common::filter::{
     policy::direction,
 };
 
+use bridge_ebpf::protocol;
+
 use crate::{
-    NEXT, cache,
-    maps::{FAST_PATH, INTERFACES, OUTCOMES, Scratch, scratch},
+    maps::{FAST_PATH, INTERFACES, OUTCOMES, Route, Scratch, scratch},
     mark,
-    packet::{Headers, Packet, protocol, tcp},
+    packet::{Packet, tcp},
+    parse::fast::Headers,
     paths::{held, place},
+    verdict::NEXT,
 };
 
 const ETHERNET: u32 = 14;
@@ -31,13 +34,13 @@ const BPF_F_RECOMPUTE_CSUM: u64 = 1;
 /// The Ethernet header has the address of the interface (linux/if_packet.h): an interface in promiscuous mode hears more.
 const PACKET_HOST: u32 = 0;
 
-/// Whether flows may take the fast path at all, and the epoch.
+/// Returns the control word if flows may take the fast path.
 #[inline(always)]
 pub(crate) fn control(now: u64) -> Option<&'static Control> {
     FAST_PATH.get(0).filter(|control| control.until > now)
 }
 
-/// Why a packet of a flow cannot take the fast path, whatever its way.
+/// Returns why a packet of a flow cannot take any path.
 #[inline(always)]
 fn obstacle(control: &Control, flow: &Flow, packet: &Packet) -> Option<Outcome> {
     if !matches!(packet.protocol, protocol::TCP | protocol::UDP) {
@@ -56,21 +59,26 @@ fn obstacle(control: &Control, flow: &Flow, packet: &Packet) -> Option<Outcome> 
     None
 }
 
-/// Sends the packet of [`scratch`], of an established flow, on its way, if the way is known, or lets it go the normal one.
-/// What to return from the program.
+/// Forwards the packet of [`scratch`], of an established flow, by its path if one is known, else passes it to the network
+/// stack. Returns the TC action, and notes the route in [`scratch`].
 ///
-/// A subprogram, as `judge::judge_unknown`: what it has on its stack is not there for others.
+/// A subprogram, as `judge::judge_unknown`: its stack is free again for others afterwards.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u32, now: u64) -> i32 {
     // SAFETY: a valid element, or null as far as the verifier knows.
     let Some(flow) = (unsafe { flow.as_mut() }) else { return NEXT };
-    let Some(Scratch { packet, .. }) = scratch() else { return NEXT };
-    let way = leased(packet, flow, from_lan != 0, now);
-    if !matches!(way, Err(outcome) if outcome as u8 != Outcome::off as u8) {
-        cache::remember(flow, way.as_ref().ok().map(|(lease, _)| lease), now);
-    }
-    let sent = way.and_then(|(_, path)| {
+    let Some(Scratch { packet, route, .. }) = scratch() else { return NEXT };
+    let leased = leased(packet, flow, from_lan != 0, now);
+    route.kind = match &leased {
+        Ok((lease, _)) => {
+            route.lease = *lease;
+            Route::PATH
+        }
+        Err(Outcome::off) => Route::STACK,
+        Err(_) => Route::UNKNOWN,
+    };
+    let sent = leased.and_then(|(_, path)| {
         let l4_header = if packet.protocol == protocol::TCP { packet.tcp_header } else { 8 };
         let headers = Headers { head: packet.head, version: packet.version, length: packet.l4 + l4_header };
         send(skb, &headers, &path, flow.direction)
@@ -78,14 +86,14 @@ pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *mut Flow, from_lan:
     conclude(skb, flow.direction, sent)
 }
 
-/// Sends a packet of a flow of this direction by a path that it holds. What to return from the program.
+/// Sends a packet of a flow of this direction by a path that it holds. Returns the TC action.
 #[inline(always)]
 pub(crate) fn forward_by(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> i32 {
     conclude(skb, direction, send(skb, headers, path, direction))
 }
 
-/// Counts what became of a packet of a flow of this direction, and marks it if there is nothing to be learnt from it. What to
-/// return from the program.
+/// Counts the outcome of a packet of a flow of this direction, and marks the packet if it teaches no path. Returns the TC
+/// action.
 #[inline(always)]
 pub(crate) fn conclude(skb: *mut __sk_buff, direction: u8, sent: Result<i32, Outcome>) -> i32 {
     // SAFETY: the context is valid while the program runs.
@@ -103,17 +111,17 @@ pub(crate) fn conclude(skb: *mut __sk_buff, direction: u8, sent: Result<i32, Out
     action
 }
 
-/// The way of a packet of a flow, and the lease of it.
+/// Returns the path of a packet of a flow, and its lease.
 #[inline(always)]
 fn leased(packet: &Packet, flow: &Flow, from_lan: bool, now: u64) -> Result<(Lease, Path), Outcome> {
     let Some(control) = control(now) else { return Err(Outcome::off) };
     if let Some(obstacle) = obstacle(control, flow, packet) {
         return Err(obstacle);
     }
-    let way = if from_lan { towards::POD } else { towards::LAN };
-    let lease = flow.leases[way];
+    let towards = if from_lan { towards::POD } else { towards::LAN };
+    let lease = flow.leases[towards];
     if !lease.holds(ticks(now), control.epoch) {
-        let both = lease.is_known() && flow.leases[1 - way].is_known();
+        let both = lease.is_known() && flow.leases[1 - towards].is_known();
         return Err(if both { Outcome::expired } else { Outcome::unseen });
     }
     held(lease.path, control.epoch).map(|path| (lease, path)).ok_or(Outcome::expired)
@@ -151,7 +159,7 @@ fn send(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> R
     })
 }
 
-/// The longest packet that comes of this one on the wire, from the IP header on.
+/// Returns the length of the longest packet that this one becomes on the wire, from the IP header on.
 #[inline(always)]
 fn segment_length(skb: *mut __sk_buff, headers: &Headers) -> u32 {
     // SAFETY: the context is valid while the program runs.
@@ -159,7 +167,7 @@ fn segment_length(skb: *mut __sk_buff, headers: &Headers) -> u32 {
     if gso_size == 0 { length - ETHERNET } else { headers.length + gso_size }
 }
 
-/// Writes the Ethernet header, and takes one off the time to live. `false`: nothing is left of that.
+/// Writes the Ethernet header and decrements the time to live. Returns `false` if the time to live runs out.
 #[inline(always)]
 fn rewrite_v4(skb: *mut __sk_buff, [first, second, third]: [u32; 3], path: &Path) -> bool {
     let [time_to_live, protocol, high, low] = third.to_ne_bytes();
@@ -206,7 +214,7 @@ fn rewrite_v6(skb: *mut __sk_buff, [_, second, _]: [u32; 3], path: &Path) -> boo
     }
 }
 
-/// Counts what became of a packet of an established flow.
+/// Counts the outcome of a packet of an established flow.
 #[inline(always)]
 fn count(direction: u8, outcome: Outcome, length: u32) {
     let Some(outcomes) = OUTCOMES.get_ptr_mut(u32::from(direction)) else { return };
@@ -218,31 +226,31 @@ fn count(direction: u8, outcome: Outcome, length: u32) {
     }
 }
 
-/// Takes note of where the network stack has brought the packet of [`scratch`], of an established flow: to the egress hook
-/// of the interface that it leaves by. 1: it was worth noting, else 0.
+/// Learns the path of the packet of [`scratch`], of an established flow, at the egress hook of the interface that it leaves
+/// by. Returns 1 if the packet taught a path, else 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn learn(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u32, now: u64) -> u32 {
-    // SAFETY: a valid element, or null as far as the verifier knows. What racing CPUs write is the same, or else not used
-    // before another packet has confirmed it.
+    // SAFETY: a valid element, or null as far as the verifier knows. Racing CPUs write the same, or a path that is not used
+    // before another packet confirms it.
     let Some(flow) = (unsafe { flow.as_mut() }) else { return 0 };
     let Some(Scratch { packet, .. }) = scratch() else { return 0 };
     let Some(control) = control(now) else { return 0 };
     if obstacle(control, flow, packet).is_some() || flow.direction == direction::NODE_PORT {
         return 0;
     }
-    let way = if from_lan != 0 { towards::POD } else { towards::LAN };
+    let towards = if from_lan != 0 { towards::POD } else { towards::LAN };
     let epoch = Lease::epoch_of(control.epoch);
-    let back = flow.leases[1 - way].epoch;
-    let lease = &mut flow.leases[way];
+    let back = flow.leases[1 - towards].epoch;
+    let lease = &mut flow.leases[towards];
     let now = ticks(now);
     if lease.holds(now, control.epoch) {
         return 0;
     }
-    // `control.epoch` was read before the tables are asked: what changes after that brings another epoch.
+    // `control.epoch` was read before the tables are asked: a later change brings another epoch.
     let Some(seen) = taken(skb, packet) else { return 0 };
     let Some(path) = place(&seen, now, control.epoch) else { return 0 };
-    // Packets of both directions have come out, this one's not for the first time, and nothing has changed between them.
+    // Packets of both directions have left, this one's not for the first time, and nothing has changed between them.
     let confirmed = lease.path == path && lease.epoch == epoch && back == epoch;
     (lease.path, lease.epoch) = (path, epoch);
     lease.expires = if confirmed { now.wrapping_add(LEASE_TICKS) } else { now };
@@ -270,8 +278,8 @@ struct FibLookup {
 }
 const _: () = assert!(size_of::<FibLookup>() == 64);
 
-/// Which way a packet has taken, if it is the one that the routing table and the neighbour table say it must take, and
-/// the fast path may take it too.
+/// Returns the path that a packet has taken, if the routing table and the neighbour table say the same, and both interfaces
+/// allow it to the fast path.
 #[inline(always)]
 fn taken(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
     // SAFETY: the context is valid while the program runs.

@@ -1,31 +1,27 @@
-//! The path of a packet: parse, flow table, scope, policy, verdict.
+//! The path of a packet at an ingress hook: cache, headers, flow table, scope, policy, verdict.
 
-use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_SHOT},
-    helpers::generated::bpf_ktime_get_coarse_ns,
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use aya_log_ebpf::debug;
 use bridge_common::filter::{
-    control::Settings,
     counters::Reason,
-    event::verdict,
     flow::{Flow, flag},
     policy::{direction, reference},
 };
+use bridge_ebpf::protocol;
 
 use crate::{
-    NEXT, cache, fast_path,
-    maps::{CONTROL, FLOWS, HALF_OPEN, SETTINGS, Scratch, scratch},
+    active::Active,
+    cache, fast_path,
+    maps::{FLOWS, HALF_OPEN, Route, Scratch, scratch},
     mark,
-    packet::{self, Kind, Packet, protocol},
-    policy, reject,
-    report::{self, Told},
-    scope::{self, Scope},
-    track::{self, Admission, Seen},
+    packet::{Kind, Packet},
+    parse, policy, report, scope,
+    sides::Sides,
+    track::{self, Admission, TrackVerdict},
+    verdict::{self, NEXT, Verdict},
 };
 
-/// Which way packets go at the hook.
+/// The ingress hook of a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub(crate) enum Hook {
@@ -33,24 +29,6 @@ pub(crate) enum Hook {
     External,
     /// From a pod into the node.
     Internal,
-}
-
-/// The policy in force.
-pub(crate) struct Active {
-    slot: u32,
-    pub(crate) settings: &'static Settings,
-    pub(crate) now: u64,
-}
-
-impl Active {
-    #[inline(always)]
-    pub(crate) fn get() -> Option<Self> {
-        // SAFETY: no precondition.
-        let now = unsafe { bpf_ktime_get_coarse_ns() };
-        let slot = CONTROL.get(0)?.slot_at(now);
-        let settings = SETTINGS.get(slot)?;
-        if settings.generation == 0 { None } else { Some(Self { slot, settings, now }) }
-    }
 }
 
 /// Judges a packet that came in by an interface.
@@ -63,15 +41,15 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
     if action != cache::MISS {
         return action;
     }
-    if !packet::parse(skb, packet) {
+    if !parse::parse(skb, packet) {
         return NEXT;
     }
     let Some(active) = Active::get() else {
-        debug!(&TcContext::new(skb), "no policy in force: packet passes");
+        debug!(&TcContext::new(skb), "no active policy: packet passes");
         return NEXT;
     };
     let mut found = 0;
-    if follows_flow(packet)
+    if packet.follows_flow()
         && let Some(flow) = FLOWS.get_ptr_mut(&packet.key)
     {
         found = FLOW_OF_PORTS;
@@ -82,7 +60,7 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
         let spoofed = from_lan && hook == Hook::Internal;
         if !spoofed
             && track::is_usable(flow, active.settings, active.now)
-            && track::established(flow, packet, from_initiator, active.now) == Seen::Pass
+            && track::established(flow, packet, from_initiator, active.now) == TrackVerdict::Pass
         {
             // SAFETY: the context is valid while the program runs.
             let length = unsafe { (*skb).len };
@@ -91,18 +69,20 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
             } else {
                 report::count(flow.direction, Reason::established, length);
             }
-            return match fast_path::control(active.now) {
+            let action = match fast_path::control(active.now) {
                 Some(_) => fast_path::forward(skb, flow, from_lan.into(), active.now),
                 None => {
-                    cache::remember(flow, None, active.now);
+                    scratch.route.kind = Route::STACK;
                     mark::put_on(skb, flow.direction);
                     NEXT
                 }
             };
+            cache::remember(flow, active.now);
+            return action;
         }
     }
-    // From here, and not from where it matters: with that one's frame, too, it would not fit on the stack of Linux 6.1,
-    // which counts a frame in steps of 32 bytes.
+    // Called here rather than in `decide`: with that frame, too, the stack would exceed 512 bytes on Linux 6.1, which rounds
+    // each frame up to 32 bytes.
     if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
         found = FLOW_OF_QUOTE;
     }
@@ -111,48 +91,26 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
 
 /// The flow table has an entry for the packet's ports, but the packet does not belong to it.
 const FLOW_OF_PORTS: u32 = 1;
-/// It is an ICMP error, and there is a flow that it quotes: see [`quotes_flow`].
+/// The packet is an ICMP error about a known flow: see [`quotes_flow`].
 const FLOW_OF_QUOTE: u32 = 2;
 
 /// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`] or 0.
 ///
-/// This and the other functions with C linkage are subprograms that the verifier looks at once, whatever their callers
-/// know of the arguments: inlined, the paths through one multiply with the paths through the next.
+/// This and the other functions with C linkage are subprograms: the verifier checks each once, for any arguments. Inlined,
+/// the paths through one would multiply with the paths through the next.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64, found: u32) -> i32 {
-    let Some(Scratch { packet, scope, .. }) = scratch() else { return NEXT };
-    let Some(settings) = SETTINGS.get(slot) else { return NEXT };
-    let active = Active { slot, settings, now };
+    let Some(Scratch { packet, sides, .. }) = scratch() else { return NEXT };
+    let Some(active) = Active::of_slot(slot, now) else { return NEXT };
     let from_lan = hook == Hook::External as u32;
-    if !scope::find(slot, settings, packet, from_lan, scope) {
+    if !scope::find(slot, active.settings, packet, from_lan, sides) {
         return NEXT;
     }
     // SAFETY: the context is valid while the program runs.
     let length = unsafe { (*skb).len };
-    let outcome = decide(from_lan, found, &active, scope, packet, length);
-    conclude(skb, &active, scope, packet, &outcome, length)
-}
-
-/// Whether a packet can be found in the flow tables by its own ports.
-#[inline(always)]
-fn follows_flow(packet: &Packet) -> bool {
-    packet.is_intact() && matches!(packet.kind, Kind::Plain | Kind::Query | Kind::Reply)
-}
-
-/// What becomes of a packet, and by which leaf of the policy; 0 where none decided.
-struct Outcome {
-    reason: Reason,
-    leaf: u32,
-    /// Belongs to a flow that passes in audit mode only.
-    audited: bool,
-}
-
-impl Outcome {
-    #[inline(always)]
-    fn of(reason: Reason) -> Self {
-        Self { reason, leaf: 0, audited: false }
-    }
+    let verdict = decide(from_lan, found, &active, sides, packet, length);
+    verdict::conclude(skb, &active, sides, packet, &verdict, length)
 }
 
 #[inline(always)]
@@ -160,21 +118,21 @@ fn decide(
     from_lan: bool,
     found: u32,
     active: &Active,
-    scope: &mut Scope,
+    sides: &mut Sides,
     packet: &Packet,
     length: u32,
-) -> Outcome {
+) -> Verdict {
     if !packet.is_intact() {
-        return Outcome::of(packet.problem);
+        return Verdict::of(packet.problem);
     }
-    if scope.direction == u32::from(direction::INBOUND) && !from_lan {
-        return Outcome::of(Reason::spoofed);
+    if sides.direction == u32::from(direction::INBOUND) && !from_lan {
+        return Verdict::of(Reason::spoofed);
     }
     match packet.kind {
-        Kind::LaterFragment => return Outcome::of(Reason::later_fragment),
+        Kind::LaterFragment => return Verdict::of(Reason::later_fragment),
         Kind::Error => {
             let related = found == FLOW_OF_QUOTE;
-            return Outcome::of(if related { Reason::related } else { Reason::icmp_unrelated });
+            return Verdict::of(if related { Reason::related } else { Reason::icmp_unrelated });
         }
         _ => {}
     }
@@ -188,51 +146,51 @@ fn decide(
         if track::is_usable(flow, active.settings, active.now) {
             let (direction, audited) = (flow.direction, flow.flags & flag::AUDIT != 0);
             match track::half_open(flow, packet, from_initiator, active.now) {
-                Seen::Pass => {
+                TrackVerdict::Pass => {
                     // As of every packet of the flow: a reply is no packet of the other direction.
-                    scope.direction = u32::from(direction);
-                    return Outcome { audited, ..Outcome::of(Reason::established) };
+                    sides.direction = u32::from(direction);
+                    return Verdict { audited, ..Verdict::of(Reason::established) };
                 }
-                Seen::Deny(reason) => return Outcome::of(reason),
-                Seen::Judge => {}
+                TrackVerdict::Deny(reason) => return Verdict::of(reason),
+                TrackVerdict::Judge => {}
             }
         }
     }
     if let Err(reason) = track::opening(packet) {
-        return Outcome::of(reason);
+        return Verdict::of(reason);
     }
     let leaf = policy::evaluate(active.slot);
     if leaf == 0 {
-        return Outcome::of(Reason::no_rule);
+        return Verdict::of(Reason::no_rule);
     }
     policy::count_hit(active.slot, active.settings, leaf, length);
     if leaf & reference::DENY != 0 {
-        return Outcome { leaf, ..Outcome::of(Reason::deny_rule) };
+        return Verdict { leaf, ..Verdict::of(Reason::deny_rule) };
     }
     let admission = Admission {
-        direction: scope.direction as u8,
+        direction: sides.direction as u8,
         generation: active.settings.generation,
         rule: (leaf & reference::RULE) - 1,
         flags: 0,
     };
     match track::open(packet, &admission, active.settings, active.now, found == FLOW_OF_PORTS) {
-        Ok(()) => Outcome { leaf, ..Outcome::of(Reason::new_flow) },
-        Err(reason) => Outcome::of(reason),
+        Ok(()) => Verdict { leaf, ..Verdict::of(Reason::new_flow) },
+        Err(reason) => Verdict::of(reason),
     }
 }
 
-/// Whether an ICMP error quotes a packet that its addressee has sent in a known flow, or in one that is not followed:
-/// 1 or 0.
+/// Returns 1 if an ICMP error quotes a packet that its addressee sent in a known flow or in one out of scope, else 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
     let Some(Scratch { packet: error, quoted, .. }) = scratch() else { return 0 };
-    let Some(settings) = SETTINGS.get(slot) else { return 0 };
-    if !packet::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
+    let Some(active) = Active::of_slot(slot, now) else { return 0 };
+    let settings = active.settings;
+    if !parse::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
         return 0;
     }
     if !scope::is_judged(slot, settings, quoted) {
-        // A router of the LAN tells about a flow beyond it, which is none of our business.
+        // About a flow that is out of scope.
         return 1;
     }
     // SAFETY: valid elements, only read.
@@ -242,156 +200,3 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
     u32::from(known)
 }
 
-/// Counts, tells, and carries out.
-#[inline(always)]
-fn conclude(
-    skb: *mut __sk_buff,
-    active: &Active,
-    scope: &Scope,
-    packet: &Packet,
-    outcome: &Outcome,
-    length: u32,
-) -> i32 {
-    let settings = active.settings;
-    let direction = scope.direction as u8;
-    let mut told = Told {
-        now: active.now,
-        rule: outcome.leaf & reference::RULE,
-        verdict: verdict::ALLOW,
-        reason: outcome.reason as u8,
-        direction,
-        padding: 0,
-    };
-    if !outcome.reason.denies() {
-        if outcome.audited {
-            report::count_audited(direction, outcome.reason, length);
-            return NEXT;
-        }
-        report::count(direction, outcome.reason, length);
-        if outcome.reason == Reason::new_flow {
-            mark::put_on(skb, direction);
-        }
-        if settings.report_allowed != 0 && outcome.reason == Reason::new_flow {
-            report::tell(skb, active.slot, &told);
-        }
-        return NEXT;
-    }
-    debug!(
-        &TcContext::new(skb),
-        "deny: reason {} direction {} protocol {} bytes {}",
-        outcome.reason as u8,
-        direction,
-        packet.protocol,
-        length
-    );
-    if settings.audit != 0 {
-        // The rest of the flow is not reported again: it follows from its first packet.
-        if matches!(outcome.reason, Reason::no_rule | Reason::deny_rule) {
-            let admission = Admission {
-                direction: scope.direction as u8,
-                generation: settings.generation,
-                rule: told.rule.wrapping_sub(1),
-                flags: flag::AUDIT,
-            };
-            let _ = track::open(packet, &admission, active.settings, active.now, true);
-        }
-        report::count_audited(direction, outcome.reason, length);
-        told.verdict = verdict::AUDIT;
-        report::tell(skb, active.slot, &told);
-        return NEXT;
-    }
-    report::count(direction, outcome.reason, length);
-    let answerable = settings.reject != 0 && reject::is_answerable(packet, outcome.reason);
-    told.verdict = if answerable { verdict::REJECT } else { verdict::DROP };
-    report::tell(skb, active.slot, &told);
-    if !answerable {
-        return TC_ACT_SHOT;
-    }
-    let action = reject::answer(skb);
-    if action == TC_ACT_SHOT {
-        debug!(&TcContext::new(skb), "no room for an answer to protocol {}: dropped", packet.protocol);
-    }
-    action
-}
-
-/// Takes note of a packet on its way out to a pod: of replies that came in addressed to the node (masqueraded
-/// flows), and of packets that came in on a NodePort.
-#[inline(always)]
-pub(crate) fn observe_to_pod(skb: *mut __sk_buff) {
-    if mark::take_off(skb) {
-        return;
-    }
-    let Some(Scratch { packet, scope, .. }) = scratch() else { return };
-    if !packet::parse(skb, packet) || !follows_flow(packet) {
-        return;
-    }
-    let Some(active) = Active::get() else { return };
-    if observe(skb, &active, packet, true) {
-        return;
-    }
-    if scope::find(active.slot, active.settings, packet, false, scope)
-        && scope.direction == u32::from(direction::INBOUND)
-    {
-        track::adopt_node_port(packet, active.settings, active.now);
-    }
-}
-
-/// Takes note of a packet on its way out to the LAN: of replies from NodePorts, and of the way that packets of flows of
-/// pods take.
-#[inline(always)]
-pub(crate) fn observe_to_lan(skb: *mut __sk_buff) {
-    if mark::take_off(skb) {
-        return;
-    }
-    let Some(Scratch { packet, .. }) = scratch() else { return };
-    if !packet::parse(skb, packet) || !follows_flow(packet) {
-        return;
-    }
-    let Some(active) = Active::get() else { return };
-    // SAFETY: the context is valid while the program runs.
-    let forwarded = unsafe { (*skb).ingress_ifindex } != 0;
-    if scope::is_node_port(active.settings, packet, packet.source_port) {
-        observe(skb, &active, packet, false);
-    } else if forwarded && let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
-        // Only its way matters: it was judged already, and a denied packet's answer, which looks like one of the flow,
-        // must not end it.
-        // SAFETY: as for established flows in `judge`.
-        learn(skb, &active, packet, unsafe { &mut *flow }, false);
-    }
-}
-
-/// See [`fast_path::learn`].
-#[inline(always)]
-fn learn(skb: *mut __sk_buff, active: &Active, packet: &Packet, flow: &mut Flow, to_pod: bool) {
-    let from_initiator = flow.initiator == packet.end_of_source;
-    let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
-    if from_lan == to_pod && !track::is_expired(flow, active.settings, active.now) {
-        fast_path::learn(skb, flow, from_lan.into(), active.now);
-    }
-}
-
-/// Brings the flow of a packet that leaves the node up to date. `false`: there is none.
-#[inline(always)]
-fn observe(skb: *mut __sk_buff, active: &Active, packet: &Packet, to_pod: bool) -> bool {
-    if let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
-        // SAFETY: as for established flows in `judge`.
-        let flow = unsafe { &mut *flow };
-        if track::is_usable(flow, active.settings, active.now) {
-            let from_initiator = flow.initiator == packet.end_of_source;
-            if track::established(flow, packet, from_initiator, active.now) == Seen::Pass {
-                learn(skb, active, packet, flow, to_pod);
-                return true;
-            }
-        }
-    }
-    if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
-        // SAFETY: as for established flows in `judge`.
-        let flow = unsafe { &mut *flow };
-        if track::is_usable(flow, active.settings, active.now) {
-            let from_initiator = flow.initiator == packet.end_of_source;
-            track::half_open(flow, packet, from_initiator, active.now);
-            return true;
-        }
-    }
-    false
-}

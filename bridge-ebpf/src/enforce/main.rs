@@ -1,11 +1,10 @@
 //! Judges packets between pods and LAN hosts.
 //!
-//! The path of a packet is [`judge::judge`]: parse ([`packet`]), flow table ([`track`]), scope ([`scope`]), policy
-//! ([`policy`]), verdict ([`report`], [`reject`]).
+//! The path of a packet is [`judge::judge`]: cache ([`cache`]), headers ([`parse`]), flow table ([`track`]), scope
+//! ([`scope`]), policy ([`policy`]), verdict ([`verdict`]).
 
 #![no_std]
 #![no_main]
-#![feature(asm_experimental_arch)]
 #![expect(
     missing_docs,
     unreachable_pub,
@@ -21,56 +20,53 @@
     reason = "header lengths, directions and results of helpers are small, whatever the type of the register"
 )]
 
+mod active;
 mod cache;
+mod cache_set;
 mod fast_path;
 mod judge;
 mod maps;
 mod mark;
+mod observe;
 mod packet;
+mod parse;
 mod paths;
 mod policy;
 mod reject;
 mod report;
 mod scope;
+mod sides;
 mod track;
+mod verdict;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
 use judge::Hook;
+use verdict::NEXT;
 
-/// Go on with the next program, and with the stack after the last (`TCX_NEXT`, and `TC_ACT_UNSPEC` for clsact).
-const NEXT: i32 = -1;
-
-/// LAN -> pod, and LAN -> node on a NodePort.
+/// LAN to pod, and LAN to a NodePort of this node.
 #[classifier]
 pub fn external_ingress(ctx: TcContext) -> i32 {
     judge::judge(ctx.skb.skb, Hook::External)
 }
 
-/// Pod -> LAN, with the pod's own address.
+/// Pod to LAN, with the pod's own address.
 #[classifier]
 pub fn internal_ingress(ctx: TcContext) -> i32 {
     judge::judge(ctx.skb.skb, Hook::Internal)
 }
 
-/// Node -> pod: observes.
+/// Node to pod.
 #[classifier]
 pub fn internal_egress(ctx: TcContext) -> i32 {
-    judge::observe_to_pod(ctx.skb.skb);
+    observe::to_pod(ctx.skb.skb);
     NEXT
 }
 
-/// Node -> LAN: observes replies from NodePorts.
+/// Node to LAN.
 #[classifier]
 pub fn external_egress(ctx: TcContext) -> i32 {
-    judge::observe_to_lan(ctx.skb.skb);
+    observe::to_lan(ctx.skb.skb);
     NEXT
 }
 
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+bridge_ebpf::license!();

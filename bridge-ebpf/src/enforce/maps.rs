@@ -8,17 +8,19 @@ use bridge_common::filter::{
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::{Event, EventBudget},
-    fast_path,
+    fast_path::{self, Lease},
     flow::{ClientKey, Flow, FlowKey},
-    flow_cache::{MOST_SETS, STAMPS},
+    flow_cache::{MAX_SETS, STAMPS},
     interface::Interface,
-    policy::{AddressInfo, Narrow, Page, PairKey, PairSets, RuleHits, RuleInfo, RuleSet, direction},
+    policy::{
+        AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleHits, RuleInfo, RuleSet, direction,
+    },
 };
 
 use crate::{
-    cache::{Place, Set},
+    cache_set::{Place, Set},
     packet::Packet,
-    scope::Scope,
+    sides::Sides,
 };
 
 const SLOT_COUNT: usize = SLOTS as usize;
@@ -26,7 +28,7 @@ const MMAPABLE: usize = 1 << 10; // BPF_F_MMAPABLE
 /// Inner arrays of any length may take the template's place (`array_map_meta_equal`, kernel/bpf/arraymap.c).
 const ANY_LENGTH: usize = 1 << 12; // BPF_F_INNER_MAP
 
-/// Which slot is in force.
+/// The active slot.
 #[btf_map(name = "control")]
 pub(crate) static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
 
@@ -45,43 +47,42 @@ pub(crate) static ADDRESSES6: ArrayOfMaps<LpmTrie<[u8; 16], AddressInfo, 1>, SLO
 /// Sets of the rules that name both sides.
 #[btf_map(name = "pairs")]
 pub(crate) static PAIRS: ArrayOfMaps<HashMap<PairKey, PairSets, 1>, SLOT_COUNT> = ArrayOfMaps::new();
-/// What a set says, by protocol.
+/// Sets of rules, by protocol.
 #[btf_map(name = "rule_sets")]
 pub(crate) static RULE_SETS: ArrayOfMaps<Array<RuleSet, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
-/// Port lookup, few intervals.
+/// Port lookups with few intervals.
 #[btf_map(name = "narrows")]
-pub(crate) static NARROWS: ArrayOfMaps<Array<Narrow, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
-/// Port lookup, many intervals.
+pub(crate) static NARROWS: ArrayOfMaps<Array<PortIntervals, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
+/// Port lookups with many intervals.
 #[btf_map(name = "pages")]
-pub(crate) static PAGES: ArrayOfMaps<Array<Page, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
+pub(crate) static PAGES: ArrayOfMaps<Array<PortPage, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
 /// By CPU and rule; see `Settings::rule_count`.
 #[btf_map(name = "rule_hits")]
 pub(crate) static RULE_HITS: ArrayOfMaps<Array<RuleHits, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
-/// For readers of maps only.
+/// Names of the rules, for readers of maps.
 #[btf_map(name = "rule_info")]
 pub(crate) static RULE_INFO: ArrayOfMaps<Array<RuleInfo, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
 
 /// Flows of which packets of both directions were seen. The loader sets the size.
 #[btf_map(name = "flows")]
 pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, 262_144> = LruHashMap::new();
-/// Flows that wait for a reply: apart, so that a flood of them evicts no established flow.
+/// Flows without a reply: apart, so that a flood of them evicts no established flow.
 #[btf_map(name = "half_open")]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new();
-/// LAN hosts whose packets to a NodePort were let through, with the time of the last one; an odd nanosecond: by audit
-/// mode alone.
+/// LAN hosts that were let in on a NodePort, with the time of their last packet; an odd nanosecond: in audit mode only.
 #[btf_map(name = "node_port_peers")]
 pub(crate) static NODE_PORT_PEERS: LruHashMap<ClientKey, u64, 65_536> = LruHashMap::new();
 
-/// What each CPU has lately let through; sets of the first CPU before those of the next. The loader sets the size.
+/// The flow cache, CPU by CPU. The loader sets the size.
 ///
-/// To be mapped into nobody's memory, but so its sets begin with a cache line.
+/// The flag aligns the sets to cache lines.
 #[btf_map(name = "flow_cache")]
-pub(crate) static FLOW_CACHE: Array<Set, { MOST_SETS as usize }, MMAPABLE> = Array::new();
+pub(crate) static FLOW_CACHE: Array<Set, { MAX_SETS as usize }, MMAPABLE> = Array::new();
 /// See `bridge_common::filter::flow_cache`.
 #[btf_map(name = "flow_stamps")]
 pub(crate) static FLOW_STAMPS: Array<u64, { STAMPS as usize }, MMAPABLE> = Array::new();
 
-/// Packets judged, by direction.
+/// Judged packets, by direction.
 #[btf_map(name = "counters")]
 pub(crate) static COUNTERS: PerCpuArray<Counters, { direction::COUNT }> = PerCpuArray::new();
 /// Packets that passed but would have been denied, by direction.
@@ -91,14 +92,14 @@ pub(crate) static AUDITED: PerCpuArray<Counters, { direction::COUNT }> = PerCpuA
 /// Whether flows may take the fast path.
 #[btf_map(name = "fast_path")]
 pub(crate) static FAST_PATH: Array<fast_path::Control, 1, MMAPABLE> = Array::new();
-/// The ways that flows take past the network stack.
+/// Paths past the network stack.
 #[btf_map(name = "paths")]
 pub(crate) static PATHS: Array<fast_path::Path, { fast_path::PATHS as usize }> = Array::new();
-/// Packets of established flows, by direction: whether they took the fast path, and why not.
+/// Packets of established flows, by direction and by use of the fast path.
 #[btf_map(name = "outcomes")]
 pub(crate) static OUTCOMES: PerCpuArray<fast_path::Outcomes, { direction::COUNT }> = PerCpuArray::new();
 
-/// Verdicts, sampled.
+/// Sampled verdicts.
 #[btf_map(name = "events")]
 pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
 /// The rate limit of events.
@@ -109,7 +110,7 @@ pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new()
 #[btf_map(name = "interfaces")]
 pub(crate) static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
 
-/// What a program works on: more than its stack holds. One packet is judged at a time on a CPU.
+/// Working memory of a program, too large for its stack. A CPU judges one packet at a time.
 #[btf_map(name = "scratch")]
 pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 
@@ -119,14 +120,32 @@ pub(crate) struct Scratch {
     pub(crate) packet: Packet,
     /// The packet that an ICMP error quotes.
     pub(crate) quoted: Packet,
-    pub(crate) scope: Scope,
-    /// A flow that is about to be entered.
+    pub(crate) sides: Sides,
+    /// The flow to be entered.
     pub(crate) flow: Flow,
-    /// Where the packet's flow would be in the cache.
+    /// The place of the packet's flow in the cache.
     pub(crate) place: Place,
+    pub(crate) route: Route,
 }
 
-/// What this CPU works on.
+/// How [`crate::fast_path::forward`] passed a packet.
+#[repr(C)]
+pub(crate) struct Route {
+    /// Holds if `kind` is [`Route::PATH`].
+    pub(crate) lease: Lease,
+    pub(crate) kind: u64,
+}
+
+impl Route {
+    /// To the network stack, which may still teach a path.
+    pub(crate) const UNKNOWN: u64 = 0;
+    /// To the network stack; there is no fast path.
+    pub(crate) const STACK: u64 = 1;
+    /// By a path.
+    pub(crate) const PATH: u64 = 2;
+}
+
+/// Returns the working memory of this CPU.
 #[inline(always)]
 pub(crate) fn scratch() -> Option<&'static mut Scratch> {
     // SAFETY: a valid element, of this CPU alone; each subprogram takes it once and writes to other parts of it than

@@ -1,8 +1,7 @@
-//! A mark that a packet bears between the hook where it comes in and that where it goes out: all there is to know of it is
-//! known already, and it need not be read again.
+//! A mark that a packet carries from its ingress hook to its egress hook: it has been judged and need not be read again.
 //!
-//! It is in a field that nothing else reads: what used to, the classifier and the scheduler of RFC 2475, are gone from
-//! Linux. Whatever writes there takes the mark off, and the packet is read twice.
+//! The field has no other reader: the classifier and the scheduler of RFC 2475 were removed from Linux. A program that
+//! writes to it removes the mark, and the packet is read twice.
 
 use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::policy::direction;
@@ -10,7 +9,7 @@ use bridge_common::filter::policy::direction;
 /// In `__sk_buff::tc_index`.
 const KNOWN: u32 = 0xb21d;
 
-/// Whether the packet bears the mark; it does no longer.
+/// Removes the mark and returns whether the packet had it.
 #[inline(always)]
 pub(crate) fn take_off(skb: *mut __sk_buff) -> bool {
     // SAFETY: the context is valid while the program runs.
@@ -23,7 +22,7 @@ pub(crate) fn take_off(skb: *mut __sk_buff) -> bool {
     }
 }
 
-/// Marks a packet of a flow of this direction. Not one of a NodePort: the address of a pod that it gets is news.
+/// Marks a packet of a flow of this direction, except of NodePort flows: their pod's address is yet unknown.
 #[inline(always)]
 pub(crate) fn put_on(skb: *mut __sk_buff, direction: u8) {
     if direction != direction::NODE_PORT {

@@ -3,37 +3,39 @@
 use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use bridge_common::filter::{
     control::Settings,
-    policy::{NARROW_WIDTH, Narrow, PairKey, direction, protocol, reference},
+    policy::{INTERVALS, PairKey, PortIntervals, direction, protocol, reference},
 };
+
+use bridge_ebpf::protocol as ip;
 
 use crate::{
     maps::{NARROWS, PAGES, PAIRS, RULE_HITS, RULE_SETS, SETTINGS, Scratch, scratch},
-    packet::{self, Packet},
+    packet::Packet,
 };
 
-/// The leaf that decides about the packet and scope of [`scratch`]: 0 where no rule matches.
+/// Returns the leaf that decides about the packet of [`scratch`]: 0 if no rule matches.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn evaluate(slot: u32) -> u32 {
-    let Some(Scratch { packet, scope, .. }) = scratch() else { return 0 };
+    let Some(Scratch { packet, sides, .. }) = scratch() else { return 0 };
     let Some(settings) = SETTINGS.get(slot) else { return 0 };
     let ports = Ports {
         destination: u16::from_be_bytes(packet.destination_port),
         source: u16::from_be_bytes(packet.source_port),
     };
-    if scope.direction == u32::from(direction::NODE_PORT) {
+    if sides.direction == u32::from(direction::NODE_PORT) {
         return resolve(slot, settings.node_port_root, &ports);
     }
     let by_protocol = protocol_index(packet);
-    let outbound = scope.direction == u32::from(direction::OUTBOUND);
+    let outbound = sides.direction == u32::from(direction::OUTBOUND);
     let of_direction = |sets: &[u32; 2]| if outbound { sets[1] } else { sets[0] };
 
     let mut best = evaluate_set(slot, of_direction(&settings.global_sets), by_protocol, &ports);
-    best = stronger(best, evaluate_set(slot, of_direction(&scope.external.sets), by_protocol, &ports));
-    best = stronger(best, evaluate_set(slot, of_direction(&scope.internal.sets), by_protocol, &ports));
-    let pair = PairKey { external: scope.external.class, pod: scope.internal.class };
+    best = stronger(best, evaluate_set(slot, of_direction(&sides.external.sets), by_protocol, &ports));
+    best = stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), by_protocol, &ports));
+    let pair = PairKey { external: sides.external.class, pod: sides.internal.class };
     if let Some(pairs) = PAIRS.get(slot) {
-        // SAFETY: the tables of a slot are not written to while the slot is in force.
+        // SAFETY: the tables of a slot are not written to while the slot is active.
         if let Some(sets) = unsafe { pairs.get(&pair) } {
             best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), by_protocol, &ports));
         }
@@ -50,10 +52,10 @@ struct Ports {
 #[inline(always)]
 fn protocol_index(packet: &Packet) -> usize {
     match (packet.protocol, packet.version) {
-        (packet::protocol::TCP, _) => protocol::TCP,
-        (packet::protocol::UDP, _) => protocol::UDP,
-        (packet::protocol::SCTP, _) => protocol::SCTP,
-        (packet::protocol::ICMP, 4) | (packet::protocol::ICMPV6, 6) => protocol::ICMP,
+        (ip::TCP, _) => protocol::TCP,
+        (ip::UDP, _) => protocol::UDP,
+        (ip::SCTP, _) => protocol::SCTP,
+        (ip::ICMP, 4) | (ip::ICMPV6, 6) => protocol::ICMP,
         _ => protocol::OTHER,
     }
 }
@@ -66,7 +68,7 @@ fn stronger(a: u32, b: u32) -> u32 {
     if rank(b) < rank(a) { b } else { a }
 }
 
-/// The leaf of one set.
+/// Returns the leaf of one set.
 #[inline(always)]
 fn evaluate_set(slot: u32, set: u32, by_protocol: usize, ports: &Ports) -> u32 {
     if set == 0 {
@@ -90,14 +92,14 @@ fn resolve(slot: u32, root: u32, ports: &Ports) -> u32 {
     by_port(slot, by_destination, u32::from(ports.source))
 }
 
-/// One port lookup. What cannot be followed is no rule: default deny.
+/// Looks a port up. A reference that cannot be followed is no rule: default deny.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn by_port(slot: u32, from: u32, port: u32) -> u32 {
     let index = from & reference::VALUE;
     match reference::tag(from) {
-        reference::NARROW => NARROWS.get_value(slot, &index).map_or(0, |narrow| in_narrow(narrow, port)),
-        reference::WIDE => {
+        reference::INTERVALS => NARROWS.get_value(slot, &index).map_or(0, |intervals| in_intervals(intervals, port)),
+        reference::DIRECTORY => {
             let Some(directory) = PAGES.get_value(slot, &index) else { return 0 };
             let entry = directory.references[(port >> 8 & 0xff) as usize];
             if reference::tag(entry) != reference::PAGE {
@@ -110,13 +112,13 @@ extern "C" fn by_port(slot: u32, from: u32, port: u32) -> u32 {
     }
 }
 
-/// Goes over all intervals, whatever the port: the number is fixed and small.
+/// Compares with every interval: their number is fixed and small.
 #[inline(always)]
-fn in_narrow(narrow: &Narrow, port: u32) -> u32 {
-    let mut found = narrow.references[0];
-    for i in 1..NARROW_WIDTH {
-        if u32::from(narrow.first[i]) <= port {
-            found = narrow.references[i];
+fn in_intervals(intervals: &PortIntervals, port: u32) -> u32 {
+    let mut found = intervals.references[0];
+    for i in 1..INTERVALS {
+        if u32::from(intervals.first[i]) <= port {
+            found = intervals.references[i];
         }
     }
     found

@@ -1,7 +1,7 @@
-//! Answers a denied packet in its own place: the buffer becomes the answer and leaves by the way it came.
+//! Answers a denied packet in place: the buffer becomes the answer and leaves by the interface that it came in by.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_SHOT},
+    bindings::__sk_buff,
     helpers::generated::{
         bpf_csum_diff, bpf_l4_csum_replace, bpf_redirect, bpf_skb_change_tail, bpf_skb_load_bytes,
         bpf_skb_store_bytes,
@@ -9,9 +9,12 @@ use aya_ebpf::{
 };
 use bridge_common::filter::counters::Reason;
 
+use bridge_ebpf::protocol;
+
 use crate::{
     maps::{INTERFACES, Scratch, scratch},
-    packet::{Kind, Packet, protocol, tcp},
+    packet::{Kind, Packet, tcp},
+    verdict::DROP,
 };
 
 const IPV4_HEADER: u32 = 20;
@@ -26,9 +29,9 @@ const ICMP_PORT_UNREACHABLE: u8 = 3;
 const ICMPV6_UNREACHABLE: u8 = 1;
 const ICMPV6_PORT_UNREACHABLE: u8 = 4;
 
-/// Whether there is an answer to a packet: TCP that is no RST itself, and UDP. Not where options or extension
-/// headers stand before layer 4, nor with a VLAN tag inside the buffer: those are dropped without a word. So are segments
-/// that cannot be of the handshake whose ports they bear: the RST, seen on its way to the initiator, would end it.
+/// Whether a packet is answered: TCP other than RST, and UDP. Packets with options, extension headers, or a VLAN tag inside
+/// the buffer are dropped silently. So are segments that cannot belong to the handshake of their ports: the RST, seen on
+/// its way to the initiator, would end it.
 #[inline(always)]
 pub(crate) fn is_answerable(packet: &Packet, reason: Reason) -> bool {
     if reason as u8 == Reason::invalid_state as u8 {
@@ -38,7 +41,7 @@ pub(crate) fn is_answerable(packet: &Packet, reason: Reason) -> bool {
     if packet.l3 != 0 || packet.l4 != plain_header || !packet.is_intact() {
         return false;
     }
-    // What stands there is no header.
+    // It holds no layer 4 header.
     if packet.kind == Kind::LaterFragment {
         return false;
     }
@@ -49,20 +52,20 @@ pub(crate) fn is_answerable(packet: &Packet, reason: Reason) -> bool {
     }
 }
 
-/// Turns the packet of [`scratch`] into its answer and sends that back.
+/// Turns the packet of [`scratch`] into its answer and sends it back. Returns the TC action.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn answer(skb: *mut __sk_buff) -> i32 {
-    let Some(Scratch { packet, .. }) = scratch() else { return TC_ACT_SHOT };
+    let Some(Scratch { packet, .. }) = scratch() else { return DROP };
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*skb).ifindex };
     // SAFETY: only copied.
-    let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else { return TC_ACT_SHOT };
+    let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else { return DROP };
     let buffer = Buffer { skb, l3: interface.link_header };
     let written =
         if packet.protocol == protocol::TCP { reset(&buffer, packet) } else { unreachable(&buffer, packet) };
     if written.is_none() || (interface.link_header != 0 && buffer.turn_link_header().is_none()) {
-        return TC_ACT_SHOT;
+        return DROP;
     }
     // SAFETY: no precondition.
     unsafe { bpf_redirect(ifindex, 0) as i32 }
@@ -110,7 +113,7 @@ impl Buffer {
         self.store(0, &new)
     }
 
-    /// Whether the checksum at `offset` is yet to be completed by whoever sends the packet (`CHECKSUM_PARTIAL`).
+    /// Whether the sender has left the checksum at `offset` to the device (`CHECKSUM_PARTIAL`).
     ///
     /// Programs cannot see that, but the kernel updates such a checksum only for changes of the pseudo-header
     /// (`inet_proto_csum_replace4`, net/core/utils.c): a change of anything else leaves it as it is.

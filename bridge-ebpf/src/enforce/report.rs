@@ -8,7 +8,7 @@ use bridge_common::filter::{
 
 use crate::maps::{AUDITED, COUNTERS, EVENT_BUDGET, EVENTS, SETTINGS, Scratch, scratch};
 
-/// Counts a packet that was let through, or denied.
+/// Counts a packet that passed or was denied.
 #[inline(always)]
 pub(crate) fn count(direction: u8, reason: Reason, length: u32) {
     if let Some(counters) = COUNTERS.get_ptr_mut(u32::from(direction)) {
@@ -16,7 +16,7 @@ pub(crate) fn count(direction: u8, reason: Reason, length: u32) {
     }
 }
 
-/// Counts a packet that was let through in audit mode, but would have been denied.
+/// Counts a packet that passed in audit mode only.
 #[inline(always)]
 pub(crate) fn count_audited(direction: u8, reason: Reason, length: u32) {
     if let Some(counters) = AUDITED.get_ptr_mut(u32::from(direction)) {
@@ -26,7 +26,7 @@ pub(crate) fn count_audited(direction: u8, reason: Reason, length: u32) {
 
 #[inline(always)]
 fn add(counters: *mut Counters, reason: Reason, length: u32) {
-    // The compiler knows that no reason is out of bounds, and would leave out the test that the verifier asks for.
+    // The compiler knows that no reason is out of bounds, and would drop the check that the verifier needs.
     let index = core::hint::black_box(reason as usize);
     if index >= Reason::ALL.len() {
         return;
@@ -40,9 +40,9 @@ fn add(counters: *mut Counters, reason: Reason, length: u32) {
     }
 }
 
-/// What there is to tell of a verdict, beside the packet.
+/// The part of an event that is not in the packet.
 #[repr(C)]
-pub(crate) struct Told {
+pub(crate) struct EventInfo {
     pub(crate) now: u64,
     /// Index of the rule that decided, plus one.
     pub(crate) rule: u32,
@@ -52,19 +52,19 @@ pub(crate) struct Told {
     pub(crate) padding: u8,
 }
 
-/// Sends an event about the packet of [`scratch`], unless this CPU has sent its share of this second or nobody makes room in the buffer.
-/// Returns how many were sent.
+/// Sends an event about the packet of [`scratch`], unless this CPU is rate limited or the ring buffer is full. Returns how
+/// many were sent.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn tell(skb: *mut __sk_buff, slot: u32, told: *const Told) -> u32 {
+pub(crate) extern "C" fn emit(skb: *mut __sk_buff, slot: u32, info: *const EventInfo) -> u32 {
     // SAFETY: the caller's own, or null as far as the verifier knows.
-    let Some(told) = (unsafe { told.as_ref() }) else { return 0 };
+    let Some(info) = (unsafe { info.as_ref() }) else { return 0 };
     let Some(Scratch { packet, .. }) = scratch() else { return 0 };
     let Some(settings) = SETTINGS.get(slot) else { return 0 };
     let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return 0 };
     // SAFETY: the element is this CPU's own.
     let budget = unsafe { &mut *budget };
-    let second = told.now / 1_000_000_000;
+    let second = info.now / 1_000_000_000;
     if budget.second != second {
         budget.second = second;
         budget.sent = 0;
@@ -75,20 +75,20 @@ pub(crate) extern "C" fn tell(skb: *mut __sk_buff, slot: u32, told: *const Told)
         // SAFETY: the context is valid while the program runs.
         let (ifindex, length) = unsafe { ((*skb).ifindex, (*skb).len) };
         entry.write(Event {
-            time: told.now,
+            time: info.now,
             source: packet.source,
             destination: packet.destination,
             ifindex,
             generation: settings.generation,
-            rule: told.rule,
+            rule: info.rule,
             length,
             suppressed: budget.suppressed,
             source_port: packet.source_port,
             destination_port: packet.destination_port,
             protocol: packet.protocol,
-            verdict: told.verdict,
-            reason: told.reason,
-            direction: told.direction,
+            verdict: info.verdict,
+            reason: info.reason,
+            direction: info.direction,
             detail: packet.detail,
             padding: [0; 11],
         });

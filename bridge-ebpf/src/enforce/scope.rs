@@ -1,4 +1,4 @@
-//! Whether a packet is judged at all, and as what.
+//! Whether a packet is in scope, and in which direction.
 
 use aya_ebpf::btf_maps::lpm_trie::Key;
 use bridge_common::filter::{
@@ -7,22 +7,13 @@ use bridge_common::filter::{
     counters::Reason,
     policy::{AddressInfo, direction, side},
 };
+use bridge_ebpf::protocol;
 
 use crate::{
     maps::{ADDRESSES4, ADDRESSES6},
-    packet::{Kind, Packet, protocol},
+    packet::{Kind, Packet},
+    sides::Sides,
 };
-
-/// A packet that is judged.
-#[repr(C)]
-pub(crate) struct Scope {
-    /// Of the LAN host.
-    pub(crate) external: AddressInfo,
-    /// Of the pod, or of the node for a NodePort.
-    pub(crate) internal: AddressInfo,
-    /// One of [`direction`].
-    pub(crate) direction: u32,
-}
 
 #[inline(always)]
 fn lookup(slot: u32, address: &Address, version: u8) -> Option<&'static AddressInfo> {
@@ -33,36 +24,36 @@ fn lookup(slot: u32, address: &Address, version: u8) -> Option<&'static AddressI
     }
 }
 
-/// Fills in the scope of a packet. `false`: it is none of our business.
+/// Finds the sides of a packet. Returns `false` if it is out of scope.
 #[inline(always)]
 pub(crate) fn find(
     slot: u32,
     settings: &Settings,
     packet: &Packet,
     from_lan: bool,
-    scope: &mut Scope,
+    sides: &mut Sides,
 ) -> bool {
     let Some(destination) = lookup(slot, &packet.destination, packet.version) else { return false };
     let Some(source) = lookup(slot, &packet.source, packet.version) else { return false };
     if source.side == side::POD && destination.side == side::EXTERNAL {
-        scope.direction = u32::from(direction::OUTBOUND);
-        (scope.internal, scope.external) = (*source, *destination);
+        sides.direction = u32::from(direction::OUTBOUND);
+        (sides.internal, sides.external) = (*source, *destination);
         return true;
     }
     if source.side != side::EXTERNAL {
         return false;
     }
-    (scope.internal, scope.external) = (*destination, *source);
+    (sides.internal, sides.external) = (*destination, *source);
     if destination.side == side::POD {
-        scope.direction = u32::from(direction::INBOUND);
+        sides.direction = u32::from(direction::INBOUND);
         true
     } else {
-        scope.direction = u32::from(direction::NODE_PORT);
+        sides.direction = u32::from(direction::NODE_PORT);
         from_lan && destination.side == side::LOCAL && is_node_port(settings, packet, packet.destination_port)
     }
 }
 
-/// Whether flows that a packet like this one opens are followed.
+/// Whether flows between these addresses are tracked.
 #[inline(always)]
 pub(crate) fn is_judged(slot: u32, settings: &Settings, packet: &Packet) -> bool {
     let Some(destination) = lookup(slot, &packet.destination, packet.version) else { return false };
@@ -77,7 +68,7 @@ pub(crate) fn is_judged(slot: u32, settings: &Settings, packet: &Packet) -> bool
 /// Whether a port of the packet, in network byte order, is in the NodePort range.
 #[inline(always)]
 pub(crate) fn is_node_port(settings: &Settings, packet: &Packet, port: [u8; 2]) -> bool {
-    // Where no layer 4 header was found there is no port. Such a packet goes nowhere without the fragment that has it.
+    // Without a layer 4 header there is no port. Such a packet goes nowhere without the fragment that has one.
     let has_port = packet.kind != Kind::LaterFragment
         && packet.problem as u8 != Reason::fragment_overlap as u8
         && packet.problem as u8 != Reason::malformed_ip as u8;

@@ -8,23 +8,24 @@ use bridge_common::filter::{
     policy::direction,
 };
 
+use bridge_ebpf::protocol;
+
 use crate::{
     cache,
     maps::{FLOWS, HALF_OPEN, NODE_PORT_PEERS, Scratch, scratch},
-    packet::{Kind, Packet, protocol, tcp},
+    packet::{Kind, Packet, tcp},
 };
 
-/// How much a flow's time may lag behind: so often, and no oftener, packets write to the entry they share.
+/// `last_seen` is updated at most this often, to limit writes to a shared cache line.
 const TOUCH_INTERVAL: u64 = 1_000_000_000;
 
-/// How far beyond the responder's first sequence number the initiator's first acknowledgement may be: as much as the
-/// responder may have sent by then, with room to spare. Keeps those who cannot see the SYN-ACK from completing a
-/// handshake.
+/// Largest distance of the initiator's first acknowledgement from the responder's SYN: more than the responder can have
+/// sent by then. A host that cannot see the SYN-ACK cannot complete the handshake.
 const ISN_WINDOW: u32 = 1 << 20;
 
-/// What the flow table says of a packet.
+/// The relation of a packet to an entry of the flow tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Seen {
+pub(crate) enum TrackVerdict {
     /// Belongs to the flow.
     Pass,
     /// Cannot be a packet of the flow.
@@ -47,10 +48,10 @@ pub(crate) fn is_usable(flow: &Flow, settings: &Settings, now: u64) -> bool {
     (flow.flags & flag::AUDIT == 0 || settings.audit != 0) && !is_expired(flow, settings, now)
 }
 
-/// How long a flow of this state may be silent; in nanoseconds.
+/// Returns how long a flow of this state may be silent, in nanoseconds.
 ///
-/// The mask changes no state there is. Linux 6.1 forgets what a comparison has shown of a value whose copy on the stack
-/// is used; what a mask has shown it keeps.
+/// The mask changes no state. Linux 6.1 forgets the bounds from a comparison once it uses the value's copy on the stack, and
+/// keeps those from a mask.
 #[inline(always)]
 fn timeout(settings: &Settings, state: u8) -> Option<u64> {
     const { assert!(state::COUNT <= 16) }
@@ -59,17 +60,17 @@ fn timeout(settings: &Settings, state: u8) -> Option<u64> {
 
 /// A packet of a flow in the established table.
 #[inline(always)]
-pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> Seen {
+pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> TrackVerdict {
     match packet.kind {
         // A query in the direction of the replies asks for a flow of its own.
-        Kind::Query if !from_initiator => return Seen::Judge,
-        Kind::Reply if from_initiator => return Seen::Deny(Reason::icmp_unsolicited),
+        Kind::Query if !from_initiator => return TrackVerdict::Judge,
+        Kind::Reply if from_initiator => return TrackVerdict::Deny(Reason::icmp_unsolicited),
         _ => {}
     }
     if packet.protocol == protocol::TCP {
         if packet.opens_tcp() && (!from_initiator || flow.state != state::ESTABLISHED) {
-            // The ports are used again, or a SYN was repeated after its connection stood: only the latter passes.
-            return Seen::Judge;
+            // The ports are reused, or a SYN was repeated after its connection was established: only the latter passes.
+            return TrackVerdict::Judge;
         }
         if packet.detail & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
             && !from_initiator
@@ -77,14 +78,14 @@ pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool
             && HALF_OPEN.get_ptr(&packet.key).is_some()
         {
             // The responder agrees to the ports being used again.
-            return Seen::Judge;
+            return TrackVerdict::Judge;
         }
         tcp_established(flow, packet, from_initiator);
     }
     if now.saturating_sub(flow.last_seen) > TOUCH_INTERVAL {
         flow.last_seen = now;
     }
-    Seen::Pass
+    TrackVerdict::Pass
 }
 
 #[inline(always)]
@@ -101,7 +102,7 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
             flow.state = by_fins(flow.flags);
         }
     } else if flow.state == state::RESET {
-        // Whoever was meant did not take the RST: it was forged or out of window (RFC 5961, 3.2).
+        // The receiver ignored the RST: it was forged or out of window (RFC 5961, 3.2).
         flow.state = by_fins(flow.flags);
     }
     if was_settled && flow.state != state::ESTABLISHED {
@@ -109,7 +110,7 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
     }
 }
 
-/// State of a connection by who has sent FIN.
+/// Returns the state of a connection by its FINs.
 #[inline(always)]
 fn by_fins(flags: u8) -> u8 {
     const BOTH: u8 = flag::FIN_INITIATOR | flag::FIN_RESPONDER;
@@ -122,71 +123,71 @@ fn by_fins(flags: u8) -> u8 {
 
 /// A packet of a flow in the half-open table.
 #[inline(always)]
-pub(crate) fn half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> Seen {
+pub(crate) fn half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> TrackVerdict {
     if packet.protocol == protocol::TCP {
         return tcp_half_open(flow, packet, from_initiator, now);
     }
     match packet.kind {
-        Kind::Query if !from_initiator => return Seen::Judge,
-        Kind::Reply if from_initiator => return Seen::Deny(Reason::icmp_unsolicited),
+        Kind::Query if !from_initiator => return TrackVerdict::Judge,
+        Kind::Reply if from_initiator => return TrackVerdict::Deny(Reason::icmp_unsolicited),
         _ => {}
     }
     if from_initiator {
-        // Nobody has answered: the policy of now decides, not the one of the first packet.
-        return Seen::Judge;
+        // No answer yet: the active policy decides, not that of the first packet.
+        return TrackVerdict::Judge;
     }
     promote(flow, &packet.key, replied(packet), now)
 }
 
 #[inline(always)]
-fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> Seen {
+fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> TrackVerdict {
     let flags = packet.detail;
     if packet.opens_tcp() {
-        return Seen::Judge;
+        return TrackVerdict::Judge;
     }
     if flags & tcp::RST != 0 {
         flow.state = state::RESET;
         flow.last_seen = now;
-        return Seen::Pass;
+        return TrackVerdict::Pass;
     }
     if !from_initiator {
         if flags & tcp::SYN != 0 {
             flow.state = state::SYN_RECEIVED;
             flow.set_responder_isn(packet.sequence);
             flow.last_seen = now;
-            // What the ports were used for before is over.
+            // The earlier connection of these ports has ended.
             remove(&packet.key);
         }
-        // Anything else answers a SYN with what an older connection would have said; the initiator will reset it.
-        return Seen::Pass;
+        // Any other segment belongs to an older connection of these ports; the initiator will reset it.
+        return TrackVerdict::Pass;
     }
     let beyond = packet.acknowledgement.wrapping_sub(flow.responder_isn().wrapping_add(1));
     if flow.state == state::SYN_RECEIVED && flags & tcp::SYN == 0 && beyond < ISN_WINDOW {
-        let seen = promote(flow, &packet.key, state::ESTABLISHED, now);
+        let verdict = promote(flow, &packet.key, state::ESTABLISHED, now);
         if flags & tcp::FIN != 0
             && let Some(promoted) = FLOWS.get_ptr_mut(&packet.key)
         {
             // SAFETY: a valid element; racing writers set the same bits.
             tcp_established(unsafe { &mut *promoted }, packet, true);
         }
-        return seen;
+        return verdict;
     }
-    Seen::Deny(Reason::invalid_state)
+    TrackVerdict::Deny(Reason::invalid_state)
 }
 
 /// Moves a flow to the established table.
 #[inline(always)]
-fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> Seen {
-    let Some(Scratch { flow: promoted, .. }) = scratch() else { return Seen::Deny(Reason::table_full) };
+fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> TrackVerdict {
+    let Some(Scratch { flow: promoted, .. }) = scratch() else { return TrackVerdict::Deny(Reason::table_full) };
     *promoted = Flow { last_seen: now, state, leases: Default::default(), ..*flow };
     if FLOWS.insert(key, promoted, 0).is_err() {
-        return Seen::Deny(Reason::table_full);
+        return TrackVerdict::Deny(Reason::table_full);
     }
     let _ = HALF_OPEN.remove(key);
-    Seen::Pass
+    TrackVerdict::Pass
 }
 
-/// Takes a flow from the established table.
+/// Removes a flow from the established table.
 #[inline(always)]
 fn remove(key: &FlowKey) {
     let _ = FLOWS.remove(key);
@@ -212,7 +213,7 @@ fn unreplied(packet: &Packet) -> u8 {
     }
 }
 
-/// Why a packet cannot open a flow.
+/// Returns why a packet cannot open a flow.
 #[inline(always)]
 pub(crate) fn opening(packet: &Packet) -> Result<(), Reason> {
     match packet.protocol {
@@ -223,7 +224,7 @@ pub(crate) fn opening(packet: &Packet) -> Result<(), Reason> {
     }
 }
 
-/// What admitted a flow.
+/// How a flow was admitted.
 pub(crate) struct Admission {
     pub(crate) direction: u8,
     pub(crate) generation: u32,
@@ -257,8 +258,8 @@ pub(crate) fn open(
         return Err(Reason::table_full);
     }
     if again {
-        // A connection in whose ports somebody sends a SYN is over when the responder has agreed to another one: that SYN,
-        // and what looked like the end of the connection before it, may be forged.
+        // A SYN ends the earlier connection of its ports only once the responder has answered: the SYN, and the end of the
+        // connection before it, may be forged.
         let goes_on = packet.protocol == protocol::TCP
             // SAFETY: a valid element, only read.
             && FLOWS.get_ptr(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
@@ -278,8 +279,8 @@ fn client(packet: &Packet) -> ClientKey {
     ClientKey { address: packet.source, port: packet.source_port, protocol: packet.protocol, padding: [0; 5] }
 }
 
-/// A packet from a LAN host towards a pod that belongs to no flow: it was let in as one to a NodePort, and has got
-/// its pod's address since. The flow is entered under that address, so that the pod may reply.
+/// Enters the flow of a packet that was let in on a NodePort and then translated to a pod's address, so that the pod may
+/// reply.
 #[inline(always)]
 pub(crate) fn adopt_node_port(packet: &Packet, settings: &Settings, now: u64) {
     let client = client(packet);

@@ -164,11 +164,4 @@ pub fn sink(ctx: TcContext) -> i32 {
     NEXT
 }
 
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+bridge_ebpf::license!();

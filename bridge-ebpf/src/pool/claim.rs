@@ -13,11 +13,12 @@ use bridge_common::pool::{
     Config, Destination, Grant, LEASE_HELD, Lease, MAX_SLOTS, MAX_WORDS, Refusal, counter,
     slots::{self, Seat},
 };
+use bridge_ebpf::atomic::fetch_or;
 
 use crate::{
     maps::{POOL_GRANTS, count},
     sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address},
-    tables::{Maps, atomic_or, pool_unclaim},
+    tables::{Maps, pool_unclaim},
 };
 
 /// How many ports are tried when sockets outside the pool have bound some exclusively.
@@ -130,7 +131,7 @@ pub(crate) fn note(
         (*lease).uid = ctx.uid();
         (*lease).destination = *destination;
         (*lease).comm = bpf_get_current_comm().unwrap_or_default();
-        atomic_or(&raw mut (*lease).state, LEASE_HELD | extra);
+        fetch_or(&raw mut (*lease).state, LEASE_HELD | extra);
     }
     count(counter::CLAIMS);
 }

@@ -6,6 +6,7 @@ use bridge_common::pool::{
     Refusal, bitmap, counter,
     slots::{self, Seat, Tables as _},
 };
+use bridge_ebpf::atomic::fetch_and;
 
 use crate::{
     claim::{claim_and_bind, note, take_grant},
@@ -13,7 +14,7 @@ use crate::{
     refuse::{PASS, refuse},
     release::give_back,
     sock::{Family, destination, lease_or_new, netns_cookie, socket},
-    tables::{Maps, atomic_and},
+    tables::Maps,
 };
 
 /// `connect` of an IPv4 socket.
@@ -125,5 +126,5 @@ fn stand(config: &Config, seat: Seat, refusal: Refusal) -> Refusal {
 #[inline(always)]
 fn reopen(lease: *mut Lease) {
     // SAFETY: the storage of a socket of the context.
-    unsafe { atomic_and(&raw mut (*lease).state, !(LEASE_FILE_CLOSED | LEASE_TCP_CLOSED)) };
+    unsafe { fetch_and(&raw mut (*lease).state, !(LEASE_FILE_CLOSED | LEASE_TCP_CLOSED)) };
 }

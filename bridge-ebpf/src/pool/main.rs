@@ -7,7 +7,6 @@
 
 #![no_std]
 #![no_main]
-#![feature(asm_experimental_arch)]
 #![expect(
     clippy::cast_possible_truncation,
     reason = "the kernel keeps 16-bit ports in 32-bit context fields, and takes sizes of small structs as int"
@@ -23,11 +22,4 @@ mod release;
 mod sock;
 mod tables;
 
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+bridge_ebpf::license!();

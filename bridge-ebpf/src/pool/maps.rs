@@ -50,6 +50,6 @@ pub(crate) fn count(index: u32) {
     if let Some(value) = POOL_COUNTERS.get_ptr_mut(index) {
         // SAFETY: the pointer is to this CPU's element. A hook that preempts another one here may lose a count to it
         // only on a preemptible kernel; the atomic add keeps the sum right even then.
-        unsafe { crate::tables::atomic_add(value, 1) };
+        unsafe { bridge_ebpf::atomic::fetch_add(value, 1) };
     }
 }

@@ -13,11 +13,12 @@ use bridge_common::pool::{
     LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, Lease, counter,
     slots::{self, Seat},
 };
+use bridge_ebpf::atomic::{fetch_and, fetch_or};
 
 use crate::{
     maps::{POOL_CONFIG, count},
     sock::lease,
-    tables::{Maps, atomic_and, atomic_or},
+    tables::Maps,
 };
 
 const TCP_CLOSE: u32 = 7;
@@ -33,7 +34,7 @@ pub(crate) fn pool_release(ctx: SockContext) -> i32 {
     if !lease.is_null() {
         // SAFETY: the storage of the socket of the context; fields of the context are checked by the verifier.
         let (before, state, protocol) = unsafe {
-            let before = atomic_or(&raw mut (*lease).state, LEASE_FILE_CLOSED);
+            let before = fetch_or(&raw mut (*lease).state, LEASE_FILE_CLOSED);
             (before, (*ctx.sock).state, (*ctx.sock).protocol)
         };
         if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != IPPROTO_TCP {
@@ -58,7 +59,7 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
             let lease = lease(sock_ops_socket(ctx.ops));
             if !lease.is_null() {
                 // SAFETY: the storage of the socket of the context.
-                let before = unsafe { atomic_or(&raw mut (*lease).state, LEASE_TCP_CLOSED) };
+                let before = unsafe { fetch_or(&raw mut (*lease).state, LEASE_TCP_CLOSED) };
                 if before & LEASE_FILE_CLOSED != 0 {
                     give_back(lease);
                 }
@@ -74,7 +75,7 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
 pub(crate) fn give_back(lease: *mut Lease) {
     // SAFETY: the storage of a socket. Once LEASE_HELD is taken away nobody else reads or writes the other fields.
     let (before, seat, index) = unsafe {
-        let before = atomic_and(&raw mut (*lease).state, !LEASE_HELD);
+        let before = fetch_and(&raw mut (*lease).state, !LEASE_HELD);
         (before, Seat { slot: (*lease).slot, owner_slot: (*lease).owner_slot }, (*lease).index)
     };
     if before & LEASE_HELD == 0 {

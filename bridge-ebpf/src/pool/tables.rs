@@ -1,7 +1,5 @@
 //! The tables of the pool, as the hooks see them.
 
-use core::arch::asm;
-
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner,
@@ -9,45 +7,11 @@ use bridge_common::pool::{
     slots::{self, Claim, Tables},
 };
 
+use bridge_ebpf::atomic::{fetch_add, fetch_and, fetch_or};
+
 use crate::maps::{POOL_DESTINATIONS, POOL_OWNERS, POOL_WORDS};
 
 const BPF_NOEXIST: u64 = 1;
-
-/// Adds to a word that other CPUs may change.
-///
-/// # Safety
-/// `word` is a pointer to a map's value.
-#[inline(always)]
-pub(crate) unsafe fn atomic_add(word: *mut u64, n: u64) -> u64 {
-    let mut value = n;
-    // SAFETY: the caller's promise; the instruction touches this word alone.
-    unsafe { asm!("{v} = atomic_fetch_add((u64 *)({p} + 0), {v})", p = in(reg) word, v = inout(reg) value) };
-    value
-}
-
-/// Sets bits in a word that other CPUs may change.
-///
-/// # Safety
-/// As [`atomic_add`].
-#[inline(always)]
-pub(crate) unsafe fn atomic_or(word: *mut u64, bits: u64) -> u64 {
-    let mut value = bits;
-    // SAFETY: as in `atomic_add`.
-    unsafe { asm!("{v} = atomic_fetch_or((u64 *)({p} + 0), {v})", p = in(reg) word, v = inout(reg) value) };
-    value
-}
-
-/// Keeps bits in a word that other CPUs may change.
-///
-/// # Safety
-/// As [`atomic_add`].
-#[inline(always)]
-pub(crate) unsafe fn atomic_and(word: *mut u64, bits: u64) -> u64 {
-    let mut value = bits;
-    // SAFETY: as in `atomic_add`.
-    unsafe { asm!("{v} = atomic_fetch_and((u64 *)({p} + 0), {v})", p = in(reg) word, v = inout(reg) value) };
-    value
-}
 
 /// The maps of the pool.
 #[derive(Clone, Copy)]
@@ -77,7 +41,7 @@ impl Memory for Maps {
     fn fetch_or(&self, at: u32, bits: u64) -> u64 {
         match POOL_WORDS.get_ptr_mut(at) {
             // SAFETY: a pointer to a map's value.
-            Some(word) => unsafe { atomic_or(word, bits) },
+            Some(word) => unsafe { fetch_or(word, bits) },
             None => 0,
         }
     }
@@ -86,7 +50,7 @@ impl Memory for Maps {
     fn fetch_and(&self, at: u32, bits: u64) -> u64 {
         match POOL_WORDS.get_ptr_mut(at) {
             // SAFETY: a pointer to a map's value.
-            Some(word) => unsafe { atomic_and(word, bits) },
+            Some(word) => unsafe { fetch_and(word, bits) },
             None => 0,
         }
     }
@@ -95,7 +59,7 @@ impl Memory for Maps {
     fn fetch_add(&self, at: u32, n: u64) -> u64 {
         match POOL_WORDS.get_ptr_mut(at) {
             // SAFETY: a pointer to a map's value.
-            Some(word) => unsafe { atomic_add(word, n) },
+            Some(word) => unsafe { fetch_add(word, n) },
             None => 0,
         }
     }

@@ -60,7 +60,7 @@ fn root(tables: &Tables, set: u32, protocol: usize) -> u32 {
 fn a_range_is_three_intervals_of_a_narrow() {
     let tables = compiled(vec![Rule { ports: vec![range(60_001, 60_100)], ..rule("r") }]);
     let set = tables.global_sets[0];
-    assert_eq!(root(&tables, set, protocol::TCP), abi::NARROW);
+    assert_eq!(root(&tables, set, protocol::TCP), abi::INTERVALS);
     assert_eq!(tables.rule_sets[set as usize].roots[1..], [0; 4]);
     assert_eq!(tables.narrows.len(), 1);
     assert_eq!(tables.narrows[0].first[..4], [0, 60_001, 60_101, 60_101]);
@@ -77,7 +77,7 @@ fn every_protocol_only_without_ports() {
 
     let tables = compiled(vec![Rule { source_ports: vec![range(5, 5)], ..any }]);
     let roots = tables.rule_sets[1].roots;
-    assert_eq!(abi::tag(roots[0]), abi::NARROW);
+    assert_eq!(abi::tag(roots[0]), abi::INTERVALS);
     assert_eq!(roots, [roots[0], roots[0], roots[0], 0, 0], "those that have ports share one lookup");
 }
 
@@ -102,11 +102,11 @@ fn ten_intervals_are_narrow_and_eleven_are_wide() {
     let ports = |count: u16| (1..=count).map(|port| range(port * 512, port * 512 + 9)).collect();
     let narrow =
         compiled(vec![Rule { ports: ports(4), ..rule("r") }, Rule { ports: vec![range(9, 9)], ..rule("s") }]);
-    assert_eq!(abi::tag(root(&narrow, 1, protocol::TCP)), abi::WIDE, "4 + 1 ranges apart are 11 intervals");
+    assert_eq!(abi::tag(root(&narrow, 1, protocol::TCP)), abi::DIRECTORY, "4 + 1 ranges apart are 11 intervals");
 
     let edge = vec![range(0, 9), range(20, 29), range(40, 49), range(60, 69), range(80, 89)];
     let narrow = compiled(vec![Rule { ports: edge, ..rule("r") }]);
-    assert_eq!(abi::tag(root(&narrow, 1, protocol::TCP)), abi::NARROW, "from port 0 on it is 10");
+    assert_eq!(abi::tag(root(&narrow, 1, protocol::TCP)), abi::INTERVALS, "from port 0 on it is 10");
     assert!(narrow.narrows[0].first.is_sorted_by(|a, b| a < b), "all slots are used");
 
     let wide = compiled(vec![Rule { ports: ports(20), ..rule("r") }]);

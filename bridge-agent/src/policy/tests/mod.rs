@@ -77,11 +77,11 @@ fn generated_policies_and_packets_reach_everything() {
 }
 
 fn has_directory(tables: &Tables) -> bool {
-    roots(tables).any(|root| abi::tag(root) == abi::WIDE)
+    roots(tables).any(|root| abi::tag(root) == abi::DIRECTORY)
 }
 
 fn has_second_lookup(tables: &Tables) -> bool {
-    let narrow = roots(tables).filter(|&root| abi::tag(root) == abi::NARROW);
+    let narrow = roots(tables).filter(|&root| abi::tag(root) == abi::INTERVALS);
     let mut inner = narrow.flat_map(|root| tables.narrows[(root & abi::VALUE) as usize].references);
     inner.any(|reference| abi::tag(reference) != abi::LEAF)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use bridge_common::filter::policy::{NARROW_WIDTH, Narrow, Page, reference as abi};
+use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, reference as abi};
 use ipnet::IpNet;
 
 use crate::model::Policy;
@@ -50,9 +50,9 @@ pub(super) fn check(policy: &Policy, tables: &Tables) {
     }
     references.check(tables.node_port_root, Place::Root);
 
-    let narrows: HashSet<&Narrow> = tables.narrows.iter().collect();
+    let narrows: HashSet<&PortIntervals> = tables.narrows.iter().collect();
     assert_eq!(narrows.len(), tables.narrows.len(), "each is there once");
-    let pages: HashSet<&Page> = tables.pages.iter().collect();
+    let pages: HashSet<&PortPage> = tables.pages.iter().collect();
     assert_eq!(pages.len(), tables.pages.len(), "each is there once");
     let v4 = tables.addresses.iter().filter(|(prefix, _)| matches!(prefix, IpNet::V4(_))).count();
     assert_eq!(tables.stats().addresses4, v4);
@@ -75,12 +75,12 @@ impl References<'_> {
         match abi::tag(value) {
             abi::LEAF => leaf(tables, value),
             _ if place == Place::Leaf => panic!("{value:#x} would need a third lookup"),
-            abi::NARROW => {
+            abi::INTERVALS => {
                 let narrow = &tables.narrows[index];
                 padding(narrow);
                 narrow.references.iter().for_each(|&result| self.check(result, below));
             }
-            abi::WIDE => {
+            abi::DIRECTORY => {
                 for &entry in &tables.pages[index].references {
                     if abi::tag(entry) == abi::PAGE {
                         let page = &tables.pages[(entry & abi::VALUE) as usize];
@@ -106,11 +106,11 @@ fn leaf(tables: &Tables, value: u32) {
     }
 }
 
-fn padding(narrow: &Narrow) {
+fn padding(narrow: &PortIntervals) {
     assert_eq!(narrow.first[0], 0, "covers every port");
     assert_eq!(narrow.padding, 0);
     let used = 1 + narrow.first.windows(2).take_while(|pair| pair[0] < pair[1]).count();
-    for slot in used..NARROW_WIDTH {
+    for slot in used..INTERVALS {
         assert_eq!(narrow.first[slot], narrow.first[used - 1], "unused intervals repeat the last");
         assert_eq!(narrow.references[slot], narrow.references[used - 1], "unused intervals repeat the last");
     }

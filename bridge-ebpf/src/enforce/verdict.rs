@@ -1,0 +1,118 @@
+//! The verdict on a packet, and its way into a counter, an event, and a TC action.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, TC_ACT_SHOT},
+    programs::TcContext,
+};
+use aya_log_ebpf::debug;
+use bridge_common::filter::{
+    counters::Reason,
+    event::verdict as action,
+    flow::flag,
+    policy::reference,
+};
+
+use crate::{
+    active::Active,
+    mark,
+    packet::Packet,
+    reject,
+    report::{self, EventInfo},
+    sides::Sides,
+    track::{self, Admission},
+};
+
+/// The TC action of packets that pass: the next program, and the network stack after the last (`TCX_NEXT`;
+/// `TC_ACT_UNSPEC` for clsact).
+pub(crate) const NEXT: i32 = -1;
+/// The TC action of packets that are dropped.
+pub(crate) const DROP: i32 = TC_ACT_SHOT;
+
+/// A verdict.
+pub(crate) struct Verdict {
+    pub(crate) reason: Reason,
+    /// The leaf of the policy that decided; 0: none did.
+    pub(crate) leaf: u32,
+    /// Belongs to a flow that passes in audit mode only.
+    pub(crate) audited: bool,
+}
+
+impl Verdict {
+    #[inline(always)]
+    pub(crate) fn of(reason: Reason) -> Self {
+        Self { reason, leaf: 0, audited: false }
+    }
+}
+
+/// Updates counters, emits the event, returns the TC action.
+#[inline(always)]
+pub(crate) fn conclude(
+    skb: *mut __sk_buff,
+    active: &Active,
+    sides: &Sides,
+    packet: &Packet,
+    verdict: &Verdict,
+    length: u32,
+) -> i32 {
+    let settings = active.settings;
+    let direction = sides.direction as u8;
+    let mut info = EventInfo {
+        now: active.now,
+        rule: verdict.leaf & reference::RULE,
+        verdict: action::ALLOW,
+        reason: verdict.reason as u8,
+        direction,
+        padding: 0,
+    };
+    if !verdict.reason.denies() {
+        if verdict.audited {
+            report::count_audited(direction, verdict.reason, length);
+            return NEXT;
+        }
+        report::count(direction, verdict.reason, length);
+        if verdict.reason == Reason::new_flow {
+            mark::put_on(skb, direction);
+        }
+        if settings.report_allowed != 0 && verdict.reason == Reason::new_flow {
+            report::emit(skb, active.slot, &info);
+        }
+        return NEXT;
+    }
+    debug!(
+        &TcContext::new(skb),
+        "deny: reason {} direction {} protocol {} bytes {}",
+        verdict.reason as u8,
+        direction,
+        packet.protocol,
+        length
+    );
+    if settings.audit != 0 {
+        // One event per flow: the rest of it follows from its first packet.
+        if matches!(verdict.reason, Reason::no_rule | Reason::deny_rule) {
+            let admission = Admission {
+                direction: sides.direction as u8,
+                generation: settings.generation,
+                rule: info.rule.wrapping_sub(1),
+                flags: flag::AUDIT,
+            };
+            let _ = track::open(packet, &admission, active.settings, active.now, true);
+        }
+        report::count_audited(direction, verdict.reason, length);
+        info.verdict = action::AUDIT;
+        report::emit(skb, active.slot, &info);
+        return NEXT;
+    }
+    report::count(direction, verdict.reason, length);
+    let answerable = settings.reject != 0 && reject::is_answerable(packet, verdict.reason);
+    info.verdict = if answerable { action::REJECT } else { action::DROP };
+    report::emit(skb, active.slot, &info);
+    if !answerable {
+        return DROP;
+    }
+    let action = reject::answer(skb);
+    if action == DROP {
+        debug!(&TcContext::new(skb), "no room for an answer to protocol {}: dropped", packet.protocol);
+    }
+    action
+}
+
