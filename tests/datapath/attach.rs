@@ -137,7 +137,7 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
     attach(&lab, &mut second, &targets[..1], false)?;
     assert_eq!(names(node, pod_side)?, Vec::<String>::new());
     drop(second);
-    let (removed, result) = node.run(|| down(&pins));
+    let (removed, result) = node.run(|| down(&pins, &|_| false));
     result?;
     assert_eq!(removed.attachments, 1);
     let qdiscs = json(node, &["tc", "-json", "qdisc", "show"])?.to_string();
@@ -167,7 +167,7 @@ fn another_version_stands_beside_the_one_that_enforces_until_that_goes() -> Resu
     assert_eq!(node.run(|| new.remove_other_versions())?, 3);
     assert_eq!(attached(node, "eth0")?, both[..1]);
     drop(new);
-    let (removed, result) = node.run(|| down(&pins));
+    let (removed, result) = node.run(|| down(&pins, &|_| false));
     result?;
     assert_eq!(removed.attachments, 3);
     let qdiscs = json(node, &["tc", "-json", "qdisc", "show"])?.to_string();
@@ -189,11 +189,11 @@ fn down_leaves_nothing_and_may_be_repeated() -> Result<()> {
         id(bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?)?;
     let program = attached(node, "eth0")?[0].2;
 
-    let error = node.run(|| down(&pins)).1.unwrap_err().to_string();
+    let error = node.run(|| down(&pins, &|_| false)).1.unwrap_err().to_string();
     ensure!(error.contains(&format!("pid {}", std::process::id())), "{error}");
     drop(datapath);
     let maps = std::fs::read_dir(pins.directory())?.flatten().filter(|entry| !entry.path().is_dir()).count();
-    let (removed, result) = node.run(|| down(&pins));
+    let (removed, result) = node.run(|| down(&pins, &|_| false));
     result?;
     assert_eq!((removed.attachments, removed.maps), (4, maps), "{removed:?}");
     assert_eq!(names(node, "eth0")?, Vec::<String>::new());
@@ -204,7 +204,7 @@ fn down_leaves_nothing_and_may_be_repeated() -> Result<()> {
         bridge_lab::wait::eventually(std::time::Duration::from_secs(5), gone)
             .with_context(|| format!("{kind} {id} is still there"))?;
     }
-    let (removed, result) = node.run(|| down(&pins));
+    let (removed, result) = node.run(|| down(&pins, &|_| false));
     result?;
     assert_eq!(removed, Default::default());
     Ok(())

@@ -23,7 +23,7 @@ fn a_policy_is_in_force_after_publishing_and_after_a_restart() -> Result<()> {
     let again = load(&lab, &options(&pins))?;
     assert!(!again.is_unseeded(false)? && again.adopted());
     let maps = Maps::open(&pins)?;
-    assert_eq!(maps.settings_in_force()?.generation, 2);
+    assert_eq!(maps.active_settings()?.generation, 2);
     assert_eq!(maps.rule_info(maps.slot())?.len(), 1);
     Ok(())
 }

@@ -140,7 +140,7 @@ fn hits_are_carried_over_by_name_and_an_unchanged_policy_is_left_alone() -> Resu
     assert_eq!(again.maps.rule_hits(again.maps.slot())?, expected);
     let audit = Behaviour { audit: true, ..BEHAVIOUR };
     assert_eq!(again.publish(&tables(["one", "three"]), &audit, None)?.generation(), 4);
-    assert_eq!(again.maps.settings_in_force()?.audit, 1);
+    assert_eq!(again.maps.active_settings()?.audit, 1);
     assert_eq!(again.maps.rule_hits(again.maps.slot())?, expected, "hits depend on the mode");
     Ok(())
 }
@@ -157,16 +157,16 @@ fn a_policy_on_trial_takes_itself_back_unless_it_is_confirmed() -> Result<()> {
     datapath.publish(&tables(["good"]), &BEHAVIOUR, None)?;
     let long = Some(Duration::from_secs(600));
     datapath.publish(&tables(["trial"]), &BEHAVIOUR, long)?;
-    assert_eq!(datapath.maps.settings_in_force()?.generation, 2);
+    assert_eq!(datapath.maps.active_settings()?.generation, 2);
     let error = datapath.publish(&tables(["other"]), &BEHAVIOUR, None).unwrap_err();
     assert!(matches!(error, Error::Unconfirmed), "{error}");
     datapath.confirm()?;
     datapath.publish(&tables(["other"]), &BEHAVIOUR, Some(Duration::from_millis(50)))?;
-    let back = || (datapath.maps.settings_in_force().ok()?.generation == 2).then_some(());
+    let back = || (datapath.maps.active_settings().ok()?.generation == 2).then_some(());
     eventually(Duration::from_secs(5), back).context("it did not take itself back")?;
     assert!(matches!(datapath.confirm(), Err(Error::NoTrial)));
     assert_eq!(datapath.publish(&tables(["next"]), &BEHAVIOUR, None)?.generation(), 4);
-    assert_eq!(datapath.maps.settings_in_force()?.generation, 4);
+    assert_eq!(datapath.maps.active_settings()?.generation, 4);
     Ok(())
 }
 
@@ -198,7 +198,7 @@ fn both_policies_of_a_trial_can_be_replaced_while_it_goes_on() -> Result<()> {
     eventually(Duration::from_secs(10), || datapath.maps.trial().ok()?.is_none().then_some(()))
         .context("its time is over")?;
     assert_eq!(names(&datapath)?, ["good-4"]);
-    assert_eq!(datapath.maps.settings_in_force()?.reject, u32::from(other.reject));
+    assert_eq!(datapath.maps.active_settings()?.reject, u32::from(other.reject));
     assert!(matches!(datapath.replace_trial((&trial, &BEHAVIOUR), (&good, &other)), Err(Error::NoTrial)));
     Ok(())
 }

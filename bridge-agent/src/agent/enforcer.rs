@@ -306,7 +306,7 @@ impl Enforcer {
     /// Takes over the flows of another version of bridge. Without them, they would be cut, unless conntrack knows them;
     /// that is no reason not to enforce.
     fn carry_over(&self) {
-        match self.datapath.carry_over() {
+        match self.datapath.migrate_flows() {
             Ok(0) => {}
             Ok(flows) => tracing::info!(flows, "took over flows from another version of bridge"),
             Err(error) => {
@@ -587,7 +587,7 @@ impl Enforcer {
     /// Detaches everything and forgets every policy.
     pub(super) fn take_down(self, pins: &Pins) -> Result<(), Error> {
         drop(self.datapath);
-        let (_, result) = datapath::down(pins);
+        let (_, result) = datapath::down(pins, &crate::pool::pins::is_of_a_pool);
         Ok(result?)
     }
 }

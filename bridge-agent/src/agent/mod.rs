@@ -360,7 +360,7 @@ impl Agent {
             }
             self.enforcer = Some(enforcer);
         } else if self.pins.exist_of_any_version() {
-            let (_, result) = datapath::down(&self.pins);
+            let (_, result) = datapath::down(&self.pins, &crate::pool::pins::is_of_a_pool);
             result.map_err(enforcer::Error::from)?;
             tracing::info!("removed the eBPF enforcement of an earlier configuration");
         }

@@ -26,7 +26,7 @@ impl Down {
             return Err(error.into());
         }
         let of_exec = kernel::remove_of_exec(&global.pin_root);
-        let (removed, result) = datapath::down(&global.pins());
+        let (removed, result) = datapath::down(&global.pins(), &crate::pool::pins::is_of_a_pool);
         // A running agent would put everything back.
         if matches!(result, Err(datapath::Error::Locked { .. })) {
             return result.map_err(Error::from);

@@ -85,7 +85,7 @@ async fn ask(global: &Global) -> Result<Status, Error> {
 
 impl Kernel {
     fn read(maps: &Maps) -> datapath::Result<Self> {
-        let settings = maps.settings_in_force()?;
+        let settings = maps.active_settings()?;
         let denied = maps.reason_counts()?;
         let was_denied = |count: &ReasonCount| count.denies && count.packets + count.audited_packets > 0;
         Ok(Self {

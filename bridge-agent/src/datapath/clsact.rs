@@ -16,10 +16,10 @@ use netlink_packet_route::{
 };
 
 use super::{
-    attach::{Action, Target, errno, pinned_program},
-    error::{Error, Result},
+    error::{Error, Result, errno},
     hook::Hook,
-    pins::{self, Attached, Pins},
+    pins::{self, Attached, Pins, pinned_program},
+    target::{Action, Target},
 };
 use crate::kernel::netlink::{Route, interface_name};
 

@@ -1,13 +1,15 @@
 //! Removes every trace.
 
+use std::path::Path;
+
 use super::{
-    attach, clsact,
+    clsact,
     error::{Error, Result},
+    load::Datapath,
     pins::{self, Pins},
 };
-use crate::pool;
 
-/// What [`down`] has removed.
+/// The result of [`down`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Removed {
     /// Programs detached from interfaces.
@@ -16,14 +18,13 @@ pub struct Removed {
     pub maps: usize,
 }
 
-/// Detaches every program and removes every map of the packet path, of this version of bridge and of others. Goes on after errors; may
-/// be called when there is nothing to remove.
+/// Detaches every program and removes every pin below the root, of every version of bridge, except those that `spare`
+/// names. Continues after errors; may be called when there is nothing to remove.
 ///
 /// # Errors
 ///
-/// [`Error::Locked`] while an agent runs, which would put everything back; otherwise what could not be removed,
-/// beside what could.
-pub fn down(pins: &Pins) -> (Removed, Result<()>) {
+/// [`Error::Locked`] while an agent runs, which would restore everything; otherwise those of the pins that remain.
+pub fn down(pins: &Pins, spare: &dyn Fn(&Path) -> bool) -> (Removed, Result<()>) {
     let mut removed = Removed::default();
     if !pins.root().exists() {
         return (removed, Ok(()));
@@ -44,13 +45,12 @@ pub fn down(pins: &Pins) -> (Removed, Result<()>) {
         }
         Err(error) => errors.push(error),
     }
-    // What the port pool has here is no part of the packet path.
-    pins::remove_tree_except(pins.root(), &pool::pins::is_of_a_pool, &mut errors);
+    pins::remove_tree_except(pins.root(), spare, &mut errors);
     drop(lock);
     (removed, Error::collect(errors))
 }
 
-/// Removes what a start of this version has made, and nothing that another version enforces.
+/// Removes everything that a start of this version has made, and nothing that another version enforces.
 ///
 /// # Errors
 ///
@@ -63,15 +63,24 @@ pub fn undo(pins: &Pins) -> Result<()> {
     Error::collect(errors)
 }
 
-/// Removes what another version of bridge has left, once this one enforces in its place.
-pub(super) fn remove_other_versions(pins: &Pins) -> Result<usize> {
-    let mut removed = Removed::default();
-    let mut errors = Vec::new();
-    for version in pins.versions()?.into_iter().filter(|version| version.directory() != pins.directory()) {
-        errors.extend(clsact::hand_over_qdiscs(&version, pins).err());
-        remove_version(&version, &mut removed, &mut errors);
+impl Datapath {
+    /// Removes everything that other versions of bridge have left. Call once this one enforces. Returns how many programs were
+    /// detached.
+    ///
+    /// # Errors
+    ///
+    /// Those of the pins that remain.
+    pub fn remove_other_versions(&self) -> Result<usize> {
+        let pins = &self.pins;
+        let mut removed = Removed::default();
+        let mut errors = Vec::new();
+        for version in pins.versions()?.into_iter().filter(|version| version.directory() != pins.directory())
+        {
+            errors.extend(clsact::hand_over_qdiscs(&version, pins).err());
+            remove_version(&version, &mut removed, &mut errors);
+        }
+        Error::collect(errors).map(|()| removed.attachments)
     }
-    Error::collect(errors).map(|()| removed.attachments)
 }
 
 fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
@@ -79,7 +88,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
         Ok(links) => {
             for link in links {
                 crate::fault::point("down:detach");
-                match attach::detach(&link.path, None) {
+                match pins::detach(&link.path, None) {
                     Ok(()) => removed.attachments += 1,
                     Err(error) => errors.push(error),
                 }

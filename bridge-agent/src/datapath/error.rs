@@ -2,7 +2,12 @@
 
 use std::{io, path::PathBuf};
 
-use aya::{EbpfError, maps::MapError, programs::ProgramError};
+use aya::{
+    EbpfError,
+    maps::MapError,
+    programs::{ProgramError, tc::TcError},
+    sys::SyscallError,
+};
 
 /// See the variants.
 #[derive(Debug, thiserror::Error)]
@@ -218,5 +223,19 @@ pub(super) fn program_error(program: &str, error: ProgramError) -> Error {
             Error::Rejected { program: program.to_owned(), log: log[start..].to_owned() }
         }
         error => Error::Load(Box::new(error.into())),
+    }
+}
+
+/// Returns the system's error number inside aya's error.
+pub(super) fn errno(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::SyscallError(SyscallError { io_error, .. }) | ProgramError::IOError(io_error) => {
+            io_error.raw_os_error()
+        }
+        ProgramError::TcError(TcError::NetlinkError(error)) | ProgramError::NetlinkError(error) => {
+            error.raw_os_error()
+        }
+        ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
+        _ => None,
     }
 }

@@ -152,7 +152,7 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn for_each_flow(&self, filter: &FlowFilter, mut visit: impl FnMut(FlowView)) -> Result<()> {
-        let (names, settings, now) = (self.rule_names()?, self.settings_in_force()?, now());
+        let (names, settings, now) = (self.rule_names()?, self.active_settings()?, now());
         let fast = self.fast_path().control();
         for (name, map) in self.flow_tables() {
             bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
@@ -199,7 +199,7 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn count_flows(&self) -> Result<FlowCounts> {
-        let (settings, now) = (self.settings_in_force()?, now());
+        let (settings, now) = (self.active_settings()?, now());
         let count = |name: &'static str, map: &MapData| {
             let mut count = 0;
             bpf::for_each(bpf::fd(map), |_: FlowKey, flow: Flow| {

@@ -9,11 +9,11 @@ use std::io;
 use bridge_common::filter::{fast_path::ability, interface::Interface};
 
 use super::{
-    attach::Target,
     clsact,
     error::{Error, Result},
     hook::{Hook, Role},
     load::Datapath,
+    target::Target,
 };
 
 impl Datapath {

@@ -1,4 +1,4 @@
-//! Brings programs and maps into the kernel, or takes over those that are pinned.
+//! Loads programs and maps, or adopts those that are pinned.
 
 use crate::kernel::bpf;
 use std::{
@@ -15,13 +15,13 @@ use tokio::io::{Interest, unix::AsyncFd};
 use super::{
     error::{Error, Result, load_error, program_error},
     hook::Hook,
-    kept::Kept,
     maps::{self, DIGESTS, Digest, Maps, Table},
     object,
+    pin_guard::PinGuard,
     pins::{self, Lock, Pins},
 };
 
-/// How the packet path is brought up.
+/// Options of the packet path.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Where it is pinned.
@@ -57,23 +57,23 @@ pub struct Datapath {
     pub(super) tcx: bool,
     adopted: bool,
     debug: bool,
-    pub(super) kept: Kept,
+    pub(super) guard: PinGuard,
     lock: Lock,
 }
 
-/// Whether a map holds nothing between two packets, and is laid out as it suits its programs: such are not pinned.
+/// Whether a map holds nothing between two packets, so that it belongs to its programs and is not pinned.
 fn is_private(name: &str) -> bool {
     // Constants of the programs, which have a section as name; the debug log.
     name.starts_with('.') || matches!(name, "scratch" | FLOW_CACHE | "AYA_LOGS")
 }
 
-/// The map of the flow cache, which is as large as it suits the machine.
+/// The map of the flow cache, sized by the number of CPUs.
 const FLOW_CACHE: &str = "flow_cache";
 
 /// Maps whose size the configuration sets.
 const SIZED: [&str; 2] = ["flows", "half_open"];
 
-/// How large the flow cache is.
+/// The size of the flow cache.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheSize {
     entries: u32,
@@ -81,7 +81,7 @@ pub struct CacheSize {
 }
 
 impl CacheSize {
-    /// As it suits the CPUs of this machine.
+    /// Returns the size for the CPUs of this machine.
     ///
     /// # Errors
     ///
@@ -92,7 +92,7 @@ impl CacheSize {
         Ok(Self { entries: sets.saturating_mul(cpus), sets })
     }
 
-    /// Tells the loader of the programs.
+    /// Sets the size in the loader of the programs.
     pub fn apply<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
         loader.map_max_entries(FLOW_CACHE, self.entries);
         loader.override_global("FLOW_CACHE_SETS", &self.sets, true);
@@ -100,11 +100,11 @@ impl CacheSize {
 }
 
 impl Datapath {
-    /// Loads the programs and makes the maps, or takes over those that are pinned. What enforces goes on enforcing.
+    /// Loads the programs and makes the maps, or adopts those that are pinned. Enforcement continues meanwhile.
     ///
     /// # Errors
     ///
-    /// Whatever is in the way; nothing is left behind then that was not there before.
+    /// Everything of [`Error`]; the pins are as before then.
     pub fn load(options: &Options) -> Result<Self> {
         require_capabilities()?;
         let pins = options.pins.clone();
@@ -159,27 +159,27 @@ impl Datapath {
         let templates = Templates::new(&mut object)?;
         let maps = Maps::open(&pins)?;
         let tcx = options.mechanism == Mechanism::Best && has_tcx();
-        let mut kept = Kept::default();
-        kept.keep_all(pins.directory())?;
-        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, debug: options.debug, kept, lock })
+        let mut guard = PinGuard::default();
+        guard.keep_all(pins.directory())?;
+        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, debug: options.debug, guard, lock })
     }
 
-    /// Pins again what somebody else has removed, also into another BPF file system that has taken the place of the one
-    /// there was. Returns how many pins those were.
+    /// Restores pins that another process has removed, also into another BPF file system mounted at the same place. Returns
+    /// how many.
     ///
     /// # Errors
     ///
-    /// [`Error::NotBpffs`], [`Error::Path`]; [`Error::Locked`] if another agent has come to work there meanwhile. What is
-    /// attached stays so for as long as this process lives.
+    /// [`Error::NotBpffs`], [`Error::Path`]; [`Error::Locked`] if another agent has taken the pins. Attached programs stay
+    /// attached while this process lives.
     pub fn restore_pins(&mut self) -> (usize, Result<()>) {
         match self.lock.renew(&self.pins) {
-            Ok(()) => self.kept.restore(),
+            Ok(()) => self.guard.restore(),
             Err(error) => (0, Err(error)),
         }
     }
 
-    /// Passes on what the programs log to the `log` crate, in a task of the runtime, if [`Options::debug`] was set.
-    /// To be called when everything is loaded and attached.
+    /// Forwards the programs' log to the `log` crate, in a task of the runtime, if [`Options::debug`] is set. Call after
+    /// loading and attaching.
     ///
     /// # Errors
     ///
@@ -209,25 +209,15 @@ impl Datapath {
         self.adopted
     }
 
-    /// Whether nothing was enforced so far, so that existing connections are not known. `audit` says whether only
-    /// audit mode is wanted.
+    /// Whether nothing was enforced yet, so that existing connections are unknown. `audit`: only audit mode is wanted.
     ///
     /// # Errors
     ///
     /// [`Error::Map`].
     pub fn is_unseeded(&self, audit: bool) -> Result<bool> {
-        let settings = self.maps.settings_in_force()?;
-        // The first policy of a first start denies nothing; whoever was killed then had no time to seed.
+        let settings = self.maps.active_settings()?;
+        // The first policy of a first start denies nothing; an agent killed at that point had not seeded yet.
         Ok(settings.generation == 0 || settings.generation == 1 && settings.audit == 1 && !audit)
-    }
-
-    /// Removes what other versions of bridge have left. To be called when this one enforces.
-    ///
-    /// # Errors
-    ///
-    /// What could not be removed. Returns how many programs were detached.
-    pub fn remove_other_versions(&self) -> Result<usize> {
-        super::down::remove_other_versions(&self.pins)
     }
 
     /// Whether programs are attached by TCX links rather than filters of the clsact qdisc.
@@ -243,7 +233,7 @@ pub(super) fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifie
         .ok_or(Error::Kernel { feature: hook.name(), remedy: "the agent was built with another eBPF object" })
 }
 
-/// TCX is there (Linux 6.6) if an interface can be asked what it has of it.
+/// Probes TCX (Linux 6.6) by a query at an interface.
 fn has_tcx() -> bool {
     /// `LOOPBACK_IFINDEX` (include/net/flow.h).
     const LO: u32 = 1;
@@ -268,7 +258,7 @@ fn digests() -> aya_obj::Map {
     )
 }
 
-/// Compares every pin that is there with what the object would make, before any of them is used.
+/// Compares every pin with the map that the object would make, before any is used.
 fn check_pins(pins: &Pins, object: &Object, sizes: &BTreeMap<&str, u32>) -> Result<()> {
     let mut expected: Vec<(&str, &aya_obj::Map)> =
         object.maps.iter().map(|(name, map)| (name.as_str(), map)).collect();
@@ -348,8 +338,8 @@ fn require_capabilities() -> Result<()> {
     if missing.is_empty() { Ok(()) } else { Err(Error::Capability { missing: missing.join(", ") }) }
 }
 
-/// What the inner maps of a policy are made from: the object's definitions, and its type information, by which
-/// `bpftool map dump` prints fields by name.
+/// Templates of the inner maps of a policy: the object's definitions, and its type information, by which `bpftool map dump`
+/// prints fields by name.
 #[derive(Debug)]
 pub(super) struct Templates {
     inner: Vec<aya_obj::Map>,

@@ -207,7 +207,7 @@ impl Maps {
     /// # Errors
     ///
     /// [`Error::Map`].
-    pub fn settings_in_force(&self) -> Result<Settings> {
+    pub fn active_settings(&self) -> Result<Settings> {
         self.settings(self.slot())
     }
 

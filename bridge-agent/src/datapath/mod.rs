@@ -1,11 +1,10 @@
-//! The packet path in the kernel, seen from the user side: loads its programs and maps, pins them, attaches them to
-//! interfaces, writes policies, and reads back what the kernel side has seen.
+//! The user side of the packet path: loads its programs and maps, pins them, attaches them to interfaces, writes policies,
+//! and reads counters, flows and events.
 //!
-//! Nothing here is needed for packets to be judged: maps and links are pinned, and go on without a process.
-//! [`Datapath`] is what changes them, by one process at a time; [`Maps`] is what reads them, by anyone.
+//! Packets are judged without it: maps and links are pinned and need no process. [`Datapath`] changes them, in one process
+//! at a time; [`Maps`] reads them, in any number.
 
 mod attach;
-mod carry;
 mod clsact;
 mod counters;
 mod down;
@@ -15,15 +14,16 @@ mod fast_path;
 mod flows;
 mod foreign;
 mod hook;
-mod kept;
 mod layout;
 mod load;
 mod maps;
+mod migrate;
 pub mod object;
+mod pin_guard;
 mod pins;
 mod tables;
+mod target;
 
-pub use attach::{Action, Change, Target};
 pub use counters::{ReasonCount, RuleCount};
 pub use down::{Removed, down, undo};
 pub use error::{Error, Result};
@@ -31,9 +31,9 @@ pub use events::{EventReader, Verdict, VerdictFilter};
 pub use fast_path::{FastPath, OutcomeCount};
 pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, protocol_name};
 pub use hook::{Hook, Role};
-pub(crate) use kept::Kept;
 pub use load::{CacheSize, Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};
+pub(crate) use pin_guard::PinGuard;
 pub use pins::{DEFAULT_ROOT, Lock, Pins};
-
 pub use tables::{Behaviour, Published};
+pub use target::{Action, Change, Target};

@@ -13,12 +13,16 @@
 use std::{
     fs::{self, DirBuilder, File},
     io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::{DirBuilderExt, MetadataExt},
+    },
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
+use aya::programs::SchedClassifier;
 use bridge_common::ABI_VERSION;
 use rustix::fs::FlockOperation;
 
@@ -26,6 +30,7 @@ use super::{
     error::{Error, Result},
     hook::Hook,
 };
+use crate::kernel::bpf;
 
 /// Where pins are by default.
 pub const DEFAULT_ROOT: &str = "/sys/fs/bpf/bridge";
@@ -341,6 +346,24 @@ pub(super) fn remove_tree_except(path: &Path, stays: &dyn Fn(&Path) -> bool, err
             errors.push(Error::path("removing", path)(error))
         }
         _ => {}
+    }
+}
+
+/// Returns the id of the program that is pinned at `path`.
+pub(super) fn pinned_program(path: &Path) -> Option<u32> {
+    Some(SchedClassifier::from_pin(path).ok()?.info().ok()?.id())
+}
+
+/// Detaches a pinned link, if its interface still exists, and removes the pin. `kept`: a descriptor of the link.
+pub(super) fn detach(path: &Path, kept: Option<OwnedFd>) -> Result<()> {
+    match kept.map_or_else(|| bpf::obj_get(path), Ok).and_then(|link| bpf::link_detach(link.as_fd())) {
+        // ENOLINK: nothing left to detach from; EOPNOTSUPP: removing the pin will do.
+        Err(error)
+            if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EOPNOTSUPP)) =>
+        {
+            Err(Error::path("detaching", path)(error))
+        }
+        _ => remove(path),
     }
 }
 

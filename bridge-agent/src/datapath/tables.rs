@@ -338,7 +338,7 @@ impl Datapath {
             pins::remove(&path)?;
             inner.pin(&path).map_err(|error| Error::map(table.name())(io::Error::other(error)))?;
             let kept = bpf::fd(inner).try_clone_to_owned().map_err(Error::map(table.name()))?;
-            self.kept.keep(path, kept);
+            self.guard.keep(path, kept);
         }
         self.maps.settings.set(slot, settings, 0).map_err(Error::aya_map("settings"))?;
         self.maps.digests.set(slot, digest, 0).map_err(Error::aya_map("digests"))

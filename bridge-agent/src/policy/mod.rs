@@ -18,7 +18,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use bridge_common::filter::policy::{
-    AddressInfo, PortIntervals, PortPage, PairKey, PairSets, RuleInfo, RuleSet, direction, reference as abi, side,
+    AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleInfo, RuleSet, direction, reference as abi,
+    side,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};

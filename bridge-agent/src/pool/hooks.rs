@@ -104,7 +104,7 @@ impl KernelPool {
             }
         }
         for links in attach::entries(&self.pins, POD_LINKS_PREFIX).filter(|links| !wanted.contains(links)) {
-            self.kept.forget_all(&links);
+            self.kept.release_all(&links);
             match fs::remove_dir_all(&links) {
                 Ok(()) => done.removed += 1,
                 Err(error) => done.failures.push(format!("{}: {error}", links.display())),
@@ -145,7 +145,7 @@ impl KernelPool {
             self.attach(&mount, cgroup)?;
         }
         for links in attach::entries(&self.pins, LINKS_PREFIX).filter(|links| !wanted.contains(links)) {
-            self.kept.forget_all(&links);
+            self.kept.release_all(&links);
             fs::remove_dir_all(&links)
                 .map_err(|error| KernelPoolError::Link { path: links, reason: error.to_string() })?;
         }

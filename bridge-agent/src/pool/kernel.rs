@@ -31,7 +31,7 @@ use super::{
     walk::Walker,
     words::Words,
 };
-use crate::datapath::{self, Kept, Lock, Pins};
+use crate::datapath::{self, Lock, PinGuard, Pins};
 
 /// The pool in the kernel.
 pub struct KernelPool {
@@ -48,7 +48,7 @@ pub struct KernelPool {
     /// Directories of links of pods that this agent has hooked.
     pub(super) pods: HashSet<PathBuf>,
     /// What this agent has pinned.
-    pub(super) kept: Kept,
+    pub(super) kept: PinGuard,
     /// Of the agent; `None` for who joined its pool.
     lock: Option<Lock>,
 }
@@ -136,7 +136,7 @@ impl KernelPool {
         let walker = Walker::load(&mut ebpf);
         let events = Some(take(&mut ebpf, "POOL_EVENTS")?);
         let sweeper = Sweeper::default();
-        let (pods, kept, lock) = (HashSet::new(), Kept::default(), None);
+        let (pods, kept, lock) = (HashSet::new(), PinGuard::default(), None);
         Ok(Self {
             ebpf,
             config,
@@ -173,7 +173,7 @@ impl KernelPool {
 
     /// Leaves everything to its pins.
     pub fn let_go(&mut self) {
-        self.kept = Kept::default();
+        self.kept = PinGuard::default();
     }
 
     /// Goes over to other ports and settings: what is held stays held, ports that left are not given out again, those that

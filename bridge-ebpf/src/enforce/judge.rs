@@ -199,4 +199,3 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
         || HALF_OPEN.get_ptr(&quoted.key).is_some_and(is_usable);
     u32::from(known)
 }
-

@@ -98,7 +98,9 @@ fn resolve(slot: u32, root: u32, ports: &Ports) -> u32 {
 extern "C" fn by_port(slot: u32, from: u32, port: u32) -> u32 {
     let index = from & reference::VALUE;
     match reference::tag(from) {
-        reference::INTERVALS => NARROWS.get_value(slot, &index).map_or(0, |intervals| in_intervals(intervals, port)),
+        reference::INTERVALS => {
+            NARROWS.get_value(slot, &index).map_or(0, |intervals| in_intervals(intervals, port))
+        }
         reference::DIRECTORY => {
             let Some(directory) = PAGES.get_value(slot, &index) else { return 0 };
             let entry = directory.references[(port >> 8 & 0xff) as usize];

@@ -178,7 +178,9 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
 /// Moves a flow to the established table.
 #[inline(always)]
 fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> TrackVerdict {
-    let Some(Scratch { flow: promoted, .. }) = scratch() else { return TrackVerdict::Deny(Reason::table_full) };
+    let Some(Scratch { flow: promoted, .. }) = scratch() else {
+        return TrackVerdict::Deny(Reason::table_full);
+    };
     *promoted = Flow { last_seen: now, state, leases: Default::default(), ..*flow };
     if FLOWS.insert(key, promoted, 0).is_err() {
         return TrackVerdict::Deny(Reason::table_full);

@@ -5,12 +5,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use aya_log_ebpf::debug;
-use bridge_common::filter::{
-    counters::Reason,
-    event::verdict as action,
-    flow::flag,
-    policy::reference,
-};
+use bridge_common::filter::{counters::Reason, event::verdict as action, flow::flag, policy::reference};
 
 use crate::{
     active::Active,
@@ -115,4 +110,3 @@ pub(crate) fn conclude(
     }
     action
 }
-

@@ -6,19 +6,12 @@
 mod plan;
 
 use crate::kernel::bpf;
-use std::{
-    io,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
-};
+use std::{io, os::fd::AsFd, path::Path};
 
-use aya::{
-    programs::{
-        ProgramError, SchedClassifier,
-        links::{FdLink, LinkError, PinnedLink},
-        tc::SchedClassifierLink,
-    },
-    sys::SyscallError,
+use aya::programs::{
+    ProgramError,
+    links::{FdLink, LinkError, PinnedLink},
+    tc::SchedClassifierLink,
 };
 use bridge_common::filter::interface::Interface;
 use rustix::fs::{CWD, RenameFlags};
@@ -26,52 +19,13 @@ use rustix::fs::{CWD, RenameFlags};
 use self::plan::{Link, Step, plan};
 use super::{
     clsact,
-    error::{Error, Result},
-    hook::{Hook, Role},
+    error::{Error, Result, errno},
+    hook::Hook,
     load::{Datapath, program},
-    pins::{self, Attached},
+    pins::{self, Attached, detach, pinned_program},
+    target::{Action, Change, Target},
 };
 use crate::kernel::netlink::interface_name;
-
-/// An interface that packets are judged on.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Target {
-    /// Its index.
-    pub index: u32,
-    /// Its name.
-    pub name: String,
-    /// Where it leads to.
-    pub role: Role,
-    /// Length of its link layer header in bytes.
-    pub link_header: u32,
-    /// What it allows of the fast path, bits of [`bridge_common::filter::fast_path::ability`], as long as no programs of others
-    /// are in the way.
-    pub fast_path: u32,
-}
-
-/// What was done to one interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    /// Name of the interface.
-    pub interface: String,
-    /// The program.
-    pub hook: Hook,
-    /// What was done.
-    pub action: Action,
-}
-
-/// See [`Change::action`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Newly attached.
-    Attached,
-    /// The program of an earlier agent was replaced.
-    Replaced,
-    /// Detached, or its interface is gone.
-    Removed,
-    /// The interface has a new name.
-    Renamed,
-}
 
 impl Datapath {
     /// Attaches to exactly these interfaces; may be called as often as anything changes. Errors with one interface
@@ -151,7 +105,7 @@ impl Datapath {
     }
 
     fn links(&self) -> Result<Vec<Link>> {
-        self.kept
+        self.guard
             .within(&self.pins.links())
             .filter_map(|(path, link)| Some((pins::attached_link(path.to_owned())?, link)))
             .map(|(Attached { path, interface, hook, .. }, link)| {
@@ -181,15 +135,15 @@ impl Datapath {
         };
         match step {
             Step::Forget(link) | Step::Detach(link) => {
-                detach(&link.path, self.kept.forget(&link.path))?;
+                detach(&link.path, self.guard.release(&link.path))?;
                 change(link.interface, link.hook, Action::Removed)
             }
             Step::Rename(link, path, interface) => {
                 // To write over another pin would detach what it stands for.
                 rustix::fs::renameat_with(CWD, &link.path, CWD, &path, RenameFlags::NOREPLACE)
                     .map_err(|error| Error::path("renaming", &link.path)(error.into()))?;
-                if let Some(kept) = self.kept.forget(&link.path) {
-                    self.kept.keep(path, kept);
+                if let Some(kept) = self.guard.release(&link.path) {
+                    self.guard.keep(path, kept);
                 }
                 change(interface, link.hook, Action::Renamed)
             }
@@ -197,7 +151,7 @@ impl Datapath {
                 Ok(()) => change(link.interface, link.hook, Action::Replaced),
                 // The interface has gone, and come again, since it was looked at.
                 Err(error) if errno(&error) == Some(libc::ENOLINK) => {
-                    self.kept.forget(&link.path);
+                    self.guard.release(&link.path);
                     pins::remove(&link.path)?;
                     self.attach_link((&link.interface, index(&link.interface)), link.hook, &link.path)?;
                     change(link.interface, link.hook, Action::Attached)
@@ -236,7 +190,7 @@ impl Datapath {
         // Whoever dies before the pin is made leaves nothing attached. If it cannot be made, the interface is judged on
         // nevertheless, for as long as this process lives.
         let pinned = bpf::obj_pin(link.as_fd(), path);
-        self.kept.keep(path.to_owned(), link);
+        self.guard.keep(path.to_owned(), link);
         pinned.map_err(Error::path("pinning", path))
     }
 
@@ -271,7 +225,7 @@ impl Datapath {
         clsact::ensure_qdisc(&target.name, &qdisc)
             .map_err(|error| Error::attach(&target.name, hook.name(), error))?;
         if qdisc.exists() {
-            self.kept.keep_directory(&qdisc);
+            self.guard.keep_directory(&qdisc);
         }
         let program = program(&mut self.ebpf, hook)?;
         let id = program.info().map_err(failed)?.id();
@@ -283,7 +237,7 @@ impl Datapath {
         program
             .pin(&path)
             .map_err(|error| Error::attach(&target.name, hook.name(), super::error::chain(&error)))?;
-        self.kept.keep_pinned(path)?;
+        self.guard.keep_pinned(path)?;
         Ok(Some(action.unwrap_or(Action::Replaced)))
     }
 
@@ -298,7 +252,7 @@ impl Datapath {
                 for filter in
                     filters.into_iter().filter(|filter| !keep(filter.index.unwrap_or(0), filter.hook))
                 {
-                    self.kept.forget(&filter.path);
+                    self.guard.release(&filter.path);
                     match clsact::remove(&self.pins, &filter) {
                         Ok(()) => changes.push(Change {
                             interface: filter.interface,
@@ -323,36 +277,4 @@ fn has_gone(wanted: &[(Target, Hook)], name: &str) -> bool {
 
 fn tell_gone(interface: &str, error: &Error) {
     tracing::debug!(interface, %error, "the interface has gone");
-}
-
-/// Detaches a pinned link, if its interface is still there, and removes the pin. `kept`: a descriptor of it, if there is one.
-pub(super) fn detach(path: &Path, kept: Option<OwnedFd>) -> Result<()> {
-    match kept.map_or_else(|| bpf::obj_get(path), Ok).and_then(|link| bpf::link_detach(link.as_fd())) {
-        // ENOLINK: nothing left to detach from; EOPNOTSUPP: removing the pin will do.
-        Err(error)
-            if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT | libc::EOPNOTSUPP)) =>
-        {
-            Err(Error::path("detaching", path)(error))
-        }
-        _ => pins::remove(path),
-    }
-}
-
-pub(super) fn pinned_program(path: &Path) -> Option<u32> {
-    Some(SchedClassifier::from_pin(path).ok()?.info().ok()?.id())
-}
-
-/// The system's error number inside aya's error.
-pub(super) fn errno(error: &ProgramError) -> Option<i32> {
-    use aya::programs::tc::TcError;
-    match error {
-        ProgramError::SyscallError(SyscallError { io_error, .. }) | ProgramError::IOError(io_error) => {
-            io_error.raw_os_error()
-        }
-        ProgramError::TcError(TcError::NetlinkError(error)) | ProgramError::NetlinkError(error) => {
-            error.raw_os_error()
-        }
-        ProgramError::TcError(TcError::IoError(error)) => error.raw_os_error(),
-        _ => None,
-    }
 }

@@ -2,8 +2,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use super::Target;
-use crate::datapath::hook::Hook;
+use crate::datapath::{hook::Hook, target::Target};
 
 /// A pinned link, as found.
 #[derive(Clone, Debug, PartialEq, Eq)]

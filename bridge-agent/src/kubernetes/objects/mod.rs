@@ -24,15 +24,15 @@ pub(super) trait Followed:
     Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
 {
     /// What is kept of it.
-    type Kept: PartialEq + Debug + Send;
+    type PinGuard: PartialEq + Debug + Send;
     /// The resource, as `kubectl` names it.
     const NAME: &'static str;
 
     /// What is kept of it; `None` if it counts for nothing.
-    fn keep(self) -> Option<Self::Kept>;
+    fn keep(self) -> Option<Self::PinGuard>;
 
     /// Where it is kept.
-    fn table(cluster: &mut Cluster) -> &mut Table<Self::Kept>;
+    fn table(cluster: &mut Cluster) -> &mut Table<Self::PinGuard>;
 }
 
 /// The name of an object, with its namespace if it has one.
@@ -179,7 +179,7 @@ fn networks<'a>(texts: impl IntoIterator<Item = &'a String>) -> Box<[IpNet]> {
 }
 
 impl Followed for NodeObject {
-    type Kept = Node;
+    type PinGuard = Node;
     const NAME: &'static str = "nodes";
 
     fn keep(self) -> Option<Node> {
@@ -219,7 +219,7 @@ struct PodIp {
 }
 
 impl Followed for PodObject {
-    type Kept = Pod;
+    type PinGuard = Pod;
     const NAME: &'static str = "pods";
 
     fn keep(self) -> Option<Pod> {
@@ -260,7 +260,7 @@ fn labels(of: Option<BTreeMap<String, String>>) -> Labels {
 }
 
 impl Followed for NamespaceObject {
-    type Kept = Labels;
+    type PinGuard = Labels;
     const NAME: &'static str = "namespaces";
 
     fn keep(self) -> Option<Labels> {
@@ -289,7 +289,7 @@ struct PolicyCondition {
 }
 
 impl Followed for PolicyObject {
-    type Kept = Policy;
+    type PinGuard = Policy;
     const NAME: &'static str = "bridgepolicies";
 
     fn keep(self) -> Option<Policy> {
@@ -335,7 +335,7 @@ fn one_line(errors: &crate::config::ConfigErrors) -> String {
 mod tests {
     use super::*;
 
-    pub(super) fn kept<T: Followed>(json: &str) -> Option<T::Kept> {
+    pub(super) fn kept<T: Followed>(json: &str) -> Option<T::PinGuard> {
         serde_json::from_str::<T>(json).expect("it is read").keep()
     }
 

@@ -102,7 +102,11 @@ fn ten_intervals_are_narrow_and_eleven_are_wide() {
     let ports = |count: u16| (1..=count).map(|port| range(port * 512, port * 512 + 9)).collect();
     let narrow =
         compiled(vec![Rule { ports: ports(4), ..rule("r") }, Rule { ports: vec![range(9, 9)], ..rule("s") }]);
-    assert_eq!(abi::tag(root(&narrow, 1, protocol::TCP)), abi::DIRECTORY, "4 + 1 ranges apart are 11 intervals");
+    assert_eq!(
+        abi::tag(root(&narrow, 1, protocol::TCP)),
+        abi::DIRECTORY,
+        "4 + 1 ranges apart are 11 intervals"
+    );
 
     let edge = vec![range(0, 9), range(20, 29), range(40, 49), range(60, 69), range(80, 89)];
     let narrow = compiled(vec![Rule { ports: edge, ..rule("r") }]);

@@ -1,4 +1,4 @@
-//! Takes over the flows that another version of bridge knows: its maps are pinned beside ours, and laid out otherwise.
+//! Migrates flows from another version of bridge, whose maps are pinned beside ours with another layout.
 
 use crate::kernel::bpf;
 use std::os::fd::AsFd as _;
@@ -38,16 +38,16 @@ impl Datapath {
         Ok(others.filter(|version| version.directory() != self.pins.directory()).collect())
     }
 
-    /// Takes over the flows that other versions of bridge know. What is known already stays as it is, so this may be
-    /// called again for what they have learnt meanwhile. Returns how many.
+    /// Migrates the flows of other versions of bridge. Known flows stay as they are, so this may be called again for
+    /// flows opened meanwhile. Returns how many were new.
     ///
     /// # Errors
     ///
     /// [`Error::Map`].
-    pub fn carry_over(&self) -> Result<usize> {
-        let mut carried = 0;
+    pub fn migrate_flows(&self) -> Result<usize> {
+        let mut migrated = 0;
         for version in self.predecessors()? {
-            carried += carry::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
+            migrated += migrate::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
                 forget_rule(&mut flow);
                 flow.flags |= flag::SEEDED;
                 // Of an epoch that is not ours.
@@ -55,20 +55,20 @@ impl Datapath {
                 self.maps.seed_flows(&[(key, flow)])
             })?;
             let half_open = bpf::fd(&self.maps.half_open);
-            carried += carry::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
+            migrated += migrate::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
                 forget_rule(&mut flow);
                 insert("half_open", half_open, &key, &flow)
             })?;
             let peers = MapData::from_pin(self.pins.map(PEERS)).map_err(Error::aya_map(PEERS))?;
-            carry::<ClientKey, u64>(&version, PEERS, |client, seen| {
+            migrate::<ClientKey, u64>(&version, PEERS, |client, seen| {
                 insert(PEERS, bpf::fd(&peers), &client, &seen)
             })?;
         }
-        Ok(carried)
+        Ok(migrated)
     }
 }
 
-/// Generations are counted anew, so there is no telling the rule.
+/// Generations start from one again, so the rule is unknown.
 fn forget_rule(flow: &mut Flow) {
     (flow.generation, flow.rule) = (0, u32::MAX);
 }
@@ -88,8 +88,8 @@ fn insert<K: aya::Pod, V: aya::Pod>(
     }
 }
 
-/// Shows every entry of a map of another version as it would be in ours; returns the sum of what `take` answers.
-fn carry<K: aya::Pod, V: aya::Pod>(
+/// Converts every entry of a map of another version to our layout; returns the sum of the results of `take`.
+fn migrate<K: aya::Pod, V: aya::Pod>(
     from: &Pins,
     name: &'static str,
     mut take: impl FnMut(K, V) -> Result<usize>,
@@ -106,7 +106,7 @@ fn carry<K: aya::Pod, V: aya::Pod>(
     let same_sizes = (key_size, value_size) == (size_of::<K>(), size_of::<V>());
     let layouts = theirs.zip(own);
     if layouts.is_none() && !same_sizes {
-        tracing::warn!(map = %path.display(), "it cannot be told what is in this map of another version");
+        tracing::warn!(map = %path.display(), "this map of another version has no type information");
         return Ok(0);
     }
     let (mut taken, mut failure) = (0, None);

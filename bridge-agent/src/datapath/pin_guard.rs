@@ -1,5 +1,5 @@
-//! Descriptors of what is pinned. Somebody who removes pins, or unmounts the BPF file system, takes nothing away from an
-//! agent that runs: a link lives as long as there is a descriptor of it, and is pinned again.
+//! Descriptors of pinned objects. Removing pins, or unmounting the BPF file system, detaches nothing while an agent runs: a
+//! link lives as long as its descriptor, and the agent pins it again.
 
 use crate::kernel::bpf;
 use std::{
@@ -15,12 +15,12 @@ use super::{
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Kept {
+pub(crate) struct PinGuard {
     objects: BTreeMap<PathBuf, OwnedFd>,
     directories: BTreeSet<PathBuf>,
 }
 
-impl Kept {
+impl PinGuard {
     /// Keeps everything that is below a directory, and the directory.
     pub(crate) fn keep_all(&mut self, directory: &Path) -> Result<()> {
         self.keep_directory(directory);
@@ -34,7 +34,7 @@ impl Kept {
         Ok(())
     }
 
-    /// Keeps what is pinned at `path` now.
+    /// Keeps the object that is pinned at `path`.
     pub(crate) fn keep_pinned(&mut self, path: PathBuf) -> Result<()> {
         let object = bpf::obj_get(&path).map_err(Error::path("opening", &path))?;
         self.keep(path, object);
@@ -45,23 +45,23 @@ impl Kept {
         self.directories.insert(path.to_owned());
     }
 
-    /// Keeps what is pinned at `path`, or is to be, in the place of what was there.
+    /// Keeps an object for the pin at `path`, in place of an earlier one.
     pub(crate) fn keep(&mut self, path: PathBuf, object: OwnedFd) {
         self.objects.insert(path, object);
     }
 
-    /// Lets go of what is not to be pinned any more.
-    pub(crate) fn forget(&mut self, path: &Path) -> Option<OwnedFd> {
+    /// Releases an object that is to be pinned no more.
+    pub(crate) fn release(&mut self, path: &Path) -> Option<OwnedFd> {
         self.objects.remove(path)
     }
 
-    /// Lets go of a directory, with all that is below.
-    pub(crate) fn forget_all(&mut self, directory: &Path) {
+    /// Releases a directory with everything below it.
+    pub(crate) fn release_all(&mut self, directory: &Path) {
         self.objects.retain(|path, _| !path.starts_with(directory));
         self.directories.retain(|path| !path.starts_with(directory));
     }
 
-    /// What is pinned in a directory, or is to be.
+    /// Iterates over the objects of a directory.
     pub(crate) fn within(&self, directory: &Path) -> impl Iterator<Item = (&Path, BorrowedFd<'_>)> {
         self.objects
             .iter()
@@ -69,11 +69,11 @@ impl Kept {
             .map(|(path, object)| (path.as_path(), object.as_fd()))
     }
 
-    /// Pins again what is not there any more. Returns how many those were.
+    /// Restores missing pins. Returns how many.
     pub(crate) fn restore(&self) -> (usize, Result<()>) {
         let (mut restored, mut errors) = (0, Vec::new());
         for directory in self.directories.iter().filter(|path| !path.exists()) {
-            // The same error comes with whatever is to be in it.
+            // Pinning into it reports the same error.
             drop(pins::make_directory(directory));
         }
         for (path, object) in self.objects.iter().filter(|(path, _)| !path.exists()) {
@@ -82,7 +82,7 @@ impl Kept {
                 Err(error) => errors.push(Error::path("pinning", path)(error)),
             }
         }
-        // One tells it all.
+        // One is enough: they are alike.
         errors.truncate(1);
         (restored, Error::collect(errors))
     }

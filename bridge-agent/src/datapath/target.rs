@@ -1,0 +1,43 @@
+//! The interfaces that programs are attached to, and changes to them.
+
+use super::hook::{Hook, Role};
+
+/// An interface that programs are attached to.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Target {
+    /// Its index.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Pods or LAN.
+    pub role: Role,
+    /// Length of its link layer header in bytes.
+    pub link_header: u32,
+    /// How the fast path may use it, bits of [`bridge_common::filter::fast_path::ability`], unless foreign programs are in
+    /// the way.
+    pub fast_path: u32,
+}
+
+/// A change at one interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// Name of the interface.
+    pub interface: String,
+    /// The program.
+    pub hook: Hook,
+    /// The change.
+    pub action: Action,
+}
+
+/// See [`Change::action`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Newly attached.
+    Attached,
+    /// The program of an earlier agent was replaced.
+    Replaced,
+    /// Detached, or its interface is gone.
+    Removed,
+    /// The interface has a new name.
+    Renamed,
+}
