@@ -2,14 +2,21 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::panic::resume_unwind;
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
-/// A network namespace, with loopback up.
+use crate::wait::until;
+
+/// A network namespace. Clones stand for the same one.
+#[derive(Clone, Debug)]
 pub struct Ns {
     file: Arc<File>,
 }
@@ -21,10 +28,10 @@ impl Default for Ns {
 }
 
 impl Ns {
-    /// Needs CAP_SYS_ADMIN.
+    /// Makes a namespace, with loopback up. Needs CAP_SYS_ADMIN.
     #[must_use]
     pub fn new() -> Self {
-        let file = std::thread::spawn(|| {
+        let file = thread::spawn(|| {
             // SAFETY: only the network namespace of this thread changes; no descriptor or memory is unshared.
             unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace takes CAP_SYS_ADMIN");
             File::open("/proc/thread-self/ns/net").unwrap()
@@ -43,32 +50,43 @@ impl Ns {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd())
     }
 
-    /// Runs `body` on a thread inside.
-    pub fn enter<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> T {
-        match self.spawn(body).join() {
-            Ok(value) => value,
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
+    /// Opens a namespace that has a name or a path.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Ok(Self { file: Arc::new(File::open(path)?) })
     }
 
-    /// Likewise, without waiting.
-    pub fn spawn<T: Send + 'static>(
-        &self,
-        body: impl FnOnce() -> T + Send + 'static,
-    ) -> std::thread::JoinHandle<T> {
-        let file = self.file.clone();
-        std::thread::spawn(move || {
-            move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+    /// Returns the descriptor, for the start of a process inside.
+    pub(crate) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
+    /// Moves the calling thread into the namespace, for good.
+    fn move_into(&self) -> io::Result<()> {
+        Ok(move_into_link_name_space(self.file.as_fd(), Some(LinkNameSpaceType::Network))?)
+    }
+
+    /// Runs `body` on a thread inside. A panic in it continues in the caller.
+    pub fn enter<T: Send>(&self, body: impl FnOnce() -> T + Send) -> T {
+        let inside = || {
+            self.move_into().expect("enter the network namespace");
+            body()
+        };
+        thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// Runs `body` on a thread inside, without waiting for it.
+    pub fn spawn<T: Send + 'static>(&self, body: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        let own = self.clone();
+        thread::spawn(move || {
+            own.move_into().expect("enter the network namespace");
             body()
         })
     }
 
-    /// A program inside; it must succeed.
+    /// Runs a program inside, which must succeed, and returns its standard output.
     pub fn run(&self, program: &str, arguments: &[&str]) -> String {
-        let (program, arguments) =
-            (program.to_owned(), arguments.iter().map(ToString::to_string).collect::<Vec<_>>());
-        self.enter(move || {
-            let output = Command::new(&program).args(&arguments).output().unwrap();
+        self.enter(|| {
+            let output = Command::new(program).args(arguments).output().unwrap();
             assert!(
                 output.status.success(),
                 "{program} {arguments:?}: {}",
@@ -96,7 +114,7 @@ impl Ns {
         self.ip(&format!("address add {net} dev {device}{nodad}"));
         // The kernel makes an IPv6 address usable from a work queue.
         let address = net.split('/').next().unwrap();
-        eventually("the address is usable", SECONDS, || {
+        until("the address is usable", SECONDS, || {
             self.ip("-6 route show table local").contains(address)
                 || self.ip("-4 route show table local").contains(address)
         });
@@ -147,30 +165,14 @@ fn line(route: &serde_json::Value) -> String {
     line + &format!(" metric {} table {}", text(&route["metric"]), text(&route["table"]))
 }
 
-/// Polls until `condition` holds; how long it took.
-#[track_caller]
-pub fn eventually(description: &str, deadline: Duration, mut condition: impl FnMut() -> bool) -> Duration {
-    let start = Instant::now();
-    loop {
-        if condition() {
-            return start.elapsed();
-        }
-        assert!(start.elapsed() < deadline, "not within {deadline:?}: {description}");
-        std::thread::sleep(Duration::from_micros(500));
-    }
-}
-
 /// A deadline for operations of milliseconds, on a busy machine.
 pub const SECONDS: Duration = Duration::from_secs(5);
 
 /// Both sides know each other's hardware address: no packet has to wait for ARP or neighbour discovery.
 pub fn acquaint(ns: &Ns, address: &str) {
-    let to = address.to_owned();
-    ns.enter(move || {
-        let any = if to.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
-        std::net::UdpSocket::bind(any).unwrap().send_to(b"", (to.as_str(), 9)).unwrap();
+    ns.enter(|| {
+        let any = if address.contains(':') { "[::]:0" } else { "0.0.0.0:0" };
+        std::net::UdpSocket::bind(any).unwrap().send_to(b"", (address, 9)).unwrap();
     });
-    eventually("the neighbour answers", SECONDS, || {
-        ns.ip(&format!("neigh show {address}")).contains("lladdr")
-    });
+    until("the neighbour answers", SECONDS, || ns.ip(&format!("neigh show {address}")).contains("lladdr"));
 }

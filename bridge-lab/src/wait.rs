@@ -1,22 +1,21 @@
-//! Waiting for something to become true, with a deadline.
+//! Polls a condition until a deadline.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Time between two looks at the condition.
+/// Time between two polls.
 const INTERVAL: Duration = Duration::from_millis(2);
 
-/// A deadline as it is on this machine: `BRIDGE_PATIENCE` times as long, where that is set, for an emulated processor.
+/// Returns the deadline for this machine: `BRIDGE_PATIENCE` times as long, where that is set, for an emulated processor.
 #[must_use]
 pub fn patience(deadline: Duration) -> Duration {
     let times = std::env::var("BRIDGE_PATIENCE").ok().and_then(|times| times.parse().ok());
     deadline * times.unwrap_or(1)
 }
 
-/// Looks at `condition` until it yields a value; `None` once `deadline` has passed without one.
+/// Polls `condition` until it yields a value; `None` once `deadline` has passed without one.
 ///
-/// The condition is looked at once more after the deadline, so a busy machine that was late to look is not
-/// taken for a condition that never came true.
+/// The last poll comes after the deadline, so a busy machine that polls late does not fail a condition that came true.
 pub fn eventually<T>(deadline: Duration, mut condition: impl FnMut() -> Option<T>) -> Option<T> {
     let end = Instant::now() + deadline;
     loop {
@@ -27,4 +26,13 @@ pub fn eventually<T>(deadline: Duration, mut condition: impl FnMut() -> Option<T
         }
         thread::sleep(INTERVAL);
     }
+}
+
+/// Polls until `condition` holds, and returns the time that it took. Panics with `description` after `deadline`.
+#[track_caller]
+pub fn until(description: &str, deadline: Duration, mut condition: impl FnMut() -> bool) -> Duration {
+    let start = Instant::now();
+    let held = eventually(deadline, || condition().then_some(()));
+    assert!(held.is_some(), "not within {deadline:?}: {description}");
+    start.elapsed()
 }

@@ -109,11 +109,9 @@ fn bird_parses_the_export_and_makes_the_routes() {
             .collect::<Vec<_>>()
     };
     let seen = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        bridge_lab::netns::eventually(
-            "bird has made eight routes",
-            std::time::Duration::from_secs(20),
-            || lines().len() == 8,
-        );
+        bridge_lab::wait::until("bird has made eight routes", std::time::Duration::from_secs(20), || {
+            lines().len() == 8
+        });
     }));
     let lines = lines();
     bird.kill().unwrap();

@@ -8,8 +8,9 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use bridge_lab::agent::program;
-use bridge_lab::netns::{Ns, SECONDS, eventually};
+use bridge_lab::netns::{Ns, SECONDS};
 use bridge_lab::routes::own;
+use bridge_lab::wait::until;
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -267,7 +268,7 @@ fn after_kill_and_restart_routes_are_compared_not_doubled() {
         |number: u8| Segment { to: format!("10.200.{number}.0/24").parse().unwrap(), third: 31, last: 17 };
     write_cluster(&cluster, &[segment(1), segment(2)].into());
     let agent = Process::start(&host, &cluster);
-    eventually("both are there", SECONDS, || host.own_routes().len() == 2);
+    until("both are there", SECONDS, || host.own_routes().len() == 2);
     drop(agent);
     assert_eq!(host.own_routes(), [segment(1).line(), segment(2).line()].into(), "routes outlive the agent");
 
@@ -288,15 +289,13 @@ fn after_kill_and_restart_routes_are_compared_not_doubled() {
             _ = said.send(line)
         }
     });
-    eventually("the monitor reports", SECONDS, || {
+    until("the monitor reports", SECONDS, || {
         host.ip("route replace 10.99.0.0/16 via 192.168.33.8 proto static");
         host.ip("route del 10.99.0.0/16");
         hear.try_recv().is_ok()
     });
     let _agent = Process::start(&host, &cluster);
-    eventually("as wanted now", SECONDS, || {
-        host.own_routes() == [segment(2).line(), segment(3).line()].into()
-    });
+    until("as wanted now", SECONDS, || host.own_routes() == [segment(2).line(), segment(3).line()].into());
     // What the monitor has heard of ours by the time it hears the end.
     host.ip("route add 10.98.0.0/16 via 192.168.33.8");
     let mut heard = Vec::new();
@@ -326,7 +325,7 @@ fn a_cluster_file_is_followed_through_edits_renames_and_mistakes() {
     };
     let has = |number: u8| {
         let expected = own(&format!("10.200.{number}.0/24"), "192.168.31.17", "eth0");
-        eventually(&expected, SECONDS, || host.own_routes() == [expected.clone()].into());
+        until(&expected, SECONDS, || host.own_routes() == [expected.clone()].into());
     };
     std::fs::write(&cluster, node(1)).unwrap();
     has(1);

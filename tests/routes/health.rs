@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use bridge_agent::routes::health::{Damping, Options};
 use bridge_agent::routes::{DesiredRoute, EventKind, NextHop, Settings, State, Target};
-use bridge_lab::netns::{Ns, eventually};
+use bridge_lab::netns::Ns;
 use bridge_lab::routes::{Agent, eventually_own, own, want};
+use bridge_lab::wait::until;
 
 const DEADLINE: Duration = Duration::from_secs(15);
 
@@ -70,19 +71,19 @@ fn a_dead_node_yields_to_the_backup_or_loses_its_routes_until_it_answers_again()
     // Dead, with its link up: it answers neither ARP nor neighbour discovery.
     nodes[0].ip("link set lan0 arp off");
     nodes[0].ip("-6 address flush dev lan0");
-    eventually("both routes go through the other node, the third is withdrawn", DEADLINE, || {
+    until("both routes go through the other node, the third is withdrawn", DEADLINE, || {
         host.own_routes()
             == [own("10.200.1.0/24", "192.168.32.17", "eth1"), own("fd00:200:1::/64", "fd32::17", "eth1")]
                 .into()
     });
-    eventually("the third is said to be down", DEADLINE, || {
+    until("the third is said to be down", DEADLINE, || {
         agent.status.borrow().totals().get(&State::Down) == Some(&1)
     });
     assert_eq!(agent.counters.next_hops_down.load(Ordering::Relaxed), 2);
 
     nodes[0].ip("link set lan0 arp on");
     nodes[0].address("lan0", "fd31::17/64");
-    eventually("all is as before", DEADLINE, || host.own_routes() == healthy.clone().into());
+    until("all is as before", DEADLINE, || host.own_routes() == healthy.clone().into());
     assert_eq!(agent.counters.next_hops_up.load(Ordering::Relaxed), 2);
     let mut kinds = Vec::new();
     while let Ok(event) = agent.happenings.try_recv() {
@@ -105,9 +106,9 @@ fn a_node_whose_port_is_closed_is_down_where_a_tcp_check_is_asked_for() {
     let there = [own("10.200.1.0/24", "192.168.31.17", "eth0")];
     eventually_own(&host, &there);
     drop(listener);
-    eventually("withdrawn", DEADLINE, || host.own_routes().is_empty());
+    until("withdrawn", DEADLINE, || host.own_routes().is_empty());
     let _listener = open("192.168.31.17");
-    eventually("back", DEADLINE, || host.own_routes() == there.clone().into());
+    until("back", DEADLINE, || host.own_routes() == there.clone().into());
 }
 
 #[test]
@@ -133,16 +134,16 @@ fn a_node_that_comes_and_goes_is_held_down() {
     while damped() == 0 {
         assert!(std::time::Instant::now() < end, "flapped for a minute without being damped");
         nodes[0].ip("link set lan0 arp off");
-        eventually("it yields", DEADLINE, || host.own_routes() == second.clone().into());
+        until("it yields", DEADLINE, || host.own_routes() == second.clone().into());
         nodes[0].ip("link set lan0 arp on");
         if damped() == 0 {
-            eventually("it is back", DEADLINE, || host.own_routes() == first.clone().into());
+            until("it is back", DEADLINE, || host.own_routes() == first.clone().into());
         }
     }
     // It answers again, and is not used for now.
-    eventually("the neighbour is reachable", DEADLINE, || {
+    until("the neighbour is reachable", DEADLINE, || {
         host.ip("neigh show 192.168.31.17").contains("REACHABLE")
     });
     assert_eq!(host.own_routes(), second.clone().into());
-    eventually("forgiven", DEADLINE, || host.own_routes() == first.clone().into());
+    until("forgiven", DEADLINE, || host.own_routes() == first.clone().into());
 }

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use bridge_agent::routes::netlink::{Interest, Netlink};
 use bridge_agent::routes::{DesiredRoute, NextHop, OnWithdraw, Settings, State, Target, withdraw};
-use bridge_lab::netns::{Ns, SECONDS, acquaint, eventually};
+use bridge_lab::netns::{Ns, SECONDS, acquaint};
 use bridge_lab::routes::{Agent, eventually_own, hurry, own, want};
+use bridge_lab::wait::until;
 
 /// A LAN host with two LANs; on each one node.
 struct Lan {
@@ -80,8 +81,8 @@ fn routes_are_there_as_wanted_and_deleted_ones_are_back_within_100_ms() {
         let repaired = agent.counters.repaired.load(Ordering::Relaxed);
         lan.host.ip(&format!("route del {victim} proto 98"));
         slowest =
-            slowest.max(eventually("the deleted route is back", Duration::from_millis(100), || count() == 4));
-        eventually("the repair is counted", SECONDS, || {
+            slowest.max(until("the deleted route is back", Duration::from_millis(100), || count() == 4));
+        until("the repair is counted", SECONDS, || {
             agent.counters.repaired.load(Ordering::Relaxed) > repaired
         });
     }
@@ -98,7 +99,7 @@ fn an_altered_route_is_put_right() {
     lan.host.ip("-6 route replace fd00:200:1::/64 via fd31::99 proto 98 metric 1024");
     eventually_own(&lan.host, &both_families_installed());
     lan.host.ip("route replace 10.200.1.0/24 via 192.168.31.17 proto 98 metric 1024 mtu 1300");
-    eventually("the MTU is gone again", SECONDS, || !lan.host.ip("route show proto 98").contains("mtu"));
+    until("the MTU is gone again", SECONDS, || !lan.host.ip("route show proto 98").contains("mtu"));
     // One that nobody wants, with our number.
     lan.host.ip("route add 10.77.0.0/16 via 192.168.31.17 proto 98");
     eventually_own(&lan.host, &both_families_installed());
@@ -114,7 +115,7 @@ fn an_interface_that_comes_up_is_used_at_once() {
         &lan.host,
         &[own("10.200.1.0/24", "192.168.31.17", "eth0"), own("fd00:200:1::/64", "fd31::17", "eth0")],
     );
-    eventually("the refusal says why", SECONDS, || {
+    until("the refusal says why", SECONDS, || {
         let rows: Vec<_> = agent.status.borrow().rows().collect();
         rows.iter().any(|row| {
             row.state == State::Refused
@@ -128,9 +129,9 @@ fn an_interface_that_comes_up_is_used_at_once() {
     hurry();
     lan.host.ip("link set eth1 up");
     // The IPv6 address went with the link.
-    let took = eventually("the IPv4 route is back", Duration::from_millis(100), || count() == 3);
+    let took = until("the IPv4 route is back", Duration::from_millis(100), || count() == 3);
     lan.host.address("eth1", "fd32::67/64");
-    eventually("the IPv6 route is back", Duration::from_millis(100), || count() == 4);
+    until("the IPv6 route is back", Duration::from_millis(100), || count() == 4);
     eventually_own(&lan.host, &both_families_installed());
     println!("after the link came up: {took:?}");
 }
@@ -153,7 +154,7 @@ fn a_link_that_goes_down_yields_to_the_backup_at_once() {
     let mut count = count_own(&host);
     hurry();
     host.ip("link set eth1 down");
-    eventually("there is a route", Duration::from_millis(100), || count() == 1);
+    until("there is a route", Duration::from_millis(100), || count() == 1);
     eventually_own(&host, &[own("10.200.1.0/24", "192.168.31.17", "eth0")]);
 }
 
@@ -171,9 +172,7 @@ fn foreign_routes_are_refused_by_name_and_never_touched() {
     wanted.push(want("0.0.0.0/0", "192.168.32.17"));
     let agent = Agent::with_static(&lan.host, Settings::default(), wanted);
     eventually_own(&lan.host, &both_families_installed()[1..]);
-    eventually("four are refused", SECONDS, || {
-        agent.status.borrow().totals().get(&State::Refused) == Some(&4)
-    });
+    until("four are refused", SECONDS, || agent.status.borrow().totals().get(&State::Refused) == Some(&4));
     let reasons: Vec<_> = agent.status.borrow().rows().filter_map(|row| row.reason).collect();
     assert!(
         reasons
@@ -202,7 +201,7 @@ fn withdraw_removes_exactly_what_was_added() {
     odd.table = Some(100);
     drop({
         let agent = Agent::with_static(&lan.host, Settings::default(), [both_families(), vec![odd]].concat());
-        eventually("all are there", SECONDS, || lan.host.own_routes().len() == 5);
+        until("all are there", SECONDS, || lan.host.own_routes().len() == 5);
         agent
     });
     assert_eq!(lan.host.own_routes().len(), 5, "routes outlive the agent");
@@ -274,7 +273,7 @@ fn every_kind_of_route_is_written_compared_and_exchanged_by_this_kernel() {
     let done = agent.counters.replaced.load(Ordering::Relaxed);
     let syncs = agent.counters.syncs.load(Ordering::Relaxed);
     lan.host.ip("address add 192.168.99.1/32 dev lo");
-    eventually("compared again", SECONDS, || agent.counters.syncs.load(Ordering::Relaxed) > syncs);
+    until("compared again", SECONDS, || agent.counters.syncs.load(Ordering::Relaxed) > syncs);
     assert_eq!(agent.counters.replaced.load(Ordering::Relaxed), done);
 }
 
@@ -330,7 +329,7 @@ fn no_packet_is_lost_while_the_next_hop_changes() {
         ]
     };
     let agent = Agent::with_static(&lan.host, Settings::default(), through(31));
-    eventually("both routes are there", SECONDS, || lan.host.own_routes().len() == 2);
+    until("both routes are there", SECONDS, || lan.host.own_routes().len() == 2);
     // Neighbours known beforehand: a queue of packets that wait for ARP is not what is measured.
     for third in [31, 32] {
         acquaint(&lan.host, &format!("192.168.{third}.17"));
@@ -356,13 +355,13 @@ fn no_packet_is_lost_while_the_next_hop_changes() {
     for flip in 0..100 {
         let replaced = agent.counters.replaced.load(Ordering::Relaxed);
         agent.publish(through(if flip % 2 == 0 { 32 } else { 31 }));
-        eventually("both are exchanged", SECONDS, || {
+        until("both are exchanged", SECONDS, || {
             agent.counters.replaced.load(Ordering::Relaxed) == replaced + 2
         });
     }
     halt.store(true, Ordering::Relaxed);
     let sent = sender.join().unwrap();
-    eventually(&format!("all {sent} packets arrived"), SECONDS, || received.load(Ordering::Relaxed) == sent);
+    until(&format!("all {sent} packets arrived"), SECONDS, || received.load(Ordering::Relaxed) == sent);
     done.store(true, Ordering::Relaxed);
     for listener in listeners {
         listener.join().unwrap();

@@ -7,8 +7,9 @@ use anyhow::Result;
 use bridge_agent::routes::Settings;
 use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Lab, Netns};
-use bridge_lab::netns::{Ns, SECONDS, eventually};
+use bridge_lab::netns::{Ns, SECONDS};
 use bridge_lab::routes::{self, eventually_own, own, want};
+use bridge_lab::wait::until;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -41,7 +42,7 @@ fn a_deletion_whose_event_was_dropped_is_repaired() -> Result<()> {
         "role: host\nroutes: {static: [{to: 10.200.1.0/24, via: 192.168.31.17}]}",
     )?;
     let there = || host.ip("route show proto 98").unwrap().contains("10.200.1.0/24 via 192.168.31.17");
-    eventually("the route is there", SECONDS, there);
+    until("the route is there", SECONDS, there);
     let overruns = || -> Result<u64> {
         let status: Value = serde_json::from_str(&agent.run(&["status", "--json"])?)?;
         Ok(status["agent"]["routes"]["counters"]["overruns"].as_u64().expect("a count"))
@@ -59,7 +60,7 @@ fn a_deletion_whose_event_was_dropped_is_repaired() -> Result<()> {
     kill_process(pid, Signal::CONT)?;
     made?;
     assert!(gone);
-    eventually("the route is back", SECONDS, there);
+    until("the route is back", SECONDS, there);
     assert!(overruns()? > 0);
     Ok(())
 }
@@ -98,7 +99,7 @@ fn dumps_that_were_interrupted_are_read_again() {
         });
         // Also if the test fails here.
         let end = End(&done);
-        eventually("dumps are interrupted", Duration::from_secs(20), || {
+        until("dumps are interrupted", Duration::from_secs(20), || {
             agent.counters.interrupted.load(Ordering::Relaxed) > 0
         });
         host.ip("route del 10.200.1.0/24 proto 98");

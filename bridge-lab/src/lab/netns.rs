@@ -3,39 +3,35 @@
 //! Only the network namespace is entered. `ip netns exec` would mount a /sys of its own on top, and hide
 //! cgroups and pinned eBPF objects.
 
-use std::fs::{self, File};
+use std::fs;
 use std::future::Future;
 use std::io;
-use std::os::fd::AsFd;
-use std::panic::resume_unwind;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-use std::thread;
 
 use anyhow::{Context as _, Result};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::id::LabId;
 use super::process::{self, Process};
+use crate::netns::Ns;
 
 /// Where iproute2 keeps the names of network namespaces.
 pub(super) const NAMES: &str = "/run/netns";
 
-/// A network namespace of a lab. Clones stand for the same namespace; it goes when its lab goes.
+/// A network namespace of a lab. Clones stand for the same namespace; it is removed with its lab.
 #[derive(Clone, Debug)]
 pub struct Netns {
     name: String,
     lab: LabId,
-    handle: Arc<File>,
+    ns: Ns,
 }
 
 impl Netns {
     /// Opens the namespace that iproute2 knows by `name`.
     pub(super) fn open(lab: LabId, name: String) -> Result<Self> {
         let path = Path::new(NAMES).join(&name);
-        let handle = File::open(&path).with_context(|| format!("open {}", path.display()))?;
-        Ok(Self { name, lab, handle: Arc::new(handle) })
+        let ns = Ns::open(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Self { name, lab, ns })
     }
 
     /// The name, as `ip netns` lists it.
@@ -43,20 +39,11 @@ impl Netns {
         &self.name
     }
 
-    /// Moves the calling thread into the namespace, for good.
-    fn enter(&self) -> io::Result<()> {
-        Ok(move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))?)
-    }
-
     /// Runs `work` on a thread of its own inside the namespace. A panic in it goes on in the caller.
     ///
     /// A socket belongs for ever to the namespace it was made in: make it here, use it anywhere.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        let inside = || {
-            self.enter().unwrap_or_else(|e| panic!("enter network namespace {}: {e}", self.name));
-            work()
-        };
-        thread::scope(|scope| scope.spawn(inside).join()).unwrap_or_else(|panic| resume_unwind(panic))
+        self.ns.enter(work)
     }
 
     /// Runs a future to its end inside the namespace, on a thread of its own with a current-thread runtime:
@@ -70,7 +57,7 @@ impl Netns {
 
     /// Starts `command` inside the namespace. It dies with its handle, with the lab, and with this process.
     pub fn spawn_command(&self, command: Command) -> io::Result<Process> {
-        process::spawn(command, self.lab, Arc::clone(&self.handle))
+        process::spawn(command, self.lab, self.ns.file())
     }
 
     /// Runs `command` inside the namespace to its end and returns its standard output. A failure is an error with its
