@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod attack;
 pub mod bench;
+pub mod cluster;
 pub mod container;
 pub mod cpu;
 pub mod gap;

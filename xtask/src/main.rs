@@ -2,6 +2,7 @@
 
 mod abi;
 mod build;
+mod cluster;
 mod cmd;
 mod crds;
 mod fuzz;
@@ -99,6 +100,15 @@ enum Command {
         #[arg(long)]
         test: bool,
     },
+    /// Run a Kubernetes cluster with bridge on this machine, play its scenes, and keep it up
+    Cluster {
+        /// Build the missing programs only
+        #[arg(long)]
+        build: bool,
+        /// Arguments of the cluster, for instance --once, --cni ptp, --proxy iptables, --overlay, --help
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
     /// Attack a node from the LAN, and count the legitimate connections that suffer
     Attack {
         /// For instance --packets 5000000 --rate 200000
@@ -157,6 +167,7 @@ fn main() -> ExitCode {
         Command::Gap { arguments } => run::tool("gap", &arguments),
         Command::Soak { arguments } => run::tool("soak", &arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
+        Command::Cluster { build, arguments } => cluster::main(build, &arguments),
         Command::Fuzz { target, seconds } => fuzz::main(target, seconds),
         Command::Model { arguments } => run::tool("model", &arguments),
         Command::Parity { arguments } => run::tool("parity", &arguments),

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    cmd, lint,
+    cluster, cmd, lint,
     setup::{Checks, kube_assets},
     steps::Steps,
     workspace::{self, Metadata},
@@ -40,8 +40,18 @@ pub(crate) fn main(filter: Option<&str>) -> Result<()> {
         });
     }
     let mut privileged: Vec<&str> = PRIVILEGED.iter().flat_map(|package| ["--package", package]).collect();
+    let mut excluded = Vec::new();
     if steps.step_or_not_run("API server of the Kubernetes tests", is_ci(), kube_assets::ensure).is_none() {
-        privileged.extend(["-E", "not binary(kubernetes)"]);
+        excluded.push("not binary(kubernetes)");
+    }
+    let cluster = || cluster::ensure(None).map(drop);
+    if steps.step_or_not_run("programs of the test cluster", is_ci(), cluster).is_none() {
+        excluded.push("not binary(cluster)");
+    }
+    // Several -E would be joined by "or".
+    let excluded = excluded.join(" and ");
+    if !excluded.is_empty() {
+        privileged.extend(["-E", &excluded]);
     }
     found |= nextest(&mut steps, "privileged tests", &checks, filter, &privileged, true);
     steps.finish()?;

@@ -29,6 +29,7 @@ pub use self::id::LabId;
 pub use self::netns::Netns;
 pub use self::plan::NodePort;
 pub use self::process::Process;
+pub(crate) use self::reap::cgroup_hierarchies;
 pub use self::reap::{all, clean, remove_own};
 use crate::traffic::icmp;
 use crate::wait::eventually;
@@ -198,6 +199,14 @@ impl Lab {
     /// Returns the MAC address of the `cali…` interfaces, to which pods send.
     pub fn node_side_mac(&self) -> [u8; 6] {
         plan::NODE_SIDE_MAC
+    }
+
+    /// Opens the network namespace of a running process of the lab, such as a container's.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub fn netns_of(&self, process: u32, name: &str) -> Result<Netns> {
+        Netns::of_process(self.id(), process, name.to_owned())
     }
 
     /// A directory for sockets, configuration and logs.

@@ -34,6 +34,13 @@ impl Netns {
         Ok(Self { name, lab, ns })
     }
 
+    /// Opens the namespace of a running process.
+    pub(super) fn of_process(lab: LabId, process: u32, name: String) -> Result<Self> {
+        let path = Path::new("/proc").join(process.to_string()).join("ns/net");
+        let ns = Ns::open(&path).with_context(|| format!("open {}", path.display()))?;
+        Ok(Self { name, lab, ns })
+    }
+
     /// The name, as `ip netns` lists it.
     pub fn name(&self) -> &str {
         &self.name

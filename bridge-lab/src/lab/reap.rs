@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::id::LabId;
 use super::netns::NAMES;
@@ -18,8 +19,6 @@ use crate::wait::eventually;
 const RUNTIME: &str = "/run/bridge-lab";
 /// Where labs pin eBPF objects, one directory each.
 const BPFFS: &str = "/sys/fs/bpf";
-/// Where cgroup v2 may be mounted: alone, or beside version 1.
-const CGROUPS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 /// How long a killed process may take to be gone.
 const DYING: Duration = Duration::from_secs(5);
 
@@ -33,9 +32,16 @@ pub(super) fn pin_directory(lab: LabId) -> PathBuf {
     Path::new(BPFFS).join(lab.to_string())
 }
 
+/// Where control groups are mounted: version 2, and each controller of version 1.
+pub(crate) fn cgroup_hierarchies() -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let is_cgroup = |line: &&str| matches!(line.split(' ').nth(2), Some("cgroup" | "cgroup2"));
+    mounts.lines().filter(is_cgroup).filter_map(|line| Some(line.split(' ').nth(1)?.into())).collect()
+}
+
 /// Where cgroup v2 is mounted; `None` if it is not.
-pub(super) fn cgroup_root() -> Option<&'static Path> {
-    CGROUPS.iter().map(Path::new).find(|root| root.join("cgroup.controllers").exists())
+pub(super) fn cgroup_root() -> Option<PathBuf> {
+    cgroup_hierarchies().into_iter().find(|root| root.join("cgroup.controllers").exists())
 }
 
 /// Removes the leftovers of labs whose owners are dead, and returns their names. Failures to remove are in the errors;
@@ -53,7 +59,8 @@ pub fn remove_own() -> Vec<String> {
 
 /// Every lab of which there is a trace.
 pub fn all() -> BTreeSet<LabId> {
-    [NAMES, RUNTIME, BPFFS].into_iter().chain(CGROUPS).flat_map(names).filter_map(|n| LabId::of(&n)).collect()
+    let folders = [NAMES, RUNTIME, BPFFS].into_iter().map(PathBuf::from).chain(cgroup_hierarchies());
+    folders.flat_map(|folder| names(&folder)).filter_map(|name| LabId::of(&name)).collect()
 }
 
 /// Removes every trace of a lab, its processes first; goes on after errors and returns them.
@@ -67,7 +74,15 @@ pub(super) fn remove(lab: LabId) -> Vec<String> {
     if running > 0 {
         note(Path::new("processes"), Err(io::Error::other(format!("{running} could not be killed"))));
     }
-    for name in names(NAMES).into_iter().filter(|name| LabId::of(name) == Some(lab)) {
+    let of_lab = |path: &PathBuf| path.file_name()?.to_str().and_then(LabId::of);
+    let in_hierarchy = |root: PathBuf| names(&root).into_iter().map(move |name| root.join(name));
+    let cgroups = cgroup_hierarchies().into_iter().flat_map(in_hierarchy);
+    let cgroups: Vec<_> = cgroups.filter(|path| of_lab(path) == Some(lab)).collect();
+    // Containers of a cluster have an environment of their own: their control group tells whose they are.
+    for directory in &cgroups {
+        kill_members(directory);
+    }
+    for name in names(Path::new(NAMES)).into_iter().filter(|name| LabId::of(name) == Some(lab)) {
         let path = Path::new(NAMES).join(name);
         // EINVAL: killed between making the name and mounting the namespace on it.
         match unmount(&path, UnmountFlags::DETACH) {
@@ -78,10 +93,7 @@ pub(super) fn remove(lab: LabId) -> Vec<String> {
     for directory in [runtime_directory(lab), pin_directory(lab)] {
         note(&directory, fs::remove_dir_all(&directory));
     }
-    let cgroups =
-        CGROUPS.iter().flat_map(|root| names(root).into_iter().map(|name| Path::new(root).join(name)));
-    let of_lab = |path: &PathBuf| path.file_name()?.to_str().and_then(LabId::of);
-    for directory in cgroups.filter(|path| of_lab(path) == Some(lab)) {
+    for directory in cgroups {
         note(&directory, remove_cgroup(&directory));
     }
     errors
@@ -101,8 +113,20 @@ fn remove_cgroup(directory: &Path) -> io::Result<()> {
         .unwrap_or_else(|| fs::remove_dir(directory))
 }
 
+/// Kills every process in a control group and in those below it.
+fn kill_members(directory: &Path) {
+    for child in names(directory).into_iter().map(|name| directory.join(name)).filter(|path| path.is_dir()) {
+        kill_members(&child);
+    }
+    let members = fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    for member in members.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)) {
+        // It may have ended since.
+        let _ = kill_process(member, Signal::KILL);
+    }
+}
+
 /// Names in a directory; none if it cannot be read.
-fn names(directory: &str) -> Vec<String> {
+fn names(directory: &Path) -> Vec<String> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }

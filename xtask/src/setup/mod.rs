@@ -24,7 +24,7 @@ pub(crate) struct Program {
     why: &'static str,
 }
 
-const fn program(name: &'static str, package: &'static str, why: &'static str) -> Program {
+pub(crate) const fn program(name: &'static str, package: &'static str, why: &'static str) -> Program {
     Program { name, package, why }
 }
 
@@ -130,6 +130,20 @@ pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
 /// As [`ensure`].
 pub(crate) fn programs(wanted: &[Program]) -> Result<()> {
     install(&mut apt::Apt::default(), wanted.iter())
+}
+
+/// Sees to it that these Debian packages are installed, each with the reason that is shown.
+///
+/// # Errors
+/// As [`ensure`].
+pub(crate) fn packages(wanted: &[(&str, &str)]) -> Result<()> {
+    let installed = |name: &str| Path::new("/var/lib/dpkg/info").join(format!("{name}.list")).exists();
+    let with_architecture = |name: &str| {
+        let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        installed(&format!("{name}:{architecture}"))
+    };
+    let missing = wanted.iter().filter(|(name, _)| !installed(name) && !with_architecture(name));
+    apt::Apt::default().install(missing.copied())
 }
 
 fn install<'a>(apt: &mut apt::Apt, wanted: impl Iterator<Item = &'a Program>) -> Result<()> {

@@ -1,0 +1,398 @@
+//! The scenes of a cluster: each way between a LAN host and a pod, once for a peer that a policy allows and once for one
+//! that none allows, over IPv4 and IPv6, TCP and UDP, with real sockets.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use comfy_table::{ContentArrangement, Table, presets};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{Cluster, Pod};
+use crate::lab::{Family, Netns};
+use crate::traffic::{tcp, udp};
+
+/// Port of the servers in pods that a policy opens for the allowed host; the next one is open to nobody.
+const POD_PORT: u16 = 8080;
+/// Port of the servers on LAN hosts that a policy opens for client pods.
+const LAN_PORT: u16 = 9090;
+/// Port of the pod with the node's network.
+const NODE_PORT: u16 = 8088;
+/// `hostPort` of the server pod.
+const HOST_PORT: u16 = 18080;
+/// Addresses of the LoadBalancer, announced by nobody: LAN hosts have routes to them.
+const LOAD_BALANCER: [&str; 2] = ["192.168.31.200", "fd31::200"];
+/// Pause before an unanswered attempt counts as not reached.
+const SILENCE: Duration = Duration::from_millis(700);
+/// Of the table, in characters.
+const WIDTH: u16 = 120;
+
+/// A way to a pod or to a LAN host, played for both peers.
+#[derive(Clone, Debug, Serialize)]
+pub struct Scene {
+    /// The way.
+    pub name: String,
+    /// Who tries.
+    pub peer: &'static str,
+    /// What is expected.
+    pub expected: &'static str,
+    /// What was seen: nothing but `expected`, or each attempt that differs.
+    pub seen: String,
+    /// Whether all attempts came out as expected.
+    pub ok: bool,
+}
+
+/// The transport protocol of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    const BOTH: [Self; 2] = [Self::Tcp, Self::Udp];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        }
+    }
+}
+
+/// A server on both protocols and families; it ends when this is dropped.
+struct Servers {
+    _tcp: Vec<tcp::Server>,
+    _udp: Vec<udp::Server>,
+}
+
+impl Servers {
+    fn start(netns: &Netns, addresses: &[IpAddr], ports: &[u16]) -> Result<Self> {
+        let mut servers = Self { _tcp: Vec::new(), _udp: Vec::new() };
+        for address in addresses {
+            for port in ports {
+                let at = SocketAddr::new(*address, *port);
+                servers._tcp.push(tcp::Server::echo(netns, at).with_context(|| format!("listen on {at}"))?);
+                servers._udp.push(udp::Server::echo(netns, at).with_context(|| format!("listen on {at}"))?);
+            }
+        }
+        Ok(servers)
+    }
+}
+
+/// What the scenes are played on.
+pub struct Stage<'a> {
+    cluster: &'a Cluster,
+    server: Pod,
+    client: Pod,
+    other: Pod,
+    _servers: Vec<Servers>,
+}
+
+impl<'a> Stage<'a> {
+    /// Makes pods, Services and policies, and starts the servers.
+    ///
+    /// # Errors
+    /// An object is refused, or a pod does not run.
+    pub fn set(cluster: &'a Cluster) -> Result<Self> {
+        cluster.apply(&services(cluster))?;
+        let status =
+            json!({"status": {"loadBalancer": {"ingress": LOAD_BALANCER.map(|ip| json!({"ip": ip}))}}});
+        let patch = ["patch", "service", "balanced", "--subresource=status", "--type=merge", "--patch"];
+        cluster.kubectl(&[&patch[..], &[&status.to_string()]].concat())?;
+        let ports =
+            |protocol: &str| json!({"containerPort": POD_PORT, "hostPort": HOST_PORT, "protocol": protocol});
+        let container = json!({"containers": [{
+            "name": "idle", "image": super::IDLE, "imagePullPolicy": "Never", "ports": [ports("TCP"), ports("UDP")],
+        }]});
+        let server = cluster.make_pod("server", 0, &json!({"app": "server"}), &container)?;
+        let client = cluster.make_pod("client", 0, &json!({"app": "client"}), &json!({}))?;
+        let other = cluster.make_pod("other", 0, &json!({"app": "other"}), &json!({}))?;
+        let host_network = json!({"hostNetwork": true});
+        cluster.make_pod("on-node", 0, &json!({"app": "on-node"}), &host_network)?;
+        cluster.apply_policies(&policies(cluster))?;
+        let servers = vec![
+            Servers::start(&server.netns, &server.addresses, &[POD_PORT, POD_PORT + 1])?,
+            Servers::start(
+                &cluster.lab().b().netns,
+                &Family::BOTH.map(|f| cluster.lab().b().ip(f)),
+                &[NODE_PORT],
+            )?,
+            Servers::start(
+                &cluster.allowed_host().netns,
+                &Family::BOTH.map(|f| cluster.allowed_host().ip(f)),
+                &[LAN_PORT, LAN_PORT + 1],
+            )?,
+            Servers::start(
+                &cluster.stranger().netns,
+                &Family::BOTH.map(|f| cluster.stranger().ip(f)),
+                &[LAN_PORT],
+            )?,
+        ];
+        for host in cluster.lab().hosts() {
+            for (family, networks) in [
+                (Family::V4, ["10.96.0.0/16", "192.168.31.200/32"]),
+                (Family::V6, ["fd96::/112", "fd31::200/128"]),
+            ] {
+                for network in networks {
+                    host.netns
+                        .ip(&format!("route replace {network} via {}", cluster.lab().b().ip(family)))?;
+                }
+            }
+        }
+        let stage = Self { cluster, server, client, other, _servers: servers };
+        stage.wait_for_proxies()?;
+        Ok(stage)
+    }
+
+    /// Waits until kube-proxy on each node has written the rules of every Service: from the node itself, which bridge does
+    /// not judge.
+    fn wait_for_proxies(&self) -> Result<()> {
+        for node in self.cluster.lab().nodes() {
+            let to = self.service("inside", Family::V4)?;
+            let reached = || tcp::Client::new(&node.netns).deadline(SILENCE).connect(to).ok()?.reached().ok();
+            crate::wait::eventually(super::STARTING, reached)
+                .context("kube-proxy has no rules of a Service")?;
+        }
+        Ok(())
+    }
+
+    /// The cluster address of a Service.
+    fn service(&self, name: &str, family: Family) -> Result<SocketAddr> {
+        let service = self.cluster.get(&format!("service {name}"))?;
+        let addresses = service["spec"]["clusterIPs"].as_array().context("a Service without addresses")?;
+        let parsed = addresses.iter().filter_map(|ip| ip.as_str()?.parse::<IpAddr>().ok());
+        let address = parsed.into_iter().find(|ip| ip.is_ipv4() == (family == Family::V4));
+        let port = service["spec"]["ports"][0]["port"].as_u64().and_then(|port| u16::try_from(port).ok());
+        Ok(SocketAddr::new(address.context("no address of this family")?, port.context("no port")?))
+    }
+
+    /// The NodePort of a Service, of a protocol.
+    fn node_port(&self, name: &str, protocol: Protocol) -> Result<u16> {
+        let service = self.cluster.get(&format!("service {name}"))?;
+        let ports = service["spec"]["ports"].as_array().context("a Service without ports")?;
+        let port = ports.iter().find(|port| port["protocol"].as_str().is_some_and(|p| p == protocol.name()));
+        let port = port.and_then(|port| u16::try_from(port["nodePort"].as_u64()?).ok());
+        port.context("no NodePort of this protocol")
+    }
+
+    /// Plays every scene; `progress` is called before each.
+    ///
+    /// # Errors
+    /// A scene cannot be played at all.
+    pub fn play(&self, mut progress: impl FnMut(&str)) -> Result<Vec<Scene>> {
+        let mut scenes = Vec::new();
+        for way in self.inbound()? {
+            progress(&way.name);
+            let allowed = [(&self.cluster.allowed_host().netns, "allowed host", way.allowed)];
+            for (netns, peer, reached) in
+                allowed.into_iter().chain([(&self.cluster.stranger().netns, "stranger", way.stranger)])
+            {
+                scenes.push(attempt(&way, netns, peer, reached));
+            }
+        }
+        for way in self.outbound()? {
+            progress(&way.name);
+            scenes.push(attempt(&way, &self.client.netns, "allowed pod", way.allowed));
+            scenes.push(attempt(&way, &self.other.netns, "other pod", way.stranger));
+        }
+        Ok(scenes)
+    }
+
+    fn inbound(&self) -> Result<Vec<Way>> {
+        let nodes = self.cluster.lab().nodes();
+        let pod = |family| self.server.ip(family);
+        let mut ways = vec![
+            Way::new("pod address, allowed port", true, false, |f, _| Ok(SocketAddr::new(pod(f), POD_PORT)))?,
+            Way::new("pod address, another port", false, false, |f, _| {
+                Ok(SocketAddr::new(pod(f), POD_PORT + 1))
+            })?,
+            Way::new("ClusterIP, routed to the node", true, false, |f, _| self.service("inside", f))?,
+            Way::new("LoadBalancer address, externalTrafficPolicy Local", true, false, |f, _| {
+                let address = LOAD_BALANCER[usize::from(f == Family::V6)].parse()?;
+                Ok(SocketAddr::new(address, POD_PORT))
+            })?,
+            Way::new("hostPort", true, false, |f, _| Ok(nodes[0].at(f, HOST_PORT)))?,
+            Way::new("pod with the node's network", true, true, |f, _| Ok(nodes[0].at(f, NODE_PORT)))?,
+        ];
+        for (service, name) in [
+            ("everywhere", "NodePort, externalTrafficPolicy Cluster"),
+            ("sticky", "NodePort, sessionAffinity ClientIP"),
+        ] {
+            for (node, host) in nodes.iter().enumerate() {
+                let place = if node == 0 { "the pod's node" } else { "another node" };
+                ways.push(Way::new(&format!("{name}, at {place}"), true, false, |f, p| {
+                    Ok(host.at(f, self.node_port(service, p)?))
+                })?);
+            }
+        }
+        ways.push(Way::new("NodePort, externalTrafficPolicy Local", true, false, |f, p| {
+            Ok(nodes[0].at(f, self.node_port("local", p)?))
+        })?);
+        Ok(ways)
+    }
+
+    fn outbound(&self) -> Result<Vec<Way>> {
+        let (allowed, stranger) = (self.cluster.allowed_host(), self.cluster.stranger());
+        Ok(vec![
+            Way::new("pod to LAN host, allowed port", true, false, |f, _| Ok(allowed.at(f, LAN_PORT)))?,
+            Way::new("pod to LAN host, another port", false, false, |f, _| Ok(allowed.at(f, LAN_PORT + 1)))?,
+            Way::new("pod to a LAN host that no policy names", false, false, |f, _| {
+                Ok(stranger.at(f, LAN_PORT))
+            })?,
+            Way::new("pod to a Service whose endpoint is the LAN host", true, false, |f, _| {
+                self.service("lan", f)
+            })?,
+            Way::new("pod to a Service whose endpoint is the other LAN host", false, false, |f, _| {
+                self.service("lan-stranger", f)
+            })?,
+            Way::new("pod to pod, through a Service", true, true, |f, _| self.service("inside", f))?,
+            Way::new("pod to pod", true, true, |f, _| Ok(SocketAddr::new(self.server.ip(f), POD_PORT + 1)))?,
+        ])
+    }
+}
+
+/// A way, with the address that leads there for each family and protocol.
+struct Way {
+    name: String,
+    /// Whether the peer that a policy allows is expected to come through.
+    allowed: bool,
+    /// Whether the other one is.
+    stranger: bool,
+    to: Vec<(Family, Protocol, SocketAddr)>,
+}
+
+impl Way {
+    fn new(
+        name: &str,
+        allowed: bool,
+        stranger: bool,
+        to: impl Fn(Family, Protocol) -> Result<SocketAddr>,
+    ) -> Result<Self> {
+        let mut addresses = Vec::new();
+        for family in Family::BOTH {
+            for protocol in Protocol::BOTH {
+                addresses.push((family, protocol, to(family, protocol)?));
+            }
+        }
+        Ok(Self { name: name.to_owned(), allowed, stranger, to: addresses })
+    }
+}
+
+fn attempt(way: &Way, from: &Netns, peer: &'static str, reached: bool) -> Scene {
+    let expected = if reached { "reached" } else { "not reached" };
+    let mut differences = Vec::new();
+    for (family, protocol, to) in &way.to {
+        let outcome = match protocol {
+            Protocol::Tcp => connect(from, *to),
+            Protocol::Udp => udp::ask(from, 0, *to, b"scene", SILENCE)
+                .map(|a| (a.succeeded(), a.to_string()))
+                .map_err(Into::into),
+        };
+        let label = format!("{} {}", if *family == Family::V4 { "IPv4" } else { "IPv6" }, protocol.name());
+        match outcome {
+            Ok((came_through, _)) if came_through == reached => {}
+            Ok((_, text)) => differences.push(format!("{label} {text}")),
+            Err(error) => differences.push(format!("{label} {error:#}")),
+        }
+    }
+    let ok = differences.is_empty();
+    let seen = if ok { expected.to_owned() } else { differences.join("; ") };
+    Scene { name: way.name.clone(), peer, expected, seen, ok }
+}
+
+/// Connects and has data echoed: a connection that opens but carries nothing is not reached.
+fn connect(from: &Netns, to: SocketAddr) -> Result<(bool, String)> {
+    let attempt = tcp::Client::new(from).deadline(SILENCE).connect(to)?;
+    let (connection, attempt) = attempt.split();
+    Ok(match connection {
+        Some(mut connection) => match connection.round_trip(SILENCE) {
+            Ok(_) => (true, attempt.to_string()),
+            Err(error) => (false, format!("opened, then no data: {error}")),
+        },
+        None => (false, attempt.to_string()),
+    })
+}
+
+/// The scenes as a table.
+pub fn table(scenes: &[Scene]) -> Table {
+    let mut table = Table::new();
+    table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_width(WIDTH).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(["way", "peer", "expected", "seen", ""]);
+    for scene in scenes {
+        let mark = if scene.ok { "ok" } else { "FAILED" };
+        table.add_row([&scene.name, scene.peer, scene.expected, &scene.seen, mark]);
+    }
+    table
+}
+
+fn service(name: &str, kind: &str, selector: &Value, spec: &Value) -> Value {
+    let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": POD_PORT, "targetPort": POD_PORT, "protocol": protocol});
+    let mut service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
+        "spec": {
+            "type": kind, "ipFamilyPolicy": "RequireDualStack", "ports": [port("TCP"), port("UDP")],
+        },
+    });
+    if !selector.is_null() {
+        service["spec"]["selector"] = selector.clone();
+    }
+    for (key, value) in spec.as_object().into_iter().flatten() {
+        service["spec"][key] = value.clone();
+    }
+    service
+}
+
+fn services(cluster: &Cluster) -> Vec<Value> {
+    let server = json!({"app": "server"});
+    let local = json!({"externalTrafficPolicy": "Local"});
+    let mut objects = vec![
+        service("inside", "ClusterIP", &server, &json!({})),
+        service("everywhere", "NodePort", &server, &json!({})),
+        service("sticky", "NodePort", &server, &json!({"sessionAffinity": "ClientIP"})),
+        service("local", "NodePort", &server, &local),
+        service("balanced", "LoadBalancer", &server, &local),
+    ];
+    for (name, host) in [("lan", cluster.allowed_host()), ("lan-stranger", cluster.stranger())] {
+        objects.push(service(name, "ClusterIP", &Value::Null, &json!({})));
+        for (family, kind) in [(Family::V4, "IPv4"), (Family::V6, "IPv6")] {
+            let port = |protocol: &str| json!({"name": protocol.to_lowercase(), "port": LAN_PORT, "protocol": protocol});
+            objects.push(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": kind,
+                "metadata": {
+                    "name": format!("{name}-{}", kind.to_lowercase()),
+                    "labels": {"kubernetes.io/service-name": name},
+                },
+                "endpoints": [{"addresses": [host.ip(family).to_string()]}],
+                "ports": [port("TCP"), port("UDP")],
+            }));
+        }
+    }
+    objects
+}
+
+fn policies(cluster: &Cluster) -> Vec<Value> {
+    let host = cluster.allowed_host();
+    let external = [format!("{}/32", host.v4), format!("{}/128", host.v6)];
+    let rule = |name: &str, direction: &str, app: &str, protocol: &str, port: u16| {
+        json!({
+            "name": name, "direction": direction, "external": external, "action": "allow",
+            "podSelector": {"matchLabels": {"app": app}}, "protocol": protocol, "ports": [port],
+        })
+    };
+    let policy = |name: &str, rules: [Value; 2]| {
+        json!({
+            "apiVersion": "bridge.lan/v1alpha1", "kind": "BridgePolicy", "metadata": {"name": name},
+            "spec": {"rules": rules},
+        })
+    };
+    let both = |direction: &str, app: &str, port| {
+        ["tcp", "udp"].map(|protocol| rule(&format!("{app}-{protocol}"), direction, app, protocol, port))
+    };
+    vec![
+        policy("servers", both("inbound", "server", POD_PORT)),
+        policy("clients", both("outbound", "client", LAN_PORT)),
+    ]
+}
