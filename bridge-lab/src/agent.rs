@@ -69,6 +69,10 @@ impl Agent {
             log: directory.join("agent.log"),
             pins,
         };
+        if !files.config.exists() {
+            // Of an earlier lab with the same name.
+            drop(fs::remove_dir_all(state_directory(&files.socket)));
+        }
         files.write_config(config)?;
         let notifications = files.bind_notifications().context("bind the notification socket")?;
         let process = files.spawn(&program, host)?;
@@ -90,6 +94,11 @@ impl Agent {
     /// The root of its pinned eBPF objects.
     pub fn pins(&self) -> &Path {
         &self.files.pins
+    }
+
+    /// Its directory of state across restarts.
+    pub fn state_directory(&self) -> PathBuf {
+        state_directory(&self.files.socket)
     }
 
     /// Its configuration file.
@@ -201,6 +210,12 @@ impl Agent {
         }
         bail!("the agent was not ready in {DEADLINE:?}:\n{}", self.log())
     }
+}
+
+/// The directory of state of an agent with this socket.
+pub fn state_directory(socket: &Path) -> PathBuf {
+    let name = socket.to_string_lossy().trim_start_matches('/').replace('/', "-");
+    Path::new("/var/lib/bridge/sockets").join(name)
 }
 
 impl Files {

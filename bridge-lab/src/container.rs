@@ -273,6 +273,11 @@ fn specification(
         let source = match volume["hostPath"]["path"].as_str() {
             _ if volume["configMap"].is_object() => directory.join("etc"),
             Some("/run/bridge") => directory.join("run"),
+            Some("/var/lib/bridge") => {
+                let state = directory.join("state");
+                fs::create_dir_all(&state)?;
+                state
+            }
             Some("/sys/fs/bpf") => pins.to_owned(),
             Some("/run/xtables.lock") => directory.join("xtables.lock"),
             Some(path) => path.into(),

@@ -125,7 +125,7 @@ fn a_new_token_is_read_when_the_old_one_is_refused() -> Result<()> {
 fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Result<()> {
     let (lab, server, mut node, _others) = allowing_cluster()?;
     let (a, c1) = (lab.a(), lab.c1());
-    let saved = node.socket().with_file_name("kubernetes.json");
+    let saved = node.state_directory().join("kubernetes.json");
     eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
         .context("what is known is saved")?;
 

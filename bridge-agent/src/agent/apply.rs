@@ -274,7 +274,7 @@ impl Agent {
     }
 
     fn files(&self) -> Files {
-        Files::new(&self.path, &self.state)
+        Files::new(&self.path, &self.state.boot())
     }
 
     /// The agent itself has written the configuration file, and this is in force.

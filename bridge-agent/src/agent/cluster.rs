@@ -63,7 +63,7 @@ impl Agent {
         let there = self.cluster.as_ref().map(|following| &following.follower);
         let fresh = match there.filter(|follower| follower.is_for(file)) {
             Some(_) => None,
-            None => Some(Follower::start(file, section, self.shared.engines())?),
+            None => Some(Follower::start(file, section, self.shared.engines(), self.state.lasting())?),
         };
         let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
         let (mut planned, version) = follower.plan(file);

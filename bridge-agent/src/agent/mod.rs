@@ -48,7 +48,11 @@ use crate::{
     datapath::{self, EventReader, Pins},
     interfaces::Watch,
     iptables,
-    kernel::{memory, time},
+    kernel::{
+        memory,
+        state_directory::{StateDirectory, UnusableState},
+        time,
+    },
     kubernetes, pool, routes,
     state::{Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
 };
@@ -62,6 +66,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// Where maps and links are pinned.
     pub pin_root: PathBuf,
+    /// State across restarts.
+    pub state: StateDirectory,
 }
 
 /// Why the agent ended.
@@ -82,6 +88,9 @@ pub enum Error {
     /// The port pool is not as it should be.
     #[error(transparent)]
     Pool(#[from] pool::run::StartError),
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] UnusableState),
     /// The cluster cannot be followed.
     #[error(transparent)]
     Kubernetes(#[from] kubernetes::Error),
@@ -107,8 +116,7 @@ const LOOK: Duration = Duration::from_millis(500);
 pub struct Agent {
     path: PathBuf,
     socket: PathBuf,
-    /// Where the agent keeps what outlives it, but not a reboot.
-    state: PathBuf,
+    state: StateDirectory,
     pins: Pins,
     /// Of the configuration file when it was last brought into force.
     in_force: Option<Hash>,
@@ -160,10 +168,9 @@ impl Agent {
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
-        let state = socket.parent().unwrap_or(Path::new("/")).to_owned();
         Ok(Self {
             path: options.config.clone(),
-            state,
+            state: options.state.clone(),
             pins: Pins::new(&options.pin_root),
             in_force: known,
             written: None,
@@ -172,7 +179,7 @@ impl Agent {
             enforcer: None,
             filter: None,
             routing: Routing::default(),
-            pool: PortPool::new(port_pool::places(&options.pin_root, &socket), shared.clone()),
+            pool: PortPool::new(port_pool::places(&options.pin_root, &options.state), shared.clone()),
             cluster: None,
             events: None,
             shared,
@@ -206,15 +213,18 @@ impl Agent {
     /// A part of the configuration cannot be applied. The former state of the kernel is still active.
     pub fn start(&mut self) -> Result<(), Error> {
         let Some(mut config) = self.first.take() else { return Ok(()) };
-        let on_trial =
-            Trial::resume(Files::new(&self.path, &self.state), &self.pins).map(|(trial, candidate)| {
+        self.state.prepare()?;
+        self.pool.take_over(&self.socket);
+        let on_trial = Trial::resume(Files::new(&self.path, &self.state.boot()), &self.pins).map(
+            |(trial, candidate)| {
                 tracing::warn!(left = ?trial.left(), "the agent resumes a trial");
                 config = candidate;
                 self.in_force = Some(trial.former());
                 let before = Arc::clone(&trial.before);
                 self.begin_trial(trial);
                 before
-            });
+            },
+        );
         let left = self.trial.as_ref().map_or(Duration::ZERO, Trial::left);
         let term = on_trial.as_ref().map_or(Term::Good, |before| Term::Rest(before, left));
         self.change_file(&config, term, Self::start_engines)?;
@@ -301,7 +311,7 @@ impl Agent {
         config: &Config,
         engines: impl FnOnce(&mut Self, &Config) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let routes = self.routing.prepare(config, &self.shared.route_events)?;
+        let routes = self.routing.prepare(config, &self.state.boot(), &self.shared.route_events)?;
         let before = self.pool.prepare(config)?;
         if let Err(error) = engines(self, config) {
             self.pool.undo(before);

@@ -1,12 +1,13 @@
 //! The port pool as the run loop keeps it: started, changed and withdrawn with the configuration.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     config::Config,
     datapath::object,
+    kernel::state_directory::{self, StateDirectory},
     pool::{
         Settings,
         pods::OptedIn,
@@ -15,11 +16,9 @@ use crate::{
     state::Shared,
 };
 
-/// Where the pool has its pins and what it must find again after a crash: beside the socket of the agent, in a directory
-/// that lasts as long as the kernel does.
-pub(crate) fn places(pin_root: &Path, socket: &Path) -> Places {
-    let state = socket.parent().unwrap_or(Path::new("/")).to_owned();
-    Places { pins: pin_root.to_owned(), state }
+/// Returns the places of the pool's pins and of its notes for a restart after a crash, which belong to this boot.
+pub(crate) fn places(pin_root: &Path, state: &StateDirectory) -> Places {
+    Places { pins: pin_root.to_owned(), state: state.boot() }
 }
 
 /// The pool, if one is wanted.
@@ -44,6 +43,18 @@ impl PortPool {
     /// No pool yet.
     pub(super) fn new(places: Places, shared: Shared) -> Self {
         Self { places, shared, running: None, pods: watch::channel(None).0 }
+    }
+
+    /// Takes over the note of reserved ports that an agent before version 0.2 has written beside its socket; otherwise they
+    /// would count as ports of another program.
+    pub(super) fn take_over(&self, socket: &Path) {
+        let (old, new) = (socket.with_file_name(run::RESERVED), self.places.state.join(run::RESERVED));
+        if !new.exists()
+            && state_directory::open(&old).is_ok()
+            && let Err(error) = fs::copy(&old, new).and_then(|_| fs::remove_file(&old))
+        {
+            tracing::warn!(%error, file = %old.display(), "cannot take over the note of reserved ports");
+        }
     }
 
     /// Says which pods of this node take part in the pool because they say so; see [`crate::pool::pods::opted_in`].

@@ -2,6 +2,8 @@
 //!
 //! Wanted where the configuration has a section `routes`, whatever the role. When the agent ends, they stay.
 
+use std::path::Path;
+
 use tokio::sync::broadcast;
 
 use crate::config::Config;
@@ -31,12 +33,13 @@ impl Routing {
     pub(super) fn prepare(
         &self,
         config: &Config,
+        state: &Path,
         happenings: &broadcast::Sender<RouteEvent>,
     ) -> Result<Prepared, Error> {
         if config.routes.is_none() {
             return Ok(Prepared::Unwanted);
         }
-        let setup = Setup::from_config(config)?;
+        let setup = Setup::from_config(config, state)?;
         Ok(match &self.service {
             Some(service) => Prepared::Changed(Box::new(service.prepare(setup)?)),
             None => Prepared::Started(Box::new(Service::start(setup, happenings.clone())?)),

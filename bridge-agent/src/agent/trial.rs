@@ -25,6 +25,7 @@ use super::file::{Hash, hash_of};
 use crate::{
     config::{self, Config, ConfigErrors, Loaded},
     datapath::{self, Maps, Pins},
+    kernel::state_directory::StateDirectory,
     state::{Probe, ProbeStatus, TrialStatus, WriteError, time_left},
 };
 
@@ -303,6 +304,6 @@ fn boot() -> String {
 }
 
 /// Removes what there is of a trial: the agent is down, and so is what it would go back from.
-pub(crate) fn forget(config: &Path, socket: &Path) {
-    Files::new(config, socket.parent().unwrap_or(Path::new("/"))).clear();
+pub(crate) fn forget(config: &Path, state: &StateDirectory) {
+    Files::new(config, &state.boot()).clear();
 }

@@ -167,7 +167,8 @@ impl Listen {
         }
         let told = broadcast::Sender::new(1024);
         let mut happenings = told.subscribe();
-        let mut service = Service::start(self.setup(&global.config)?, told)?;
+        let mut service =
+            Service::start(self.setup(&global.config, &global.state_directory().boot())?, told)?;
         let end = interrupted();
         tokio::pin!(end);
         loop {
@@ -190,9 +191,9 @@ impl Listen {
     }
 
     /// The whole setup of the configuration, if there is one: routes of its other sources stay as they are.
-    fn setup(&self, path: &Path) -> Result<Setup, Error> {
+    fn setup(&self, path: &Path, state: &Path) -> Result<Setup, Error> {
         let mut setup = if path.exists() || self.listen.is_none() {
-            Setup::from_config(&config::load(path)?.config)?
+            Setup::from_config(&config::load(path)?.config, state)?
         } else {
             Setup::default()
         };

@@ -19,7 +19,7 @@ impl Down {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         nobody_keeps_routes(global)?;
-        let places = agent::pool_places(&global.pin_root, &global.agent_socket());
+        let places = agent::pool_places(&global.pin_root, &global.state_directory());
         // Before the rest: where nothing is enforced, only the pool tells that an agent runs.
         let pool = run::stop(&places);
         if let Err(StopError::Locked(error)) = pool {
@@ -31,7 +31,7 @@ impl Down {
         if matches!(result, Err(datapath::Error::Locked { .. })) {
             return result.map_err(Error::from);
         }
-        agent::forget_trial(&global.config, &global.agent_socket());
+        agent::forget_trial(&global.config, &global.state_directory());
         // Teardown goes on after an error, and tells all of them.
         let (notes, errors) = remove_iptables(global);
         let routes = remove_routes();

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::client::{self, Client};
 use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
 use crate::datapath::{self, Pins};
+use crate::kernel::state_directory::StateDirectory;
 use crate::state::Status;
 use crate::{agent, api, log};
 
@@ -59,6 +60,9 @@ pub struct Global {
     /// The unix socket of the running agent; left out, that of the configuration, or /run/bridge/agent.sock
     #[arg(long, global = true, value_name = "PATH")]
     pub socket: Option<PathBuf>,
+    /// The directory of state across restarts; left out, $STATE_DIRECTORY, or a directory of the socket's agent below /var/lib/bridge
+    #[arg(long, global = true, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
     /// The directory of pinned maps and links, on a BPF file system
     #[arg(long, global = true, value_name = "DIR", default_value = "/sys/fs/bpf/bridge")]
     pub pin_root: PathBuf,
@@ -111,6 +115,17 @@ impl Global {
     /// Where maps are pinned.
     fn pins(&self) -> Pins {
         Pins::new(&self.pin_root)
+    }
+
+    /// The state directory: as given, else as the service manager names it (systemd.exec(5)), else that of the agent with this
+    /// socket.
+    fn state_directory(&self) -> StateDirectory {
+        let named = || std::env::var("STATE_DIRECTORY").ok().filter(|value| !value.is_empty());
+        match (&self.state_dir, named()) {
+            (Some(directory), _) => StateDirectory::new(directory),
+            (None, Some(named)) => StateDirectory::new(named.split(':').next().unwrap_or_default()),
+            (None, None) => StateDirectory::of_socket(&self.agent_socket(), Path::new(DEFAULT_SOCKET)),
+        }
     }
 
     /// The socket of the agent: as given, else as the agent that has the same configuration has it.

@@ -88,7 +88,7 @@ impl Routes {
 
 fn setup(global: &Global) -> Result<Setup, Error> {
     let loaded = config::load(&global.config)?;
-    Ok(Setup::from_config(&loaded.config)?)
+    Ok(Setup::from_config(&loaded.config, &global.state_directory().boot())?)
 }
 
 fn list(global: &Global) -> Result<(), Error> {

@@ -4,4 +4,5 @@ pub mod bpf;
 pub mod capabilities;
 pub mod memory;
 pub mod netlink;
+pub mod state_directory;
 pub mod time;

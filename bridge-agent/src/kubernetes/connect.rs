@@ -6,6 +6,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use thiserror::Error;
 
+use super::thread::PLUGIN_DEADLINE;
 use crate::config::Kubernetes;
 
 /// Why nothing can be asked of a cluster.
@@ -30,6 +31,9 @@ pub enum Error {
         "no connection to the API server can be made: {0}; check certificates and token of the kubeconfig"
     )]
     Client(String),
+    /// The thread of the cluster cannot be started.
+    #[error("cannot start the thread that follows the cluster: {0}")]
+    Thread(std::io::Error),
     /// The name of this node is not known.
     #[error("the host name cannot be read: {0}; write `kubernetes: {{nodeName: NAME}}`")]
     NodeName(std::io::Error),
@@ -66,7 +70,16 @@ pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Er
         }
     };
     let server = config.cluster_url.to_string();
-    let client = Client::try_from(config).map_err(|error| Error::Client(cause(&error)))?;
+    let client = Client::try_from(config).map_err(|error| {
+        let text = cause(&error);
+        // The agent has killed it: no plugin kills itself.
+        let killed = text.contains("SIGKILL");
+        Error::Client(if killed {
+            format!("{text}; the credential plugin did not answer within {PLUGIN_DEADLINE:?}")
+        } else {
+            text
+        })
+    })?;
     Ok((client, server))
 }
 

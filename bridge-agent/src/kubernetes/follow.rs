@@ -1,12 +1,13 @@
 //! Follows a cluster for as long as it is wanted, and says what is known of it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use kube::Client;
 use tokio::sync::{Notify, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinSet;
 
 use super::cluster::Cluster;
 use super::connect::{self, Error};
@@ -18,6 +19,7 @@ use super::plan::{Planned, plan};
 use super::report;
 use super::saved::Saved;
 use super::status::{Applied, KubernetesStatus};
+use super::thread::{ClusterThread, PLUGIN_DEADLINE};
 use super::watch::{Query, follow};
 use crate::config::{Config, Kubernetes, PodNetworks, Role};
 use crate::kernel::time;
@@ -194,13 +196,7 @@ pub(crate) struct Follower {
     applied: Option<u64>,
     /// Not before then is it looked at again.
     not_before: Instant,
-    task: JoinHandle<()>,
-}
-
-impl Drop for Follower {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
+    _thread: ClusterThread,
 }
 
 /// To look at what is known; from any thread.
@@ -225,13 +221,14 @@ impl Follower {
         config: &Config,
         section: &Kubernetes,
         engines: watch::Receiver<Engines>,
+        state_directory: &Path,
     ) -> Result<Self, Error> {
         connect::check(section)?;
         let node = match config.role {
             Role::Node => Some(connect::node_name(section)?),
             Role::Host => None,
         };
-        let place = config.api.socket.0.with_file_name("kubernetes.json");
+        let place = state_directory.join("kubernetes.json");
         let saved = node.as_ref().map(|node| Saved::new(place, node.clone(), section.clone()));
         let before = saved.as_ref().and_then(Saved::load);
         if let Some(cluster) = &before {
@@ -245,9 +242,8 @@ impl Follower {
         let seen = state.0.version.subscribe();
         let follow = supervise(section.clone(), node.clone(), state.clone());
         let report = report::run(section.clone(), node.clone(), state.clone(), engines, saved);
-        let task = tokio::spawn(async move {
-            tokio::join!(follow, report);
-        });
+        let work = async move { tokio::join!(follow, report) };
+        let thread = ClusterThread::start(work, PLUGIN_DEADLINE).map_err(Error::Thread)?;
         Ok(Self {
             section: section.clone(),
             role: config.role,
@@ -256,7 +252,7 @@ impl Follower {
             seen,
             applied: None,
             not_before: Instant::now(),
-            task,
+            _thread: thread,
         })
     }
 

@@ -20,6 +20,7 @@ pub(crate) mod saved;
 mod schema;
 mod selector;
 mod status;
+mod thread;
 mod watch;
 
 pub use connect::Error;

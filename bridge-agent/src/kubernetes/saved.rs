@@ -1,6 +1,5 @@
-//! What was known of a cluster, for a start while its API server is away: what enforces must not become less by it.
-//!
-//! Beside the socket of the agent, in a directory that lasts as long as the kernel does, and with it all pods.
+//! The cluster as last known, for a start while its API server is away: enforcement must not become less by it. It is in the
+//! state directory and survives a reboot, so that a node that boots without the API server is closed from the start.
 
 use std::fs::{File, Permissions};
 use std::io::{self, BufReader, BufWriter, Write};
@@ -11,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::cluster::Cluster;
 use crate::config::Kubernetes;
+use crate::kernel::state_directory;
 
 /// See the module.
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl Saved {
 
     /// What was saved last, if it was of this cluster and this node.
     pub(super) fn load(&self) -> Option<Cluster> {
-        let file = match File::open(&self.place) {
+        let file = match state_directory::open(&self.place) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => {

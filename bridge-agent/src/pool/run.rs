@@ -31,6 +31,9 @@ use crate::datapath::{self, Pins};
 /// also how long the sweep lets a warm port rest.
 pub const REST: Duration = Duration::from_secs(120);
 
+/// Name of the file that notes the ports which the agent has reserved.
+pub(crate) const RESERVED: &str = "pool-reserved-ports";
+
 /// Where things are.
 #[derive(Clone, Debug)]
 pub struct Places {
@@ -270,7 +273,7 @@ fn take_away(places: &Places) -> Result<(), StopError> {
 }
 
 fn reserved_file(state: &Path) -> PathBuf {
-    state.join("pool-reserved-ports")
+    state.join(RESERVED)
 }
 
 fn in_kernel(

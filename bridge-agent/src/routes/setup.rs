@@ -60,8 +60,8 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// What the configuration comes to; reads the key file of discovery.
-    pub fn from_config(config: &Config) -> Result<Self, Error> {
+    /// What the configuration comes to; reads the key file of discovery, which keeps discovered pods in the directory `state`.
+    pub fn from_config(config: &Config, state: &std::path::Path) -> Result<Self, Error> {
         let Some(routes) = &config.routes else { return Ok(Self::default()) };
         let health = routes.health.enabled.then(|| health::Options {
             interval: routes.health.interval.duration(),
@@ -85,7 +85,7 @@ impl Setup {
                 key,
                 rules,
                 check: true,
-                state: Some(config.api.socket.0.with_file_name(DISCOVERED)),
+                state: Some(state.join(DISCOVERED)),
             })
         });
         Ok(Self {

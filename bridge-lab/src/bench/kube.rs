@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::agent::resident_kib;
 use super::routes::{NODES, ROUTES, address, count, network};
 use super::{Group, Measurement};
-use crate::agent::Agent;
+use crate::agent::{Agent, state_directory};
 use crate::kubernetes::{ApiServer, User};
 use crate::lab::{Family, Lab};
 use crate::traffic::tcp;
@@ -125,7 +125,7 @@ fn on_node(lab: &Lab, server: &ApiServer) -> Result<Vec<Measurement>> {
         server.kubeconfig(User::Node).display()
     );
     lab.a().netns.ip("route add 10.200.1.0/24 via 192.168.31.17")?;
-    let saved = lab.directory().join("b/kubernetes.json");
+    let saved = state_directory(&lab.directory().join("b/agent.sock")).join("kubernetes.json");
     let (mut sync, mut resident, mut most) = (Vec::new(), Vec::new(), Vec::new());
     let mut agent = None;
     for _ in 0..STARTS {
