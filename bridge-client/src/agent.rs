@@ -23,7 +23,7 @@ pub enum Transport {
     Udp,
 }
 
-/// What is asked for; docs/openapi.json.
+/// Body of a request; docs/openapi.json.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Acquire {
@@ -50,7 +50,7 @@ pub struct Agent {
     path: PathBuf,
 }
 
-/// A port that is nobody else's towards one destination, as long as this value lives.
+/// A port that no one else uses towards one destination, as long as this value lives.
 ///
 /// Bind it with SO_REUSEADDR. It goes back when this is dropped, and when the program ends in any way.
 #[derive(Debug)]

@@ -107,7 +107,7 @@ async fn connect_from(port: u16, destination: SocketAddr, reuse: bool) -> io::Re
 }
 
 impl Stream {
-    /// The two parts, for whoever wants to keep the lease longer than the connection.
+    /// Returns the two parts, for callers that keep the lease longer than the connection.
     #[must_use]
     pub fn into_parts(self) -> (TcpStream, Option<Lease>) {
         (self.tcp, self.lease)

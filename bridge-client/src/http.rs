@@ -14,7 +14,7 @@ pub(crate) struct Answer {
     pub(crate) body: Vec<u8>,
 }
 
-/// What the agent says when it refuses.
+/// Body of a refusal.
 #[derive(Deserialize)]
 struct Problem {
     code: String,
@@ -30,9 +30,9 @@ pub(crate) fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// The answer in what has been read so far; `None` if there is more to come.
+/// Parses the bytes read so far; `None` if there is more to come.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Answer>, Error> {
-    let broken = |what: &str| Error::Protocol(what.to_owned());
+    let broken = |fault: &str| Error::Protocol(fault.to_owned());
     let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
         return if bytes.len() > MAX_ANSWER { Err(broken("endless header")) } else { Ok(None) };
     };
@@ -55,7 +55,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Answer>, Error> {
 }
 
 impl Answer {
-    /// The body of a success; what the agent says otherwise.
+    /// Returns the body of a success, or the agent's error.
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, Error> {
         if (200..300).contains(&self.status) {
             return serde_json::from_slice(&self.body).map_err(|error| Error::Protocol(error.to_string()));

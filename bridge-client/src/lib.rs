@@ -11,8 +11,8 @@
 //! assert!((61001..=61100).contains(&stream.local_addr()?.port()));
 //! # Ok::<(), bridge_client::Error>(())
 //! ```
-//! With the agent, the port is one that nobody on this node uses towards the same destination, also after masquerade;
-//! it goes back when the stream is dropped, and when the program is killed:
+//! With the agent, no one else on this node uses the port towards the same destination, also after masquerade; it goes
+//! back when the stream is dropped, and when the program is killed:
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -45,7 +45,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 pub use agent::{Agent, Lease, Transport};
 pub use stream::Stream;
 
-/// Where the agent listens unless told otherwise.
+/// Default socket of the agent.
 pub const SOCKET: &str = "/run/bridge/agent.sock";
 
 /// How many leased ports are tried when something else in this namespace has bound them.
@@ -61,15 +61,15 @@ pub enum Error {
     Agent {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// See the text.
     #[error("the agent refused: {text}")]
     Refused {
-        /// What kind: `exhausted`, `quota`, `destination`…
+        /// The kind: `exhausted`, `quota`, `destination`…
         code: String,
-        /// In words, with what to do.
+        /// The message, with the remedy.
         text: String,
     },
     /// See the text.
@@ -146,8 +146,7 @@ impl Connector {
     /// Connects.
     ///
     /// # Errors
-    /// [`Error::Refused`] and [`Error::Exhausted`] if there is no port; [`Error::Io`] for what else may happen to a
-    /// connection.
+    /// [`Error::Refused`] and [`Error::Exhausted`] if there is no port; [`Error::Io`] for failures of the connection.
     pub fn connect(&self, destination: SocketAddr) -> Result<Stream, Error> {
         match &self.source {
             Source::Agent(path) => {
@@ -206,7 +205,7 @@ fn shuffled(ports: &RangeInclusive<u16>) -> Vec<u16> {
     ports
 }
 
-/// The port is bound by somebody else, or its 4-tuple is still in use.
+/// Returns whether another socket has bound the port, or its 4-tuple is still in use.
 fn in_use(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
 }

@@ -21,7 +21,7 @@ impl Stream {
         Self { tcp, lease }
     }
 
-    /// The two parts, for whoever wants to keep the lease longer than the connection.
+    /// Returns the two parts, for callers that keep the lease longer than the connection.
     #[must_use]
     pub fn into_parts(self) -> (TcpStream, Option<Lease>) {
         (self.tcp, self.lease)

@@ -53,7 +53,7 @@ fn what_is_in_force_stays_while_the_api_server_is_away() -> Result<()> {
         assert!(cluster["since"].as_str().is_some_and(|since| since.ends_with('Z')), "{cluster}");
         assert!(cluster["failing"].as_object().is_some_and(|failing| !failing.is_empty()), "{cluster}");
         let said = agent.run(&["status"])?;
-        assert!(said.contains("GONE, what is in force stays, since 2"), "{said}");
+        assert!(said.contains("UNREACHABLE, enforcement stays active, since 2"), "{said}");
         until_metrics(agent, &["bridge_kubernetes_connected 0"])?;
     }
     let seconds = || metric(&node, "bridge_kubernetes_disconnected_seconds");

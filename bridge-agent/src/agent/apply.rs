@@ -1,5 +1,5 @@
-//! `apply`, `confirm` and `revert`: a configuration is brought into force by the agent and becomes the configuration
-//! file; on trial, it becomes that only when it is confirmed.
+//! `apply`, `confirm` and `revert`: the agent applies a configuration, which becomes the configuration file; on trial,
+//! only when it is confirmed.
 
 use std::{
     sync::Arc,
@@ -20,7 +20,7 @@ use crate::{
     state::{Applied, ApplyError, ApplyRequest, Request, TrialEnd, TrialOutcome},
 };
 
-/// What could not be put back at the end of a trial is tried again after this.
+/// Time after which a failed roll-back at the end of a trial is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Agent {
@@ -59,7 +59,7 @@ impl Agent {
     ) -> Result<(), ApplyError> {
         self.bring_into_force(config, None)?;
         if let Err(error) = files.commit() {
-            // The next start would bring the file into force: so that is done now.
+            // The next start would apply the file, so it is applied now.
             drop(self.reload("an applied configuration could not take its place"));
             return Err(error.into());
         }
@@ -95,7 +95,7 @@ impl Agent {
         crate::fault::point("trial:in-force");
         let record =
             Record::new(trial, self.kernel_deadline(), &request.config, former, request.probes.clone());
-        // Without it, an agent that is killed now and started anew goes back at once.
+        // Without it, an agent that is killed and restarted now rolls back at once.
         if let Err(error) = files.write(&record) {
             self.trial = Some(Trial::new(files.clone(), record, before));
             self.end_trial(TrialOutcome::Reverted);
@@ -112,9 +112,9 @@ impl Agent {
         if !trial.probes().is_empty() {
             let (shared, probes) = (self.shared.clone(), trial.probes().to_vec());
             trial.task = Some(tokio::spawn(async move {
-                let tells = shared.clone();
+                let status_of = shared.clone();
                 probe::all_answer(probes, move |index, answer| {
-                    tells.update(|status| {
+                    status_of.update(|status| {
                         if let Some(probe) =
                             status.trial.as_mut().and_then(|trial| trial.probes.get_mut(index))
                         {
@@ -181,7 +181,7 @@ impl Agent {
         }
     }
 
-    /// Goes back to what was before.
+    /// Rolls back to the former configuration.
     pub(super) fn revert(&mut self) -> Result<Applied, ApplyError> {
         if self.trial.is_none() {
             return Err(ApplyError::NoTrial);
@@ -195,7 +195,7 @@ impl Agent {
         Ok(Applied { generation, deadline: None, warnings: Vec::new() })
     }
 
-    /// Goes back to what was before, in everything; tried again later if that fails.
+    /// Rolls back to the former configuration, in every part; tried again later if that fails.
     pub(super) fn end_trial(&mut self, outcome: TrialOutcome) {
         let Some(trial) = &self.trial else { return };
         let files = trial.files.clone();
@@ -209,7 +209,7 @@ impl Agent {
             result
         });
         if let Err(error) = result {
-            tracing::error!(%error, "the configuration before the trial is not wholly in force again");
+            tracing::error!(%error, "cannot restore the whole configuration from before the trial");
             if let Some(trial) = &mut self.trial {
                 trial.again = Some(tokio::time::Instant::now() + AGAIN);
             }
@@ -225,7 +225,7 @@ impl Agent {
         self.show_enforcement();
         self.show_end(outcome);
         memory::trim();
-        tracing::warn!(?outcome, "the configuration before the trial is in force again");
+        tracing::warn!(?outcome, "restored the configuration from before the trial");
         if hash(&self.path).is_some_and(|now| Some(now) != self.in_force) {
             drop(self.reload("the file has changed during the trial"));
         }
@@ -240,7 +240,7 @@ impl Agent {
 
     fn bring_into_force(&mut self, config: &Config, trial: Option<Duration>) -> Result<(), ApplyError> {
         if config.api != self.api {
-            tracing::warn!("a change of `api` takes effect when the agent is started anew");
+            tracing::warn!("a change of `api` takes effect when the agent is restarted");
         }
         self.compare(false);
         let result = self.change_file(config, trial.map_or(Term::Good, Term::Trial), Self::reload_engines);
@@ -264,7 +264,7 @@ impl Agent {
         }
         let status = trial.status();
         if let Err(error) = trial.files.write(&trial.record) {
-            tracing::warn!(%error, "an agent that is killed now and started anew takes the trial back");
+            tracing::warn!(%error, "an agent that is killed and restarted now rolls the trial back");
         }
         self.shared.update(|shown| {
             if let Some(trial) = &mut shown.trial {
@@ -277,7 +277,7 @@ impl Agent {
         Files::new(&self.path, &self.state.boot())
     }
 
-    /// The agent itself has written the configuration file, and this is in force.
+    /// The agent itself has written the configuration file, and has applied it.
     fn note_file(&mut self, written: Hash) {
         self.in_force = Some(written);
         self.written = Some(written);

@@ -1,5 +1,5 @@
-//! The cluster as the run loop follows it: what it adds to the configuration file is brought into force as if it stood
-//! there.
+//! The cluster as the run loop follows it: its additions to the configuration file are applied as if the file contained
+//! them.
 
 use std::mem;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::kubernetes::Follower;
 /// Memory that reading a large cluster has taken is given back, at most so often.
 const TRIM: Duration = Duration::from_secs(1);
 
-/// Brings what packets need to a configuration.
+/// Applies the engines' part of a configuration.
 pub(super) type Engines = fn(&mut Agent, &Config, Term<'_>) -> Result<(), Error>;
 
 /// A cluster that is followed.
@@ -21,9 +21,9 @@ pub(super) struct Following {
     follower: Follower,
     /// The configuration file.
     file: Config,
-    /// The same with what the cluster adds to it: what is in force.
+    /// The same with the additions of the cluster: the active configuration.
     config: Config,
-    /// While `file` is on trial: the configuration that comes back, with what the cluster adds to it.
+    /// While `file` is on trial: the configuration that returns, with the additions of the cluster.
     former: Option<Config>,
     trimmed: Instant,
 }
@@ -36,7 +36,7 @@ pub(super) async fn changed(following: Option<&mut Following>) {
     }
 }
 
-/// A configuration file with what is known of its cluster, if that is followed.
+/// Returns a configuration file with the known state of its cluster, if that is followed.
 pub(super) fn with(following: Option<&Following>, file: Config) -> Config {
     match following {
         Some(following) if following.follower.is_for(&file) => following.follower.plan(&file).0.config,
@@ -45,8 +45,8 @@ pub(super) fn with(following: Option<&Following>, file: Config) -> Config {
 }
 
 impl Agent {
-    /// Brings everything to a configuration file, with what is known of the cluster it names, for as long as `term` says; what
-    /// packets need, `engines` does. Nothing is changed if that fails.
+    /// Applies a configuration file with the known state of the cluster that it names, for the lifetime `term`;
+    /// `engines` applies the engines' part. Nothing is changed if that fails.
     pub(super) fn change_file(
         &mut self,
         file: &Config,
@@ -86,8 +86,8 @@ impl Agent {
         Ok(())
     }
 
-    /// Follows a change of the cluster. What cannot be brought into force is tried again, and leaves in force what was. While
-    /// a configuration is on trial the change reaches that, and the one before it, which may come back any time.
+    /// Follows a change of the cluster. A failed change is tried again and leaves the former state active. While a
+    /// configuration is on trial the change reaches that, and the one before it, which may return any time.
     pub(super) fn cluster_changed(&mut self) {
         let Some(mut following) = self.cluster.take() else { return };
         let start = Instant::now();
@@ -110,7 +110,7 @@ impl Agent {
                     self.note_deadline();
                 }
                 Err(failure) => {
-                    tracing::error!("what the cluster wants cannot be brought into force: {failure}");
+                    tracing::error!("cannot apply the state of the cluster: {failure}");
                     error = Some(failure.to_string());
                 }
             }

@@ -1,4 +1,4 @@
-//! What is told of packets that one engine let through and the other did not.
+//! Reports packets that one engine allowed and the other denied.
 
 use std::time::{Duration, Instant};
 
@@ -32,7 +32,7 @@ pub(super) fn first_packet(verdict: &Verdict) -> Option<Packet> {
     })
 }
 
-/// What opened a flow. ICMP queries that eBPF follows are echo requests but for rare ones.
+/// Returns the packet that opened a flow. Nearly all ICMP queries that eBPF follows are echo requests.
 fn opener(flow: &FlowView) -> Option<Packet> {
     let protocol = protocol_number(&flow.protocol)?;
     let port = |port| if matches!(protocol, 1 | 58) { 0 } else { port };
@@ -65,10 +65,10 @@ fn five_tuple(packet: &Packet) -> String {
     format!("{protocol} {} to {}", at(source, source_port), at(destination, destination_port))
 }
 
-/// Tells the log, at most once in a while.
+/// Writes to the log, at most once in an interval.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    told: (u64, u64),
+    logged: (u64, u64),
     next: Instant,
 }
 
@@ -78,40 +78,40 @@ const SEARCH: Duration = Duration::from_millis(50);
 
 impl Default for Reporter {
     fn default() -> Self {
-        Self { told: (0, 0), next: Instant::now() }
+        Self { logged: (0, 0), next: Instant::now() }
     }
 }
 
 impl Reporter {
     pub(super) fn report(&mut self, seen: &Divergence, guard: &Guard, maps: Option<&Maps>) {
-        // What connection tracking calls invalid is often no more than a late packet of a flow that has ended.
+        // Packets that connection tracking calls invalid are often late packets of a flow that has ended.
         let others = seen.denied_by_iptables.iter().filter(|(cause, _)| *cause != "bridge:invalid");
         let now = (others.map(|(_, packets)| packets).sum(), seen.denied_by_ebpf);
-        if now == self.told || Instant::now() < self.next {
+        if now == self.logged || Instant::now() < self.next {
             return;
         }
-        if now.0 > self.told.0 {
-            // The counters of iptables do not tell which packet it was; a flow that eBPF let through does.
+        if now.0 > self.logged.0 {
+            // The counters of iptables do not show the packet; a flow that eBPF allowed does.
             let example = maps.and_then(|maps| denied_flow(guard, maps));
             let example = example.as_ref().map_or_else(|| "unknown".to_owned(), five_tuple);
             tracing::warn!(
-                packets = now.0 - self.told.0,
+                packets = now.0 - self.logged.0,
                 by = ?seen.denied_by_iptables,
                 example,
                 "iptables has denied packets that eBPF let through: see `bridge-agent status`, and whether eBPF is \
                  attached to every interface that pods and LAN hosts are behind"
             );
         }
-        if now.1 > self.told.1 {
+        if now.1 > self.logged.1 {
             let example = seen.last.as_ref().map(five_tuple);
             tracing::warn!(
-                packets = now.1 - self.told.1,
+                packets = now.1 - self.logged.1,
                 example,
-                "eBPF has denied packets that iptables would have let through: see `bridge-agent status`, and what \
+                "eBPF has denied packets that iptables would have allowed: see `bridge-agent status`, and what \
                  another program does to the chains BRIDGE-* or to the maps of bridge"
             );
         }
-        self.told = now;
+        self.logged = now;
         self.next = Instant::now() + PAUSE;
     }
 }

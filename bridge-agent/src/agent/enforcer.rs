@@ -25,7 +25,7 @@ use crate::{
     state::{AttachedInterface, Enforcement, FastPathStatus},
 };
 
-/// Why the packet path could not be brought to what is wanted. What was in force is still in force.
+/// Errors of a change to the packet path. The former state stays active.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// See the cause.
@@ -34,12 +34,12 @@ pub enum Error {
     /// The rules cannot be compiled.
     #[error("the rules cannot be compiled: {0}")]
     Policy(#[from] policy::Error),
-    /// The kernel did not tell about interfaces.
+    /// The kernel does not report interfaces.
     #[error("cannot read the interfaces of this host: {0}")]
     Interfaces(#[from] io::Error),
 }
 
-/// What a configuration says about the packet path.
+/// Settings of the packet path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Desired {
     policy: Policy,
@@ -65,7 +65,7 @@ impl Desired {
             external_networks: policy.external.clone(),
             pod_networks: policy.pods.clone(),
         };
-        // In audit mode nothing is to be different from what it would be without bridge.
+        // Audit mode leaves the path of packets as it is without bridge.
         let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
         Self { policy, behaviour, selection, fast_path }
     }
@@ -100,17 +100,17 @@ fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
     by_state
 }
 
-/// Target of what the programs log: `--log-level enforce=debug` has them do so.
+/// Target of log lines from the programs: `--log-level enforce=debug` enables them.
 const KERNEL_LOG: &str = "enforce";
 
-/// How long what is brought into force stays so.
+/// Lifetime of an applied configuration.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Term<'a> {
     /// For good.
     Good,
-    /// For so long, and then what was before comes back, unless it is confirmed.
+    /// Until this time has passed, then the former one returns, unless this one is confirmed.
     Trial(Duration),
-    /// For what is left of the trial that is going on; then this comes back.
+    /// For the rest of the present trial; then this one returns.
     Rest(&'a Config, Duration),
 }
 
@@ -120,7 +120,7 @@ impl<'a> Term<'a> {
         !matches!(self, Self::Good)
     }
 
-    /// What comes back after the rest of a trial.
+    /// Returns the configuration that follows the rest of a trial.
     pub(super) const fn former(self) -> Option<&'a Config> {
         match self {
             Self::Rest(former, _) => Some(former),
@@ -152,7 +152,7 @@ pub(super) struct Enforcer {
     chosen: Chosen,
     /// While a policy is on trial: the one before it, to which the kernel may go back by itself, and until when.
     former: Option<(Desired, Instant)>,
-    /// What each of the chosen interfaces allows, bits of [`ability`].
+    /// Abilities that each of the chosen interfaces has, bits of [`ability`].
     abilities: Vec<u32>,
     keeper: Option<Keeper>,
     fast_path: FastPathStatus,
@@ -198,7 +198,7 @@ impl Enforcer {
         };
         match term {
             Term::Rest(former, left) => enforcer.former = Some((Desired::new(former), Instant::now() + left)),
-            // Nobody knows any more of a trial that there may be.
+            // No process remembers a trial that may be left.
             Term::Good | Term::Trial(_) => enforcer.datapath.fall_back(),
         }
         if let Err(error) = enforcer.bring_up(&tables) {
@@ -212,14 +212,16 @@ impl Enforcer {
             return Err(error);
         }
         enforcer.keep_fast_path();
-        // Only now: reading the log takes its map from what is yet to be loaded.
+        // Last: reading the log takes its map from programs that are not loaded yet.
         if let Err(error) = enforcer.datapath.forward_log() {
-            tracing::warn!(%error, "what the programs log cannot be read");
+            tracing::warn!(%error, "cannot read the log of the programs");
         }
         crate::fault::point("start:enforcing");
         match enforcer.datapath.remove_other_versions() {
             Ok(0) => {}
-            Ok(attachments) => tracing::info!(attachments, "removed what another version of bridge had left"),
+            Ok(attachments) => {
+                tracing::info!(attachments, "removed the leftovers of another version of bridge")
+            }
             Err(error) => tracing::warn!(%error, "cannot remove all that another version of bridge has left"),
         }
         Ok(enforcer)
@@ -236,18 +238,18 @@ impl Enforcer {
             crate::fault::point("start:lenient");
             self.carry_over();
             self.seeded = self.seed(tables);
-            // What it has learnt meanwhile.
+            // Flows that it has learned meanwhile.
             self.carry_over();
         }
         match self.publish(tables, None) {
-            // Its time is over since it was looked at; what comes of that comes next.
+            // Its time has ended since the last check; the next event handles that.
             Err(Error::Datapath(datapath::Error::NoTrial)) => {}
             result => result?,
         }
         self.attach()
     }
 
-    /// Puts a policy in force; with `trial`, for so long at first.
+    /// Activates a policy; with `trial`, only for that time at first.
     fn publish(&mut self, tables: &Tables, trial: Option<Duration>) -> Result<(), Error> {
         let behaviour = self.desired.behaviour;
         let published = match &self.former {
@@ -272,10 +274,10 @@ impl Enforcer {
         self.published = Some(published);
         match published {
             Published::Switched { generation, took } => {
-                tracing::info!(generation, rules = tables.rule_count, ?took, "policy in force");
+                tracing::info!(generation, rules = tables.rule_count, ?took, "policy active");
             }
             Published::Unchanged { generation } => {
-                tracing::debug!(generation, "the policy is in force already");
+                tracing::debug!(generation, "the policy is active already");
             }
         }
         Ok(())
@@ -331,7 +333,7 @@ impl Enforcer {
         match (read, failure) {
             (Err(error), _) if error.kind() == io::ErrorKind::Unsupported => {
                 tracing::warn!(
-                    "this kernel has no conntrack: connections that are already open must be opened anew"
+                    "this kernel has no conntrack: connections that are already open must be opened again"
                 );
                 None
             }
@@ -345,7 +347,7 @@ impl Enforcer {
             }
             (Ok(()), None) if known == 0 => {
                 tracing::info!(
-                    "conntrack knows no connections here: if some are open, they must be opened anew"
+                    "conntrack knows no connections here: if some are open, they must be opened again"
                 );
                 Some(0)
             }
@@ -356,7 +358,7 @@ impl Enforcer {
         }
     }
 
-    /// Brings another configuration into force. After an error, the one before it is still in force.
+    /// Applies another configuration. After an error, the former one is still active.
     pub(super) fn reload(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         self.restore_pins()?;
         let desired = Desired::new(config);
@@ -385,7 +387,7 @@ impl Enforcer {
         Ok(())
     }
 
-    /// The policy is in force, whatever becomes of single interfaces.
+    /// The policy is active, even if single interfaces fail.
     fn attach_as_far_as_possible(&mut self) {
         if let Err(error) = self.attach() {
             tracing::error!(%error, "not everything is attached");
@@ -393,9 +395,9 @@ impl Enforcer {
         }
     }
 
-    /// Looks at the interfaces and follows what has changed.
+    /// Checks the interfaces and follows changes.
     pub(super) fn interfaces_changed(&mut self) -> Result<(), Error> {
-        // What is new is attached nevertheless.
+        // New interfaces are attached nevertheless.
         drop(self.restore_pins());
         let snapshot = self.observer.snapshot(&self.desired.selection)?;
         if snapshot == self.snapshot {
@@ -403,12 +405,12 @@ impl Enforcer {
         }
         let addresses_changed = snapshot.addresses != self.snapshot.addresses;
         self.snapshot = snapshot;
-        // What is new is attached first: it may already see packets.
+        // New interfaces are attached first: they may already carry packets.
         self.attach_as_far_as_possible();
         if addresses_changed {
             let tables = compile(&self.desired, &self.snapshot)?;
             match self.publish(&tables, None) {
-                // Its time is over: its end, which comes next, compiles anew.
+                // Its time has ended: its end, which comes next, compiles again.
                 Err(Error::Datapath(datapath::Error::NoTrial)) => {}
                 result => result?,
             }
@@ -426,7 +428,7 @@ impl Enforcer {
         self.datapath.reinstate(control);
     }
 
-    /// Puts the policy before the one on trial in force, if one is; to be followed by [`Enforcer::reload`].
+    /// Activates the policy before the one on trial, if one is; [`Enforcer::reload`] must follow.
     pub(super) fn fall_back(&mut self) {
         self.datapath.fall_back();
         if let Some((_, until)) = &mut self.former {
@@ -434,13 +436,13 @@ impl Enforcer {
         }
     }
 
-    /// Lets go of what only a policy on trial needs.
+    /// Releases state that only a policy on trial needs.
     pub(super) fn settle(&mut self) {
         self.former = None;
         self.attach_as_far_as_possible();
     }
 
-    /// Looks at what the kernel tells nobody of.
+    /// Polls for changes that the kernel sends no notification for.
     pub(super) fn look(&mut self) {
         drop(self.restore_pins());
         if self.keeper.is_some() {
@@ -449,14 +451,11 @@ impl Enforcer {
         }
     }
 
-    /// Pins again what somebody has removed. Until that is possible, everything lives with this process.
+    /// Restores removed pins. Until that is possible, everything lives with this process.
     fn restore_pins(&mut self) -> Result<(), Error> {
         let (restored, result) = self.datapath.restore_pins();
         if restored > 0 {
-            tracing::warn!(
-                restored,
-                "pins were gone, and are back: somebody had removed them, or unmounted them"
-            );
+            tracing::warn!(restored, "restored pins that another program had removed or unmounted");
             self.pins_restored += restored as u64;
         }
         let unpinned = result.as_ref().err().map(|error| {
@@ -471,7 +470,7 @@ impl Enforcer {
         Ok(result?)
     }
 
-    /// Lets packets take the fast path by those interfaces where nobody else must see them.
+    /// Allows the fast path on those interfaces where no other program must see the packets.
     fn allow_fast_path(&mut self) {
         if !self.desired.fast_path {
             self.abilities = Vec::new();
@@ -548,7 +547,7 @@ impl Enforcer {
         &self.maps
     }
 
-    /// Number of the policy in force.
+    /// Returns the number of the active policy.
     pub(super) fn generation(&self) -> u32 {
         self.published.map_or(0, Published::generation)
     }
@@ -592,7 +591,7 @@ impl Enforcer {
     }
 }
 
-/// What an interface allows of the fast path, in words.
+/// Returns the names of an interface's fast-path abilities.
 fn names(allowed: u32) -> Vec<String> {
     [(ability::INPUT, "in"), (ability::OUTPUT, "out"), (ability::PEER, "peer")]
         .into_iter()

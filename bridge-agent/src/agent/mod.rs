@@ -95,21 +95,21 @@ pub enum Error {
     #[error(transparent)]
     Kubernetes(#[from] kubernetes::Error),
     /// Something that the loop itself needs.
-    #[error("{what}: {source}")]
+    #[error("{action}: {source}")]
     Io {
-        /// What was tried.
-        what: &'static str,
-        /// What the kernel said.
+        /// The action that failed.
+        action: &'static str,
+        /// Error of the kernel.
         source: io::Error,
     },
 }
 
-fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
-    move |source| Error::Io { what, source }
+fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { action, source }
 }
 
-/// How often the status is brought up to date with what the watch of the iptables rules has seen, and programs of others
-/// are looked for, of which the kernel does not tell.
+/// Interval at which the status takes over the state of the iptables watch, and at which programs of others are looked
+/// for, about which the kernel sends no notification.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// The agent: [`open`](Self::open), then [`start`](Self::start), then [`run`](Self::run).
@@ -118,7 +118,7 @@ pub struct Agent {
     socket: PathBuf,
     state: StateDirectory,
     pins: Pins,
-    /// Of the configuration file when it was last brought into force.
+    /// Hash of the configuration file when it was last applied.
     in_force: Option<Hash>,
     /// Of the configuration file, if the agent itself has just written it.
     written: Option<Hash>,
@@ -255,7 +255,7 @@ impl Agent {
         loop {
             let selection =
                 self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
-            // What an earlier policy has judged is not compared with the rules of now.
+            // Packets judged by an earlier policy are not compared with the present rules.
             let generation = self.enforcer.as_ref().map_or(0, Enforcer::generation);
             if let Some(written) = self.written.take() {
                 from.file.expect(written);
@@ -280,7 +280,7 @@ impl Agent {
                     drop(self.reload("the file has changed"));
                 }
                 _ = look.tick(), if self.filter.is_some() || self.enforcer.is_some() => self.look(),
-                // When the time of a trial is over, what was before it comes first.
+                // When the time of a trial is over, the former configuration comes first.
                 () = cluster::changed(self.cluster.as_mut()),
                     if self.trial.as_ref().is_none_or(|trial| !trial.left().is_zero()) => self.cluster_changed(),
                 Some(request) = from.requests.recv() => match request {
@@ -305,7 +305,7 @@ impl Agent {
         }
     }
 
-    /// Brings everything to `config`; what packets need, `engines` does. Nothing is changed if that fails.
+    /// Applies `config`; `engines` applies the engines' part. Nothing is changed if that fails.
     fn change(
         &mut self,
         config: &Config,
@@ -387,7 +387,7 @@ impl Agent {
         });
     }
 
-    /// Looks at what the kernel tells nobody of.
+    /// Polls for changes that the kernel sends no notification for.
     fn look(&mut self) {
         self.report_divergence();
         if let Some(enforcer) = &mut self.enforcer {
@@ -442,10 +442,10 @@ impl Agent {
         Ok(())
     }
 
-    /// Brings another configuration into force. Nothing is changed if that fails.
+    /// Applies another configuration. Nothing is changed if that fails.
     fn reload_engines(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         let on_trial = term.on_trial();
-        // iptables first: what it refuses it refuses whole, and can be taken back.
+        // iptables first: it refuses a change as a whole, and can be rolled back.
         let before = self.filter.as_ref().map(PacketFilter::in_force);
         match (&mut self.filter, packet_filter::is_wanted(config)) {
             (Some(filter), true) => filter.reload(config, on_trial)?,
@@ -504,7 +504,7 @@ async fn read_events(
                     if let Some(filter) = filter.filter(|_| verdict.generation == generation) {
                         filter.judged_by_ebpf(&verdict);
                     }
-                    // Nobody listening is no error.
+                    // An event without receivers is no error.
                     drop(shared.verdicts.send(Arc::new(verdict)));
                 })
                 .await

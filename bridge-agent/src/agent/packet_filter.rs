@@ -22,14 +22,14 @@ use crate::{
 pub(super) struct PacketFilter {
     guard: Guard,
     backend: String,
-    /// What the driver was made with.
+    /// Settings of the driver.
     settings: Settings,
     /// Whether eBPF is beside it.
     compares: bool,
     reporter: Reporter,
 }
 
-/// What a reload can be taken back to.
+/// State to which a failed reload returns.
 #[derive(Debug)]
 pub(super) struct InForce {
     policy: Policy,
@@ -45,7 +45,8 @@ struct Settings {
 }
 
 impl Settings {
-    /// Whether rules are saved for the boot. A policy on trial never is: after a reboot nobody would take it back.
+    /// Returns whether rules are saved for the boot. A policy on trial never is: after a reboot no agent would roll it
+    /// back.
     fn saves(&self, on_trial: bool) -> bool {
         self.save == Save::Auto && !on_trial
     }
@@ -97,11 +98,11 @@ impl PacketFilter {
         let firewall = Iptables::new(settings.driver(on_trial))?;
         let backend = firewall.choice().backend.name().to_owned();
         let guard = Guard::start(firewall, policy)?.after(before);
-        tracing::info!(backend, "iptables rules in force");
+        tracing::info!(backend, "iptables rules active");
         Ok(Self { guard, backend, settings, compares: false, reporter: Reporter::default() })
     }
 
-    /// Puts another configuration in force; that of before stays if it is refused.
+    /// Applies another configuration; the former one stays active if it is refused.
     pub(super) fn reload(&mut self, config: &Config, on_trial: bool) -> Result<(), Error> {
         let wanted = Settings::of(config);
         if self.settings == wanted {
@@ -118,7 +119,7 @@ impl PacketFilter {
 
     /// With another driver.
     fn replace(&mut self, settings: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
-        // It would take what the new driver writes for damage.
+        // It would take the new driver's changes for damage.
         self.guard.stop();
         let before = watch::Status { failure: None, ..self.guard.status() };
         let Self { guard, backend, .. } = Self::enforce(settings, policy, before, on_trial)?;
@@ -126,15 +127,15 @@ impl PacketFilter {
         Ok(())
     }
 
-    /// What is in force, to go back to.
+    /// Returns the active state, for a roll-back.
     pub(super) fn in_force(&self) -> InForce {
         InForce { policy: self.guard.policy(), settings: self.settings }
     }
 
-    /// Goes back to what was in force.
+    /// Rolls back to a former state.
     pub(super) fn restore(&mut self, before: InForce) {
         let InForce { policy, settings } = before;
-        // What is gone back to is never on trial: while one is, nothing else is brought into force.
+        // The former state is never on trial: while one is, no other is applied.
         let result = if self.guard.watches() && self.settings == settings {
             self.guard.set_saving(settings.saves(false));
             self.guard.update(policy)
@@ -142,7 +143,7 @@ impl PacketFilter {
             self.replace(settings, policy, false)
         };
         if let Err(error) = result {
-            tracing::error!(%error, "the iptables rules are not those of the configuration in force");
+            tracing::error!(%error, "the iptables rules are not those of the active configuration");
         }
     }
 
@@ -151,7 +152,7 @@ impl PacketFilter {
         self.compares = self.guard.compare(begin);
     }
 
-    /// Takes in what eBPF did with a packet.
+    /// Records the verdict of eBPF on a packet.
     pub(super) fn judged_by_ebpf(&self, verdict: &Verdict) {
         if self.compares
             && let Some(packet) = divergence::first_packet(verdict)
@@ -160,7 +161,7 @@ impl PacketFilter {
         }
     }
 
-    /// Tells the log what the comparison has found.
+    /// Logs the result of the comparison.
     pub(super) fn report(&mut self, maps: Option<&Maps>) {
         if self.compares {
             self.reporter.report(&self.guard.status().divergence, &self.guard, maps);
@@ -180,7 +181,7 @@ impl PacketFilter {
         }
     }
 
-    /// Removes every rule. What cannot be removed is logged: nothing else hinders going on.
+    /// Removes every rule. Failures are logged: nothing else prevents the agent from continuing.
     pub(super) fn take_down(self) {
         let remains = self.guard.teardown();
         for note in remains.notes {

@@ -36,7 +36,7 @@ struct Running {
     adopted: bool,
 }
 
-/// What [`PortPool::undo`] goes back to.
+/// State to which [`PortPool::undo`] returns.
 pub(super) struct Before(Option<Settings>);
 
 impl PortPool {
@@ -68,14 +68,14 @@ impl PortPool {
         });
     }
 
-    /// Brings what the configuration asks for into force: starts a pool, or changes the one there is. One that is not
-    /// wanted any more stays, until [`PortPool::settle`].
+    /// Applies the configuration: starts a pool, or changes the present one. A pool that is no longer wanted stays,
+    /// until [`PortPool::settle`].
     ///
     /// # Errors
     /// [`StartError`]; nothing has changed then.
     pub(super) fn prepare(&mut self, config: &Config) -> Result<Before, StartError> {
         if config.kubernetes.is_none() {
-            // Nobody will say any more.
+            // No later message will name them.
             self.set_pods(Default::default());
         }
         let wanted = Settings::from_config(config);
@@ -94,7 +94,7 @@ impl PortPool {
         Ok(before)
     }
 
-    /// Goes back to what was before [`PortPool::prepare`], since another part of the agent could not follow.
+    /// Returns to the state before [`PortPool::prepare`], since another part of the agent failed.
     pub(super) fn undo(&mut self, before: Before) {
         match (&mut self.running, before.0) {
             (Some(running), Some(settings)) => {

@@ -8,7 +8,7 @@ use crate::{
     pool::checks,
 };
 
-/// What is wrong with the ranges, in this network namespace and now, each with its remedy; logged, too.
+/// Returns the faults of the ranges, in this network namespace at this time, each with its remedy; logs them, too.
 pub(super) fn look(config: &Config) -> Vec<String> {
     let read = |name: &str| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
     let warnings = overlaps(config, &read("ip_local_port_range"), &read("ip_local_reserved_ports"));

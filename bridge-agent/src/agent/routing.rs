@@ -28,8 +28,8 @@ pub(super) enum Prepared {
 }
 
 impl Routing {
-    /// Does what can fail; nothing that is in force changes by that. (A new service begins when the run loop next
-    /// waits, and never if it is dropped before.)
+    /// Performs every step that can fail, without changing the active state. (A new service begins when the run loop
+    /// next waits, and never if it is dropped before.)
     pub(super) fn prepare(
         &self,
         config: &Config,
@@ -46,7 +46,7 @@ impl Routing {
         })
     }
 
-    /// Brings a prepared configuration into force.
+    /// Applies a prepared configuration.
     pub(super) fn commit(&mut self, prepared: Prepared) {
         match (prepared, &mut self.service) {
             (Prepared::Unwanted, service) => {
@@ -72,8 +72,8 @@ impl Routing {
     }
 }
 
-/// Takes away every route that bears the mark, of an earlier configuration or an earlier run. What cannot be removed is
-/// logged: nothing else hinders going on.
+/// Removes every route with bridge's protocol number, of an earlier configuration or an earlier run. Failures are
+/// logged: nothing else prevents the agent from continuing.
 fn withdraw() {
     let done = withdrawal().and_then(|(observed, operations)| {
         let failures = carry_out(&operations)?;

@@ -1,9 +1,9 @@
-//! A configuration on trial: in force until a deadline, and for good only if it is confirmed by then.
+//! A configuration on trial: active until a deadline, and for good only if it is confirmed by then.
 //!
-//! The kernel side goes back by itself ([`crate::datapath::Datapath::publish`]). What is kept here is what the agent
-//! needs to make everything else follow, also if it is killed and started anew meanwhile:
+//! The kernel side goes back by itself ([`crate::datapath::Datapath::publish`]). The state here lets the agent make
+//! everything else follow, also if it is killed and restarted meanwhile:
 //! ```text
-//! <state>/trial.json          the deadline, and what must be as it is written there for the trial to be going on
+//! <state>/trial.json          the deadline, and the state that a trial in progress must match
 //! <state>/trial-former.yaml   the configuration that is gone back to
 //! <config>.candidate          the one on trial, beside the file whose place it takes when it is confirmed
 //! ```
@@ -55,7 +55,7 @@ pub(super) struct Trial {
     pub(super) before: Arc<Config>,
     /// Probes being made.
     pub(super) task: Option<JoinHandle<()>>,
-    /// When to try again to put back what was before.
+    /// Time of the next attempt to restore the former configuration.
     pub(super) again: Option<tokio::time::Instant>,
 }
 
@@ -86,7 +86,7 @@ impl Record {
         }
     }
 
-    /// Whether the trial is still going on, as far as `maps` tell, too.
+    /// Returns whether the trial is in progress, according to `maps` too.
     fn goes_on(&self, maps: Option<&Maps>) -> bool {
         let in_kernel = maps.and_then(|maps| maps.trial().ok().flatten()).map(|trial| trial.deadline);
         self.boot == boot()
@@ -100,7 +100,7 @@ impl Trial {
         Self { files, record, before: Arc::new(before), task: None, again: None }
     }
 
-    /// Follows what the kernel has: the deadline it keeps, if it does. Returns whether the record has to be written.
+    /// Takes over the deadline that the kernel keeps, if it does. Returns whether the record has to be written.
     pub(super) fn takes_note_of(&mut self, in_kernel: Option<u64>) -> bool {
         // Its time may be over there just now.
         let Some(deadline) = in_kernel else { return false };
@@ -143,8 +143,8 @@ impl Trial {
         TrialStatus::new(*deadline, *in_kernel, probes.iter().map(probe).collect())
     }
 
-    /// The trial that an agent before this one has begun, with the configuration on trial; if there is none, or none any
-    /// more, what is left of it is removed.
+    /// Returns the trial that an earlier agent has begun, with the configuration on trial; if there is none, or it has
+    /// ended, its leftovers are removed.
     pub(super) fn resume(files: Files, pins: &Pins) -> Option<(Self, Config)> {
         let record = match files.read() {
             Ok(Some(record)) => record,
@@ -196,7 +196,7 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// For the configuration file `config`, or what the link of that name points to.
+    /// Returns the files for the configuration file `config`, or the target of that link.
     pub(super) fn new(config: &Path, state: &Path) -> Self {
         let config = config.canonicalize().unwrap_or_else(|_| config.to_owned());
         let mut candidate = config.as_os_str().to_owned();
@@ -214,7 +214,7 @@ impl Files {
         &self.config
     }
 
-    /// Writes a configuration beside the file whose place it is to take: what can fail, fails now.
+    /// Writes a configuration beside the file that it will replace: every step that can fail, fails now.
     pub(super) fn stage(&self, text: &str) -> Result<(), WriteError> {
         write(&self.candidate, text.as_bytes(), Some(&self.config)).map_err(WriteError::at(&self.candidate))
     }
@@ -229,7 +229,7 @@ impl Files {
         Ok(())
     }
 
-    /// Keeps what is in the configuration file now, of which this is the hash.
+    /// Keeps the present content of the configuration file, which has this hash.
     pub(super) fn keep_former(&self, known: Hash) -> Result<bool, WriteError> {
         let text = fs::read(&self.config).map_err(WriteError::at(&self.config))?;
         if hash_of(&text) != known {
@@ -257,11 +257,11 @@ impl Files {
         }
     }
 
-    /// Removes what there is of a trial, the record first: without it there is none.
+    /// Removes the files of a trial, the record first: without it there is none.
     pub(super) fn clear(&self) {
         for path in [&self.record, &self.candidate, &self.former] {
             match fs::remove_file(path) {
-                // On a read-only file system (a ConfigMap is one) even what is not there cannot be removed.
+                // On a read-only file system (a ConfigMap is one) the removal even of a missing file fails.
                 Err(error) if error.kind() != io::ErrorKind::NotFound && path.exists() => {
                     tracing::warn!(%error, path = %path.display(), "left behind after a trial");
                 }
@@ -271,12 +271,12 @@ impl Files {
     }
 }
 
-/// Writes a file anew, with the owner and permissions of `like`.
+/// Replaces a file, with the owner and permissions of `like`.
 fn write(path: &Path, content: &[u8], like: Option<&Path>) -> io::Result<()> {
     let written = File::create(path).and_then(|mut file| {
         if let Some(like) = like.and_then(|like| fs::metadata(like).ok()) {
             file.set_permissions(like.permissions())?;
-            // Only root may give files away; whose it is then is nobody's harm.
+            // Only root may give files away; any other owner does no harm.
             drop(chown(path, Some(like.uid()), Some(like.gid())));
         }
         file.write_all(content)?;
@@ -297,7 +297,7 @@ fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
-/// Tells one boot from another (random(4)).
+/// Returns the identity of this boot (random(4)).
 fn boot() -> String {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     id.trim().to_owned()

@@ -17,12 +17,12 @@ use super::ErrorBody;
 /// Why the agent did not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Nobody listens.
+    /// No process listens.
     #[error("no agent answers on {}: {source}. Is it running (`systemctl status bridge-agent`)? Is --socket right?", path.display())]
     NotRunning {
         /// The socket.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// The connection broke.
@@ -86,7 +86,7 @@ impl Client {
     ///
     /// # Errors
     ///
-    /// See [`Error`], and what `visit` returns.
+    /// See [`Error`], and the errors of `visit`.
     pub async fn lines<E: From<Error>>(
         &mut self,
         path: &str,

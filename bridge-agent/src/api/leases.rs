@@ -4,7 +4,7 @@
 //! POST   /v1/leases        {"destination": "192.168.31.67:443", "count": 1, "waitMs": 0, "ttlMs": 60000}
 //! DELETE /v1/leases/{id}
 //! GET    /v1/leases        ports in use, of all clients
-//! GET    /v1/leases/watch  what happens, one JSON object a line
+//! GET    /v1/leases/watch  changes of leases, one JSON object a line
 //! GET    /v1/pool          ports, destinations, counters
 //! ```
 //! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
@@ -40,7 +40,7 @@ pub(super) const MAX_WAIT: Duration = Duration::from_secs(60);
 /// Longest time of a lease.
 pub(super) const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
 
-/// What `POST /v1/leases` takes.
+/// Body of `POST /v1/leases`.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Acquire {
@@ -93,7 +93,9 @@ async fn acquire(
 pub(crate) fn wish(body: &[u8]) -> Result<Wish, Problem> {
     let bad = |reason: String| Problem::new(StatusCode::BAD_REQUEST, "request", reason);
     let order: Acquire = serde_json::from_slice(body).map_err(|error| {
-        bad(format!("the body is not what is expected: {error}; for example {{\"destination\": \"192.168.31.67:443\"}}"))
+        bad(format!(
+            "the body is not a lease request: {error}; for example {{\"destination\": \"192.168.31.67:443\"}}"
+        ))
     })?;
     let destination = order.destination.parse().map_err(|_| {
         bad(format!(

@@ -44,7 +44,7 @@ pub(super) async fn serve(State(shared): State<Shared>) -> Response {
     }
 }
 
-/// What one scrape shows.
+/// Values of one scrape.
 #[derive(Debug)]
 struct Scrape {
     status: Status,
@@ -56,7 +56,7 @@ struct Scrape {
 
 impl Scrape {
     fn new(status: Status, maps: Option<&Maps>) -> Self {
-        // What cannot be read is not there: a scrape that fails as a whole says less.
+        // Unreadable values are left out: the rest of the scrape stays useful.
         let reasons = maps.and_then(|maps| maps.reason_counts().ok()).unwrap_or_default();
         let rules = maps.and_then(|maps| maps.rule_counts().ok()).unwrap_or_default();
         let outcomes = maps.and_then(|maps| maps.outcome_counts().ok()).unwrap_or_default();
@@ -164,7 +164,7 @@ impl Collector for Scrape {
             single(encoder, name, COUNTER, suppressed)?;
         }
         if let Some(enforcement) = &self.status.enforcement {
-            let generation = ("policy_generation", "Number of the policy in force");
+            let generation = ("policy_generation", "Number of the active policy");
             single(encoder, generation, GAUGE, enforcement.generation.into())?;
             let audit = ("audit_mode", "1: nothing is denied, only reported");
             single(encoder, audit, GAUGE, u64::from(enforcement.mode == "audit"))?;
@@ -173,7 +173,7 @@ impl Collector for Scrape {
             };
             let roles = ["external", "internal"].map(|role| ([("role", role)], with_role(role)));
             family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
-            let name = ("pins_restored", "Pins that somebody had removed and that were made again");
+            let name = ("pins_restored", "Pins that another program removed and the agent restored");
             single(encoder, name, COUNTER, enforcement.pins_restored)?;
         }
         if let Some(cluster) = &self.status.kubernetes {
@@ -227,7 +227,7 @@ fn encode_cluster(encoder: &mut DescriptorEncoder<'_>, cluster: &KubernetesStatu
         "How long something of the cluster cannot be followed; 0: it can",
     );
     single(encoder, name, GAUGE, cluster.disconnected_seconds)?;
-    let current = ("kubernetes_current", "1: all that is known of the cluster is in force");
+    let current = ("kubernetes_current", "1: the known state of the cluster is applied");
     single(encoder, current, GAUGE, u64::from(cluster.current))?;
     let objects =
         cluster.objects.iter().map(|(resource, count)| ([("resource", resource.clone())], *count as u64));
@@ -239,18 +239,18 @@ fn encode_cluster(encoder: &mut DescriptorEncoder<'_>, cluster: &KubernetesStatu
 /// Names of routes themselves are in `GET /v1/routes`: a cluster may have thousands.
 fn encode_routes(encoder: &mut DescriptorEncoder<'_>, routes: &RoutesStatus) -> fmt::Result {
     let states = routes.states.iter().map(|(state, count)| ([("state", state.to_string())], *count as u64));
-    family(encoder, ("routes", "Routes that are wanted, by what became of them"), GAUGE, states)?;
+    family(encoder, ("routes", "Desired routes, by state"), GAUGE, states)?;
     let down = routes.next_hops_down.len();
     let next_hops = [("up", routes.next_hops - down), ("down", down)];
     let next_hops = next_hops.map(|(state, count)| ([("state", state)], count as u64));
     family(encoder, ("next_hops", "Nodes on the way to pods"), GAUGE, next_hops)?;
     let named = |(name, count): (&String, &u64)| ([("kind", name.clone())], *count);
-    let name = ("route_operations", "What was done to keep the routes true, and what happened to next hops");
+    let name = ("route_operations", "Operations on routes, and state changes of next hops");
     family(encoder, name, COUNTER, routes.counters.iter().map(named))?;
     if let Some(discovery) = &routes.discovery {
         let pods = ("discovery_pods", "Pods that have announced themselves and have not expired");
         single(encoder, pods, GAUGE, discovery.pods as u64)?;
-        let name = ("discovery_announcements", "Announcements of pods, by what became of them");
+        let name = ("discovery_announcements", "Announcements of pods, by result");
         family(encoder, name, COUNTER, discovery.counters.iter().map(named))?;
     }
     Ok(())

@@ -1,21 +1,21 @@
 //! The HTTP API on the unix socket, and Prometheus metrics.
 //!
 //! ```text
-//! GET  /v1/status           what the agent does
-//! GET  /v1/settled          answers when the agent has finished what it is at, for instance a reload
+//! GET  /v1/status           state of the agent
+//! GET  /v1/settled          answers when the agent has finished its current work, for instance a reload
 //! GET  /v1/flows            known flows; ?address= ?port= ?state= ?protocol= ?limit=
-//! GET  /v1/rules            rules in force with their hits
+//! GET  /v1/rules            active rules with their hits
 //! GET  /v1/counters         packets judged, by direction and reason
-//! GET  /v1/routes           routes that are wanted, what became of them, and the nodes on the way
-//! GET  /v1/events           verdicts, and what happens to routes, a JSON object per line; ?verdict= ?address= ?port=
+//! GET  /v1/routes           desired routes with their state, and the next hops
+//! GET  /v1/events           verdicts and route events, a JSON object per line; ?verdict= ?address= ?port=
 //! POST /v1/reload           read the configuration again
-//! POST /v1/apply            bring another configuration into force, on trial or for good
+//! POST /v1/apply            apply another configuration, on trial or for good
 //! POST /v1/confirm          make the one on trial the one that counts
 //! POST /v1/revert           go back to the one before it
 //! GET  /metrics             Prometheus text format
 //! ```
-//! Those that POST are for the operator: root, or the agent's own user, in the agent's own network namespace. A pod that has the
-//! socket to lease ports cannot change what is enforced.
+//! POST requests are for the operator: root, or the agent's own user, in the agent's own network namespace. A pod that
+//! has the socket to lease ports cannot change enforcement.
 //!
 //! And the routes of the port pool, see [`leases`].
 
@@ -87,7 +87,7 @@ pub enum Error {
     Listen {
         /// Where.
         address: String,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// There is nothing to serve with.
@@ -103,8 +103,8 @@ pub struct Server {
     metrics: Option<std::net::TcpListener>,
 }
 
-/// Served by a thread of its own: what it reads is shared with the run loop, and no answer waits for what that does just
-/// now, which with many rules takes seconds. Dropping it ends the API and removes the socket.
+/// Served by a thread of its own: it shares its data with the run loop, and no answer waits for the run loop's current
+/// work, which takes seconds with many rules. Dropping it ends the API and removes the socket.
 #[derive(Debug)]
 pub struct Served {
     stop: Option<oneshot::Sender<Infallible>>,
@@ -115,7 +115,7 @@ impl Drop for Served {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // It has said of what it panicked.
+            // It has reported its panic.
             drop(thread.join());
         }
     }
@@ -127,7 +127,7 @@ struct Socket(PathBuf);
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // Somebody else may have removed it.
+        // Another process may have removed it.
         drop(fs::remove_file(&self.0));
     }
 }
@@ -156,7 +156,7 @@ impl Server {
         if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
             return Err(Error::NotASocket(path.to_owned()));
         }
-        // Nobody may connect before it is theirs to: the permissions are set before it has its name.
+        // Permissions are set before the socket has its name, so that no one else can connect in between.
         let mut staging = path.as_os_str().to_owned();
         staging.push(".new");
         let staging = PathBuf::from(staging);
@@ -341,7 +341,7 @@ async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter
     if shared.maps().is_none() && shared.routes().is_none() {
         return no_ebpf().into_response();
     }
-    // A filter names what only verdicts have.
+    // A filter names fields that only verdicts have.
     let everything = filter == VerdictFilter::default();
     let receivers = (shared.verdicts.subscribe(), shared.route_events.subscribe());
     let lines = stream::unfold(
@@ -365,7 +365,7 @@ async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter
     ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
-/// What is to be sent of what was received: `None` at the end, nothing if it is not wanted.
+/// Returns the line to send for a received event: `None` at the end, an empty one if it is filtered out.
 fn line<T, S: Serialize>(
     received: Result<T, RecvError>,
     wanted: impl FnOnce(&T) -> Option<&S>,

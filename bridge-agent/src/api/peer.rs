@@ -57,7 +57,7 @@ pub(super) async fn operators_only(
 ) -> Response {
     let Client { uid, netns, .. } = *peer.client();
     let own_user = uid == 0 || uid == rustix::process::geteuid().as_raw();
-    // Where the kernel does not tell, it tells of neither.
+    // A kernel without netns cookies reports none for either socket.
     let own_netns = std::os::unix::net::UnixDatagram::unbound().and_then(netns_cookie).ok();
     if own_user && netns == own_netns {
         return next.run(request).await;

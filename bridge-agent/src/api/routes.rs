@@ -1,4 +1,4 @@
-//! `GET /v1/routes`: every route that is wanted, what became of it, and the nodes on the way.
+//! `GET /v1/routes`: every desired route with its state, and the next hops.
 
 use axum::{
     Json, Router,

@@ -1,4 +1,4 @@
-//! `bridge-agent apply`, `confirm` and `revert`: a configuration comes into force through the running agent.
+//! `bridge-agent apply`, `confirm` and `revert`: apply a configuration through the running agent.
 
 use std::{
     io::Read as _,
@@ -17,7 +17,7 @@ use crate::state::{Applied, Probe, ProbeStatus, Status, TrialOutcome};
 /// Between two looks at a trial that confirms itself.
 const GLANCE: Duration = Duration::from_millis(100);
 
-/// Bring a configuration into force and make it the agent's configuration file; with --confirm, on trial first.
+/// Apply a configuration and make it the agent's configuration file; with --confirm, on trial first.
 #[derive(Debug, Args)]
 pub struct Apply {
     /// The new configuration; `-` is standard input
@@ -68,9 +68,9 @@ impl Apply {
         }
         let generation = generation(&applied);
         match applied.deadline {
-            None => print(&format!("In force{generation}, and the agent's configuration file.\n")),
+            None => print(&format!("Applied{generation}, and the agent's configuration file.\n")),
             Some(deadline) => print(&format!(
-                "In force{generation} until {deadline}. Confirm it with `bridge-agent confirm` by then, or the \
+                "Applied{generation} until {deadline}. Confirm it with `bridge-agent confirm` by then, or the \
                  configuration before it comes back.\n"
             )),
         }
@@ -81,7 +81,7 @@ impl Confirm {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         let applied = post(global, "/v1/confirm", &json!({}))?;
-        show(global, &applied, "Confirmed: in force for good, and the agent's configuration file")
+        show(global, &applied, "Confirmed: applied for good, and the agent's configuration file")
     }
 }
 
@@ -89,7 +89,7 @@ impl Revert {
     #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         let applied = post(global, "/v1/revert", &json!({}))?;
-        show(global, &applied, "Taken back: the configuration before it is in force")
+        show(global, &applied, "Rolled back: the former configuration is active")
     }
 }
 
@@ -105,7 +105,7 @@ fn read(file: &Path) -> Result<String, Error> {
     if file == Path::new("-") {
         let mut text = String::new();
         let read = std::io::stdin().lock().read_to_string(&mut text);
-        read.map_err(|source| Error::Stream { what: "cannot read standard input", source })?;
+        read.map_err(|source| Error::Stream { action: "cannot read standard input", source })?;
         return Ok(text);
     }
     Ok(config::read_text(file)?)
@@ -115,7 +115,7 @@ fn post<B: serde::Serialize>(global: &Global, path: &str, body: &B) -> Result<Ap
     block_on(async { Ok(Client::connect(&global.agent_socket()).await?.post(path, body).await?) })
 }
 
-/// Waits until the trial has ended, and tells how.
+/// Waits until the trial has ended, and prints its result.
 fn wait(global: &Global, applied: &Applied) -> Result<(), Error> {
     let mut waiting: Vec<ProbeStatus> = Vec::new();
     let status = loop {
@@ -131,7 +131,7 @@ fn wait(global: &Global, applied: &Applied) -> Result<(), Error> {
         Some(TrialOutcome::Confirmed | TrialOutcome::ConfirmedByProbes) => show(
             global,
             &Applied { deadline: None, ..applied.clone() },
-            "Every probe has answered: in force for good",
+            "Every probe has answered: applied for good",
         ),
         _ => {
             let silent = waiting

@@ -54,7 +54,7 @@ fn read(path: &Path) -> Result<(String, &Path), Error> {
     }
     let mut text = String::new();
     let read = std::io::stdin().lock().read_to_string(&mut text);
-    read.map_err(|source| Error::Stream { what: "cannot read standard input", source })?;
+    read.map_err(|source| Error::Stream { action: "cannot read standard input", source })?;
     Ok((text, Path::new("<stdin>")))
 }
 

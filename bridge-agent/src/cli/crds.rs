@@ -30,6 +30,6 @@ impl Crds {
             .and_then(|()| {
                 definitions.iter().try_for_each(|(name, yaml)| fs::write(directory.join(name), yaml))
             })
-            .map_err(|source| Error::Stream { what: "cannot write the definitions", source })
+            .map_err(|source| Error::Stream { action: "cannot write the definitions", source })
     }
 }

@@ -35,7 +35,7 @@ enum Action {
     Listen(Listen),
     /// In the pod: announce it to a host; needs no privileges
     Probe(Probe),
-    /// On the host: show from which addresses connections to a port arrive, whoever makes them
+    /// On the host: show the source addresses of connections to a port
     Sniff(Sniff),
 }
 
@@ -50,7 +50,7 @@ struct Listen {
     /// Believe only pods of this network; may be repeated; left out, `networks.pods` of the configuration
     #[arg(long, value_name = "NETWORK")]
     pods: Vec<IpNet>,
-    /// Do not connect back: whoever holds the key is believed
+    /// Do not connect back: trust every holder of the key
     #[arg(long)]
     no_check: bool,
 }
@@ -75,7 +75,7 @@ struct Probe {
     /// A name for people; left out, the name of the host this runs on, which in a pod is the pod's
     #[arg(long)]
     name: Option<String>,
-    /// Announce again every so many seconds, until interrupted
+    /// Announce again every SECONDS seconds, until interrupted
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
     every: Option<u32>,
     /// How long one announcement may take, in seconds
@@ -85,13 +85,13 @@ struct Probe {
 
 #[derive(Debug, Args)]
 struct Sniff {
-    /// The TCP port somebody in a pod connects to; nothing needs to listen on it
+    /// The TCP port that a client in a pod connects to; nothing needs to listen on it
     #[arg(long)]
     port: u16,
-    /// End after so many connections
+    /// End after NUMBER connections
     #[arg(long, value_name = "NUMBER")]
     count: Option<u64>,
-    /// End after so many seconds
+    /// End after SECONDS seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u32>,
 }
@@ -174,7 +174,7 @@ impl Listen {
         loop {
             tokio::select! {
                 () = &mut end => break,
-                event = happenings.recv() => match event {
+                event = received.recv() => match event {
                     Ok(event) if global.json => print_json(&event)?,
                     Ok(event) => {
                         print(&format!("{} {} {}\n", event.time, event.kind, event.text))?;
@@ -184,7 +184,7 @@ impl Listen {
                 },
             }
         }
-        // Nobody would be there to let them expire.
+        // No process would be left to let them expire.
         service.retire(SourceKind::Discovery);
         service.compared().await;
         Ok(())

@@ -62,14 +62,14 @@ impl Down {
     }
 }
 
-/// Removes every route that bears the mark; returns how many there were.
+/// Removes every route with bridge's protocol number; returns their number.
 fn remove_routes() -> Result<usize, Error> {
     let (observed, operations) = withdrawal()?;
     super::routes::partly(&carry_out(&operations)?, &observed)?;
     Ok(operations.len())
 }
 
-/// Removes the iptables rules. The configuration may be gone or invalid: it only tells whether saved files are touched.
+/// Removes the iptables rules. The configuration may be gone or invalid: it only says whether saved files are touched.
 fn remove_iptables(global: &Global) -> (Vec<String>, Vec<iptables::Error>) {
     let settings = config::load(&global.config)
         .map(|loaded| agent::firewall_settings(&loaded.config))

@@ -50,7 +50,7 @@ fn ranges(text: &str) -> Result<Ranges, String> {
     }
 }
 
-/// What is to be taken away at the end.
+/// The cgroup to remove at the end.
 struct Group {
     directory: PathBuf,
     links: PathBuf,
@@ -145,7 +145,7 @@ fn links_of(base: &Path, group: &Path) -> io::Result<PathBuf> {
     Ok(pins::directory(base).join(format!("cgroup-{}", fs::metadata(group)?.ino())))
 }
 
-/// Takes away what programs left that ended after their `exec` had.
+/// Removes the leftovers of programs that ended after their `exec`.
 fn sweep(mount: &Path, pin_root: &Path) {
     for entry in fs::read_dir(mount).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -194,7 +194,7 @@ fn wait(mut child: Child) -> io::Result<ExitStatus> {
                 return Ok(status);
             }
         } else if signal > 0 && info.si_code != libc::SI_KERNEL {
-            // What the terminal sends (SI_KERNEL) the program has got from it already.
+            // The program has already received signals of the terminal (SI_KERNEL).
             // SAFETY: the child has not been waited for: the id is its own.
             unsafe { libc::kill(pid, signal) };
         }

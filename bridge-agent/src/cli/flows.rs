@@ -24,7 +24,7 @@ pub struct Flows {
     /// Of this protocol: tcp, udp, sctp, icmp, icmpv6, or a number
     #[arg(long)]
     protocol: Option<String>,
-    /// Forget the flows: their next packets are judged by the rules in force. Without a filter: all
+    /// Forget the flows: their next packets are judged by the active rules. Without a filter: all
     #[arg(long)]
     delete: bool,
 }

@@ -1,6 +1,6 @@
 //! The command line.
 //!
-//! One file per command; what all of them share is here.
+//! One file per command; code that all of them share is here.
 
 mod apply;
 mod check;
@@ -32,22 +32,22 @@ use crate::kernel::state_directory::StateDirectory;
 use crate::state::Status;
 use crate::{agent, api, log};
 
-/// Where the configuration is unless told otherwise.
+/// Default path of the configuration.
 const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
 
 /// Direct, safe TCP between LAN hosts and the pods of a Kubernetes cluster.
 #[derive(Debug, Parser)]
 #[command(name = "bridge-agent", version, after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage.")]
 pub struct Cli {
-    /// What all commands share.
+    /// Global options.
     #[command(flatten)]
     pub global: Global,
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What all commands share.
+/// Options that all commands share.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Global options")]
 pub struct Global {
@@ -74,26 +74,26 @@ pub struct Global {
     pub log_level: String,
 }
 
-/// What to do.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Validate the configuration and print what it comes to; needs no privilege
+    /// Validate the configuration and print its effective form; needs no privilege
     Check(check::Check),
-    /// Bring the configuration into force and keep it so, until SIGTERM; what enforces goes on after that
+    /// Run the agent until SIGTERM; enforcement stays active afterwards
     Run(run::Run),
-    /// Bring a configuration into force, and make it the configuration file; with --confirm, on trial first
+    /// Apply a configuration, and make it the configuration file; with --confirm, on trial first
     Apply(apply::Apply),
     /// Make the configuration on trial the one that counts
     Confirm(apply::Confirm),
     /// Go back from the configuration on trial to the one before it
     Revert(apply::Revert),
-    /// Show what is in force, whether the agent runs or not; exit code 1: nothing is
+    /// Show the active enforcement, whether the agent runs or not; exit code 1: nothing is enforced
     Status(status::StatusCommand),
     /// List the flows that are known, or forget some
     Flows(flows::Flows),
-    /// List the rules in force with their hits
+    /// List the active rules with their hits
     Rules(rules::Rules),
-    /// Show verdicts on packets, and what happens to routes, as it happens
+    /// Show verdicts on packets and route events, live
     Monitor(monitor::Monitor),
     /// List, plan, apply, withdraw or export the routes to pods
     Routes(routes::Routes),
@@ -174,10 +174,10 @@ fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
     })
 }
 
-/// Waits for what an agent has to say.
+/// Waits for the answer of an agent.
 fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let failed = |source| Error::Process { what: "cannot start the runtime", source };
+    let failed = |source| Error::Process { action: "cannot start the runtime", source };
     runtime.map_err(failed)?.block_on(work)
 }
 
@@ -191,18 +191,18 @@ pub enum Error {
     #[error(transparent)]
     Iptables(#[from] crate::iptables::Error),
     /// Standard output or input failed.
-    #[error("{what}: {source}")]
+    #[error("{action}: {source}")]
     Stream {
-        /// What was tried.
-        what: &'static str,
+        /// The action that failed.
+        action: &'static str,
         /// Why it failed.
         source: io::Error,
     },
     /// This process cannot run as it should.
-    #[error("{what}: {source}")]
+    #[error("{action}: {source}")]
     Process {
-        /// What was tried.
-        what: &'static str,
+        /// The action that failed.
+        action: &'static str,
         /// Why it failed.
         source: io::Error,
     },
@@ -224,7 +224,7 @@ pub enum Error {
     /// Routes that cannot be said in a format.
     #[error(transparent)]
     Export(#[from] crate::routes::export::ExportError),
-    /// It would undo what is being removed.
+    /// It would undo the removal.
     #[error(
         "the agent (pid {0}) is running and would put the routes back; stop it before (`systemctl stop bridge-agent`)"
     )]
@@ -238,7 +238,7 @@ pub enum Error {
     /// Something of the port pool could not be removed.
     #[error(transparent)]
     Pool(#[from] crate::pool::run::StopError),
-    /// Something that the configuration asks for is not in force.
+    /// A part of the configuration is not applied.
     #[error("not ready: {}", .0.join("\n"))]
     NotReady(Vec<String>),
     /// The range of NodePorts.
@@ -251,7 +251,7 @@ pub enum Error {
     #[error("{0}")]
     Exec(String),
     /// Probes did not answer.
-    #[error("not confirmed in time, the configuration before it is in force: {0}")]
+    #[error("not confirmed in time, the former configuration is active: {0}")]
     NotConfirmed(String),
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
@@ -259,7 +259,7 @@ pub enum Error {
 }
 
 impl Cli {
-    /// Does what was asked for.
+    /// Runs the command.
     ///
     /// # Errors
     /// Whatever made it fail, to be shown by [`Error::show`].
@@ -286,7 +286,7 @@ impl Cli {
 }
 
 impl Error {
-    /// What the user can do about it, where the message does not say so itself.
+    /// Returns a remedy, where the message does not name one.
     fn help(&self) -> Option<&'static str> {
         match self {
             // These say so.
@@ -311,7 +311,7 @@ impl Error {
             Self::NotConfirmed(_) => {
                 Some("check that these answer, and that the configuration lets this node reach them")
             }
-            Self::Stream { .. } => Some("check what standard input and output are connected to"),
+            Self::Stream { .. } => Some("check the ends of standard input and output"),
         }
     }
 
@@ -360,7 +360,7 @@ fn print_diagnostics(diagnostics: &Diagnostics) -> Result<(), Error> {
 
 fn to_stderr(text: &str) -> Result<(), Error> {
     let written = io::stderr().lock().write_all(text.as_bytes());
-    written.map_err(|source| Error::Stream { what: "cannot write to standard error", source })
+    written.map_err(|source| Error::Stream { action: "cannot write to standard error", source })
 }
 
 /// Prints a result as JSON.
@@ -374,7 +374,7 @@ fn print(text: &str) -> Result<(), Error> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::Stream { what: "cannot write to standard output", source: error })
+            Err(Error::Stream { action: "cannot write to standard output", source: error })
         }
         _ => Ok(()),
     }

@@ -1,4 +1,4 @@
-//! `bridge-agent monitor`: verdicts, and what happens to routes, as it happens.
+//! `bridge-agent monitor`: verdicts and route events, live.
 
 use std::net::SocketAddr;
 
@@ -12,7 +12,7 @@ use crate::api::client::{self, Client};
 use crate::datapath::{EventReader, Maps, Verdict, VerdictFilter};
 use crate::routes::RouteEvent;
 
-/// Show verdicts on packets, and what happens to routes, as it happens.
+/// Show verdicts on packets and route events, live.
 ///
 /// Denied packets always; allowed ones with `enforcement.events.allowed`. Routes, next hops and discovered pods if none of
 /// --verdict, --address and --port is given. Comes from the agent; when none runs, verdicts from the kernel itself.
@@ -27,7 +27,7 @@ pub struct Monitor {
     /// One side has this port
     #[arg(long)]
     port: Option<u16>,
-    /// End after so many
+    /// End after N events
     #[arg(long, value_name = "N")]
     count: Option<u64>,
 }
@@ -109,7 +109,7 @@ async fn from_kernel(maps: &Maps, filter: &VerdictFilter, printer: &mut Printer)
                 }
             })
             .await;
-        read.map_err(|source| Error::Stream { what: "cannot read events", source })?;
+        read.map_err(|source| Error::Stream { action: "cannot read events", source })?;
     }
     go_on.map(drop)
 }

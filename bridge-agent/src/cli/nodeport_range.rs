@@ -24,7 +24,7 @@ pub struct NodeportRange {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Print the range in force
+    /// Print the active range
     Show(Manifest),
     /// Change the range: comments and order stay, a backup is kept, kubelet restarts kube-apiserver
     Set(Set),
@@ -44,7 +44,7 @@ struct Set {
     /// The first and the last port, such as 30000-32767
     #[arg(value_name = "RANGE", value_parser = range)]
     range: PortRange,
-    /// Print what would be changed, as a unified diff, and change nothing
+    /// Print the change as a unified diff, and change nothing
     #[arg(long)]
     dry_run: bool,
     /// Where the manifest of before is kept; never the directory that kubelet watches. Left out: bridge-backup beside that

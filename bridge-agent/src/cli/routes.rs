@@ -1,4 +1,4 @@
-//! `bridge-agent routes`: what is wanted and what the kernel has, without asking the running agent.
+//! `bridge-agent routes`: desired routes and those of the kernel, without asking the running agent.
 
 use std::fmt::Write as _;
 
@@ -20,23 +20,23 @@ pub struct Routes {
 enum Action {
     /// Show every route that is wanted, where it comes from, and whether the kernel has it
     List,
-    /// Show what would have to be done
+    /// Show the operations that are due
     Plan,
     /// Bring the kernel into line, once; `bridge-agent run` does it for good
     Apply {
-        /// Show what would be done, and do nothing
+        /// Show the operations, and do nothing
         #[arg(long)]
         dry_run: bool,
     },
     /// Remove every route bridge has added, and nothing else; refused while an agent runs that would put them back
     Withdraw {
-        /// Show what would be removed, and remove nothing
+        /// Show the routes to remove, and remove nothing
         #[arg(long)]
         dry_run: bool,
     },
     /// Write the routes as commands or files for a host that cannot run the agent
     Export {
-        /// For what
+        /// The format
         #[arg(long, value_enum)]
         format: Format,
         /// The interface of that host which faces the nodes

@@ -1,4 +1,4 @@
-//! `bridge-agent rules`: the rules in force with their hits, or as another program reads them.
+//! `bridge-agent rules`: the active rules with their hits, or in the format of another program.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::firewall::{Firewall as _, Hits};
 use crate::iptables::{Iptables, render, ruleset::Family};
 use crate::model::{Policy, Rule};
 
-/// List the rules in force with their hits.
+/// List the active rules with their hits.
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Rules {
@@ -42,7 +42,7 @@ enum Format {
     Iptables,
 }
 
-/// A rule, with what each engine counted.
+/// A rule, with the counters of each engine.
 #[derive(Debug, serde::Serialize)]
 struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -134,7 +134,8 @@ fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {
     print(&render::restore_input(&loaded.policy(), &options, family))
 }
 
-/// What iptables counted by rule; nothing if it has no rules of bridge. The configuration only tells the back end.
+/// Returns the hits that iptables counted by rule; `None` if it has no rules of bridge. The configuration only names
+/// the back end.
 fn iptables_hits(global: &Global) -> Option<BTreeMap<String, Hits>> {
     let settings = config::load(&global.config).map(|loaded| agent::firewall_settings(&loaded.config));
     let firewall = Iptables::new(settings.unwrap_or_default()).ok()?;

@@ -1,4 +1,4 @@
-//! `bridge-agent status`: what is in force, and whether an agent looks after it.
+//! `bridge-agent status`: the active configuration, and whether an agent maintains it.
 
 use std::fmt::Write as _;
 
@@ -15,15 +15,15 @@ use crate::state::{
     RoutesStatus, Status, TrialEnd, TrialOutcome, TrialStatus,
 };
 
-/// Show what is in force, whether the agent runs or not; exit code 1: nothing is.
+/// Show the active enforcement, whether the agent runs or not; exit code 1: nothing is enforced.
 #[derive(Debug, Args)]
 pub struct StatusCommand {
-    /// Only ask whether the agent runs and all that its configuration asks for is in force; exit code 1: it is not
+    /// Only ask whether the agent runs and its whole configuration is applied; exit code 1: it is not
     #[arg(long)]
     ready: bool,
 }
 
-/// What is found in the pins, whoever made them.
+/// State found in the pins, of whichever agent made them.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Kernel {
@@ -36,7 +36,7 @@ struct Kernel {
     trial: Option<Trial>,
     /// Packets denied so far, by direction and reason.
     denied: Vec<ReasonCount>,
-    /// Packets of established flows so far, by direction and by what became of them at the fast path.
+    /// Packets of established flows so far, by direction and by their result at the fast path.
     fast_path: Vec<OutcomeCount>,
 }
 
@@ -114,7 +114,7 @@ impl Report {
                     format!("running, pid {pid}, version {version}, role {role}, since {started}, {config}"),
                 );
             }
-            None => line("agent", "not running; what is in force stays so".into()),
+            None => line("agent", "not running; enforcement stays active".into()),
         }
         if let Some(kernel) = &self.enforcement {
             let Kernel { generation, mode, rules, interfaces, flows, trial, denied, fast_path } = kernel;
@@ -157,7 +157,7 @@ impl Report {
             }
             if let Some(FirewallStatus { backend, repairs, last_repair, failure, .. }) = &status.firewall {
                 let last = last_repair.as_ref().map(|why| format!(", last: {why}")).unwrap_or_default();
-                line("iptables", format!("in force ({backend}), put back {repairs} times{last}"));
+                line("iptables", format!("active ({backend}), restored {repairs} times{last}"));
                 if let Some(divergence) = &status.firewall.as_ref().and_then(|f| f.divergence.as_ref()) {
                     line("divergence", self::divergence(divergence));
                 }
@@ -214,7 +214,7 @@ impl Report {
                 match error {
                     None => line("last reload", format!("{time}, succeeded")),
                     Some(error) => {
-                        line("last reload", format!("{time}, FAILED, the one before is in force:\n{error}"))
+                        line("last reload", format!("{time}, FAILED, the former one is active:\n{error}"))
                     }
                 }
             }
@@ -245,8 +245,8 @@ const fn ended(outcome: TrialOutcome) -> &'static str {
     match outcome {
         TrialOutcome::Confirmed => "confirmed",
         TrialOutcome::ConfirmedByProbes => "confirmed, as every probe has answered",
-        TrialOutcome::Expired => "not confirmed in time: the configuration before it is in force",
-        TrialOutcome::Reverted => "taken back: the configuration before it is in force",
+        TrialOutcome::Expired => "not confirmed in time: the former configuration is active",
+        TrialOutcome::Reverted => "rolled back: the former configuration is active",
         TrialOutcome::Stopped => "taken back, as the agent was stopped",
     }
 }
@@ -279,7 +279,7 @@ fn show_routes(routes: &RoutesStatus, line: &mut impl FnMut(&str, String)) {
 
 fn show_cluster(cluster: &KubernetesStatus, line: &mut impl FnMut(&str, String)) {
     let KubernetesStatus { server, connected, since, nodes, pods, policies, pod_networks_from, .. } = cluster;
-    let state = if *connected { "followed" } else { "GONE, what is in force stays," };
+    let state = if *connected { "followed" } else { "UNREACHABLE, enforcement stays active," };
     line("kubernetes", format!("{server} {state} since {since}"));
     for (resource, reason) in &cluster.failing {
         line("kubernetes", format!("{resource}: {reason}"));
@@ -290,7 +290,7 @@ fn show_cluster(cluster: &KubernetesStatus, line: &mut impl FnMut(&str, String))
             format!("nothing is withdrawn before all are listed: {}", cluster.waiting_for.join(", ")),
         );
     }
-    let current = if cluster.current { "in force" } else { "NOT in force yet" };
+    let current = if cluster.current { "applied" } else { "NOT applied yet" };
     line(
         "cluster",
         format!(
@@ -302,7 +302,7 @@ fn show_cluster(cluster: &KubernetesStatus, line: &mut impl FnMut(&str, String))
         line("cluster", remark.clone());
     }
     if let Some(error) = &cluster.error {
-        line("cluster", format!("FAILED, the one before is in force: {error}"));
+        line("cluster", format!("FAILED, the former one is active: {error}"));
     }
 }
 

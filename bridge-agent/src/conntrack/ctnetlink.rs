@@ -13,7 +13,7 @@ use super::{Connection, IPPROTO_ICMP, IPPROTO_ICMPV6, Tuple};
 ///
 /// # Errors
 ///
-/// What the kernel answers; [`io::ErrorKind::Unsupported`] if it has no conntrack.
+/// Error of the kernel; [`io::ErrorKind::Unsupported`] if it has no conntrack.
 pub fn for_each(mut visit: impl FnMut(Connection)) -> io::Result<()> {
     const CTNETLINK_GET: u16 = 1 << 8 | 1; // NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET
     const NLM_F_REQUEST_DUMP: u16 = 0x1 | 0x300;

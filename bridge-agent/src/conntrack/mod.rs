@@ -1,5 +1,5 @@
 //! Takes over the connections that the kernel's conntrack knows, so that the very first start of enforcement cuts
-//! none of them: what conntrack knows becomes entries of the flow table.
+//! none of them: conntrack entries become entries of the flow table.
 
 mod ctnetlink;
 
@@ -49,7 +49,7 @@ pub struct Connection {
     pub tcp_state: u8,
 }
 
-/// Which addresses matter, and as what.
+/// The addresses to follow, and their roles.
 #[derive(Clone, Debug)]
 pub struct Scope {
     sides: HashMap<IpNet, u32>,
@@ -145,7 +145,7 @@ impl Scope {
     }
 }
 
-/// State and flags of the flow; `None` for what can begin again without harm, or is over.
+/// Returns state and flags of the flow; `None` if it can begin again without harm, or has ended.
 fn flow_state(connection: &Connection) -> Option<(u8, u8)> {
     const SYN_RECV: u8 = 2;
     const ESTABLISHED: u8 = 3;
@@ -159,7 +159,7 @@ fn flow_state(connection: &Connection) -> Option<(u8, u8)> {
         _ if !connection.replied => None,
         IPPROTO_TCP => match connection.tcp_state {
             SYN_RECV | ESTABLISHED => Some((state::ESTABLISHED, 0)),
-            // Conntrack does not tell who has sent the FIN, and nothing depends on it.
+            // Conntrack does not record the sender of the FIN, and nothing depends on it.
             FIN_WAIT | CLOSE_WAIT => Some((state::FIN_WAIT, flag::FIN_INITIATOR)),
             LAST_ACK | TIME_WAIT => Some((state::CLOSING, flag::FIN_INITIATOR | flag::FIN_RESPONDER)),
             _ => None,

@@ -1,7 +1,7 @@
 //! Attaching below Linux 6.6: filters of the clsact qdisc, at the first place, under handles of bridge's own.
 //!
-//! A filter stays without its maker and knows nothing of pins. What bridge has made is told by pins beside it: the
-//! program of each filter, and a directory for each qdisc.
+//! A filter stays without its maker and knows nothing of pins. Pins beside it record bridge's own: the program of each
+//! filter, and a directory for each qdisc.
 
 use std::{fs, io, mem, ops::RangeInclusive, path::Path};
 
@@ -25,8 +25,8 @@ use crate::kernel::netlink::{Route, interface_name};
 
 /// The first place in order.
 const PRIORITY: u16 = 1;
-/// "b21d9e" and what follows it, to be told from the filters of others. Each version of bridge that enforces has one of
-/// its own, so that a new one comes to stand beside the one that it takes over from, and not in its place.
+/// "b21d9e" and a number distinguish bridge's filters from others. Each version of bridge that enforces has a number of
+/// its own, so that a new one stands beside the version that it replaces, and not in its place.
 const HANDLES: RangeInclusive<u32> = 0x00b2_1d9e..=0x00b2_1da5;
 
 /// A filter of some version of bridge.
@@ -36,7 +36,7 @@ struct Filter {
     program: Option<u32>,
 }
 
-/// Whether a filter bears a handle of bridge's.
+/// Returns whether a filter has a handle of bridge's.
 pub(super) fn is_own(handle: u32) -> bool {
     HANDLES.contains(&handle)
 }
@@ -114,7 +114,7 @@ pub(super) fn ensure_qdisc(interface: &str, note: &Path) -> io::Result<()> {
 }
 
 /// Puts `program`, whose number is `id`, into the filter of this version of bridge, and makes that if it is missing.
-/// Tells what was done, if anything.
+/// Returns the operation, if there was any.
 pub(super) fn put(
     pins: &Pins,
     program: &mut SchedClassifier,
@@ -222,7 +222,7 @@ fn remove_qdisc(index: u32) -> io::Result<()> {
     };
     let request = RouteNetlinkMessage::DelQueueDiscipline(TcMessage::from_parts(header, Vec::new()));
     match Route::open()?.change(request, 0) {
-        // Somebody has removed it.
+        // Another program has removed it.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)) => Ok(()),
         result => result,
     }

@@ -1,4 +1,4 @@
-//! What the kernel side has counted, summed over CPUs.
+//! Counters of the kernel side, summed over CPUs.
 
 use bridge_common::filter::{
     counters::{Counter, Counters, Reason},
@@ -77,7 +77,7 @@ impl Maps {
         Ok(counts)
     }
 
-    /// The rules in force, in their order, with their hits.
+    /// Returns the active rules, in their order, with their hits.
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ impl Maps {
             .collect())
     }
 
-    /// Events that were kept back so far, because of the rate limit or because nobody read.
+    /// Returns the number of events that were suppressed so far, by the rate limit or a full buffer.
     ///
     /// # Errors
     ///

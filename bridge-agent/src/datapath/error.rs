@@ -1,4 +1,4 @@
-//! What can go wrong between the agent and the packet path, and what the operator should look at.
+//! Errors between the agent and the packet path, each with a remedy for the operator.
 
 use std::{io, path::PathBuf};
 
@@ -24,7 +24,7 @@ pub enum Error {
     /// A name that the BPF file system has no place for.
     #[error("the pin directory {} holds a dot, which a BPF file system does not take: choose a name without", .0.display())]
     DotInPath(PathBuf),
-    /// The process lacks what it takes to load programs.
+    /// The process lacks the privileges to load programs.
     #[error(
         "missing {missing}: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add)"
     )]
@@ -41,15 +41,15 @@ pub enum Error {
         path: PathBuf,
     },
     /// A pin that this agent has not made, or made with another layout.
-    #[error("{} is not what this agent would have pinned there: {what} is {found}, expected {expected}. If nothing else uses it, `bridge-agent down` removes it", path.display())]
+    #[error("{} is not what this agent would have pinned there: {property} is {found}, expected {expected}. If nothing else uses it, `bridge-agent down` removes it", path.display())]
     ForeignPin {
         /// The pin.
         path: PathBuf,
         /// Which property differs.
-        what: &'static str,
-        /// What the property is.
+        property: &'static str,
+        /// The value of the property.
         found: String,
-        /// What it should be.
+        /// The expected value.
         expected: String,
     },
     /// There is nothing under the pin root.
@@ -58,9 +58,9 @@ pub enum Error {
     /// The kernel lacks something that the packet path needs.
     #[error("the kernel lacks {feature}: {remedy}")]
     Kernel {
-        /// What it lacks.
+        /// The missing feature.
         feature: &'static str,
-        /// What to do about it.
+        /// The remedy.
         remedy: &'static str,
     },
     /// The kernel's verifier turned a program down.
@@ -70,27 +70,25 @@ pub enum Error {
     Rejected {
         /// The program.
         program: String,
-        /// The end of what the verifier said.
+        /// The end of the verifier's log.
         log: String,
     },
-    /// A map is too small for what should go in, or memory is short.
+    /// A map is too small for its entries, or memory is short.
     #[error("the policy does not fit: table {table} with {entries} entries: {source}")]
     Table {
         /// Name of the table.
         table: &'static str,
         /// How many entries it should hold.
         entries: usize,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
-    /// A policy is in force for a trial only.
-    #[error(
-        "the policy in force waits for its confirmation: confirm it, or wait until it has taken itself back"
-    )]
+    /// A policy is active for a trial only.
+    #[error("the active policy waits for its confirmation: confirm it, or wait until it rolls back")]
     Unconfirmed,
     /// No policy is on trial.
     #[error(
-        "no policy waits for its confirmation: its time is over, and the one before it is in force; apply it again"
+        "no policy waits for its confirmation: its time is over, and the former one is active; apply it again"
     )]
     NoTrial,
     /// A program could not be attached.
@@ -100,17 +98,17 @@ pub enum Error {
         interface: String,
         /// Name of the program.
         hook: &'static str,
-        /// What aya or the kernel said.
+        /// Error of aya or the kernel.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// An operation on a file or pin failed.
     #[error("{action} {}: {source}", path.display())]
     Path {
-        /// What was tried.
+        /// The action that failed.
         action: &'static str,
-        /// On what.
+        /// The path of the action.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// An operation on a map failed.
@@ -118,7 +116,7 @@ pub enum Error {
     Map {
         /// Name of the map.
         map: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// The object could not be loaded for another reason.
@@ -188,7 +186,7 @@ fn io_of_map_error(error: MapError) -> io::Error {
     }
 }
 
-/// Names what stands behind an error of the loader.
+/// Names the cause of an error of the loader.
 pub(super) fn load_error(error: EbpfError) -> Error {
     match error {
         EbpfError::MapError(MapError::CreateError { ref name, ref io_error }) => {
@@ -211,7 +209,7 @@ pub(super) fn load_error(error: EbpfError) -> Error {
 /// How much of a verifier's log is shown: its end holds the reason.
 const LOG_TAIL: usize = 4000;
 
-/// Names what stands behind an error of loading one program.
+/// Names the cause of an error of loading one program.
 pub(super) fn program_error(program: &str, error: ProgramError) -> Error {
     match error {
         ProgramError::LoadError { io_error, .. } if io_error.raw_os_error() == Some(libc::EPERM) => {

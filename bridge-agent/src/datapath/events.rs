@@ -1,4 +1,4 @@
-//! Verdicts on single packets, as the kernel side tells them.
+//! Verdicts on single packets, as the kernel side reports them.
 
 use std::{collections::HashMap, io, net::IpAddr, time::Duration};
 
@@ -18,7 +18,7 @@ use super::{
     maps::{Maps, now},
 };
 
-/// What became of a packet.
+/// The verdict on a packet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Verdict {
@@ -54,7 +54,7 @@ pub struct Verdict {
     pub suppressed: u32,
 }
 
-/// Which verdicts are meant; what is `None` does not matter.
+/// Selects verdicts; a `None` matches all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct VerdictFilter {
@@ -104,7 +104,7 @@ impl EventReader {
         Ok(Self { ring, names: RuleNames::default(), interfaces: HashMap::new() })
     }
 
-    /// Waits for verdicts and passes each to `visit`. May be cancelled. `maps` tells the names of rules.
+    /// Waits for verdicts and passes each to `visit`. May be cancelled. `maps` supplies the names of rules.
     ///
     /// # Errors
     ///

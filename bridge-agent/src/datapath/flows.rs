@@ -50,12 +50,12 @@ pub struct FlowView {
     /// Taken over from conntrack at first start.
     pub seeded: bool,
     /// Whether its packets take the fast path: `yes`, or the name of the [`Outcome`] that says why not. Of single packets
-    /// (SYN, FIN, fragments) only the counters tell.
+    /// (SYN, FIN, fragments) only the counters show.
     #[serde(default)]
     pub fast_path: String,
 }
 
-/// Which flows are meant; what is `None` does not matter.
+/// Selects flows; a `None` matches all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct FlowFilter {
@@ -116,7 +116,7 @@ impl RuleNames {
     }
 }
 
-/// The name that a rule bears in the maps.
+/// Returns the name of a rule in the maps.
 pub(super) fn rule_name(rule: &RuleInfo) -> String {
     let end = rule.name.iter().position(|byte| *byte == 0).unwrap_or(rule.name.len());
     String::from_utf8_lossy(&rule.name[..end]).into_owned()
@@ -214,8 +214,8 @@ impl Maps {
         Ok(FlowCounts { established, established_capacity, half_open, half_open_capacity })
     }
 
-    /// Makes flows known that the kernel side has not seen begin. What it knows already stays as it is; but what it
-    /// has let pass in audit mode alone, not knowing where it belongs, it knows better now.
+    /// Inserts flows that the kernel side has not seen begin. Known entries stay unchanged, except flows that it
+    /// allowed in audit mode without attribution, which are replaced.
     ///
     /// # Errors
     ///
@@ -283,7 +283,7 @@ fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, fast: Control, now: u64) 
     }
 }
 
-/// Why the packets of a flow do not take the fast path, as far as that can be told without them; `None`: those of one
+/// Why the packets of a flow do not take the fast path, as far as that is visible without them; `None`: those of one
 /// direction do, if not of both.
 fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outcome> {
     if !matches!(key.protocol, protocol::TCP | protocol::UDP) {

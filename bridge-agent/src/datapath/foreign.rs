@@ -18,13 +18,14 @@ use super::{
 
 impl Datapath {
     /// Lets packets take the fast path by those interfaces that allow it: none where a program of others must see them.
-    /// To be called after [`Datapath::attach`], and again from time to time, since the kernel tells nobody of programs.
+    /// Call after [`Datapath::attach`], and again from time to time, since the kernel sends no notification of
+    /// programs.
     ///
-    /// Returns what each interface allows, bits of [`ability`], in the order of `targets`.
+    /// Returns the abilities of each interface, bits of [`ability`], in the order of `targets`.
     ///
     /// # Errors
     ///
-    /// [`Error::Map`], [`Error::Attach`]. What could not be found out is not allowed.
+    /// [`Error::Map`], [`Error::Attach`]. Abilities that could not be determined are not allowed.
     pub fn allow_fast_path(&mut self, targets: &[Target]) -> (Vec<u32>, Result<()>) {
         let mut errors = Vec::new();
         let mut changed = false;

@@ -5,7 +5,7 @@ use aya_obj::generated::bpf_attach_type;
 use bridge_common::filter::interface::role;
 use serde::Serialize;
 
-/// What an interface leads to.
+/// The side of an interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -25,8 +25,9 @@ impl Role {
         }
     }
 
-    /// The hooks of an interface of this role; `to_lan`: also what observes packets towards the LAN, for NodePorts and
-    /// for the fast path. What only observes comes first: it must be there before the first packet is judged.
+    /// Returns the hooks of an interface of this role; `to_lan`: also those that observe packets towards the LAN, for
+    /// NodePorts and for the fast path. Observing hooks come first: they must be there before the first packet is
+    /// judged.
     #[must_use]
     pub const fn hooks(self, to_lan: bool) -> &'static [Hook] {
         match self {

@@ -1,5 +1,5 @@
-//! How keys and values of a map are laid out, from the type information the map was made with: so that an agent can
-//! read what another version of bridge has left, whichever of both is newer.
+//! Reads the layout of a map's keys and values from the type information that the map was made with, so that an agent
+//! can read the maps of another version of bridge, older or newer.
 
 /// Fields in the order in which they lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,8 +27,8 @@ impl Layout {
         self.size
     }
 
-    /// What lies in `from`, laid out like this: fields of the same name are taken over, integers that have grown are
-    /// extended (numbers in maps are in the byte order of the host, which is little-endian), new fields are zero.
+    /// Converts `from` to this layout: fields of the same name are taken over, integers that have grown are extended
+    /// (numbers in maps are in the byte order of the host, which is little-endian), new fields are zero.
     pub(super) fn convert(&self, from: &Self, bytes: &[u8]) -> Option<Vec<u8>> {
         let mut converted = vec![0; self.size];
         for field in &self.fields {
@@ -53,7 +53,7 @@ struct Type<'a> {
     kind: u32,
     /// Size in bytes, or the id of another type.
     size_or_type: u32,
-    /// What follows the common part.
+    /// The rest, behind the common part.
     rest: &'a [u8],
 }
 
@@ -89,7 +89,7 @@ impl<'a> Types<'a> {
     fn layout(&self, id: u32) -> Option<Layout> {
         const INT: u32 = 1;
         const STRUCT: u32 = 4;
-        /// Typedefs and qualifiers stand for another type; so many of them in a row are none.
+        /// Typedefs and qualifiers refer to another type; a longer chain is an error.
         const MOST_ALIASES: usize = 16;
         let mut of = *self.types.get(id as usize)?;
         for _ in 0..MOST_ALIASES {

@@ -275,8 +275,8 @@ fn check_pins(pins: &Pins, object: &Object, sizes: &BTreeMap<&str, u32>) -> Resu
 }
 
 fn check_pin(path: &Path, expected: &aya_obj::Map, configured_entries: Option<u32>) -> Result<()> {
-    let foreign = |what, found: String, expected: String| {
-        Err(Error::ForeignPin { path: path.to_owned(), what, found, expected })
+    let foreign = |property, found: String, expected: String| {
+        Err(Error::ForeignPin { path: path.to_owned(), property, found, expected })
     };
     let fd = bpf::obj_get(path).map_err(Error::path("opening", path))?;
     let kind = bpf::Kind::of(fd.as_fd()).map_err(Error::path("looking at", path))?;
@@ -290,9 +290,9 @@ fn check_pin(path: &Path, expected: &aya_obj::Map, configured_entries: Option<u3
         ("its value size", found.value_size, value_size(expected)),
         ("its flags", found.map_flags, expected.map_flags()),
     ];
-    for (what, found, expected) in properties {
+    for (property, found, expected) in properties {
         if found != expected {
-            return foreign(what, found.to_string(), expected.to_string());
+            return foreign(property, found.to_string(), expected.to_string());
         }
     }
     match configured_entries {
@@ -331,7 +331,7 @@ fn require_capabilities() -> Result<()> {
     let has = |capability: u32| effective >> capability & 1 == 1;
     let missing: Vec<&str> = NEEDED
         .into_iter()
-        // CAP_SYS_ADMIN includes what was split off it in Linux 5.8.
+        // CAP_SYS_ADMIN includes the capabilities that Linux 5.8 split off it.
         .filter(|&(number, name)| !(has(number) || name != "CAP_NET_ADMIN" && has(CAP_SYS_ADMIN)))
         .map(|(_, name)| name)
         .collect();

@@ -93,7 +93,7 @@ pub struct Fill {
     pub map: &'static str,
     /// Entries, alive or not.
     pub entries: u64,
-    /// Room for so many.
+    /// Maximum number of entries.
     pub capacity: u32,
 }
 
@@ -101,9 +101,9 @@ pub struct Fill {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Trial {
-    /// Number of the policy in force.
+    /// Number of the active policy.
     pub generation: u32,
-    /// Number of the policy that is in force from the deadline on.
+    /// Number of the policy that is active from the deadline on.
     pub fallback: u32,
     /// Whole seconds until then, rounded up.
     pub seconds_left: u64,
@@ -156,7 +156,7 @@ impl Maps {
         &self.pins
     }
 
-    /// The word that says which policy is in force.
+    /// Returns the word that selects the active policy.
     #[must_use]
     pub fn control(&self) -> Control {
         Control { word: self.control.load() }
@@ -187,7 +187,7 @@ impl Maps {
         }))
     }
 
-    /// The slot in force.
+    /// Returns the active slot.
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.control().slot_at(now())
@@ -202,7 +202,7 @@ impl Maps {
         self.settings.get(&slot, 0).map_err(Error::aya_map("settings"))
     }
 
-    /// Settings of the policy in force; with generation 0 if there has never been one.
+    /// Returns the settings of the active policy; with generation 0 if there has never been one.
     ///
     /// # Errors
     ///
@@ -211,8 +211,8 @@ impl Maps {
         self.settings(self.slot())
     }
 
-    /// The interfaces that programs are attached to, each with its hooks; from the pins, which tell no more of an
-    /// interface that has gone since.
+    /// Returns the interfaces that programs are attached to, each with its hooks; from the pins, which name an
+    /// interface also after it has vanished.
     ///
     /// # Errors
     ///
@@ -223,8 +223,8 @@ impl Maps {
         Ok(attached.into_iter().map(|pin| format!("{} {}", pin.interface, pin.hook.name())).collect())
     }
 
-    /// How full each table is that packets or interfaces fill, by name. Entries whose time is over count until the kernel
-    /// needs their room: of the tables of flows, [`Maps::count_flows`] tells how many are alive.
+    /// Returns how full each table is that packets or interfaces fill, by name. Expired entries count until the kernel
+    /// needs their room: of the tables of flows, [`Maps::count_flows`] returns the number alive.
     ///
     /// # Errors
     ///
@@ -288,7 +288,7 @@ impl Maps {
         Ok(rules)
     }
 
-    /// Hits of the rules of the policy in `slot`, by index, summed over CPUs and what was carried over.
+    /// Returns the hits of the rules of the policy in `slot`, by index, summed over CPUs and the migrated counts.
     ///
     /// # Errors
     ///

@@ -3,8 +3,8 @@
 //! ```text
 //! <root>/v<ABI_VERSION>/<map>                      one pin per map
 //! <root>/v<ABI_VERSION>/policy/<slot>/<table>      the tables of each policy
-//! <root>/v<ABI_VERSION>/links/<interface>-<hook>   what enforces (TCX)
-//! <root>/v<ABI_VERSION>/filters/<ifindex>-<interface>-<hook>   what enforces (clsact), as pinned programs
+//! <root>/v<ABI_VERSION>/links/<interface>-<hook>   the attached link (TCX)
+//! <root>/v<ABI_VERSION>/filters/<ifindex>-<interface>-<hook>   the attached filter (clsact), as a pinned program
 //! <root>/v<ABI_VERSION>/qdiscs/<ifindex>-<interface>           directory: this clsact qdisc is bridge's
 //! ```
 //! A BPF file system takes no dots (`bpf_lookup`, kernel/bpf/inode.c); interface names never hold colons
@@ -49,11 +49,12 @@ pub struct Lock {
 }
 
 impl Lock {
-    /// Takes it on what is the root of the pins now, which is made if it is missing, if that is not what it is held on.
+    /// Moves the lock to the present root of the pins, which is made if it is missing, unless the lock is held on it
+    /// already.
     ///
     /// # Errors
     ///
-    /// Those of [`Pins::prepare_root`] and [`Pins::lock`]; it is held on what it was, then.
+    /// Those of [`Pins::prepare_root`] and [`Pins::lock`]; the lock stays on the former root then.
     pub(crate) fn renew(&mut self, pins: &Pins) -> Result<()> {
         let place = |of: io::Result<fs::Metadata>| of.map(|of| (of.dev(), of.ino())).ok();
         let held = place(self.directory.metadata());
@@ -153,7 +154,7 @@ impl Pins {
         self.qdiscs().join(format!("{index}-{}", encode(interface)))
     }
 
-    /// Makes the root, if it is missing, and refuses what is no BPF file system.
+    /// Makes the root, if it is missing, and refuses any file system but BPF.
     ///
     /// # Errors
     ///
@@ -209,7 +210,7 @@ impl Pins {
                 }
                 Err(error) => return Err(Error::path("locking", &self.root)(error.into())),
             }
-            // Whoever held it before may have removed the directory that we hold now.
+            // The former holder may have removed the directory that we hold now.
             let held = directory.metadata().map_err(Error::path("looking at", &self.root))?.ino();
             match fs::metadata(&self.root) {
                 Ok(named) if named.ino() == held => return Ok(Lock { directory }),
@@ -289,7 +290,7 @@ fn parse(path: PathBuf, with_index: bool) -> Option<Attached> {
     Some(Attached { path, interface, hook, index })
 }
 
-/// What a directory holds, in order of name; nothing if it is not there.
+/// Returns the entries of a directory, in order of name; none if it is missing.
 pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
     let read = match fs::read_dir(directory) {
         Ok(read) => read,
@@ -321,7 +322,7 @@ pub(super) fn remove_tree(path: &Path, errors: &mut Vec<Error>) {
     remove_tree_except(path, &|_| false, errors);
 }
 
-/// As [`remove_tree`], without what `stays` names in the directory; then the directory stays, too.
+/// As [`remove_tree`], but keeps the entries of the directory that `stays` selects; then the directory stays, too.
 pub(super) fn remove_tree_except(path: &Path, stays: &dyn Fn(&Path) -> bool, errors: &mut Vec<Error>) {
     let mut empty = true;
     match entries(path) {

@@ -1,7 +1,7 @@
-//! Writes a compiled policy beside the one in force, and switches to it by one store.
+//! Writes a compiled policy beside the active one, and switches to it by one store.
 //!
-//! A slot is written only after a grace period since it was last in force, so no packet ever finds tables of two
-//! policies in it.
+//! A slot is written only after a grace period since it was last active, so no packet ever finds tables of two policies
+//! in it.
 
 use crate::kernel::bpf;
 use std::{
@@ -30,7 +30,7 @@ use super::{
 };
 use crate::policy::Tables;
 
-/// What holds beside the rules; goes into [`Settings`].
+/// Settings beside the rules; written into [`Settings`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Behaviour {
     /// Nanoseconds by [`bridge_common::filter::flow::state`].
@@ -45,25 +45,25 @@ pub struct Behaviour {
     pub report_allowed: bool,
 }
 
-/// What became of a policy.
+/// Result of publishing a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// It was in force already; nothing was written, every counter goes on.
+    /// It was active already; nothing was written, every counter continues.
     Unchanged {
         /// Number of the policy.
         generation: u32,
     },
-    /// It is in force now.
+    /// It is active now.
     Switched {
         /// Number of the policy.
         generation: u32,
-        /// From the first write to the moment it was in force.
+        /// Time from the first write to the switch.
         took: Duration,
     },
 }
 
 impl Published {
-    /// Number of the policy in force.
+    /// Returns the number of the active policy.
     #[must_use]
     pub const fn generation(self) -> u32 {
         match self {
@@ -73,14 +73,14 @@ impl Published {
 }
 
 impl Datapath {
-    /// Puts a policy in force, unless the very same is in force already.
+    /// Activates a policy, unless the same one is active already.
     ///
-    /// With `trial`, the policy before it is in force again after that time, unless [`Datapath::confirm`] comes
-    /// first; the kernel side sees to that, with or without an agent.
+    /// With `trial`, the former policy becomes active again after that time, unless [`Datapath::confirm`] comes first;
+    /// the kernel side does this with or without an agent.
     ///
     /// # Errors
     ///
-    /// [`Error::Table`], [`Error::Map`], [`Error::Unconfirmed`]. The policy in force stays.
+    /// [`Error::Table`], [`Error::Map`], [`Error::Unconfirmed`]. The active policy stays.
     pub fn publish(
         &mut self,
         tables: &Tables,
@@ -97,7 +97,7 @@ impl Datapath {
             return Err(Error::Unconfirmed);
         }
         if !on_trial {
-            // The fallback may have come into force by its deadline: make that final. (The kernel side's clock lags a
+            // The fallback may have become active by its deadline: make that final. (The kernel side's clock lags a
             // little behind ours: without this it might still read the slot that is written next.)
             self.maps.set_control(Control::slot(active));
         }
@@ -117,8 +117,8 @@ impl Datapath {
         self.switch(next, active, &wanted, there, start).map(|took| Published::Switched { generation, took })
     }
 
-    /// Puts `on_trial` in the place of the policy on trial, and `former` in that of the one before it. The deadline stays
-    /// what it is, and at each moment one of the former policies, the old or the new, comes back at it.
+    /// Replaces the policy on trial by `on_trial`, and the former one by `former`. The deadline stays the same, and at
+    /// each moment one of the former policies, the old or the new, returns at it.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl Datapath {
         self.switch(next, active, &wanted, there, start).map(|took| Published::Switched { generation, took })
     }
 
-    /// How the policy in a slot differs from what is wanted.
+    /// Returns the difference between the policy in a slot and the wanted one.
     fn compare(&self, slot: u32, wanted: &Wanted<'_>) -> Result<There> {
         let settings = self.maps.settings(slot)?;
         let generation = settings.generation;
@@ -164,8 +164,8 @@ impl Datapath {
         Ok(There { generation, same_tables, same })
     }
 
-    /// Writes a policy into a slot that is neither in force nor may come into force by itself. What it shares with
-    /// the one in `like`, or has counted there, it takes over. Returns its number.
+    /// Writes a policy into a slot that is neither active nor may become active by itself. Tables and counters that it
+    /// shares with the policy in `like` are taken over. Returns its number.
     fn write(&mut self, target: u32, like: u32, wanted: &Wanted<'_>, there: There) -> Result<u32> {
         let last = self.maps.last_generation()?;
         let generation = last.checked_add(1).unwrap_or(1);
@@ -174,7 +174,7 @@ impl Datapath {
         } else {
             self.fill(wanted.tables, &Carried::new(&self.maps, like, &wanted.tables.rules)?)?
         };
-        // Whoever switched last, if anybody has, may have been killed before the grace period was over.
+        // The process of the last switch, if there was one, may have been killed before the grace period was over.
         if last > 0 {
             quiesce(&self.maps, like)?;
         }
@@ -184,7 +184,7 @@ impl Datapath {
         Ok(generation)
     }
 
-    /// Brings the policy that was written last into force, in the place of the one in `active`. Returns how long it took.
+    /// Activates the policy that was written last, in the place of the one in `active`. Returns the time that it took.
     fn switch(
         &mut self,
         next: Control,
@@ -209,11 +209,11 @@ impl Datapath {
 
     /// Makes a policy on trial final.
     ///
-    /// Returns what [`Datapath::reinstate`] takes to put it on trial again.
+    /// Returns the state that [`Datapath::reinstate`] needs to put it on trial again.
     ///
     /// # Errors
     ///
-    /// [`Error::NoTrial`] if its time was over: the policy before it is in force again.
+    /// [`Error::NoTrial`] if its time was over: the former policy is active again.
     pub fn confirm(&mut self) -> Result<Control> {
         let control = self.maps.control();
         if !is_trial(control) {
@@ -228,7 +228,7 @@ impl Datapath {
         self.maps.set_control(control);
     }
 
-    /// Puts the policy before the one on trial in force now, if there is one on trial.
+    /// Activates the policy before the one on trial now, if there is one on trial.
     pub fn fall_back(&mut self) {
         let control = self.maps.control();
         if is_trial(control) {
@@ -282,7 +282,7 @@ impl Datapath {
         self.filled(table, values.len(), &indices(values.len()), values)
     }
 
-    /// A row of counters per CPU, and one more for what was counted before, which no CPU writes to.
+    /// A row of counters per CPU, and one more for earlier counts, which no CPU writes to.
     fn hits(&self, carried: &Carried) -> Result<MapData> {
         let rows = carried.cpus + 1;
         let map = self.filled::<u32, RuleHits>(Table::RuleHits, rows * carried.hits.len(), &[], &[])?;
@@ -301,7 +301,7 @@ impl Datapath {
         Ok(map)
     }
 
-    /// Puts inner maps and settings into a slot that is not in force.
+    /// Puts inner maps and settings into an inactive slot.
     fn install(
         &mut self,
         slot: u32,
@@ -362,7 +362,7 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// What is in a slot, held against what is wanted.
+/// The policy in a slot, compared with the wanted one.
 #[derive(Clone, Copy)]
 struct There {
     /// Number of the policy; 0: there is none.
@@ -401,7 +401,7 @@ fn unused(one: u32, other: u32) -> u32 {
     (0..SLOTS).find(|slot| *slot != one && *slot != other).expect("there are three")
 }
 
-/// Whether a policy is in force that will take itself back.
+/// Returns whether the active policy will roll back by itself.
 fn is_trial(control: Control) -> bool {
     control.deadline() > now() / 1_000_000
 }
@@ -415,8 +415,8 @@ fn quiesce(maps: &Maps, active: u32) -> Result<()> {
     if bpf::grace_period().is_ok() {
         return Ok(());
     }
-    // Where membarrier is not to be had: writing an outer map waits too (maybe_wait_bpf_programs,
-    // kernel/bpf/syscall.c), also if it writes what is there already.
+    // Where membarrier is unavailable: writing an outer map waits too (maybe_wait_bpf_programs,
+    // kernel/bpf/syscall.c), also if the value is unchanged.
     let path = maps.pins().table(active, Table::RuleInfo.name());
     if !path.exists() {
         return Ok(());
@@ -443,7 +443,7 @@ fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings
     }
 }
 
-/// What makes the tables of two policies the same.
+/// Returns the digest by which the tables of two policies are equal.
 fn digest(tables: &Tables) -> Digest {
     let mut hash = Sha256::new();
     // Both lists are sorted.

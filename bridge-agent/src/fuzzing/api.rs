@@ -21,8 +21,8 @@ use crate::{
 /// Nothing that is asked here takes long.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// The server as the agent runs it, with a pool in its memory behind it; what would change what is enforced is answered
-/// with that the agent is stopping.
+/// The server as the agent runs it, with a pool in its memory behind it; a request that would change enforcement is
+/// answered as if the agent were stopping.
 struct Served {
     runtime: Runtime,
     shared: Shared,
@@ -37,7 +37,8 @@ fn served() -> Served {
     let (shared, _) = Shared::new(Status::default());
     let server = {
         let _inside = runtime.enter();
-        // As every Rust program does before `main`, which is libFuzzer's here: who hangs up ends nobody else.
+        // As every Rust program does before `main`, which is libFuzzer's here: a client that hangs up must not end the
+        // process.
         drop(signal(SignalKind::pipe()).expect("a handler"));
         Server::bind(&socket, &config::Api::default()).expect("a socket")
     };
@@ -90,14 +91,14 @@ pub fn api(input: &[u8]) -> bool {
     })
 }
 
-/// Says `bytes`, and returns what is answered until the other side hangs up or begins a stream without end.
+/// Sends `bytes`, and returns the answer until the other side hangs up or begins a stream without end.
 async fn converse(socket: &PathBuf, bytes: &[u8], hang_up: bool) -> Vec<u8> {
     let talk = async {
-        let mut stream = UnixStream::connect(socket).await.expect("somebody listens");
+        let mut stream = UnixStream::connect(socket).await.expect("the server listens");
         let (mut from, mut to) = stream.split();
         let mut answer = Vec::new();
         let say = async {
-            // It may be told to go away before all is said.
+            // The server may close the connection before all is sent.
             let _ = to.write_all(bytes).await;
             if hang_up {
                 let _ = to.shutdown().await;

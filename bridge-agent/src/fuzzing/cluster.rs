@@ -2,8 +2,8 @@
 
 use crate::routes::ClusterFile;
 
-/// What is accepted has routes to whole networks by way of somebody, and says the same when it is written out and read
-/// again; what is refused is refused with the name of the file and a reason.
+/// An accepted file has routes to whole networks through a next hop, and is the same when it is written out and read
+/// again; a refusal names the file and a reason.
 ///
 /// # Panics
 /// It is not so.
@@ -25,7 +25,7 @@ pub fn cluster(input: &[u8]) -> bool {
     let written = serde_saphyr::to_string(&file).expect("no value fails to be written");
     match ClusterFile::parse(&written, NAME.as_ref()) {
         Ok(again) => assert_eq!(again, file, "{written}"),
-        Err(error) => panic!("what was written is refused: {error}\n{written}"),
+        Err(error) => panic!("the written file is refused: {error}\n{written}"),
     }
     true
 }

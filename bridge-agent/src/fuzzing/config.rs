@@ -13,9 +13,8 @@ use crate::{
     pool::{Layout, Settings, layout::Occupied},
 };
 
-/// What is accepted is compiled and rendered, and says the same when it is written out and read again, with and without
-/// its defaults; what is refused is refused with a
-/// reason and a remedy.
+/// An accepted configuration is compiled and rendered, and is the same when it is written out and read again, with and
+/// without its defaults; a refusal has a reason and a remedy.
 ///
 /// # Panics
 /// It is not so.
@@ -25,11 +24,11 @@ pub fn config(input: &[u8]) -> bool {
         Ok(loaded) => loaded,
         Err(errors) => {
             assert!(!errors.0.list.is_empty(), "a refusal says why");
-            told(&errors.0);
+            explained(&errors.0);
             return false;
         }
     };
-    told(&loaded.warnings);
+    explained(&loaded.warnings);
     let policy = loaded.policy();
     if let Err(error) = policy::compile(&policy, &[]) {
         assert!(!error.to_string().is_empty());
@@ -51,7 +50,7 @@ pub fn config(input: &[u8]) -> bool {
 }
 
 /// Each finding has a reason and a remedy, and can be shown.
-fn told(diagnostics: &Diagnostics) {
+fn explained(diagnostics: &Diagnostics) {
     for Diagnostic { message, help, .. } in &diagnostics.list {
         assert!(!message.is_empty() && !help.is_empty(), "{message:?} {help:?}");
     }
@@ -61,7 +60,7 @@ fn told(diagnostics: &Diagnostics) {
 fn again(text: &str) -> config::Config {
     match config::parse(text, None) {
         Ok(loaded) => loaded.config,
-        Err(errors) => panic!("what was written is refused: {errors}\n{text}"),
+        Err(errors) => panic!("the written file is refused: {errors}\n{text}"),
     }
 }
 

@@ -4,8 +4,8 @@ use hmac::Mac as _;
 
 use crate::routes::discovery::message::{self, Key, Message, PREFIX, ParseError};
 
-/// The bytes as they come, and, since nobody guesses a MAC, as kind and body of a message whose MAC is right. What is
-/// accepted is authentic, and says the same, byte for byte, when it is encoded.
+/// The bytes unchanged, and, since a MAC cannot be guessed, as kind and body of a message with the right MAC. An
+/// accepted message is authentic, and encodes to the same bytes.
 ///
 /// # Panics
 /// It is not so.
@@ -21,7 +21,7 @@ pub fn discovery(input: &[u8]) -> bool {
 fn check(bytes: &[u8], key: &Key, other: &Key) -> bool {
     let Ok(message) = Message::parse(bytes, key) else { return false };
     assert_eq!(message.encode(key), bytes, "{message:?}");
-    // The only one that nobody has to know a key for: it is nothing but a random number.
+    // The only message without a key: it is nothing but a random number.
     if matches!(message, Message::Hello(_)) {
         return true;
     }
@@ -37,8 +37,7 @@ fn check(bytes: &[u8], key: &Key, other: &Key) -> bool {
     true
 }
 
-/// The first of these bytes as the kind of a message and the others as what follows its prefix, with what is right
-/// around them.
+/// Uses the first byte as the kind of a message and the others as its body, with a correct prefix and MAC.
 fn sealed(bytes: &[u8], key: &Key) -> Vec<u8> {
     let (kind, body) = bytes.split_first().unwrap_or((&0, &[]));
     let mac_length = if *kind == 1 { 0 } else { 32 };

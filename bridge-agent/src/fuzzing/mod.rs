@@ -1,6 +1,6 @@
-//! What `cargo xtask fuzz` feeds with inputs, and the tests with those of `fuzz/seeds`; compiled for these alone.
+//! Targets of `cargo xtask fuzz`; the tests run them on `fuzz/seeds`. Compiled for these alone.
 //!
-//! A target panics where an input is not taken as it must be, and tells whether it is accepted at all.
+//! A target panics where an input is handled wrongly, and returns whether it is accepted.
 
 mod api;
 mod cluster;
@@ -14,7 +14,7 @@ pub use self::{api::api, cluster::cluster, config::config, discovery::discovery,
 mod tests {
     use std::{fs, path::Path};
 
-    /// Also a test of the seeds: what is written to be accepted and is not leads the fuzzer nowhere.
+    /// Also a test of the seeds: an input meant to be accepted that is not leads the fuzzer nowhere.
     fn replay(folder: &str, target: fn(&[u8]) -> bool) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder);
         let mut count = 0;

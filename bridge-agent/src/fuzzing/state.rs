@@ -1,4 +1,4 @@
-//! What the agent has written and reads again, or others have.
+//! Files that the agent or another program has written and the agent reads.
 
 use std::{
     net::IpAddr,
@@ -20,8 +20,8 @@ static NODE: LazyLock<Config> = LazyLock::new(|| {
     config::parse(text, None).expect("the example is valid").config
 });
 
-/// The first byte tells which file the others are of. What is read of one that the agent itself writes is written and
-/// read again, the same; cut off anywhere it is refused, never half taken.
+/// The first byte selects the file. Content of a file that the agent itself writes is written and read again, the same;
+/// a file cut off anywhere is refused, never half accepted.
 ///
 /// # Panics
 /// It is not so.
@@ -37,7 +37,7 @@ pub fn state(input: &[u8]) -> bool {
     }
 }
 
-/// What discovery knew before a restart.
+/// State of discovery before a restart.
 fn discovered(bytes: &[u8]) -> bool {
     const LONGEST: Duration = Duration::from_secs(3600);
     let parse = |bytes: &[u8]| state::parse(bytes, LONGEST);
@@ -45,22 +45,22 @@ fn discovered(bytes: &[u8]) -> bool {
     assert!(known.iter().all(|(_, entry)| entry.expires <= Instant::now() + LONGEST));
     let written =
         state::encode(known.iter().map(|(address, entry)| (address, entry))).expect("it can be written");
-    let told = |known: &[(IpAddr, Entry)]| -> Vec<_> {
-        // What expires meanwhile is gone.
+    let unexpired = |known: &[(IpAddr, Entry)]| -> Vec<_> {
+        // Entries that expire meanwhile are left out.
         let stays = known.iter().filter(|(_, entry)| entry.expires > Instant::now() + LONGEST / 2);
         stays.map(|(address, entry)| (*address, entry.egress, entry.name.clone())).collect()
     };
-    let again = parse(&written).expect("what was written can be read");
-    assert_eq!(told(&again), told(&known));
+    let again = parse(&written).expect("the written file can be read");
+    assert_eq!(unexpired(&again), unexpired(&known));
     refused_in_part(&written, |part| parse(part).is_err());
     true
 }
 
-/// What was known of a cluster.
+/// Known state of a cluster.
 fn cluster(bytes: &[u8]) -> bool {
     let Ok(saved) = In::read(bytes) else { return false };
     let written = saved.write().expect("it can be written");
-    assert_eq!(In::read(&*written).expect("what was written can be read"), saved);
+    assert_eq!(In::read(&*written).expect("the written file can be read"), saved);
     refused_in_part(&written, |part| In::read(part).is_err());
     // As a start while the API server is away does.
     let policy = plan(&NODE, &saved.cluster, Some(&saved.node)).config.policy();
@@ -75,12 +75,12 @@ fn cluster(bytes: &[u8]) -> bool {
 fn trial(bytes: &[u8]) -> bool {
     let Ok(record) = serde_json::from_slice::<Record>(bytes) else { return false };
     let written = serde_json::to_vec(&record).expect("it can be written");
-    assert_eq!(serde_json::from_slice::<Record>(&written).expect("what was written can be read"), record);
+    assert_eq!(serde_json::from_slice::<Record>(&written).expect("the written file can be read"), record);
     refused_in_part(&written, |part| serde_json::from_slice::<Record>(part).is_err());
     true
 }
 
-/// A file of saved iptables rules: what is of others stays as it is, and saving twice is saving once.
+/// A file of saved iptables rules: rules of others stay unchanged, and saving twice is saving once.
 fn saved_rules(text: &str) -> bool {
     let others = file::without(text);
     assert_eq!(file::without(&others), others, "taken out twice");
@@ -93,7 +93,7 @@ fn saved_rules(text: &str) -> bool {
         assert_eq!(
             left.strip_suffix('\n').unwrap_or(&left),
             others.strip_suffix('\n').unwrap_or(&others),
-            "what is of others"
+            "rules of others"
         );
     }
     true

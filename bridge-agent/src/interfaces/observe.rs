@@ -1,4 +1,4 @@
-//! What the kernel says of interfaces, read and watched through rtnetlink(7).
+//! Interfaces of the kernel, read and watched through rtnetlink(7).
 
 use std::{io, net::IpAddr};
 
@@ -32,11 +32,11 @@ impl Observer {
         Ok(Self { route: netlink::Route::open()? })
     }
 
-    /// Reads what matters to `selection`.
+    /// Reads the part that `selection` needs.
     ///
     /// # Errors
     ///
-    /// What the kernel answers.
+    /// Error of the kernel.
     pub fn snapshot(&mut self, selection: &Selection) -> io::Result<Snapshot> {
         let mut snapshot = Snapshot::default();
         for message in self.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
@@ -75,7 +75,7 @@ impl Observer {
     }
 }
 
-/// Tells when a [`Snapshot`] may have changed.
+/// Reports that a [`Snapshot`] may have changed.
 #[derive(Debug)]
 pub struct Watch(netlink::Watch);
 
@@ -147,7 +147,7 @@ fn device_of(message: &LinkMessage) -> Device {
     }
 }
 
-/// Addresses of a link alone, and of the loopback, are nobody else's destination.
+/// Addresses of link scope, and of the loopback, are not routed destinations.
 fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     let mut address = None;
     for attribute in &message.attributes {

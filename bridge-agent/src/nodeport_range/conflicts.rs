@@ -1,4 +1,4 @@
-//! What speaks against a range of NodePorts on this node (pure).
+//! Finds conflicts of a NodePort range with this node (pure).
 
 use serde::Serialize;
 
@@ -11,7 +11,7 @@ use crate::{
 /// How many listeners are named; the rest is counted.
 const NAMED: usize = 8;
 
-/// What there is on this node, as far as ports go.
+/// Uses of ports on this node.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
     /// The source ports of the pool.
@@ -22,16 +22,16 @@ pub struct Surroundings {
     pub reserved: Vec<PortRange>,
     /// Sockets that listen.
     pub listeners: Vec<Listener>,
-    /// The NodePort of the service `kubernetes`, if kube-apiserver is told one.
+    /// The NodePort of the service `kubernetes`, if kube-apiserver has one configured.
     pub own_port: Option<u16>,
 }
 
 /// Something that speaks against a range.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Conflict {
-    /// What it is and what would come of it.
+    /// The conflict and its consequence.
     pub problem: String,
-    /// What to do about it, as an imperative clause.
+    /// The remedy, as an imperative clause.
     pub remedy: String,
 }
 

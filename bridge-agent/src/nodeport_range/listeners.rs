@@ -14,7 +14,7 @@ pub enum Protocol {
     Udp,
 }
 
-/// A socket that takes what anybody sends to its port.
+/// A socket that accepts packets of any peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// Its protocol.

@@ -19,10 +19,10 @@ const FLAG: &str = "service-node-port-range";
 const OWN_PORT: &str = "kubernetes-service-node-port";
 const PROGRAM: &str = "kube-apiserver";
 
-/// What a manifest says.
+/// Content of a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
-    /// The range in force: as written, or kube-apiserver's default.
+    /// The active range: as written, or kube-apiserver's default.
     pub range: PortRange,
     /// As it is written; `None`: it is not.
     pub written: Option<String>,
@@ -48,7 +48,7 @@ struct Item<'n> {
     at: Range<usize>,
 }
 
-/// Reads a manifest; `path` is what messages call it.
+/// Reads a manifest; messages call it `path`.
 ///
 /// # Errors
 /// [`Error::Syntax`] and [`Error::Manifest`].
@@ -120,7 +120,7 @@ pub fn with_range(text: &str, path: &Path, range: PortRange) -> Result<String, E
         Place::After(last) => insertion(text, last, &joined).ok_or_else(refuse)?,
     };
     let changed = [&text[..at.start], &new, &text[at.end..]].concat();
-    // What was meant, read back: whatever the text looked like, a wrong place would show here.
+    // Parsed again: an edit in a wrong place would show here.
     let before = parse(text, path)?;
     let after = parse(&changed, path)?;
     if read(&changed, path)?.range != range || !differ_in_one(&scalars(&before), &scalars(&after)) {
@@ -202,7 +202,7 @@ fn requote(old: &str, new: &str) -> Option<String> {
     Some(quote.map_or_else(|| new.to_owned(), |quote| format!("{quote}{new}{quote}")))
 }
 
-/// Where and what to insert behind an element, the last one of its list.
+/// Returns the place and the text to insert behind an element, the last one of its list.
 fn insertion(text: &str, last: &Range<usize>, new: &str) -> Option<(Range<usize>, String)> {
     let old = &text[last.clone()];
     let new = requote(old, new)?;

@@ -1,7 +1,7 @@
 //! kube-apiserver's `--service-node-port-range` in its static pod manifest.
 //!
-//! [`manifest`] finds and changes it in the text (pure), [`conflicts`] says what speaks against a range (pure),
-//! [`listeners`] and [`surroundings`] look at this node, [`store`] replaces the file.
+//! [`manifest`] finds and changes it in the text (pure), [`conflicts`] finds obstacles to a range (pure), [`listeners`]
+//! and [`surroundings`] read this node, [`store`] replaces the file.
 
 pub mod conflicts;
 pub mod listeners;
@@ -13,7 +13,7 @@ use std::{io, path::PathBuf};
 
 use crate::{config::ConfigErrors, model::PortRange};
 
-/// What kube-apiserver takes where the flag is absent or empty (`DefaultServiceNodePortRange`,
+/// kube-apiserver's default where the flag is absent or empty (`DefaultServiceNodePortRange`,
 /// pkg/kubeapiserver/options/options.go).
 pub const DEFAULT: PortRange = PortRange { first: 30000, last: 32767 };
 
@@ -23,34 +23,34 @@ pub enum Error {
     /// The manifest is no YAML.
     #[error(transparent)]
     Syntax(#[from] ConfigErrors),
-    /// The manifest is not what it should be.
+    /// The manifest is invalid.
     #[error("{path}: {problem}; {remedy}", path = .path.display())]
     Manifest {
         /// The file.
         path: PathBuf,
-        /// What is wrong, in one clause.
+        /// The fault, in one clause.
         problem: String,
-        /// What to do about it, as an imperative clause.
+        /// The remedy, as an imperative clause.
         remedy: &'static str,
     },
     /// Something on this node has ports of the range.
     #[error("NodePorts cannot be {range}:\n{}", list(.conflicts))]
     Conflicts {
-        /// What was asked for.
+        /// The requested range.
         range: PortRange,
         /// All that speaks against it.
         conflicts: Vec<conflicts::Conflict>,
     },
     /// A file or directory.
-    #[error("cannot {what} {path}: {source}; {remedy}", path = .path.display())]
+    #[error("cannot {action} {path}: {source}; {remedy}", path = .path.display())]
     File {
-        /// What was tried.
-        what: &'static str,
-        /// With what.
+        /// The action that failed.
+        action: &'static str,
+        /// The path of the action.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
-        /// What to do about it.
+        /// The remedy.
         remedy: &'static str,
     },
 }

@@ -29,7 +29,7 @@ pub fn read(path: &Path) -> Result<String, Error> {
             io::ErrorKind::InvalidData => "save the file as UTF-8",
             _ => "run as root",
         };
-        Error::File { what: "read", path: path.to_owned(), source, remedy }
+        Error::File { action: "read", path: path.to_owned(), source, remedy }
     })
 }
 
@@ -43,7 +43,7 @@ pub fn backup_directory(manifest: &Path) -> PathBuf {
 /// Writes `new` in the place of `old`, of which it leaves a copy in `backups`; answers where.
 ///
 /// # Errors
-/// [`Error::File`], [`Error::Manifest`]; the manifest is as it was, or as somebody else has made it meanwhile.
+/// [`Error::File`], [`Error::Manifest`]; the manifest is unchanged, or as another program has changed it meanwhile.
 pub fn replace(
     manifest: &Path,
     old: &str,
@@ -51,12 +51,12 @@ pub fn replace(
     backups: &Path,
     since_epoch: Duration,
 ) -> Result<PathBuf, Error> {
-    let file = |what, path: &Path, remedy| {
+    let file = |action, path: &Path, remedy| {
         let path = path.to_owned();
-        move |source| Error::File { what, path, source, remedy }
+        move |source| Error::File { action, path, source, remedy }
     };
     let name = manifest.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // Through a symbolic link: what it points at is replaced, not the link.
+    // Through a symbolic link: its target is replaced, not the link.
     let target = manifest.canonicalize().map_err(file("find", manifest, "check the path"))?;
     let elsewhere = "name a directory that can be written with --backup-dir";
     fs::create_dir_all(backups).map_err(file("make", backups, elsewhere))?;
@@ -81,7 +81,7 @@ pub fn replace(
     if read(&target)? != old {
         return Err(Error::Manifest {
             path: target,
-            problem: "somebody else has changed it just now".into(),
+            problem: "another program has changed it just now".into(),
             remedy: "look at it, and try again",
         });
     }

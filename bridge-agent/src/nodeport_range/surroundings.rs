@@ -1,4 +1,4 @@
-//! What there is on this node, read from it.
+//! Reads the uses of ports on this node.
 
 use std::{fs, path::Path};
 
@@ -16,7 +16,7 @@ use crate::{
 pub fn look(pool: Option<&PortPool>, own_port: Option<u16>, range: PortRange) -> Result<Surroundings, Error> {
     let read = |path: &'static str| {
         fs::read_to_string(path).map_err(|source| Error::File {
-            what: "read",
+            action: "read",
             path: path.into(),
             source,
             remedy: "run this on the node, where /proc is mounted",
@@ -25,7 +25,7 @@ pub fn look(pool: Option<&PortPool>, own_port: Option<u16>, range: PortRange) ->
     let ephemeral = checks::parse_ephemeral(&read("/proc/sys/net/ipv4/ip_local_port_range")?);
     let reserved = checks::parse_ranges(&read("/proc/sys/net/ipv4/ip_local_reserved_ports")?);
     let listeners = listeners::read(|port| range.contains(port)).map_err(|source| Error::File {
-        what: "list the sockets in",
+        action: "list the sockets in",
         path: "/proc/net".into(),
         source,
         remedy: "run this on the node, where /proc is mounted",
@@ -37,7 +37,7 @@ pub fn look(pool: Option<&PortPool>, own_port: Option<u16>, range: PortRange) ->
 /// The agent's configuration; `None` if there is none where one need not be.
 ///
 /// # Errors
-/// [`Error::Syntax`]: it is not valid, so nobody knows what the pool is.
+/// [`Error::Syntax`]: the configuration is not valid, so the ports of the pool are unknown.
 pub fn configuration(path: &Path, optional: bool) -> Result<Option<config::Config>, Error> {
     if optional && !path.exists() {
         return Ok(None);

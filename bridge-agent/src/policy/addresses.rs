@@ -21,7 +21,7 @@ pub(super) enum Naming {
     List(u32),
 }
 
-/// What becomes of the rules that name a side by one list.
+/// The rules that name a side by one list.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Use {
     /// Table of the rules that name this side only, by direction.
@@ -82,7 +82,7 @@ impl Side {
         }
     }
 
-    /// What holds for addresses that `lists` name, inside a prefix of which `above` holds.
+    /// Returns the rules for addresses that `lists` name, inside a prefix whose rules are `above`.
     fn named(
         &mut self,
         above: AddressInfo,
@@ -108,7 +108,7 @@ impl Side {
 
     /// The part of `prefix` that lies in the networks.
     fn inside(&self, prefix: &IpNet) -> Vec<IpNet> {
-        // In the order of `IpNet` a prefix comes before what it contains, and only those come between.
+        // In the order of `IpNet` a prefix precedes the prefixes that it contains, and only those come between.
         let after = self.networks.partition_point(|network| network <= prefix);
         if let Some(network) = self.networks[..after].last()
             && network.contains(prefix)
@@ -119,7 +119,7 @@ impl Side {
     }
 }
 
-/// What is known of a prefix. In the order of precedence.
+/// Classification of a prefix, in the order of precedence.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Mark {
     /// Address of this node.
@@ -180,7 +180,7 @@ pub(super) fn entries(
     Ok(entries)
 }
 
-/// Every prefix with what is known of it, in the order of the trie.
+/// Returns every prefix with its classification, in the order of the trie.
 fn marks(sides: &[Side; 2], nodes: &[IpNet], local: &[IpAddr]) -> Vec<(IpNet, Mark)> {
     let mut marks: Vec<(IpNet, Mark)> = Vec::new();
     marks.extend(local.iter().map(|&address| (IpNet::from(address), Mark::Local)));

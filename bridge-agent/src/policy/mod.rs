@@ -151,7 +151,7 @@ pub enum Error {
         pages: usize,
     },
     /// More rules than a verdict can name.
-    #[error("{rules} rules are more than the {limit} that can be told apart; join rules that differ in their ports only", limit = abi::RULE - 1)]
+    #[error("{rules} rules are more than the {limit} that the tables can distinguish; join rules that differ in their ports only", limit = abi::RULE - 1)]
     TooManyRules {
         /// How many there are.
         rules: usize,
@@ -240,7 +240,7 @@ fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Re
     })
 }
 
-/// Rules sorted by what they name; those that name nothing are left out.
+/// Returns the rules, grouped by the lists that they name; rules that name none are left out.
 fn groups(rules: &[Rule], sides: &mut [Side; 2]) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     let mut by_names: HashMap<(usize, Naming, Naming), usize> = HashMap::new();

@@ -16,7 +16,7 @@ pub(super) struct Combination<'a> {
     pub(super) external: u32,
     /// Number of the list of pods.
     pub(super) pods: u32,
-    /// What the rules say by port.
+    /// Index of the rules' port table.
     pub(super) table: u32,
     /// Their indexes.
     pub(super) rules: &'a [u32],

@@ -1,4 +1,4 @@
-//! What rules say by port: functions from (protocol, destination port, source port) to the rule that wins.
+//! Rules by port: functions from (protocol, destination port, source port) to the rule that wins.
 //!
 //! Such a function is held as a partition of the destination ports; where source ports matter, a cell of it stands
 //! for a partition of the source ports. All are interned, so equal functions are held once and compared by number.
@@ -124,7 +124,7 @@ impl Ports {
         Ok(self.tables.number(roots))
     }
 
-    /// The table that says what all of `tables` say together.
+    /// Returns the table that combines `tables`.
     pub(super) fn merge_all(&mut self, mut tables: Vec<u32>) -> Result<u32, Exhausted> {
         // In pairs, not one after the other: n log n instead of n squared.
         while tables.len() > 1 {
@@ -219,7 +219,7 @@ impl Ports {
         Ok(self.partitions.number(Rc::from(intervals)))
     }
 
-    /// Takes from the budget what `intervals` of them, or as much work, cost.
+    /// Charges the budget for `intervals`, or for as much work.
     pub(super) fn spend(&mut self, intervals: usize) -> Result<(), Exhausted> {
         self.budget = self.budget.checked_sub(intervals).ok_or(Exhausted)?;
         Ok(())
@@ -309,7 +309,7 @@ fn normalise(ranges: &[PortRange]) -> Cow<'_, [PortRange]> {
     Cow::Owned(merged)
 }
 
-/// Appends an interval, unless it says what the one before says.
+/// Appends an interval, unless it continues the one before.
 pub(super) fn push(intervals: &mut Vec<Interval>, first: u16, cell: Cell) {
     if intervals.last().is_none_or(|last| last.cell != cell) {
         intervals.push(Interval { first, cell });

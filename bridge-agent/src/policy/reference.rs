@@ -1,5 +1,5 @@
 //! The policy's meaning, twice: read from the tables as the kernel reads them, and from the rules one by one as they
-//! are documented. What holds for one must hold for the other.
+//! are documented. Both must agree.
 
 use std::net::IpAddr;
 

@@ -11,9 +11,9 @@ pub enum CgroupError {
     /// See the text.
     #[error("cannot read {path}: {source}")]
     Read {
-        /// What was read.
+        /// The file that was read.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
     /// See the text.
@@ -29,7 +29,7 @@ pub enum CgroupError {
         path: PathBuf,
         /// Where the hierarchy is mounted.
         mount: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
 }
@@ -68,8 +68,9 @@ pub(super) fn entries(directory: &Path, prefix: &'static str) -> impl Iterator<I
 
 /// The first cgroup2 mount that shows the whole hierarchy, else the first one (proc_pid_mountinfo(5)).
 ///
-/// A root is told as seen from the reader's cgroup namespace (`cgroup_show_path`, kernel/cgroup/cgroup.c). In a container
-/// with a namespace of its own `/` is the container's group, and the whole hierarchy, mounted from the host, is `/../..`.
+/// The root is seen from the reader's cgroup namespace (`cgroup_show_path`, kernel/cgroup/cgroup.c). In a container
+/// with a namespace of its own `/` is the container's group, and the whole hierarchy, mounted from the host, is
+/// `/../..`.
 fn find_mount(table: &str) -> Option<PathBuf> {
     let mounts = table.lines().filter_map(|line| {
         let (left, right) = line.split_once(" - ")?;

@@ -42,7 +42,7 @@ pub struct Held {
 pub enum Backend {
     /// The bitmap that the hooks use too.
     Kernel(Box<Mutex<KernelPool>>),
-    /// The agent's own memory, on kernels without what the hooks need.
+    /// The agent's own memory, on kernels that lack a feature of the hooks.
     Userspace(Box<Mutex<FifoPool>>),
 }
 
@@ -130,7 +130,7 @@ impl Backend {
         }
     }
 
-    /// Goes over to other ports and settings; what is held stays held.
+    /// Switches to other ports and settings; held ports stay held.
     ///
     /// # Errors
     /// [`KernelPoolError`].
@@ -147,7 +147,7 @@ impl Backend {
     /// How many ports are held, and how many are warm.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn held(&self) -> Result<Held, KernelPoolError> {
         match self {
             Self::Kernel(pool) => lock(pool).held(),
@@ -158,7 +158,7 @@ impl Backend {
     /// The ports that sockets hold.
     ///
     /// # Errors
-    /// This kernel cannot tell.
+    /// This kernel has no such count.
     pub fn sockets(&self) -> Result<Vec<Lease>, KernelPoolError> {
         match self {
             Self::Kernel(pool) => lock(pool).walk(),
@@ -166,7 +166,7 @@ impl Backend {
         }
     }
 
-    /// What is to be done from time to time; see [`super::sweep`].
+    /// Performs periodic work; see [`super::sweep`].
     ///
     /// # Errors
     /// [`KernelPoolError`].

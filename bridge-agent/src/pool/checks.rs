@@ -1,4 +1,4 @@
-//! What on this machine would spoil the pool, and what to do about it.
+//! Finds settings of this machine that would break the pool, with remedies.
 
 use std::{
     fs,
@@ -16,9 +16,9 @@ use crate::model::PortRange;
 /// Something that spoils the pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Warning {
-    /// What it is and what it does.
+    /// The fault and its consequence.
     pub problem: String,
-    /// What to do about it.
+    /// The remedy.
     pub remedy: String,
     /// Whether bridge's own masquerade would outdo it.
     #[serde(skip)]
@@ -36,7 +36,7 @@ pub fn look(ports: &PortSet) -> Vec<Warning> {
         let output = Command::new(program).args(arguments).output().ok()?;
         String::from_utf8(output.stdout).ok()
     };
-    // nft does not show what iptables-legacy made.
+    // nft does not show the rules of iptables-legacy.
     let rules = [
         ("nft", run("nft", &["list", "ruleset"])),
         ("iptables", run("iptables-save", &["-t", "nat"])),
@@ -116,10 +116,10 @@ pub fn parse_ephemeral(text: &str) -> Option<PortRange> {
     Some(PortRange { first, last })
 }
 
-/// Adds the ports to `net.ipv4.ip_local_reserved_ports`: the kernel gives them to nobody who does not ask for them.
+/// Adds the ports to `net.ipv4.ip_local_reserved_ports`: the kernel then gives them only to programs that ask for them.
 ///
 /// # Errors
-/// What the kernel says.
+/// The sysctl cannot be written.
 pub fn reserve(ports: &PortSet) -> io::Result<()> {
     let reserved = fs::read_to_string(RESERVED)?;
     write_reserved(&union(&reserved, ports))
@@ -128,7 +128,7 @@ pub fn reserve(ports: &PortSet) -> io::Result<()> {
 /// Takes the ports out of `net.ipv4.ip_local_reserved_ports`.
 ///
 /// # Errors
-/// What the kernel says.
+/// The sysctl cannot be written.
 pub fn unreserve(ports: &PortSet) -> io::Result<()> {
     let mut reserved: PortSet = parse_ranges(&fs::read_to_string(RESERVED)?).into_iter().collect();
     reserved.remove_all(ports);
@@ -147,7 +147,8 @@ fn write_reserved(ports: &PortSet) -> io::Result<()> {
     }
 }
 
-/// What `net.ipv4.ip_local_reserved_ports` holds, without the ports that this agent itself noted in `own` (a file).
+/// Returns the content of `net.ipv4.ip_local_reserved_ports`, without the ports that this agent itself noted in `own`
+/// (a file).
 #[must_use]
 pub fn reserved_by_others(own: &Path) -> Vec<PortRange> {
     let mut reserved: PortSet =
@@ -176,8 +177,8 @@ pub fn print_ranges(ports: &PortSet) -> String {
     ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// An nftables table that masquerades what goes from `sources` to `destinations` with a port of the pool, whatever other
-/// tables would do: the first one to translate wins. To be fed to `nft -f -`; [`NO_SAFETY_NET`] takes it away.
+/// Returns an nftables table that masquerades packets from `sources` to `destinations` with a port of the pool, before
+/// any other table: the first one to translate wins. It is input of `nft -f -`; [`NO_SAFETY_NET`] removes it.
 #[must_use]
 pub fn safety_net(sources: &[IpNet], destinations: &[IpNet], ports: &PortSet) -> String {
     let mut rules = String::new();
@@ -217,10 +218,10 @@ pub fn safety_net(sources: &[IpNet], destinations: &[IpNet], ports: &PortSet) ->
 /// Takes the table of [`safety_net`] away, also if there is none.
 pub const NO_SAFETY_NET: &str = "table inet bridge-pool\ndelete table inet bridge-pool\n";
 
-/// Brings a [`safety_net`] into force.
+/// Applies a [`safety_net`].
 ///
 /// # Errors
-/// There is no nft, or what it says.
+/// There is no nft, or it fails.
 pub fn install_safety_net(script: &str) -> io::Result<()> {
     let mut command = Command::new("nft");
     command.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
@@ -239,7 +240,7 @@ pub fn install_safety_net(script: &str) -> io::Result<()> {
 /// Takes a [`safety_net`] away, if there is one; without nft, or a kernel that it works with, there is none.
 ///
 /// # Errors
-/// What nft says.
+/// nft fails.
 pub fn remove_safety_net() -> io::Result<()> {
     let there = Command::new("nft").args(["list", "table", "inet", "bridge-pool"]).output();
     if there.is_ok_and(|output| output.status.success()) { install_safety_net(NO_SAFETY_NET) } else { Ok(()) }

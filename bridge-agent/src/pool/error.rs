@@ -27,7 +27,7 @@ pub enum KernelPoolError {
     Map {
         /// Its name.
         name: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: MapError,
     },
     /// See the text.
@@ -38,7 +38,7 @@ pub enum KernelPoolError {
     Program {
         /// Its name.
         name: &'static str,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: ProgramError,
     },
     /// See the text.

@@ -266,7 +266,7 @@ impl KernelPool {
     /// on a kernel that cannot tell, by the claims that are live.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn held(&self) -> Result<Held, KernelPoolError> {
         let geometry = self.layout.geometry();
         let held = match self.holders() {
@@ -354,7 +354,7 @@ impl KernelPool {
     /// The sum over all CPUs of every counter of [`counter`].
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn counters(&self) -> Result<[u64; counter::COUNT as usize], KernelPoolError> {
         let mut sums = [0; counter::COUNT as usize];
         for (index, sum) in (0..).zip(&mut sums) {

@@ -33,7 +33,7 @@ pub enum PinError {
     Read {
         /// The pin.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: MapError,
     },
     /// See the text.
@@ -57,7 +57,7 @@ pub enum PinError {
     Directory {
         /// The directory.
         path: PathBuf,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
 }

@@ -141,7 +141,7 @@ impl Service {
     /// The pool in figures.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn summary(&self) -> Result<Summary, KernelPoolError> {
         let mut summary = Summary::of(&self.backend)?;
         summary.destinations = self.networks();

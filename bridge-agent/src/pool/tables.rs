@@ -52,7 +52,7 @@ impl KernelTables {
     /// Every destination and its slot.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn destinations(&self) -> Result<Vec<(Destination, u32)>, MapError> {
         lock(&self.destinations).iter().collect()
     }
@@ -60,7 +60,7 @@ impl KernelTables {
     /// Every owner and its slot.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn owners(&self) -> Result<Vec<(Owner, u32)>, MapError> {
         lock(&self.owners).iter().collect()
     }
@@ -68,7 +68,7 @@ impl KernelTables {
     /// Every grant.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn grants(&self) -> Result<Vec<(Grant, Granted)>, MapError> {
         lock(&self.grants).iter().collect()
     }

@@ -66,7 +66,7 @@ impl Walker {
     /// Every port that a socket holds now.
     ///
     /// # Errors
-    /// What the kernel says.
+    /// A system call fails.
     pub fn walk(&self) -> io::Result<Vec<Lease>> {
         let map = [descriptor(self.leases.fd().as_fd()), 0, 0, 0];
         let link = LinkCreate {

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::routes::{NextHopStatus, RouteStatus, State, View};
 
-/// So many reasons are told; all of them are in `GET /v1/routes`.
+/// Maximum number of reasons in the status; all of them are in `GET /v1/routes`.
 const PROBLEMS: usize = 20;
 
 /// The routes in short, as the agent says of itself.
@@ -27,7 +27,7 @@ pub struct RoutesStatus {
     pub next_hops: usize,
     /// Those of them that do not answer.
     pub next_hops_down: Vec<NextHopStatus>,
-    /// What was done since the agent has started, by name.
+    /// Operations since the agent has started, by name.
     pub counters: BTreeMap<String, u64>,
     /// Discovery, if it is configured.
     pub discovery: Option<DiscoveryStatus>,
@@ -35,7 +35,7 @@ pub struct RoutesStatus {
     pub failure: Option<String>,
 }
 
-/// What pods have announced.
+/// Announcements of pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DiscoveryStatus {
@@ -43,7 +43,7 @@ pub struct DiscoveryStatus {
     pub listen: String,
     /// How many pods are known.
     pub pods: usize,
-    /// What became of announcements since discovery has started, by name.
+    /// Results of announcements since discovery has started, by name.
     pub counters: BTreeMap<String, u64>,
 }
 
@@ -63,7 +63,7 @@ impl RoutesStatus {
         let mut problems = Vec::new();
         let mut problems_left_off = 0;
         let states: BTreeMap<_, _> = snapshot.totals().into_iter().filter(|(_, count)| *count > 0).collect();
-        // Each row is put into words: only where there is something to tell.
+        // A row is formatted only if it has a problem to report.
         let fine = |state: &State| matches!(state, State::Installed | State::Shadowed | State::Pending);
         if states.keys().any(|state| !fine(state)) {
             for row in snapshot.rows().filter(|row| !fine(&row.state)) {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{Enforcement, FirewallStatus, RoutesStatus, TrialEnd, TrialStatus};
 use crate::{datapath::FlowCounts, kubernetes::KubernetesStatus, pool::Summary};
 
-/// What the agent says of itself.
+/// State that the agent reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
@@ -53,7 +53,7 @@ pub struct Status {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Reloads {
-    /// Configurations that were brought into force.
+    /// Configurations that were applied.
     pub succeeded: u64,
     /// Configurations that were refused.
     pub failed: u64,
@@ -61,12 +61,12 @@ pub struct Reloads {
     pub last: Option<Reload>,
 }
 
-/// An attempt to bring a configuration into force.
+/// An attempt to apply a configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Reload {
     /// When; RFC 3339, UTC.
     pub time: String,
-    /// Why it was refused; the one before it is still in force then.
+    /// The reason of a refusal; the former configuration is still active then.
     pub error: Option<String>,
 }

@@ -1,15 +1,14 @@
-//! Which policy is in force, and the settings that come with it.
+//! The word that selects the active policy, and the settings that come with a policy.
 
 use crate::filter::flow;
 
-/// How many policies are held at a time: the one in force, the one it falls back to while it is on trial, and one that
-/// is being written to take the place of either.
+/// Number of policies held at a time: the active one, the one it falls back to while it is on trial, and one that is
+/// being written to replace either.
 pub const SLOTS: u32 = 3;
 
-/// The word that decides which policy is in force. One aligned store of it is one switch: no packet sees half of
-/// each policy.
+/// The word that selects the active policy. One aligned store of it is one switch: no packet sees half of each policy.
 ///
-/// Bits 0-7: the slot in force. Bits 8-15: the slot to fall back to at the deadline. Bits 16-63: the deadline in
+/// Bits 0-7: the active slot. Bits 8-15: the slot to fall back to at the deadline. Bits 16-63: the deadline in
 /// milliseconds of `CLOCK_MONOTONIC`; 0: none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,19 +18,19 @@ pub struct Control {
 }
 
 impl Control {
-    /// `slot` is in force, for good.
+    /// `slot` is active, for good.
     #[must_use]
     pub const fn slot(slot: u32) -> Self {
         Self { word: slot as u64 & 0xff }
     }
 
-    /// `slot` is in force until `deadline`, in milliseconds of `CLOCK_MONOTONIC`, and `fallback` from then on.
+    /// `slot` is active until `deadline`, in milliseconds of `CLOCK_MONOTONIC`, and `fallback` from then on.
     #[must_use]
     pub const fn until(slot: u32, fallback: u32, deadline: u64) -> Self {
         Self { word: slot as u64 & 0xff | (fallback as u64 & 0xff) << 8 | deadline << 16 }
     }
 
-    /// The slot in force until the deadline.
+    /// Returns the slot that is active until the deadline.
     #[must_use]
     pub const fn slot_on_trial(self) -> u32 {
         (self.word & 0xff) as u32
@@ -44,13 +43,13 @@ impl Control {
         self.word >> 16
     }
 
-    /// The slot in force from the deadline on, if there is one.
+    /// Returns the slot that is active from the deadline on, if there is one.
     #[must_use]
     pub const fn fallback(self) -> u32 {
         (self.word >> 8 & 0xff) as u32
     }
 
-    /// The slot in force at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// Returns the slot that is active at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
     #[must_use]
     #[inline(always)]
     pub const fn slot_at(self, now: u64) -> u32 {
@@ -59,7 +58,7 @@ impl Control {
     }
 }
 
-/// What holds beside the rules of a policy.
+/// Settings of a policy beside its rules.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Settings {

@@ -16,7 +16,7 @@ macro_rules! reasons {
         /// Why a packet passed (below [`FIRST_DENY`]) or was denied; the index into [`Counters`].
         #[repr(u8)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[expect(non_camel_case_types, reason = "one spelling for the number, the field and what the operator reads")]
+        #[expect(non_camel_case_types, reason = "one spelling for the number, the field and the operator's text")]
         pub enum Reason {
             $(#[doc = $text] $name = $number,)+
         }
@@ -31,7 +31,7 @@ macro_rules! reasons {
                 match self { $(Self::$name => stringify!($name),)+ }
             }
 
-            /// What it means, in a sentence.
+            /// Returns the meaning, in a sentence.
             #[must_use]
             pub const fn text(self) -> &'static str {
                 match self { $(Self::$name => $text,)+ }
@@ -63,7 +63,7 @@ reasons! {
     no_rule, 4, "No rule matches.";
     deny_rule, 5, "A rule denies.";
     not_syn, 6, "TCP without a flow, and not the SYN that would open one.";
-    invalid_state, 7, "TCP that cannot follow on what its flow has seen.";
+    invalid_state, 7, "TCP that does not fit the state of its flow.";
     invalid_flags, 8, "Combination of TCP flags that no sender makes.";
     not_init, 9, "SCTP without an association, and not the INIT that would open one.";
     icmp_unrelated, 10, "ICMP error that quotes no known flow.";

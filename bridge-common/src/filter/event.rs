@@ -1,4 +1,4 @@
-//! What the kernel side tells of single packets, through a ring buffer.
+//! Events about single packets, sent through a ring buffer.
 
 use crate::filter::address::Address;
 

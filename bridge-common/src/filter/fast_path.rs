@@ -1,11 +1,11 @@
 //! The fast path: established flows that go from interface to interface past the network stack.
 //!
-//! Nobody knows better than the network stack which way a packet goes. So a flow's way is learnt from packets that have
-//! taken the normal one, where they come out: the interface, the Ethernet header, and that the routing table says the
-//! same. What was learnt is a [`Path`], which all flows that take it share; a flow has a [`Lease`] of it, which holds for
-//! [`LEASE_TICKS`], and only as long as nothing has changed that the agent knows of ([`Control::epoch`]). When it has run
-//! out, packets take the normal way again, and what they meet there is learnt anew: so conntrack, the neighbour table and
-//! whatever filters beside bridge hear of every flow at least that often, and what would stop it stops it.
+//! The network stack decides routing, so paths are learned by observing it: from packets that have taken the normal
+//! path, where they leave: the interface, the Ethernet header, and that the routing table agrees. The result is a
+//! [`Path`], which all flows that take it share; a flow has a [`Lease`] of it, which holds for [`LEASE_TICKS`], and
+//! only until the next change that the agent sees ([`Control::epoch`]). When it has expired, packets take the normal
+//! path again, and the path is learned again: so conntrack, the neighbour table and every filter beside bridge see
+//! every flow at least that often, and can stop it.
 
 use super::{counters::Counter, flow::protocol};
 
@@ -13,11 +13,10 @@ use super::{counters::Counter, flow::protocol};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Control {
-    /// Until when, in nanoseconds of `CLOCK_MONOTONIC`; 0: they may not. Put off by the agent as long as it watches what
-    /// the fast path depends on.
+    /// The deadline of the fast path, in nanoseconds of `CLOCK_MONOTONIC`; 0: disabled. The agent extends it as long as
+    /// it watches the inputs of the fast path.
     pub until: u64,
-    /// Grows by one with each change of what the fast path depends on: the policy, routes, neighbours, interfaces; never
-    /// 0.
+    /// Grows by one with each change of an input of the fast path: the policy, routes, neighbours, interfaces; never 0.
     pub epoch: u32,
     /// Bits of [`protocols`].
     pub protocols: u32,
@@ -72,7 +71,7 @@ pub const PATHS: u32 = 1 << 14;
 /// Value of [`Path::epoch`] of a place that is being written to.
 pub const WRITING: u32 = u32::MAX;
 
-/// What one direction of a flow holds of a [`Path`].
+/// The lease of a [`Path`] for one direction of a flow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lease {
@@ -122,7 +121,7 @@ pub const fn ticks(nanoseconds: u64) -> u32 {
     (nanoseconds >> TICK_SHIFT) as u32
 }
 
-/// So many [`ticks`], in nanoseconds.
+/// Converts [`ticks`] to nanoseconds.
 #[must_use]
 pub const fn nanoseconds(ticks: u32) -> u64 {
     (ticks as u64) << TICK_SHIFT
@@ -171,7 +170,7 @@ impl Lease {
     #[must_use]
     #[inline(always)]
     pub const fn holds(&self, now: u32, epoch: u32) -> bool {
-        // Modulo 2^32: what has run out long ago is as far behind as what is yet to come is ahead.
+        // Modulo 2^32: a long expired lease is as far behind as a future one is ahead.
         self.epoch == Self::epoch_of(epoch) && self.expires.wrapping_sub(now).wrapping_sub(1) < LEASE_TICKS
     }
 
@@ -186,10 +185,10 @@ impl Lease {
 /// Defines the outcomes twice: as numbers and as names.
 macro_rules! outcomes {
     ($($name:ident, $number:literal, $text:literal;)+) => {
-        /// What became of a packet of an established flow; index of [`Outcomes::by_outcome`].
+        /// Result for a packet of an established flow; index of [`Outcomes::by_outcome`].
         #[repr(u8)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[expect(non_camel_case_types, reason = "one spelling for the number and what the operator reads")]
+        #[expect(non_camel_case_types, reason = "one spelling for the number and the operator's text")]
         pub enum Outcome {
             $(#[doc = $text] $name = $number,)+
         }
@@ -206,7 +205,7 @@ macro_rules! outcomes {
                 match self { $(Self::$name => stringify!($name),)+ }
             }
 
-            /// What it means, in a sentence.
+            /// Returns the meaning, in a sentence.
             #[must_use]
             pub const fn text(self) -> &'static str {
                 match self { $(Self::$name => $text,)+ }
@@ -222,7 +221,7 @@ outcomes! {
     state, 3, "The flow is beginning or ending, or the packet changes its state (SYN, FIN, RST).";
     header, 4, "IP options, extension headers, a fragment, or a VLAN tag.";
     unseen, 5, "Not both directions have come out at the far side under the same addresses: just opened, translated, filtered, or its interfaces do not allow it.";
-    expired, 6, "What was learnt of the way has run out, or something has changed: it is learnt anew.";
+    expired, 6, "The lease of the path has expired, or an input has changed: the path is learned again.";
     interface, 7, "Came in by another interface than those before it, or is for another host.";
     ttl, 8, "Its time to live is over with this node, which answers.";
     mtu, 9, "Longer than fits the way out: the node answers, or makes fragments.";

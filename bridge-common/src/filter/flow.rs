@@ -5,7 +5,7 @@ use super::{
     fast_path::{Lease, nanoseconds, ticks, towards},
 };
 
-/// What names a flow whichever way its packets go: the end with the smaller (address, port) is `low`.
+/// Key of a flow, the same for both directions: the end with the smaller (address, port) is `low`.
 ///
 /// For ICMP queries both ports hold the identifier.
 #[repr(C)]
@@ -78,7 +78,7 @@ impl FlowKey {
     }
 }
 
-/// What is known of a flow: with its key and what the kernel adds to both, two cache lines.
+/// State of a flow: with its key and the kernel's own fields, two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {

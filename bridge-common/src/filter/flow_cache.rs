@@ -1,9 +1,10 @@
-//! What stands before the flow table: flows of which each CPU has lately let packets through, so that it need not look
-//! for them in a table whose lines it does not have at hand.
+//! A per-CPU cache in front of the flow table: flows whose packets the CPU has lately allowed, so that it need not look
+//! them up in a table whose lines are not in its own cache.
 //!
 //! An entry of the cache is a copy of a verdict. It is good for [`LIFETIME_TICKS`], in the policy in which it was made, and
-//! as long as the flow is settled in the flow table: whoever takes it from there, or sees it begin to end, adds one to its
-//! stamp afterwards ([`stamp_of`]), and an entry bears the stamp that was read before the flow was looked up. IPv4 alone.
+//! as long as the flow is established in the flow table: code that removes it from there, or sees it begin to end,
+//! increments its stamp afterwards ([`stamp_of`]), and an entry has the stamp that was read before the flow was looked
+//! up. IPv4 alone.
 
 use super::{address::Address, fast_path::ticks, flow::FlowKey};
 
@@ -17,10 +18,11 @@ pub const LIFETIME_TICKS: u32 = ticks(500_000_000);
 /// Entries that one hash value leads to: those of one cache line.
 pub const WAYS: usize = 2;
 
-/// Most sets of [`WAYS`] entries that a CPU has. A power of two, as is what the loader makes of it.
+/// Maximum number of sets of [`WAYS`] entries for a CPU. A power of two, as is the number that the loader chooses.
 pub const MAX_SETS: u32 = 1 << 15;
 
-/// Most sets of all CPUs together, of 64 bytes each, unless there are so many CPUs that each has [`MIN_SETS`].
+/// Maximum number of sets of all CPUs together, of 64 bytes each, unless each CPU already has no more than
+/// [`MIN_SETS`].
 pub const MAX_SETS_TOGETHER: u32 = 1 << 18;
 
 /// Least sets of a CPU.

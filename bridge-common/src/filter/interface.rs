@@ -1,4 +1,4 @@
-//! What the kernel side knows of an interface that it is attached to.
+//! Properties of an interface that programs are attached to.
 
 /// Value of the interface table, by interface index.
 #[repr(C)]

@@ -20,7 +20,7 @@ pub mod direction {
     pub const NAMES: [&str; COUNT] = ["inbound", "outbound", "nodeport"];
 }
 
-/// What the longest matching prefix says of an address.
+/// Classification of an address by its longest matching prefix.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AddressInfo {
@@ -60,7 +60,7 @@ pub struct PairSets {
     pub sets: [u32; 2],
 }
 
-/// Index of [`RuleSet::roots`]: what a rule's `protocol` distinguishes.
+/// Index of [`RuleSet::roots`]: the protocols that rules distinguish.
 pub mod protocol {
     /// TCP.
     pub const TCP: usize = 0;
@@ -76,7 +76,7 @@ pub mod protocol {
     pub const COUNT: usize = 5;
 }
 
-/// What the rules of a set say, by protocol: a [`reference`] each, to be resolved by destination port, and if the
+/// The rules of a set, by protocol: a [`reference`] each, to be resolved by destination port, and if the
 /// result is again no leaf, by source port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -119,7 +119,7 @@ pub const INTERVALS: usize = 10;
 pub struct PortIntervals {
     /// First port of each interval, host byte order, ascending; the first is 0. Unused ones repeat the last.
     pub first: [u16; INTERVALS],
-    /// What holds in each interval. Unused ones repeat the last.
+    /// The reference of each interval. Unused ones repeat the last.
     pub references: [u32; INTERVALS],
     /// Zero.
     pub padding: u32,
@@ -143,7 +143,7 @@ pub struct RuleHits {
     pub bytes: u64,
 }
 
-/// What a rule is called, for those who read the maps.
+/// Name of a rule, for readers of the maps.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RuleInfo {

@@ -8,13 +8,13 @@
 pub trait Memory {
     /// The word `at`; 0 if there is none.
     fn load(&self, at: u32) -> u64;
-    /// Writes the word `at`; for words that nobody else sees yet.
+    /// Writes the word `at`, which no other thread may see yet.
     fn store(&self, at: u32, value: u64);
-    /// Sets bits; answers what was there before.
+    /// Sets bits; returns the former word.
     fn fetch_or(&self, at: u32, bits: u64) -> u64;
-    /// Keeps bits; answers what was there before.
+    /// Keeps bits; returns the former word.
     fn fetch_and(&self, at: u32, bits: u64) -> u64;
-    /// Adds, wrapping around; answers what was there before.
+    /// Adds, wrapping around; returns the former word.
     fn fetch_add(&self, at: u32, n: u64) -> u64;
 
     /// [`find_word`].
@@ -34,7 +34,8 @@ pub struct Bitmap {
     pub words: u32,
 }
 
-/// How often [`claim`] begins anew after it lost a race for a bit, or found a word that the summary was wrong about.
+/// Number of times that [`claim`] starts again after it lost a race for a bit, or found a word that the summary was
+/// wrong about.
 pub const CLAIM_TRIES: u32 = 32;
 
 /// Most summary words: one bit for each of [`super::MAX_WORDS`].

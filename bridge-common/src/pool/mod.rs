@@ -1,4 +1,4 @@
-//! The port pool: what the connect hooks and the agent share.
+//! The port pool: types and code that the connect hooks and the agent share.
 //!
 //! The pool lives in one array of 64-bit words that both sides change with atomic operations only, so that a port is
 //! claimed by the kernel (a connect hook) and by the agent (a lease) in the same place. The array begins with the
@@ -12,7 +12,7 @@
 //! ```
 //!
 //! A *destination slot* belongs to a (destination address, destination port, protocol) and holds the ports that
-//! nobody uses. An *owner slot* belongs to a destination slot and a network namespace and holds that namespace's
+//! are free. An *owner slot* belongs to a destination slot and a network namespace and holds that namespace's
 //! *warm* ports: closed, but maybe still known to conntrack on this node, and therefore only for the same namespace.
 
 pub mod bitmap;
@@ -74,7 +74,7 @@ pub const FLAG_STRICT: u32 = 1;
 /// [`Config::flags`]: UDP sockets that bind port 0 get a port of the pool.
 pub const FLAG_BIND_UDP: u32 = 2;
 
-/// How the pool is laid out and what it enforces; the only element of map `POOL_CONFIG`.
+/// Layout of the pool and its settings; the only element of map `POOL_CONFIG`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
@@ -151,7 +151,7 @@ impl Geometry {
         self.slot(slot) + HEADER_WORDS + self.summary() + self.words
     }
 
-    /// Words of the whole array for so many slots.
+    /// Returns the number of words of the whole array for this number of slots.
     #[inline(always)]
     #[must_use]
     pub const fn total(self, slots: u32) -> u32 {
@@ -162,7 +162,8 @@ impl Geometry {
 /// The bitmap of free slots.
 pub const ALLOCATOR: Bitmap = Bitmap { at: 0, summary: ALLOCATOR_SUMMARY, words: ALLOCATOR_WORDS };
 
-/// What a source port must be unique towards. Key of map `POOL_DESTINATIONS`; its value is a slot (`u32`).
+/// A destination, towards which a source port must be unique. Key of map `POOL_DESTINATIONS`; its value is a slot
+/// (`u32`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Destination {
@@ -232,7 +233,7 @@ const _: () = assert!(size_of::<Owner>() == 16 && align_of::<Owner>() == 8);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// `LEASE_*`; changed by atomic operations only. Whoever takes [`LEASE_HELD`] away gives the port back.
+    /// `LEASE_*`; changed by atomic operations only. The side that clears [`LEASE_HELD`] gives the port back.
     pub state: u64,
     /// `SO_NETNS_COOKIE` of the socket's namespace.
     pub netns_cookie: u64,

@@ -1,4 +1,4 @@
-//! Claiming and giving back ports: what the connect hooks and the agent do alike.
+//! Claiming and giving back ports: the code that the connect hooks and the agent share.
 //!
 //! A port is free in exactly one place: the destination's slot, or the slot of one namespace (warm), or nowhere while a
 //! socket or a lease holds it. Moving it is taking its bit away in one place before setting it in another, so it can
@@ -56,7 +56,7 @@ pub trait Tables: Memory {
         bitmap::claim(self, map, random)
     }
 
-    /// Copies summary, free and touched words from a template to a slot that nobody uses.
+    /// Copies summary, free and touched words from a template to an unused slot.
     fn fill(&self, slot: u32, template: u32) {
         let geometry = self.geometry();
         let (to, from) = (geometry.free(slot).at, geometry.free(template).at);
@@ -132,7 +132,7 @@ pub fn enter<T: Tables>(
     Err(Refusal::TABLE_FULL)
 }
 
-/// Ends what [`enter`] began, for a claim that did not come about.
+/// Undoes [`enter`], for a claim that failed.
 #[inline(always)]
 pub fn leave<T: Tables>(tables: &T, seat: Seat) {
     let geometry = tables.geometry();
@@ -140,7 +140,7 @@ pub fn leave<T: Tables>(tables: &T, seat: Seat) {
     depart(tables, geometry, seat.slot);
 }
 
-/// Takes any port: a warm one first, then one that nobody has used lately. `fresh_first` turns that around.
+/// Takes any port: a warm one first, then one that has not been used lately. `fresh_first` turns that around.
 ///
 /// # Errors
 /// [`Refusal::EXHAUSTED`].

@@ -36,7 +36,7 @@ fn both_engines_hold_the_same_rules_and_count_the_same_packets() -> Result<()> {
         let denies = saved.lines().filter(|line| line.contains("-A BRIDGE-DENY"));
         assert!(denies.clone().count() > 0 && denies.clone().all(|l| l.starts_with("[0:0]")), "{saved}");
         assert_eq!(firewall(&agent)?["backend"], backend.name());
-        ensure!(agent.run(&["status"])?.contains(&format!("in force ({})", backend.name())));
+        ensure!(agent.run(&["status"])?.contains(&format!("active ({})", backend.name())));
     }
     Ok(())
 }
@@ -62,7 +62,7 @@ fn iptables_alone_works_with_no_bpf_at_all() -> Result<()> {
         ensure!(pins.is_empty(), "{pins:?}");
         let rules = json(&agent, &["rules"])?;
         assert_eq!(rule(&rules, "api")?["iptables"]["packets"], 2, "{rules}");
-        ensure!(agent.run(&["status"])?.contains(&format!("in force ({})", backend.name())));
+        ensure!(agent.run(&["status"])?.contains(&format!("active ({})", backend.name())));
         ensure!(agent.run(&["rules"])?.contains("devices"));
 
         agent.reload(&node.config("iptables", "", &format!("{RULES}{MORE}")))?;

@@ -54,10 +54,7 @@ fn a_policy_that_ebpf_refuses_is_taken_back_from_iptables() -> Result<()> {
         let error = refusal(&agent)?;
         ensure!(error.contains("everybody-to-all") && error.contains("pairs of address lists"), "{error}");
         let log = agent.log();
-        ensure!(
-            log.matches("iptables rules in force").count() >= 3,
-            "iptables did not take it first:\n{log}"
-        );
+        ensure!(log.matches("iptables rules active").count() >= 3, "iptables did not take it first:\n{log}");
         let as_before = || {
             eventually(patience(Duration::from_secs(10)), || (node.dump().ok()? == before).then_some(()))
                 .with_context(|| {

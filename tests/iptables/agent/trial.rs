@@ -215,14 +215,14 @@ fn it_is_saved_for_the_boot_only_when_it_is_confirmed() -> Result<()> {
     trial.apply(&["--confirm", LONG])?;
     assert_eq!(fs::read_to_string(&saved)?, first);
     let text = trial.agent.run(&["revert"])?;
-    ensure!(text.contains("the configuration before it is in force"), "{text}");
+    ensure!(text.contains("the former configuration is active"), "{text}");
     assert_eq!(trial.outcome()?, "reverted");
     trial.is_taken_back()?;
     assert_eq!(fs::read_to_string(&saved)?, first);
 
     trial.apply(&["--confirm", LONG])?;
     let confirmed = trial.agent.run(&["confirm"])?;
-    ensure!(confirmed.contains("in force for good"), "{confirmed}");
+    ensure!(confirmed.contains("applied for good"), "{confirmed}");
     ensure!(fs::read_to_string(&saved)?.contains("more"), "it was not saved");
     assert_eq!(fs::read_to_string(trial.agent.config())?, fs::read_to_string(&trial.candidate)?);
     trial.is_in_force()?;

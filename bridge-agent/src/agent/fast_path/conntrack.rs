@@ -1,18 +1,18 @@
 //! Conntrack beside the fast path.
 //!
-//! Conntrack follows the sequence numbers of a TCP connection. Those that pass by it leave its window behind, and what it
-//! sees of the connection later is invalid to it, which most packet filters deny. And data whose acknowledgement has passed
-//! by it is unacknowledged to it, so that it forgets the connection after minutes of silence instead of days. The kernel's
-//! own flow tables tell it of both for each connection that they forward; from outside the kernel that can be said for
-//! all connections only.
+//! Conntrack follows the sequence numbers of a TCP connection. Packets that bypass it leave its window behind, and
+//! later packets are invalid to it, which most packet filters deny. And data whose acknowledgement bypassed it counts
+//! as unacknowledged, so that it forgets the connection after minutes of silence instead of days. The kernel's own flow
+//! tables notify it of both for each connection that they forward; from outside the kernel this is possible only for
+//! all connections together.
 
 use std::{fs, io};
 
-/// 0: what is out of window is invalid.
+/// 0: a packet outside the window is invalid.
 const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
 /// How long silent connections are remembered, in seconds.
 const ESTABLISHED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
-/// The same of those with data that nobody has acknowledged.
+/// The timeout of connections with unacknowledged data.
 const UNACKNOWLEDGED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_unacknowledged";
 
 /// Whether TCP may pass conntrack by.
@@ -46,7 +46,7 @@ impl Tracking {
         fs::write(BE_LIBERAL, "1")
     }
 
-    /// What TCP is kept from the fast path by.
+    /// Returns the reason that keeps TCP from the fast path.
     pub(in crate::agent) fn remark(error: Option<&io::Error>) -> String {
         let why = error.map(|error| format!(" ({error})")).unwrap_or_default();
         format!(

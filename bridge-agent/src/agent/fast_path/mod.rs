@@ -1,4 +1,4 @@
-//! Keeps the fast path: as long as somebody watches what it depends on, flows may take it.
+//! Maintains the fast path: flows may take it only while its inputs are watched.
 //!
 //! A thread of its own, so that a change is dealt with at once, whatever else the agent is busy with. Without an agent, the
 //! permission runs out within [`LEASE`], and every packet takes the normal path.
@@ -40,7 +40,7 @@ pub(super) fn status(allowed: u32, remarks: Vec<String>) -> FastPathStatus {
     FastPathStatus { protocols: allowed.map(|(_, name)| name.to_owned()).collect(), remarks }
 }
 
-/// What every path depends on.
+/// Netlink groups whose changes affect every path.
 const GROUPS: [u32; 9] = [
     libc::RTNLGRP_LINK,
     libc::RTNLGRP_NEIGH,
@@ -76,7 +76,7 @@ impl Keeper {
     pub(super) fn start(maps: Arc<Maps>) -> io::Result<Self> {
         let socket = netlink::subscribe(&GROUPS)?;
         let neighbours = Neighbours::read()?;
-        // What has changed until now was not watched.
+        // Earlier changes were not watched.
         maps.fast_path().forget_paths();
         let allowed = Arc::new(AtomicU32::new(0));
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
@@ -149,14 +149,14 @@ impl Watch {
         }
     }
 
-    /// Whether anything of what was told so far changes the way of a flow.
+    /// Returns whether any message so far changes the path of a flow.
     fn has_changed(&mut self) -> io::Result<bool> {
         let mut changed = false;
         loop {
             match self.socket.recv_from_full() {
                 Ok((bytes, _)) => {
                     let mut rest = &bytes[..];
-                    // Not all that is told here is understood; what is not said of a neighbour matters in any case.
+                    // Unknown messages count as changes; so does every message that is not about a neighbour.
                     changed |= kinds(rest).any(|kind| !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH));
                     while let Some((message, after)) = netlink::next(rest)? {
                         rest = after;
@@ -165,7 +165,7 @@ impl Watch {
                         }
                     }
                 }
-                // More was told than the socket holds: anything may have changed.
+                // The socket overflowed: anything may have changed.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
                     changed = true;
                     self.neighbours = Neighbours::read()?;

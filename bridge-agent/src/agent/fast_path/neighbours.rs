@@ -39,7 +39,7 @@ impl Neighbours {
         Ok(neighbours)
     }
 
-    /// Takes note of what is told of a neighbour. Whether it was known, and is elsewhere now, or does not answer.
+    /// Records a message about a neighbour. Returns whether the neighbour was known, and has moved or does not answer.
     pub(super) fn is_news(&mut self, message: &NeighbourMessage) -> bool {
         let Some((key, address)) = entry(message) else { return false };
         match address {

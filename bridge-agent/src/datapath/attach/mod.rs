@@ -1,7 +1,7 @@
 //! Attaches the programs to interfaces, first in order, and keeps them there.
 //!
-//! What is attached lives on without the agent: a TCX link by its pin, a clsact filter by itself. A start adopts what
-//! is there and replaces the program inside it, so there is no moment without enforcement.
+//! Attached programs live on without the agent: a TCX link by its pin, a clsact filter by itself. A start adopts them
+//! and replaces the program inside, so there is no moment without enforcement.
 
 mod plan;
 
@@ -28,12 +28,12 @@ use super::{
 use crate::kernel::netlink::interface_name;
 
 impl Datapath {
-    /// Attaches to exactly these interfaces; may be called as often as anything changes. Errors with one interface
-    /// leave the others as wanted. What leaves towards the LAN is observed if `to_lan`.
+    /// Attaches to exactly these interfaces; may be called whenever anything changes. Errors with one interface do not
+    /// affect the others. Packets towards the LAN are observed if `to_lan`.
     ///
     /// # Errors
     ///
-    /// [`Error::Attach`] and [`Error::Path`], more than one in [`Error::Several`], beside what was done.
+    /// [`Error::Attach`] and [`Error::Path`], more than one in [`Error::Several`]; the other operations are done.
     pub fn attach(&mut self, targets: &[Target], to_lan: bool) -> (Vec<Change>, Result<()>) {
         let mut changes = Vec::new();
         let mut errors = Vec::new();
@@ -56,10 +56,10 @@ impl Datapath {
         (changes, Error::collect(errors))
     }
 
-    /// What the kernel side must know of an interface before it sees a packet of it.
+    /// Writes the properties of each interface before the kernel side sees a packet of it.
     fn write_interfaces(&mut self, targets: &[Target]) -> Result<()> {
         targets.iter().try_for_each(|target| {
-            // What is allowed stays so until it is looked at.
+            // Allowed abilities stay until the next check.
             let fast_path = self.maps.interfaces.get(&target.index, 0).map_or(0, |known| known.fast_path);
             let value = Interface { role: target.role.number(), link_header: target.link_header, fast_path };
             self.maps.interfaces.insert(target.index, value, 0).map_err(Error::aya_map("interfaces"))
@@ -139,7 +139,7 @@ impl Datapath {
                 change(link.interface, link.hook, Action::Removed)
             }
             Step::Rename(link, path, interface) => {
-                // To write over another pin would detach what it stands for.
+                // Overwriting another pin would detach its link.
                 rustix::fs::renameat_with(CWD, &link.path, CWD, &path, RenameFlags::NOREPLACE)
                     .map_err(|error| Error::path("renaming", &link.path)(error.into()))?;
                 if let Some(kept) = self.guard.release(&link.path) {
@@ -187,8 +187,8 @@ impl Datapath {
             .map_err(|error| Error::attach(interface, hook.name(), super::error::chain(&error)))?;
         let link = bpf::tcx_attach(program.as_fd(), index, hook.tcx())
             .map_err(|error| Error::attach(interface, hook.name(), error))?;
-        // Whoever dies before the pin is made leaves nothing attached. If it cannot be made, the interface is judged on
-        // nevertheless, for as long as this process lives.
+        // A process that dies before the pin is made leaves nothing attached. If the pin cannot be made, the interface
+        // is judged nevertheless, for as long as this process lives.
         let pinned = bpf::obj_pin(link.as_fd(), path);
         self.guard.keep(path.to_owned(), link);
         pinned.map_err(Error::path("pinning", path))
@@ -268,8 +268,8 @@ impl Datapath {
     }
 }
 
-/// Whether an interface is no longer what it was when it was chosen. Whoever watches the interfaces is told, and chooses
-/// again; a pod that ends in this moment keeps no agent from starting.
+/// Returns whether an interface has changed since it was chosen. The watch of interfaces is notified, and chooses
+/// again; a pod that ends in this moment prevents no start.
 fn has_gone(wanted: &[(Target, Hook)], name: &str) -> bool {
     let target = wanted.iter().find(|(target, _)| target.name == name);
     target.is_some_and(|(target, _)| interface_name(target.index).as_deref() != Some(name))

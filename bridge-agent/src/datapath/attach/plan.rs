@@ -1,4 +1,4 @@
-//! What is to be done so that exactly what is wanted is attached: a pure function of what is wanted and found.
+//! Plans the operations that attach exactly the desired programs: a pure function `(desired, observed) -> operations`.
 
 use std::{collections::BTreeSet, path::PathBuf};
 
@@ -16,7 +16,7 @@ pub(super) struct Link {
     pub(super) program: u32,
 }
 
-/// A step towards what is wanted.
+/// An operation towards the desired state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Step {
     /// Forget a link whose interface is gone.
@@ -27,7 +27,7 @@ pub(super) enum Step {
     Detach(Link),
 }
 
-/// What is to be done so that exactly `wanted` is attached, each with the program whose id `current` tells.
+/// Returns the operations that attach exactly `wanted`, each with the program whose id `current` gives.
 pub(super) fn plan(
     wanted: &[(Target, Hook)],
     links: Vec<Link>,
@@ -58,7 +58,7 @@ pub(super) fn plan(
         .iter()
         .filter(|(target, hook)| !kept.contains(&(target.index, *hook)))
         .map(|(target, hook)| Step::Attach(target.name.clone(), *hook, path_of(&target.name, *hook)));
-    // What is unwanted goes last, unless its pin is in the way of another.
+    // Unwanted attachments are removed last, unless their pin is in the way of another.
     let taken: BTreeSet<PathBuf> =
         rename.iter().map(|(_, to, _)| to.clone()).chain(attach.clone().filter_map(Step::pin)).collect();
     let (in_the_way, last): (Vec<Link>, Vec<Link>) =

@@ -1,4 +1,4 @@
-//! Single policies whose tables can be told by hand.
+//! Single policies whose tables can be derived by hand.
 
 use std::net::IpAddr;
 

@@ -91,7 +91,7 @@ fn too_many_pairs_name_the_rule_and_the_remedy() {
     let policy = policy(each.chain([both("everybody-to-all", &hosts, &pods)]).collect());
     let error = compile(&policy, &[]).expect_err("above four million pairs");
     let Error::TooManyPairs { pairs, rules } = &error else { panic!("{error}") };
-    // On either side a class for each small rule, and one for what only the large rule names.
+    // On either side a class for each small rule, and one for addresses of the large rule alone.
     assert_eq!(*pairs, 2_001 * 2_001 + 2_000);
     assert!(rules.starts_with("everybody-to-all, small"), "{rules}");
     assert!(error.to_string().contains("leave out external or pods"), "{error}");
@@ -134,13 +134,13 @@ fn cost() {
         ),
         ("1,000 rules for a prefix, 10,000 devices in it", nested(1_000, 10_000)),
     ];
-    for (what, policy) in cases {
+    for (name, policy) in cases {
         let before = resident();
         let start = processor_time();
         let tables = compile(&policy, &[]);
         let elapsed = processor_time() - start;
         let after = resident();
-        println!("{what}: {elapsed:?}, resident {} KiB more", after.saturating_sub(before));
+        println!("{name}: {elapsed:?}, resident {} KiB more", after.saturating_sub(before));
         match tables {
             Ok(tables) => println!("    {:?}", tables.stats()),
             Err(error) => println!("    {error}"),

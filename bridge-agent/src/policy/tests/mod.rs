@@ -53,7 +53,7 @@ fn generated_policies_and_packets_reach_everything() {
     for seed in 0..300 {
         let case = generate::case().new_tree(&mut runner).expect("no filters").current();
         let tables = compile(&case.policy, &case.local).expect("small policy");
-        let mut count = |what, when| *seen.entry(what).or_default() += usize::from(when);
+        let mut count = |case, when| *seen.entry(case).or_default() += usize::from(when);
         count("pairs", !tables.pairs.is_empty());
         count("directories", has_directory(&tables));
         count("lookups by source port", has_second_lookup(&tables));
@@ -71,8 +71,8 @@ fn generated_policies_and_packets_reach_everything() {
         }
     }
     println!("{seen:?}");
-    for (what, count) in seen {
-        assert!(count >= 50, "only {count} of {what}");
+    for (case, count) in seen {
+        assert!(count >= 50, "only {count} of {case}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the kernel relies on without looking.
+//! Properties that the kernel relies on without a check.
 
 use std::collections::HashSet;
 
@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use crate::model::Policy;
 use crate::policy::{NODE_PORTS_RULE, Tables};
 
-/// Where a reference stands, and so what it may be.
+/// Position of a reference, and so its possible kinds.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 enum Place {
     /// Resolved by destination port.
@@ -100,7 +100,7 @@ fn leaf(tables: &Tables, value: u32) {
     assert!(rule <= tables.rule_count, "rule {rule} is there");
     if rule > 0 {
         let info = tables.rules[rule as usize - 1];
-        assert_eq!(value & abi::DENY != 0, info.deny == 1, "leaf {value:#x} says what rule {rule} does");
+        assert_eq!(value & abi::DENY != 0, info.deny == 1, "leaf {value:#x} has the action of rule {rule}");
     } else {
         assert_eq!(value, 0, "no rule, no verdict");
     }
