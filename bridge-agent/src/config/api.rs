@@ -49,9 +49,7 @@ impl Api {
                 &path.key("socket"),
                 Problem::new(
                     format!("the path of the socket has {length} bytes"),
-                    format!(
-                        "shorten it to {MAX_SOCKET_PATH} bytes, which is what a unix socket's address holds"
-                    ),
+                    format!("shorten it to {MAX_SOCKET_PATH} bytes, the capacity of a unix socket's address"),
                 ),
             );
         }

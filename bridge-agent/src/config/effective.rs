@@ -4,7 +4,7 @@ use super::{Config, Network, Role};
 
 impl Config {
     /// The same configuration with every default filled in: each rule has its networks, the pool its
-    /// destinations. Reading what this prints as YAML gives the same policy.
+    /// destinations. Reading its output as YAML gives the same policy.
     #[must_use]
     pub fn effective(&self) -> Self {
         let mut config = self.clone();

@@ -16,14 +16,14 @@ use crate::model::{Mode, OnDeny};
 pub struct Enforcement {
     /// Whether denied packets are stopped, or only counted and reported.
     pub mode: Mode,
-    /// What enforces the rules. Several engines enforce the same rules side by side.
+    /// The engines that enforce the rules, side by side.
     #[serde(serialize_with = "super::flow")]
     pub engines: Vec<Engine>,
-    /// What the sender of a denied packet gets to see.
+    /// The answer to the sender of a denied packet.
     pub on_deny: OnDeny,
-    /// What iptables refuses besides traffic between pods and LAN hosts.
+    /// Traffic that iptables refuses besides that between pods and LAN hosts.
     pub scope: Scope,
-    /// What concerns the iptables engine alone.
+    /// Settings of the iptables engine alone.
     pub iptables: Iptables,
     /// The network interfaces that packets are judged on. Left out, they are found from the routing table.
     pub interfaces: Interfaces,
@@ -54,7 +54,7 @@ impl Default for Enforcement {
     }
 }
 
-/// What enforces the rules.
+/// An engine that enforces the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Engine {
@@ -64,7 +64,7 @@ pub enum Engine {
     Iptables,
 }
 
-/// What iptables refuses besides traffic between pods and LAN hosts.
+/// Traffic that iptables refuses besides that between pods and LAN hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
@@ -139,10 +139,10 @@ impl Default for Timeouts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Events {
-    /// The most events per second and CPU; what exceeds it is counted, not reported. 0: none are reported.
+    /// Maximum number of events per second and CPU; more are counted, not reported. 0: none are reported.
     #[schemars(range(max = 1_000_000))]
     pub rate: u32,
-    /// Whether new flows that were allowed are reported too, not only what was denied.
+    /// Whether new flows that were allowed are reported too, not only denied packets.
     pub allowed: bool,
 }
 

@@ -80,7 +80,7 @@ impl fmt::Display for InterfacePattern {
     }
 }
 
-/// What the kernel refuses as a name (`dev_valid_name` in net/core/dev.c), and what no shell would quote.
+/// Refuses names that the kernel refuses (`dev_valid_name` in net/core/dev.c), and those that a shell would not quote.
 fn check(text: &str) -> Result<(), Problem> {
     const HELP: &str = "write a name such as eth0, or a pattern such as \"cali*\"";
     let name_bytes = text.bytes().filter(|byte| *byte != b'*').count();

@@ -1,4 +1,4 @@
-//! `enforcement.iptables`: what concerns the iptables engine alone.
+//! `enforcement.iptables`: settings of the iptables engine alone.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -11,7 +11,7 @@ use super::leaf::{Leaf, Problem, leaf};
 use super::report::{Path, Report};
 use super::time_span::TimeSpan;
 
-/// What concerns the iptables engine alone.
+/// Settings of the iptables engine alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Iptables {

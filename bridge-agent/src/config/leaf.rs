@@ -1,4 +1,4 @@
-//! Values that are written as one YAML scalar: what they accept, and what to say when they do not.
+//! Values that are written as one YAML scalar: their syntax, and the messages when it is wrong.
 //!
 //! Each is known in the JSON schema by a `format`. The checker looks the format up here, so that one parser
 //! serves the configuration file, a custom resource and every error message.
@@ -8,13 +8,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// What is wrong with a value, and what to write instead.
+/// A fault of a value, and its remedy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}; {help}")]
 pub struct Problem {
-    /// What is wrong, in one clause without a final stop.
+    /// The fault, in one clause without a final stop.
     pub message: String,
-    /// What to write instead, as an imperative clause.
+    /// The remedy, as an imperative clause.
     pub help: String,
 }
 
@@ -35,7 +35,7 @@ pub trait Leaf: Sized {
     /// Reads the value.
     ///
     /// # Errors
-    /// What is wrong with `text`, and what to write instead.
+    /// The fault of `text`, and its remedy.
     fn parse(text: &str) -> Result<Self, Problem>;
 }
 
@@ -151,7 +151,7 @@ impl Leaf for SocketAddress {
             return Err(Problem::new(format!("the port of `{text}` has a leading zero"), HELP));
         }
         if address.port() == 0 {
-            return Err(Problem::new(format!("`{text}` has port 0, which nobody could connect to"), HELP));
+            return Err(Problem::new(format!("`{text}` has port 0, which accepts no connection"), HELP));
         }
         Ok(Self(address))
     }

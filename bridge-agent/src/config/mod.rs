@@ -75,7 +75,7 @@ const MAX_FILE: u64 = 512 * 1024 * 1024;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Config {
-    /// What this machine is: a node of the cluster, or a host of the LAN around it.
+    /// Role of this machine: a node of the cluster, or a host of the LAN around it.
     pub role: Role,
     /// Who is a pod, who is a LAN host.
     #[serde(default)]
@@ -98,7 +98,7 @@ pub struct Config {
     /// Learns pods, nodes and rules from a cluster. Left out: nothing is asked of a cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kubernetes: Option<Kubernetes>,
-    /// What outlives a reboot.
+    /// State that outlives a reboot.
     #[serde(default)]
     pub persistence: Persistence,
     /// How the agent is talked to.
@@ -106,7 +106,7 @@ pub struct Config {
     pub api: Api,
 }
 
-/// What this machine is.
+/// Role of this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
@@ -121,14 +121,14 @@ pub enum Role {
 pub struct Loaded {
     /// The configuration, defaults filled in where they do not depend on other values.
     pub config: Config,
-    /// What is allowed, but hardly meant.
+    /// Valid, but probably not intended.
     pub warnings: Diagnostics,
 }
 
 /// Reads and checks a configuration file.
 ///
 /// # Errors
-/// All that is wrong with it: what, where, and what to write instead.
+/// All faults: description, place, and remedy.
 pub fn load(path: &FilePath) -> Result<Loaded, ConfigErrors> {
     let text = read_text(path)?;
     let loaded = parse(&text, Some(path));
@@ -145,7 +145,7 @@ pub fn read_text(path: &FilePath) -> Result<String, ConfigErrors> {
     read(path).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))
 }
 
-/// Checks the text of a configuration; `file` is what messages call it.
+/// Checks the text of a configuration; messages call it `file`.
 ///
 /// # Errors
 /// As [`load`].
@@ -179,7 +179,7 @@ fn config_of(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Config> {
             config.check(&mut Report::new(tree, findings));
             Some(config)
         }
-        // The schema let it pass, and the types do not: nobody can say where. The tests look for such a value.
+        // The schema accepts it and the types do not, so the place is unknown. The tests look for such a value.
         Err(error) => {
             let help = "compare the file with `bridge-agent check --schema`";
             findings.push(Severity::Error, &Path::Root, None, Problem::new(error.to_string(), help));
@@ -244,7 +244,7 @@ impl Config {
         }
     }
 
-    /// The networks that the port pool serves, as far as the file tells.
+    /// Returns the networks that the port pool serves, according to the file.
     #[must_use]
     pub fn pool_destinations(&self) -> Vec<IpNet> {
         match self.port_pool.as_ref().and_then(|pool| pool.destinations.as_ref()) {
@@ -263,7 +263,7 @@ impl Loaded {
     }
 }
 
-/// Gives back to the kernel what only reading needed: several times what a large configuration keeps.
+/// Returns memory to the kernel that only reading needed: several times the size of a large configuration.
 fn release_memory() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim has no precondition, and touches no memory in use.

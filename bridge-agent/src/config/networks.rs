@@ -97,7 +97,7 @@ impl Networks {
 
 /// Warns of networks that another one of the same list already contains.
 pub(crate) fn repeated(path: &Path<'_>, nets: &[IpNet], report: &mut Report<'_>) {
-    // A prefix sorts right before what it contains.
+    // A prefix sorts right before the prefixes that it contains.
     let mut sorted: Vec<(IpNet, usize)> = nets.iter().enumerate().map(|(index, net)| (*net, index)).collect();
     sorted.sort_unstable();
     let mut outer: Option<IpNet> = None;

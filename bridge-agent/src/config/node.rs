@@ -1,8 +1,8 @@
 //! A configuration as a tree in which every value knows its place.
 //!
-//! Between text and types, so that all that is wrong can be found and shown at once, not only what a
-//! deserializer stumbles over first. Scalars stay text: what one means is for the type that takes it to say, not
-//! for the guess of a YAML resolver (`0660`, `no`, `1_000`).
+//! Between text and types, so that all faults can be found and shown at once, not only the first that a deserializer
+//! meets. Scalars stay text: the type that takes a scalar gives it a meaning, not the guess of a YAML resolver (`0660`,
+//! `no`, `1_000`).
 
 use std::borrow::Cow;
 use std::str::FromStr;
@@ -82,7 +82,7 @@ impl<'s> Node<'s> {
         }
     }
 
-    /// What kind of value it is, with its article.
+    /// Returns the kind of the value, with its article.
     pub(crate) const fn kind(&self) -> &'static str {
         match self.value {
             Value::Plain(_) | Value::Quoted(_) => "a single value",

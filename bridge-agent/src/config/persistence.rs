@@ -1,9 +1,9 @@
-//! `persistence`: what outlives a reboot.
+//! `persistence`: state that outlives a reboot.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What outlives a reboot.
+/// State that outlives a reboot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Persistence {

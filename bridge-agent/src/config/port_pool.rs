@@ -27,7 +27,7 @@ pub struct PortPool {
     /// `networks.pods` on a host.
     #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow_option")]
     pub destinations: Option<Vec<Network>>,
-    /// Whose connections get a port from the pool without asking for it. Left out: nobody's.
+    /// The clients whose connections get a port from the pool without asking for it. Left out: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transparent: Option<Transparent>,
     /// The most ports that one pod, or a host with all its processes, may hold at a time to one destination.

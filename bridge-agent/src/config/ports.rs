@@ -78,7 +78,7 @@ fn not_a_port(whole: &str) -> Problem {
     {
         return Problem::new(format!("`{whole}` is hexadecimal"), format!("write {port}, which is decimal"));
     }
-    // "60001 - 60100", "60001:60100" and "60001..60100" are what other tools accept.
+    // Other tools accept "60001 - 60100", "60001:60100" and "60001..60100".
     let numbers: Vec<&str> =
         whole.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty()).collect();
     let help = match numbers.as_slice() {

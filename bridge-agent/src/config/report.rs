@@ -1,4 +1,4 @@
-//! What was found wrong with a configuration, and where.
+//! Faults found in a configuration, with their places.
 
 use std::fmt;
 use std::path::{Path as FilePath, PathBuf};
@@ -9,10 +9,10 @@ use serde::Serialize;
 use super::leaf::Problem;
 use super::node::{Node, Span, Value};
 
-/// More findings than this are counted, not kept: nobody reads them, and each costs memory.
+/// Further findings are counted, not kept: they are never read, and each costs memory.
 const MOST_KEPT: usize = 1000;
 
-/// So much of a line is shown before and behind the beginning of what is wrong in it, in bytes.
+/// Maximum number of bytes of a line that are shown before and behind the start of a fault.
 const MOST_SHOWN: usize = 128;
 
 /// Where a value stands in a configuration. Built on the stack while walking, spelled out only for a finding.
@@ -57,7 +57,7 @@ impl fmt::Display for Path<'_> {
 pub enum Severity {
     /// The configuration is refused.
     Error,
-    /// The configuration is taken, but hardly means what its author thinks.
+    /// The configuration is valid, but probably not intended.
     Warning,
 }
 
@@ -114,7 +114,7 @@ impl Findings {
     }
 }
 
-/// What the checks of values against each other report to.
+/// Collects the findings of checks that compare values.
 pub(crate) struct Report<'t> {
     tree: &'t Node<'t>,
     findings: &'t mut Findings,
@@ -138,8 +138,8 @@ impl<'t> Report<'t> {
         self.findings.push(severity, &node.original(path), Some(node.at), problem);
     }
 
-    /// Whether everything that was written at and below `path` could be read. Where it could not, a check that
-    /// relies on what is missing would only raise a false alarm.
+    /// Returns whether everything written at and below `path` could be read. Where it could not, a check that relies on
+    /// a missing value would only raise a false alarm.
     pub(crate) fn intact(&self, path: &Path<'_>) -> bool {
         // A key that is not there was perhaps misspelt: the mapping it belongs to knows.
         !self.resolve(path).0.damaged
@@ -185,7 +185,7 @@ pub struct Place {
     pub column: usize,
     /// The text that was found wrong, as far as it stands on `line`; 128 bytes of it at most.
     pub text: String,
-    /// The line, or of a long one what is around `text`.
+    /// The line, or the part of a long one around `text`.
     #[serde(skip)]
     excerpt: String,
     /// Where `text` is in `excerpt`, in bytes.
@@ -229,9 +229,9 @@ pub struct Diagnostic {
     /// Where in the file.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub place: Option<Place>,
-    /// What is wrong.
+    /// The fault.
     pub message: String,
-    /// What to write instead.
+    /// The remedy.
     pub help: String,
 }
 

@@ -29,7 +29,7 @@ pub struct Routes {
     pub table: u32,
     /// The metric of routes that have none of their own: the lowest wins.
     pub metric: u32,
-    /// What stands in the place of a route that is no longer wanted, or whose next hops are all down.
+    /// Replacement of a route that is no longer wanted, or whose next hops are all down.
     pub on_withdraw: OnWithdraw,
     /// Networks of foreign routes that ours may lie inside, such as a company's 10.0.0.0/8. Any other overlap with a
     /// foreign route is refused.
@@ -90,7 +90,7 @@ pub struct Discovery {
 }
 
 impl Routes {
-    /// `pods` tells whether there are networks that a pod may be believed to be in.
+    /// `pods` is whether there are networks in which a pod is accepted.
     pub(crate) fn check(&self, pods: bool, path: &Path<'_>, report: &mut Report<'_>) {
         check_table(self.table, &path.key("table"), report);
         static_route::check(&self.fixed, self.table, &path.key("static"), report);

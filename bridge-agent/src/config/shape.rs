@@ -1,6 +1,7 @@
-//! Holds a document against the JSON schema of a type, and takes out what does not fit.
+//! Compares a document with the JSON schema of a type, and removes the parts that do not fit.
 //!
-//! The very schema that `bridge-agent check --schema` prints decides, so it cannot promise what the agent refuses.
+//! The same schema that `bridge-agent check --schema` prints decides, so it cannot promise a value that the agent
+//! refuses.
 
 use std::cmp::Reverse;
 
@@ -55,7 +56,7 @@ fn without_null(schema: &mut Schema) {
         {
             schema.remove("anyOf");
             for (key, value) in only {
-                // What is said of the field is closer than what is said of its type.
+                // The description of the field is closer than that of its type.
                 schema.entry(key).or_insert(value);
             }
         }
@@ -65,7 +66,7 @@ fn without_null(schema: &mut Schema) {
 /// Marks an optional key that examples of its object have, since most objects need it.
 pub(super) const SHOWN: &str = "x-shown";
 
-/// What a schema allows; as much of JSON schema as the types of this module come to.
+/// Constraints of a schema; the subset of JSON schema that the types of this module need.
 #[derive(Debug)]
 pub(crate) enum Shape {
     Object(Vec<Field>),
@@ -168,7 +169,7 @@ impl Shape {
         }
     }
 
-    /// Takes out of `node` what does not fit, saying so. Returns whether something is left that fits.
+    /// Removes from `node` the parts that do not fit, with a finding for each. Returns whether any part is left.
     pub(crate) fn fit(&self, node: &mut Node<'_>, path: &Path<'_>, findings: &mut Findings) -> bool {
         if node.is_null() {
             findings.push(Severity::Error, path, Some(node.at), self.no_value(path));
@@ -268,7 +269,7 @@ impl Shape {
     }
 }
 
-/// What a message calls the value at `path`.
+/// Returns the name of the value at `path` in messages.
 fn name(path: &Path<'_>) -> String {
     match path {
         Path::Root => "the configuration".to_owned(),
@@ -318,7 +319,7 @@ fn quoted(example: &str) -> String {
 
 fn fit_object(fields: &[Field], node: &mut Node<'_>, path: &Path<'_>, findings: &mut Findings) -> bool {
     let Value::Map(entries) = &mut node.value else { return false };
-    // What was tried for, under its own name or a misspelt one, is not reported as missing as well.
+    // A key that was written, under its own name or a misspelt one, is not reported as missing as well.
     let mut tried: Vec<&str> = Vec::new();
     let mut damaged = false;
     entries.retain_mut(|(key, value)| {

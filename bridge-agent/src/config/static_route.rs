@@ -254,7 +254,7 @@ impl StaticRoute {
         }
     }
 
-    /// What is wrong with a next hop, after those before it.
+    /// Returns the fault of a next hop, compared with those before it.
     fn problem(&self, hop: &Via, before: &[(IpAddr, Option<&InterfaceName>)]) -> Option<Problem> {
         const NODE: &str = "write the address that the node has on the LAN";
         let (to, via) = (self.to.net(), hop.address());

@@ -18,7 +18,7 @@ const MOST_KEYS: usize = 4096;
 /// How many values aliases may repeat in all, so that a small file cannot ask for all memory.
 const MOST_REPEATED: usize = 1_000_000;
 
-/// Reads one YAML document. What is wrong goes to `findings`; `None` if no tree is left.
+/// Reads one YAML document. Faults go to `findings`; `None` if no tree is left.
 pub(crate) fn parse<'s>(text: &'s str, findings: &mut Findings) -> Option<Node<'s>> {
     let mut documents = documents(text, Documents::One, findings)?;
     if documents.is_empty() {
@@ -101,7 +101,7 @@ impl<'s> Builder<'s, '_> {
             Event::DocumentStart(..) => {
                 self.documents += 1;
                 if self.documents == 2 && self.allowed == Documents::One {
-                    let help = "keep one document to a file: remove this and what follows";
+                    let help = "keep one document to a file: remove this and the rest";
                     self.error(at, Problem::new("a second YAML document begins here", help));
                 }
             }
@@ -153,7 +153,7 @@ impl<'s> Builder<'s, '_> {
     fn alias(&mut self, id: usize, at: Span) {
         // An anchor that is not complete yet would contain itself.
         let Some(target) = self.anchors.get(&id) else {
-            self.error(at, Problem::new("this alias stands inside what it repeats", "spell the value out"));
+            self.error(at, Problem::new("this alias is inside its own anchor", "spell the value out"));
             return self.unusable(at);
         };
         self.repeated += weight(target);

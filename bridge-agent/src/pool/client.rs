@@ -1,4 +1,4 @@
-//! What clients of the pool ask for, and what they are told.
+//! Requests of the pool's clients, and the answers.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -31,7 +31,7 @@ pub struct Client {
     pub netns: Option<u64>,
 }
 
-/// What is asked for.
+/// A request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wish {
     /// Where the client will connect to.
@@ -131,9 +131,9 @@ pub enum ServiceError {
         "{destination} is not a destination of the pool ({networks}); add it to portPool.destinations, or connect without the pool"
     )]
     NotADestination {
-        /// What was asked for.
+        /// The requested destination.
         destination: SocketAddr,
-        /// What there is.
+        /// The networks of the pool.
         networks: String,
     },
     /// See the text.
@@ -168,6 +168,6 @@ fn hint(refusal: Refusal) -> &'static str {
         Refusal::TABLE_FULL => {
             "the pool's tables are full; fewer destinations at once, or a smaller span of ports"
         }
-        _ => "all are in use, or were used by somebody else a moment ago; wait, or enlarge portPool.ports",
+        _ => "all are in use, or were used by another client a moment ago; wait, or enlarge portPool.ports",
     }
 }

@@ -1,4 +1,4 @@
-//! What can go wrong with the pool in the kernel.
+//! Errors of the pool in the kernel.
 
 use std::{io, path::PathBuf};
 
@@ -46,7 +46,7 @@ pub enum KernelPoolError {
     Link {
         /// The pin.
         path: PathBuf,
-        /// What went wrong.
+        /// The reason.
         reason: String,
     },
     /// Another agent works on these pins.

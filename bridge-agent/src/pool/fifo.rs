@@ -1,8 +1,7 @@
 //! The pool for kernels without the hooks (pure): ports are given out and taken back by the agent alone.
 //!
-//! A port that somebody has used goes back to the same owner first; to another one only after `quarantine`, when
-//! conntrack has forgotten it. Among several the one that was given back first is taken first: it had the longest time
-//! to be forgotten by everything else.
+//! A used port goes back to the same owner first; to another one only after `quarantine`, when conntrack has forgotten
+//! it. Among several, the one given back first is taken first: every other table has had the longest time to forget it.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -64,7 +63,7 @@ impl FifoPool {
         Ok(port)
     }
 
-    /// Takes a port back. `false`: nobody had it.
+    /// Takes a port back. `false`: it was not held.
     pub fn release(&mut self, destination: &Destination, port: u16, now: Instant) -> bool {
         let Some(ports) = self.destinations.get_mut(destination) else { return false };
         let Some(owner) = ports.held.remove(&port) else { return false };
@@ -109,7 +108,7 @@ impl FifoPool {
         })
     }
 
-    /// Forgets destinations that nobody has used for the quarantine.
+    /// Forgets destinations that have not been used for the quarantine.
     pub fn sweep(&mut self, now: Instant) {
         let over = |ports: &Ports| {
             let last = ports.oldest.last().map(|(at, ..)| *at);
@@ -242,7 +241,7 @@ mod tests {
                     prop_assert!((61001..=61008).contains(&port));
                     held.push((destination, port));
                 } else {
-                    // All eight are in use, or warm with somebody else.
+                    // All eight are in use, or warm with another owner.
                     let in_use = held.iter().filter(|(d, _)| *d == destination).count();
                     prop_assert!(in_use + pool.destinations[&to(destination)].oldest.len() == 8);
                 }

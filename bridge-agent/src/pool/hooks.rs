@@ -23,8 +23,8 @@ use super::{
 };
 use crate::kernel::bpf::without_signals;
 
-/// The programs of the object, in the order in which they are attached: what releases comes before what claims, so that
-/// no claim goes unseen.
+/// The programs of the object, in the order in which they are attached: those that release come before those that
+/// claim, so that no claim goes unseen.
 pub const PROGRAMS: [&str; 8] = [
     "pool_sock_ops",
     "pool_release",
@@ -36,16 +36,16 @@ pub const PROGRAMS: [&str; 8] = [
     "pool_connect6",
 ];
 
-/// What the names of the control groups of `bridge-agent exec` begin with; directly below the mount.
+/// Prefix of the control groups of `bridge-agent exec`; directly below the mount.
 pub const EXEC_PREFIX: &str = "bridge-exec-";
 
-/// What the names of the directories of pinned links begin with.
+/// Prefix of the directories of pinned links.
 const LINKS_PREFIX: &str = "cgroup-";
 
 /// As [`LINKS_PREFIX`], for control groups of pods that take part because they say so.
 const POD_LINKS_PREFIX: &str = "pod-";
 
-/// What [`KernelPool::set_pods`] did.
+/// Result of [`KernelPool::set_pods`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hooked {
     /// Pods that are hooked now.
@@ -54,14 +54,14 @@ pub struct Hooked {
     pub added: usize,
     /// Hooks that were taken away; those of a group that is gone included.
     pub removed: usize,
-    /// What could not be done.
+    /// The failures.
     pub failures: Vec<String>,
 }
 
 impl KernelPool {
     /// Hooks a control group, given by its path below `mount`, and pins the links: the hooks stay when the agent ends.
     ///
-    /// What an earlier agent hooked is replaced without a gap: for a moment both are there, and the second one finds the
+    /// Hooks of an earlier agent are replaced without a gap: for a moment both are there, and the second one finds the
     /// port already claimed.
     ///
     /// # Errors
@@ -88,8 +88,8 @@ impl KernelPool {
         Ok(())
     }
 
-    /// Hooks these control groups of pods, by UID, and no other pods'. Whoever does not let itself be hooked keeps the others
-    /// from nothing; one that is gone meanwhile is no failure.
+    /// Hooks these control groups of pods, by UID, and no other pods'. A group that cannot be hooked does not affect
+    /// the others; one that has vanished meanwhile is no failure.
     pub fn set_pods(&mut self, groups: &BTreeMap<String, PathBuf>) -> Hooked {
         let mut done = Hooked::default();
         let mut wanted = HashSet::new();

@@ -1,4 +1,4 @@
-//! Loads the hooks of the pool, pins what must outlive the agent, and adopts what is pinned.
+//! Loads the hooks of the pool, pins the objects that must outlive the agent, and adopts pinned ones.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -47,7 +47,7 @@ pub struct KernelPool {
     pub(super) pins: PathBuf,
     /// Directories of links of pods that this agent has hooked.
     pub(super) pods: HashSet<PathBuf>,
-    /// What this agent has pinned.
+    /// Pins of this agent.
     pub(super) kept: PinGuard,
     /// Of the agent; `None` for who joined its pool.
     lock: Option<Lock>,
@@ -82,7 +82,7 @@ impl KernelPool {
         if pinned.is_none() {
             pool.layout.initialise(&pool.tables);
         }
-        // Last: whoever finds a configuration finds all that it speaks of.
+        // Last: a process that finds a configuration finds everything that it refers to.
         pool.write_config()?;
         pool.adopt()?;
         for name in pins::shapes(0).map(|shape| shape.name) {
@@ -159,7 +159,7 @@ impl KernelPool {
         kept.map_err(|error| KernelPoolError::Link { path, reason: error.to_string() })
     }
 
-    /// Pins again what somebody else has removed; how many pins those were. The hooks stay for as long as this process lives.
+    /// Restores removed pins; returns their number. The hooks stay for as long as this process lives.
     ///
     /// # Errors
     /// As of [`datapath::Datapath::restore_pins`].
@@ -176,11 +176,12 @@ impl KernelPool {
         self.kept = PinGuard::default();
     }
 
-    /// Goes over to other ports and settings: what is held stays held, ports that left are not given out again, those that
-    /// are new towards a destination that is in use are found by the sweep.
+    /// Switches to other ports and settings: held ports stay held, ports that left are not given out again, and the
+    /// sweep finds those that are new towards a destination in use.
     ///
     /// # Errors
-    /// [`KernelPoolError::Layout`] and [`KernelPoolError::Cgroup`] before anything was changed; else what the kernel says.
+    /// [`KernelPoolError::Layout`] and [`KernelPoolError::Cgroup`] before anything was changed; else errors of the
+    /// kernel.
     pub fn change(&mut self, settings: &Settings, layout: Layout) -> Result<(), KernelPoolError> {
         let layout = layout.fit_into(&self.layout.config)?;
         self.set_cgroups(&settings.cgroups)?;
@@ -232,7 +233,7 @@ impl KernelPool {
         Ok(())
     }
 
-    /// Puts in order what an earlier agent left: its templates, its grants, slots that it was taking back.
+    /// Repairs the state that an earlier agent left: its templates, its grants, slots that it was taking back.
     fn adopt(&self) -> Result<(), KernelPoolError> {
         self.write_templates();
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
@@ -263,7 +264,7 @@ impl KernelPool {
     }
 
     /// How many ports are held, and how many are warm. Those held are counted at those who hold them, sockets and leases;
-    /// on a kernel that cannot tell, by the claims that are live.
+    /// on a kernel without that count, by the claims that are live.
     ///
     /// # Errors
     /// A system call fails.
@@ -297,7 +298,7 @@ impl KernelPool {
     /// One round of [`super::sweep`].
     ///
     /// # Errors
-    /// [`KernelPoolError::Walk`] if this kernel cannot tell which ports sockets hold: then nothing is done.
+    /// [`KernelPoolError::Walk`] if this kernel cannot list the ports of sockets: then nothing is done.
     pub fn sweep(&mut self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
         // Without the walk nothing is done: marks stay where they are.
         self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
@@ -313,7 +314,7 @@ impl KernelPool {
     /// Every port that a socket holds now, in all network namespaces.
     ///
     /// # Errors
-    /// [`KernelPoolError::Walk`]: this kernel cannot tell.
+    /// [`KernelPoolError::Walk`]: this kernel cannot list them.
     pub fn walk(&self) -> Result<Vec<Lease>, KernelPoolError> {
         let walker = self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
         walker.walk().map_err(|error| KernelPoolError::Walk(error.to_string()))

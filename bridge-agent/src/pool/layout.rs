@@ -13,7 +13,7 @@ const MEMORY_BUDGET: u32 = 64 << 20;
 /// The layout of the pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// What the hooks are told.
+    /// Configuration of the hooks.
     pub config: Config,
     /// Every port of the pool.
     pub ports: PortSet,
@@ -24,9 +24,9 @@ pub struct Layout {
 /// Ports of the pool that something else on the machine uses.
 #[derive(Clone, Debug, Default)]
 pub struct Occupied {
-    /// kube-apiserver's `--service-node-port-range`: kube-proxy redirects what arrives at these ports.
+    /// kube-apiserver's `--service-node-port-range`: kube-proxy redirects packets that arrive at these ports.
     pub node_ports: Option<PortRange>,
-    /// `net.ipv4.ip_local_reserved_ports` without what bridge itself wrote there: promised to somebody else.
+    /// `net.ipv4.ip_local_reserved_ports` without bridge's own entries: reserved for other programs.
     pub reserved: Vec<PortRange>,
 }
 
@@ -51,7 +51,7 @@ pub enum LayoutError {
     /// See the text.
     #[error(
         "the pool in the kernel spans ports {first} to {last}, and ports outside are wanted now; run `bridge-agent down` \
-         and start again to make it anew (established connections live on, their ports are not tracked any more)"
+         and start again to make it again (established connections live on, their ports are not tracked any more)"
     )]
     Span {
         /// Lowest port of the span.
@@ -145,7 +145,7 @@ impl Layout {
         ports
     }
 
-    /// Writes the templates and the bitmap of free slots into words that nobody uses yet.
+    /// Writes the templates and the bitmap of free slots into unused words.
     pub fn initialise(&self, words: &impl Memory) {
         for slot in 0..pool::FIRST_SLOT {
             let (map, ports) = (self.geometry().free(slot), self.template(slot));

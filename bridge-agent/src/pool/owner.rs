@@ -8,7 +8,7 @@ use std::{
 
 use serde::Serialize;
 
-/// What `/proc` tells of a process.
+/// Facts about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Owner {
@@ -27,7 +27,7 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// What is known of a process by its id; gaps stay empty, the process may be gone.
+    /// Returns the facts about a process by its id; fields stay empty if the process has ended.
     #[must_use]
     pub fn of(pid: u32, uid: u32, command: Option<String>) -> Self {
         let proc = Path::new("/proc").join(pid.to_string());

@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{MapError, MapInfo, MapType};
 use bridge_common::pool::{self, Config, Destination, Grant, Granted, Lease, Owner, counter};
 
-/// What a map of the pool must look like.
+/// Required properties of a map of the pool.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Its name, and that of its pin.
@@ -45,11 +45,11 @@ pub enum PinError {
     Different {
         /// The pin.
         path: PathBuf,
-        /// What differs.
+        /// The property that differs.
         field: &'static str,
-        /// What is pinned.
+        /// The pinned value.
         found: u64,
-        /// What is needed.
+        /// The required value.
         wanted: u64,
     },
     /// See the text.
@@ -90,7 +90,7 @@ pub fn shapes(words: u32) -> [Shape; 9] {
     ]
 }
 
-/// What the names of the directories of pools begin with.
+/// Prefix of the directories of pools.
 pub const PREFIX: &str = "pool-";
 
 /// The directory of the pool's pins below a base such as `/sys/fs/bpf/bridge`.
@@ -99,7 +99,7 @@ pub fn directory(base: &Path) -> PathBuf {
     base.join(format!("{PREFIX}{}", pool::ABI_VERSION))
 }
 
-/// What the names of the directories of `bridge-agent exec --ports` begin with: pools for one program each.
+/// Prefix of the directories of `bridge-agent exec --ports`: pools for one program each.
 pub const EXEC_PREFIX: &str = "exec-";
 
 /// Whether a directory below such a base is one of a pool, of this version or another.
@@ -117,7 +117,7 @@ pub fn make_directory(path: &Path) -> Result<(), PinError> {
     fs::create_dir_all(path).map_err(|source| PinError::Directory { path: path.into(), source })
 }
 
-/// Compares a pin with what it must look like. `false`: there is no pin.
+/// Compares a pin with its required properties. `false`: there is no pin.
 ///
 /// # Errors
 /// [`PinError`]: it cannot be read, or is of another shape.

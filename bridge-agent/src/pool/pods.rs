@@ -1,7 +1,7 @@
 //! Pods that take part in the transparent pool because they say so, by an annotation.
 //!
-//! Who says so comes from the cluster; where its processes are, from the names of control groups, which kubelet makes before
-//! a container of the pod starts. A hook on the pod's group is for everything below it, also for what comes later.
+//! The cluster names the pods; the names of control groups, which kubelet makes before a container of the pod starts,
+//! lead to their processes. A hook on the pod's group covers everything below it, also later groups.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,14 +22,14 @@ use super::{attach, backend::Backend, hooks::Hooked, owner, service::Service, ta
 pub const ANNOTATION: &str = "bridge.lan/port-pool";
 /// Its value: connections of the pod to destinations of the pool leave from ports of the pool, without its knowing.
 pub const TRANSPARENT: &str = "transparent";
-/// A static pod's control group bears this annotation's value for its UID.
+/// A static pod's control group has the value of this annotation as its UID.
 pub const CONFIG_HASH: &str = "kubernetes.io/config.hash";
 
 /// UIDs of this node's pods that take part, as in the names of their control groups; `None`: the cluster has not spoken yet,
 /// so those that an earlier agent has hooked stay so.
 pub type OptedIn = Option<BTreeSet<String>>;
 
-/// How long to wait after something went wrong, and between two looks where the kernel tells nothing.
+/// Time to wait after a failure, and between two polls where the kernel sends no notification.
 const AGAIN: Duration = Duration::from_secs(1);
 /// How deep pods are: kubelet's own root, kubepods, quality of service, pod.
 const DEEPEST: usize = 5;
@@ -41,7 +41,7 @@ pub fn opted_in(uid: &str, annotations: &BTreeMap<String, String>) -> Option<Str
     (annotations.get(ANNOTATION).is_some_and(|value| value == TRANSPARENT)).then(|| uid.to_owned())
 }
 
-/// What a directory of the hierarchy is to us, by its name.
+/// Role of a directory of the hierarchy, by its name.
 #[derive(Debug, PartialEq, Eq)]
 enum Kind {
     /// A pod's, with this UID.
@@ -69,7 +69,7 @@ fn scan(root: &Path, mut enter: impl FnMut(&Path)) -> BTreeMap<String, PathBuf> 
     let mut open = vec![(root.to_owned(), 0)];
     while let Some((directory, depth)) = open.pop() {
         enter(&directory);
-        // What is gone meanwhile has no pods.
+        // A directory that has vanished meanwhile has no pods.
         for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
@@ -84,7 +84,7 @@ fn scan(root: &Path, mut enter: impl FnMut(&Path)) -> BTreeMap<String, PathBuf> 
     pods
 }
 
-/// Tells when a directory that may hold pods has changed.
+/// Reports that a directory that may hold pods has changed.
 struct Watch {
     stream: EventStream<[u8; 4096]>,
     watches: Watches,
@@ -96,7 +96,7 @@ impl Watch {
         Ok(Self { watches: stream.watches(), stream })
     }
 
-    /// Twice is once; what is gone is forgotten by the kernel.
+    /// Adding a directory twice has no effect; the kernel forgets a removed one.
     fn add(&mut self, directory: &Path) -> io::Result<()> {
         let mask = WatchMask::CREATE | WatchMask::MOVED_TO | WatchMask::DELETE | WatchMask::ONLYDIR;
         match self.watches.add(directory, mask) {
@@ -109,7 +109,7 @@ impl Watch {
 /// Hooks the control groups of pods that take part as they appear, and unhooks those of pods that do no more, for as long as it
 /// is polled. `root`: below which they are; `None`: the whole hierarchy.
 pub async fn keep(service: Arc<Service>, mut opted: watch::Receiver<OptedIn>, root: Option<PathBuf>) {
-    let mut watch = Watch::open().inspect_err(|error| warn!(%error, "control groups are looked at every second, since inotify cannot tell of them; see fs.inotify.max_user_instances")).ok();
+    let mut watch = Watch::open().inspect_err(|error| warn!(%error, "control groups are polled every second, since inotify cannot watch them; see fs.inotify.max_user_instances")).ok();
     let mut said = None;
     loop {
         let wanted = opted.borrow_and_update().clone();
@@ -135,7 +135,7 @@ pub async fn keep(service: Arc<Service>, mut opted: watch::Receiver<OptedIn>, ro
         }
         tokio::select! {
             changed = opted.changed() => if changed.is_err() {
-                // Nobody can say anything any more, and what was said holds.
+                // The sender is dropped: the last message holds.
                 return;
             },
             () = event(watch.as_mut()) => {}
@@ -153,7 +153,7 @@ async fn event(watch: Option<&mut Watch>) {
     }
 }
 
-/// Brings the hooks to what is wanted; what could not be hooked, with the reason.
+/// Updates the hooks to the wanted pods; returns those that could not be hooked, with the reason.
 async fn look(
     service: &Arc<Service>,
     wanted: &BTreeSet<String>,

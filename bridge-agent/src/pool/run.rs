@@ -27,7 +27,7 @@ use super::{
 };
 use crate::datapath::{self, Pins};
 
-/// How long conntrack remembers a closed TCP connection unless told otherwise (`nf_conntrack_tcp_timeout_time_wait`);
+/// How long conntrack remembers a closed TCP connection by default (`nf_conntrack_tcp_timeout_time_wait`);
 /// also how long the sweep lets a warm port rest.
 pub const REST: Duration = Duration::from_secs(120);
 
@@ -39,7 +39,7 @@ pub(crate) const RESERVED: &str = "pool-reserved-ports";
 pub struct Places {
     /// Directory for pins, on a bpf file system.
     pub pins: PathBuf,
-    /// Directory for what the agent must find again after a crash.
+    /// Directory for state that the agent must find again after a crash.
     pub state: PathBuf,
 }
 
@@ -89,8 +89,8 @@ pub struct Started {
 /// Starts the pool: in the kernel if it can be, else in the agent's memory.
 ///
 /// # Errors
-/// [`StartError`]: the settings cannot be met, here or anywhere. A kernel that lacks something is no error. What was not
-/// there before is not there then.
+/// [`StartError`]: the settings cannot be met, here or anywhere. A kernel that lacks a feature is no error. Nothing new
+/// stays behind.
 pub fn start(object: &[u8], settings: &Settings, places: &Places) -> Result<Started, StartError> {
     let first = !places.is_pinned();
     let result = try_start(object, settings, places);
@@ -126,7 +126,7 @@ fn try_start(object: &[u8], settings: &Settings, places: &Places) -> Result<Star
     Ok(started)
 }
 
-/// The ports that there are, without those that somebody else on this machine has.
+/// Returns the available ports, without those that other programs on this machine use.
 fn plan(settings: &Settings, places: &Places) -> Result<Layout, LayoutError> {
     let reserved = checks::reserved_by_others(&reserved_file(&places.state));
     Layout::plan(settings, &Occupied { node_ports: settings.node_ports, reserved })
@@ -139,9 +139,9 @@ impl fmt::Debug for Started {
 }
 
 impl Started {
-    /// Does what is to be done from time to time, for as long as it is polled; can be had once.
+    /// Performs periodic work for as long as it is polled; available once.
     ///
-    /// `pods` tells whose connections are bound without their knowing, beside those of [`Settings::cgroups`].
+    /// `pods` names the pods whose connections are bound transparently, beside those of [`Settings::cgroups`].
     pub fn keep(&mut self, pods: watch::Receiver<pods::OptedIn>) -> impl Future<Output = ()> + Send + use<> {
         let (service, events) = (Arc::clone(&self.service), self.events.take());
         async move {
@@ -155,7 +155,7 @@ impl Started {
         }
     }
 
-    /// What the pool is asked to be.
+    /// Returns the settings of the pool.
     #[must_use]
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -164,7 +164,7 @@ impl Started {
     /// Goes over to other settings. Ports that are held stay held.
     ///
     /// # Errors
-    /// [`StartError`]; the settings of before are in force again.
+    /// [`StartError`]; the former settings are active again.
     pub fn change(&mut self, settings: &Settings) -> Result<(), StartError> {
         if *settings == self.settings {
             return Ok(());
@@ -173,7 +173,7 @@ impl Started {
         let result = self.apply();
         if let Err(error) = &result {
             self.settings = before;
-            // What could be read before can be read now; a refusal came before anything was changed.
+            // A readable file stays readable; a refusal came before anything was changed.
             if let Err(again) = self.apply() {
                 warn!(%error, %again, "the port pool is between two configurations");
             }
@@ -181,7 +181,7 @@ impl Started {
         result
     }
 
-    /// Takes the pool away, as [`stop`]; whoever is still being served keeps the lock, so that nobody else has it yet.
+    /// Removes the pool, as [`stop`]; requests in progress keep the lock, so that no other process has it yet.
     ///
     /// # Errors
     /// [`StopError::Left`].
@@ -201,10 +201,10 @@ impl Started {
         Ok(())
     }
 
-    /// Sees to what is around the pool: its ports are reserved, connections keep them when they are masqueraded, and
-    /// what spoils it is said.
+    /// Maintains the surroundings of the pool: its ports are reserved, connections keep them when they are masqueraded,
+    /// and faults are reported.
     fn surround(&self, ports: &PortSet) -> Result<(), StartError> {
-        // First the note: what is noted and not reserved does no harm, the other way round nobody would take it back.
+        // First the note: a port noted and not reserved does no harm; the other way round no agent would release it.
         let own = reserved_file(&self.places.state);
         let mut gone: PortSet =
             checks::parse_ranges(&fs::read_to_string(&own).unwrap_or_default()).into_iter().collect();
@@ -348,21 +348,18 @@ async fn sweep(service: Arc<Service>, every: Duration) {
     }
 }
 
-/// Pins again what somebody has removed.
+/// Restores removed pins.
 async fn keep_pinned(service: Arc<Service>) {
     const LOOK: Duration = Duration::from_millis(500);
     let Backend::Kernel(pool) = service.backend() else { return };
     let mut said = None;
     loop {
         tokio::time::sleep(LOOK).await;
-        // Whoever has it now may take a while, and is not to be waited for here.
+        // The present holder may take a while, and must not be waited for here.
         let Ok(mut pool) = pool.try_lock() else { continue };
         let (restored, result) = pool.restore_pins();
         if restored > 0 {
-            warn!(
-                restored,
-                "pins of the port pool were gone, and are back: somebody had removed them, or unmounted them"
-            );
+            warn!(restored, "restored pins of the port pool that another program had removed or unmounted");
         }
         let unpinned = result
             .err()
@@ -377,7 +374,7 @@ async fn keep_pinned(service: Arc<Service>) {
     }
 }
 
-/// Passes on what the hooks report.
+/// Forwards the events of the hooks.
 async fn report(service: Arc<Service>, events: Option<RingBuf<MapData>>) {
     let Some(ring) = events else { return };
     // SAFETY: the ring owns its descriptor, which stays open and the same until the ring goes, together with this.

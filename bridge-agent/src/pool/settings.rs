@@ -1,4 +1,4 @@
-//! What the pool is asked to be.
+//! Settings of the pool.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use crate::{config::Config, model::PortRange};
 
-/// What the pool is asked to be; validated by the configuration.
+/// Settings of the pool; validated by the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     /// The ports of the pool.
@@ -48,7 +48,7 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// What the configuration asks for; `None`: no pool.
+    /// Returns the settings of a configuration; `None`: no pool.
     #[must_use]
     pub fn from_config(config: &Config) -> Option<Self> {
         let pool = config.port_pool.as_ref()?;

@@ -26,14 +26,14 @@ pub struct Summary {
     pub held: u64,
     /// Ports that only the network namespace that used them last may have yet, over all destinations.
     pub warm: u64,
-    /// What the hooks did; all 0 without them.
+    /// Counters of the hooks; all 0 without them.
     pub counters: Counters,
-    /// What the agent did for those who asked it.
+    /// Counters of leases for explicit clients.
     pub leases: Leases,
     /// Pods that take part because they say so.
     #[serde(default)]
     pub pods: Pods,
-    /// What spoils the pool, with the remedy.
+    /// Faults of the pool's surroundings, with the remedy.
     pub warnings: Vec<String>,
 }
 
@@ -47,7 +47,7 @@ pub struct Pods {
     pub waiting: usize,
 }
 
-/// What the hooks did since they were first loaded.
+/// Counters of the hooks since they were first loaded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Counters {
@@ -65,7 +65,7 @@ pub struct Counters {
     pub refusals: Refusals,
 }
 
-/// What the agent did for those who asked it, since it started.
+/// Counters of leases for explicit clients, since the agent started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Leases {
@@ -125,7 +125,7 @@ impl Leases {
 }
 
 impl Summary {
-    /// What a backend says of itself.
+    /// Returns the summary of a backend.
     pub(super) fn of(backend: &Backend) -> Result<Self, KernelPoolError> {
         let layout = backend.layout();
         let Held { held, warm } = backend.held()?;

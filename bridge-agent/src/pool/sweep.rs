@@ -1,12 +1,13 @@
-//! What the agent does in the pool from time to time: warm ports that conntrack has forgotten become free for everybody,
-//! ports that got lost are found, slots that nobody needs are taken back.
+//! Periodic work of the agent in the pool: warm ports that conntrack has forgotten become free for all, lost ports are
+//! found, unused slots are taken back.
 //!
 //! The hooks go on meanwhile. Why nothing is found that is not lost: a port is missing if no socket held it, and then no
 //! place had it free. One that was merely on its way at that moment is held by a socket from then on, or has been given
 //! back since, which leaves a mark. A port is lost only if it is missing twice in a row without that mark.
 //!
-//! A lost port's seat ends with it, if it is known whose it was. Marks are collected before it is looked up who holds what, so
-//! that a mark ends what earlier rounds knew of a port and nothing that this one knows: a port that was given back and then
+//! A lost port's seat ends with it, if its owner is known. Marks are collected before the owners are looked up, so that
+//! a mark ends the knowledge of earlier rounds about a port, and not that of this one: a port that was given back and
+//! then
 //! left the pool with a reload is nowhere as well when it comes back, but its seat has ended.
 
 use std::collections::{HashMap, HashSet};
@@ -18,7 +19,7 @@ use bridge_common::pool::{
 
 use super::Layout;
 
-/// What one round did.
+/// Result of one round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
     /// Warm ports that became free for everybody.
@@ -31,10 +32,10 @@ pub struct Swept {
     pub retired: u32,
 }
 
-/// What one round sees of the pool.
+/// The pool as one round sees it.
 #[derive(Debug)]
 pub struct View<'a> {
-    /// What [`marks`] has collected; before anything else was looked up.
+    /// Marks that [`marks`] collected before any other look-up.
     pub touched: &'a HashSet<(u32, u32)>,
     /// Every port (slot of the destination, index) that a socket or a lease of the agent holds, and the owner's slot;
     /// looked up before the rest.
@@ -45,7 +46,7 @@ pub struct View<'a> {
     pub owners: &'a [(Owner, u32)],
 }
 
-/// How entries are taken out of the tables, and how to wait until no hook works with what it looked up before.
+/// Removes entries from the tables, and waits until no hook works with an earlier look-up.
 pub trait Removal {
     /// Removes a destination.
     fn remove_destination(&self, destination: &Destination);
@@ -57,7 +58,7 @@ pub trait Removal {
     fn grace_period(&self) -> bool;
 }
 
-/// What is remembered from one round to the next.
+/// State from one round to the next.
 #[derive(Debug, Default)]
 pub struct Sweeper {
     missing: HashSet<(u32, u32)>,
@@ -234,7 +235,7 @@ fn retire<T: Tables + Removal>(tables: &T, view: &View<'_>) -> u32 {
     u32::try_from(unused.len()).unwrap_or(u32::MAX)
 }
 
-/// Closes a slot, unless somebody has a seat in it or it is not `idle`.
+/// Closes a slot, unless it has a seat or is not `idle`.
 fn close<T: Tables>(tables: &T, slot: u32, idle: impl Fn() -> bool) -> bool {
     let geometry = tables.geometry();
     if tables.load(geometry.live(slot)) != 0 || !idle() {
@@ -248,7 +249,7 @@ fn close<T: Tables>(tables: &T, slot: u32, idle: impl Fn() -> bool) -> bool {
     false
 }
 
-/// Repairs what an earlier agent left behind: slots that are closed and still in a table, since it ended in the middle of a
+/// Repairs the leftovers of an earlier agent: slots that are closed and still in a table, since it ended in the middle of a
 /// round, and counts of live claims below zero, since it ended seats twice.
 pub fn repair<T: Tables>(
     tables: &T,

@@ -66,7 +66,7 @@ impl Walker {
     /// Every port that a socket holds now.
     ///
     /// # Errors
-    /// A system call fails.
+    /// The walk fails.
     pub fn walk(&self) -> io::Result<Vec<Lease>> {
         let map = [descriptor(self.leases.fd().as_fd()), 0, 0, 0];
         let link = LinkCreate {
@@ -97,12 +97,12 @@ fn descriptor(fd: BorrowedFd<'_>) -> u32 {
 }
 
 fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: both commands read the attributes, of the size said, and what they point to.
+    // SAFETY: both commands read the attributes, of the given size, and the memory that they point to.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else has.
+    // SAFETY: a new descriptor without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -1,4 +1,4 @@
-//! What is said of a wrong configuration: exactly these words, at exactly these places.
+//! Messages about a wrong configuration: exactly these words, at exactly these places.
 
 use insta::assert_snapshot;
 
@@ -360,7 +360,7 @@ fn enforcement_that_contradicts_itself() {
 fn the_api_socket() {
     let long = "x".repeat(120);
     assert_snapshot!(findings(&format!("{MINIMAL}api: {{socket: /{long}, mode: \"0666\", metrics: localhost:9469, group: ''}}\n")).replace(&long, "LONG"), @r#"
-    3:15 /LONG: the path of the socket has 121 bytes; shorten it to 107 bytes, which is what a unix socket's address holds
+    3:15 /LONG: the path of the socket has 121 bytes; shorten it to 107 bytes, the capacity of a unix socket's address
     warning: 3:144 "0666": mode 0666 lets every user of this machine control the agent; write "0660", and `group` for those who may
     3:161 localhost:9469: `localhost:9469` is not an address with a port; write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469
     3:184 '': the group is empty; write a group such as bridge, or remove the key
@@ -422,7 +422,7 @@ fn yaml_that_means_something_else() {
     assert_snapshot!(findings("role: node\n---\nrole: host\n"), @r"
     1:1 role: node: no pod network is given; write the networks of this node's pods, such as `pods: [10.200.1.0/24]` under `networks`, or a `kubernetes` section to learn them from the cluster
     1:1 role: node: no external network is given; write the networks of the LAN hosts, such as `external: [192.168.31.0/24]` under `networks`
-    2:1 ---: a second YAML document begins here; keep one document to a file: remove this and what follows
+    2:1 ---: a second YAML document begins here; keep one document to a file: remove this and the rest
     ");
     assert_snapshot!(findings("role: host\n? [a]\n: b\n"), @r"
     2:3 [a]: a list or mapping cannot be a key; write a name before the colon; quote it if it begins with [ or {
@@ -431,7 +431,7 @@ fn yaml_that_means_something_else() {
     1:13 host: the YAML tag !role means nothing here; remove the tag
     ");
     assert_snapshot!(findings("role: host\napi: &a {<<: *a}\n"), @r"
-    2:14 *a: this alias stands inside what it repeats; spell the value out
+    2:14 *a: this alias is inside its own anchor; spell the value out
     ");
     assert_snapshot!(findings("role: host\napi: &a {mode: '0600'}\npersistence: {<<: *a}\n"), @r"
     3:15 <<: YAML merge keys are not supported; spell the keys out
@@ -482,7 +482,7 @@ fn files_that_cannot_be_read() {
     ");
 }
 
-/// A configuration of one line was told of with a copy of it for each of a thousand findings.
+/// A fault in a configuration of one line was reported with a copy of that line, for each of a thousand findings.
 #[test]
 fn of_a_long_line_only_what_is_around_a_mistake_is_kept() {
     let rules = "{a: b}, ".repeat(9_000);
@@ -490,7 +490,7 @@ fn of_a_long_line_only_what_is_around_a_mistake_is_kept() {
     let errors = parse(&text, Some("bridge.yaml".as_ref())).unwrap_err();
     let longest = errors.0.list.iter().map(|found| format!("{found:?}").len()).max();
     assert!(longest < Some(4096), "{longest:?} bytes for one finding in a file of {}", text.len());
-    // Where it is in the file is told all the same.
+    // The place in the file is reported nevertheless.
     let found = &errors.0.list[900];
     let place = found.place.as_ref().unwrap();
     assert!(place.column > 600, "{}", place.column);

@@ -158,7 +158,7 @@ fn config() -> impl Strategy<Value = Config> {
         })
 }
 
-/// What a mutation puts in: what YAML and the leaves take for something.
+/// Text that a mutation inserts: tokens of YAML and of the leaves.
 const PIECES: &[&str] = &[
     "",
     " ",
@@ -219,7 +219,7 @@ const PIECES: &[&str] = &[
 proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// A valid configuration is accepted, and what `check` prints of it is the same configuration.
+    /// A valid configuration is accepted, and `check` prints the same configuration.
     #[test]
     fn printing_and_reading_back_changes_nothing(config in config()) {
         let yaml = config.to_yaml().unwrap();
@@ -231,7 +231,7 @@ proptest! {
         prop_assert_eq!(&read, &effective);
         prop_assert_eq!(read.effective(), effective.clone(), "filling in defaults is done once");
 
-        // What was filled in is what the left out value stands for.
+        // The value filled in is the default of the omitted one.
         let (policy, filled) = (config.policy(), read.policy());
         for (rule, filled) in policy.rules.iter().zip(&filled.rules) {
             prop_assert_eq!(rule.pods.as_ref().unwrap_or(&policy.pods), filled.pods.as_ref().unwrap());
@@ -241,7 +241,7 @@ proptest! {
         prop_assert_eq!(policy.node_ports, filled.node_ports);
     }
 
-    /// JSON is YAML: what `check --json` prints is a configuration too.
+    /// JSON is YAML: the output of `check --json` is a configuration too.
     #[test]
     fn json_is_read_as_well(config in config()) {
         let json = serde_json::to_string_pretty(&config).unwrap();
@@ -271,7 +271,7 @@ proptest! {
         }
     }
 
-    /// Nor does what is no text at all.
+    /// Nor does input that is no text at all.
     #[test]
     fn nor_do_random_bytes(bytes in vec(any::<u8>(), 0..200)) {
         let _ = parse(&String::from_utf8_lossy(&bytes), None).map_err(|error| error.to_string());
