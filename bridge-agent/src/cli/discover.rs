@@ -166,7 +166,7 @@ impl Listen {
             Err(error) => return Err(error.into()),
         }
         let told = broadcast::Sender::new(1024);
-        let mut happenings = told.subscribe();
+        let mut received = told.subscribe();
         let mut service =
             Service::start(self.setup(&global.config, &global.state_directory().boot())?, told)?;
         let end = interrupted();

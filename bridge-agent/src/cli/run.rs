@@ -30,10 +30,11 @@ impl Run {
         memory::raise_descriptor_limit();
         let pins = Pins::new(&options.pin_root);
         let takes_over = pins.exist_of_any_version() && !pins.exist();
-        let failed = |source| Error::Process { what: "cannot drop capabilities that are not needed", source };
+        let failed =
+            |source| Error::Process { action: "cannot drop capabilities that are not needed", source };
         // Before a second thread exists: capabilities belong to threads.
         capabilities::give_up(takes_over).map_err(failed)?;
-        end_in_time().map_err(|source| Error::Process { what: "cannot listen for signals", source })?;
+        end_in_time().map_err(|source| Error::Process { action: "cannot listen for signals", source })?;
         block_on(serve(&options))
     }
 }
