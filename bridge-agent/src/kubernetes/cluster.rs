@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use super::resources::Condition;
 use crate::config::Rule;
 
 /// Labels of a pod or a namespace, sorted by their keys.
@@ -31,25 +32,29 @@ pub(super) struct Pod {
     pub(super) pool_uid: Option<Box<str>>,
 }
 
-/// A `BridgePolicy`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A `BridgePolicy`. Its conditions do not count in a comparison, since they change nothing.
+#[derive(Clone, Debug, Eq, Serialize, Deserialize)]
 pub(super) struct Policy {
     pub(super) generation: i64,
-    /// Or why it cannot be followed.
-    pub(super) rules: Result<Vec<Rule>, String>,
-    /// What the status says already.
-    pub(super) told: Option<Told>,
+    pub(super) rules: Result<Vec<Rule>, Refusal>,
+    /// The conditions in its status.
+    #[serde(skip)]
+    pub(super) reported: Vec<Condition>,
 }
 
-/// The condition that stands in the status of a policy.
+impl PartialEq for Policy {
+    fn eq(&self, other: &Self) -> bool {
+        (self.generation, &self.rules) == (other.generation, &other.rules)
+    }
+}
+
+/// The reason for which a policy is not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Told {
-    /// Of which generation it speaks.
-    pub(super) generation: i64,
-    /// Whether its rules were accepted.
-    pub(super) accepted: bool,
-    /// Since when they are, or are not; RFC 3339.
-    pub(super) since: String,
+pub(super) struct Refusal {
+    /// The reason of the condition, in CamelCase.
+    pub(super) reason: String,
+    /// The findings, with remedies.
+    pub(super) message: String,
 }
 
 /// A block of Calico.
@@ -88,7 +93,7 @@ impl<T> Default for Table<T> {
 }
 
 impl<T: PartialEq> Table<T> {
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &T)> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &T)> + Clone {
         self.items.iter().map(|(key, value)| (&**key, value))
     }
 
@@ -131,10 +136,11 @@ impl<T: PartialEq> Table<T> {
     pub(super) fn apply(&mut self, key: Box<str>, value: Option<T>) -> bool {
         match value {
             None => self.items.remove(&key).is_some(),
-            Some(value) if self.items.get(&key) == Some(&value) => false,
             Some(value) => {
+                let same = self.items.get(&key) == Some(&value);
+                // Also an equal value may have parts that do not count in a comparison.
                 self.items.insert(key, value);
-                true
+                !same
             }
         }
     }

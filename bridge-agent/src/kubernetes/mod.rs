@@ -7,6 +7,7 @@
 //!
 //! What is in force stays while the API server is away. Until everything has been listed once, nothing is withdrawn.
 
+mod budgets;
 mod cluster;
 mod connect;
 mod engines;
@@ -14,11 +15,13 @@ mod follow;
 mod networks;
 mod objects;
 pub(crate) mod plan;
+mod quarantine;
 mod report;
 pub mod resources;
 pub(crate) mod saved;
 mod schema;
 mod selector;
+mod state;
 mod status;
 mod thread;
 mod watch;

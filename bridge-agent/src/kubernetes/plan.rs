@@ -5,10 +5,13 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use sha2::{Digest as _, Sha256};
 
+use super::budgets::Budgets;
 use super::cluster::Cluster;
 use super::networks::{self, Origin};
-use super::resources::ObservedPolicy;
+use super::quarantine::Quarantine;
+use super::resources::{ObservedPolicy, RefusedPolicy};
 use super::selector;
 use crate::config::{Config, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName};
 use crate::routes::{DesiredRoute, SourceKind};
@@ -26,12 +29,28 @@ pub(crate) struct Planned {
     pub(crate) pool_pods: BTreeSet<String>,
     /// The policies that are in it.
     pub(crate) policies: Vec<ObservedPolicy>,
+    /// The policies that are not, although they exist.
+    pub(crate) refused: Vec<RefusedPolicy>,
+    /// Of all policies that exist.
+    pub(crate) policy_hash: String,
     /// What cannot be followed, and why.
     pub(crate) remarks: Vec<String>,
 }
 
-/// Adds to the configuration file what a cluster says. `node` is the name of this node; LAN hosts have none.
+#[cfg(any(test, fuzzing))]
+/// Adds the cluster to the configuration file. `node` is the name of this node; LAN hosts have none.
 pub(crate) fn plan(file: &Config, cluster: &Cluster, node: Option<&str>) -> Planned {
+    plan_with(file, cluster, node, &mut Budgets::default(), &Quarantine::default())
+}
+
+/// As [`plan`], without the policies in quarantine, and with the budgets of earlier plans.
+pub(super) fn plan_with(
+    file: &Config,
+    cluster: &Cluster,
+    node: Option<&str>,
+    budgets: &mut Budgets,
+    quarantine: &Quarantine,
+) -> Planned {
     let wanted = file.kubernetes.as_ref().map_or(PodNetworks::Auto, |section| section.pod_networks);
     let origin = networks::origin(wanted, cluster);
     let mut planned = Planned {
@@ -44,6 +63,8 @@ pub(crate) fn plan(file: &Config, cluster: &Cluster, node: Option<&str>) -> Plan
             .filter_map(|(_, pod)| Some(pod.pool_uid.as_ref()?.to_string()))
             .collect(),
         policies: Vec::new(),
+        refused: Vec::new(),
+        policy_hash: policy_hash(cluster.policies.iter().map(|(name, policy)| (name, policy.generation))),
         remarks: Vec::new(),
     };
     if file.routes.is_some() {
@@ -52,12 +73,12 @@ pub(crate) fn plan(file: &Config, cluster: &Cluster, node: Option<&str>) -> Plan
     }
     planned.add_networks(cluster);
     if file.role == Role::Node {
-        planned.add_rules(cluster);
+        planned.add_rules(cluster, budgets, quarantine);
     }
     planned
 }
 
-/// So many remarks of one kind are made.
+/// Remarks of one kind; more are not made.
 const REMARKS: usize = 10;
 
 impl Planned {
@@ -97,7 +118,7 @@ impl Planned {
     }
 
     /// Labels become addresses; policies become rules behind those of the file.
-    fn add_rules(&mut self, cluster: &Cluster) {
+    fn add_rules(&mut self, cluster: &Cluster, budgets: &mut Budgets, quarantine: &Quarantine) {
         let external = self.config.networks.external_nets();
         let pods = self.config.networks.pod_nets();
         for rule in &mut self.config.rules {
@@ -105,28 +126,61 @@ impl Planned {
         }
         let mut names: HashSet<String> =
             self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
+        let mut outside = 0;
         for (policy, content) in cluster.policies.iter() {
             let rules = match &content.rules {
                 Ok(rules) => rules,
-                Err(reason) => {
-                    self.remarks.push(format!("policy {policy} is not valid: {reason}"));
+                Err(refusal) => {
+                    self.refused.push(RefusedPolicy::new(policy, content.generation, &refusal.message));
                     continue;
                 }
             };
+            if let Some(reason) = quarantine.reason(policy, content.generation) {
+                self.refused.push(RefusedPolicy::new(policy, content.generation, reason));
+                continue;
+            }
+            let mut resolved = Vec::with_capacity(rules.len());
             for rule in rules {
                 let mut rule = rule.clone();
                 let name = unique(&format!("{policy}.{}", rule.name), &mut names);
                 rule.name = name;
                 resolve(&mut rule, cluster);
-                // What a policy says of networks that this node knows nothing of is for other nodes.
+                // Other nodes may have networks that this node does not judge.
+                let named = rule.external.as_ref().is_some_and(|list| !list.is_empty());
                 restrict(&mut rule.external, &external);
                 restrict(&mut rule.pods, &pods);
-                self.config.rules.push(rule);
+                if named && rule.external.as_ref().is_some_and(Vec::is_empty) {
+                    outside += 1;
+                    if outside <= REMARKS {
+                        self.remarks.push(format!(
+                            "rule {} matches nothing here: its `external` is outside `networks.external` of this node",
+                            rule.name
+                        ));
+                    }
+                }
+                resolved.push(rule);
             }
+            if let Err(exceeded) = budgets.check(policy, &resolved, &self.config) {
+                self.refused.push(RefusedPolicy::new(policy, content.generation, &exceeded.to_string()));
+                continue;
+            }
+            self.config.rules.append(&mut resolved);
             let observed_generation = content.generation;
             self.policies.push(ObservedPolicy { name: policy.to_owned(), observed_generation });
         }
+        budgets.retain(cluster);
     }
+}
+
+/// Hashes names and generations of policies. Agents of all versions come to the same hash.
+pub(super) fn policy_hash<'p>(policies: impl Iterator<Item = (&'p str, i64)>) -> String {
+    let mut hasher = Sha256::new();
+    for (name, generation) in policies {
+        hasher.update(name);
+        hasher.update([0]);
+        hasher.update(generation.to_be_bytes());
+    }
+    hasher.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn host(address: IpAddr) -> IpNet {

@@ -1,4 +1,4 @@
-use super::super::cluster::{Labels, Node, Pod, Policy};
+use super::super::cluster::{Labels, Node, Pod, Policy, Refusal};
 use super::*;
 
 const FILE: &str = r#"role: node
@@ -29,9 +29,9 @@ fn pod(app: &str, address: &str) -> Option<Pod> {
 }
 
 fn policy(rules: &str) -> Option<Policy> {
-    let rules =
-        crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#)).map_err(|error| error.to_string());
-    Some(Policy { generation: 1, rules, told: None })
+    let rules = crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#));
+    let rules = rules.map_err(|error| Refusal { reason: "Invalid".into(), message: error.to_string() });
+    Some(Policy { generation: 1, rules, reported: Vec::new() })
 }
 
 fn cluster() -> Cluster {
@@ -111,7 +111,9 @@ fn a_policy_that_is_not_valid_leaves_the_others_alone() {
     cluster.policies.apply("good".into(), policy(one));
     let planned = with(FILE, &cluster);
     assert_eq!(rules(&planned), "web: [10.200.2.91/32]\ngood.any: all");
-    assert!(planned.remarks[0].starts_with("policy bad is not valid"), "{:?}", planned.remarks);
+    let refused: Vec<&str> = planned.refused.iter().map(|policy| policy.name.as_str()).collect();
+    assert_eq!(refused, ["bad"]);
+    assert!(planned.refused[0].message.contains("the list of rules is empty"), "{:?}", planned.refused);
 }
 
 #[test]

@@ -1,8 +1,12 @@
 //! The custom resources of bridge: `BridgePolicy`, written by an operator, and `BridgeNode`, written by the agent of a
 //! node.
 
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use std::collections::BTreeMap;
+use std::fmt;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+};
 use kube::{CustomResource, CustomResourceExt};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Serialize};
@@ -12,10 +16,14 @@ use crate::config::Rule;
 
 pub use crate::config::GROUP;
 
-/// The condition of a `BridgePolicy` that tells whether its rules can be followed.
+/// The served version.
+pub const VERSION: &str = "v1alpha1";
+/// The condition of a `BridgePolicy` that says whether its rules are valid.
 pub const ACCEPTED: &str = "Accepted";
+/// The condition of a `BridgePolicy` that says whether all nodes enforce it.
+pub const PROGRAMMED: &str = "Programmed";
 
-/// Which flows may be opened between pods and LAN hosts, on every node. A flow that no rule allows is denied; a rule that
+/// The flows that may be opened between pods and LAN hosts, on every node. A flow that no rule allows is denied; a rule that
 /// denies wins over one that allows, whichever policy either is in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, JsonSchema)]
 #[kube(
@@ -26,15 +34,19 @@ pub const ACCEPTED: &str = "Accepted";
     shortname = "bpol",
     category = "bridge",
     status = "BridgePolicyStatus",
-    doc = "Which flows may be opened between the pods of the cluster and the hosts of the LAN.",
+    doc = "The flows that may be opened between the pods of the cluster and the hosts of the LAN.",
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].status"}"#,
-    printcolumn = r#"{"name": "Generation", "type": "integer", "jsonPath": ".metadata.generation"}"#,
-    printcolumn = r#"{"name": "Reason", "type": "string", "priority": 1, "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].message"}"#,
+    printcolumn = r#"{"name": "Programmed", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Programmed\")].status"}"#,
+    printcolumn = r#"{"name": "Nodes", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Programmed\")].message"}"#,
+    printcolumn = r#"{"name": "Generation", "type": "integer", "priority": 1, "jsonPath": ".metadata.generation"}"#,
+    printcolumn = r#"{"name": "Reason", "type": "string", "priority": 1, "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].reason"}"#,
+    printcolumn = r#"{"name": "Message", "type": "string", "priority": 1, "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].message"}"#,
     printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct BridgePolicySpec {
-    /// The rules, as in the configuration file of an agent.
+    /// The rules, as in the configuration file of an agent, such as `[{name: to-api, direction: inbound, external:
+    /// [192.168.31.67/32], podSelector: {matchLabels: {app: api}}, protocol: tcp, ports: [40002]}]`.
     #[schemars(schema_with = "rules")]
     pub rules: Vec<Rule>,
 }
@@ -43,18 +55,49 @@ fn rules(_: &mut SchemaGenerator) -> Schema {
     schema::rules()
 }
 
-/// What the agents make of a policy; each finds the same, and the first one to find it writes it.
+/// The outcome of a policy, written by one of the agents.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BridgePolicyStatus {
-    /// `Accepted`: whether the rules can be followed, and if not, why. A policy that is not accepted allows and denies
-    /// nothing; the others stay in force.
+    /// `Accepted`: whether the rules are valid, with the remedy if not. A policy that is not accepted allows and denies
+    /// nothing; the others stay. `Programmed`: whether all nodes enforce the policy, with their number.
     #[serde(default)]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// What the agent of a node says of itself.
+/// A condition, as the conventions of the Kubernetes API have it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase")]
+#[schemars(extend("required" = ["type", "status", "reason", "message", "lastTransitionTime"]))]
+pub struct Condition {
+    /// The aspect of the object that it is about.
+    #[serde(rename = "type")]
+    #[schemars(extend("maxLength" = 316, "pattern" = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"))]
+    pub kind: String,
+    /// `True`, `False` or `Unknown`.
+    #[schemars(extend("enum" = ["True", "False", "Unknown"]))]
+    pub status: String,
+    /// The `metadata.generation` that it is about.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub observed_generation: i64,
+    /// The reason, for programs.
+    #[schemars(extend("minLength" = 1, "maxLength" = 1024, "pattern" = "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"))]
+    pub reason: String,
+    /// The reason, for people.
+    #[schemars(extend("maxLength" = 32_768))]
+    pub message: String,
+    /// The time of the last change of the status.
+    #[schemars(extend("format" = "date-time"))]
+    pub last_transition_time: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it with a reference")]
+const fn is_zero(number: &i64) -> bool {
+    *number == 0
+}
+
+/// Written by the agent of a node.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, CustomResource, JsonSchema)]
 #[kube(
     group = "bridge.lan",
@@ -64,61 +107,104 @@ pub struct BridgePolicyStatus {
     shortname = "bnode",
     category = "bridge",
     status = "BridgeNodeStatus",
-    doc = "What the agent of a node says of itself; written by the agent, named as the node.",
+    doc = "The report of the agent of a node; has the name of the node.",
     printcolumn = r#"{"name": "Mode", "type": "string", "jsonPath": ".status.mode"}"#,
     printcolumn = r#"{"name": "Engines", "type": "string", "jsonPath": ".status.engines"}"#,
-    printcolumn = r#"{"name": "Current", "type": "boolean", "jsonPath": ".status.current"}"#,
+    printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Ready\")].status"}"#,
+    printcolumn = r#"{"name": "Current", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Current\")].status"}"#,
     printcolumn = r#"{"name": "Policies", "type": "integer", "jsonPath": ".status.policyCount"}"#,
     printcolumn = r#"{"name": "Errors", "type": "integer", "jsonPath": ".status.errorCount"}"#,
     printcolumn = r#"{"name": "Pool", "type": "string", "jsonPath": ".status.pool.use"}"#,
-    printcolumn = r#"{"name": "Generation", "type": "integer", "priority": 1, "jsonPath": ".status.generation"}"#,
-    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+    printcolumn = r#"{"name": "Heartbeat", "type": "date", "jsonPath": ".status.heartbeatTime"}"#,
+    printcolumn = r#"{"name": "Generation", "type": "integer", "priority": 1, "jsonPath": ".status.policyGeneration"}"#,
+    printcolumn = r#"{"name": "Version", "type": "string", "priority": 1, "jsonPath": ".status.version"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "priority": 1, "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 pub struct BridgeNodeSpec {}
 
-/// What is in force on the node.
+/// The state of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BridgeNodeStatus {
     /// Version of the agent.
     pub version: String,
-    /// `enforce`, `audit`, or `none` if nothing is enforced.
+    /// The agent writes the time once a minute. An older time means that the agent is dead or cut off; enforcement stays.
+    #[schemars(extend("format" = "date-time"))]
+    pub heartbeat_time: String,
+    /// `Ready`: the node enforces as its configuration asks. `Current`: it enforces everything that the API server has.
+    /// `DatapathHealthy`: the engines work and agree.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// `enforce`, `audit`, or `none` without an engine.
     pub mode: String,
-    /// The engines that enforce, joined by commas: `ebpf`, `iptables`.
-    pub engines: String,
-    /// Whether everything that the agent has seen of the cluster is in force.
-    pub current: bool,
+    /// The active engines: `ebpf`, `iptables`.
+    #[schemars(extend("x-kubernetes-list-type" = "set"))]
+    pub engines: Vec<String>,
     /// Number of the policy in the data path; grows with each change.
-    pub generation: i64,
-    /// How many policies of the cluster are in force.
+    pub policy_generation: i64,
+    /// Number of enforced policies of the cluster.
     pub policy_count: i64,
-    /// The policies that are in force, each with the generation that is.
-    pub policies: Vec<ObservedPolicy>,
-    /// The interfaces that packets are judged on.
+    /// Hash of name and generation of all policies that the node has applied or refused.
+    pub policy_hash: String,
+    /// Number of refused policies.
+    pub refused_count: i64,
+    /// The first refused policies.
+    pub refused_policies: Vec<RefusedPolicy>,
+    /// The interfaces on which packets are judged.
     pub interfaces: Vec<String>,
-    /// How many pods of this node are known.
+    /// Number of known pods of this node.
     pub pods: i64,
-    /// How many errors there are.
+    /// Number of errors.
     pub error_count: i64,
-    /// What is not as it should be: the first few.
+    /// The first errors.
     pub errors: Vec<String>,
+    /// Facts that are probably not intended.
+    pub remarks: Vec<String>,
     /// The port pool, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolUse>,
 }
 
-/// A policy in force.
+/// An enforced policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ObservedPolicy {
     /// Its name.
     pub name: String,
-    /// `metadata.generation` of what is in force of it.
+    /// The `metadata.generation` that is enforced.
     pub observed_generation: i64,
 }
 
-/// How full the port pool is.
+/// A policy that a node does not enforce.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedPolicy {
+    /// Its name.
+    pub name: String,
+    /// The `metadata.generation` that is refused.
+    pub generation: i64,
+    /// The reason, with the remedy.
+    pub message: String,
+}
+
+/// The longest message of a refused policy in a `BridgeNode`.
+const MAX_MESSAGE: usize = 1024;
+
+impl RefusedPolicy {
+    pub(super) fn new(name: &str, generation: i64, message: &str) -> Self {
+        let message = message[..message.floor_char_boundary(MAX_MESSAGE)].to_owned();
+        Self { name: name.to_owned(), generation, message }
+    }
+}
+
+impl fmt::Display for RefusedPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "policy {} is refused: {}", self.name, self.message)
+    }
+}
+
+/// Use of the port pool.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolUse {
@@ -144,7 +230,26 @@ pub fn objects() -> [CustomResourceDefinition; 2] {
             spec.x_kubernetes_preserve_unknown_fields = Some(true);
         }
     }
-    [policy, BridgeNode::crd()]
+    [policy, BridgeNode::crd()].map(|mut definition| {
+        // The derive macro takes a literal.
+        definition.metadata.name = Some(format!("{}.{GROUP}", definition.spec.names.plural));
+        definition.spec.group = GROUP.to_owned();
+        for version in &mut definition.spec.versions {
+            let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
+            let properties = schema.and_then(|schema| schema.properties.as_mut());
+            properties.and_then(|properties| properties.get_mut("status")).map(without_defaults);
+        }
+        definition
+    })
+}
+
+/// Removes defaults, which are for the reader of a condition, not for its writer.
+fn without_defaults(schema: &mut JSONSchemaProps) {
+    schema.default = None;
+    if let Some(JSONSchemaPropsOrArray::Schema(items)) = &mut schema.items {
+        without_defaults(items);
+    }
+    schema.properties.iter_mut().flat_map(BTreeMap::values_mut).for_each(without_defaults);
 }
 
 /// File name and YAML of each custom resource definition, as they lie in `deploy/kubernetes/crds`.

@@ -85,7 +85,7 @@ impl Saved {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cluster::{Node, Pod};
+    use super::super::cluster::{Node, Pod, Refusal};
     use super::*;
 
     #[test]
@@ -108,12 +108,13 @@ mod tests {
             pool_uid: None,
         };
         cluster.pods.apply("n/c1".into(), Some(pod));
-        let policy = |rules| super::super::cluster::Policy { generation: 1, rules, told: None };
+        let refusal = || Refusal { reason: "Invalid".into(), message: "why".into() };
+        let policy = |rules| super::super::cluster::Policy { generation: 1, rules, reported: Vec::new() };
         let json = r#"{"spec": {"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {"matchLabels": {"app": "api"}}}]}}"#;
         cluster
             .policies
-            .apply("good".into(), Some(policy(crate::config::policy_rules(json).map_err(|_| String::new()))));
-        cluster.policies.apply("bad".into(), Some(policy(Err("why".into()))));
+            .apply("good".into(), Some(policy(crate::config::policy_rules(json).map_err(|_| refusal()))));
+        cluster.policies.apply("bad".into(), Some(policy(Err(refusal()))));
         here.save(&cluster).unwrap();
         assert_eq!(here.load(), Some(cluster));
         assert_eq!(saved("b2", Kubernetes::default()).load(), None);

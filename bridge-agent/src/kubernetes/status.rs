@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::networks::Origin;
 use super::plan::Planned;
-use super::resources::ObservedPolicy;
+use super::resources::{ObservedPolicy, RefusedPolicy};
 
 /// The cluster as it is known, and the way to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,24 +46,28 @@ pub struct KubernetesStatus {
     pub error: Option<String>,
 }
 
-/// What has become of what is known.
+/// The outcome of the last change of the configuration by the cluster.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Applied {
-    /// Whether all that is known was in force, the last time it was looked at.
+    /// Whether the whole cluster as known was applied.
     pub(super) current: bool,
     pub(super) origin: Origin,
     pub(super) policies: Vec<ObservedPolicy>,
+    pub(super) refused: Vec<RefusedPolicy>,
+    /// Of all policies that were applied or refused.
+    pub(super) policy_hash: String,
     pub(super) remarks: Vec<String>,
     pub(super) error: Option<String>,
 }
 
 impl Applied {
-    /// Takes in what has become of what is known.
+    /// Takes in the outcome of a change.
     pub(super) fn take(&mut self, planned: Planned, error: Option<String>, synced: bool) {
         self.current = synced && error.is_none();
-        // What could not be brought into force has left in force what was before.
+        // A change that failed leaves the one before it active.
         if error.is_none() {
             (self.origin, self.policies) = (planned.origin, planned.policies);
+            (self.refused, self.policy_hash) = (planned.refused, planned.policy_hash);
             self.remarks = planned.remarks;
         }
         self.error = error;

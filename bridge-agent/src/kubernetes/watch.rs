@@ -9,8 +9,8 @@ use kube::runtime::watcher::{self, Config, Event, watcher};
 use kube::{Api, Client};
 
 use super::connect::cause;
-use super::follow::State;
 use super::objects::{Followed, key};
+use super::state::State;
 
 /// How long until the first next attempt, and at most.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -67,7 +67,7 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
                 // A watch that goes on where it was broken off says nothing until something happens.
                 if client.apiserver_version().await.is_ok() {
                     (failures, refusals) = (0, 0);
-                    state.works(T::NAME);
+                    state.recovered(T::NAME);
                 }
                 continue;
             };
@@ -82,7 +82,7 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
                 }
                 Some(Ok(event)) => {
                     (failures, refusals, missing_since) = (0, 0, None);
-                    state.works(T::NAME);
+                    state.recovered(T::NAME);
                     take_in::<T>(event, &state);
                     continue;
                 }
@@ -95,9 +95,9 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
                 let gone = *missing_since.get_or_insert_with(Instant::now);
                 if T::table(&mut state.cluster()).len() == 0 || gone.elapsed() > GONE {
                     (failures, refusals) = (0, 0);
-                    state.works(T::NAME);
+                    state.recovered(T::NAME);
                     state.change(|cluster| T::table(cluster).absent());
-                    state.listed(T::NAME);
+                    state.set_listed(T::NAME);
                     tokio::time::sleep(again).await;
                     break;
                 }
@@ -112,7 +112,7 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
             }
             failures += 1;
             refusals = if code(&error) == Some(401) { refusals + 1 } else { 0 };
-            state.fails(T::NAME, reason(&error));
+            state.failed(T::NAME, reason(&error), code(&error).is_some());
             if refusals == REFUSALS {
                 return;
             }
@@ -140,7 +140,7 @@ fn take_in<T: Followed>(event: Event<T>, state: &State) {
         }
     });
     if complete {
-        state.listed(T::NAME);
+        state.set_listed(T::NAME);
     }
 }
 

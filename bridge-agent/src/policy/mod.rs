@@ -5,6 +5,7 @@
 //! lowest index; if none matches, the packet is denied.
 
 mod addresses;
+pub mod budget;
 mod envelope;
 mod intern;
 mod pairs;

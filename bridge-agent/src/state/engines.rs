@@ -92,3 +92,13 @@ pub struct DivergenceStatus {
     /// Denied by eBPF and not compared, because the rules were not read in time.
     pub not_compared: u64,
 }
+
+impl DivergenceStatus {
+    /// Describes the difference between the engines, if there is one.
+    pub(crate) fn summary(&self) -> Option<String> {
+        let by_iptables: u64 = self.denied_by_iptables.values().sum();
+        (by_iptables + self.denied_by_ebpf > 0).then(|| {
+            format!("packets denied by iptables alone: {by_iptables}, by eBPF alone: {}", self.denied_by_ebpf)
+        })
+    }
+}

@@ -195,5 +195,10 @@ fn engines(Inner { status, pool, .. }: &Inner) -> Engines {
         engines.errors.extend(iptables.failure.clone());
     }
     engines.errors.extend(status.enforcement.iter().flat_map(|ebpf| ebpf.remarks.iter().cloned()));
+    engines.unready = status.unready();
+    engines.divergence =
+        status.firewall.as_ref().and_then(|firewall| firewall.divergence.as_ref()?.summary());
+    let trial = status.last_trial.as_ref().filter(|trial| trial.outcome == TrialOutcome::Expired);
+    engines.trial_expired = trial.map(|trial| trial.time.clone());
     engines
 }

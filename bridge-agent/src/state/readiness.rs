@@ -30,6 +30,13 @@ impl Status {
                 cluster.failing.iter().map(|(name, reason)| format!("; {name}: {reason}")).collect();
             reasons.push(format!("kubernetes: not listed yet: {missing}{}", why.concat()));
         }
+        if let Some(cluster) =
+            self.kubernetes.as_ref().filter(|cluster| !cluster.current && cluster.waiting_for.is_empty())
+        {
+            let failing = cluster.failing.iter().map(|(resource, reason)| format!("{resource}: {reason}"));
+            let why: Vec<String> = cluster.error.iter().cloned().chain(failing).collect();
+            reasons.push(format!("kubernetes: the node is behind the cluster: {}", why.join("; ")));
+        }
         let failure = self.firewall.as_ref().and_then(|firewall| firewall.failure.as_ref());
         reasons.extend(failure.map(|failure| format!("iptables: {failure}")));
         reasons
@@ -61,11 +68,17 @@ mod tests {
         assert_eq!(reason(&nothing), "no engine is in force");
         let cluster = |known| {
             let waiting_for = vec!["pods".to_owned()];
-            let kubernetes = Some(KubernetesStatus { known, waiting_for, ..KubernetesStatus::default() });
+            let kubernetes =
+                Some(KubernetesStatus { known, waiting_for, current: false, ..KubernetesStatus::default() });
             Status { kubernetes, ..node(&["external"], 1) }
         };
         assert_eq!(reason(&cluster(false)), "kubernetes: not listed yet: pods");
-        assert_eq!(reason(&cluster(true)), "", "what was known before is in force");
+        assert_eq!(reason(&cluster(true)), "", "the cluster as saved is enforced");
+        let mut behind = cluster(true);
+        if let Some(cluster) = &mut behind.kubernetes {
+            (cluster.waiting_for, cluster.error) = (Vec::new(), Some("too many pairs".to_owned()));
+        }
+        assert_eq!(reason(&behind), "kubernetes: the node is behind the cluster: too many pairs");
         let failure = Some("the rules cannot be read".to_owned());
         let firewall = FirewallStatus { failure, ..serde_json::from_str(r#"{"backend":"nft","repairs":0,"lastRepair":null,"lastRepairTime":null,"failure":null,"divergence":null}"#).unwrap() };
         let broken = Status { firewall: Some(firewall), ..node(&["external"], 1) };

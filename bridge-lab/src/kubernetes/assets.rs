@@ -38,9 +38,15 @@ fn find(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// Where `cargo xtask kube-assets` puts what it builds.
+/// The folder of the programs that `cargo xtask cluster` builds, of the newest version.
 fn built() -> Option<PathBuf> {
     let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
-    Some(cache.join("bridge/kube"))
+    let versions =
+        std::fs::read_dir(cache.join("bridge/cluster")).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let number = |path: &PathBuf| -> Vec<u32> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        name.split('.').filter_map(|part| part.parse().ok()).collect()
+    };
+    versions.max_by_key(number).map(|version| version.join("bin"))
 }

@@ -76,7 +76,7 @@ pub(super) fn write(directory: &Path) -> Result<()> {
             "apiVersion: v1\nkind: Config\ncurrent-context: lab\n\
              clusters: [{{name: lab, cluster: {{server: 'https://{ADDRESS}:{PORT}', certificate-authority: {ca}}}}}]\n\
              users: [{{name: {name}, user: {{tokenFile: {token}}}}}]\n\
-             contexts: [{{name: lab, context: {{cluster: lab, user: {name}}}}}]\n",
+             contexts: [{{name: lab, context: {{cluster: lab, user: {name}, namespace: bridge-system}}}}]\n",
             ca = directory.join("ca.crt").display(),
             name = user.name(),
             token = user.token_file(directory).display(),

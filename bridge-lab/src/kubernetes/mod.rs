@@ -83,8 +83,6 @@ impl ApiServer {
             ("service-cluster-ip-range", "10.96.0.0/16".to_owned()),
             // Nobody makes service accounts for namespaces here: there is no controller manager.
             ("disable-admission-plugins", "ServiceAccount".to_owned()),
-            // What later versions have for good: without it, the second address of everything is dropped.
-            ("feature-gates", "IPv6DualStack=true".to_owned()),
             ("cert-dir", at("")),
             ("audit-policy-file", at("audit.yaml")),
             ("audit-log-path", at("audit.log")),
@@ -221,8 +219,7 @@ impl ApiServer {
 
     /// The definitions and the roles of `deploy/kubernetes`.
     fn install(&self) -> Result<()> {
-        // What this old server does not know of a schema it leaves out.
-        self.kubectl(&["apply", "--validate=false", "-f", &deployed("crds")], "")?;
+        self.kubectl(&["apply", "-f", &deployed("crds")], "")?;
         self.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "")?;
         for file in ["namespace.yaml", "rbac.yaml", "lan-host.yaml"] {
             self.kubectl(&["apply", "-f", &deployed(file)], "")?;

@@ -223,3 +223,45 @@ proptest! {
         prop_assert_eq!(verdict, Some(if expected { "x" } else { "denied" }));
     }
 }
+
+#[test]
+fn the_budget_does_not_underestimate_the_rules_that_are_rendered() {
+    use crate::model::{OnDeny, PortRange};
+    let single = |count: u16| (0..count).map(|index| PortRange { first: index * 2 + 1, last: index * 2 + 1 });
+    let range = |count: u16| (0..count).map(|index| PortRange { first: index * 9 + 1, last: index * 9 + 3 });
+    for (ports, sources, networks) in
+        [(1, 0, 0), (16, 0, 3), (31, 17, 2), (15, 15, 1), (60, 60, 1), (29, 46, 9)]
+    {
+        for mixed in [false, true] {
+            let list =
+                |count: u16| if mixed { range(count).collect() } else { single(count).collect::<Vec<_>>() };
+            let nets = |prefix: &str| {
+                let net = |index: u16| format!("{prefix}.{}/32", index * 2).parse().unwrap();
+                (networks > 0).then(|| (0..networks).map(net).collect::<Vec<IpNet>>())
+            };
+            let rule = Rule {
+                name: "expensive".into(),
+                direction: Direction::Inbound,
+                external: nets("192.168.31"),
+                pods: nets("10.200.1"),
+                protocol: Protocol::Tcp,
+                ports: list(ports),
+                source_ports: list(sources),
+                action: Action::Allow,
+            };
+            let policy = Policy {
+                mode: Mode::Enforce,
+                on_deny: OnDeny::Reject,
+                pods: vec!["10.200.0.0/16".parse().unwrap()],
+                external: vec!["192.168.0.0/16".parse().unwrap()],
+                nodes: Vec::new(),
+                rules: vec![rule.clone()],
+                node_ports: None,
+            };
+            let text = restore_input(&policy, &Options::default(), Family::V4);
+            let rendered = text.lines().filter(|line| line.contains("expensive")).count() as u64;
+            let estimate = crate::policy::budget::lines(&rule);
+            assert!(rendered > 0 && estimate >= rendered, "{estimate} {rendered}: {text}");
+        }
+    }
+}

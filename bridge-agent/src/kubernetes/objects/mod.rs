@@ -15,8 +15,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value as Json;
 
-use super::cluster::{Cluster, Labels, Node, Pod, Policy, Table, Told};
-use super::resources::{ACCEPTED, GROUP};
+use super::cluster::{Cluster, Labels, Node, Pod, Policy, Refusal, Table};
+use super::resources::{Condition, GROUP, RefusedPolicy};
 use crate::pool::pods;
 
 /// An object that the agent follows.
@@ -145,6 +145,37 @@ object! {
     }
     rest
 }
+object! {
+    /// The metadata of a BridgePolicy: the answer to a write, whatever is wrong with the policy.
+    PolicyMeta: GROUP, "v1alpha1", "BridgePolicy", "bridgepolicies", ClusterResourceScope {}
+}
+object! {
+    /// The metadata of a BridgeNode.
+    BridgeNodeMeta: GROUP, "v1alpha1", "BridgeNode", "bridgenodes", ClusterResourceScope {}
+}
+object! {
+    /// The part of a BridgeNode that tells which policies the node applies.
+    BridgeNodeReport: GROUP, "v1alpha1", "BridgeNode", "bridgenodes", ClusterResourceScope {
+        status: NodeReport,
+    }
+}
+
+impl BridgeNodeReport {
+    /// Returns the hash of the policies that the node has applied, and those that it refuses.
+    pub(super) fn into_parts(self) -> (String, Vec<RefusedPolicy>) {
+        (self.status.policy_hash, self.status.refused_policies)
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct NodeReport {
+    #[serde(deserialize_with = "or_default")]
+    policy_hash: String,
+    #[serde(deserialize_with = "or_default")]
+    refused_policies: Vec<RefusedPolicy>,
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct NodeSpec {
@@ -276,16 +307,7 @@ impl Followed for NamespaceObject {
 #[serde(default)]
 struct PolicyStatus {
     #[serde(deserialize_with = "or_default")]
-    conditions: Vec<PolicyCondition>,
-}
-
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
-struct PolicyCondition {
-    r#type: String,
-    status: String,
-    observed_generation: i64,
-    last_transition_time: String,
+    conditions: Vec<Condition>,
 }
 
 impl Followed for PolicyObject {
@@ -294,15 +316,11 @@ impl Followed for PolicyObject {
 
     fn keep(self) -> Option<Policy> {
         let json = Json::Object(self.rest).to_string();
-        let condition = self.status.conditions.into_iter().find(|condition| condition.r#type == ACCEPTED);
         Some(Policy {
             generation: self.metadata.generation.unwrap_or_default(),
-            rules: crate::config::policy_rules(&json).map_err(|errors| one_line(&errors)),
-            told: condition.map(|condition| Told {
-                generation: condition.observed_generation,
-                accepted: condition.status == "True",
-                since: condition.last_transition_time,
-            }),
+            rules: crate::config::policy_rules(&json)
+                .map_err(|errors| Refusal { reason: "Invalid".to_owned(), message: one_line(&errors) }),
+            reported: self.status.conditions,
         })
     }
 
@@ -311,8 +329,10 @@ impl Followed for PolicyObject {
     }
 }
 
-/// So many findings are told in a condition.
+/// The findings in a condition; the others are counted.
 const FINDINGS: usize = 5;
+/// The longest finding in a condition, which may quote a long value.
+const MAX_FINDING: usize = 512;
 
 fn one_line(errors: &crate::config::ConfigErrors) -> String {
     let list = &errors.0.list;
@@ -321,7 +341,8 @@ fn one_line(errors: &crate::config::ConfigErrors) -> String {
         .take(FINDINGS)
         .map(|found| {
             let path = if found.path.is_empty() { "spec" } else { &found.path };
-            format!("{path}: {}; {}", found.message, found.help)
+            let text = format!("{path}: {}; {}", found.message, found.help);
+            text[..text.floor_char_boundary(MAX_FINDING)].to_owned()
         })
         .collect();
     let more = (list.len() + errors.0.left_off).saturating_sub(FINDINGS);
@@ -389,10 +410,10 @@ mod tests {
                            "lastTransitionTime": "2024-01-01T00:00:00Z"}]}}"#,
         );
         let policy = policy.unwrap();
-        let told = policy.told.unwrap();
-        assert_eq!((told.generation, told.accepted), (2, true));
+        let reported = &policy.reported[0];
+        assert_eq!((reported.observed_generation, reported.status.as_str()), (2, "True"));
         assert_eq!(
-            policy.rules.unwrap_err(),
+            policy.rules.unwrap_err().message,
             r#"spec.rules[0].ports[0]: port range `9-1` ends before it begins; write "1-9""#
         );
     }

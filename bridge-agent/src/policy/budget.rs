@@ -1,0 +1,214 @@
+//! The budget of the rules of one author, so that one policy cannot exhaust a node. Pure.
+//!
+//! A policy of the cluster may be written by a tenant. It is compiled by itself within limits that keep the memory and the
+//! time of a node small, whichever engines it runs. See [`check`].
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Error, compile_within};
+use crate::model::{Policy, PortRange, Protocol, Rule};
+
+/// Pairs of address lists, 64 bytes of kernel memory each.
+pub const MAX_PAIRS: u64 = 200_000;
+/// Port intervals computed while compiling: a tenth of a second.
+pub const MAX_INTERVALS: usize = 1 << 20;
+/// Pages of port lookups, 1 KiB of kernel memory each.
+pub const MAX_PAGES: usize = 1 << 13;
+/// iptables rules.
+pub const MAX_LINES: u64 = 20_000;
+/// Ports that one `multiport` match of iptables takes; a range counts twice.
+const MULTIPORT: usize = 15;
+
+/// The cost of a set of rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Pairs of address lists, at most.
+    pub pairs: u64,
+    /// iptables rules.
+    pub lines: u64,
+    /// Pages of port lookups.
+    pub pages: usize,
+}
+
+/// The limit that a set of rules exceeds.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Exceeded {
+    /// Combinations of `external` and `pods`.
+    #[error(
+        "its rules make {pairs} pairs of external and pod networks, and {MAX_PAIRS} are allowed; most come from rule \
+         `{rule}`: write one prefix in place of many addresses, or leave one side out"
+    )]
+    Pairs {
+        /// Of all rules.
+        pairs: u64,
+        /// The most expensive one.
+        rule: String,
+    },
+    /// Rules of iptables.
+    #[error(
+        "its rules need {lines} iptables rules, and {MAX_LINES} are allowed; most come from rule `{rule}`: join its ports \
+         into ranges, its networks into prefixes, or leave sourcePorts out"
+    )]
+    Lines {
+        /// Of all rules.
+        lines: u64,
+        /// The most expensive one.
+        rule: String,
+    },
+    /// Intervals of ports.
+    #[error(
+        "the ports and sourcePorts of {rules} overlap in more than {MAX_INTERVALS} ways: join ports into ranges, or leave \
+         sourcePorts out"
+    )]
+    Intervals {
+        /// The rules that overlap.
+        rules: String,
+    },
+    /// Pages of ports.
+    #[error(
+        "the ports of its rules need {pages} pages of 1 KiB, and {MAX_PAGES} are allowed: join ports into ranges, or leave \
+         sourcePorts out"
+    )]
+    Pages {
+        /// Of all rules.
+        pages: usize,
+    },
+    /// The compiler refuses the rules for another reason.
+    #[error(transparent)]
+    Compile(#[from] std::sync::Arc<Error>),
+}
+
+/// Returns the cost of `policy`, whose rules are those of one author, on a node whose own addresses are `local`.
+///
+/// # Errors
+/// The cost exceeds the budget; the text has the figure and the remedy.
+pub fn check(policy: &Policy, local: &[IpAddr]) -> Result<Cost, Exceeded> {
+    let (pairs, rule) = sum(&policy.rules, pairs);
+    if pairs > MAX_PAIRS {
+        return Err(Exceeded::Pairs { pairs, rule });
+    }
+    let (lines, rule) = sum(&policy.rules, lines);
+    if lines > MAX_LINES {
+        return Err(Exceeded::Lines { lines, rule });
+    }
+    let tables = compile_within(policy, local, MAX_INTERVALS).map_err(|error| match error {
+        Error::TooManyPortRanges { rules } => Exceeded::Intervals { rules },
+        Error::TooManyPages { pages } => Exceeded::Pages { pages },
+        error => Exceeded::Compile(error.into()),
+    })?;
+    let pages = tables.pages.len();
+    if pages > MAX_PAGES {
+        return Err(Exceeded::Pages { pages });
+    }
+    Ok(Cost { pairs, lines, pages })
+}
+
+/// The sum over all rules, and the name of the rule that contributes most.
+fn sum(rules: &[Rule], cost: impl Fn(&Rule) -> u64) -> (u64, String) {
+    let costs = rules.iter().map(|rule| (cost(rule), rule));
+    let most = costs.clone().max_by_key(|(cost, _)| *cost);
+    let total = costs.fold(0_u64, |total, (cost, _)| total.saturating_add(cost));
+    (total, most.map(|(_, rule)| rule.name.clone()).unwrap_or_default())
+}
+
+fn pairs(rule: &Rule) -> u64 {
+    match (&rule.external, &rule.pods) {
+        (Some(external), Some(pods)) => product(&[external.len(), pods.len()]),
+        _ => 0,
+    }
+}
+
+/// The number of iptables rules of one rule, both families together; at least the number that is rendered.
+pub(crate) fn lines(rule: &Rule) -> u64 {
+    let side = |nets: &Option<Vec<IpNet>>, v4: bool| match nets {
+        None => 1,
+        Some(nets) => nets.iter().filter(|net| matches!(net, IpNet::V4(_)) == v4).count(),
+    };
+    let has_ports = !rule.ports.is_empty() || !rule.source_ports.is_empty();
+    let protocols = if rule.protocol == Protocol::Any && has_ports { 3 } else { 1 };
+    let ports = [protocols, lists(&rule.ports), lists(&rule.source_ports)];
+    let family = |v4: bool| product(&[side(&rule.external, v4), side(&rule.pods, v4)]);
+    (family(true) + family(false)).saturating_mul(product(&ports))
+}
+
+/// The number of `multiport` matches that a list of ports takes, at most one more than the renderer needs.
+fn lists(ports: &[PortRange]) -> usize {
+    let slots: usize = ports.iter().map(|range| if range.first == range.last { 1 } else { 2 }).sum();
+    slots.div_ceil(MULTIPORT - 1).max(1)
+}
+
+fn product(factors: &[usize]) -> u64 {
+    factors.iter().fold(1, |product: u64, factor| product.saturating_mul(*factor as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Action, Direction, Mode, OnDeny};
+
+    fn policy(rules: Vec<Rule>) -> Policy {
+        Policy {
+            mode: Mode::Enforce,
+            on_deny: OnDeny::Reject,
+            pods: vec!["10.200.0.0/16".parse().unwrap()],
+            external: vec!["192.168.0.0/16".parse().unwrap()],
+            nodes: Vec::new(),
+            rules,
+            node_ports: None,
+        }
+    }
+
+    fn rule(ports: usize, source_ports: usize, networks: usize) -> Rule {
+        let single = |count: usize| {
+            let port = |index: usize| u16::try_from(index * 2 + 1).unwrap();
+            (0..count).map(|index| PortRange { first: port(index), last: port(index) }).collect()
+        };
+        let nets = |prefix: &str| {
+            let net = |index: usize| format!("{prefix}.{}.{}/32", index / 250, index % 250).parse().unwrap();
+            (networks > 0).then(|| (0..networks).map(net).collect())
+        };
+        Rule {
+            name: "r".into(),
+            direction: Direction::Inbound,
+            external: nets("192.168"),
+            pods: nets("10.200"),
+            protocol: Protocol::Tcp,
+            ports: single(ports),
+            source_ports: single(source_ports),
+            action: Action::Allow,
+        }
+    }
+
+    #[test]
+    fn ordinary_rules_are_within_the_budget() {
+        let cost = check(&policy(vec![rule(60, 1, 40); 4]), &[]).unwrap();
+        assert_eq!((cost.pairs, cost.lines), (6400, 4 * 40 * 40 * 5));
+        check(&policy(vec![rule(1, 0, 0); 4000]), &[]).unwrap();
+    }
+
+    #[test]
+    fn each_kind_of_excess_is_refused_with_its_figure() {
+        let refused = |rules: Vec<Rule>| check(&policy(rules), &[]).unwrap_err().to_string();
+        let lines = refused(vec![rule(60, 60, 40)]);
+        assert!(lines.contains("need 40000 iptables rules, and 20000 are allowed"), "{lines}");
+        let pairs = refused(vec![rule(1, 0, 450)]);
+        assert!(pairs.contains("202500 pairs of external and pod networks, and 200000"), "{pairs}");
+        // One of these stopped all policies of a cluster.
+        let intervals = refused(vec![rule(1500, 1500, 0)]);
+        assert!(intervals.contains("overlap in more than 1048576 ways"), "{intervals}");
+        let pages = refused(
+            (0..600)
+                .map(|index| Rule {
+                    ports: vec![PortRange { first: index + 1, last: index + 1 }],
+                    source_ports: (0..40)
+                        .map(|port| PortRange { first: port * 300 + index, last: port * 300 + index })
+                        .collect(),
+                    ..rule(0, 0, 0)
+                })
+                .collect(),
+        );
+        assert!(pages.contains("pages of 1 KiB") || pages.contains("overlap"), "{pages}");
+    }
+}
