@@ -34,16 +34,16 @@ fn every_manifest_is_in_the_kustomization_and_in_the_namespace() -> Result<()> {
         entries.map(|entry| Ok(format!("{below}{}", entry?.file_name().to_string_lossy()))).collect()
     };
     let mut there: BTreeSet<String> = names("")?.into_iter().chain(names("crds/")?).collect();
-    for other in ["kustomization.yaml", "agent.yaml", "crds", "lan-host-kubeconfig.sh"] {
+    for other in ["kustomization.yaml", "agent.yaml", "crds", "components", "lan-host-kubeconfig.sh"] {
         there.remove(other);
     }
-    // For those who want it.
-    let by_hand = "lan-host-token.yaml".to_owned();
-    ensure!(there.remove(&by_hand) && listed == there, "{listed:?} {there:?}");
-    for name in listed.iter().chain([&by_hand]) {
+    ensure!(listed == there, "{listed:?} {there:?}");
+    for name in &listed {
         for object in objects(name)? {
             let kind = object["kind"].as_str().context("kind")?;
-            let cluster_wide = kind.starts_with("C") && kind != "ConfigMap" || kind == "Namespace";
+            let cluster_wide = kind.starts_with("C") && kind != "ConfigMap"
+                || kind == "Namespace"
+                || kind.starts_with("ValidatingAdmissionPolicy");
             let namespace = object["metadata"]["namespace"].as_str();
             ensure!((namespace == Some("bridge-system")) != cluster_wide, "{name}: {kind} in {namespace:?}");
         }

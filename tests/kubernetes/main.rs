@@ -7,5 +7,7 @@ mod pool;
 mod resources;
 mod rights;
 mod selectors;
+mod status;
 mod support;
+mod table;
 mod trial;

@@ -15,11 +15,12 @@ use crate::support::{
     until_current, until_open, until_routes,
 };
 
+const LEASE_ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces/bridge-system/roles/bridge-agent";
 const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
 
-/// Verb and resource of everything that a role allows.
-fn granted(server: &ApiServer, role: &str) -> Result<BTreeSet<String>> {
-    let role = server.request(User::Admin, "GET", &format!("{ROLES}/{role}"), None)?;
+/// Verb and resource of everything that a role allows; `path` is that of the role.
+fn granted(server: &ApiServer, path: &str) -> Result<BTreeSet<String>> {
+    let role = server.request(User::Admin, "GET", path, None)?;
     let mut rights = BTreeSet::new();
     let list = |value: &Value| -> Vec<String> {
         value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
@@ -42,6 +43,8 @@ fn accounts_may_do_what_agents_do_and_no_more() -> Result<()> {
     server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
     server.run_pod("shop", "c1", lab.c1())?;
     server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+    // For an Event.
+    server.apply(&policy("wrong", "sourcePorts: ['1-9', 5]"))?;
     // Tokens as pods get them, in the place of those that the tests usually use.
     for user in [User::Node, User::Host] {
         server.take_account_token(user)?;
@@ -52,7 +55,10 @@ fn accounts_may_do_what_agents_do_and_no_more() -> Result<()> {
     let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
     until_open(lab.a(), c1.at(Family::V4, OPEN), &node)?;
     for (user, role) in [(User::Node, "bridge-agent"), (User::Host, "bridge-lan-host")] {
-        let granted = granted(&server, role)?;
+        let mut granted = granted(&server, &format!("{ROLES}/{role}"))?;
+        if user == User::Node {
+            granted.extend(self::granted(&server, LEASE_ROLE)?);
+        }
         ensure!(granted.len() > 5, "{granted:?}");
         let done = || server.requests_of(user).unwrap_or_default();
         eventually(DEADLINE, || (done() == granted).then_some(())).with_context(|| {
@@ -68,15 +74,29 @@ fn accounts_may_do_what_agents_do_and_no_more() -> Result<()> {
 #[test]
 fn the_kubeconfig_of_lan_hosts_is_made_by_the_script() -> Result<()> {
     let (lab, server) = cluster()?;
-    // As the controller of tokens fills it, which is not here.
-    server.kubectl(&["apply", "-f", &deployed("lan-host-token.yaml")], "")?;
-    server.fill_token_secret("bridge-lan-host")?;
+    // The controller that makes tokens does not run here.
+    server.fill_token_secret("bridge-system", "bridge-lan-host")?;
     let kubeconfig = lab.directory().join("lan-host.kubeconfig");
     std::fs::write(&kubeconfig, server.run_script(&deployed("lan-host-kubeconfig.sh"))?)?;
     let config = format!("role: host\nkubernetes: {{kubeconfig: {}}}\nroutes: {{}}\n", kubeconfig.display());
     let host = Agent::start(&lab, lab.a(), &config)?;
     until_current(&host)?;
-    until_routes(&lab, &["10.200.1.0/24 via 192.168.31.17", "fd20:1::/64 via fd31::17"])
+    until_routes(&lab, &["10.200.1.0/24 via 192.168.31.17", "fd20:1::/64 via fd31::17"])?;
+
+    // As an overlay with another namespace and a prefix has it.
+    let manifest = std::fs::read_to_string(deployed("lan-host.yaml"))?;
+    server.kubectl(&["delete", "-f", &deployed("lan-host.yaml")], "")?;
+    server.add_namespace("edge", &json!({}))?;
+    server.apply(
+        &manifest.replace("bridge-system", "edge").replace("bridge-lan-host", "site-bridge-lan-host"),
+    )?;
+    server.fill_token_secret("edge", "site-bridge-lan-host")?;
+    let text = server.run_script(&deployed("lan-host-kubeconfig.sh"))?;
+    ensure!(
+        text.contains("current-context: bridge") && text != std::fs::read_to_string(&kubeconfig)?,
+        "{text}"
+    );
+    Ok(())
 }
 
 #[test]
@@ -97,6 +117,16 @@ fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<(
     let status = until(&node, |cluster| cluster["connected"] == false)?;
     let reason = status["failing"]["bridgepolicies"].to_string();
     ensure!(reason.contains("is forbidden") && reason.contains("deploy/kubernetes"), "{status}");
+    ensure!(status["current"] == false, "a policy may have come: {status}");
+    let report = || {
+        let node =
+            server.request(User::Admin, "GET", "/apis/bridge.lan/v1alpha1/bridgenodes/b", None).ok()?;
+        let conditions = node["status"]["conditions"].as_array()?.clone();
+        let current = conditions.into_iter().find(|one| one["type"] == "Current")?;
+        (current["status"] == "False" && node["status"]["errorCount"] != 0).then_some(current)
+    };
+    let current = eventually(DEADLINE, report).context("the BridgeNode says it")?;
+    ensure!(current["reason"] == "WatchRefused" || current["reason"] == "NotListed", "{current}");
     open(a, c1.at(Family::V4, OPEN)).context("not being allowed to see a policy is not its being gone")?;
 
     server.request(User::Admin, "PATCH", &path, Some(&json!({"rules": role["rules"]})))?;

@@ -1,4 +1,4 @@
-//! `cargo xtask crds`: the custom resource definitions, as the agent itself makes them from its types.
+//! `cargo xtask crds`: writes the custom resource definitions and their reference, which the agent makes from its types.
 
 use anyhow::Result;
 
@@ -15,8 +15,11 @@ use crate::{
 pub(crate) fn main() -> Result<()> {
     let ready = setup::ensure(Scope::Build)?;
     build::objects(&ready.ebpf)?;
-    let mut agent = cmd::cargo();
-    agent.args(["run", "--quiet", "--package", "bridge-agent", "--bin", "bridge-agent", "--"]);
-    agent.args(["crds", "--directory", "deploy/kubernetes/crds"]);
-    cmd::run(agent.current_dir(workspace::root()))
+    for target in [["--directory", "deploy/kubernetes/crds"], ["--reference", "docs/kubernetes.md"]] {
+        let mut agent = cmd::cargo();
+        agent.args(["run", "--quiet", "--package", "bridge-agent", "--bin", "bridge-agent", "--"]);
+        agent.arg("crds").args(target);
+        cmd::run(agent.current_dir(workspace::root()))?;
+    }
+    Ok(())
 }

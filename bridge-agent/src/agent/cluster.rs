@@ -65,10 +65,23 @@ impl Agent {
             Some(_) => None,
             None => Some(Follower::start(file, section, self.shared.engines(), self.state.lasting())?),
         };
-        let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
-        let (mut planned, version) = follower.plan(file);
-        let former = term.former().map(|former| follower.plan(former).0.config);
-        self.change(&planned.config, |agent, config| engines(agent, config, term.against(former.as_ref())))?;
+        let (mut planned, version, former) = loop {
+            let there = self.cluster.as_ref().map(|following| &following.follower);
+            let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
+            let (planned, version) = follower.plan(file);
+            let former = term.former().map(|former| follower.plan(former).0.config);
+            let changed = self.change(&planned.config, |agent, config| {
+                engines(agent, config, term.against(former.as_ref()))
+            });
+            let Err(error) = changed else { break (planned, version, former) };
+            // One policy keeps neither the configuration nor the other policies from being applied.
+            let there = self.cluster.as_ref().map(|following| &following.follower);
+            let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
+            if !follower.exclude(&planned, &error.to_string()) {
+                return Err(error);
+            }
+            tracing::warn!(%error, "the policies cannot be applied together; the agent leaves new ones out");
+        };
         let mut follower = match (fresh, self.cluster.take()) {
             (Some(fresh), _) => fresh,
             (None, Some(following)) => following.follower,

@@ -54,7 +54,7 @@ pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
-pub use resource::GROUP;
+pub use resource::{GROUP, check_policy};
 pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
 pub use routes::{Discovery, Health, Routes};
 pub use rules::{MAX_RULES, Rule, RuleName};

@@ -50,6 +50,14 @@ pub(crate) fn policy_rules(json: &str) -> Result<Vec<Rule>, ConfigErrors> {
     }
 }
 
+/// Checks the JSON text of a policy, as `bridge-agent check` and the agent do.
+///
+/// # Errors
+/// The policy is not valid; the errors have paths and remedies.
+pub fn check_policy(json: &str) -> Result<(), ConfigErrors> {
+    policy_rules(json).map(drop)
+}
+
 /// Reads and checks a policy.
 fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
     static SHAPE: LazyLock<Shape> = LazyLock::new(Shape::of::<Document>);

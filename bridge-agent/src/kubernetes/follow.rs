@@ -1,8 +1,8 @@
 //! Follows a cluster for as long as it is wanted, and says what is known of it.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kube::Client;
@@ -47,7 +47,7 @@ pub(crate) struct Follower {
     not_before: Instant,
     /// Borrowed for the time of a plan.
     budgets: Mutex<Budgets>,
-    quarantine: Quarantine,
+    quarantine: Mutex<Quarantine>,
     /// Generation of each refused policy that was logged.
     logged: HashMap<String, i64>,
     _thread: ClusterThread,
@@ -107,7 +107,7 @@ impl Follower {
             applied: None,
             not_before: Instant::now(),
             budgets: Mutex::default(),
-            quarantine: Quarantine::default(),
+            quarantine: Mutex::default(),
             logged: HashMap::new(),
             _thread: thread,
         })
@@ -123,7 +123,7 @@ impl Follower {
         let cluster = self.state.cluster();
         let version = self.state.version();
         let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
-        (plan_with(file, &cluster, self.node.as_deref(), &mut budgets, &self.quarantine), version)
+        (plan_with(file, &cluster, self.node.as_deref(), &mut budgets, &self.quarantine()), version)
     }
 
     /// Whether everything has been listed once: until then nothing may be withdrawn for not being known.
@@ -142,8 +142,8 @@ impl Follower {
     /// Notes the outcome of applying version `version`: success, or an error, after which it is tried again.
     pub(crate) fn done(&mut self, version: u64, planned: Planned, error: Option<String>, took: Duration) {
         let again = match &error {
-            None => self.quarantine.succeeded(&planned.policies, &self.state.cluster()),
-            Some(error) => self.quarantine.failed(&planned.policies, error),
+            None => self.quarantine().succeeded(&planned.policies, &self.state.cluster()),
+            Some(error) => self.exclude(&planned, error),
         };
         let pause = if error.is_some() && !again { RETRY } else { took.max(PAUSE) };
         self.applied = (error.is_none() && !again).then_some(version);
@@ -151,6 +151,16 @@ impl Follower {
         self.log_refused(&planned);
         let synced = self.state.is_synced();
         self.state.set_applied(|applied| applied.take(planned, error, synced));
+    }
+
+    /// Leaves policies out of the next plan because `planned` could not be applied. Returns whether there are any, so that it
+    /// is worth another attempt.
+    pub(crate) fn exclude(&self, planned: &Planned, error: &str) -> bool {
+        self.quarantine().failed(&planned.policies, error)
+    }
+
+    fn quarantine(&self) -> MutexGuard<'_, Quarantine> {
+        self.quarantine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Logs each refused policy once a generation.

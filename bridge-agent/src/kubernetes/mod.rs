@@ -16,6 +16,7 @@ mod networks;
 mod objects;
 pub(crate) mod plan;
 mod quarantine;
+pub mod reference;
 mod report;
 pub mod resources;
 pub(crate) mod saved;

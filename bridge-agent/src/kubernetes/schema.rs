@@ -5,8 +5,11 @@
 //! changing the meaning of a policy before the agent reads it:
 //!
 //! - Unknown keys are preserved, so that the agent can refuse a misspelt one. The API server would drop it.
-//! - Keys may be null, so that a CEL rule can refuse that. The API server would drop the key, and a rule without `external`
+//! - Keys may be null, so that the agent can refuse that. The API server would drop the key, and a rule without `external`
 //!   is for the whole LAN.
+//!
+//! CEL takes a null key for an absent one, and does not see unknown keys. The ValidatingAdmissionPolicy in
+//! `deploy/kubernetes/admission.yaml` sees both, and has the API server refuse them at once.
 //!
 //! See <https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema>.
 
@@ -91,21 +94,13 @@ pub(super) fn rules() -> Schema {
     Schema::try_from(list).expect("an object is a schema")
 }
 
-/// Has an object keep unknown keys and nulls, and refuse nulls by CEL.
-fn strict(schema: &mut Json, mut validations: Vec<Validation>) {
+/// Has an object keep unknown keys and nulls.
+fn strict(schema: &mut Json, validations: Vec<Validation>) {
     let Some(object) = schema.as_object_mut() else { return };
     let required: Vec<Json> = object.get("required").and_then(Json::as_array).cloned().unwrap_or_default();
     if let Some(Json::Object(fields)) = object.get_mut("properties") {
         let optional = fields.iter_mut().filter(|(key, _)| !required.iter().any(|name| name == *key));
-        let nulls: Vec<Validation> = optional
-            .map(|(key, field)| {
-                field["nullable"] = true.into();
-                let rule = format!("!has(self.{key}) || dyn(self.{key}) != null");
-                (rule, format!("`{key}` has no value: write one, or remove the key"))
-            })
-            .collect();
-        // The others take a value for granted.
-        validations.splice(0..0, nulls);
+        optional.for_each(|(_, field)| field["nullable"] = true.into());
     }
     object.insert("x-kubernetes-preserve-unknown-fields".into(), true.into());
     insert_validations(object, validations);

@@ -178,8 +178,8 @@ impl ApiServer {
     }
 
     /// A token of a service account of bridge, as a pod would get it.
-    fn account_token(&self, account: &str) -> Result<String> {
-        let path = format!("/api/v1/namespaces/bridge-system/serviceaccounts/{account}/token");
+    fn account_token(&self, namespace: &str, account: &str) -> Result<String> {
+        let path = format!("/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token");
         let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
         let answer = self.request(User::Admin, "POST", &path, Some(&request))?;
         Ok(answer["status"]["token"].as_str().context("a token")?.to_owned())
@@ -187,16 +187,21 @@ impl ApiServer {
 
     /// Gives `user` the token of its service account in the place of its own.
     pub fn take_account_token(&self, user: User) -> Result<()> {
-        credentials::replace(&self.directory, user, &self.account_token(user.name())?)
+        credentials::replace(&self.directory, user, &self.account_token("bridge-system", user.name())?)
     }
 
     /// Fills the Secret of this name with a token of the account of this name, as kube-controller-manager does.
-    pub fn fill_token_secret(&self, account: &str) -> Result<()> {
-        let data = json!({"stringData": {
-            "token": self.account_token(account)?, "ca.crt": fs::read_to_string(self.directory.join("ca.crt"))?,
-        }});
-        let path = format!("/api/v1/namespaces/bridge-system/secrets/{account}");
-        self.request(User::Admin, "PATCH", &path, Some(&data)).map(drop)
+    pub fn fill_token_secret(&self, namespace: &str, account: &str) -> Result<()> {
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/service-account-token",
+            "metadata": {"name": account, "annotations": {"kubernetes.io/service-account.name": account}},
+            "stringData": {
+                "token": self.account_token(namespace, account)?,
+                "ca.crt": fs::read_to_string(self.directory.join("ca.crt"))?,
+            },
+        });
+        let path = format!("/api/v1/namespaces/{namespace}/secrets");
+        self.request(User::Admin, "POST", &path, Some(&secret)).map(drop)
     }
 
     /// What `user` has asked of resources so far, allowed or not: verb and resource, as `list nodes.` or
@@ -205,9 +210,23 @@ impl ApiServer {
     /// # Errors
     /// The audit log of the server cannot be read.
     pub fn requests_of(&self, user: User) -> Result<BTreeSet<String>> {
+        Ok(self.requests(user)?.into_iter().collect())
+    }
+
+    /// Counts the requests of `user` with this verb and resource.
+    ///
+    /// # Errors
+    /// The audit log of the server cannot be read.
+    pub fn count_requests(&self, user: User, request: &str) -> Result<usize> {
+        Ok(self.requests(user)?.iter().filter(|one| *one == request).count())
+    }
+
+    fn requests(&self, user: User) -> Result<Vec<String>> {
         let log = fs::read_to_string(self.directory.join("audit.log")).context("read the audit log")?;
         let events = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let of_user = events.filter(|event| event["user"]["username"] == user.account());
+        let of_user = events.filter(|event| {
+            event["user"]["username"] == user.account() && event["stage"] != "RequestReceived"
+        });
         let what = |event: Value| {
             let object = &event["objectRef"];
             let part = object["subresource"].as_str().map(|part| format!("/{part}")).unwrap_or_default();
@@ -221,7 +240,7 @@ impl ApiServer {
     fn install(&self) -> Result<()> {
         self.kubectl(&["apply", "-f", &deployed("crds")], "")?;
         self.kubectl(&["wait", "--for=condition=Established", "--timeout=60s", "crd", "--all"], "")?;
-        for file in ["namespace.yaml", "rbac.yaml", "lan-host.yaml"] {
+        for file in ["namespace.yaml", "rbac.yaml", "lan-host.yaml", "admission.yaml"] {
             self.kubectl(&["apply", "-f", &deployed(file)], "")?;
         }
         Ok(())

@@ -9,6 +9,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client};
 
+use super::super::connect::cause;
 use super::super::engines::Engines;
 use super::super::resources::{GROUP, VERSION};
 use super::MANAGER;
@@ -68,7 +69,7 @@ impl Events {
 
     async fn write(&self, kind: &str, name: &str, reason: &str, action: &str, note: &str) {
         let event = Event {
-            metadata: ObjectMeta { generate_name: Some(format!("{name}.")), ..ObjectMeta::default() },
+            metadata: ObjectMeta { generate_name: Some(format!("{name}-")), ..ObjectMeta::default() },
             action: Some(action.to_owned()),
             event_time: Some(MicroTime(Timestamp::now())),
             note: Some(note[..note.floor_char_boundary(MAX_NOTE)].to_owned()),
@@ -85,7 +86,7 @@ impl Events {
             ..Event::default()
         };
         if let Err(error) = self.api.create(&PostParams::default(), &event).await {
-            tracing::debug!(%error, reason, "the agent cannot write an Event");
+            tracing::warn!(error = cause(&error), reason, "the agent cannot write an Event");
         }
     }
 }

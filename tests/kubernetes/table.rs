@@ -1,0 +1,365 @@
+//! Policies that are right, wrong or odd, and the answer to each: refused by the API server, refused by the agent in the
+//! condition `Accepted`, or accepted with nothing dropped. None is accepted though wrong.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::kubernetes::reference;
+use bridge_lab::kubernetes::{ApiServer, User, deployed};
+use bridge_lab::wait::eventually;
+use serde_json::{Value, json};
+
+use crate::support::{DEADLINE, cluster, on_node};
+
+const POLICIES: &str = "/apis/bridge.lan/v1alpha1/bridgepolicies";
+
+/// The answer to an object.
+enum Answer {
+    /// The API server refuses it, with this text.
+    Server(&'static str),
+    /// The admission policy refuses it; without that, the agent, with this text in the condition.
+    Admission(&'static str),
+    /// The agent refuses it, with this text in the condition.
+    Agent(&'static str),
+    /// It is accepted, and stored as it was written.
+    Accepted,
+}
+
+use Answer::{Accepted, Admission, Agent, Server};
+
+const PORTS: &str = "write `ports`, such as ports: [40002]; for all of them: ports: [\"1-65535\"]";
+const NETWORK: &str = "not a network: write ADDRESS/LENGTH with no bits set after LENGTH";
+const ORDER: &str = "a range is \"first-last\", its ends in order";
+const EMPTY: &str = "an empty selector selects everything";
+const PORT: &str = "should match";
+
+/// The keys of a rule beside its name, and the answer.
+const RULES: &[(&str, Answer)] = &[
+    // Right.
+    ("direction: inbound, protocol: tcp, ports: [80]", Accepted),
+    ("direction: inbound, protocol: tcp, ports: [80, '8000-8100', '443']", Accepted),
+    ("direction: outbound, protocol: udp, ports: ['1-65535']", Accepted),
+    ("direction: inbound, protocol: sctp, ports: [1], sourcePorts: ['61001-61100']", Accepted),
+    ("direction: inbound, protocol: icmp", Accepted),
+    ("direction: inbound, protocol: any", Accepted),
+    ("direction: inbound, protocol: any, ports: [53]", Accepted),
+    ("direction: inbound, protocol: any, action: deny", Accepted),
+    (
+        "direction: inbound, protocol: any, external: [192.168.31.0/24, 'fd31::/64', 192.168.31.67/32]",
+        Accepted,
+    ),
+    ("direction: inbound, protocol: any, pods: [10.200.1.0/24]", Accepted),
+    ("direction: inbound, protocol: any, external: [0.0.0.0/0]", Accepted),
+    ("direction: inbound, protocol: any, podSelector: {matchLabels: {app: api}}", Accepted),
+    ("direction: inbound, protocol: any, podSelector: {matchLabels: {app: ''}}", Accepted),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchLabels: {app.kubernetes.io/name: a_b.c-d}}",
+        Accepted,
+    ),
+    ("direction: inbound, protocol: any, namespaceSelector: {matchLabels: {tier: gold}}", Accepted),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: In, values: [b, c]}, {key: d, operator: Exists}]}",
+        Accepted,
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchLabels: {app: api}}, namespaceSelector: {matchExpressions: [{key: a, operator: DoesNotExist}]}",
+        Accepted,
+    ),
+    // Ports that are missing, misspelt or null.
+    ("direction: inbound, protocol: tcp", Server(PORTS)),
+    ("direction: inbound, protocol: udp, sourcePorts: [53]", Server(PORTS)),
+    ("direction: inbound, protocol: sctp", Server(PORTS)),
+    ("direction: inbound, protocol: tcp, port: [80]", Server(PORTS)),
+    ("direction: inbound, protocol: tcp, Ports: [80]", Server(PORTS)),
+    ("direction: inbound, protocol: tcp, ports: null", Server(PORTS)),
+    (
+        "direction: inbound, protocol: tcp, ports: [80], sourcePorts: null",
+        Admission("`sourcePorts` has no value"),
+    ),
+    ("direction: inbound, protocol: any, external: null", Admission("`external` has no value")),
+    ("direction: inbound, protocol: any, pods: null", Admission("`pods` has no value")),
+    ("direction: inbound, protocol: any, podSelector: null", Admission("`podSelector` has no value")),
+    (
+        "direction: inbound, protocol: any, namespaceSelector: null",
+        Admission("`namespaceSelector` has no value"),
+    ),
+    ("direction: inbound, protocol: any, podSelector: {matchLabels: null}", Server(EMPTY)),
+    ("direction: inbound, protocol: any, podSelector: {matchExpressions: null}", Server(EMPTY)),
+    ("direction: inbound, protocol: any, action: null", Server("Unsupported value: null")),
+    ("direction: null, protocol: any", Server("direction")),
+    ("direction: inbound, protocol: null", Server("protocol")),
+    ("direction: inbound, protocol: tcp, ports: [null]", Server("ports[0]")),
+    ("direction: inbound, protocol: any, external: [null]", Server("external[0]")),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchLabels: {app: null}}",
+        Server("at least 1 properties"),
+    ),
+    // Unknown keys.
+    (
+        "direction: inbound, protocol: tcp, ports: [80], sourceports: [53]",
+        Admission("did you mean `sourcePorts`?"),
+    ),
+    (
+        "direction: inbound, protocol: any, podselector: {matchLabels: {a: b}}",
+        Admission("did you mean `podSelector`?"),
+    ),
+    (
+        "direction: inbound, protocol: any, externals: [192.168.31.67/32]",
+        Admission("did you mean `external`?"),
+    ),
+    ("direction: inbound, protocol: any, cidr: [192.168.31.67/32]", Admission("unknown key `cidr`")),
+    ("direction: inbound, protocol: tcp, ports: [80], endPort: 90", Admission("unknown key `endPort`")),
+    ("direction: inbound, protocol: any, podSelector: {matchLabel: {app: api}}", Server(EMPTY)),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchLabel: {app: api}, matchExpressions: [{key: a, operator: Exists}]}",
+        Admission("did you mean `matchLabels`?"),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: Exists, value: b}]}",
+        Admission("did you mean `values`?"),
+    ),
+    // Forms of ports.
+    ("direction: inbound, protocol: tcp, ports: []", Server("at least 1 items")),
+    ("direction: inbound, protocol: tcp, ports: [0]", Server("greater than or equal to 1")),
+    ("direction: inbound, protocol: tcp, ports: [65536]", Server("less than or equal to 65535")),
+    ("direction: inbound, protocol: tcp, ports: [-1]", Server("greater than or equal to 1")),
+    ("direction: inbound, protocol: tcp, ports: ['80:90']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['80,443']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['80 - 90']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['010']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['80-090']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['0x50']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['65536']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['1-65536']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['0-90']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: [http]", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: ['']", Server(PORT)),
+    ("direction: inbound, protocol: tcp, ports: [80.5]", Server("ports[0]")),
+    ("direction: inbound, protocol: tcp, ports: 80", Server("must be of type array")),
+    ("direction: inbound, protocol: tcp, ports: ['90-80']", Server(ORDER)),
+    ("direction: inbound, protocol: tcp, ports: [80], sourcePorts: ['9-1']", Server(ORDER)),
+    ("direction: inbound, protocol: tcp, ports: ['80-90', 85]", Agent("overlaps 80-90")),
+    ("direction: inbound, protocol: tcp, ports: [80, 80]", Agent("in this list twice")),
+    ("direction: inbound, protocol: icmp, ports: [80]", Server("ICMP has no ports")),
+    ("direction: inbound, protocol: icmp, sourcePorts: [80]", Server("ICMP has no ports")),
+    // Forms of networks.
+    ("direction: inbound, protocol: any, external: []", Server("at least 1 items")),
+    ("direction: inbound, protocol: any, external: [192.168.31.67]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: [192.168.31.67/24]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: [192.168.31.300/24]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: [192.168.031.067/32]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: [192.168.31.0/024]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: [10.0.0.0/33]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: ['fd31::1/64']", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: ['::ffff:10.0.0.0/104']", Server(NETWORK)),
+    ("direction: inbound, protocol: any, pods: ['10.0.0.0/8 ']", Server(NETWORK)),
+    ("direction: inbound, protocol: any, pods: [lan]", Server(NETWORK)),
+    (
+        "direction: inbound, protocol: any, external: [192.168.31.67/32], pods: ['fd20:1::/64']",
+        Agent("its external side is IPv4 only, its pods IPv6 only"),
+    ),
+    // Selectors.
+    ("direction: inbound, protocol: any, podSelector: {}", Server(EMPTY)),
+    ("direction: inbound, protocol: any, namespaceSelector: {}", Server(EMPTY)),
+    ("direction: inbound, protocol: any, podSelector: {matchLabels: {}}", Server("at least 1 properties")),
+    ("direction: inbound, protocol: any, podSelector: {matchExpressions: []}", Server("at least 1 items")),
+    (
+        "direction: inbound, protocol: any, pods: [10.200.1.0/24], podSelector: {matchLabels: {a: b}}",
+        Server("keep one: `pods`"),
+    ),
+    (
+        "direction: inbound, protocol: any, pods: [10.200.1.0/24], namespaceSelector: {matchLabels: {a: b}}",
+        Server("keep one: `pods`"),
+    ),
+    ("direction: inbound, protocol: any, podSelector: {matchLabels: {app: 'not a label!'}}", Server(PORT)),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchLabels: {'not a key!': x}}",
+        Agent("is not a label key"),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: '', operator: NotIn, values: [a]}]}",
+        Server(PORT),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: In}]}",
+        Server("In and NotIn need `values`"),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}",
+        Server("Exists and DoesNotExist take none"),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: Gt, values: ['1']}]}",
+        Server("Unsupported value: \"Gt\""),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: In, values: [' b']}]}",
+        Server(PORT),
+    ),
+    (
+        "direction: inbound, protocol: any, podSelector: {matchExpressions: [{key: a, operator: In, values: null}]}",
+        Server("In and NotIn need `values`"),
+    ),
+    // The rest.
+    ("direction: sideways, protocol: tcp, ports: [80]", Server("Unsupported value: \"sideways\"")),
+    ("protocol: tcp, ports: [80]", Server("direction: Required value")),
+    ("direction: inbound", Server("protocol: Required value")),
+    ("direction: inbound, protocol: TCP, ports: [80]", Server("Unsupported value: \"TCP\"")),
+    ("direction: inbound, protocol: 6, ports: [80]", Server("must be of type string")),
+    ("direction: inbound, protocol: any, action: permit", Server("Unsupported value: \"permit\"")),
+];
+
+/// Other keys of an object, and the answer.
+const OBJECTS: &[(&str, Answer)] = &[
+    ("spec: {}", Server("spec.rules: Required value")),
+    ("spec: {rules: null}", Server("spec.rules")),
+    ("spec: {rules: []}", Server("at least 1 items")),
+    ("{}", Server("spec: Required value")),
+    ("spec: {rule: [{name: r, direction: inbound, protocol: any}]}", Server("spec.rules: Required value")),
+    ("spec: {rules: [{direction: inbound, protocol: any}]}", Server("name")),
+    ("spec: {rules: [{name: 'a b', direction: inbound, protocol: any}]}", Server(PORT)),
+    (
+        "spec: {rules: [{name: a, direction: inbound, protocol: any}, {name: a, direction: outbound, protocol: any}]}",
+        Server("Duplicate value"),
+    ),
+    (
+        "spec: {rules: [{name: a, direction: inbound, protocol: any}], mode: audit}",
+        Admission("unknown key `mode`"),
+    ),
+    (
+        "mode: audit\nspec: {rules: [{name: a, direction: inbound, protocol: any}]}",
+        Admission("unknown key `mode`"),
+    ),
+];
+
+fn object(name: &str, keys: &str) -> Result<Value> {
+    let mut object: Value = serde_saphyr::from_str(keys).with_context(|| keys.to_owned())?;
+    object["apiVersion"] = "bridge.lan/v1alpha1".into();
+    object["kind"] = "BridgePolicy".into();
+    object["metadata"] = json!({ "name": name });
+    Ok(object)
+}
+
+/// Creates an object without a client that would look at the schema, and returns the complaint of the API server.
+fn create(server: &ApiServer, object: &Value) -> Option<String> {
+    let error = format!("{:#}", server.request(User::Admin, "POST", POLICIES, Some(object)).err()?);
+    let status = error.find('{').and_then(|at| serde_json::from_str::<Value>(&error[at..]).ok());
+    Some(status.and_then(|status| Some(status["message"].as_str()?.to_owned())).unwrap_or(error))
+}
+
+#[test]
+fn every_object_is_refused_with_its_remedy_or_means_what_it_says() -> Result<()> {
+    let (lab, server) = cluster()?;
+    // With it, the agent sees no misspelt key.
+    server.kubectl(&["delete", "-f", &deployed("admission.yaml")], "")?;
+    let node = on_node(&lab, &server)?;
+    let rules =
+        RULES.iter().map(|(keys, answer)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), answer));
+    let objects = OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer));
+    let mut wrong = Vec::new();
+    let mut stored = BTreeMap::new();
+    for (number, (keys, answer)) in rules.chain(objects).enumerate() {
+        let name = format!("p{number}");
+        let object = object(&name, &keys)?;
+        match (create(&server, &object), answer) {
+            (Some(said), Server(expected)) if said.contains(expected) => {}
+            (Some(said), Server(expected)) => wrong.push(format!("{keys}: wanted {expected:?}: {said}")),
+            (Some(said), _) => wrong.push(format!("{keys}: the API server refuses it: {said}")),
+            (None, Server(expected)) => wrong.push(format!("{keys}: accepted, wanted {expected:?}")),
+            (None, Admission(_) | Agent(_) | Accepted) => drop(stored.insert(name, (keys, object, answer))),
+        }
+    }
+    for (name, (keys, object, answer)) in &stored {
+        let path = format!("{POLICIES}/{name}");
+        let policy = eventually(DEADLINE, || {
+            let policy = server.request(User::Admin, "GET", &path, None).ok()?;
+            policy["status"]["conditions"].is_array().then_some(policy)
+        });
+        let policy = policy.with_context(|| format!("{keys}: no condition:\n{}", node.log()))?;
+        let conditions = policy["status"]["conditions"].as_array().context("conditions")?;
+        let accepted = conditions.iter().find(|one| one["type"] == "Accepted").context("Accepted")?;
+        let message = accepted["message"].as_str().unwrap_or_default();
+        match answer {
+            Agent(expected) | Admission(expected)
+                if accepted["status"] == "False" && message.contains(expected) => {}
+            Accepted if accepted["status"] == "True" => {
+                // Defaults are added, nothing is dropped or changed.
+                let mut spec = object["spec"].clone();
+                for rule in spec["rules"].as_array_mut().into_iter().flatten() {
+                    if rule.get("action").is_none() {
+                        rule["action"] = "allow".into();
+                    }
+                }
+                if policy["spec"] != spec {
+                    wrong.push(format!("{keys}: stored as {}", policy["spec"]));
+                }
+            }
+            _ => wrong.push(format!("{keys}: {accepted}")),
+        }
+    }
+    ensure!(stored.len() > 20, "{}", stored.len());
+    ensure!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), RULES.len() + OBJECTS.len(), wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
+fn the_admission_policy_refuses_unknown_and_empty_keys_at_once() -> Result<()> {
+    let (_lab, server) = cluster()?;
+    let unknown = object("first", "spec: {rules: [{name: r, direction: inbound, protocol: any, cidr: []}]}")?;
+    // The API server takes some time to read it.
+    eventually(DEADLINE, || {
+        let said = create(&server, &unknown);
+        if said.is_none() {
+            server.delete(&format!("{POLICIES}/first")).ok()?;
+        }
+        said
+    })
+    .context("the admission policy is active")?;
+    let mut wrong = Vec::new();
+    let rules =
+        RULES.iter().map(|(keys, answer)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), answer));
+    let objects = OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer));
+    for (number, (keys, answer)) in rules.chain(objects).enumerate() {
+        let said = create(&server, &object(&format!("p{number}"), &keys)?);
+        match (answer, said) {
+            (Admission(_), Some(said)) if said.contains("unknown key") || said.contains("no value") => {}
+            (Admission(_), said) => wrong.push(format!("{keys}: {said:?}")),
+            (Accepted, Some(said)) => wrong.push(format!("{keys}: {said}")),
+            _ => {}
+        }
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    // The largest policy that the schema takes is not too expensive.
+    let rule = |number: usize| {
+        json!({
+            "name": format!("rule-{number}"), "direction": "inbound", "protocol": "tcp", "ports": [number + 1],
+            "sourcePorts": ["1024-65535"], "external": ["192.168.31.0/24"], "action": "deny",
+            "podSelector": {"matchLabels": {"app": "api"}}, "namespaceSelector": {"matchLabels": {"tier": "gold"}},
+        })
+    };
+    let mut large = object("large", "spec: {rules: []}")?;
+    large["spec"]["rules"] = (0..4096).map(rule).collect();
+    ensure!(create(&server, &large).is_none(), "{:?}", create(&server, &large));
+    large["spec"]["rules"].as_array_mut().context("rules")?.push(rule(4096));
+    let said = create(&server, &large).unwrap_or_default();
+    ensure!(said.contains("at most 4096 items"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn the_examples_of_the_reference_are_accepted() -> Result<()> {
+    let (_lab, server) = cluster()?;
+    for (number, (path, example)) in reference::EXAMPLES.iter().enumerate() {
+        let mut rule: Value = serde_saphyr::from_str(reference::RULE)?;
+        let keys: Value = serde_saphyr::from_str(example).with_context(|| (*example).to_owned())?;
+        for (key, value) in keys.as_object().context("keys of a rule")? {
+            rule[key] = value.clone();
+        }
+        let mut policy = object(&format!("example-{number}"), "spec: {rules: []}")?;
+        policy["spec"]["rules"] = json!([rule]);
+        ensure!(create(&server, &policy).is_none(), "{path}: {example}: {:?}", create(&server, &policy));
+        let checked = bridge_agent::config::check_policy(&policy.to_string());
+        ensure!(checked.is_ok(), "{path}: {example}: {checked:?}");
+    }
+    Ok(())
+}
