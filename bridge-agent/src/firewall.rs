@@ -1,6 +1,6 @@
 //! The same rules in the kernel's own firewall, beside eBPF or instead of it.
 //!
-//! A driver makes a plan from a policy and what it observed (pure), applies it, and verifies what became of it.
+//! A driver plans from a policy and the observed rules (pure), applies the plan, and verifies the result.
 
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
@@ -27,42 +27,41 @@ impl AddAssign for Hits {
 
 /// A driver of a packet filter.
 pub trait Firewall {
-    /// Why something could not be done, and what to do about it.
+    /// A failure, with a remedy.
     type Error: std::error::Error + Send + Sync + 'static;
-    /// What stands in the kernel, own and foreign.
+    /// The rules in the kernel, own and foreign.
     type Observed;
-    /// What turns the observed into the desired state.
+    /// The operations from the observed to the desired state.
     type Plan;
 
-    /// Reads back what stands in the kernel, and changes nothing.
+    /// Reads the rules in the kernel, and changes nothing.
     ///
     /// # Errors
     /// If the kernel's rules cannot be read.
     fn observe(&self) -> Result<Self::Observed, Self::Error>;
 
-    /// What has to be done for `policy` to hold. Pure.
+    /// Plans the change to `policy`. Pure.
     fn plan(&self, policy: &Policy, observed: &Self::Observed) -> Self::Plan;
 
-    /// Does it. A part that the kernel refuses leaves the rules of before in force.
+    /// Applies a plan. A part that the kernel refuses leaves the previous rules in place.
     ///
     /// # Errors
     /// If a rule is refused, a lock is held too long, a program is missing.
     fn apply(&mut self, plan: &Self::Plan) -> Result<(), Self::Error>;
 
-    /// Reads back what became of `policy`, and keeps it to compare later states with.
+    /// Reads back the rules of `policy`, and keeps them to compare later states with.
     ///
     /// # Errors
-    /// If what stands there is not what was planned.
+    /// The rules are not as planned.
     fn verify(&mut self, policy: &Policy) -> Result<(), Self::Error>;
 
-    /// The first thing found that another program did to the rules since [`Firewall::verify`], in words, with what
-    /// was observed.
+    /// Describes the first change that another program made since [`Firewall::verify`], with the observed rules.
     ///
     /// # Errors
     /// If the kernel's rules cannot be read.
     fn drift(&self) -> Result<Option<(String, Self::Observed)>, Self::Error>;
 
-    /// Puts the rules where the system finds them at boot.
+    /// Saves the rules for the next boot.
     ///
     /// # Errors
     /// If a file cannot be read or replaced.
@@ -74,12 +73,12 @@ pub trait Firewall {
     /// If the kernel's rules cannot be read.
     fn hits(&self) -> Result<BTreeMap<String, Hits>, Self::Error>;
 
-    /// Removes everything of bridge's, from the kernel and from saved files, and goes on after an error.
-    /// Returns what remains, in words.
+    /// Removes the rules of bridge from the kernel and from saved files, and continues after an error.
+    /// Returns the remains.
     fn teardown(&mut self) -> Remains<Self::Error>;
 
-    /// Observes, plans, applies and verifies: afterwards `policy` holds. Whoever writes over the rules in that moment is
-    /// outdone; whoever does so time and again is not.
+    /// Observes, plans, applies and verifies: afterwards `policy` holds. Repeats if another program overwrites the rules
+    /// meanwhile, a few times.
     ///
     /// # Errors
     /// Those of the steps.
@@ -97,12 +96,12 @@ pub trait Firewall {
     }
 }
 
-/// What a teardown could not take away.
+/// The remains of a teardown.
 #[derive(Debug)]
 pub struct Remains<E> {
-    /// What remains for a reason, in words.
+    /// Remains that have a reason.
     pub notes: Vec<String>,
-    /// What failed.
+    /// Failures.
     pub errors: Vec<E>,
 }
 

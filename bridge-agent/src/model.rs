@@ -153,3 +153,34 @@ pub struct NodePorts {
     /// The ports inside `range` that the LAN may use; TCP, UDP and SCTP alike.
     pub allow: Vec<PortRange>,
 }
+
+/// The surroundings of a node by interface, as its links and routes show them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Topology {
+    /// Interfaces towards [`Policy::external`].
+    pub external: Vec<String>,
+    /// Interfaces that lead to the pods of this node: names, or prefixes of names that end in `+`.
+    pub internal: Vec<String>,
+    /// Pods of other nodes, by the interface that leads to them.
+    pub remote: Vec<RemotePods>,
+    /// Tunnels that end here.
+    pub tunnels: Vec<Tunnel>,
+}
+
+/// Pods of other nodes behind one interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemotePods {
+    /// The interface.
+    pub interface: String,
+    /// Prefixes routed by it.
+    pub pods: Vec<IpNet>,
+}
+
+/// The outer packets of a tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Tunnel {
+    /// VXLAN or Geneve: UDP to this port.
+    Udp(u16),
+    /// IPIP, GRE: this IP protocol.
+    Protocol(u8),
+}

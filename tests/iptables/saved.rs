@@ -28,7 +28,7 @@ fn a_restore_of_the_file_alone_gives_the_same_chains() {
 
             // As a reboot would.
             for program in ["iptables", "ip6tables"] {
-                for table in ["filter", "mangle"] {
+                for table in ["raw", "mangle", "filter"] {
                     host.run(&format!("{program} -t {table} -F"));
                     host.run(&format!("{program} -t {table} -X"));
                 }

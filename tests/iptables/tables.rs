@@ -69,10 +69,16 @@ fn a_second_converge_keeps_the_jumps_and_replaces_the_rest() {
         let smaller = Policy { node_ports: None, ..policy() };
         firewall.converge(&smaller).expect("converge");
         assert!(!host.dump().contains("NODEPORT"), "chains that are not wanted any more go");
-        let v4 = Policy { external: policy().external[..1].to_vec(), ..smaller };
+        let v4 = of_v4(&smaller);
         firewall.converge(&v4).expect("converge");
         assert!(!host.run("ip6tables-save").contains("BRIDGE"), "nothing is in scope over IPv6");
     });
+}
+
+/// The policy without its IPv6 networks.
+fn of_v4(policy: &Policy) -> Policy {
+    let v4 = |nets: &[ipnet::IpNet]| nets.iter().filter(|net| net.addr().is_ipv4()).copied().collect();
+    Policy { pods: v4(&policy.pods), external: v4(&policy.external), ..policy.clone() }
 }
 
 #[test]
@@ -122,7 +128,9 @@ fn teardown_leaves_the_tables_as_they_were() {
                 Backend::Nft => first,
                 // Tables of x_tables cannot be removed: they stay, empty, and that is said.
                 Backend::Legacy => {
-                    for table in ["IPv4 table mangle", "IPv6 table mangle"] {
+                    for table in
+                        ["IPv4 table raw", "IPv6 table raw", "IPv4 table mangle", "IPv6 table mangle"]
+                    {
                         assert!(
                             remains.notes.iter().any(|note| note.starts_with(table)),
                             "{:?}",
@@ -254,7 +262,7 @@ fn a_missing_program_is_told_when_it_is_needed() {
                 matches!(&error, Error::ProgramMissing { program } if program.starts_with("ip6tables")),
                 "{error}"
             );
-            let v4 = Policy { external: policy().external[..1].to_vec(), ..policy() };
+            let v4 = of_v4(&policy());
             firewall.converge(&v4).expect("the policy has no IPv6");
             assert!(firewall.teardown().errors.is_empty());
         });

@@ -1,16 +1,23 @@
 //! The iptables engine as the run loop keeps it: started, updated and taken down with the configuration.
 
-use std::num::NonZeroU32;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    num::NonZeroU32,
+};
 
 use super::divergence::{self, Reporter};
 use crate::{
     config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
+    conntrack,
     datapath::{Maps, Verdict},
+    interfaces::{Observer, Selection},
     iptables::{
         self, Error, Iptables, Programs,
         render::Options,
         save::Saving,
-        watch::{self, Guard},
+        watch::{self, Guard, Surveyor},
     },
     kernel::time,
     model::Policy,
@@ -36,10 +43,12 @@ pub(super) struct InForce {
     settings: Settings,
 }
 
-/// All of the configuration but the policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// All of the configuration but the rules.
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Settings {
     scope: Scope,
+    /// Which interfaces lead where.
+    selection: Selection,
     save: Save,
     section: config::Iptables,
 }
@@ -51,18 +60,41 @@ impl Settings {
         self.save == Save::Auto && !on_trial
     }
 
-    const fn of(config: &Config) -> Self {
-        let Enforcement { scope, iptables: section, .. } = config.enforcement;
-        Self { scope, save: config.persistence.save, section }
+    fn of(config: &Config) -> Self {
+        let Enforcement { scope, iptables: section, interfaces, .. } = &config.enforcement;
+        let policy = config.policy();
+        let selection = Selection {
+            external: interfaces.external.clone(),
+            internal: interfaces.internal.clone(),
+            external_networks: policy.external,
+            pod_networks: policy.pods,
+        };
+        Self { scope: *scope, selection, save: config.persistence.save, section: *section }
     }
 
-    fn driver(self, on_trial: bool) -> iptables::Config {
-        let Self { scope, section, .. } = self;
+    /// Returns a reader of the interfaces in the network namespace of this thread.
+    fn surveyor(&self) -> io::Result<Surveyor> {
+        let mut observer = Observer::open()?;
+        let selection = self.selection.clone();
+        // Routes to pods are wanted, also where the interfaces are named.
+        let by_route = Selection { internal: Vec::new(), ..selection.clone() };
+        let mut hosted = BTreeMap::new();
+        Ok(Box::new(move || {
+            let snapshot = observer.snapshot(&by_route)?;
+            let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot));
+            forget_pods(&before, &hosted);
+            Ok(selection.topology(&snapshot))
+        }))
+    }
+
+    fn driver(&self, on_trial: bool) -> iptables::Config {
+        let section = self.section;
         iptables::Config {
             options: Options {
-                scope,
+                scope: self.scope,
                 mark: section.mark.get(),
                 log_per_second: NonZeroU32::new(section.log_rate),
+                ..Options::default()
             },
             programs: Programs { lock_wait: section.lock_wait.duration(), ..Programs::default() },
             backend: match section.backend {
@@ -72,6 +104,25 @@ impl Settings {
             },
             saving: Saving { enabled: self.saves(on_trial), ..Saving::default() },
         }
+    }
+}
+
+/// Deletes the connections of pods that have gone from conntrack: their addresses may soon be those of others.
+fn forget_pods(before: &BTreeMap<IpAddr, u32>, now: &BTreeMap<IpAddr, u32>) {
+    let gone: BTreeSet<IpAddr> = before
+        .iter()
+        .filter(|(address, interface)| now.get(address) != Some(interface))
+        .map(|(address, _)| *address)
+        .collect();
+    if gone.is_empty() {
+        return;
+    }
+    match conntrack::forget(&gone) {
+        Ok(connections) => {
+            tracing::debug!(pods = gone.len(), connections, "conntrack forgets pods that have gone")
+        }
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+        Err(error) => tracing::warn!(%error, "connections of pods that have gone stay in conntrack"),
     }
 }
 
@@ -97,7 +148,10 @@ impl PacketFilter {
     ) -> Result<Self, Error> {
         let firewall = Iptables::new(settings.driver(on_trial))?;
         let backend = firewall.choice().backend.name().to_owned();
-        let guard = Guard::start(firewall, policy)?.after(before);
+        let surveyor = settings
+            .surveyor()
+            .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
+        let guard = Guard::start_with(firewall, policy, Some(surveyor))?.after(before);
         tracing::info!(backend, "iptables rules active");
         Ok(Self { guard, backend, settings, compares: false, reporter: Reporter::default() })
     }
@@ -118,18 +172,18 @@ impl PacketFilter {
     }
 
     /// With another driver.
-    fn replace(&mut self, settings: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
+    fn replace(&mut self, next: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
         // It would take the new driver's changes for damage.
         self.guard.stop();
         let before = watch::Status { failure: None, ..self.guard.status() };
-        let Self { guard, backend, .. } = Self::enforce(settings, policy, before, on_trial)?;
-        (self.guard, self.backend, self.settings) = (guard, backend, settings);
+        let Self { guard, backend, .. } = Self::enforce(next.clone(), policy, before, on_trial)?;
+        (self.guard, self.backend, self.settings) = (guard, backend, next);
         Ok(())
     }
 
     /// Returns the active state, for a roll-back.
     pub(super) fn in_force(&self) -> InForce {
-        InForce { policy: self.guard.policy(), settings: self.settings }
+        InForce { policy: self.guard.policy(), settings: self.settings.clone() }
     }
 
     /// Rolls back to a former state.

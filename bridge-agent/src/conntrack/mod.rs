@@ -2,6 +2,7 @@
 //! none of them: conntrack entries become entries of the flow table.
 
 mod ctnetlink;
+mod forget;
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -13,6 +14,7 @@ use bridge_common::filter::{
 use ipnet::IpNet;
 
 pub use ctnetlink::for_each;
+pub use forget::forget;
 
 use crate::policy::Tables;
 

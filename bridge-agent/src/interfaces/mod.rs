@@ -1,8 +1,9 @@
 //! Which interfaces lead to the LAN and which to pods: by name, or by where the routes go.
 //!
-//! Choosing is a pure function of what the kernel says ([`Snapshot`]); reading and watching that are thin.
+//! Choosing is a pure function of a [`Snapshot`]; reading and watching the kernel are thin.
 
 mod observe;
+mod topology;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,6 +18,7 @@ pub use observe::{Observer, Watch};
 use crate::{
     config::InterfacePattern,
     datapath::{Role, Target},
+    model::Tunnel,
 };
 
 /// How interfaces are chosen.
@@ -41,28 +43,30 @@ pub struct Link {
     pub kind: u16,
     /// Whether it is a loopback.
     pub loopback: bool,
-    /// What is behind it.
+    /// The kind of device.
     pub device: Device,
     /// Whether its other end is in another network namespace.
     pub reaches_out: bool,
     /// Whether packets that leave by it wait for nothing: it has no queueing discipline.
     pub unqueued: bool,
+    /// The outer packets, if it is a tunnel.
+    pub tunnel: Option<Tunnel>,
 }
 
-/// What is behind an interface, as far as the fast path must know.
+/// The kind of device, as far as the fast path must know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// Something that packets change in, or that may send them elsewhere than their addresses say.
+    /// A device that changes packets, or may send them elsewhere than their addresses say.
     #[default]
     Other,
-    /// A network card, or what passes Ethernet frames on as they are.
+    /// A network card, or a device that passes Ethernet frames on unchanged.
     Ethernet,
     /// One end of a veth pair.
     Veth,
 }
 
 impl Link {
-    /// What the interface allows of the fast path: bits of [`ability`].
+    /// Returns the abilities of the interface for the fast path: bits of [`ability`].
     fn fast_path(&self) -> u32 {
         let through = ability::INPUT | ability::OUTPUT;
         match self.device {
@@ -83,7 +87,7 @@ pub struct Route {
     pub hops: Vec<(u32, bool)>,
 }
 
-/// What the kernel says of interfaces, at one moment.
+/// Links, addresses and routes at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// By index.
@@ -94,12 +98,12 @@ pub struct Snapshot {
     pub routes: Vec<Route>,
 }
 
-/// What was chosen.
+/// The chosen interfaces.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chosen {
     /// The interfaces, each once, by index.
     pub targets: Vec<Target>,
-    /// What the operator should know: names that nothing bears, interfaces that cannot be judged on.
+    /// Warnings: missing interfaces, and interfaces whose packets cannot be judged.
     pub remarks: Vec<String>,
 }
 
@@ -110,7 +114,7 @@ impl Selection {
         self.external.is_empty() || self.internal.is_empty()
     }
 
-    /// Whether a route to `to` can change what is chosen.
+    /// Returns whether a route to `to` can change the choice.
     #[must_use]
     pub fn concerns(&self, to: IpNet) -> bool {
         let overlaps = |networks: &[IpNet]| networks.iter().any(|net| net.contains(&to) || to.contains(net));
@@ -168,9 +172,9 @@ fn by_name(patterns: &[InterfacePattern], snapshot: &Snapshot, remarks: &mut Vec
     let mut indexes = BTreeSet::new();
     for pattern in patterns {
         let before = indexes.len();
-        let bearing = snapshot.links.iter().filter(|(_, link)| !link.loopback && pattern.matches(&link.name));
-        indexes.extend(bearing.map(|(index, _)| *index));
-        // What a pattern stands for may be yet to come.
+        let named = snapshot.links.iter().filter(|(_, link)| !link.loopback && pattern.matches(&link.name));
+        indexes.extend(named.map(|(index, _)| *index));
+        // Interfaces that match a pattern may appear later.
         if indexes.len() == before && !pattern.as_str().contains('*') {
             remarks.push(format!(
                 "there is no interface {} yet: it is attached when it appears",
@@ -234,7 +238,9 @@ mod tests {
                 let kind = if name == "wg0" { libc::ARPHRD_NONE } else { libc::ARPHRD_ETHER };
                 let device = if name.starts_with("cali") { Device::Veth } else { Device::Ethernet };
                 let (loopback, name) = (name == "lo", name.into());
-                (index, Link { name, kind, loopback, device, reaches_out: true, unqueued: true })
+                let link =
+                    Link { name, kind, loopback, device, reaches_out: true, unqueued: true, tunnel: None };
+                (index, link)
             })
             .collect();
         let routes = routes
@@ -296,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_judged_is_told() {
+    fn unusable_interfaces_are_reported() {
         let selection =
             Selection { external: vec![serde_json::from_value("eth9".into()).unwrap()], ..selection() };
         let chosen = selection.choose(&snapshot(&[]));

@@ -1,4 +1,4 @@
-//! Interfaces of the kernel, read and watched through rtnetlink(7).
+//! Reads and watches interfaces through rtnetlink(7).
 
 use std::{io, net::IpAddr};
 
@@ -6,12 +6,12 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
-    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{InfoData, InfoGeneve, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 
 use super::{Device, Link, Route, Selection, Snapshot};
-use crate::kernel::netlink;
+use crate::{kernel::netlink, model::Tunnel};
 
 /// How often something that changed while it was read is read again.
 const ATTEMPTS: usize = 10;
@@ -32,11 +32,11 @@ impl Observer {
         Ok(Self { route: netlink::Route::open()? })
     }
 
-    /// Reads the part that `selection` needs.
+    /// Reads the part that matters to `selection`.
     ///
     /// # Errors
     ///
-    /// Error of the kernel.
+    /// Those of the kernel.
     pub fn snapshot(&mut self, selection: &Selection) -> io::Result<Snapshot> {
         let mut snapshot = Snapshot::default();
         for message in self.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
@@ -75,13 +75,13 @@ impl Observer {
     }
 }
 
-/// Reports that a [`Snapshot`] may have changed.
+/// Reports when a [`Snapshot`] may have changed.
 #[derive(Debug)]
 pub struct Watch(netlink::Watch);
 
 impl Watch {
-    /// Of the network namespace of this thread, inside a tokio runtime. Open it before the first snapshot is read:
-    /// then nothing is missed.
+    /// Of the network namespace of this thread, inside a tokio runtime. Open it before the first snapshot is read,
+    /// so that no change is missed.
     ///
     /// # Errors
     ///
@@ -126,7 +126,8 @@ fn link_of(message: &LinkMessage) -> Option<(u32, Link)> {
         .iter()
         .any(|attribute| matches!(attribute, LinkAttribute::Qdisc(qdisc) if qdisc == "noqueue"));
     let device = device_of(message);
-    Some((message.header.index, Link { name, kind, loopback, device, reaches_out, unqueued }))
+    let tunnel = tunnel_of(message);
+    Some((message.header.index, Link { name, kind, loopback, device, reaches_out, unqueued, tunnel }))
 }
 
 fn device_of(message: &LinkMessage) -> Device {
@@ -147,7 +148,29 @@ fn device_of(message: &LinkMessage) -> Device {
     }
 }
 
-/// Addresses of link scope, and of the loopback, are not routed destinations.
+fn tunnel_of(message: &LinkMessage) -> Option<Tunnel> {
+    const IPIP: u8 = 4;
+    const GRE: u8 = 47;
+    let infos = message.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(infos) => Some(infos),
+        _ => None,
+    })?;
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Data(InfoData::Vxlan(data)) => data.iter().find_map(|data| match data {
+            InfoVxlan::Port(port) => Some(Tunnel::Udp(*port)),
+            _ => None,
+        }),
+        LinkInfo::Data(InfoData::Geneve(data)) => data.iter().find_map(|data| match data {
+            InfoGeneve::Port(port) => Some(Tunnel::Udp(*port)),
+            _ => None,
+        }),
+        LinkInfo::Kind(InfoKind::IpIp) => Some(Tunnel::Protocol(IPIP)),
+        LinkInfo::Kind(InfoKind::GreTun | InfoKind::GreTap) => Some(Tunnel::Protocol(GRE)),
+        _ => None,
+    })
+}
+
+/// Returns an address that other hosts can send to: not one of a link alone or of the loopback.
 fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     let mut address = None;
     for attribute in &message.attributes {

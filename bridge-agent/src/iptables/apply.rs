@@ -1,4 +1,4 @@
-//! Giving a plan to iptables-restore, and finding out which rule it does not like.
+//! Runs iptables-restore, and finds the rule that it refuses.
 
 use std::process::Output;
 
@@ -64,7 +64,7 @@ fn explain(programs: &Programs, program: &str, restore: &Restore, output: &Outpu
     }
 }
 
-/// What both programs may say of any table.
+/// Remarks of both programs about any table.
 fn common(programs: &Programs, program: &str, restore: &Restore, said: &str) -> Option<Error> {
     let program = program.to_owned();
     if said.contains("xtables lock") {
@@ -87,7 +87,7 @@ fn line_number(said: &str) -> Option<usize> {
     })
 }
 
-/// What the program said, without its name, its usage and empty lines.
+/// Returns the complaint of the program, without its name, its usage and empty lines.
 fn reason(said: &str) -> String {
     let lines = said.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("Try `"));
     let lines = lines

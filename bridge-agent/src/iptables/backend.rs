@@ -5,25 +5,25 @@ use super::kernel;
 use super::programs::{Backend, Programs};
 use super::ruleset::Family;
 
-/// What was chosen, and what the operator should know about the choice.
+/// The chosen back end, and a warning for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
-    /// Where bridge's rules go.
+    /// The back end for the rules of bridge.
     pub backend: Backend,
     /// Rules in the other back end, with a remedy.
     pub warning: Option<String>,
 }
 
-/// What stands in one back end.
+/// The rules in one back end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Rules of others, and built-in chains that do not accept.
     pub foreign: usize,
-    /// Whether the kubelet left the chain there by which it tells what it uses.
+    /// Whether the kubelet has left its hint chain there.
     pub kubelet: bool,
 }
 
-/// Looks at both back ends; `wanted` is what the operator asked for, if anything.
+/// Chooses a back end; `wanted` is the choice of the operator, if there is one.
 ///
 /// # Errors
 /// If no back end can be used.

@@ -2,11 +2,11 @@
 //!
 //! eBPF judges first, at the interface, so the two kinds are counted in different ways:
 //!
-//! - **iptables denied** what eBPF had let through: the counters of the rules that deny, since what eBPF denies does not
-//!   come as far. Exact, but for packets between the reading of a chain and its replacement by a reload or a repair.
+//! - **iptables denied** packets that eBPF had let through: the counters of the rules that deny, since packets that eBPF
+//!   denies do not come this far. Exact, but for packets between the reading of a chain and its replacement by a reload or a repair.
 //!   In audit mode every packet comes to iptables, so nothing is counted.
-//! - **eBPF denied** what iptables would have let through: iptables never sees it. The events of eBPF tell of denied
-//!   packets; each that is the first of its flow is followed through the chains as they then stand in the kernel.
+//! - **eBPF denied** packets that iptables would have let through: iptables never sees them. The events of eBPF report
+//!   denied packets; each that is the first of its flow is followed through the chains as they then stand in the kernel.
 //!   A lower bound: events are rate-limited, and no more than a twentieth of the time is spent on following them.
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,7 +22,7 @@ use super::walk::Packet;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Divergence {
     /// Packets that iptables denied though eBPF had let them through, by the name of the rule: `bridge:...`, or `rule`
-    /// for those of the configuration, or `foreign` for one that somebody added to bridge's chains.
+    /// for those of the configuration, or `foreign` for one that another program added to bridge's chains.
     pub denied_by_iptables: BTreeMap<String, u64>,
     /// Packets that eBPF denied though iptables would have let them through, at the least.
     pub denied_by_ebpf: u64,
@@ -31,24 +31,24 @@ pub struct Divergence {
     /// Packets that eBPF denied and that were held against the rules of iptables.
     pub compared: u64,
     /// Packets that eBPF denied and that could not be held against iptables: too many at a time, or a rule that
-    /// somebody else wrote and that is not understood.
+    /// another program wrote and that is not understood.
     pub not_compared: u64,
 }
 
-/// What each rule that denies had counted when it was last read.
+/// The counter of each rule that denies, as last read.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     read: BTreeMap<(Family, Table), HashMap<String, u64>>,
 }
 
 impl Counters {
-    /// Whatever was counted so far does not count.
+    /// Ignores everything counted so far.
     pub(super) fn begin(&mut self, tables: &BTreeMap<(Family, Table), ObservedTable>) {
         self.read.clear();
         self.count(tables, &mut BTreeMap::new());
     }
 
-    /// Adds what was counted since the tables were last read.
+    /// Adds the packets counted since the tables were last read.
     pub(super) fn count(
         &mut self,
         tables: &BTreeMap<(Family, Table), ObservedTable>,
@@ -56,12 +56,12 @@ impl Counters {
     ) {
         for (key, there) in tables {
             let mut now: HashMap<String, (&str, u64)> = HashMap::new();
-            for (id, cause, packets) in denials(key.1, there) {
+            for (id, cause, packets) in denials(there) {
                 now.entry(id).or_insert((cause, 0)).1 += packets;
             }
             let before = self.read.entry(*key).or_default();
             for (id, (cause, packets)) in &now {
-                // Somebody may have set the counter to zero.
+                // Another program may have set the counter to zero.
                 let known = before.get(id).copied().filter(|known| known <= packets).unwrap_or_default();
                 if *packets > known {
                     *sums.entry((*cause).to_owned()).or_default() += packets - known;
@@ -71,7 +71,7 @@ impl Counters {
         }
     }
 
-    /// Chains were written anew: their counters begin at zero.
+    /// Notes that chains were rewritten: their counters begin at zero.
     pub(super) fn rewritten(&mut self, chains: &Rewritten) {
         for (key, chains) in chains {
             if let Some(read) = self.read.get_mut(key) {
@@ -81,16 +81,14 @@ impl Counters {
     }
 }
 
-/// Rules of own chains that deny: what tells each from the others, why it denies, how many packets it denied.
-fn denials(table: Table, there: &ObservedTable) -> impl Iterator<Item = (String, &str, u64)> {
-    // What ends in BRIDGE-DENY was counted on its way there.
+/// Returns the rules of own chains that deny: an identifier, the reason, and the number of packets.
+fn denials(there: &ObservedTable) -> impl Iterator<Item = (String, &str, u64)> {
+    // Packets that end in BRIDGE-DENY were counted on their way there.
     let chains = there.chains.iter().filter(|chain| is_own(&chain.name) && chain.name != DENY);
     chains.flat_map(move |chain| {
         chain.rules.iter().filter_map(move |rule| {
             let denies = matches!(target(&rule.rule), Some("DROP" | "REJECT" | DENY));
             let cause = match comment(&rule.rule) {
-                // A packet that was marked in mangle, and counted there.
-                Some("bridge:nodeport-denied") if table == Table::Filter => return None,
                 // Not eBPF's business: `scope: strict` is for iptables alone.
                 Some("bridge:strict") => return None,
                 Some(own) if own.starts_with("bridge:") => own,
@@ -107,13 +105,13 @@ mod tests {
     use super::super::observe::parse;
     use super::*;
 
-    const SAVE: &str = "*filter\n:FORWARD ACCEPT [0:0]\n:BRIDGE-INBOUND - [0:0]\n:BRIDGE-DENY - [0:0]\n\
+    const SAVE: &str = "*filter\n:FORWARD ACCEPT [0:0]\n:BRIDGE-INBOUND - [0:0]\n:BRIDGE-NODEPORT-NEW - [0:0]\n:BRIDGE-DENY - [0:0]\n\
         [9:9] -A FORWARD -j DROP\n\
         [4:4] -A BRIDGE-INBOUND -m conntrack --ctstate INVALID -m comment --comment \"bridge:invalid\" -j DROP\n\
         [2:2] -A BRIDGE-INBOUND -m comment --comment \"bridge:strict\" -g BRIDGE-DENY\n\
         [7:7] -A BRIDGE-INBOUND -m comment --comment no-ssh -g BRIDGE-DENY\n\
         [8:8] -A BRIDGE-INBOUND -m comment --comment ping -j RETURN\n\
-        [11:11] -A BRIDGE-INBOUND -m comment --comment \"bridge:nodeport-denied\" -g BRIDGE-DENY\n\
+        [11:11] -A BRIDGE-NODEPORT-NEW -m comment --comment \"bridge:nodeport-denied\" -g BRIDGE-DENY\n\
         [3:3] -A BRIDGE-INBOUND -m comment --comment \"bridge:no-rule\" -g BRIDGE-DENY\n\
         [12:12] -A BRIDGE-DENY -m comment --comment \"bridge:deny\" -j DROP\nCOMMIT\n";
 
@@ -129,7 +127,15 @@ mod tests {
     fn every_packet_that_was_denied_counts_once() {
         let mut seen = BTreeMap::new();
         Counters::default().count(&tables(SAVE), &mut seen);
-        assert_eq!(seen, sums(&[("bridge:invalid", 4), ("rule", 7), ("bridge:no-rule", 3)]));
+        assert_eq!(
+            seen,
+            sums(&[
+                ("bridge:invalid", 4),
+                ("bridge:nodeport-denied", 11),
+                ("rule", 7),
+                ("bridge:no-rule", 3)
+            ])
+        );
     }
 
     #[test]
@@ -153,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_somebody_added_counts_and_a_rule_that_goes_does_not_uncount() {
+    fn a_foreign_rule_counts_and_a_removed_one_does_not_uncount() {
         let (mut counters, mut seen) = (Counters::default(), BTreeMap::new());
         counters.begin(&tables(SAVE));
         let added = SAVE

@@ -13,12 +13,12 @@ use super::render::{self, Options};
 use super::ruleset::{Family, Ruleset, Table, TableRules};
 use super::{apply, save};
 use crate::firewall::{Firewall, Hits, Remains};
-use crate::model::Policy;
+use crate::model::{Policy, Topology};
 
 /// How the driver works.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
-    /// What the rules say beside the policy.
+    /// Settings of the rules beside the policy.
     pub options: Options,
     /// Where programs are and how long they may wait.
     pub programs: Programs,
@@ -33,7 +33,7 @@ pub struct Config {
 pub struct Iptables {
     config: Config,
     choice: backend::Choice,
-    /// What stood there right after the last apply.
+    /// The rules read back right after the last apply.
     written: BTreeMap<(Family, Table), OwnRules>,
 }
 
@@ -51,7 +51,7 @@ pub struct Observed {
 pub struct Plan {
     /// For the back end in use.
     pub restores: Vec<Restore>,
-    /// For the other one, afterwards: takes away what is bridge's.
+    /// For the other one, afterwards: removes the rules of bridge.
     pub removals: Vec<Restore>,
 }
 
@@ -71,7 +71,7 @@ impl Iptables {
         Ok(Self { config, choice, written: BTreeMap::new() })
     }
 
-    /// The back end in use, and what the operator should know about it.
+    /// Returns the back end in use, with a warning for the operator, if there is one.
     #[must_use]
     pub const fn choice(&self) -> &backend::Choice {
         &self.choice
@@ -81,16 +81,24 @@ impl Iptables {
         self.choice.backend
     }
 
+    pub(super) const fn topology(&self) -> &Topology {
+        &self.config.options.topology
+    }
+
+    pub(super) fn set_topology(&mut self, topology: Topology) {
+        self.config.options.topology = topology;
+    }
+
     pub(super) fn set_saving(&mut self, enabled: bool) {
         self.config.saving.enabled = enabled;
     }
 
-    /// What stood there right after the last apply.
+    /// The rules read back right after the last apply.
     pub(super) const fn written(&self) -> &BTreeMap<(Family, Table), OwnRules> {
         &self.written
     }
 
-    /// What stands there now, of the back end in use.
+    /// Reads the rules of the back end in use.
     ///
     /// # Errors
     /// If the kernel's rules cannot be read.
@@ -111,7 +119,7 @@ impl Iptables {
                 if source.kind() == std::io::ErrorKind::PermissionDenied {
                     return Error::NotPermitted { program: "nf_tables".into() };
                 }
-                Error::Kernel { what: format!("look for {family} table {table}"), source }
+                Error::Kernel { request: format!("look for {family} table {table}"), source }
             })?,
         };
         if !exists {
@@ -121,14 +129,14 @@ impl Iptables {
         Ok(parse(&text).remove(table.name()).unwrap_or_default())
     }
 
-    /// Both families; of IPv6 what there is.
+    /// Reads both families; IPv6 as far as the host has it.
     fn read_all(&self, backend: Backend) -> Result<BTreeMap<(Family, Table), ObservedTable>, Error> {
         let mut tables = BTreeMap::new();
         for family in Family::ALL {
             for table in Table::ALL {
                 match self.read(backend, family, table) {
                     Ok(observed) => drop(tables.insert((family, table), observed)),
-                    // A host without IPv6 has no use for ip6tables. If the policy has, applying it tells.
+                    // A host without IPv6 has no use for ip6tables. If the policy needs it, applying the policy fails.
                     Err(error) if family == Family::V6 && self.may_be_missing(backend, family, &error) => {
                         tracing::debug!(%error, "no ip6tables");
                     }
@@ -165,7 +173,7 @@ impl Iptables {
         Ok(rewritten)
     }
 
-    /// Keeps what stands there to compare later states with, if it is what was wanted.
+    /// Keeps the rules as read back, to compare later states with, if they are as wanted.
     fn accept(
         &mut self,
         family: Family,
@@ -173,8 +181,8 @@ impl Iptables {
         wanted: Option<&TableRules>,
         there: &ObservedTable,
     ) -> Result<(), Error> {
-        if let Some(what) = there.mismatch(table, wanted) {
-            return Err(Error::NotAsWritten { family, what });
+        if let Some(found) = there.mismatch(table, wanted) {
+            return Err(Error::NotAsWritten { family, found });
         }
         self.written.insert((family, table), there.own());
         Ok(())
@@ -189,7 +197,7 @@ impl Iptables {
 
     /// Deletes a table that bridge made, if it is as empty as it was made.
     fn remove_table(&self, family: Family, table: Table) -> Result<bool, Error> {
-        let failed = |source| Error::Kernel { what: format!("remove {family} table {table}"), source };
+        let failed = |source| Error::Kernel { request: format!("remove {family} table {table}"), source };
         let nft = Nft::open().map_err(failed)?;
         let generation = nft.generation().map_err(failed)?;
         if !self.read(Backend::Nft, family, table)?.is_pristine() {
@@ -202,7 +210,7 @@ impl Iptables {
         }
     }
 
-    /// Applies one part of a plan; what remains of a table that bridge made and has no more use for, in words.
+    /// Applies one part of a plan; returns a note if a table that bridge made and no longer needs remains.
     fn restore(&self, backend: Backend, restore: &Restore) -> Result<Option<String>, Error> {
         apply::restore(&self.config.programs, backend, restore)?;
         let Restore { family, table, last, .. } = *restore;
@@ -282,8 +290,8 @@ impl Firewall for Iptables {
                 continue;
             }
             let now = self.read(self.backend(), family, table)?;
-            if let Some(what) = written.drift(table, &now.own()) {
-                drift.get_or_insert_with(|| format!("{family} {what}"));
+            if let Some(drifted) = written.drift(table, &now.own()) {
+                drift.get_or_insert_with(|| format!("{family} {drifted}"));
                 tables.insert(*key, now);
             }
         }

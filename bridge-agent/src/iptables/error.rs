@@ -1,4 +1,4 @@
-//! What can go wrong, and what the operator should look at.
+//! Errors, each with a hint for the operator.
 
 use std::io;
 use std::path::PathBuf;
@@ -77,7 +77,7 @@ pub enum Error {
         rule: String,
         /// As it was given to iptables-restore.
         line: String,
-        /// What the program said.
+        /// The complaint of the program.
         reason: String,
     },
     /// The program failed, and did not say for which rule.
@@ -87,16 +87,16 @@ pub enum Error {
         program: String,
         /// Exit status.
         status: String,
-        /// What the program said.
+        /// The complaint of the program.
         reason: String,
     },
     /// Another program keeps changing the rules while they are written.
-    #[error("{family}: {what} right after it was written: look for another program that rewrites iptables")]
+    #[error("{family}: {found} right after it was written: look for another program that rewrites iptables")]
     NotAsWritten {
         /// Which family.
         family: Family,
-        /// What was found instead.
-        what: String,
+        /// The first difference.
+        found: String,
     },
     /// A file of saved rules could not be read or replaced.
     #[error("cannot save the rules in {}: {source}", path.display())]
@@ -107,10 +107,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The kernel did not answer as it should.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {request}: {source}")]
     Kernel {
-        /// What was asked of it.
-        what: String,
+        /// The request, as a verb and its object.
+        request: String,
         /// Why not.
         source: io::Error,
     },

@@ -52,7 +52,7 @@ impl Nft {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no generation in the answer"))
     }
 
-    /// Whether a table is there. iptables-nft-save cannot tell: asked for a table by name, it prints an empty one.
+    /// Returns whether a table exists. iptables-nft-save cannot be asked: for a missing table it prints an empty one.
     pub(super) fn has_table(&self, family: Family, table: Table) -> io::Result<bool> {
         let name = encode(NFTA_TABLE_NAME, &[table.name().as_bytes(), &[0]].concat());
         let request = message(
@@ -230,7 +230,7 @@ impl Legacy {
 /// Hashes `struct ipt_entry` (`struct ip6t_entry`) after entry without `comefrom` and the counters, which change by
 /// themselves.
 fn hash_entries(family: Family, entries: &[u8], hasher: &mut DefaultHasher) {
-    // Offsets of next_offset, of comefrom, and of what follows the counters.
+    // Offsets of next_offset, of comefrom, and behind the counters.
     let (next_offset, volatile, elements) = match family {
         Family::V4 => (90, 92, 112),
         Family::V6 => (142, 144, 168),

@@ -1,4 +1,4 @@
-//! What `iptables-save -c` prints: pure.
+//! Parses the output of `iptables-save -c`; pure.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -6,7 +6,7 @@ use super::plan::is_own;
 use super::ruleset::{Jump, Table, TableRules};
 use crate::firewall::Hits;
 
-/// What stands in one table.
+/// The rules in one table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedTable {
     /// Whether the table is there at all; the kernel makes one when it is first used.
@@ -94,7 +94,7 @@ impl ObservedTable {
         self.chains.iter().all(|chain| chain.policy == "ACCEPT" && chain.rules.is_empty())
     }
 
-    /// Everything of bridge's, in a form that differs whenever the verdict on some packet may differ.
+    /// Returns the rules of bridge, in a form that differs whenever the verdict on some packet may differ.
     #[must_use]
     pub fn own(&self) -> OwnRules {
         let chains = self.chains.iter().filter(|chain| is_own(&chain.name));
@@ -121,7 +121,7 @@ impl ObservedTable {
     /// The first way in which the table is not as `wanted`, in words; `None` if nothing is missing.
     ///
     /// Matches are not compared: iptables prints them in words of its own. [`ObservedTable::own`] of right after an
-    /// apply is what later states are compared with.
+    /// apply is the reference for later states.
     #[must_use]
     pub fn mismatch(&self, table: Table, wanted: Option<&TableRules>) -> Option<String> {
         let own = self.own();
@@ -187,7 +187,7 @@ impl OwnRules {
         self.jumps.iter().filter(move |(at, ..)| at == hook).map(|(_, _, rule)| rule.as_str())
     }
 
-    /// What became of these rules, in words; `None` if they are as they were.
+    /// Describes the first change to these rules; `None` if there is none.
     #[must_use]
     pub fn drift(&self, table: Table, now: &Self) -> Option<String> {
         if self == now {
@@ -271,7 +271,7 @@ fn parse_hits(counters: &str) -> Hits {
 
 /// The chain or target that a rule leads to.
 pub(super) fn target(rule: &str) -> Option<&str> {
-    // A comment is quoted if it holds a blank, and could hold anything: what is between quotes does not count. An
+    // A comment is quoted if it holds a blank, and could hold anything: text between quotes does not count. An
     // escaped quote inside ends one part and begins another, which makes no difference here.
     let outside = rule.split('"').step_by(2);
     outside.into_iter().find_map(|part| {

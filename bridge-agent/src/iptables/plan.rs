@@ -1,4 +1,4 @@
-//! From what is wanted and what is there to what `iptables-restore --noflush` is given: pure.
+//! Plans the input of `iptables-restore --noflush` from the wanted and the observed rules; pure.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ pub struct Restore {
     pub table: Table,
     /// From `*table` to `COMMIT`.
     pub lines: Vec<RestoreLine>,
-    /// Nothing of bridge's is left in the table then, and bridge made it: it may go.
+    /// Whether the table holds no rule of bridge afterwards, and bridge made it: it may be removed.
     pub last: bool,
 }
 
@@ -41,14 +41,14 @@ impl Restore {
         });
     }
 
-    /// What iptables-restore is given.
+    /// Returns the input of iptables-restore.
     #[must_use]
     pub fn text(&self) -> String {
         self.lines.iter().flat_map(|line| [line.text.as_str(), "\n"]).collect()
     }
 }
 
-/// Collects lines and the names that errors in them are told by.
+/// Collects lines, each with the rule name that an error in it refers to.
 struct Writer {
     lines: Vec<RestoreLine>,
 }
@@ -86,7 +86,7 @@ impl Writer {
     }
 }
 
-/// What turns `observed` into `wanted`; `None` if neither has anything of bridge's.
+/// Plans the change from `observed` to `wanted`; `None` if neither has rules of bridge.
 ///
 /// Jumps that are where they belong are left in place, with their counters.
 #[must_use]

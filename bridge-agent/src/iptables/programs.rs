@@ -27,7 +27,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// The program names' ending, and what users call it: `nft` or `legacy`.
+    /// The ending of program names, as users know it: `nft` or `legacy`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -95,7 +95,7 @@ impl Programs {
         }
     }
 
-    /// What `iptables` without an ending is.
+    /// Returns the back end of `iptables` without an ending.
     ///
     /// # Errors
     /// If it cannot be run.

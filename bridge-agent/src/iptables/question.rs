@@ -14,7 +14,7 @@ use super::ruleset::{Family, Table};
 const CONTENT_SHARE: u32 = 40;
 const CONTENT_LONGEST: Duration = Duration::from_millis(600);
 
-/// The cheap question, and what it needs to be asked.
+/// The cheap question, and the sockets to ask it.
 #[derive(Debug)]
 pub(super) enum Question {
     Nft(Nft),
@@ -42,7 +42,7 @@ impl Question {
         match backend {
             Backend::Nft => Nft::open()
                 .map(Self::Nft)
-                .map_err(|source| Error::Kernel { what: "open a socket to nf_tables".into(), source }),
+                .map_err(|source| Error::Kernel { request: "open a socket to nf_tables".into(), source }),
             Backend::Legacy => {
                 // A kernel without IPv6 has no tables of it either.
                 let sockets =

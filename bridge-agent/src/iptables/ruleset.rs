@@ -1,11 +1,11 @@
-//! What stands in a table: the lines between `*table` and `COMMIT`, each with the name its errors are told by.
+//! Tables, chains and rules, each rule with the configured name that errors refer to.
 
 use std::fmt;
 
-/// The prefix of every own chain. Nothing without it is ever touched, save the jumps that lead to it.
+/// The prefix of every own chain. Chains without it are never touched, except for the jumps to own chains.
 pub const CHAIN_PREFIX: &str = "BRIDGE-";
 
-/// An address family, and with it which of the two programs is meant.
+/// An address family; each has a program of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
     /// IPv4, `iptables`.
@@ -40,20 +40,23 @@ impl fmt::Display for Family {
 /// A table that bridge has chains in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Table {
-    /// Before any address translation: NodePort traffic still bears the node's address there.
+    /// Before connection tracking: a packet refused there leaves no trace in it.
+    Raw,
+    /// Before address translation: a packet to a NodePort still has the node's address.
     Mangle,
-    /// Where verdicts are given, and the only table in which the kernel allows REJECT.
+    /// Decides; the only table in which the kernel allows REJECT.
     Filter,
 }
 
 impl Table {
-    /// Both, in the order they are applied.
-    pub const ALL: [Self; 2] = [Self::Mangle, Self::Filter];
+    /// All, in the order they are applied.
+    pub const ALL: [Self; 3] = [Self::Raw, Self::Mangle, Self::Filter];
 
     /// As iptables names it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Raw => "raw",
             Self::Mangle => "mangle",
             Self::Filter => "filter",
         }
@@ -63,6 +66,7 @@ impl Table {
     #[must_use]
     pub const fn hooks(self) -> &'static [&'static str] {
         match self {
+            Self::Raw => &["PREROUTING", "OUTPUT"],
             Self::Mangle => &["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"],
             Self::Filter => &["INPUT", "FORWARD", "OUTPUT"],
         }
@@ -105,7 +109,7 @@ pub struct Chain {
     pub lines: Vec<Line>,
 }
 
-/// The one rule in a foreign chain: it leads to an own chain and stands first.
+/// The first rule of a built-in chain, which jumps to an own chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Jump {
     /// A built-in chain.
@@ -114,7 +118,7 @@ pub struct Jump {
     pub line: Line,
 }
 
-/// All that bridge has in one table of one family.
+/// The rules of bridge in one table of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableRules {
     /// Which table.
@@ -125,17 +129,17 @@ pub struct TableRules {
     pub chains: Vec<Chain>,
 }
 
-/// All that bridge has in one family.
+/// The rules of bridge in one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ruleset {
     /// Which family.
     pub family: Family,
-    /// In the order they are applied; a table that is not listed has nothing of bridge's in it.
+    /// In the order they are applied; a table that is not listed holds no rule of bridge.
     pub tables: Vec<TableRules>,
 }
 
 impl Ruleset {
-    /// What bridge wants in `table`, if anything.
+    /// Returns the wanted rules of `table`, if there are any.
     #[must_use]
     pub fn table(&self, table: Table) -> Option<&TableRules> {
         self.tables.iter().find(|rules| rules.table == table)

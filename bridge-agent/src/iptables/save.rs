@@ -1,7 +1,7 @@
 //! Saved rules: own chains put into the files from which the system restores its tables at boot.
 //!
-//! What others have in those files is kept, byte for byte; what they have in the kernel is not added (chains of a
-//! kube-proxy or a container engine are made anew at boot and would only be in the way).
+//! Rules of others in those files stay byte for byte; their rules in the kernel are not added (kube-proxy and container
+//! engines make their chains at every boot).
 
 pub(crate) mod file;
 
@@ -49,7 +49,7 @@ impl Service {
         }
     }
 
-    /// Any of these tells that the service is installed.
+    /// Any of these files proves that the service is installed.
     const fn traces(self) -> &'static [&'static str] {
         match self {
             Self::IptablesServices => &[
@@ -75,7 +75,7 @@ impl Saving {
         Service::ALL.into_iter().filter(installed).collect()
     }
 
-    /// Makes the saved rules of bridge the given ones; returns the files that were replaced.
+    /// Replaces the saved rules of bridge; returns the files that were replaced.
     ///
     /// # Errors
     /// If a file cannot be read or replaced; it is as before then.
@@ -99,7 +99,7 @@ impl Saving {
         Ok(replaced)
     }
 
-    /// Takes everything of bridge's out of the saved rules, saving enabled or not.
+    /// Removes the rules of bridge from all saved files, also if saving is disabled.
     ///
     /// # Errors
     /// If a file cannot be read or replaced; it is as before then.
@@ -140,24 +140,24 @@ impl Saving {
 
 /// The old content or the new one is there at any time, also after a power cut.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
-    // A link is followed: what it points to is replaced.
+    // A link is followed: its target is replaced.
     let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     std::fs::create_dir_all(directory)?;
-    // Always of the same name: what a killed agent has left is written over, and does not pile up.
+    // The name never changes: the remains of a killed agent are overwritten.
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
     let new = directory.join(format!(".{name}.bridge-new"));
     let written = write_like(&new, text, &path);
     crate::fault::point("save:written");
     if let Err(error) = written.and_then(|()| std::fs::rename(&new, &path)) {
-        // Half a file on a full disk is of no use to anybody; that it may not be there is fine.
+        // Half a file on a full disk is useless; a missing one is fine.
         drop(std::fs::remove_file(&new));
         return Err(error);
     }
     std::fs::File::open(directory)?.sync_all()
 }
 
-/// Writes a file anew, with the owner and permissions of `like`, if that is there.
+/// Writes a new file, with the owner and permissions of `like`, if that is there.
 fn write_like(new: &Path, text: &str, like: &Path) -> io::Result<()> {
     let mut file =
         std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(new)?;

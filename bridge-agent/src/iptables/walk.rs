@@ -1,7 +1,7 @@
-//! What the rules of bridge, as read back from the kernel, say of one packet: pure.
+//! Follows one packet through the rules of bridge, as read back from the kernel; pure.
 //!
-//! An interpreter of as much of iptables as bridge writes itself. What somebody else put among its rules may be
-//! beyond it; then it says so, and never guesses.
+//! An interpreter of the part of iptables that bridge writes itself. A rule of another program may be beyond it; then it
+//! returns no verdict, and never guesses.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -31,10 +31,10 @@ pub struct Packet {
     pub to_node: bool,
 }
 
-/// What becomes of a packet as far as bridge is concerned.
+/// The verdict of bridge on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// What others have in the tables decides.
+    /// The rules of others decide.
     Passes,
     /// Dropped or rejected; in audit mode: would be.
     Denied,
@@ -53,24 +53,21 @@ impl Packet {
     }
 }
 
-/// The verdict of `rules`; `None` if it depends on something that cannot be known here. In audit mode (`audit`), what
-/// comes to the chain BRIDGE-DENY would be denied.
+/// Returns the verdict of `rules`; `None` if it depends on something that is not known here. In audit mode (`audit`), a
+/// packet that comes to the chain BRIDGE-DENY would be denied.
 #[must_use]
 pub fn verdict(rules: &BTreeMap<(Family, Table), OwnRules>, packet: &Packet, audit: bool) -> Option<Verdict> {
-    let hooks: &[_] = if packet.to_node {
-        &[(Table::Mangle, "PREROUTING")]
-    } else {
-        &[(Table::Mangle, "PREROUTING"), (Table::Filter, "FORWARD")]
-    };
+    // Not raw: eBPF compares a packet with its rules only if it believes the source.
+    let hooks =
+        [(Table::Mangle, "PREROUTING"), (Table::Filter, if packet.to_node { "INPUT" } else { "FORWARD" })];
+    let mut marked = false;
     for (table, hook) in hooks {
-        let Some(rules) = rules.get(&(packet.family(), *table)) else { continue };
-        let mut walk = Walk { rules, packet, audit, marked: false };
+        let Some(rules) = rules.get(&(packet.family(), table)) else { continue };
+        let mut walk = Walk { rules, packet, audit, marked };
         match walk.rules(rules.jumps_of(hook), 0) {
             End::Unknown => return None,
             End::Denied => return Some(Verdict::Denied),
-            // Rejected in table filter, for that is where it can be.
-            _ if walk.marked => return Some(Verdict::Denied),
-            End::Accepted | End::Returned => {}
+            End::Accepted | End::Returned => marked = walk.marked,
         }
     }
     Some(Verdict::Passes)
@@ -140,7 +137,7 @@ enum Action<'r> {
     Goto(&'r str),
 }
 
-/// Whether a rule matches, if that can be told, and what it then does.
+/// Returns whether a rule matches, if that is known, and its action.
 fn read<'r>(rule: &'r str, packet: &Packet, marked: bool) -> (Option<bool>, Action<'r>) {
     let mut words = Words(rule);
     let mut matches = Some(true);
@@ -182,8 +179,8 @@ fn target(name: &str) -> Action<'_> {
     }
 }
 
-/// Options that can be told, all with a value.
-const KNOWN: [&str; 16] = [
+/// Options that are understood, all with a value.
+const KNOWN: [&str; 18] = [
     "-s",
     "-d",
     "-p",
@@ -200,6 +197,8 @@ const KNOWN: [&str; 16] = [
     "--dst-type",
     "--src-type",
     "--mark",
+    "--ctdir",
+    "-o",
 ];
 
 /// Whether one option holds, negation left out; `None` also for a value of an option that is not known.
@@ -226,7 +225,10 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
         "--icmp-type" | "--icmpv6-type" => Some(value.parse::<u8>().ok()? == packet.icmp_type),
         "--dst-type" => (value == "LOCAL").then_some(packet.to_node),
         "--src-type" => (value == "LOCAL").then_some(false),
-        "--mark" => (!marked).then_some(false),
+        "--mark" => Some(marked),
+        // A direct flow: not translated, and between this node's pods and the LAN.
+        "--ctdir" => Some(value == "ORIGINAL"),
+        "-o" => (!packet.to_node).then_some(false),
         _ => None,
     }
 }
@@ -254,7 +256,7 @@ pub(crate) fn protocol_number(name: &str) -> Option<u8> {
     })
 }
 
-/// Words of a rule; what is in quotes is one.
+/// Words of a rule; a quoted text is one word.
 struct Words<'r>(&'r str);
 
 impl<'r> Iterator for Words<'r> {

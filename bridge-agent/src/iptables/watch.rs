@@ -9,6 +9,7 @@
 mod comparison;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,34 +21,37 @@ use super::error::Error;
 use super::question::{Answer, Question};
 use super::walk::{self, Packet, Verdict};
 use crate::firewall::{Firewall, Hits, Remains};
-use crate::model::{Mode, Policy};
+use crate::model::{Mode, Policy, Topology};
 
 /// Between two rounds.
 const INTERVAL: Duration = Duration::from_millis(200);
 /// Rounds must leave this many times their own duration free, up to [`LONGEST`].
 const IDLE_SHARE: u32 = 19;
 const LONGEST: Duration = Duration::from_millis(700);
+/// Between two readings of the interfaces, and how many times its own duration a reading must leave free.
+const SURVEY: Duration = Duration::from_millis(400);
+const SURVEY_SHARE: u32 = 50;
 /// Denied packets that wait to be held against the rules, and how many are at a time.
 const WAITING: usize = 256;
 const AT_A_TIME: usize = 16;
-/// Another program that also wants to be first is let win for this long, after [`PATIENCE`] repairs in a row.
+/// Another program that insists on the first place keeps it for this long, after [`PATIENCE`] repairs in a row.
 const TRUCE: Duration = Duration::from_secs(30);
 const PATIENCE: u32 = 5;
 
-/// What the watch has seen.
+/// The findings of the watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// How often rules were put back.
     pub repairs: u64,
-    /// What had become of them the last time, and when.
+    /// The damage that was repaired last, and when.
     pub last_repair: Option<(SystemTime, String)>,
     /// Why the rules could not be read or put back, if that is so now.
     pub failure: Option<String>,
-    /// What one engine let through and the other did not, while both were compared.
+    /// Packets that one engine let through and the other did not, while both were compared.
     pub divergence: Divergence,
 }
 
-/// A policy in force, and a thread that keeps it so.
+/// An applied policy, and a thread that keeps its rules in place.
 ///
 /// Dropping it ends the thread and leaves the rules.
 #[derive(Debug)]
@@ -65,7 +69,7 @@ struct Shared {
     arrived: Condvar,
 }
 
-/// What the thread is told.
+/// Messages to the thread.
 #[derive(Debug, Default)]
 struct Mail {
     stop: bool,
@@ -90,12 +94,28 @@ struct State {
 }
 
 impl Guard {
-    /// Puts `policy` in force, saves it, and watches from then on, in the network namespace of this thread.
+    /// Applies and saves `policy`, and watches the rules from then on, in the network namespace of this thread.
     ///
     /// # Errors
-    /// If it cannot be put in force. That it cannot be saved is told in the log and goes on.
-    pub fn start(mut firewall: Iptables, policy: Policy) -> Result<Self, Error> {
-        // Before the rules are written: what happens between that and the first round is then seen by it.
+    /// The rules cannot be applied. A failure to save them is only logged.
+    pub fn start(firewall: Iptables, policy: Policy) -> Result<Self, Error> {
+        Self::start_with(firewall, policy, None)
+    }
+
+    /// As [`Guard::start`]; `topology` is asked from time to time for the interfaces of this node, and the rules follow.
+    ///
+    /// # Errors
+    /// Those of [`Guard::start`].
+    pub fn start_with(
+        mut firewall: Iptables,
+        policy: Policy,
+        topology: Option<Surveyor>,
+    ) -> Result<Self, Error> {
+        let mut survey = topology.map(Survey::new);
+        if let Some(topology) = survey.as_mut().and_then(|survey| survey.take(Instant::now())) {
+            firewall.set_topology(topology);
+        }
+        // Before the rules are written: the first round sees every change since then.
         let question = Question::open(firewall.backend())?;
         firewall.converge(&policy)?;
         save(&firewall, &policy);
@@ -110,26 +130,26 @@ impl Guard {
             .name("iptables-watch".into())
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || watch(&shared, question)
+                move || watch(&shared, question, survey)
             })
-            .map_err(|source| Error::Kernel { what: "start a thread".into(), source })?;
+            .map_err(|source| Error::Kernel { request: "start a thread".into(), source })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Goes on counting where another guard has ended.
+    /// Continues the counters of an earlier guard.
     #[must_use]
     pub fn after(self, before: Status) -> Self {
         *self.shared.status() = before;
         self
     }
 
-    /// Puts another policy in force and saves it. If it is refused, the one of before stays.
+    /// Applies and saves another policy. If it is refused, the previous one stays.
     ///
     /// # Errors
-    /// If it cannot be put in force.
+    /// The policy cannot be applied.
     pub fn update(&self, policy: Policy) -> Result<(), Error> {
         let mut state = self.shared.state();
-        // A file that is written and a signal that says so are two reloads: the second keeps the counters.
+        // A changed file and a signal about it are two reloads: the second keeps the counters.
         if policy == state.policy && matches!(state.firewall.drift(), Ok(None)) {
             save(&state.firewall, &policy);
             return Ok(());
@@ -138,7 +158,7 @@ impl Guard {
             // Tables are committed one by one: those before the refused one are taken back.
             let before = state.policy.clone();
             if let Err(again) = state.firewall.converge(&before) {
-                // What was refused by then is in force; the watch goes on trying.
+                // The watch goes on trying.
                 tracing::error!("cannot go back to the rules of before: {again}");
             }
             return Err(error);
@@ -159,13 +179,13 @@ impl Guard {
         self.thread.is_some()
     }
 
-    /// The policy that is kept in force.
+    /// Returns the applied policy.
     #[must_use]
     pub fn policy(&self) -> Policy {
         self.shared.state().policy.clone()
     }
 
-    /// What the watch has seen.
+    /// Returns the findings of the watch.
     #[must_use]
     pub fn status(&self) -> Status {
         self.shared.status().clone()
@@ -201,7 +221,7 @@ impl Guard {
         }
     }
 
-    /// What the rules say of the first packet of a flow; `None` if that cannot be told.
+    /// Returns the verdict of the rules on the first packet of a flow; `None` if it is not known.
     #[must_use]
     pub fn verdict(&self, packet: &Packet) -> Option<Verdict> {
         let state = self.shared.state();
@@ -282,7 +302,7 @@ fn save(firewall: &Iptables, policy: &Policy) {
     }
 }
 
-fn watch(shared: &Shared, mut question: Question) {
+fn watch(shared: &Shared, mut question: Question, mut survey: Option<Survey>) {
     let mut known = None;
     let mut next = Instant::now() + INTERVAL;
     let mut rested = next;
@@ -294,20 +314,25 @@ fn watch(shared: &Shared, mut question: Question) {
                 shared.compare(&packets, &mut question, known.as_ref());
                 rested = Instant::now() + begun.elapsed() * IDLE_SHARE;
             }
-            Woken::Time => next = Instant::now() + round(shared, &mut question, &mut known),
+            Woken::Time => {
+                if let Some(topology) = survey.as_mut().and_then(|survey| survey.take(Instant::now())) {
+                    shared.follow(topology);
+                }
+                next = Instant::now() + round(shared, &mut question, &mut known);
+            }
         }
     }
 }
 
-/// Looks for changes, and mends; returns how long to pause then.
+/// Checks for changes and repairs them; returns the pause until the next round.
 fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -> Duration {
     let begun = Instant::now();
     // Asked before the rules are read, so that a change in between is seen in the next round.
     match question.ask() {
         Ok(answer) if known.as_ref() == Some(&answer) => {}
-        Ok(answer) => match shared.look(begun) {
+        Ok(answer) => match shared.check(begun) {
             Seen::Unharmed => *known = Some(answer),
-            // What did the damage may not be done with it: be back soon.
+            // The other program may not have finished: look again soon.
             Seen::Repaired => return INTERVAL,
             Seen::Failed => {}
         },
@@ -316,6 +341,57 @@ fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -
     let pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     shared.count_now_and_then();
     pause
+}
+
+/// Reads the interfaces of this node.
+pub type Surveyor = Box<dyn FnMut() -> io::Result<Topology> + Send>;
+
+/// Asks a [`Surveyor`] in intervals that leave it idle most of the time.
+struct Survey {
+    surveyor: Surveyor,
+    next: Option<Instant>,
+}
+
+impl Survey {
+    const fn new(surveyor: Surveyor) -> Self {
+        Self { surveyor, next: None }
+    }
+
+    /// Returns the topology, if it is time to read it and it can be read.
+    fn take(&mut self, now: Instant) -> Option<Topology> {
+        if self.next.is_some_and(|next| now < next) {
+            return None;
+        }
+        let read = (self.surveyor)();
+        self.next = Some(Instant::now() + (now.elapsed() * SURVEY_SHARE).max(SURVEY));
+        read.inspect_err(|error| tracing::warn!(%error, "iptables rules do not follow the interfaces")).ok()
+    }
+}
+
+impl Shared {
+    /// Renders the rules for another topology.
+    fn follow(&self, topology: Topology) {
+        let State { firewall, policy, comparison, .. } = &mut *self.state();
+        if *firewall.topology() == topology {
+            return;
+        }
+        let before = firewall.topology().clone();
+        firewall.set_topology(topology);
+        match firewall.converge(policy) {
+            Ok(()) => {
+                if let Some(comparison) = comparison {
+                    *comparison = Comparison::begin(&firewall.read_back().unwrap_or_default());
+                }
+                save(firewall, policy);
+                tracing::info!("iptables rules follow the interfaces of this node");
+            }
+            Err(error) => {
+                // Tried again in the next survey.
+                firewall.set_topology(before);
+                self.status().failed(&format!("the rules cannot follow the interfaces: {error}"));
+            }
+        }
+    }
 }
 
 /// How a round ended.
@@ -330,8 +406,8 @@ enum Seen {
 }
 
 impl Shared {
-    /// Looks, and mends.
-    fn look(&self, now: Instant) -> Seen {
+    /// Checks the rules, and repairs them.
+    fn check(&self, now: Instant) -> Seen {
         let State { firewall, policy, peace, comparison } = &mut *self.state();
         let (drift, changed) = match firewall.drift() {
             Ok(None) => {
@@ -375,7 +451,7 @@ impl Shared {
 }
 
 impl Status {
-    /// Told once in the log, not in every round.
+    /// Logs a failure once, not in every round.
     fn failed(&mut self, failure: &str) {
         if self.failure.as_deref() != Some(failure) {
             tracing::error!("{failure}");

@@ -20,7 +20,7 @@ fn both_engines_hold_the_same_rules_and_count_the_same_packets() -> Result<()> {
         let agent = node.start(&node.config("ebpf, iptables", "", RULES))?;
         let dump = node.dump()?;
         for (family, net) in [("IPv4", "192.168.31.0/24"), ("IPv6", "fd31::/64")] {
-            ensure!(dump.contains(&format!("-A BRIDGE-FORWARD -s {net} ")), "{family}:\n{dump}");
+            ensure!(dump.contains(&format!("-A BRIDGE-PEER -s {net} ")), "{family}:\n{dump}");
         }
         node.holds()?;
         let rules = json(&agent, &["rules"])?;

@@ -142,10 +142,12 @@ enforcement:
     /// Puts rules of others into every table that bridge uses, of both families.
     pub(crate) fn add_foreign_rules(&self) -> Result<()> {
         let mangle = "*mangle\n-A PREROUTING -p tcp -m tcp --dport 22 -j MARK --set-xmark 0x1/0x1\nCOMMIT\n";
+        let raw = "*raw\n-A PREROUTING -p tcp -m tcp --dport 23 -j DROP\nCOMMIT\n";
+        let mangle = raw.to_owned() + mangle;
         // It would hold up the traffic of the tests.
         let filter = FOREIGN.replace(":FORWARD DROP", ":FORWARD ACCEPT");
-        self.feed("iptables-restore", &(filter.clone() + mangle))?;
-        self.feed("ip6tables-restore", &(filter.replace("198.51.100.0/24", "2001:db8::/32") + mangle))
+        self.feed("iptables-restore", &(filter.clone() + &mangle))?;
+        self.feed("ip6tables-restore", &(filter.replace("198.51.100.0/24", "2001:db8::/32") + &mangle))
     }
 
     /// All tables of both families as `iptables-save` prints them, without its remarks (they bear the time) and with

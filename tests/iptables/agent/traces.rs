@@ -29,7 +29,11 @@ fn down_leaves_the_tables_as_they_were_before_the_first_start() -> Result<()> {
             let node = Node::new(backend)?;
             node.add_foreign_rules()?;
             let before = node.dump()?;
-            assert_eq!(before.matches("COMMIT").count(), 4, "filter and mangle, IPv4 and IPv6:\n{before}");
+            assert_eq!(
+                before.matches("COMMIT").count(),
+                6,
+                "raw, mangle and filter, IPv4 and IPv6:\n{before}"
+            );
             let agent = live(&node, engines)?;
             agent.run(&["down"])?;
             assert_eq!(node.dump()?, before);
@@ -54,7 +58,9 @@ fn down_leaves_nothing_where_there_was_nothing() -> Result<()> {
     let node = Node::new(Backend::Legacy)?;
     ensure!(node.dump()?.is_empty());
     let said = live(&node, "ebpf, iptables")?.run(&["down"])?;
-    for table in ["IPv4 table filter", "IPv4 table mangle", "IPv6 table filter", "IPv6 table mangle"] {
+    for table in
+        ["raw", "mangle", "filter"].iter().flat_map(|t| ["IPv4", "IPv6"].map(|f| format!("{f} table {t}")))
+    {
         ensure!(said.contains(&format!("{table} of iptables-legacy was not there before")), "{said}");
     }
     let after = node.dump()?;
@@ -104,7 +110,7 @@ fn the_saved_file_alone_gives_the_same_chains_and_the_same_verdicts() -> Result<
 
         // As a reboot would.
         for program in ["iptables", "ip6tables"] {
-            for table in ["filter", "mangle"] {
+            for table in ["raw", "mangle", "filter"] {
                 node.run(&format!("{program} -t {table} -F"))?;
                 node.run(&format!("{program} -t {table} -X"))?;
             }

@@ -308,7 +308,7 @@ fn what_cannot_be_tried_is_refused_and_changes_nothing() -> Result<()> {
     let error = eventually(DEADLINE, || noticed().filter(|error| error.contains("on trial")));
     ensure!(error.is_some(), "{:?}", noticed());
     let error = trial.refused(&["confirm"])?;
-    ensure!(error.contains("was changed by somebody else"), "{error}");
+    ensure!(error.contains("another program changed"), "{error}");
     trial.agent.run(&["revert"])?;
     trial.node.holds()?;
     ensure!(trial.node.dump()?.contains("gadgets"), "the file was not read");

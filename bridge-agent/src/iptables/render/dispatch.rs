@@ -1,7 +1,7 @@
 //! Rules that name several LAN hosts and several pods, without a line for each pair.
 //!
 //! Two lists of n and m prefixes are n times m lines if written out: iptables takes one prefix of each side a line,
-//! and a jump cannot tell its caller "allowed, leave" from "no match, go on". Instead the pods are looked up first: a
+//! and a jump cannot return "allowed, leave" apart from "no match, go on". Instead the pods are looked up first: a
 //! packet goes, by its pod's longest prefix, to a chain that holds just the rules for that pod, LAN hosts only. Pods
 //! with the same rules share a chain, so the lines are n plus m. An ipset would do it in one line, but a saved table
 //! that refers to a set is refused at boot if the set is not there yet.
@@ -19,7 +19,7 @@ use crate::model::{Action, Direction};
 pub(super) struct Section {
     /// For the chain that judges.
     pub(super) lines: Vec<Line>,
-    /// What the lines lead to.
+    /// The chains that the lines lead to.
     pub(super) chains: Vec<Chain>,
 }
 

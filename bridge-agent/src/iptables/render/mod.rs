@@ -1,20 +1,29 @@
-//! From a policy to rules: pure.
+//! Renders a policy as rules; pure.
 //!
 //! ```text
-//! filter FORWARD -> BRIDGE-FORWARD            established and related: return
-//!                     source is a LAN host -> BRIDGE-FROM-LAN  destination is a pod      -> BRIDGE-INBOUND
-//!                     source is a pod      -> BRIDGE-FROM-POD  destination is a LAN host -> BRIDGE-OUTBOUND
-//!                     scope strict: anything else                                        -> BRIDGE-DENY
-//! BRIDGE-INBOUND, BRIDGE-OUTBOUND             what opens no flow, denies, allows, else   -> BRIDGE-DENY
-//! mangle PREROUTING -> BRIDGE-NODEPORT        LAN host to a NodePort of this node, before DNAT
+//! raw PREROUTING    -> BRIDGE-PREROUTING   sources that cannot be true              -> BRIDGE-SPOOFED
+//! mangle PREROUTING -> BRIDGE-NODEPORT     LAN host to a NodePort of this node: mark, before DNAT
+//! filter FORWARD    -> BRIDGE-FORWARD      replies and related: return, the rest    -> BRIDGE-SCOPE
+//!   BRIDGE-SCOPE                           marked as NodePort                       -> BRIDGE-NODEPORT-NEW
+//!                                          destination is a pod                     -> BRIDGE-TO-POD
+//!                                          destination is a LAN host                -> BRIDGE-TO-LAN
+//!                                          scope strict: everything else            -> BRIDGE-DENY
+//!   BRIDGE-TO-POD                          from a node or a pod: return; from a LAN host -> BRIDGE-INBOUND
+//!                                          from elsewhere                           -> BRIDGE-DENY
+//!   BRIDGE-TO-LAN                          from a pod                               -> BRIDGE-OUTBOUND
+//!   BRIDGE-INBOUND, BRIDGE-OUTBOUND        packets that open no flow, denies, allows, then -> BRIDGE-DENY
 //! ```
 //!
-//! "Return" ends in the built-in chain, since own chains lead to one another by goto: what bridge allows still has to
-//! pass whatever else stands there (network policies of a CNI, say). bridge only ever takes away.
+//! FORWARD comes after DNAT and before SNAT: a packet has the real peer as its source and the final destination,
+//! whichever Service, hostPort or masquerade it goes through. So translation exempts nothing.
+//!
+//! "Return" ends in the built-in chain, since own chains lead to one another by goto: a packet that bridge allows still has
+//! to pass the rules of others (network policies of a CNI, for example). bridge only restricts.
 
 mod dispatch;
 mod node_ports;
 mod ports;
+mod sources;
 
 use std::num::NonZeroU32;
 
@@ -22,59 +31,70 @@ use ipnet::IpNet;
 
 use super::ruleset::{Chain, Family, Jump, Line, Ruleset, Table, TableRules};
 use crate::config::{PacketMark, Scope};
-use crate::model::{Action, Direction, Mode, OnDeny, Policy, Protocol, Rule};
+use crate::model::{
+    Action, Direction, Mode, NodePorts, OnDeny, Policy, Protocol, RemotePods, Rule, Topology,
+};
 
 /// Entry from FORWARD of table filter.
 pub(super) const FORWARD: &str = "BRIDGE-FORWARD";
-/// Entry from INPUT of table filter; exists only if denied NodePort traffic is to be rejected.
+/// Entry from INPUT of table filter; exists only if NodePorts are judged.
 const INPUT: &str = "BRIDGE-INPUT";
-const FROM_LAN: &str = "BRIDGE-FROM-LAN";
-const FROM_POD: &str = "BRIDGE-FROM-POD";
+const SCOPE: &str = "BRIDGE-SCOPE";
+/// Judges by the source of the packet, which is the real peer.
+const PEER: &str = "BRIDGE-PEER";
+const TO_POD: &str = "BRIDGE-TO-POD";
+const TO_LAN: &str = "BRIDGE-TO-LAN";
 const INBOUND: &str = "BRIDGE-INBOUND";
 const OUTBOUND: &str = "BRIDGE-OUTBOUND";
-/// Where every denied packet ends.
+/// The last chain of every denied packet.
 pub(super) const DENY: &str = "BRIDGE-DENY";
 
-/// What a table says beside the policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Settings beside the policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Whether forwarded traffic out of scope is let be.
+    /// Whether forwarded traffic out of scope passes.
     pub scope: Scope,
-    /// One bit of the packet mark: set between mangle PREROUTING and filter on NodePort packets that are to be
-    /// rejected, since the kernel allows REJECT in table filter only. No other program may use that bit.
+    /// One bit of the packet mark: set between mangle PREROUTING and filter on packets from the LAN to a NodePort, since
+    /// their first destination is only known before DNAT. No other program may use that bit.
     pub mark: NonZeroU32,
-    /// Denied packets (in audit mode: those that would be) that may be logged in a second; `None`: none.
+    /// Denied packets (in audit mode: those that would be) logged per second; `None`: none.
     pub log_per_second: Option<NonZeroU32>,
+    /// The interfaces of this node.
+    pub topology: Topology,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { scope: Scope::Scoped, mark: PacketMark::default().get(), log_per_second: None }
+        Self {
+            scope: Scope::Scoped,
+            mark: PacketMark::default().get(),
+            log_per_second: None,
+            topology: Topology::default(),
+        }
     }
 }
 
-/// Everything that has to stand in the tables of `family` for `policy` to hold.
+/// Returns the rules that enforce `policy` in the tables of `family`.
 ///
-/// Empty if the policy has nothing in that family: no packet can then be in scope.
+/// Empty if the policy has no networks in that family: no packet can then be in scope.
 #[must_use]
 pub fn ruleset(policy: &Policy, options: &Options, family: Family) -> Ruleset {
-    let of_family = Networks::of(policy, family);
-    let in_scope = !of_family.external.is_empty() && !of_family.pods.is_empty();
+    let of = Networks::of(policy, family);
+    let node_ports = policy.node_ports.as_ref().filter(|_| !of.external.is_empty());
     let mut tables = Vec::new();
-    let node_ports = policy.node_ports.as_ref().filter(|_| !of_family.external.is_empty());
-    if let Some(node_ports) = node_ports {
-        tables.push(node_ports::table(policy, node_ports, options, &of_family));
+    if !of.pods.is_empty() {
+        tables.push(sources::table(policy, options, family, &of));
     }
-    if in_scope || node_ports.is_some() || options.scope == Scope::Strict {
-        let rejected =
-            node_ports.filter(|_| policy.mode == Mode::Enforce && policy.on_deny == OnDeny::Reject);
-        let rejects = rejected.map_or_else(Vec::new, |n| node_ports::reject_lines(n, options));
-        tables.push(filter(policy, options, family, &of_family, rejects));
+    if let Some(node_ports) = node_ports {
+        tables.push(node_ports::table(policy, node_ports, options, &of));
+    }
+    if !of.pods.is_empty() || node_ports.is_some() || options.scope == Scope::Strict {
+        tables.push(filter(policy, options, family, &of, node_ports));
     }
     Ruleset { family, tables }
 }
 
-/// What `iptables-restore --noflush` (`ip6tables-restore`) is to be given on a host where bridge has no rules yet.
+/// Returns the input of `iptables-restore --noflush` (`ip6tables-restore`) for a host without rules of bridge.
 #[must_use]
 pub fn restore_input(policy: &Policy, options: &Options, family: Family) -> String {
     super::plan::fresh(&ruleset(policy, options, family))
@@ -106,50 +126,96 @@ fn filter(
     options: &Options,
     family: Family,
     networks: &Networks,
-    node_port_rejects: Vec<Line>,
+    node_ports: Option<&NodePorts>,
 ) -> TableRules {
     let strict = options.scope == Scope::Strict;
     let unscoped = || line("", "bridge:strict", &format!("-g {DENY}"));
-    let mut entry = vec![established()];
-    entry.extend(node_port_rejects.iter().cloned());
-    let scoped = !networks.external.is_empty() && !networks.pods.is_empty();
-    if scoped {
-        entry.extend(each(&networks.external, "-s", "bridge:from-lan", FROM_LAN));
-        entry.extend(each(&networks.pods, "-s", "bridge:from-pod", FROM_POD));
+    let node_port = node_ports.map(|node_ports| node_ports::judged(node_ports, options));
+    let mut jumps = vec![jump("FORWARD", FORWARD)];
+    let mut entry = opening(SCOPE);
+    // The pod's own node sees the address of this one: the real peer is judged here, packet by packet.
+    entry.extend(options.topology.remote.iter().filter(|_| !networks.pods.is_empty()).map(|remote| {
+        let masqueraded = format!(" -o {} -m conntrack --ctstate SNAT --ctdir ORIGINAL", remote.interface);
+        line(&masqueraded, "bridge:scope", &format!("-g {SCOPE}"))
+    }));
+    entry.extend([established(), line("", "bridge:scope", &format!("-g {SCOPE}"))]);
+    let mut chains = vec![chain(FORWARD, entry)];
+    let mut lines: Vec<Line> = node_port.iter().cloned().collect();
+    if !networks.pods.is_empty() {
+        lines.extend(each(&networks.pods, "-d", "bridge:to-pod", TO_POD));
+        lines.extend(each(&networks.external, "-d", "bridge:to-lan", TO_LAN));
     }
     if strict {
-        entry.push(unscoped());
+        lines.push(unscoped());
     }
-    let mut jumps = vec![jump("FORWARD", FORWARD)];
-    let mut chains = vec![chain(FORWARD, entry)];
-    if !node_port_rejects.is_empty() {
+    chains.push(chain(SCOPE, lines));
+    if let (Some(judged), Some(node_ports)) = (node_port, node_ports) {
         jumps.push(jump("INPUT", INPUT));
-        chains.push(chain(INPUT, [vec![established()], node_port_rejects].concat()));
+        chains.push(chain(INPUT, vec![judged]));
+        chains.push(node_ports::judge(node_ports));
     }
-    if scoped {
-        for (direction, from, to) in [
-            (Direction::Inbound, FROM_LAN, &networks.pods),
-            (Direction::Outbound, FROM_POD, &networks.external),
-        ] {
-            let (name, comment) = judge(direction);
-            let leave = if strict { format!("-g {DENY}") } else { "-j RETURN".into() };
-            let mut lines: Vec<Line> = ["-s", "-d"]
-                .iter()
-                .flat_map(|side| networks.nodes.iter().map(move |node| format!(" {side} {node}")))
-                .map(|matches| line(&matches, "bridge:node", &leave))
-                .collect();
-            lines.extend(each(to, "-d", comment, name));
+    if !networks.pods.is_empty() {
+        let leave = if strict { format!("-g {DENY}") } else { "-j RETURN".into() };
+        chains.push(chain(TO_POD, to_pod(options, family, networks, &leave)));
+        chains.push(chain(PEER, peer(policy.mode, networks)));
+        if !networks.external.is_empty() {
+            let mut lines = from_nodes(networks, &leave);
+            lines.extend(neighbour_discovery(family));
+            lines.extend(options.topology.remote.iter().flat_map(|RemotePods { interface, pods }| {
+                let from = |prefix| format!(" -i {interface} -s {prefix}");
+                let prefixes = select(pods, family).into_iter();
+                prefixes.map(|prefix| line(&from(prefix), "bridge:transit", &leave)).collect::<Vec<_>>()
+            }));
+            lines.extend(each(&networks.pods, "-s", "bridge:outbound", OUTBOUND));
             if strict {
                 lines.push(unscoped());
             }
-            chains.push(chain(from, lines));
-        }
-        for direction in [Direction::Inbound, Direction::Outbound] {
-            chains.extend(judging(policy, family, direction));
+            chains.push(chain(TO_LAN, lines));
+            for direction in [Direction::Inbound, Direction::Outbound] {
+                chains.extend(judging(policy, family, direction));
+            }
         }
     }
     chains.push(chain(DENY, deny(policy, options)));
     TableRules { table: Table::Filter, jumps, chains }
+}
+
+/// Passes traffic inside the cluster; the rest is judged by its peer.
+fn to_pod(options: &Options, family: Family, networks: &Networks, leave: &str) -> Vec<Line> {
+    let mut lines = from_nodes(networks, leave);
+    lines.extend(neighbour_discovery(family));
+    // Raw PREROUTING has refused pods' addresses that came by a wrong interface.
+    lines.extend(networks.pods.iter().map(|prefix| line(&format!(" -s {prefix}"), "bridge:pod", leave)));
+    let judge = || format!("-g {PEER}");
+    // Pods of other nodes are judged there, by the real peer, unless this node hides it.
+    for RemotePods { interface, .. } in &options.topology.remote {
+        let translated = format!(" -o {interface} -m conntrack --ctstate DNAT,SNAT");
+        lines.push(line(&translated, "bridge:translated", &judge()));
+        lines.push(line(&format!(" -o {interface}"), "bridge:transit", leave));
+    }
+    lines.push(line("", "bridge:inbound", &judge()));
+    lines
+}
+
+fn peer(mode: Mode, networks: &Networks) -> Vec<Line> {
+    let mut lines = vec![line(" -m conntrack --ctstate INVALID", "bridge:invalid", silent_deny(mode))];
+    lines.extend(each(&networks.external, "-s", "bridge:inbound", INBOUND));
+    // No rule can name another source.
+    lines.push(line("", "bridge:foreign", &format!("-g {DENY}")));
+    lines
+}
+
+fn from_nodes(networks: &Networks, leave: &str) -> Vec<Line> {
+    let sides = ["-s", "-d"].into_iter();
+    let matches = sides.flat_map(|side| networks.nodes.iter().map(move |node| format!(" {side} {node}")));
+    matches.map(|matches| line(&matches, "bridge:node", leave)).collect()
+}
+
+/// Passes neighbour solicitations and advertisements, which only a bridge forwards: connection tracking leaves them alone.
+fn neighbour_discovery(family: Family) -> Vec<Line> {
+    let types: &[u8] = if family == Family::V6 { &[135, 136] } else { &[] };
+    let matches = types.iter().map(|kind| format!(" -p ipv6-icmp -m icmp6 --icmpv6-type {kind}"));
+    matches.map(|matches| line(&matches, "bridge:neighbour", "-j RETURN")).collect()
 }
 
 fn judge(direction: Direction) -> (&'static str, &'static str) {
@@ -159,13 +225,9 @@ fn judge(direction: Direction) -> (&'static str, &'static str) {
     }
 }
 
-/// The chain that gives the verdict on new flows of one direction, and those it leads to.
+/// Returns the chain that judges new flows of one direction, and the chains it leads to.
 fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> {
-    let mut lines = vec![
-        line(" -m conntrack --ctstate INVALID", "bridge:invalid", silent_deny(policy.mode)),
-        // A flow to a Service was judged, or found out of scope, by the address it was sent to.
-        line(" -m conntrack --ctstate DNAT", "bridge:translated", "-j RETURN"),
-    ];
+    let mut lines = vec![line(" -m conntrack --ctstate INVALID", "bridge:invalid", silent_deny(policy.mode))];
     if family == Family::V6 {
         // conntrack takes more for a query than RFC 4443 does, and leaves neighbour discovery alone.
         let no_query = " -p ipv6-icmp -m icmp6 ! --icmpv6-type 128";
@@ -180,8 +242,7 @@ fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> 
             .filter(|rule| rule.direction == direction && rule.action == action)
             .filter_map(|rule| Selected::of(rule, family))
             .collect();
-        // A denied packet is to be counted once in audit mode too, so the way back from BRIDGE-DENY must not lead
-        // through a second list of rules.
+        // In audit mode a denied packet returns from BRIDGE-DENY: it must not pass a second list of rules and count twice.
         let may_dispatch = action == Action::Allow || policy.mode == Mode::Enforce;
         let section = dispatch::section(&rules, direction, action, may_dispatch);
         lines.extend(section.lines);
@@ -193,16 +254,27 @@ fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> 
     chains
 }
 
-/// Refuses what has no flow and does not open one.
+/// Packets that open a flow, whether or not connection tracking takes them for part of an older one.
+const SYN: &str = " -p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN";
+const INIT: &str = " -p sctp -m sctp --chunk-types only INIT";
+
+/// Sends packets that open a flow to `chain`: the policy of now decides, also on the ports of an established flow.
+fn opening(to: &str) -> Vec<Line> {
+    [SYN, INIT].map(|matches| line(matches, "bridge:opening", &format!("-g {to}"))).into()
+}
+
+/// Refuses packets that belong to no flow and do not open one.
 fn openers() -> [Line; 2] {
     let deny = format!("-g {DENY}");
+    // A masqueraded flow to another node is judged packet by packet.
+    let new = " -m conntrack ! --ctstate ESTABLISHED";
     [
-        line(" -p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN", "bridge:not-syn", &deny),
-        line(" -p sctp -m sctp ! --chunk-types only INIT", "bridge:not-init", &deny),
+        line(&format!(" -p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN{new}"), "bridge:not-syn", &deny),
+        line(&format!(" -p sctp -m sctp ! --chunk-types only INIT{new}"), "bridge:not-init", &deny),
     ]
 }
 
-/// Never answered: a reset for a packet outside the window would end the connection it belongs to.
+/// The target for packets that are never answered: a reset for a packet outside the window would end its connection.
 const fn silent_deny(mode: Mode) -> &'static str {
     match mode {
         Mode::Enforce => "-j DROP",
@@ -210,7 +282,7 @@ const fn silent_deny(mode: Mode) -> &'static str {
     }
 }
 
-/// Where every denied packet ends.
+/// The lines of the last chain of every denied packet.
 fn deny(policy: &Policy, options: &Options) -> Vec<Line> {
     let mut lines = log(policy.mode, options);
     match (policy.mode, policy.on_deny) {
@@ -218,7 +290,7 @@ fn deny(policy: &Policy, options: &Options) -> Vec<Line> {
         (Mode::Audit, _) => lines.push(line("", "bridge:audit", "")),
         (Mode::Enforce, OnDeny::Drop) => lines.push(line("", "bridge:deny", "-j DROP")),
         (Mode::Enforce, OnDeny::Reject) => {
-            // icmp-port-unreachable and icmp6-port-unreachable are what REJECT answers with if not told otherwise.
+            // The default of REJECT is icmp-port-unreachable, in IPv6 icmp6-port-unreachable.
             lines.push(line(" -p tcp", "bridge:deny", "-j REJECT --reject-with tcp-reset"));
             lines.push(line(" -p udp", "bridge:deny", "-j REJECT"));
             lines.push(line("", "bridge:deny", "-j DROP"));
@@ -254,7 +326,7 @@ impl<'a> Selected<'a> {
         (!empty(&selected.external) && !empty(&selected.pods)).then_some(selected)
     }
 
-    /// The layer 4 part, one text for each rule it takes.
+    /// Returns the layer 4 matches, one text for each line.
     fn layer4(&self) -> Vec<String> {
         let rule = self.rule;
         let with_ports = |protocol: &str| -> Vec<String> {

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use crate::model::PortRange;
 
-/// What one `multiport` match holds (`XT_MULTI_PORTS` in `linux/netfilter/xt_multiport.h`); a range takes two.
+/// The size of one `multiport` match (`XT_MULTI_PORTS` in `linux/netfilter/xt_multiport.h`); a range takes two.
 const SLOTS: usize = 15;
 
 /// Splits a port list into as few lists as fit a `multiport` match each, covering exactly the same ports.
@@ -31,8 +31,8 @@ pub(super) fn split(ports: &[PortRange]) -> Vec<Vec<PortRange>> {
     lists
 }
 
-/// Sorted, without overlap, adjacent ranges as one.
-fn join(ports: &[PortRange]) -> Vec<PortRange> {
+/// Sorts ranges and joins those that overlap or touch.
+pub(super) fn join(ports: &[PortRange]) -> Vec<PortRange> {
     let mut sorted = ports.to_vec();
     sorted.sort_unstable();
     let mut joined: Vec<PortRange> = Vec::with_capacity(sorted.len());

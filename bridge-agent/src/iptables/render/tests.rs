@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{NodePorts, PortRange};
+use crate::model::{PortRange, Tunnel};
 
 fn nets(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
@@ -62,10 +62,10 @@ fn reject() {
 }
 
 #[test]
-fn drop_has_no_use_for_a_mark() {
+fn drop_answers_nothing() {
     let policy = Policy { on_deny: OnDeny::Drop, ..policy() };
     let text = restore_input(&policy, &Options::default(), Family::V4);
-    assert!(!text.contains("MARK") && !text.contains("BRIDGE-INPUT") && !text.contains("REJECT"), "{text}");
+    assert!(!text.contains("REJECT"), "{text}");
     insta::assert_snapshot!(text);
 }
 
@@ -74,7 +74,7 @@ fn audit_denies_nothing() {
     let policy = Policy { mode: Mode::Audit, ..policy() };
     let options = Options { log_per_second: NonZeroU32::new(10), ..Options::default() };
     let text = restore_input(&policy, &options, Family::V4);
-    for verdict in ["-j DROP", "-j REJECT", "-j MARK"] {
+    for verdict in ["-j DROP", "-j REJECT"] {
         assert!(!text.contains(verdict), "{verdict} in\n{text}");
     }
     insta::assert_snapshot!(text);
@@ -87,15 +87,45 @@ fn strict_ends_in_deny() {
 }
 
 #[test]
-fn a_family_without_networks_is_left_alone() {
+fn a_family_without_lan_hosts_denies_everything_from_outside() {
     let policy = Policy { external: nets(&["192.168.31.0/24"]), ..policy() };
+    let text = restore_input(&policy, &Options::default(), Family::V6);
+    let peer: Vec<_> = text.lines().filter(|line| line.starts_with("-A BRIDGE-PEER")).collect();
+    assert!(
+        matches!(peer[..], [invalid, foreign]
+        if invalid.contains("INVALID") && foreign.ends_with("\"bridge:foreign\" -g BRIDGE-DENY")),
+        "{text}"
+    );
+    assert!(!text.contains("BRIDGE-TO-LAN") && !text.contains("MARK"), "{text}");
+}
+
+#[test]
+fn interfaces_decide_who_is_believed() {
+    let topology = Topology {
+        external: vec!["eth0".into()],
+        internal: vec!["cali+".into()],
+        remote: vec![
+            RemotePods { interface: "eth0".into(), pods: nets(&["10.200.1.128/26"]) },
+            RemotePods {
+                interface: "flannel.1".into(),
+                pods: nets(&["10.200.1.192/26", "fd00:200:1:0:2::/80"]),
+            },
+        ],
+        tunnels: vec![Tunnel::Udp(8472), Tunnel::Protocol(4)],
+    };
+    let options = Options { topology, ..Options::default() };
+    insta::assert_snapshot!("topology_v4", restore_input(&policy(), &options, Family::V4));
+    insta::assert_snapshot!("topology_v6", restore_input(&policy(), &options, Family::V6));
+}
+
+#[test]
+fn a_family_without_networks_is_left_alone() {
+    let v4 = |all: &[IpNet]| all.iter().filter(|net| net.addr().is_ipv4()).copied().collect();
+    let policy = Policy { pods: v4(&policy().pods), external: v4(&policy().external), ..policy() };
     assert_eq!(restore_input(&policy, &Options::default(), Family::V6), "");
     let strict = Options { scope: Scope::Strict, ..Options::default() };
     let text = restore_input(&policy, &strict, Family::V6);
-    assert!(
-        text.contains("-A BRIDGE-FORWARD -m comment --comment \"bridge:strict\" -g BRIDGE-DENY"),
-        "{text}"
-    );
+    assert!(text.contains("-A BRIDGE-SCOPE -m comment --comment \"bridge:strict\" -g BRIDGE-DENY"), "{text}");
 }
 
 #[test]
@@ -122,8 +152,11 @@ fn many_hosts_and_many_pods_are_not_multiplied() {
 
 #[test]
 fn every_rule_has_a_comment_and_every_chain_is_led_to() {
-    for options in [Options::default(), Options { scope: Scope::Strict, ..Options::default() }] {
-        for table in ruleset(&policy(), &options, Family::V4).tables {
+    let of = |mode, scope| (Policy { mode, ..policy() }, Options { scope, ..Options::default() });
+    for (policy, options) in
+        [of(Mode::Enforce, Scope::Scoped), of(Mode::Audit, Scope::Scoped), of(Mode::Enforce, Scope::Strict)]
+    {
+        for table in ruleset(&policy, &options, Family::V4).tables {
             let targets: Vec<_> = table
                 .chains
                 .iter()
@@ -140,7 +173,7 @@ fn every_rule_has_a_comment_and_every_chain_is_led_to() {
     }
 }
 
-/// What a small model of iptables says of a new flow that is in scope.
+/// The verdict of a small model of iptables on a new flow in scope.
 fn walk<'a>(table: &'a TableRules, chain: &str, source: &IpNet, destination: &IpNet) -> Option<&'a str> {
     let chain = table.chains.iter().find(|c| c.name == chain).unwrap();
     for line in &chain.lines {
@@ -151,7 +184,12 @@ fn walk<'a>(table: &'a TableRules, chain: &str, source: &IpNet, destination: &Ip
                 .position(|word| *word == option)
                 .is_none_or(|at| words[at + 1].parse::<IpNet>().unwrap().contains(address))
         };
-        if words.contains(&"--ctstate") || !side("-s", source) || !side("-d", destination) {
+        if words.contains(&"--ctstate")
+            || words.contains(&"--tcp-flags")
+            || words.contains(&"--chunk-types")
+            || !side("-s", source)
+            || !side("-d", destination)
+        {
             continue;
         }
         let (option, to) = line.target.split_once(' ').unwrap_or_default();
@@ -214,7 +252,7 @@ proptest! {
         let ruleset = ruleset(&policy, &Options::default(), Family::V4);
         let table = ruleset.table(Table::Filter).unwrap();
         let (source, destination) = if inbound { (&host, &pod) } else { (&pod, &host) };
-        // The rules for what opens no flow are for TCP and SCTP alone; this packet is neither.
+        // The rules against packets that open no flow are for TCP and SCTP alone; this packet is neither.
         let mut table = table.clone();
         for chain in &mut table.chains {
             chain.lines.retain(|line| !line.name.starts_with("bridge:not-"));

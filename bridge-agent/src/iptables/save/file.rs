@@ -30,7 +30,7 @@ pub(crate) fn without(old: &str) -> String {
         rule.is_some_and(|(chain, rule)| is_own(chain) || target(rule).is_some_and(is_own))
     };
     let kept: Vec<&str> = old.split_inclusive('\n').filter(|line| !own_line(line.trim_end())).collect();
-    // A table that bridge added and that nobody put anything into goes too.
+    // A table that bridge added goes, if it is empty.
     let mut text = String::with_capacity(old.len());
     let mut lines = kept.as_slice();
     while let [first, rest @ ..] = lines {

@@ -43,8 +43,9 @@ fn read_back(input: &str) -> String {
     input
         .replace("-I PREROUTING 1", "-A PREROUTING")
         .replace("-I FORWARD 1", "-A FORWARD")
+        .replace("-I INPUT 1", "-A INPUT")
         .replace("*mangle\n", "*mangle\n:PREROUTING ACCEPT [0:0]\n")
-        .replace("*filter\n", "*filter\n:FORWARD ACCEPT [0:0]\n")
+        .replace("*filter\n", "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD ACCEPT [0:0]\n")
 }
 
 fn rules(policy: &Policy, edit: impl Fn(String) -> String) -> BTreeMap<(Family, Table), OwnRules> {
@@ -75,7 +76,7 @@ const LAN: &str = "192.168.31.67";
 const POD: &str = "10.200.1.91";
 
 #[test]
-fn what_the_policy_says_comes_out() {
+fn verdicts_follow_the_policy() {
     use Verdict::{Denied, Passes};
     let cases = [
         (packet(LAN, POD, 6, 40002), Passes),
@@ -89,8 +90,11 @@ fn what_the_policy_says_comes_out() {
         (packet("fd00:31::67", "fd00:200:1::91", 58, 0), Passes),
         (packet(POD, LAN, 132, 9000), Passes),
         (packet(POD, LAN, 132, 9001), Denied),
+        // No rule can name such a host.
+        (packet("198.51.100.1", POD, 6, 40002), Denied),
         // Out of scope: not bridge's to deny.
-        (packet("198.51.100.1", POD, 6, 1), Passes),
+        (packet("198.51.100.1", LAN, 6, 1), Passes),
+        (packet(POD, "198.51.100.1", 6, 1), Passes),
         (packet(LAN, "192.168.31.17", 6, 30085), Passes),
         (packet(LAN, "192.168.31.17", 6, 30091), Denied),
         (packet(LAN, "192.168.31.17", 132, 30091), Denied),
@@ -112,11 +116,11 @@ fn strict_denies_what_is_out_of_scope() {
     let options = Options { scope: Scope::Strict, ..Options::default() };
     let text = read_back(&restore_input(&Policy { node_ports: None, ..policy() }, &options, Family::V4));
     let rules = BTreeMap::from([((Family::V4, Table::Filter), parse(&text).remove("filter").unwrap().own())]);
-    assert_eq!(verdict(&rules, &packet("198.51.100.1", POD, 6, 1), false), Some(Verdict::Denied));
+    assert_eq!(verdict(&rules, &packet("198.51.100.1", LAN, 6, 1), false), Some(Verdict::Denied));
 }
 
 #[test]
-fn what_somebody_else_did_to_the_chains_counts() {
+fn rules_of_others_in_own_chains_count() {
     let denied = packet(LAN, POD, 6, 40003);
     let with = |rule: &str| {
         let rules = rules(&policy(), |text| {
@@ -128,7 +132,7 @@ fn what_somebody_else_did_to_the_chains_counts() {
     assert_eq!(with("-s 192.168.31.67/32 -j RETURN"), Some(Verdict::Passes));
     assert_eq!(with("! -s 192.168.31.67/32 -j ACCEPT"), Some(Verdict::Denied));
     assert_eq!(with(r#"-m comment --comment "a \"-j\" b" -j ACCEPT"#), Some(Verdict::Passes));
-    // What cannot be told is not guessed, unless it makes no difference.
+    // An unknown match is not guessed, unless it makes no difference.
     assert_eq!(with("-m set --match-set friends src -j ACCEPT"), None);
     assert_eq!(with("-d 10.0.0.1/32 -m set --match-set friends src -j ACCEPT"), Some(Verdict::Denied));
     assert_eq!(with("-m limit --limit 1/sec -j LOG"), Some(Verdict::Denied));

@@ -1,4 +1,4 @@
-//! The watch holds what eBPF did against what iptables does.
+//! Compares the verdicts of eBPF with those of iptables.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// From what the tables have counted now.
+    /// Begins with the counters of now.
     pub(super) fn begin(tables: &BTreeMap<(Family, Table), ObservedTable>) -> Self {
         let mut counters = Counters::default();
         counters.begin(tables);
@@ -44,7 +44,7 @@ impl Shared {
         tables: &BTreeMap<(Family, Table), ObservedTable>,
         mode: Mode,
     ) {
-        // In audit mode eBPF lets everything come here, also what it would have denied itself.
+        // In audit mode eBPF passes everything, also packets that it would have denied.
         if mode == Mode::Enforce {
             counters.count(tables, &mut self.status().divergence.denied_by_iptables);
         }

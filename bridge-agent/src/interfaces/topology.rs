@@ -1,0 +1,176 @@
+//! The surroundings of this node by interface, for an engine that identifies pods by interface names.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{Route, Selection, Snapshot, by_name, towards_lan, towards_pods};
+use crate::model::{RemotePods, Topology, Tunnel};
+
+/// Interface names of network plugins, each with a suffix per pod: a rule for the prefix covers pods yet to come.
+const PREFIXES: [&str; 7] = ["cali", "veth", "lxc", "eni", "azv", "gke", "tap"];
+
+impl Selection {
+    /// Returns the topology that a snapshot shows.
+    #[must_use]
+    pub fn topology(&self, snapshot: &Snapshot) -> Topology {
+        let external = if self.external.is_empty() {
+            self.external_networks.iter().flat_map(|net| towards_lan(*net, &snapshot.routes)).collect()
+        } else {
+            by_name(&self.external, snapshot, &mut Vec::new())
+        };
+        let name = |index: &u32| {
+            snapshot.links.get(index).filter(|link| !link.loopback).map(|link| link.name.clone())
+        };
+
+        let mut remote: BTreeMap<u32, Vec<IpNet>> = BTreeMap::new();
+        for route in &snapshot.routes {
+            if self.pod_networks.iter().any(|net| net.contains(&route.to)) {
+                let away = route.hops.iter().filter(|(index, gateway)| *gateway || external.contains(index));
+                away.for_each(|(index, _)| remote.entry(*index).or_default().push(route.to));
+            }
+        }
+        let remote: Vec<RemotePods> = remote
+            .iter()
+            .filter_map(|(index, pods)| {
+                Some(RemotePods { interface: name(index)?, pods: IpNet::aggregate(pods) })
+            })
+            .collect();
+
+        let external: Vec<String> = external.iter().filter_map(name).collect();
+        let outward = |name: &str| {
+            external.iter().any(|other| other == name) || remote.iter().any(|other| other.interface == name)
+        };
+        let mut internal: Vec<String> = if self.internal.is_empty() {
+            let indexes = self.pod_networks.iter().flat_map(|net| towards_pods(*net, &snapshot.routes));
+            let names = indexes.filter_map(|index| name(&index)).filter(|name| !outward(name));
+            names.map(|name| by_prefix(name, snapshot, outward)).collect()
+        } else {
+            let names = self.internal.iter().flat_map(|pattern| match pattern.as_str().strip_suffix('*') {
+                Some(prefix) if !prefix.contains('*') => vec![format!("{prefix}+")],
+                _ => by_name(std::slice::from_ref(pattern), snapshot, &mut Vec::new())
+                    .iter()
+                    .filter_map(name)
+                    .collect(),
+            });
+            names.collect()
+        };
+        internal.sort_unstable();
+        internal.dedup();
+
+        let mut tunnels: Vec<Tunnel> = snapshot.links.values().filter_map(|link| link.tunnel).collect();
+        tunnels.sort_unstable();
+        tunnels.dedup();
+        Topology { external, internal, remote, tunnels }
+    }
+}
+
+impl Selection {
+    /// Returns the addresses of pods that a route of their own leads to, without a gateway, and the interface of each.
+    #[must_use]
+    pub fn hosted(&self, snapshot: &Snapshot) -> BTreeMap<IpAddr, u32> {
+        let of_pod = |route: &&Route| {
+            route.to.prefix_len() == route.to.max_prefix_len()
+                && self.pod_networks.iter().any(|net| net.contains(&route.to))
+        };
+        let direct = |route: &Route| match route.hops[..] {
+            [(index, false)] => Some((route.to.addr(), index)),
+            _ => None,
+        };
+        snapshot.routes.iter().filter(of_pod).filter_map(direct).collect()
+    }
+}
+
+/// Returns the name, or the plugin's prefix and `+` if no interface towards the outside shares that.
+fn by_prefix(name: String, snapshot: &Snapshot, outward: impl Fn(&str) -> bool) -> String {
+    let prefix = PREFIXES.into_iter().find(|prefix| name.starts_with(prefix));
+    let shared =
+        |prefix: &&str| snapshot.links.values().any(|l| l.name.starts_with(prefix) && outward(&l.name));
+    match prefix.filter(|prefix| !shared(prefix)) {
+        Some(prefix) => format!("{prefix}+"),
+        None => name,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Device, Link};
+    use super::*;
+
+    fn link(name: &str, tunnel: Option<Tunnel>) -> Link {
+        Link {
+            name: name.into(),
+            kind: libc::ARPHRD_ETHER,
+            loopback: name == "lo",
+            device: Device::Ethernet,
+            reaches_out: false,
+            unqueued: true,
+            tunnel,
+        }
+    }
+
+    fn snapshot() -> Snapshot {
+        let vxlan = Some(Tunnel::Udp(8472));
+        let names = [("lo", None), ("eth0", None), ("cali1", None), ("cali2", None), ("flannel.1", vxlan)];
+        let links = (1..).zip(names.map(|(name, tunnel)| link(name, tunnel))).collect();
+        let route =
+            |to: &str, index, gateway| Route { to: to.parse().unwrap(), hops: vec![(index, gateway)] };
+        let routes = vec![
+            route("0.0.0.0/0", 2, true),
+            route("192.168.31.0/24", 2, false),
+            route("10.200.1.91/32", 3, false),
+            route("10.200.1.92/32", 4, false),
+            route("10.200.2.0/24", 5, true),
+            route("10.200.3.0/24", 2, true),
+        ];
+        Snapshot { links, routes, ..Snapshot::default() }
+    }
+
+    fn selection() -> Selection {
+        Selection {
+            external_networks: vec!["192.168.31.0/24".parse().unwrap()],
+            pod_networks: vec!["10.200.0.0/16".parse().unwrap()],
+            ..Selection::default()
+        }
+    }
+
+    #[test]
+    fn pods_of_other_nodes_are_known_by_their_interface() {
+        let topology = selection().topology(&snapshot());
+        let remote = |interface: &str, pods: &str| RemotePods {
+            interface: interface.into(),
+            pods: vec![pods.parse().unwrap()],
+        };
+        assert_eq!(
+            topology,
+            Topology {
+                external: vec!["eth0".into()],
+                internal: vec!["cali+".into()],
+                remote: vec![remote("eth0", "10.200.3.0/24"), remote("flannel.1", "10.200.2.0/24")],
+                tunnels: vec![Tunnel::Udp(8472)],
+            }
+        );
+    }
+
+    #[test]
+    fn hosted_pods_have_a_route_of_their_own() {
+        let hosted = selection().hosted(&snapshot());
+        let expected = [("10.200.1.91", 3), ("10.200.1.92", 4)];
+        assert_eq!(hosted, expected.map(|(address, index)| (address.parse().unwrap(), index)).into());
+    }
+
+    #[test]
+    fn a_prefix_that_an_outer_interface_shares_is_not_used() {
+        let mut snapshot = snapshot();
+        snapshot.links.get_mut(&2).unwrap().name = "cali0".into();
+        assert_eq!(selection().topology(&snapshot).internal, ["cali1", "cali2"]);
+    }
+
+    #[test]
+    fn configured_patterns_become_prefixes() {
+        let pattern = |text: &str| serde_json::from_value(text.into()).unwrap();
+        let selection = Selection { internal: vec![pattern("veth*"), pattern("cali*2")], ..selection() };
+        assert_eq!(selection.topology(&snapshot()).internal, ["cali2", "veth+"]);
+    }
+}

@@ -1,0 +1,65 @@
+//! Sources that cannot be true, refused in raw PREROUTING.
+//!
+//! Table raw comes before connection tracking: a forged packet neither creates an entry nor changes one. `rpfilter`
+//! compares the interface of a packet with the route back to its source, for IPv4 and IPv6 alike, whatever the
+//! `rp_filter` sysctls say.
+
+use super::{Networks, Options, chain, each, jump, line, log};
+use crate::iptables::ruleset::{Chain, Family, Line, Table, TableRules};
+use crate::model::{Mode, Policy, RemotePods, Tunnel};
+
+const ENTRY: &str = "BRIDGE-PREROUTING";
+const NODE: &str = "BRIDGE-NODE";
+const SPOOFED: &str = "BRIDGE-SPOOFED";
+/// IPv4 addresses in IPv6 form (RFC 4291, 2.5.5.2) never appear on a link.
+const MAPPED: &str = "::ffff:0.0.0.0/96";
+
+/// Returns the rules of table raw.
+pub(super) fn table(policy: &Policy, options: &Options, family: Family, of: &Networks) -> TableRules {
+    let spoofed = |matches: &str| line(matches, "bridge:spoofed", &format!("-g {SPOOFED}"));
+    let topology = &options.topology;
+    let mut entry = Vec::new();
+    if family == Family::V6 {
+        entry.extend(["-s", "-d"].map(|side| spoofed(&format!(" {side} {MAPPED}"))));
+    }
+    entry.push(spoofed(" -m rpfilter --invert -m addrtype --src-type LOCAL"));
+    entry.extend(of.pods.iter().map(|prefix| spoofed(&format!(" -s {prefix} -m rpfilter --invert"))));
+    // A pod address without a route of its own leads where the default route leads: that proves nothing.
+    for RemotePods { interface, pods } in &topology.remote {
+        for prefix in super::select(pods, family) {
+            entry.push(line(&format!(" -i {interface} -s {prefix}"), "bridge:remote-pods", "-j RETURN"));
+        }
+    }
+    for interface in &topology.external {
+        entry.extend(of.pods.iter().map(|prefix| spoofed(&format!(" -i {interface} -s {prefix}"))));
+    }
+    entry.extend(each(&of.nodes, "-s", "bridge:node", NODE));
+    entry.extend(topology.internal.iter().map(|name| spoofed(&format!(" -i {name} -m rpfilter --invert"))));
+    // Without a list of the nodes, any host may be the other end of a tunnel.
+    if !of.nodes.is_empty() {
+        entry.extend(topology.tunnels.iter().map(|tunnel| {
+            let outer = match tunnel {
+                Tunnel::Udp(port) => format!(" -p udp -m udp --dport {port}"),
+                Tunnel::Protocol(number) => format!(" -p {number}"),
+            };
+            spoofed(&format!("{outer} -m addrtype --dst-type LOCAL"))
+        }));
+    }
+
+    let mut chains = vec![chain(ENTRY, entry)];
+    if !of.nodes.is_empty() {
+        // Towards the node itself, an address of another node by another way is not bridge's business.
+        let unbelieved = |prefix| spoofed(&format!(" -d {prefix} -m rpfilter --invert"));
+        chains.push(chain(NODE, of.pods.iter().map(unbelieved).collect()));
+    }
+    chains.push(spoofed_chain(policy.mode, options));
+    TableRules { table: Table::Raw, jumps: vec![jump("PREROUTING", ENTRY)], chains }
+}
+
+fn spoofed_chain(mode: Mode, options: &Options) -> Chain {
+    let verdict: Line = match mode {
+        Mode::Enforce => line("", "bridge:deny", "-j DROP"),
+        Mode::Audit => line("", "bridge:audit", ""),
+    };
+    chain(SPOOFED, [log(mode, options), vec![verdict]].concat())
+}
