@@ -17,13 +17,15 @@ pub enum Difference {
     UntrackedError,
     /// Two hosts ping each other with the same identifier.
     CrossingQueries,
-    /// An IPv6 routing header that leads on to somebody else.
+    /// An IPv6 routing header that leads on to another host.
     SourceRoute,
+    /// A source outside `networks.external` that is neither pod nor node.
+    Foreign,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
@@ -32,6 +34,7 @@ impl Difference {
         Self::UntrackedError,
         Self::CrossingQueries,
         Self::SourceRoute,
+        Self::Foreign,
     ];
 
     /// As docs/parity.md calls it.
@@ -46,6 +49,7 @@ impl Difference {
             Self::UntrackedError => "error about what is not followed",
             Self::CrossingQueries => "crossing pings",
             Self::SourceRoute => "segments left",
+            Self::Foreign => "foreign source",
         }
     }
 }

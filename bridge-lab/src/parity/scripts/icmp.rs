@@ -84,18 +84,22 @@ impl Story<'_> {
         let router =
             if from_router { endpoints::beyond(dice, self.policy, destination) } else { destination };
         let back = Flow { source: router, destination: source, source_port: 0, destination_port: 0 };
-        let unjudged = Story { flow: back, ..self.mirrored() }.is_free(protocol::ICMP);
+        let back = Story { flow: back, ..self.mirrored() };
+        let unjudged = back.is_free(protocol::ICMP);
+        let foreign = back.is_foreign() && back.to_pod();
         let what = match (known, from_router) {
             (true, false) => "error about a known flow",
             (true, true) => "error of a router about a known flow",
             (false, false) => "error about an unknown flow",
             (false, true) => "error of a router about an unknown flow",
         };
-        let expected = if unjudged {
+        let related = known && opens;
+        let expected = if foreign {
+            Expected::differing(Difference::Foreign, true, related)
+        } else if unjudged {
             true.into()
         } else {
             let untracked = self.is_free(of);
-            let related = known && opens;
             Expected::differing(Difference::UntrackedError, untracked || related, related)
         };
         self.send(what, false, Packet::new(router, source).icmp(&error), expected);

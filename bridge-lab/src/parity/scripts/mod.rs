@@ -6,7 +6,11 @@ mod tcp;
 use bridge_agent::model::{Action, Policy, Protocol};
 use bridge_agent::policy::reference;
 use bridge_common::filter::policy::protocol;
+use std::net::IpAddr;
+
 use etherparse::{IpNumber, TcpHeader, UdpHeader};
+
+use ipnet::IpNet;
 
 use super::dice::Dice;
 use super::endpoints::{self, Flow};
@@ -30,6 +34,10 @@ pub(super) fn story(dice: &mut Dice, policy: &Policy, tag: u32) -> (Flow, u8, Ve
     let (flow, protocol) = node_port.unwrap_or_else(|| endpoints::flow(dice, policy));
     let mut story = Story { policy, flow, tag, sent: Vec::new() };
     let number = match protocol {
+        _ if story.is_foreign() => {
+            story.foreign();
+            IpNumber::UDP.0
+        }
         Protocol::Tcp => {
             match dice.below(20) {
                 0..=4 => story.tcp_stray(dice),
@@ -80,6 +88,37 @@ impl Story<'_> {
     /// Whether the flow is none of bridge's business.
     fn is_free(&self, protocol: usize) -> bool {
         reference::scope_model(self.policy, &local(), &self.reference(protocol)).is_none()
+    }
+
+    /// Whether one end is a pod and the other one is nothing that a rule can name.
+    fn is_foreign(&self) -> bool {
+        let within = |nets: &[IpNet], address: &IpAddr| nets.iter().any(|net| net.contains(address));
+        let node = |address: &IpAddr| local().contains(address) || within(&self.policy.nodes, address);
+        let pod = |address: &IpAddr| within(&self.policy.pods, address) && !node(address);
+        let foreign = |address: &IpAddr| {
+            ![&self.policy.pods, &self.policy.external].iter().any(|nets| within(nets, address))
+                && !node(address)
+        };
+        let Flow { source, destination, .. } = &self.flow;
+        (pod(source) && foreign(destination)) || (foreign(source) && pod(destination))
+    }
+
+    fn to_pod(&self) -> bool {
+        self.policy.pods.iter().any(|net| net.contains(&self.flow.destination))
+    }
+
+    /// A pod asks and gets an answer; or a foreign host sends a datagram that no rule can allow.
+    fn foreign(&mut self) {
+        let Flow { source_port: a, destination_port: b, .. } = self.flow;
+        let question = self.there().udp(a, b, &self.mark());
+        if self.to_pod() {
+            let expected = Expected::differing(Difference::Foreign, true, false);
+            self.send("datagram of a foreign host", true, question, expected);
+        } else {
+            self.send("question to a foreign host", true, question, true);
+            let answer = self.back().udp(b, a, &self.mark());
+            self.send("answer of a foreign host", false, answer, true);
+        }
     }
 
     fn reference(&self, protocol: usize) -> reference::Packet {
