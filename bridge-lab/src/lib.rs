@@ -13,6 +13,7 @@ pub mod cpu;
 pub mod gap;
 pub mod kubernetes;
 pub mod lab;
+pub mod mediation;
 pub mod model;
 pub mod netns;
 pub mod packet;

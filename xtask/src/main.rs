@@ -115,6 +115,12 @@ enum Command {
         #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
         arguments: Vec<OsString>,
     },
+    /// Try every known way past the default deny, with each engine and both
+    Mediation {
+        /// For instance --only NodePort --engines ebpf
+        #[arg(allow_hyphen_values = true, trailing_var_arg = true)]
+        arguments: Vec<OsString>,
+    },
     /// Fuzz the agent's parsers, guided by coverage: configuration, API, discovery, cluster file, saved state
     Fuzz {
         /// Only this one
@@ -164,6 +170,7 @@ fn main() -> ExitCode {
         Command::KubeAssets => setup::kube_assets::main(),
         Command::Bench { arguments } => run::bench(&arguments),
         Command::Attack { arguments } => run::tool("attack", &arguments),
+        Command::Mediation { arguments } => run::tool("mediation", &arguments),
         Command::Gap { arguments } => run::tool("gap", &arguments),
         Command::Soak { arguments } => run::tool("soak", &arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
