@@ -45,7 +45,6 @@ const CIRCLES: &[(&str, usize)] = &[
     ("bridge-agent/src/cli", 15),
     ("bridge-agent/src/config", 16),
     ("bridge-agent/src/datapath", 5),
-    ("bridge-agent/src/iptables", 3),
     ("bridge-agent/src/kubernetes", 3),
     ("bridge-agent/src/policy", 4),
     ("bridge-agent/src/pool", 4),

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 
-use super::{Selected, chain, line};
+use super::parts::{Selected, chain, line};
 use crate::iptables::ruleset::{Chain, Line};
 use crate::model::{Action, Direction};
 

@@ -7,10 +7,10 @@
 //! The packet gets a mark, by which filter INPUT or FORWARD knows that the allow list of `nodePorts` decides, and not the
 //! rules for the pod it is translated to. REJECT exists in table filter only; connection tracking translates the answer.
 
-use super::ports::join;
-use super::{
+use super::parts::{
     DENY, Networks, Options, chain, each, established, jump, line, log, openers, opening, silent_deny,
 };
+use super::ports::join;
 use crate::iptables::ruleset::{Chain, Line, Table, TableRules};
 use crate::model::{Mode, NodePorts, Policy, PortRange};
 

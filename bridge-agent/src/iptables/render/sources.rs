@@ -4,7 +4,7 @@
 //! compares the interface of a packet with the route back to its source, for IPv4 and IPv6 alike, whatever the
 //! `rp_filter` sysctls say.
 
-use super::{Networks, Options, chain, each, jump, line, log};
+use super::parts::{Networks, Options, chain, each, jump, line, log, select};
 use crate::iptables::ruleset::{Chain, Family, Line, Table, TableRules};
 use crate::model::{Mode, Policy, RemotePods, Tunnel};
 
@@ -26,7 +26,7 @@ pub(super) fn table(policy: &Policy, options: &Options, family: Family, of: &Net
     entry.extend(of.pods.iter().map(|prefix| spoofed(&format!(" -s {prefix} -m rpfilter --invert"))));
     // A pod address without a route of its own leads where the default route leads: that proves nothing.
     for RemotePods { interface, pods } in &topology.remote {
-        for prefix in super::select(pods, family) {
+        for prefix in select(pods, family) {
             entry.push(line(&format!(" -i {interface} -s {prefix}"), "bridge:remote-pods", "-j RETURN"));
         }
     }

@@ -1,7 +1,10 @@
+use ipnet::IpNet;
 use proptest::prelude::*;
 
+use std::num::NonZeroU32;
+
 use super::*;
-use crate::model::{PortRange, Tunnel};
+use crate::model::{PortRange, Protocol, Rule, Topology, Tunnel};
 
 fn nets(texts: &[&str]) -> Vec<IpNet> {
     texts.iter().map(|text| text.parse().unwrap()).collect()
