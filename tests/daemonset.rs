@@ -146,6 +146,29 @@ fn a_pod_is_ready_when_it_enforces_and_not_before() -> Result<()> {
 }
 
 #[test]
+fn tcp_takes_the_fast_path_in_the_container_as_on_a_host() -> Result<()> {
+    const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
+    let lab = Lab::builder().conntrack().build()?;
+    lab.b().netns.run(|| fs::write(BE_LIBERAL, "0"))?;
+    let mut container = start(&lab, CONFIG)?;
+    container.ready()?;
+    let probe = container.exec(&["bridge-agent", "status", "--json"])?;
+    let status: Value = serde_json::from_slice(&probe.stdout)?;
+    let fast_path = &status["agent"]["enforcement"]["fastPath"];
+    ensure!(fast_path["protocols"] == json!(["tcp", "udp"]), "{fast_path} {}", container.log());
+    let seconds = |name: &str| -> Result<u64> {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_{name}");
+        Ok(lab.b().netns.run(|| fs::read_to_string(path))?.trim().parse()?)
+    };
+    ensure!(lab.b().netns.run(|| fs::read_to_string(BE_LIBERAL))?.trim() == "1");
+    ensure!(
+        seconds("unacknowledged")? >= seconds("established")?,
+        "the agent left the timeouts as they were"
+    );
+    Ok(())
+}
+
+#[test]
 fn the_pool_reaches_control_groups_and_sysctls_of_the_host() -> Result<()> {
     let lab = Lab::builder().build()?;
     // Not below the group that the agent's own pod is in.

@@ -5,4 +5,5 @@ pub mod capabilities;
 pub mod memory;
 pub mod netlink;
 pub mod state_directory;
+pub(crate) mod sysctl;
 pub mod time;

@@ -8,12 +8,14 @@
 
 use std::{fs, io};
 
-/// 0: a packet outside the window is invalid.
-const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
-/// How long silent connections are remembered, in seconds.
-const ESTABLISHED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_established";
-/// The timeout of connections with unacknowledged data.
-const UNACKNOWLEDGED: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_timeout_unacknowledged";
+use crate::kernel::sysctl;
+
+/// 0: segments out of window are invalid.
+const BE_LIBERAL: &str = "netfilter/nf_conntrack_tcp_be_liberal";
+/// Lifetime of idle connections, in seconds.
+const ESTABLISHED: &str = "netfilter/nf_conntrack_tcp_timeout_established";
+/// Lifetime of idle connections with unacknowledged data, in seconds.
+const UNACKNOWLEDGED: &str = "netfilter/nf_conntrack_tcp_timeout_unacknowledged";
 
 /// Whether TCP may pass conntrack by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,7 +31,7 @@ pub(in crate::agent) enum Tracking {
 impl Tracking {
     /// Of the network namespace of this process.
     pub(in crate::agent) fn read() -> io::Result<Self> {
-        let liberal = match fs::read_to_string(BE_LIBERAL) {
+        let liberal = match read(BE_LIBERAL) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Absent),
             value => value?.trim() != "0",
         };
@@ -41,9 +43,9 @@ impl Tracking {
     pub(in crate::agent) fn relax() -> io::Result<()> {
         let (established, unacknowledged) = (seconds(ESTABLISHED)?, seconds(UNACKNOWLEDGED)?);
         if unacknowledged < established {
-            fs::write(UNACKNOWLEDGED, established.to_string())?;
+            sysctl::write_net(UNACKNOWLEDGED, &established.to_string())?;
         }
-        fs::write(BE_LIBERAL, "1")
+        sysctl::write_net(BE_LIBERAL, "1")
     }
 
     /// Returns the reason that keeps TCP from the fast path.
@@ -58,6 +60,10 @@ impl Tracking {
     }
 }
 
-fn seconds(path: &str) -> io::Result<u64> {
-    fs::read_to_string(path)?.trim().parse().map_err(io::Error::other)
+fn read(name: &str) -> io::Result<String> {
+    fs::read_to_string(format!("/proc/sys/net/{name}"))
+}
+
+fn seconds(name: &str) -> io::Result<u64> {
+    read(name)?.trim().parse().map_err(io::Error::other)
 }
