@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::ports::PortSet;
-use crate::model::PortRange;
+use crate::{kernel::sysctl, model::PortRange};
 
 /// Something that spoils the pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -63,15 +63,17 @@ fn timestamps(value: &str) -> Option<Warning> {
     })
 }
 
-/// Masquerade that chooses a port itself, at random: it takes every connection out of the pool.
+/// Finds a masquerade rule that chooses a random port, which takes every connection out of the pool.
 fn masquerade(tool: &str, rules: &str, ports: &PortSet) -> Option<Warning> {
+    let mut kube_proxy = KubeProxy::default();
     let rule = rules.lines().map(str::trim).find(|rule| {
         let words = || rule.split([' ', ',']);
         let nft = words().any(|word| word == "masquerade" || word == "snat")
             && words().any(|word| matches!(word, "random" | "fully-random"));
         let iptables = words().any(|word| word == "MASQUERADE" || word == "SNAT")
             && words().any(|word| word == "--random" || word == "--random-fully");
-        nft || iptables
+        let services_only = kube_proxy.services_only(rule);
+        (nft || iptables) && !services_only
     })?;
     let range = ports.ranges().first().map(ToString::to_string).unwrap_or_default();
     Some(Warning {
@@ -86,11 +88,46 @@ fn masquerade(tool: &str, rules: &str, ports: &PortSet) -> Option<Warning> {
     })
 }
 
-const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
+/// Reads through a ruleset line by line and recognises kube-proxy's masquerade.
+///
+/// kube-proxy masquerades connections to Services: those that it has marked, and hairpin connections. A connection of a pod
+/// to a LAN host is neither, so the random ports of these rules do not touch the pool.
+#[derive(Default)]
+struct KubeProxy {
+    /// In a chain of kube-proxy (`nft list ruleset`).
+    chain: bool,
+    /// In a table of kube-proxy's nftables mode.
+    table: bool,
+    /// An earlier rule of KUBE-POSTROUTING returns for packets without the mark.
+    returned: bool,
+}
 
-/// The same where /proc/sys is read-only, as in a container: mounted there from the host. Which network namespace a file
-/// below /proc/sys/net speaks of is a matter of who opens it (`net_ctl_header_lookup`, net/sysctl_net.c).
-const RESERVED_OF_HOST: &str = "/host/proc/sys/net/ipv4/ip_local_reserved_ports";
+impl KubeProxy {
+    /// Reads the next line, and returns whether it is a rule for connections to Services alone.
+    fn services_only(&mut self, line: &str) -> bool {
+        const CHAIN: &str = "KUBE-POSTROUTING";
+        let mut words = line.split_ascii_whitespace();
+        match (words.next(), words.next(), words.next()) {
+            (Some("table"), _, Some(name)) => *self = Self { table: name == "kube-proxy", ..Self::default() },
+            (Some("chain"), Some(name), _) => (self.chain, self.returned) = (name == CHAIN, false),
+            _ => {}
+        }
+        if self.table {
+            // The condition is in the rule itself; earlier versions have it in a rule before.
+            let marked = line.contains("mark & ") || line.contains("mark and ");
+            self.returned |= marked && line.ends_with("return");
+            return marked || self.returned || line.contains("@hairpin-connections");
+        }
+        if self.chain || line.strip_prefix("-A ").is_some_and(|rest| rest.split(' ').next() == Some(CHAIN)) {
+            self.returned |= line.contains("! --mark ") && line.ends_with("-j RETURN")
+                || line.contains("mark & ") && line.contains("!= ") && line.ends_with("return");
+            return self.returned;
+        }
+        false
+    }
+}
+
+const RESERVED: &str = "/proc/sys/net/ipv4/ip_local_reserved_ports";
 
 /// Ports that the kernel gives to programs outside the pool.
 fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
@@ -137,14 +174,7 @@ pub fn unreserve(ports: &PortSet) -> io::Result<()> {
 
 fn write_reserved(ports: &PortSet) -> io::Result<()> {
     // An empty line means none; an empty write does nothing.
-    let text = print_ranges(ports) + "\n";
-    match fs::write(RESERVED, &text) {
-        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-            // Where it is not mounted, the first error is the one to show.
-            fs::write(RESERVED_OF_HOST, &text).map_err(|_| error)
-        }
-        result => result,
-    }
+    sysctl::write_net("ipv4/ip_local_reserved_ports", &(print_ranges(ports) + "\n"))
 }
 
 /// Returns the content of `net.ipv4.ip_local_reserved_ports`, without the ports that this agent itself noted in `own`
@@ -269,6 +299,45 @@ mod tests {
         }
         for rule in ["oifname eth0 masquerade", "-A POSTROUTING -j MASQUERADE", "comment \"random\" accept"] {
             assert_eq!(masquerade("nft", rule, &ports()), None, "{rule}");
+        }
+    }
+
+    #[test]
+    fn kube_proxys_masquerade_is_no_matter_but_that_of_others_beside_it() {
+        // As `iptables-save` and `nft list ruleset` print the rules of kube-proxy 1.36 in both of its modes.
+        let iptables = "*nat\n:KUBE-POSTROUTING - [0:0]\n\
+            -A POSTROUTING -m comment --comment \"kubernetes postrouting rules\" -j KUBE-POSTROUTING\n\
+            -A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n\
+            -A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0\n\
+            -A KUBE-POSTROUTING -m comment --comment \"kubernetes service traffic requiring SNAT\" -j MASQUERADE --random-fully\n";
+        let iptables_in_nft = "table ip nat {\n\tchain KUBE-POSTROUTING {\n\
+            \t\tmeta mark & 0x00004000 != 0x00004000 counter packets 0 bytes 0 return\n\
+            \t\tcounter packets 0 bytes 0 meta mark set mark xor 0x4000\n\
+            \t\t counter packets 0 bytes 0 masquerade fully-random\n\t}\n";
+        let nftables = "table ip kube-proxy {\n\tchain masquerading {\n\
+            \t\tmeta mark & 0x00004000 != 0x00000000 meta mark set meta mark ^ 0x00004000 masquerade fully-random\n\
+            \t\tct status dnat ip saddr . ip daddr . meta l4proto . th dport @hairpin-connections masquerade fully-random\n\t}\n";
+        let earlier = "table ip kube-proxy {\n\tchain masquerading {\n\
+            \t\tmeta mark & 0x00004000 == 0x00000000 return\n\
+            \t\tmeta mark set meta mark ^ 0x00004000\n\
+            \t\tmasquerade fully-random\n\t}\n";
+        for (rules, other) in [
+            (iptables, "-A POSTROUTING -s 10.200.0.0/16 -j MASQUERADE --random-fully\n"),
+            (iptables_in_nft, "\tchain FLANNEL-POSTRTG {\n\t\tmasquerade fully-random\n\t}\n"),
+            (nftables, "}\ntable ip other {\n\tchain masquerading {\n\t\tmasquerade random\n\t}\n"),
+            (earlier, "\tchain x {\n\t\toifname \"eth0\" masquerade random\n\t}\n"),
+        ] {
+            assert_eq!(masquerade("nft", rules, &ports()), None, "{rules}");
+            let beside = masquerade("nft", &format!("{rules}{other}"), &ports());
+            assert!(beside.is_some(), "{rules}{other}");
+        }
+        // kube-proxy's chain without the condition on the mark masquerades everything; flannel's returns for marked packets.
+        for rules in [
+            iptables.replace("! --mark", "--mark"),
+            iptables_in_nft.replace("!= 0x00004000", "== 0x00004000"),
+            "-A FLANNEL-POSTRTG -m mark --mark 0x4000/0x4000 -j RETURN\n-A FLANNEL-POSTRTG -s 10.200.0.0/16 -j MASQUERADE --random-fully\n".to_owned(),
+        ] {
+            assert!(masquerade("nft", &rules, &ports()).is_some(), "{rules}");
         }
     }
 
