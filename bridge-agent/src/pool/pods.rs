@@ -8,7 +8,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures_util::StreamExt as _;
@@ -31,8 +31,10 @@ pub type OptedIn = Option<BTreeSet<String>>;
 
 /// Time to wait after a failure, and between two polls where the kernel sends no notification.
 const AGAIN: Duration = Duration::from_secs(1);
-/// How deep pods are: kubelet's own root, kubepods, quality of service, pod.
-const DEEPEST: usize = 5;
+/// Maximum depth of `kubepods`: kubelet may have a root of several levels, below that of a container (kind).
+const MAX_DEPTH: usize = 6;
+/// How long a pod may be without a control group before the agent reports it: kubelet makes the group when it starts the pod.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The UID by which the control group of a pod is named, if the pod takes part.
 #[must_use]
@@ -41,42 +43,60 @@ pub fn opted_in(uid: &str, annotations: &BTreeMap<String, String>) -> Option<Str
     (annotations.get(ANNOTATION).is_some_and(|value| value == TRANSPARENT)).then(|| uid.to_owned())
 }
 
-/// Role of a directory of the hierarchy, by its name.
+/// The meaning of a directory of the hierarchy, by its name and place.
 #[derive(Debug, PartialEq, Eq)]
 enum Kind {
     /// A pod's, with this UID.
     Pod(String),
-    /// Pods may be below.
+    /// `kubepods`, or a class of quality of service below it: only pods and classes are below.
+    Pods,
+    /// `kubepods` may be below.
     Branch,
-    /// Neither.
+    /// None of these.
     Other,
 }
 
-/// By the names that kubelet gives (pkg/kubelet/cm/pod_container_manager_linux.go), with either driver: `kubepods/burstable/pod<uid>`,
-/// and `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid with _>.slice`; pods of the class Guaranteed
-/// are directly below `kubepods`. kubelet may have a root of its own around it, such as `kubelet.slice`.
-fn kind(name: &str) -> Kind {
-    match owner::pod_of(name) {
-        Some(uid) => Kind::Pod(uid),
-        None if name.contains("kube") || matches!(name, "burstable" | "besteffort") => Kind::Branch,
-        None => Kind::Other,
+/// Classifies by the names that kubelet gives (pkg/kubelet/cm/pod_container_manager_linux.go), with either driver:
+/// `kubepods/burstable/pod<uid>`, and `kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod<uid with _>.slice`; pods
+/// of the class Guaranteed are directly below `kubepods`. The directory above `kubepods` has any name (`cgroupRoot`), so
+/// every group is entered that is no unit or session of systemd. `inside`: the parent is a [`Kind::Pods`].
+fn kind(name: &str, inside: bool) -> Kind {
+    const CLASSES: [&str; 2] = ["burstable", "besteffort"];
+    const UNITS: [&str; 6] = [".service", ".scope", ".mount", ".socket", ".swap", ".automount"];
+    let slice = name.strip_suffix(".slice");
+    let last = slice.map_or(name, |slice| slice.rsplit('-').next().unwrap_or(slice));
+    if inside {
+        return match owner::pod_of(name) {
+            Some(uid) => Kind::Pod(uid),
+            None if CLASSES.contains(&last) => Kind::Pods,
+            None => Kind::Other,
+        };
+    }
+    if last == "kubepods" {
+        return Kind::Pods;
+    }
+    if name == "user.slice" || UNITS.iter().any(|unit| name.ends_with(unit)) {
+        Kind::Other
+    } else {
+        Kind::Branch
     }
 }
 
 /// Every pod's control group below `root`, by UID. `enter` is called for each directory before it is read.
 fn scan(root: &Path, mut enter: impl FnMut(&Path)) -> BTreeMap<String, PathBuf> {
     let mut pods = BTreeMap::new();
-    let mut open = vec![(root.to_owned(), 0)];
-    while let Some((directory, depth)) = open.pop() {
+    let mut open = vec![(root.to_owned(), 1, false)];
+    while let Some((directory, depth, inside)) = open.pop() {
         enter(&directory);
-        // A directory that has vanished meanwhile has no pods.
+        // A directory that was removed in the meantime has no pods.
         for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
             }
-            match kind(&entry.file_name().to_string_lossy()) {
+            match kind(&entry.file_name().to_string_lossy(), inside) {
                 Kind::Pod(uid) => _ = pods.insert(uid, entry.path()),
-                Kind::Branch if depth < DEEPEST => open.push((entry.path(), depth + 1)),
+                Kind::Pods => open.push((entry.path(), depth + 1, true)),
+                Kind::Branch if depth < MAX_DEPTH => open.push((entry.path(), depth + 1, false)),
                 Kind::Branch | Kind::Other => {}
             }
         }
@@ -111,12 +131,21 @@ impl Watch {
 pub async fn keep(service: Arc<Service>, mut opted: watch::Receiver<OptedIn>, root: Option<PathBuf>) {
     let mut watch = Watch::open().inspect_err(|error| warn!(%error, "control groups are polled every second, since inotify cannot watch them; see fs.inotify.max_user_instances")).ok();
     let mut said = None;
+    let mut missing = Missing::default();
     loop {
         let wanted = opted.borrow_and_update().clone();
         let mut again = false;
         if let Some(wanted) = wanted {
             match look(&service, &wanted, root.as_deref(), watch.as_mut()).await {
-                Ok(failures) => {
+                Ok(Looked { failures, without_group }) => {
+                    for uid in missing.update(without_group, Instant::now()) {
+                        warn!(
+                            %uid,
+                            below = root.as_deref().map(tracing::field::debug),
+                            "a pod with the annotation has no control group after {PATIENCE:?}, so its connections do not come from the \
+                             port pool; the agent looks for `kubepods` up to {MAX_DEPTH} levels deep"
+                        );
+                    }
                     again = !failures.is_empty() || (watch.is_none() && !wanted.is_empty());
                     for failure in &failures {
                         warn!("a pod's connections do not come from the port pool yet: {failure}");
@@ -140,6 +169,7 @@ pub async fn keep(service: Arc<Service>, mut opted: watch::Receiver<OptedIn>, ro
             },
             () = event(watch.as_mut()) => {}
             () = tokio::time::sleep(AGAIN), if again => {}
+            () = tokio::time::sleep(PATIENCE), if missing.is_expecting() => {}
         }
     }
 }
@@ -153,13 +183,50 @@ async fn event(watch: Option<&mut Watch>) {
     }
 }
 
-/// Updates the hooks to the wanted pods; returns those that could not be hooked, with the reason.
+/// Pods that take part and have no control group yet.
+#[derive(Default)]
+struct Missing {
+    /// Since when, and whether it was reported, by UID.
+    since: BTreeMap<String, (Instant, bool)>,
+}
+
+impl Missing {
+    /// Replaces the pods, and returns those that have been missing for [`PATIENCE`], each once.
+    fn update(&mut self, missing: BTreeSet<String>, now: Instant) -> Vec<String> {
+        self.since.retain(|uid, _| missing.contains(uid));
+        for uid in missing {
+            self.since.entry(uid).or_insert((now, false));
+        }
+        let overdue = self.since.iter_mut().filter(|(_, (since, said))| !said && now >= *since + PATIENCE);
+        overdue
+            .map(|(uid, (_, said))| {
+                *said = true;
+                uid.clone()
+            })
+            .collect()
+    }
+
+    /// Whether a pod is missing that was not reported.
+    fn is_expecting(&self) -> bool {
+        self.since.values().any(|(_, said)| !said)
+    }
+}
+
+/// Result of [`look`].
+struct Looked {
+    /// Groups that could not be hooked, with the reason.
+    failures: Vec<String>,
+    /// UIDs of pods whose group was not found.
+    without_group: BTreeSet<String>,
+}
+
+/// Hooks the groups of the wanted pods, and unhooks all others.
 async fn look(
     service: &Arc<Service>,
     wanted: &BTreeSet<String>,
     root: Option<&Path>,
     mut watch: Option<&mut Watch>,
-) -> Result<Vec<String>, attach::CgroupError> {
+) -> Result<Looked, attach::CgroupError> {
     let mount = attach::mount_point()?;
     let mut failures = Vec::new();
     let mut groups = BTreeMap::new();
@@ -170,7 +237,9 @@ async fn look(
         });
         groups.retain(|uid, _| wanted.contains(uid));
     }
-    let waiting = wanted.len() - groups.len();
+    let without_group: BTreeSet<String> =
+        wanted.iter().filter(|uid| !groups.contains_key(*uid)).cloned().collect();
+    let waiting = without_group.len();
     let service = Arc::clone(service);
     let hooked = tokio::task::spawn_blocking(move || {
         let Backend::Kernel(pool) = service.backend() else { return Hooked::default() };
@@ -189,7 +258,7 @@ async fn look(
         }
         Err(error) => failures.push(error.to_string()),
     }
-    Ok(failures)
+    Ok(Looked { failures, without_group })
 }
 
 #[cfg(test)]
@@ -201,7 +270,7 @@ mod tests {
     #[test]
     fn pods_of_both_drivers_and_every_class_are_found() {
         let root = tempfile::tempdir().unwrap();
-        let uid = |n: usize| UID.replace("1f0c", &format!("1f0{n}"));
+        let uid = |n: usize| UID.replace("1f0c", &format!("1f0{n:x}"));
         let low = |n| uid(n).replace('-', "_");
         let hash = "0123456789abcdef0123456789abcdef";
         let paths = [
@@ -216,12 +285,24 @@ mod tests {
             ),
             format!("kubelet/kubepods/besteffort/pod{}", uid(6)),
             format!("kubepods/burstable/pod{hash}"),
+            // `cgroupRoot: /machines/left`, and kind's node in a container.
+            format!("machines/left/kubepods/burstable/pod{}", uid(8)),
+            format!(
+                "docker/0123abcd/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{}.slice",
+                low(9)
+            ),
+            format!("nodes.slice/nodes-a.slice/nodes-a-kubepods.slice/nodes-a-kubepods-pod{}.slice", low(10)),
         ];
         for path in &paths {
             // A container; a pod's group is not entered.
             fs::create_dir_all(root.path().join(path).join("cri-containerd-0123.scope")).unwrap();
         }
-        for other in ["system.slice/x.service", "user.slice/kubepods", "kubepods/burstable/podman-1"] {
+        for other in [
+            "system.slice/x.service/kubepods",
+            "user.slice/kubepods",
+            "kubepods/burstable/podman-1",
+            "kubepods/mine",
+        ] {
             fs::create_dir_all(root.path().join(other)).unwrap();
         }
         fs::write(root.path().join("kubepods/cgroup.procs"), "").unwrap();
@@ -233,7 +314,28 @@ mod tests {
             .map(|(n, path)| (if n == 7 { hash.to_owned() } else { uid(n) }, root.path().join(path)));
         assert_eq!(found, expected.collect());
         assert!(!entered.iter().any(|path| path.to_string_lossy().contains("/pod")), "{entered:?}");
-        assert!(!entered.contains(&root.path().join("user.slice")));
+        for skipped in
+            ["user.slice", "system.slice/x.service", "kubepods/mine", "kubepods/burstable/podman-1"]
+        {
+            assert!(!entered.contains(&root.path().join(skipped)), "{skipped}");
+        }
+    }
+
+    #[test]
+    fn a_pod_without_a_control_group_is_reported_once_after_a_while() {
+        let pods = |uids: &[&str]| uids.iter().map(|uid| (*uid).to_owned()).collect::<BTreeSet<_>>();
+        let start = Instant::now();
+        let mut missing = Missing::default();
+        assert!(missing.update(pods(&["a"]), start).is_empty() && missing.is_expecting());
+        assert!(missing.update(pods(&["a", "b"]), start + PATIENCE / 2).is_empty());
+        assert_eq!(missing.update(pods(&["a", "b"]), start + PATIENCE), ["a"]);
+        assert!(missing.is_expecting(), "b is to come");
+        // `b` has got its group, `a` was reported.
+        assert!(missing.update(pods(&["a"]), start + PATIENCE * 3).is_empty() && !missing.is_expecting());
+        // Gone and back: it may take as long again.
+        missing.update(pods(&[]), start + PATIENCE * 3);
+        assert!(missing.update(pods(&["a"]), start + PATIENCE * 3).is_empty());
+        assert_eq!(missing.update(pods(&["a"]), start + PATIENCE * 4), ["a"]);
     }
 
     #[test]
