@@ -87,6 +87,10 @@ fn the_daemon_set_runs_everywhere_and_before_everything_else() -> Result<()> {
     let container = &pod["containers"][0];
     ensure!(container["startupProbe"]["exec"] == container["readinessProbe"]["exec"]);
     ensure!(container["resources"]["requests"]["memory"].is_string());
+    // kubectl warns about the annotation since Kubernetes 1.30.
+    ensure!(container["securityContext"]["appArmorProfile"] == serde_json::json!({ "type": "Unconfined" }));
+    let annotations = daemonset["spec"]["template"]["metadata"]["annotations"].to_string();
+    ensure!(!annotations.contains("apparmor"), "{annotations}");
     ensure!(container["securityContext"]["capabilities"]["drop"] == serde_json::json!(["ALL"]));
     let mounted: BTreeSet<_> = container["volumeMounts"]
         .as_array()
