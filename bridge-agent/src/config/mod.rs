@@ -49,6 +49,7 @@ pub use kubernetes::{Kubernetes, PodNetworks};
 pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
 pub use network::{HostOrNetwork, Network};
 pub use networks::Networks;
+pub(crate) use networks::family_without_external;
 pub use node_ports::NodePorts;
 pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PortPool, Transparent};

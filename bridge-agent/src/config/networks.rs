@@ -75,6 +75,18 @@ impl Networks {
                 );
             }
         }
+        let family = family_without_external(&pod_nets, &external_nets);
+        if let Some(family) = family.filter(|_| role == Role::Node && !external_nets.is_empty()) {
+            report.warn(
+                &external,
+                Problem::new(
+                    format!(
+                        "pods have {family} networks and `external` names none, so no rule covers {family}"
+                    ),
+                    format!("add the {family} networks of the LAN to `external`"),
+                ),
+            );
+        }
         let nodes = path.key("nodes");
         if report.intact(&pods) && report.intact(&external) && !kubernetes {
             for (index, host) in self.nodes.iter().enumerate() {
@@ -93,6 +105,14 @@ impl Networks {
             }
         }
     }
+}
+
+/// Returns the address family that pods have and no external network has.
+pub(crate) fn family_without_external(pods: &[IpNet], external: &[IpNet]) -> Option<&'static str> {
+    let has = |nets: &[IpNet], v4: bool| nets.iter().any(|net| matches!(net, IpNet::V4(_)) == v4);
+    [(true, "IPv4"), (false, "IPv6")]
+        .into_iter()
+        .find_map(|(v4, name)| (has(pods, v4) && !has(external, v4)).then_some(name))
 }
 
 /// Warns of networks that another one of the same list already contains.

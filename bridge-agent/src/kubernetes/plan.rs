@@ -13,7 +13,9 @@ use super::networks::{self, Origin};
 use super::quarantine::Quarantine;
 use super::resources::{ObservedPolicy, RefusedPolicy};
 use super::selector;
-use crate::config::{Config, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName};
+use crate::config::{
+    Config, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName, family_without_external,
+};
 use crate::routes::{DesiredRoute, SourceKind};
 
 /// See the module.
@@ -108,6 +110,13 @@ impl Planned {
             conflict.is_none() && !before.iter().any(|known| known.contains(network))
         });
         self.config.networks.pods.extend(pods.into_iter().map(Network::from));
+        let family = family_without_external(&self.config.networks.pod_nets(), &external);
+        if let Some(family) = family.filter(|_| !external.is_empty()) {
+            self.remarks.push(format!(
+                "pods of the cluster have {family} networks and `networks.external` names none, so no rule covers {family}; \
+                 add the {family} networks of the LAN"
+            ));
+        }
         // Only where they would be taken for LAN hosts or pods do nodes have to be named.
         let addresses =
             cluster.nodes.iter().flat_map(|(_, node)| &node.addresses).map(|address| host(*address));

@@ -133,6 +133,18 @@ fn what_overlaps_the_lan_is_not_taken_for_pods() {
 }
 
 #[test]
+fn a_family_of_pods_that_the_lan_has_no_network_of_is_reported() {
+    let mut cluster = cluster();
+    let v4_only = FILE.replace(r#", "fd31::/64""#, "");
+    assert_eq!(with(&v4_only, &cluster).remarks, Vec::<String>::new(), "neither has IPv6");
+    let networks = ["10.200.4.0/24", "fd20:0:0:4::/64"].map(|net| net.parse().unwrap());
+    cluster.nodes.apply("dual".into(), Some(Node { addresses: [].into(), networks: networks.into() }));
+    assert_eq!(with(FILE, &cluster).remarks, Vec::<String>::new(), "both have IPv6");
+    let remarks = with(&v4_only, &cluster).remarks;
+    assert!(matches!(&remarks[..], [one] if one.contains("no rule covers IPv6")), "{remarks:?}");
+}
+
+#[test]
 fn rules_are_cut_down_to_what_this_node_judges() {
     let mut cluster = cluster();
     cluster.policies.apply("p".into(), policy(

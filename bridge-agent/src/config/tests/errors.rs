@@ -49,6 +49,17 @@ nodePorts: {allow: [30080, 29999]}
 }
 
 #[test]
+fn a_family_of_pods_that_external_lacks_is_warned_of() {
+    let nets = |pods: &str, external: &str| {
+        findings(&format!("role: node\nnetworks: {{pods: [{pods}], external: [{external}]}}\n"))
+    };
+    assert_snapshot!(nets("10.200.1.0/24, 'fd20:1::/64'", "192.168.31.0/24"), @"warning: 2:60 [192.168.31.0/24]: pods have IPv6 networks and `external` names none, so no rule covers IPv6; add the IPv6 networks of the LAN to `external`");
+    assert_snapshot!(nets("10.200.1.0/24, 'fd20:1::/64'", "'fd31::/64'"), @"warning: 2:60 ['fd31::/64']: pods have IPv4 networks and `external` names none, so no rule covers IPv4; add the IPv4 networks of the LAN to `external`");
+    assert_snapshot!(nets("10.200.1.0/24, 'fd20:1::/64'", "192.168.31.0/24, 'fd31::/64'"), @"");
+    assert_snapshot!(nets("10.200.1.0/24", "192.168.31.0/24, 'fd31::/64'"), @"");
+}
+
+#[test]
 fn unknown_keys_get_a_suggestion() {
     assert_snapshot!(findings(&format!("{MINIMAL}rule: []\nenforcement: {{ondeny: drop, colour: red}}\nmode: audit\nnode-ports: {{}}\n")), @r"
     3:1 rule: unknown key `rule`; did you mean `rules`?
