@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use axum::{
     Json, Router,
-    body::Bytes,
     extract::{DefaultBodyLimit, State},
     http::StatusCode,
     routing::post,
@@ -12,7 +11,7 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use super::Problem;
+use super::{Problem, large::Payload};
 use crate::state::{
     Applied, ApplyError, ApplyRequest, InvalidProbe, MAX_PROBES, MAX_TRIAL, MIN_TRIAL, Probe, Request, Shared,
 };
@@ -41,7 +40,7 @@ pub(super) fn router() -> Router<Shared> {
         .route("/v1/revert", post(async |State(shared)| ask(&shared, Request::Revert).await))
 }
 
-async fn apply(State(shared): State<Shared>, body: Bytes) -> Result<Json<Applied>, Problem> {
+async fn apply(State(shared): State<Shared>, Payload(body): Payload) -> Result<Json<Applied>, Problem> {
     let request = parse(&body)?;
     ask(&shared, |answer| Request::Apply(Box::new(request), answer)).await
 }

@@ -10,11 +10,11 @@
 //! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
 //! docs/openapi.json describes all of it, and is tested against this server.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    body::{Body, Bytes},
+    body::Body,
     extract::{ConnectInfo, FromRequestParts, Path},
     http::{StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
@@ -25,7 +25,10 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
-use super::{Peer, Problem};
+use super::{
+    Peer, Problem,
+    large::{Payload, Turn},
+};
 use crate::{
     pool::service::{Service, Transport, Wish},
     state::Shared,
@@ -82,9 +85,8 @@ impl FromRequestParts<Shared> for Pool {
 async fn acquire(
     Pool(service): Pool,
     ConnectInfo(peer): ConnectInfo<Peer>,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    Payload(body): Payload,
 ) -> Result<Response, Problem> {
-    let body = body.map_err(|error| Problem::new(error.status(), "body", error.body_text()))?;
     let wish = wish(&body)?;
     let leases = service.acquire(peer.client(), &wish).await?;
     Ok((StatusCode::CREATED, axum::Json(json!({ "leases": leases }))).into_response())
@@ -125,17 +127,14 @@ async fn release(
     let id = id.parse().map_err(|_| {
         Problem::new(StatusCode::BAD_REQUEST, "request", format!("{id:?} is not the number of a lease"))
     })?;
-    service.release(peer.client(), id)?;
+    service.release(peer.client(), peer.is_operator(), id)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn list(Pool(service): Pool) -> Result<Response, Problem> {
-    let list = tokio::task::spawn_blocking(move || service.list()).await;
-    match list {
-        Ok(Ok(list)) => Ok(axum::Json(json!({ "ports": list })).into_response()),
-        Ok(Err(error)) => Err(Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string())),
-        Err(error) => Err(Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "agent", error.to_string())),
-    }
+async fn list(Pool(service): Pool, turn: Turn) -> Result<Response, Problem> {
+    let failed =
+        |error: io::Error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string());
+    turn.json(move || Ok(json!({ "ports": service.list().map_err(failed)? }))).await
 }
 
 async fn watch(Pool(service): Pool) -> Response {

@@ -1,12 +1,8 @@
 //! Prometheus metrics, read from the kernel at each scrape.
 
-use std::fmt;
+use std::{fmt, io};
 
-use axum::{
-    extract::State,
-    http::{StatusCode, header},
-    response::{IntoResponse, Response},
-};
+use axum::{extract::State, response::Response};
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text::encode},
@@ -14,7 +10,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::Problem;
+use super::{
+    Problem,
+    large::{Chunks, Turn},
+};
 use crate::{
     datapath::{Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
     kernel::memory,
@@ -23,25 +22,25 @@ use crate::{
     state::{RoutesStatus, Shared, Status},
 };
 
-pub(super) async fn serve(State(shared): State<Shared>) -> Response {
+pub(super) async fn serve(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
+    let read = move || Ok(registry(&shared));
+    let write = |registry: Registry, chunks: &mut Chunks| {
+        let encoded = encode(chunks, &registry).map_err(io::Error::other);
+        drop(registry);
+        memory::trim();
+        encoded
+    };
+    turn.answer("application/openmetrics-text; version=1.0.0; charset=utf-8", read, write).await
+}
+
+/// Reads everything that a scrape shows.
+fn registry(shared: &Shared) -> Registry {
     let mut registry = Registry::with_prefix("bridge");
     let status = shared.status();
     let build = vec![("version", status.version.clone()), ("abi", status.abi_version.to_string())];
     registry.register("build", "Version of the agent", Info::new(build));
     registry.register_collector(Box::new(Scrape::new(status, shared.maps().as_deref())));
-    let mut text = String::new();
-    let encoded = encode(&mut text, &registry);
-    drop(registry);
-    memory::trim();
-    match encoded {
-        Ok(()) => {
-            ([(header::CONTENT_TYPE, "application/openmetrics-text; version=1.0.0; charset=utf-8")], text)
-                .into_response()
-        }
-        Err(error) => {
-            Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "agent", error.to_string()).into_response()
-        }
-    }
+    registry
 }
 
 /// Values of one scrape.

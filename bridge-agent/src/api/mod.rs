@@ -21,6 +21,8 @@
 
 pub(crate) mod apply;
 pub mod client;
+mod connections;
+mod large;
 pub(crate) mod leases;
 mod metrics;
 mod peer;
@@ -29,14 +31,17 @@ mod routes;
 
 use std::{
     convert::Infallible,
-    fs, io,
+    fs,
+    io::{self, Write as _},
     net::SocketAddr,
     os::unix::{
         fs::{FileTypeExt, PermissionsExt, chown},
         net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
+    sync::Arc,
     thread::JoinHandle,
+    time::Duration,
 };
 
 use axum::{
@@ -55,13 +60,16 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{broadcast::error::RecvError, oneshot};
 
 pub(crate) use self::peer::Peer;
-use self::peer::Peers;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
 pub use self::{apply::Apply, leases::MAX_BODY as MAX_LEASE_BODY};
+use self::{
+    connections::Connections,
+    large::{Chunks, Turn},
+};
 use crate::{
     config::Api,
-    datapath::{self, FlowFilter, FlowView, ReasonCount, RuleCount, VerdictFilter},
+    datapath::{self, FlowFilter, FlowView, Maps, ReasonCount, VerdictFilter},
     state::{ReloadError, Request, Shared},
 };
 
@@ -200,23 +208,47 @@ impl Server {
     /// Serves until it is dropped, inside a tokio runtime.
     ///
     /// # Errors
-    ///
-    /// It cannot go on.
+    /// The sockets cannot be used with the runtime.
     pub async fn serve(self, shared: Shared) -> io::Result<()> {
         let Self { socket: _socket, listener, metrics } = self;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
-        let metrics_router = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
-        let peers = Peers { listener, shared: shared.clone() };
-        let api = axum::serve(peers, router(shared).into_make_service_with_connect_info::<Peer>());
-        match metrics {
-            Some(listener) => tokio::select! {
-                ended = api => ended,
-                ended = axum::serve(listener, metrics_router) => ended,
-            },
-            None => api.await,
+        let (api, clients) = (router(shared.clone()), Arc::new(Connections::default()));
+        let of_metrics = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
+        // Scrapers from elsewhere have room of their own.
+        let scrapers = Arc::new(Connections::default());
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        if let Some(peer) = Peer::of(&stream, &shared) {
+                            clients.serve(stream, Some(peer), &api);
+                        }
+                    }
+                    Err(error) => pause(&error).await,
+                },
+                accepted = accept(metrics.as_ref()) => match accepted {
+                    Ok(stream) => scrapers.serve(stream, None, &of_metrics),
+                    Err(error) => pause(&error).await,
+                },
+            }
         }
     }
+}
+
+/// Accepts a connection; waits for ever without a listener.
+async fn accept(listener: Option<&tokio::net::TcpListener>) -> io::Result<tokio::net::TcpStream> {
+    match listener {
+        Some(listener) => listener.accept().await.map(|(stream, _)| stream),
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits before the next attempt to accept: an error such as ENFILE stays for a while.
+async fn pause(error: &io::Error) {
+    const PAUSE: Duration = Duration::from_millis(100);
+    tracing::debug!(%error, "the API cannot accept a connection");
+    tokio::time::sleep(PAUSE).await;
 }
 
 fn listen(address: SocketAddr) -> Result<std::net::TcpListener, Error> {
@@ -312,22 +344,31 @@ pub struct FlowList {
 async fn flows(
     State(shared): State<Shared>,
     Query(query): Query<FlowQuery>,
-) -> Result<Json<FlowList>, Problem> {
+    turn: Turn,
+) -> Result<Response, Problem> {
     let maps = shared.maps().ok_or_else(no_ebpf)?;
     let FlowQuery { limit, address, port, state, protocol } = query;
     let filter = FlowFilter { address, port, state, protocol };
-    let (limit, mut flows, mut total) = (limit.unwrap_or(FLOW_LIMIT), Vec::new(), 0);
-    maps.for_each_flow(&filter, |flow| {
-        total += 1;
-        if flows.len() < limit {
-            flows.push(flow);
-        }
-    })?;
-    Ok(Json(FlowList { flows, total }))
+    let limit = limit.unwrap_or(FLOW_LIMIT);
+    let write = move |(maps, filter): (Arc<Maps>, FlowFilter), chunks: &mut Chunks| {
+        let (mut total, mut result) = (0, chunks.write_all(b"{\"flows\":["));
+        let read = maps.for_each_flow(&filter, |flow| {
+            if total < limit && result.is_ok() {
+                let comma: &[u8] = if total > 0 { b"," } else { b"" };
+                result =
+                    chunks.write_all(comma).and_then(|()| Ok(serde_json::to_writer(&mut *chunks, &flow)?));
+            }
+            total += 1;
+        });
+        read.map_err(io::Error::other)?;
+        result.and_then(|()| write!(chunks, "],\"total\":{total}}}"))
+    };
+    turn.answer("application/json", move || Ok((maps, filter)), write).await
 }
 
-async fn rules(State(shared): State<Shared>) -> Result<Json<Vec<RuleCount>>, Problem> {
-    Ok(Json(shared.maps().ok_or_else(no_ebpf)?.rule_counts()?))
+async fn rules(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
+    let maps = shared.maps().ok_or_else(no_ebpf)?;
+    turn.json(move || Ok(maps.rule_counts()?)).await
 }
 
 async fn counters(State(shared): State<Shared>) -> Result<Json<Vec<ReasonCount>>, Problem> {

@@ -156,7 +156,7 @@ pub enum ServiceError {
     #[error("there is no lease {0}; it may have ended with its time or its connection")]
     NoLease(u64),
     /// See the text.
-    #[error("lease {0} belongs to another user")]
+    #[error("lease {0} belongs to another user, pod or network namespace")]
     NotYours(u64),
 }
 

@@ -39,6 +39,7 @@ struct Lease {
     until: Option<Instant>,
     since: Instant,
     owner: Owner,
+    netns: Option<u64>,
     destination: SocketAddr,
     transport: Transport,
 }
@@ -222,6 +223,7 @@ impl Service {
                 until: wish.time.map(|time| now + time),
                 since: now,
                 owner: owner.clone(),
+                netns: client.netns,
                 destination: wish.destination,
                 transport: wish.transport,
             };
@@ -250,17 +252,25 @@ impl Service {
     /// Ends a lease before its time.
     ///
     /// # Errors
-    /// There is none, or it belongs to another user (root may end all).
-    pub fn release(&self, client: &Client, id: u64) -> Result<(), ServiceError> {
+    /// There is none, or it belongs to another user, pod or network namespace; an operator may end all.
+    pub fn release(&self, client: &Client, operator: bool, id: u64) -> Result<(), ServiceError> {
+        let pod = Owner::of(client.pid, client.uid, None).pod;
         match lock(&self.leases).get(&id) {
             None => return Err(ServiceError::NoLease(id)),
-            Some(lease) if client.uid != 0 && lease.owner.uid != client.uid => {
+            Some(Lease { owner, netns, .. })
+                if !operator && (owner.uid, *netns, &owner.pod) != (client.uid, client.netns, &pod) =>
+            {
                 return Err(ServiceError::NotYours(id));
             }
             Some(_) => {}
         }
         self.end("released", |lease, _| lease == id);
         Ok(())
+    }
+
+    /// Whether a connection holds leases that end with it.
+    pub(crate) fn holds(&self, connection: u64) -> bool {
+        lock(&self.leases).values().any(|lease| lease.connection == Some(connection))
     }
 
     /// Ends the leases of a client that has hung up.

@@ -1,0 +1,292 @@
+//! Connections of clients: how many there may be, and when the agent closes one.
+//!
+//! A client costs itself something and no other client anything. Each user of a network namespace has a share of the
+//! connections, and operators have some of their own. When there are too many, a new connection takes the place of the one that
+//! is idle for the longest time, unless that one holds a lease.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use axum::{Router, body::Body, extract::ConnectInfo};
+use http_body_util::BodyExt as _;
+use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use rustix::process::{Resource, getrlimit};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::{Notify, Semaphore},
+};
+use tower::Service as _;
+
+use super::Peer;
+
+/// Connections of clients that are no operators.
+const MAX_CONNECTIONS: usize = 512;
+/// Connections that operators have beside these.
+const RESERVED: usize = 32;
+/// Connections of one user in one network namespace.
+const MAX_PER_CLIENT: usize = 128;
+/// A connection whose first request is not complete after this time is closed.
+const FIRST_REQUEST: Duration = Duration::from_secs(10);
+/// A connection without a request and without a lease is closed after this time.
+const IDLE: Duration = Duration::from_secs(60);
+/// A client that takes no byte of an answer for this time is disconnected.
+const STALLED: Duration = Duration::from_secs(10);
+/// Pause between two looks at a connection.
+const LOOK: Duration = Duration::from_secs(1);
+/// Bytes of a request's head, and of the buffers of a connection.
+const BUFFER: usize = 16 << 10;
+
+/// A connection as the others see it.
+#[derive(Debug)]
+struct Connection {
+    /// `None`: of the metrics port, whose clients have no name.
+    peer: Option<Peer>,
+    progress: Mutex<Progress>,
+    in_flight: AtomicUsize,
+    close: Notify,
+}
+
+#[derive(Debug)]
+struct Progress {
+    /// Since when no request is in flight.
+    idle_since: Instant,
+    requests: u64,
+    /// Since when the client takes no byte.
+    stalled_since: Option<Instant>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic while the lock was held leaves whole values.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Connection {
+    fn new(peer: Option<Peer>) -> Self {
+        let progress = Progress { idle_since: Instant::now(), requests: 0, stalled_since: None };
+        Self { peer, progress: Mutex::new(progress), in_flight: AtomicUsize::new(0), close: Notify::new() }
+    }
+
+    fn holds_leases(&self) -> bool {
+        self.peer.as_ref().is_some_and(Peer::holds_leases)
+    }
+
+    /// Since when it could be closed for another one.
+    fn idle_since(&self) -> Option<Instant> {
+        let idle = self.in_flight.load(Ordering::Relaxed) == 0 && !self.holds_leases();
+        idle.then(|| lock(&self.progress).idle_since)
+    }
+
+    /// Whether the client is too slow.
+    fn is_overdue(&self) -> bool {
+        let (idle_since, first, stalled_since) = {
+            let progress = lock(&self.progress);
+            (progress.idle_since, progress.requests == 0, progress.stalled_since)
+        };
+        if self.in_flight.load(Ordering::Relaxed) > 0 {
+            return stalled_since.is_some_and(|since| since.elapsed() >= STALLED);
+        }
+        let most = if first { FIRST_REQUEST } else { IDLE };
+        idle_since.elapsed() >= most && !self.holds_leases()
+    }
+}
+
+/// A request in flight, until its answer is sent.
+struct InFlight(Arc<Connection>);
+
+impl InFlight {
+    fn begin(connection: &Arc<Connection>) -> Self {
+        connection.in_flight.fetch_add(1, Ordering::Relaxed);
+        lock(&connection.progress).requests += 1;
+        Self(Arc::clone(connection))
+    }
+
+    /// Returns its argument: a closure that calls it keeps the request in flight.
+    fn pass<T>(&self, frame: T) -> T {
+        frame
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        lock(&self.0.progress).idle_since = Instant::now();
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Large answers that may be in the making at a time: each class of clients has its own, so that none waits for another class.
+#[derive(Clone, Debug)]
+pub(super) struct LargeAnswers(pub(super) Arc<Semaphore>);
+
+impl Default for LargeAnswers {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(1)))
+    }
+}
+
+/// All connections of a socket.
+#[derive(Debug, Default)]
+pub(super) struct Connections {
+    all: Mutex<BTreeMap<u64, Arc<Connection>>>,
+    of_operators: LargeAnswers,
+    of_others: LargeAnswers,
+}
+
+/// A connection in the list of all, until it is dropped.
+struct Listed {
+    connections: Arc<Connections>,
+    id: u64,
+    connection: Arc<Connection>,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        lock(&self.connections.all).remove(&self.id);
+    }
+}
+
+impl Connections {
+    /// Takes a connection in, if there is room for it or room can be made.
+    fn admit(self: &Arc<Self>, peer: Option<Peer>) -> Option<Listed> {
+        let operator = peer.as_ref().is_some_and(Peer::is_operator);
+        // Pods need descriptors, too: the connections have a quarter of them at most.
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 4;
+        let most = MAX_CONNECTIONS.min(usize::try_from(descriptors).unwrap_or(usize::MAX));
+        let mut all = lock(&self.all);
+        let name = |peer: &Option<Peer>| peer.as_ref().map(Peer::name);
+        let own = |other: &Connection| name(&other.peer) == name(&peer);
+        let of_others = |other: &Connection| !other.peer.as_ref().is_some_and(Peer::is_operator);
+        if operator {
+            if all.len() >= most + RESERVED {
+                evict(&mut all, |_| true)?;
+            }
+        } else {
+            if all.values().filter(|other| own(other)).count() >= MAX_PER_CLIENT {
+                evict(&mut all, own)?;
+            }
+            if all.values().filter(|other| of_others(other)).count() >= most || all.len() >= most + RESERVED {
+                evict(&mut all, of_others)?;
+            }
+        }
+        let id = all.last_key_value().map_or(0, |(id, _)| id + 1);
+        let connection = Arc::new(Connection::new(peer));
+        all.insert(id, Arc::clone(&connection));
+        drop(all);
+        Some(Listed { connections: Arc::clone(self), id, connection })
+    }
+
+    /// Serves a connection until one side ends it. `peer`: the client, if it has a name.
+    pub(super) fn serve<S>(self: &Arc<Self>, stream: S, peer: Option<Peer>, router: &Router)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let Some(listed) = self.admit(peer.clone()) else {
+            tracing::debug!("the API refuses a connection: too many are in use");
+            return;
+        };
+        let large = match &peer {
+            Some(peer) if peer.is_operator() => self.of_operators.clone(),
+            _ => self.of_others.clone(),
+        };
+        let (connection, router) = (Arc::clone(&listed.connection), router.clone());
+        let handle = move |request: Request<Incoming>| {
+            let (in_flight, mut router) = (InFlight::begin(&connection), router.clone());
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(large.clone());
+            if let Some(peer) = &peer {
+                request.extensions_mut().insert(ConnectInfo(peer.clone()));
+            }
+            async move {
+                let response = router.call(request).await?;
+                // It is in flight until its body is sent.
+                Ok::<_, Infallible>(response.map(|body| body.map_frame(move |frame| in_flight.pass(frame))))
+            }
+        };
+        let stream = Watched { stream, connection: Arc::clone(&listed.connection) };
+        tokio::spawn(async move {
+            let mut served = std::pin::pin!(
+                http1::Builder::new()
+                    .header_read_timeout(None)
+                    .max_buf_size(BUFFER)
+                    .serve_connection(TokioIo::new(stream), service_fn(handle))
+            );
+            let mut look = tokio::time::interval(LOOK);
+            loop {
+                tokio::select! {
+                    ended = &mut served => {
+                        if let Err(error) = ended {
+                            tracing::debug!(%error, "a connection of the API broke");
+                        }
+                        return;
+                    }
+                    () = listed.connection.close.notified() => return,
+                    _ = look.tick() => if listed.connection.is_overdue() {
+                        return;
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Closes the connection of these that is idle for the longest time; `None` if none is idle.
+fn evict(all: &mut BTreeMap<u64, Arc<Connection>>, of: impl Fn(&Connection) -> bool) -> Option<()> {
+    let idle = all.iter().filter(|(_, connection)| of(connection));
+    let idle = idle.filter_map(|(id, connection)| Some((connection.idle_since()?, *id)));
+    let (_, id) = idle.min()?;
+    all.remove(&id)?.close.notify_one();
+    Some(())
+}
+
+/// Notes when the client takes no bytes.
+struct Watched<S> {
+    stream: S,
+    connection: Arc<Connection>,
+}
+
+impl<S> Watched<S> {
+    fn note(&self, pending: bool) {
+        let stalled = &mut lock(&self.connection.progress).stalled_since;
+        *stalled = if pending { stalled.or_else(|| Some(Instant::now())) } else { None };
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.note(written.is_pending());
+        Poll::Ready(ready!(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}

@@ -1,0 +1,204 @@
+//! Clients that are slow, idle or many cost other clients nothing.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use bridge_agent::{
+    api::Server,
+    config,
+    model::PortRange,
+    pool::{
+        Layout, Settings,
+        backend::Backend,
+        layout::Occupied,
+        service::{Client, Service, ServiceError, Transport, Wish},
+    },
+    state::{Request, Shared, Status},
+};
+
+/// The agent answers other clients within this time.
+const AT_ONCE: Duration = Duration::from_millis(100);
+/// More than the agent serves at a time.
+const MANY: usize = 2000;
+
+struct Agent {
+    socket: PathBuf,
+    service: Arc<Service>,
+    _requests: tokio::sync::mpsc::Receiver<Request>,
+    _directory: tempfile::TempDir,
+    _stop: tokio::sync::oneshot::Sender<()>,
+}
+
+impl Agent {
+    fn start() -> Self {
+        bridge_agent::kernel::memory::raise_descriptor_limit();
+        let settings = Settings {
+            ports: vec![PortRange { first: 40001, last: 60000 }],
+            destinations: vec!["192.0.2.0/24".parse().unwrap()],
+            bind_udp: false,
+            ..Settings::default()
+        };
+        let layout = Layout::plan(&settings, &Occupied::default()).unwrap();
+        let service = Service::new(Backend::userspace(layout, Duration::ZERO), settings.destinations);
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("agent.sock");
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let server = {
+            let _inside = runtime.enter();
+            Server::bind(&socket, &config::Api::default()).unwrap()
+        };
+        let (shared, requests) = Shared::new(Status::default());
+        shared.set_pool(Some(Arc::clone(&service)));
+        runtime.spawn(server.serve(shared));
+        thread::spawn(move || runtime.block_on(stopped));
+        Self { socket, service, _requests: requests, _directory: directory, _stop: stop }
+    }
+
+    fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream
+    }
+
+    /// Sends a request on a connection of its own, and returns the whole answer.
+    fn get(&self, path: &str) -> String {
+        let mut stream = self.connect();
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    /// Asserts that the status is answered at once, in the best of a few attempts: this machine has other work.
+    fn answers_at_once(&self, what: &str) {
+        let attempt = || {
+            let start = Instant::now();
+            assert!(self.get("/v1/status").starts_with("HTTP/1.0 200"), "{what}");
+            start.elapsed()
+        };
+        let fastest = (0..5).map(|_| attempt()).min().unwrap();
+        assert!(fastest < AT_ONCE, "{what}: {fastest:?}");
+    }
+
+    /// Holds many ports, so that their list is large.
+    fn hold_ports(&self) {
+        let client = Client { connection: 0, pid: std::process::id(), uid: 0, netns: Some(1) };
+        let wish = Wish {
+            destination: "192.0.2.1:443".parse().unwrap(),
+            transport: Transport::Tcp,
+            count: 15_000,
+            wait: Duration::ZERO,
+            time: Some(Duration::from_secs(600)),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(self.service.acquire(&client, &wish)).unwrap();
+    }
+}
+
+/// Whether the agent has closed the connection.
+fn is_closed(stream: &UnixStream) -> bool {
+    let mut byte = [0];
+    stream.set_nonblocking(true).unwrap();
+    matches!((&*stream).read(&mut byte), Ok(0)) || (&*stream).write(b"x").is_err()
+}
+
+fn eventually(within: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + within;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn idle_connections_keep_no_other_client_out() {
+    let agent = Agent::start();
+    let mut holder = agent.connect();
+    let body = r#"{"destination":"192.0.2.1:443"}"#;
+    write!(holder, "POST /v1/leases HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+        .unwrap();
+    eventually(Duration::from_secs(10), "a lease", || agent.service.list().unwrap().len() == 1);
+    let idle: Vec<_> = (0..MANY).map(|_| agent.connect()).collect();
+    agent.answers_at_once("with idle connections");
+    let open = idle.iter().filter(|stream| !is_closed(stream)).count();
+    assert!(open < 1000, "the agent keeps {open} idle connections");
+    assert_eq!(agent.service.list().unwrap().len(), 1, "a connection with a lease is not idle");
+}
+
+#[test]
+fn a_request_that_does_not_arrive_is_given_up() {
+    let agent = Agent::start();
+    let (mut head, mut body) = (agent.connect(), agent.connect());
+    head.write_all(b"GET /v1/status HTTP/1.1\r\nHo").unwrap();
+    body.write_all(b"POST /v1/leases HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{").unwrap();
+    let mut answer = String::new();
+    body.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    eventually(Duration::from_secs(30), "half a head is given up", || is_closed(&head));
+}
+
+#[test]
+fn clients_that_do_not_read_keep_neither_memory_nor_other_clients() {
+    let agent = Agent::start();
+    agent.hold_ports();
+    let whole = agent.get("/v1/leases").len();
+    assert!(whole > 1 << 20, "the list has {whole} bytes only");
+    let before = resident();
+    let slow: Vec<_> = (0..60)
+        .map(|_| {
+            let mut stream = agent.connect();
+            stream.write_all(b"GET /v1/leases HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+            stream
+        })
+        .collect();
+    agent.answers_at_once("with slow readers");
+    thread::sleep(Duration::from_secs(2));
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 32 << 20, "60 slow readers cost {grown} bytes");
+    agent.answers_at_once("with slow readers");
+    // Each slow reader loses its turn, and the others are told that the agent is busy.
+    eventually(Duration::from_secs(60), "a reader gets its answer", || {
+        agent.get("/v1/leases").len() > 1 << 20
+    });
+    drop(slow);
+}
+
+fn resident() -> usize {
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+    text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[test]
+fn a_lease_is_ended_by_its_owner_only() {
+    let agent = Agent::start();
+    let client = |uid, netns| Client { connection: 0, pid: std::process::id(), uid, netns: Some(netns) };
+    let wish = Wish {
+        destination: "192.0.2.1:443".parse().unwrap(),
+        transport: Transport::Tcp,
+        count: 1,
+        wait: Duration::ZERO,
+        time: Some(Duration::from_secs(60)),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for uid in [0, 1000] {
+        let lease = runtime.block_on(agent.service.acquire(&client(uid, 7), &wish)).unwrap();
+        let id = lease[0].id;
+        for other in [client(uid, 8), client(uid + 1, 7)] {
+            assert_eq!(
+                agent.service.release(&other, false, id),
+                Err(ServiceError::NotYours(id)),
+                "{other:?}"
+            );
+        }
+        agent.service.release(&client(uid, 7), false, id).unwrap();
+    }
+    let lease = runtime.block_on(agent.service.acquire(&client(1000, 7), &wish)).unwrap();
+    agent.service.release(&client(0, 1), true, lease[0].id).expect("an operator may end any lease");
+}
