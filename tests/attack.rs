@@ -14,6 +14,6 @@ fn connections_outlive_attacks_and_new_ones_succeed() -> Result<()> {
     }
     // 100,000 SYNs are more than the table of half-open flows holds: it is full, and says so.
     let (entries, room) = rows[0].half_open.unwrap_or_default();
-    ensure!(entries * 10 > room * 8, "no pressure is told: {:?}", rows[0]);
+    ensure!(entries * 10 > room * 8, "no pressure is reported: {:?}", rows[0]);
     Ok(())
 }

@@ -32,7 +32,7 @@ fn a_killed_owner_leaves_no_child_and_its_lab_goes_with_the_next() -> Result<()>
     let id = LabId::of(id).context("a lab's name")?;
     let traces = [pins, cgroup].map(Path::new);
     assert!(all().contains(&id) && traces.iter().all(|trace| trace.exists()));
-    // Its environment, which bears the lab's mark, is there only a moment after exec.
+    // Its environment, which contains the lab's mark, is there only a moment after exec.
     let environment = format!("/proc/{child}/environ");
     let runs = || std::fs::read(&environment).is_ok_and(|environment| !environment.is_empty());
     eventually(SECOND, || runs().then_some(())).context("the child does not run")?;

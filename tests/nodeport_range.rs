@@ -76,7 +76,7 @@ impl Node {
         Ok(serde_json::from_slice(&self.run(&[arguments, &["--json"]].concat())?.stdout)?)
     }
 
-    /// What it says when it refuses; the manifest must be as it was, and nothing beside it.
+    /// Returns the refusal; the manifest must be unchanged, and nothing beside it.
     fn refusal(&self, range: &str) -> Result<String> {
         let before = fs::read_to_string(&self.manifest)?;
         let output = self.run(&["set", range])?;
@@ -168,14 +168,14 @@ fn what_has_ports_of_the_range_is_named_with_a_remedy() -> Result<()> {
     held("30000-31000", "UDP", 31000)?;
     node.text(&["set", "31001-32000", "--dry-run"])?;
     drop(udp);
-    // Reserved ports are nobody's who does not ask for them.
+    // Reserved ports go only to programs that ask for them.
     node.netns.set_sysctl("ipv4/ip_local_reserved_ports", "32768-33000")?;
     node.text(&["set", "30000-33000", "--dry-run"])?;
 
     let usage = node.run(&["set", "32767-30000"])?;
     let said = String::from_utf8(usage.stderr)?;
     ensure!(usage.status.code() == Some(2) && said.contains("write \"30000-32767\""), "{said}");
-    fs::write(&node.config, "role: nobody\n")?;
+    fs::write(&node.config, "role: none\n")?;
     ensure!(node.refusal("31000-32000")?.contains("role"), "an unknown pool is no free pool");
     fs::remove_file(&node.config)?;
     ensure!(node.refusal("31000-32000")?.contains("--config FILE"));

@@ -1,4 +1,4 @@
-//! The same packets through eBPF and through iptables: what once went wrong, and some more. The long run is
+//! The same packets through eBPF and through iptables: past faults, and some more. The long run is
 //! `cargo xtask parity`. Needs root.
 
 use std::collections::HashSet;

@@ -1,4 +1,4 @@
-//! What the hooks do to the sockets of programs that know nothing of them.
+//! Effects of the hooks on the sockets of unmodified programs.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +19,7 @@ use bridge_lab::{
 const PORTS: PortRange = PortRange { first: 61001, last: 61080 };
 const SOON: Duration = Duration::from_secs(20);
 
-/// What every Python program here begins with.
+/// Beginning of every Python program here.
 const PRELUDE: &str = r"
 import errno, json, socket, sys, time
 def tcp(to, family=socket.AF_INET):
@@ -113,7 +113,7 @@ fn curl_nc_and_python_connect_from_pool_ports_without_knowing() -> Result<()> {
             "import urllib.request as u; print(u.urlopen('http://{to}:8080/').read().decode())"
         ));
         for command in [curl, nc, py] {
-            let what = format!("{:?}", command.get_program());
+            let program = format!("{:?}", command.get_program());
             let text = output(&pod.netns, stand.hooked(command), SOON)?;
             let port: u16 = text
                 .trim()
@@ -123,7 +123,7 @@ fn curl_nc_and_python_connect_from_pool_ports_without_knowing() -> Result<()> {
                 .trim()
                 .parse()
                 .with_context(|| text.clone())?;
-            ensure!(in_pool(port), "{what} came from {port}");
+            ensure!(in_pool(port), "{program} came from {port}");
         }
     }
     ensure!(stand.settled(SOON)? == 6);
@@ -392,7 +392,7 @@ fn the_only_port_that_no_other_socket_has_bound_is_found() -> Result<()> {
         ),
     )?;
     ensure!(first == 61006 && second == "EADDRNOTAVAIL", "{first} {second}");
-    // What could not be bound is as free as before.
+    // A port whose bind failed is as free as before.
     let elsewhere: u16 =
         run(&stand, &lab.c2().netns, &format!("print(json.dumps(port(tcp(('{}', 8080)))))", lab.a().v4))?;
     ensure!(foreign.contains(&elsewhere), "{elsewhere}");

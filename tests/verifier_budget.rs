@@ -15,7 +15,7 @@ use bridge_agent::datapath::object;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Deserialize;
 
-/// What verifying a program costs, or may cost.
+/// Verification cost of a program, or its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Cost {
@@ -62,13 +62,13 @@ fn print(budget: &Costs, measured: &Costs) {
     }
 }
 
-/// What is wrong with `measured`, or with `budget`.
+/// Returns the faults of `measured`, or of `budget`.
 fn complaints(budget: &Costs, measured: &Costs) -> Vec<String> {
     let mut complaints = Vec::new();
     for (object, programs) in measured {
         for (program, cost) in programs {
             let limit = budget.get(object).and_then(|programs| programs.get(program));
-            // Room for what another kernel counts differently.
+            // Room for differences in counting between kernels.
             let room = cost.instructions + cost.instructions / 10 + 10;
             let line = format!("{program} = {{ instructions = {room}, stack = {} }}", cost.stack);
             match limit {
@@ -94,7 +94,7 @@ fn complaints(budget: &Costs, measured: &Costs) -> Vec<String> {
     complaints
 }
 
-/// What the verifier says of each program of an object.
+/// Returns the verifier's statistics of each program of an object.
 fn measure(object: &[u8]) -> Result<BTreeMap<String, Cost>> {
     let mut ebpf = EbpfLoader::new().verifier_log_level(VerifierLogLevel::STATS).load(object)?;
     // Read while it can be opened.

@@ -83,7 +83,7 @@ fn rules_hold_are_counted_and_outlive_the_agent() -> Result<()> {
     agent.restart()?;
     connection.round_trip(SECOND).context("after the restart")?;
     let again = json(&agent, &["status"])?;
-    assert_eq!(again["enforcement"]["generation"], generation, "the same policy was written anew: {again}");
+    assert_eq!(again["enforcement"]["generation"], generation, "the same policy was written again: {again}");
     assert_eq!(again["agent"]["enforcement"]["adopted"], true);
     assert_eq!(json(&agent, &["rules"])?[0]["packets"], 2, "hits were lost");
     assert_eq!(agent.stop()?.code(), Some(0));
@@ -184,7 +184,7 @@ fn monitor_shows_what_was_denied_with_and_without_an_agent() -> Result<()> {
         command.stdout(Stdio::piped());
         let mut monitor = lab.b().netns.spawn_command(command)?;
         let stdout = monitor.child().stdout.take().context("a pipe")?;
-        // It may take a moment until somebody listens: so again and again, until it has seen one.
+        // The listener may take a moment to start, so connect until it has seen one.
         let ended = eventually(Duration::from_secs(20), || {
             reaches(&lab, DENIED).ok()?;
             monitor.wait(Duration::from_millis(50)).ok()?
@@ -218,7 +218,7 @@ fn a_second_agent_is_refused() -> Result<()> {
     Ok(())
 }
 
-/// A child that an agent has forked, and that has not executed yet what it is to, has all that the agent had open.
+/// A child that an agent has forked, before exec, has all open files of the agent.
 #[test]
 fn a_child_of_an_agent_that_was_killed_keeps_no_other_from_starting() -> Result<()> {
     const KILLED: &str = "
@@ -265,13 +265,13 @@ fn metrics_and_the_api_tell_what_the_kernel_counted() -> Result<()> {
     assert_eq!(flows["total"], 1, "{flows}");
     get("/v1/reload", "POST")?;
     assert_eq!(json(&agent, &["status"])?["agent"]["reloads"]["succeeded"], 1);
-    fs::write(agent.config(), "role: nobody")?;
+    fs::write(agent.config(), "role: none")?;
     let error = get("/v1/reload", "POST").unwrap_err();
     ensure!(!reaches(&lab, DENIED)?, "{error}");
     Ok(())
 }
 
-/// Whoever asks while a reload goes on is told at once, of what is in force; and gets a port of the pool.
+/// A request during a reload is answered at once, with the active state; and gets a port of the pool.
 #[test]
 fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
     /// So much longer than without a reload, an answer may take.
@@ -319,7 +319,7 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
     }
     let reloading = AtomicBool::new(true);
     let (answers, waits, reloads) = thread::scope(|scope| {
-        // But who wants to wait for what goes on can.
+        // A client can also wait for the reload.
         let waiting = scope.spawn(|| {
             let mut waits = Vec::new();
             while reloading.load(Ordering::Relaxed) {
@@ -350,15 +350,15 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
     });
     let (mut answers, waits, reloads) = (answers?, waits?, reloads?);
     answers.sort();
-    let (slowest, median) = (*answers.last().context("nobody has asked")?, answers[answers.len() / 2]);
+    let (slowest, median) = (*answers.last().context("no answer came")?, answers[answers.len() / 2]);
     println!(
         "{} answers during reloads of {reloads:?}: median {median:?}, slowest {slowest:?}; without, up to {undisturbed:?}",
         answers.len()
     );
-    ensure!(answers.len() >= 4 * reloads.len(), "{answers:?} are too few to tell");
+    ensure!(answers.len() >= 4 * reloads.len(), "{answers:?} are too few");
     let quickest = *reloads.iter().min().context("no reload")?;
-    ensure!(quickest > AT_ONCE * 2, "{reloads:?}: nobody could have waited");
-    // A processor that others want, too, makes some wait; but nobody for a reload.
+    ensure!(quickest > AT_ONCE * 2, "{reloads:?}: no client could have waited");
+    // On a busy processor some answers are late; but none waits for a reload.
     ensure!(median.0 < undisturbed + patience(AT_ONCE), "{median:?}; without reloads {undisturbed:?}");
     ensure!(slowest.0 < undisturbed + quickest / 2, "{slowest:?} beside reloads of {reloads:?}");
     ensure!(waits.iter().max() > Some(&(quickest / 2)), "{waits:?} beside reloads of {reloads:?}");

@@ -43,7 +43,7 @@ fn programs_are_attached_where_the_role_says_and_adopted_without_a_gap() -> Resu
     let links_before =
         bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
     drop(first);
-    assert_eq!(attached(node, "eth0")?, before, "what enforces went with the agent");
+    assert_eq!(attached(node, "eth0")?, before, "enforcement ended with the agent");
     let mut second = load(&lab, &options(&pins))?;
     assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), [Action::Replaced; 3]);
     let after = attached(node, "eth0")?;
@@ -51,7 +51,7 @@ fn programs_are_attached_where_the_role_says_and_adopted_without_a_gap() -> Resu
     assert_ne!(after[0].2, before[0].2, "the program of the old agent is still there");
     let links_after =
         bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
-    assert_eq!(links_after["id"], links_before["id"], "the link was not updated but made anew");
+    assert_eq!(links_after["id"], links_before["id"], "the link was not updated but made again");
 
     attach(&lab, &mut second, &targets, true)?;
     assert_eq!(names(node, "eth0")?, ["tcx/ingress external_ingress", "tcx/egress external_egress"]);
@@ -119,7 +119,7 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
     let before = attached(node, pod_side)?;
     assert_eq!(before.len(), 2);
     drop(first);
-    assert_eq!(attached(node, pod_side)?, before, "what enforces went with the agent");
+    assert_eq!(attached(node, pod_side)?, before, "enforcement ended with the agent");
     let mut second = load(&lab, &options)?;
     assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), [Action::Replaced; 3]);
     let after = attached(node, pod_side)?;
@@ -127,7 +127,7 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
     assert_ne!(after[0].2, before[0].2, "the program of the old agent is still there");
     assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), []);
 
-    // Somebody throws the qdisc away.
+    // Another program removes the qdisc.
     node.output({
         let mut tc = std::process::Command::new("tc");
         tc.args(["qdisc", "delete", "dev", "eth0", "clsact"]);

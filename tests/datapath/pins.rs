@@ -1,4 +1,4 @@
-//! Somebody takes the pins away from an agent that runs.
+//! Another program removes the pins of a running agent.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -45,7 +45,7 @@ fn remarks(agent: &Agent) -> Result<String> {
     Ok(json(agent, &["status"])?["agent"]["enforcement"]["remarks"].to_string())
 }
 
-/// What is allowed goes on, and what is denied is denied.
+/// Allowed traffic continues, and denied traffic is denied.
 fn enforced(lab: &Lab, connection: &mut tcp::Connection, when: &str) -> Result<()> {
     connection.round_trip(SECOND * 5).with_context(|| format!("{when}: the connection"))?;
     ensure!(reaches(lab, ALLOWED)?, "{when}: the allowed port is closed");
@@ -97,7 +97,7 @@ fn pins_that_somebody_removes_come_back_and_nothing_is_let_through_meanwhile() -
     let error = agent.run(&["run"]).unwrap_err().to_string();
     ensure!(error.contains(&format!("pid {}", agent.pid())), "a second agent: {error}");
 
-    // What is changed while they are gone is pinned as well.
+    // A change made while they are missing is pinned as well.
     fs::remove_dir_all(agent.pins())?;
     let more = "  - {name: more, direction: inbound, protocol: tcp, ports: [40009]}\n";
     agent.reload(&format!("{CONFIG}{more}"))?;

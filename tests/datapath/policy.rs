@@ -53,7 +53,7 @@ fn a_policy_of_10_000_rules_is_written_whole_and_switched_to() -> Result<()> {
     ensure!(rules == tables.rules, "the rules in the kernel are others");
     let settings = datapath.maps.settings(slot)?;
     assert_eq!((settings.rule_count, settings.global_sets), (10_000, tables.global_sets));
-    // What was written is read back by another program.
+    // Another program reads the tables back.
     let dump = |table: &str| bpftool(&["map", "dump", "pinned"], &pins.table(slot, table));
     let addresses = dump("addresses4")?;
     let v4 = tables.addresses.iter().filter(|(prefix, _)| matches!(prefix, ipnet::IpNet::V4(_))).count();
@@ -127,7 +127,7 @@ fn hits_are_carried_over_by_name_and_an_unchanged_policy_is_left_alone() -> Resu
     assert!(matches!(switched, Published::Switched { generation: 2, .. }));
     let expected = [(7, 700), (0, 0), (5, 500)].map(|(packets, bytes)| RuleHits { packets, bytes });
     assert_eq!(datapath.maps.rule_hits(datapath.maps.slot())?, expected);
-    // Again, with what was carried over and what was counted since.
+    // Again, with migrated counts and new ones.
     hits(0, 1)?;
     datapath.publish(&tables(["one", "three"]), &BEHAVIOUR, None)?;
     let expected = [(5, 500), (8, 800)].map(|(packets, bytes)| RuleHits { packets, bytes });

@@ -1,4 +1,4 @@
-//! What the tests of the packet path share.
+//! Helpers of the tests of the packet path.
 
 use std::path::Path;
 use std::process::Command;
@@ -66,7 +66,7 @@ pub(crate) fn json(netns: &Netns, command: &[&str]) -> Result<Value> {
     Ok(serde_json::from_str(&netns.output(run)?)?)
 }
 
-/// What `bpftool` says of a pin.
+/// Returns the description of a pin by `bpftool`.
 pub(crate) fn bpftool(arguments: &[&str], path: &Path) -> Result<Value> {
     let output = Command::new("bpftool").arg("--json").args(arguments).arg(path).output()?;
     let text = String::from_utf8_lossy(&output.stdout);
@@ -74,7 +74,7 @@ pub(crate) fn bpftool(arguments: &[&str], path: &Path) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| text.into_owned())
 }
 
-/// Kind, name and program id of what is attached to an interface, in the order in which it runs.
+/// Returns kind, name and program id of the programs attached to an interface, in the order in which they run.
 pub(crate) fn attached(netns: &Netns, interface: &str) -> Result<Vec<(String, String, u64)>> {
     let mut found = Vec::new();
     // bpftool 7.1 does not know TCX.

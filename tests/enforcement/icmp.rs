@@ -17,7 +17,7 @@ fn is_request(frame: &Frame) -> bool {
     }
 }
 
-/// There is no refusal of ICMP: what is denied gets no answer, and arrives nowhere.
+/// ICMP is never rejected: a denied packet gets no answer, and arrives nowhere.
 fn is_denied(lab: &Lab, from: &Host, to: &Host, family: Family) -> Result<()> {
     let mut capture = Capture::start(&to.netns, "eth0")?;
     let attempt = echo(&from.netns, to.ip(family), SILENCE)?;

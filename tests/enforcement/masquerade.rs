@@ -17,7 +17,7 @@ use etherparse::IpNumber;
 
 use crate::support::{DEADLINE, DENIED, OUTBOUND, SECOND, USUAL_RULES, config, flow, open, seen_until_now};
 
-/// What has not been replied to is soon forgotten, and there is little room for it.
+/// Unreplied flows expire soon, and their table is small.
 const HASTY: &str =
     "timeouts: {tcpHandshake: 1s, udpUnreplied: 1s}, flows: {established: 1024, halfOpen: 1024}";
 /// Longer than any flow lives that has seen no reply.
@@ -29,7 +29,7 @@ fn established(agent: &Agent, from: SocketAddr, to: SocketAddr, protocol: IpNumb
     flow(agent, from, to, protocol.0)?.with_context(|| format!("no flow from {from} to {to}"))
 }
 
-/// SYNs of another pod that nobody completes.
+/// SYNs of another pod without a handshake.
 fn flood(lab: &Lab, family: Family) -> Result<()> {
     let c2 = lab.c2();
     let injector = Injector::new(&c2.netns, "eth0")?;

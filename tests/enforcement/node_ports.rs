@@ -109,9 +109,9 @@ fn a_node_port_is_open_to_datagrams_too() -> Result<()> {
     Ok(())
 }
 
-/// Without `nodePorts`, no packet to the node is judged, so the SYN gets as far as the pod. But what the pod answers
+/// Without `nodePorts`, no packet to the node is judged, so the SYN gets as far as the pod. But the pod's answer
 /// goes from a pod to a LAN host, which is in scope, and belongs to no connection that was let in: it fails closed.
-/// Whoever wants NodePorts open to the LAN has to say which.
+/// To open NodePorts to the LAN, `nodePorts` must name them.
 #[test]
 fn without_node_ports_in_the_configuration_the_pod_cannot_answer() -> Result<()> {
     let lab = lab()?;

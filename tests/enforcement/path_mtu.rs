@@ -41,7 +41,7 @@ fn narrow_link(lab: &Lab, router: &Host, far: &Host, address: IpAddr, by: &str) 
     router.netns.set_sysctl("ipv6/conf/all/forwarding", "1")?;
     let via = router.ip(if address.is_ipv4() { Family::V4 } else { Family::V6 });
     lab.b().netns.ip(&format!("route add {address} via {via} dev {by}"))?;
-    // Neighbours are found; of the node's own packets nobody judges any.
+    // Neighbours are found; the node's own packets are not judged.
     let is_there = || echo(&lab.b().netns, address, SECOND).ok().filter(Attempt::succeeded);
     eventually(DEADLINE, is_there).with_context(|| format!("no answer from {address} to the node"))?;
     Ok(())
@@ -126,7 +126,7 @@ fn fragments_of_an_allowed_datagram_arrive_whole_and_of_a_denied_one_not_at_all(
             let shut = udp::Server::echo(&server.netns, server.at(family, DENIED))?;
             let mut capture = Capture::start(&server.netns, "eth0")?;
             let attempt = udp::ask(&client.netns, 0, shut.address(), &datagram, SILENCE)?;
-            // Behind an extension header, as that of IPv6 fragments is, there is no answer to what is denied.
+            // Behind an extension header, as that of IPv6 fragments, a denied packet gets no answer.
             let as_expected = if family == Family::V4 { attempt.refused() } else { attempt.timed_out() };
             ensure!(as_expected, "{family:?} to {}, denied: {attempt}", server.name);
             let seen = seen_until_now(&mut capture, lab.b(), server, family)?;

@@ -1,4 +1,4 @@
-//! What the sender of a denied packet gets to see: an answer that its own kernel takes for good, or silence.
+//! The answer to the sender of a denied packet: one that its kernel accepts, or silence.
 
 use std::net::IpAddr;
 use std::process::Command;
@@ -94,7 +94,7 @@ fn refusals_bear_right_checksums_on_the_wire() -> Result<()> {
 }
 
 /// A packet whose checksum was left to the device becomes an answer whose checksum is left to it, too: here the node's
-/// interfaces cannot do it, so the kernel does as it sends, by what the answer says of itself.
+/// interfaces cannot do it, so the kernel does as it sends, by the metadata of the answer.
 #[test]
 fn a_checksum_left_to_the_device_is_completed_right() -> Result<()> {
     let lab = Lab::builder().build()?;

@@ -11,7 +11,7 @@ use bridge_lab::wait::eventually;
 
 use crate::support::{DEADLINE, DENIED, INBOUND, OUTBOUND, SECOND, USUAL_RULES, config, json, open};
 
-/// Opens [`DENIED`] beside what is open.
+/// Opens [`DENIED`] in addition.
 const MORE: &str = "  - {name: more, direction: inbound, protocol: tcp, ports: [40003]}\n";
 
 fn servers(host: &Host, port: u16) -> Result<Vec<tcp::Server>> {
@@ -113,7 +113,7 @@ fn an_interface_that_appears_is_enforced_when_it_comes_up() -> Result<()> {
         c2.netns.ip(&format!("address add {} dev eth0 {nodad}", c2.ip(family)))?;
         c2.netns.ip(&format!("route add {gateway} dev eth0"))?;
         c2.netns.ip(&format!("route add default via {gateway} dev eth0"))?;
-        // Neighbours are found; what goes to the node is not judged.
+        // Neighbours are found; packets to the node are not judged.
         let is_there = || echo(&c2.netns, gateway.parse().ok()?, SECOND).ok().filter(Attempt::succeeded);
         eventually(DEADLINE, is_there).with_context(|| format!("no answer from {gateway}"))?;
     }

@@ -1,4 +1,4 @@
-//! What is not between a pod and a LAN host is nobody's business: with no rule at all, everything else works.
+//! Traffic that is not between a pod and a LAN host is out of scope: with no rule at all, everything else works.
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_lab::agent::Agent;
@@ -25,11 +25,11 @@ fn talks(client: &Host, server: &Host, family: Family, port: u16) -> Result<()> 
 fn what_is_out_of_scope_is_untouched() -> Result<()> {
     let lab = Lab::builder().second_host().build()?;
     let (a, a2, b, c1, c2) = (lab.a(), lab.a2(), lab.b(), lab.c1(), lab.c2());
-    // With NodePorts, too: what the node serves itself is not one, unless it is in their range.
+    // With NodePorts, too: a service of the node itself is not one, unless it is in their range.
     for rest in ["", "nodePorts: {range: \"30000-32767\"}\n"] {
         let mut agent = Agent::start(&lab, lab.b(), &config("", rest))?;
         for family in Family::BOTH {
-            for (client, server, port, what) in [
+            for (client, server, port, case) in [
                 (a, b, 22, "a login on the node"),
                 (b, a, 443, "the node as a client"),
                 (c1, b, 53, "a pod to its node"),
@@ -38,9 +38,9 @@ fn what_is_out_of_scope_is_untouched() -> Result<()> {
                 (c1, c2, 5432, "pod to pod"),
                 (a, a2, 80, "LAN host to LAN host"),
             ] {
-                talks(client, server, family, port).with_context(|| format!("{what}, {family:?}"))?;
+                talks(client, server, family, port).with_context(|| format!("{case}, {family:?}"))?;
             }
-            // And yet it is in force.
+            // And yet it is active.
             for (client, server) in [(a, c1), (c1, a)] {
                 let server = tcp::Server::echo(&server.netns, server.at(family, 80))?;
                 let attempt = tcp::Client::new(&client.netns).connect(server.address())?;

@@ -1,4 +1,4 @@
-//! What the tests of enforcement share.
+//! Helpers of the tests of enforcement.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,9 +13,9 @@ use bridge_lab::traffic::tcp;
 use bridge_lab::wire::{Capture, Frame};
 use serde_json::Value;
 
-/// For what happens at once, on a busy machine.
+/// For effects that are immediate, on a busy machine.
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
-/// For what takes the agent or the kernel some time.
+/// For effects that take the agent or the kernel some time.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 /// How long it takes until silence counts as silence.
 pub(crate) const SILENCE: Duration = Duration::from_millis(300);
@@ -49,7 +49,7 @@ persistence: {{save: never}}
     )
 }
 
-/// What a command of the agent says as JSON.
+/// Returns the JSON output of a command of the agent.
 pub(crate) fn json(agent: &Agent, arguments: &[&str]) -> Result<Value> {
     let text = agent.run(&[arguments, &["--json"]].concat())?;
     serde_json::from_str(&text).with_context(|| text)
@@ -89,7 +89,7 @@ pub(crate) fn seen_until_now(
 ) -> Result<Vec<Frame>> {
     const DISCARD: u16 = 9;
     let to = host.at(family, DISCARD);
-    // Nobody listens there: the answer is a refusal, or none in time.
+    // No server listens there: the answer is a refusal, or none in time.
     bridge_lab::traffic::udp::ask(&node.netns, 0, to, b"last", SILENCE)?;
     Ok(capture
         .until(DEADLINE, |frame| !frame.outgoing && frame.endpoints().is_some_and(|(_, at)| at == to))?)

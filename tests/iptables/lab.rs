@@ -17,7 +17,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::support::{Host, eventually};
 
-/// What is allowed comes at once; what is dropped is not waited for longer than this.
+/// Allowed packets arrive at once; dropped ones are not waited for longer than this.
 pub(crate) const PATIENCE: Duration = Duration::from_millis(600);
 pub(crate) const V4: (&str, &str, &str) = ("192.168.31.67", "192.168.31.17", "10.200.1.91");
 pub(crate) const V6: (&str, &str, &str) = ("fd00:31::67", "fd00:31::17", "fd00:200:1::91");
@@ -101,7 +101,7 @@ impl Lab {
         })
     }
 
-    /// What a connection from one to another sees.
+    /// Returns the result of a connection from one to another.
     pub(crate) fn tcp(&self, from: usize, to: SocketAddr, serving: usize) -> Seen {
         let listener = self.within(serving, || listen(SocketAddr::new(unspecified(to), serving_port(to))));
         let seen = self.within(from, || match TcpStream::connect_timeout(&to, PATIENCE) {
@@ -184,7 +184,7 @@ fn ip(line: &str) {
 }
 
 const fn nodad(address: &str) -> &'static str {
-    // A colon tells IPv6, which would wait for duplicate address detection.
+    // A colon means IPv6, which would wait for duplicate address detection.
     let mut bytes = address.as_bytes();
     while let [first, rest @ ..] = bytes {
         if *first == b':' {

@@ -1,4 +1,4 @@
-//! What other programs do to the rules is noticed and mended.
+//! Changes by other programs to the rules are noticed and repaired.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -89,8 +89,8 @@ fn whatever_is_done_to_the_rules_is_mended_within_a_second() {
             eprintln!("{damage}: mended after {took:?}");
             let repairs = u64::try_from(number).expect("small") + 1;
             eventually("the repair is counted", BUSY_LIMIT, || guard.status().repairs == repairs);
-            let (_, told) = guard.status().last_repair.expect("a reason");
-            assert!(told.contains(reason), "{damage}: {told}");
+            let (_, found) = guard.status().last_repair.expect("a reason");
+            assert!(found.contains(reason), "{damage}: {found}");
         }
         times.sort();
         assert!(times[times.len() / 2] < LIMIT, "{times:?}");
@@ -150,7 +150,7 @@ fn watching_ten_thousand_rules_costs_little() {
             .collect();
         let guard = guard(host, policy);
         let watch = task("iptables-watch");
-        // The first round reads everything; what is measured is what goes on for ever. 10,000 rules in each family,
+        // The first round reads everything; the later, endless rounds are measured. 10,000 rules in each family,
         // and hashing, which takes fifteen times as long without optimisation as with it.
         let mut last = cpu(watch);
         eventually("a quiet round", Duration::from_secs(20), || {

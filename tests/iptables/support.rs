@@ -115,7 +115,7 @@ impl Host {
     }
 }
 
-/// What an operator may have in the tables.
+/// Rules that an operator may have in the tables.
 pub(crate) const FOREIGN: &str = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n\
                                   :MINE - [0:0]\n-A INPUT -p tcp -m tcp --dport 22 -j ACCEPT\n\
                                   -A FORWARD -m comment --comment \"not for BRIDGE-x\" -j MINE\n\
@@ -163,10 +163,10 @@ pub(crate) fn nets<N: std::str::FromStr<Err: std::fmt::Debug>>(texts: &[&str]) -
 }
 
 /// Polls until `done` holds; how long that took.
-pub(crate) fn eventually(what: &str, limit: Duration, mut done: impl FnMut() -> bool) -> Duration {
+pub(crate) fn eventually(description: &str, limit: Duration, mut done: impl FnMut() -> bool) -> Duration {
     let begun = Instant::now();
     while !done() {
-        assert!(begun.elapsed() < limit, "not within {limit:?}: {what}");
+        assert!(begun.elapsed() < limit, "not within {limit:?}: {description}");
         thread::sleep(Duration::from_millis(10));
     }
     begun.elapsed()

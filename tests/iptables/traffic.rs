@@ -1,4 +1,4 @@
-//! What real packets see.
+//! Verdicts on real packets.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};

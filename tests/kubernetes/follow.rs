@@ -49,7 +49,7 @@ fn a_policy_opens_a_port_and_its_deletion_closes_it_for_new_connections() -> Res
         until_closed(a, c1.at(family, OPEN), &node)?;
     }
     for connection in &mut open {
-        connection.round_trip(Duration::from_secs(5)).context("what was established goes on")?;
+        connection.round_trip(Duration::from_secs(5)).context("the established connection continues")?;
     }
     // And once more: the same name is another policy.
     server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;

@@ -27,7 +27,7 @@ fn nodes(server: &ApiServer) -> Result<()> {
 
 const OF_NODES: [&str; 2] = ["10.244.1.0/24 via 192.168.31.17", "10.244.2.0/24 via 192.168.31.18"];
 
-/// What pods have for a router: an address of the node itself.
+/// Router of the pods: an address of the node itself.
 const GATEWAY: &str = "10.200.1.1/32";
 
 /// The IPv4 networks that the packet path takes for pods'.
@@ -85,7 +85,7 @@ fn calicos_blocks_count_from_when_it_is_installed_and_what_one_lends_goes_to_the
     for agent in [&node, &host] {
         ensure!(until_current(agent)?["podNetworksFrom"] == "calico");
     }
-    // On real packets: what was no pod's is judged now.
+    // On real packets: addresses that were no pod's are judged now.
     let (a, c1) = (lab.a(), lab.c1());
     let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
     ensure!(is_refused(a, c1.at(Family::V4, OPEN))?, "nothing allows it");
@@ -102,7 +102,7 @@ fn calicos_blocks_count_from_when_it_is_installed_and_what_one_lends_goes_to_the
     server.apply_calico_block("10.200.2.0/26", "b", None)?;
     until_routes(&lab, &[by_calico[0], "10.200.2.0/26 via 192.168.31.17"])?;
 
-    // Whoever is named is asked, whatever the others say; one that is not there says nothing.
+    // The named sources are asked, whatever the others contain; a missing one yields nothing.
     host.reload(&host_config(&server, "node"))?;
     until_routes(&lab, &OF_NODES)?;
     host.reload(&host_config(&server, "cilium"))?;

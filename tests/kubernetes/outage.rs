@@ -127,7 +127,7 @@ fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Resu
     let (a, c1) = (lab.a(), lab.c1());
     let saved = node.state_directory().join("kubernetes.json");
     eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
-        .context("what is known is saved")?;
+        .context("the known state is saved")?;
 
     // As a server is that has just started; the agent has not seen the policy go.
     node.kill()?;
@@ -135,7 +135,7 @@ fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Resu
     node.restart()?;
     let status = until(&node, |cluster| cluster["connected"] == false)?;
     assert!(status["failing"]["bridgepolicies"].is_string(), "{status}");
-    open(a, c1.at(Family::V4, OPEN)).context("what was known stays")?;
+    open(a, c1.at(Family::V4, OPEN)).context("the known state stays")?;
     // It was no mistake.
     until_within(Duration::from_secs(90), &node, |cluster| cluster["connected"] == true)?;
     until_closed(a, c1.at(Family::V4, OPEN), &node)

@@ -80,7 +80,7 @@ fn a_pod_with_the_annotation_leaves_from_the_pool_until_it_has_it_no_more_or_is_
         let port = seen_from(&lab, &container, &a)?;
         ensure!(from(port), "{port}");
     }
-    // As long as nobody says otherwise: also without an agent, and by the next one.
+    // The state stays without news: also without an agent, and with the next one.
     node.kill()?;
     ensure!(from(seen_from(&lab, &container, &a)?), "without an agent");
     node.restart()?;
@@ -98,7 +98,7 @@ fn a_pod_with_the_annotation_leaves_from_the_pool_until_it_has_it_no_more_or_is_
     ensure!(from(seen_from(&lab, &container, &a)?), "and again");
     server.delete(POD)?;
     until_hooked(&node, 0)?;
-    // What is judged is the address, which is a pod's all the same.
+    // The address is judged, which is a pod's all the same.
     ensure!(!from(seen_from(&lab, &container, &a)?), "the pod is gone");
     Ok(())
 }

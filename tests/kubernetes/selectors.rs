@@ -1,4 +1,4 @@
-//! Which pods a rule is for, and what becomes of packets while that is not known.
+//! The pods that a rule selects, and verdicts while they are unknown.
 
 use anyhow::Result;
 use bridge_lab::lab::Family;
@@ -37,7 +37,7 @@ fn a_pod_is_denied_until_it_is_known_and_covered_from_then_on() -> Result<()> {
     server.kubectl(&["label", "--overwrite", "-n", "shop", "pod", "c1", "app=web"], "")?;
     until_closed(a, to_c1, &node)?;
 
-    // Gone: its address is nobody's.
+    // Gone: its address belongs to no pod.
     server.delete("/api/v1/namespaces/test/pods/c2")?;
     until_closed(a, to_c2, &node)
 }

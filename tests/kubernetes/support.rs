@@ -1,4 +1,4 @@
-//! What the tests against an API server share.
+//! Helpers of the tests against an API server.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use bridge_lab::traffic::tcp;
 use bridge_lab::wait::eventually;
 use serde_json::{Value, json};
 
-/// For what takes the API server or an agent some time, on a busy machine.
+/// For effects that take the API server or an agent some time, on a busy machine.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// A port that policies open.
 pub(crate) const OPEN: u16 = 40002;
@@ -28,7 +28,7 @@ pub(crate) fn cluster() -> Result<(Lab, ApiServer)> {
 }
 
 /// A cluster with agents on the node and on the LAN host, in which that may talk to the first pod on [`OPEN`], and does.
-/// The agent on the node, and what else is to stay.
+/// The agent on the node, and other values to keep alive.
 pub(crate) fn allowing_cluster() -> Result<(Lab, ApiServer, Agent, (Agent, tcp::Server))> {
     let (lab, server) = cluster()?;
     server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
@@ -71,7 +71,7 @@ pub(crate) fn on_host(lab: &Lab, server: &ApiServer) -> Result<Agent> {
     Ok(agent)
 }
 
-/// What the agent says of the cluster.
+/// Returns the cluster's part of the agent's status.
 pub(crate) fn cluster_status(agent: &Agent) -> Result<Value> {
     let status: Value = serde_json::from_str(&agent.run(&["status", "--json"])?)?;
     Ok(status["agent"]["kubernetes"].clone())
@@ -79,8 +79,8 @@ pub(crate) fn cluster_status(agent: &Agent) -> Result<Value> {
 
 /// Waits until the agent says this of the cluster.
 #[track_caller]
-pub(crate) fn until(agent: &Agent, what: impl Fn(&Value) -> bool) -> Result<Value> {
-    until_within(DEADLINE, agent, what)
+pub(crate) fn until(agent: &Agent, condition: impl Fn(&Value) -> bool) -> Result<Value> {
+    until_within(DEADLINE, agent, condition)
 }
 
 /// As [`until`], with another deadline.
@@ -88,13 +88,13 @@ pub(crate) fn until(agent: &Agent, what: impl Fn(&Value) -> bool) -> Result<Valu
 pub(crate) fn until_within(
     deadline: Duration,
     agent: &Agent,
-    what: impl Fn(&Value) -> bool,
+    condition: impl Fn(&Value) -> bool,
 ) -> Result<Value> {
-    eventually(deadline, || cluster_status(agent).ok().filter(&what))
+    eventually(deadline, || cluster_status(agent).ok().filter(&condition))
         .with_context(|| format!("{:#}\n{}", cluster_status(agent).unwrap_or_default(), agent.log()))
 }
 
-/// Waits until all that the agent knows of the cluster is in force.
+/// Waits until the whole known state of the cluster is applied.
 pub(crate) fn until_current(agent: &Agent) -> Result<Value> {
     until(agent, |cluster| cluster["current"] == true && cluster["waitingFor"] == json!([]))
 }
@@ -132,12 +132,12 @@ pub(crate) fn until_closed(from: &Host, to: SocketAddr, agent: &Agent) -> Result
         .with_context(|| format!("{} to {to} stays open:\n{}", from.name, agent.log()))
 }
 
-/// Whether a connection is refused, rather than nobody answering.
+/// Returns whether a connection is refused, rather than unanswered.
 pub(crate) fn is_refused(from: &Host, to: SocketAddr) -> Result<bool> {
     Ok(tcp::Client::new(&from.netns).connect(to)?.refused())
 }
 
-/// Network and next hop of each route of the LAN host that bears the mark of bridge.
+/// Returns network and next hop of each route of the LAN host with bridge's protocol number.
 fn routes(lab: &Lab) -> BTreeSet<String> {
     let of = |family: &str| lab.a().netns.ip(&format!("{family} route show proto 98")).unwrap_or_default();
     let text = of("-4") + &of("-6");

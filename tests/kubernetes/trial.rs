@@ -51,10 +51,10 @@ impl Trial {
         let file = self.lab.directory().join("candidate.yaml");
         fs::write(&file, config(&self.server, &rule) + &api)?;
         self.node.run(&["apply", "--confirm", time, &file.display().to_string()])?;
-        self.is_open(TRIED).context("the configuration on trial is in force")
+        self.is_open(TRIED).context("the configuration on trial is active")
     }
 
-    /// Changes the cluster in every way that packets tell of, and waits until it is in force: [`OPEN`] is closed from now on, and
+    /// Changes the cluster in every way that packets show, and waits until it is applied: [`OPEN`] is closed from now on, and
     /// [`OTHER`] is open. Before, [`OPEN`] was made open.
     fn change(&self) -> Result<()> {
         self.is_open(OPEN)?;
@@ -130,7 +130,7 @@ fn changes_of_the_cluster_during_a_trial_stay_when_it_is_taken_back() -> Result<
     // Made during the trial, too.
     trial.server.apply(&policy("open", EVERY_POD))?;
     trial.is_open(OPEN)?;
-    // An agent that is started anew goes on with both.
+    // A restarted agent continues with both.
     trial.node.restart()?;
     until_current(&trial.node)?;
     trial.change()?;
@@ -151,11 +151,11 @@ fn what_the_kernel_goes_back_to_without_an_agent_has_the_cluster_of_now() -> Res
         "too slow: the trial was over before the agent was killed"
     );
     trial.node.kill()?;
-    // With nobody there to do anything, at the deadline.
+    // Without an agent, at the deadline.
     trial.is_closed(TRIED)?;
     let c1 = trial.lab.c1();
     let reach = |port| tcp::Client::new(&trial.lab.a().netns).connect(c1.at(Family::V4, port));
-    ensure!(reach(OPEN)?.refused(), "what the deleted policy allowed");
+    ensure!(reach(OPEN)?.refused(), "traffic that the deleted policy allowed");
     // eBPF alone: iptables follows with the next agent.
     let maps = bridge_agent::datapath::Maps::open(&bridge_agent::datapath::Pins::new(trial.node.pins()))?;
     let names: Vec<String> = maps.rule_counts()?.into_iter().map(|count| count.name).collect();

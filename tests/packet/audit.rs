@@ -29,8 +29,8 @@ fn what_would_be_denied_passes_and_is_reported_once() {
             assert_eq!((judged.action, judged.counted), (Action::Next, None));
             assert_eq!(judged.audited.map(|(_, reason)| reason), Some(Reason::established));
         }
-        let told: Vec<_> = node.events().iter().map(|event| event.verdict).collect();
-        assert_eq!(told, [verdict::AUDIT]);
+        let verdicts: Vec<_> = node.events().iter().map(|event| event.verdict).collect();
+        assert_eq!(verdicts, [verdict::AUDIT]);
     }
 }
 

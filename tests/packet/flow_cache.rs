@@ -1,4 +1,4 @@
-//! The flow cache: that it is used, and that nobody can tell but by the clock.
+//! The flow cache: it is used, and only timing shows it.
 
 use std::{thread, time::Duration};
 
@@ -79,7 +79,7 @@ fn what_begins_or_ends_a_connection_is_never_answered_from_memory() {
 fn the_end_of_a_connection_that_one_side_tells_reaches_the_other() {
     let (mut node, connections) = spoken();
     for c in &connections {
-        // Undone by whoever goes on talking, which must be seen.
+        // Undone by further packets of the connection, which the judge must see.
         node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 5001)), Reason::established);
         assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::RESET));
         node.passes(c.client_hook, &c.ack(), Reason::established);
@@ -127,10 +127,10 @@ fn no_other_flow_is_taken_for_one_that_is_known() {
     let (mut node, connections) = spoken();
     node.level_stamps().expect("stamps");
     for c in &connections {
-        // So many that some lead to the places of those that are known.
+        // Enough that some lead to the places of known flows.
         for client_port in (1024..=u16::MAX).filter(|port| *port != c.client_port) {
             if client_port % 256 == 0 {
-                // The time of what is known goes by.
+                // The lifetime of the known flows passes.
                 speak(&mut node, c);
             }
             let other = Connection { client_port, ..*c };
@@ -168,7 +168,7 @@ fn datagrams_of_a_flow_that_was_replied_to_are_known() {
     let request = Packet::new(v4.lan, v4.pod).udp(5000, OPEN, b"x");
     let reply = Packet::new(v4.pod, v4.lan).udp(OPEN, 5000, b"x");
     node.passes(ExternalIngress, &request, Reason::new_flow);
-    // Nobody has replied: the policy decides on each.
+    // Unreplied: the policy decides on each.
     node.passes(ExternalIngress, &request, Reason::new_flow);
     node.passes(InternalIngress, &reply, Reason::established);
     node.passes(InternalIngress, &reply, Reason::established);

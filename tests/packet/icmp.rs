@@ -1,4 +1,4 @@
-//! ICMP and ICMPv6: queries and their replies, errors and what they quote.
+//! ICMP and ICMPv6: queries and their replies, errors and the packets that they quote.
 
 use bridge_common::filter::{counters::Reason, flow::state};
 use bridge_lab::packet::{Icmp, Packet, Tcp};
@@ -48,7 +48,7 @@ fn an_error_passes_if_it_quotes_a_flow_of_its_addressee() {
         for error in errors() {
             // From the LAN host itself, and from a router of the LAN on the way to it.
             node.passes(ExternalIngress, &Packet::new(f.lan, f.pod).icmp(&error), Reason::related);
-            // The quoted packet was not sent by the one who is told.
+            // The quoted packet was not sent by the receiver of the error.
             node.denies(InternalIngress, &Packet::new(f.pod, f.lan).icmp(&error), Reason::icmp_unrelated);
         }
     }
@@ -61,7 +61,7 @@ fn a_router_of_the_lan_may_tell_about_a_flow_that_goes_beyond_it() {
         let beyond = |port| Packet::new(f.pod, f.stranger).tcp(Tcp::syn(50_000, port)).ip();
         let router = |quoted| Packet::new(f.lan, f.pod).icmp(&Icmp::TooBig(1280, quoted));
         node.passes(ExternalIngress, &router(beyond(443)), Reason::related);
-        // Not about somebody else's packets, nor about flows that would be known.
+        // Neither about packets of others, nor about flows that would be known.
         let others = Packet::new(f.stranger, f.pod).tcp(Tcp::syn(50_000, 443)).ip();
         node.denies(ExternalIngress, &router(others), Reason::icmp_unrelated);
         let unknown = Packet::new(f.pod, f.lan).tcp(Tcp::syn(50_000, 443)).ip();

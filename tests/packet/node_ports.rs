@@ -27,7 +27,7 @@ fn the_allowed_ports_of_the_range_are_open_and_the_others_are_not() {
         for port in [29_999, 32_768, 22] {
             node.ignores(ExternalIngress, &syn(port));
         }
-        // Not a LAN host; not the node; and a pod, whose packets to the node are nobody's business.
+        // Not a LAN host; not the node; and a pod, whose packets to the node are out of scope.
         node.ignores(ExternalIngress, &Packet::new(f.stranger, f.node).tcp(Tcp::syn(50_000, 30_000)));
         node.ignores(InternalIngress, &Packet::new(f.pod, f.node).tcp(Tcp::syn(50_000, 30_000)));
         node.ignores(ExternalIngress, &Packet::new(f.lan, f.node).icmp(&Icmp::EchoRequest(1, 1)));

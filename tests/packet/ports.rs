@@ -110,8 +110,12 @@ fn a_deny_beats_every_allow_and_the_event_names_the_rule() {
         node.denies(ExternalIngress, &packet, Reason::deny_rule);
         let packet = Packet::new(family.lan, family.pod).tcp(Tcp::syn(50_000, 24));
         node.passes(ExternalIngress, &packet, Reason::new_flow);
-        let told: Vec<_> = node.events().iter().map(|event| (event.verdict, event.rule)).collect();
-        assert_eq!(told, [(verdict::REJECT, 2), (verdict::ALLOW, 1)], "rules are told by index plus one");
+        let events: Vec<_> = node.events().iter().map(|event| (event.verdict, event.rule)).collect();
+        assert_eq!(
+            events,
+            [(verdict::REJECT, 2), (verdict::ALLOW, 1)],
+            "rules are reported by index plus one"
+        );
     }
 }
 

@@ -12,7 +12,7 @@ use crate::world::{ExternalIngress, InternalIngress, SHUT, families, node, usual
 const MAC_A: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const MAC_B: [u8; 6] = [2, 0, 0, 0, 0, 2];
 
-/// Parses an answer to `packet`, having checked what all answers have in common.
+/// Parses an answer to `packet`, after checking the properties that all answers share.
 fn check_answer<'a>(frame: &'a [u8], packet: &Packet) -> SlicedPacket<'a> {
     assert_eq!((&frame[..6], &frame[6..12]), (&MAC_A[..], &MAC_B[..]), "back to where it came from");
     let sliced = SlicedPacket::from_ethernet(frame).expect("a packet");
@@ -194,14 +194,14 @@ fn events_stop_at_the_limit_and_say_how_many_were_kept_back() {
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     let mut sent = 0;
     let mut seen: Vec<u32> = Vec::new();
-    // The first event of the next second tells of those that were kept back.
+    // The first event of the next second reports the suppressed ones.
     while seen.iter().all(|suppressed| *suppressed == 0) {
-        assert!(std::time::Instant::now() < deadline, "no event told of others kept back");
+        assert!(std::time::Instant::now() < deadline, "no event reports suppressed ones");
         node.denies(ExternalIngress, &packet, Reason::no_rule);
         sent += 1;
         seen.extend(node.events().iter().map(|event| event.suppressed));
     }
-    let told: u32 = seen.iter().sum();
-    assert!(told > 0 && (told as usize) < sent, "{told} of {sent} kept back");
+    let reported: u32 = seen.iter().sum();
+    assert!(reported > 0 && (reported as usize) < sent, "{reported} of {sent} suppressed");
     assert!(seen.len() < sent, "{} of {sent} sent", seen.len());
 }

@@ -1,4 +1,4 @@
-//! What is judged, and what is none of the programs' business.
+//! Packets in scope and packets out of scope.
 
 use bridge_common::filter::counters::Reason;
 use bridge_lab::packet::{Packet, Tcp};

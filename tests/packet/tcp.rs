@@ -1,4 +1,4 @@
-//! TCP: from SYN to the end, and what is no part of that.
+//! TCP: from SYN to the end, and packets that do not fit.
 
 use std::time::Duration;
 
@@ -226,7 +226,7 @@ fn no_packet_of_a_pod_bears_the_address_of_a_lan_host() {
 
 #[test]
 fn a_forged_end_and_a_forged_beginning_do_not_end_a_connection() {
-    // By somebody who knows the ports and sees no packet: an RST, or a FIN, and a SYN that the rules allow.
+    // By a sender that knows the ports and sees no packet: an RST, or a FIN, and a SYN that the rules allow.
     let mut node = node();
     let families = families();
     for end in [|s, d| Tcp::rst(s, d, 77), |s, d| Tcp::fin(s, d, 77, 77)] {

@@ -86,7 +86,7 @@ fn random_bytes_are_never_a_fault() {
     }
 }
 
-/// What an error quotes ends with the error: the padding of its frame belongs to nobody.
+/// The quoted packet ends with the error: the padding of its frame is not part of it.
 #[test]
 fn an_error_whose_quote_goes_on_in_the_padding_of_the_frame() {
     for f in families() {

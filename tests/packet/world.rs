@@ -16,7 +16,7 @@ pub(crate) use Hook::{ExternalEgress, ExternalIngress, InternalEgress, InternalI
 
 /// A port that LAN hosts may connect to.
 pub(crate) const OPEN: u16 = 40_002;
-/// A port that nobody may connect to.
+/// A port that is always denied.
 pub(crate) const SHUT: u16 = 40_003;
 /// A port that pods may connect to.
 pub(crate) const OUT: u16 = 8080;
@@ -25,7 +25,7 @@ pub(crate) fn ip(address: &str) -> IpAddr {
     address.parse().expect("an address")
 }
 
-/// LAN host, pod, node, and somebody that is neither; in both families.
+/// LAN host, pod, node, and a stranger; in both families.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Family {
     pub(crate) lan: IpAddr,

@@ -37,7 +37,7 @@ fn eventually_own(lab: &Lab, beginnings: &[&str]) {
     assert!(seen.is_some(), "expected {beginnings:?}, found {:#?}", own_routes(lab));
 }
 
-/// What `curl` gets from the API of the agent.
+/// Returns the answer of the agent's API to `curl`.
 fn get(lab: &Lab, agent: &Agent, path: &str) -> Result<String> {
     let mut curl = std::process::Command::new("curl");
     curl.args(["-s", "--max-time", "5", "--unix-socket"])
@@ -63,7 +63,7 @@ fn routes_are_added_at_start_stay_after_sigterm_and_go_with_down() -> Result<()>
     let mut agent = Agent::start(&lab, lab.a(), &yaml)?;
     eventually_own(&lab, &both);
 
-    // A running agent would put back what is taken away: that is said, and nothing is.
+    // A running agent would restore the removed routes: the command says so, and removes none.
     for command in [&["down"][..], &["routes", "withdraw"]] {
         let error = agent.run(command).unwrap_err().to_string();
         assert!(error.contains("is running and would put the routes back"), "{error}");
@@ -202,8 +202,8 @@ fn a_reload_changes_discovery_and_forgets_only_what_it_no_longer_believes() -> R
             key,
         ]))
     };
-    let told = probe(&agent, 12345, &first)?;
-    assert!(told.contains("sees this pod as 192.168.31.17 and reaches it for 600 s"), "{told}");
+    let output = probe(&agent, 12345, &first)?;
+    assert!(output.contains("sees this pod as 192.168.31.17 and reaches it for 600 s"), "{output}");
     let there = ["10.200.1.91 via 192.168.31.17 dev eth0"];
     eventually_own(&lab, &there);
 
@@ -213,7 +213,7 @@ fn a_reload_changes_discovery_and_forgets_only_what_it_no_longer_believes() -> R
     probe(&agent, 12345, &second)?;
     // Another address: it is known there too.
     agent.reload(&yaml("10.200.0.0/16", 12346, &second))?;
-    assert!(probe(&agent, 12345, &second).is_err(), "nobody listens there any more");
+    assert!(probe(&agent, 12345, &second).is_err(), "the listener has ended");
     eventually_own(&lab, &there);
     let counters = json(&lab, &agent, "/v1/status")?["routes"]["counters"].clone();
     assert_eq!((&counters["added"], &counters["deleted"]), (&1.into(), &0.into()), "{counters}");

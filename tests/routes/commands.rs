@@ -205,7 +205,7 @@ fn sniff_names_the_node() -> Result<()> {
     let host = Host::new(Lab::builder().without_routes().masquerade().build()?, CONFIG, CLUSTER)?;
     let output = std::thread::scope(|scope| {
         let sniffing = scope.spawn(|| host.run("discover sniff --port 7000 --count 1 --seconds 20 --json"));
-        // Nobody listens, and it takes a while until somebody looks.
+        // Nothing listens, and the sniffer needs a moment to start.
         while !sniffing.is_finished() {
             let pod = &host.lab.c1().netns;
             _ = pod.run(|| {

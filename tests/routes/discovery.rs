@@ -161,7 +161,7 @@ fn another_key_and_noise_and_silence_lead_to_nothing() -> Result<()> {
 fn a_recorded_announcement_is_refused_in_another_connection() -> Result<()> {
     let lab = Lab::builder().without_routes().masquerade().build()?;
     let host = Host::start(&lab, Family::V4, Rules::default(), false, None);
-    // Between pod and host somebody records: the pod talks to a relay on the node, which talks to the host.
+    // A recorder between pod and host: the pod talks to a relay on the node, which talks to the host.
     let relay = lab.b().netns.run(|| std::net::TcpListener::bind((lab.b().ip(Family::V4), 9999)).unwrap());
     let upstream = lab.b().netns.run(|| TcpStream::connect(host.address).unwrap());
     let recorder = std::thread::spawn(move || {
@@ -180,7 +180,7 @@ fn a_recorded_announcement_is_refused_in_another_connection() -> Result<()> {
     });
     let relayed = probe::Options { host: lab.b().at(Family::V4, 9999), ..options(host.address) };
     let answer = probe_from(&lab.c1().netns, relayed).unwrap();
-    assert_eq!(answer.status, Status::Accepted, "what is not replayed passes: {answer:?}");
+    assert_eq!(answer.status, Status::Accepted, "a fresh message passes: {answer:?}");
     let recorded = recorder.join().unwrap();
     host.expect(1, 0, 0);
 
@@ -259,7 +259,7 @@ fn sniffing_shows_the_node_from_which_a_pod_connects() -> Result<()> {
         let attempt = lab.a().netns.run_async(|| async {
             let mut sniffer = Sniffer::open(7000).unwrap();
             let pod = lab.c1().netns.clone();
-            // Nobody listens on either port; the one that is not asked for comes first.
+            // Nothing listens on either port; the unwanted one comes first.
             let connect = tokio::task::spawn_blocking(move || {
                 pod.run(|| [other, to].map(|to| TcpStream::connect(to).is_err()))
             });

@@ -96,7 +96,7 @@ fn bird_parses_the_export_and_makes_the_routes() {
         .expect("bird is installed (apt install bird2)");
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
 
-    // And what it puts into the kernel is what was meant.
+    // And it puts the meant routes into the kernel.
     let (host, _lan) = host();
     let socket = directory.path().join("bird.ctl");
     let mut bird = host.enter(move || {

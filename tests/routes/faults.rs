@@ -1,4 +1,4 @@
-//! Everything that can happen to a routing table, at random, and what is left of it in the end.
+//! Every change that a routing table can see, at random, and the final state.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -26,7 +26,7 @@ impl Process {
     /// `bridge-agent run` with routes of a file, and nothing else; its log is beside that file.
     fn start(ns: &Ns, cluster: &Path) -> Self {
         let directory = cluster.parent().unwrap().to_owned();
-        // None of the next hops exists: that they do not answer is not what is looked at.
+        // None of the next hops exists: their health is not tested here.
         let config = format!(
             "{{role: host, routes: {{file: {}, health: {{enabled: false}}}}, api: {{socket: {}}}}}",
             cluster.display(),
@@ -51,7 +51,7 @@ impl Drop for Process {
     }
 }
 
-/// The host: nodes are on eth0 and eth1; what others own goes through eth2, which never goes down.
+/// The host: nodes are on eth0 and eth1; routes of others go through eth2, which never goes down.
 fn host() -> (Ns, Ns) {
     let (host, lan) = (Ns::new(), Ns::new());
     for (index, third) in [31, 32, 33].into_iter().enumerate() {
@@ -115,7 +115,7 @@ fn write_cluster(path: &Path, segments: &BTreeSet<Segment>) {
     std::fs::rename(new, path).unwrap();
 }
 
-/// What others made.
+/// Returns routes of others.
 fn foreign(ns: &Ns) -> BTreeSet<String> {
     ns.foreign_routes().into_iter().filter(|line| line.contains("metric 77 ")).collect()
 }
@@ -142,14 +142,14 @@ fn after_rounds_of_faults_the_table_is_as_planned_and_foreign_routes_as_others_l
         for _ in 0..random.random_range(1..4) {
             let to = network(&mut random);
             match random.random_range(0..8) {
-                // Somebody deletes one of ours.
+                // Another program deletes one of ours.
                 0 => _ = writeln!(batch, "route del {to} proto 98"),
-                // Somebody bends one of ours.
+                // Another program changes one of ours.
                 1 => {
                     let via = if to.addr().is_ipv4() { "192.168.31.250" } else { "fd31::250" };
                     _ = writeln!(batch, "route replace {to} via {via} proto 98 metric 1024");
                 }
-                // Something with our number that nobody wants.
+                // An unwanted route with our protocol number.
                 2 => {
                     let via = if to.addr().is_ipv4() { "192.168.33.9" } else { "fd33::9" };
                     _ = writeln!(
@@ -272,7 +272,7 @@ fn after_kill_and_restart_routes_are_compared_not_doubled() {
     drop(agent);
     assert_eq!(host.own_routes(), [segment(1).line(), segment(2).line()].into(), "routes outlive the agent");
 
-    // Meanwhile one node leaves, one comes, one route is deleted; what stays is not written again.
+    // Meanwhile one node leaves, one comes, one route is deleted; unchanged routes are not written again.
     write_cluster(&cluster, &[segment(2), segment(3)].into());
     let mut monitor = Process(host.enter(|| {
         Command::new("ip")
@@ -296,7 +296,7 @@ fn after_kill_and_restart_routes_are_compared_not_doubled() {
     });
     let _agent = Process::start(&host, &cluster);
     until("as wanted now", SECONDS, || host.own_routes() == [segment(2).line(), segment(3).line()].into());
-    // What the monitor has heard of ours by the time it hears the end.
+    // News of our routes that the monitor receives before the end marker.
     host.ip("route add 10.98.0.0/16 via 192.168.33.8");
     let mut heard = Vec::new();
     loop {
@@ -347,7 +347,7 @@ fn a_cluster_file_is_followed_through_edits_renames_and_mistakes() {
         }
         has(number);
     }
-    // A mistake, and no file at all, change nothing; what comes after them does.
+    // A mistake, and a missing file, change nothing; the next valid file does.
     std::fs::remove_file(&cluster).unwrap();
     std::fs::write(&cluster, "nodes: [{name: a").unwrap();
     host.ip("route del 10.200.4.0/24 proto 98");

@@ -1,4 +1,4 @@
-//! The reconciler against a real kernel: what other programs read in the tables is what was wanted.
+//! The reconciler against a real kernel: other programs read the desired routes in the tables.
 
 use std::net::UdpSocket;
 use std::sync::Arc;
@@ -100,7 +100,7 @@ fn an_altered_route_is_put_right() {
     eventually_own(&lan.host, &both_families_installed());
     lan.host.ip("route replace 10.200.1.0/24 via 192.168.31.17 proto 98 metric 1024 mtu 1300");
     until("the MTU is gone again", SECONDS, || !lan.host.ip("route show proto 98").contains("mtu"));
-    // One that nobody wants, with our number.
+    // An unwanted one, with our protocol number.
     lan.host.ip("route add 10.77.0.0/16 via 192.168.31.17 proto 98");
     eventually_own(&lan.host, &both_families_installed());
 }
@@ -136,11 +136,11 @@ fn an_interface_that_comes_up_is_used_at_once() {
     println!("after the link came up: {took:?}");
 }
 
-/// The kernel takes IPv4 routes away with a link and tells nobody: that the link went down is all there is to hear.
+/// The kernel removes IPv4 routes with a link and sends no notification for them, only that the link went down.
 #[test]
 fn a_link_that_goes_down_yields_to_the_backup_at_once() {
     let (host, lan) = (Ns::new(), Ns::new());
-    // Nor does IPv6 tell of anything.
+    // Nor does IPv6 send one.
     host.enter(|| std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1").unwrap());
     for (device, net) in [("eth0", "192.168.31.67/24"), ("eth1", "192.168.32.67/24")] {
         host.link(device, &lan, device);
@@ -180,7 +180,7 @@ fn foreign_routes_are_refused_by_name_and_never_touched() {
             .any(|reason| reason.contains("10.200.1.128/25 via 192.168.31.9 dev eth0 proto static")),
         "{reasons:?}"
     );
-    // What comes later makes ours yield, and gives way again.
+    // Later foreign routes make ours yield, and give way again.
     lan.host.ip("route add 10.200.2.0/24 via 192.168.31.9 proto static");
     eventually_own(&lan.host, &both_families_installed()[2..]);
     lan.host.ip("route del 10.200.2.0/24");
@@ -269,7 +269,7 @@ fn every_kind_of_route_is_written_compared_and_exchanged_by_this_kernel() {
         }
     }
     assert_eq!(agent.counters.failed.load(Ordering::Relaxed), 0);
-    // What was written is what is read: nothing is left to do.
+    // Reading returns the written routes: nothing is left to do.
     let done = agent.counters.replaced.load(Ordering::Relaxed);
     let syncs = agent.counters.syncs.load(Ordering::Relaxed);
     lan.host.ip("address add 192.168.99.1/32 dev lo");
@@ -310,7 +310,7 @@ fn no_packet_is_lost_while_the_next_hop_changes() {
             let (received, done) = (received.clone(), done.clone());
             listeners.push(node.spawn(move || {
                 let socket = UdpSocket::bind((address, 7777)).unwrap();
-                // What waits for this thread to be given a processor is not lost.
+                // News that waits for this thread to run is not lost.
                 rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 24).unwrap();
                 socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
                 let mut buffer = [0; 16];
@@ -330,7 +330,7 @@ fn no_packet_is_lost_while_the_next_hop_changes() {
     };
     let agent = Agent::with_static(&lan.host, Settings::default(), through(31));
     until("both routes are there", SECONDS, || lan.host.own_routes().len() == 2);
-    // Neighbours known beforehand: a queue of packets that wait for ARP is not what is measured.
+    // Neighbours known beforehand: a queue of packets that wait for ARP is not measured.
     for third in [31, 32] {
         acquaint(&lan.host, &format!("192.168.{third}.17"));
         acquaint(&lan.host, &format!("fd{third}::17"));

@@ -51,7 +51,7 @@ fn a_deletion_whose_event_was_dropped_is_repaired() -> Result<()> {
 
     let pid = Pid::from_raw(agent.pid().cast_signed()).expect("a process id");
     kill_process(pid, Signal::STOP)?;
-    // None of these matters to it, and all of them are told.
+    // None of these matters to it, and all of them are sent.
     let noise: String = (0..10_000)
         .map(|i| format!("route add 172.16.{}.{}/32 dev lo table 77\n", i / 256, i % 256))
         .collect();
@@ -76,7 +76,7 @@ fn dumps_that_were_interrupted_are_read_again() {
         routes::Agent::with_static(&host, Settings::default(), vec![want("10.200.1.0/24", "192.168.31.17")]);
     let planned = [own("10.200.1.0/24", "192.168.31.17", "eth0")];
     eventually_own(&host, &planned);
-    // A dump of so many addresses takes several datagrams, between which others change.
+    // A dump of this many addresses takes several datagrams, between which others change.
     let address = |i: u32| format!("172.20.{}.{}/32 dev lo", i / 256, i % 256);
     let (stable, moving) = (0..4000, 4000..6000);
     let lines: String = stable.map(|i| format!("address add {}\n", address(i))).collect();

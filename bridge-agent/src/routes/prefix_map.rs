@@ -1,4 +1,4 @@
-//! A map keyed by network that answers "what holds this?" and "what lies inside this?".
+//! A map keyed by network, with look-ups of the networks around and inside a network.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -8,9 +8,9 @@ use ipnet::IpNet;
 /// Values by network. Host bits of keys are cleared.
 #[derive(Debug, Clone)]
 pub(crate) struct PrefixMap<T> {
-    // IpNet orders by family, address, prefix length: what lies inside a network follows it without a break.
+    // IpNet orders by family, address, prefix length: the networks inside a network follow it without a break.
     nets: BTreeMap<IpNet, T>,
-    // How many networks there are of each prefix length, so that looking upwards skips the lengths nobody uses.
+    // Number of networks of each prefix length, so that looking upwards skips unused lengths.
     lengths: [[u32; 129]; 2],
 }
 
@@ -40,7 +40,7 @@ impl<T> PrefixMap<T> {
         })
     }
 
-    /// Puts `value` at `net`, and returns what was there.
+    /// Inserts `value` at `net`, and returns the former value.
     pub(crate) fn insert(&mut self, net: IpNet, value: T) -> Option<T> {
         let net = net.trunc();
         let old = self.nets.insert(net, value);

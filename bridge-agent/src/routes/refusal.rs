@@ -1,11 +1,11 @@
-//! Why a desired route is not put into the kernel, and what to write instead.
+//! Reasons for refusing a desired route, and their remedies.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use thiserror::Error;
 
-/// A reason. `route` is what was wanted, in the words of [`super::DesiredRoute`]; the other route is named in the
+/// A reason. `route` is the desired route, in the words of [`super::DesiredRoute`]; the other route is named in the
 /// words of `ip route`.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
@@ -27,7 +27,7 @@ pub enum Refusal {
         /// The local or connected route.
         local: String,
     },
-    /// It shares addresses with a route that somebody else made.
+    /// It shares addresses with a route of another program.
     #[error(
         "{route} overlaps `{foreign}`, which bridge did not make; remove one of the two{}",
         hint.map(|net| format!(", or write `allowInside: [{net}]` if the narrower one shall win")).unwrap_or_default()
@@ -49,7 +49,7 @@ pub enum Refusal {
         route: String,
         /// Its next hop.
         via: IpAddr,
-        /// What was found instead.
+        /// The state that was found instead.
         why: String,
     },
     /// The next hop is this host.
@@ -61,7 +61,7 @@ pub enum Refusal {
         route: String,
         /// Its next hop.
         via: IpAddr,
-        /// Which interface bears it.
+        /// The interface that has it.
         dev: String,
     },
     /// The next hop is not the address of one host.
@@ -109,20 +109,20 @@ pub enum Refusal {
         dev: String,
     },
     /// Addresses that are never routed between hosts.
-    #[error("{route}: {what} is never routed; write the networks of the pods")]
+    #[error("{route}: {network} is never routed; write the networks of the pods")]
     NotRoutable {
         /// The desired route.
         route: String,
         /// Loopback, multicast or link-local.
-        what: &'static str,
+        network: &'static str,
     },
     /// Something that is not a route at all.
-    #[error("{route}: {what}")]
+    #[error("{route}: {fault}")]
     Malformed {
         /// The desired route.
         route: String,
-        /// What is wrong and what to write.
-        what: String,
+        /// The fault and its remedy.
+        fault: String,
     },
 }
 

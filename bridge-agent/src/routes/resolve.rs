@@ -111,7 +111,7 @@ impl<'a> Surroundings<'a> {
         }
         if via.is_empty() && backup.is_empty() {
             let what = "it names no next hop; write `via`, or `blackhole: true`".to_owned();
-            first_refusal = Some(Refusal::Malformed { route: desired.to_string(), what });
+            first_refusal = Some(Refusal::Malformed { route: desired.to_string(), fault: what });
         }
         let route = (some_down && self.settings.on_withdraw == super::OnWithdraw::Blackhole).then(blackhole);
         Resolved { route, refusal: first_refusal, down: some_down }
@@ -131,12 +131,12 @@ impl<'a> Surroundings<'a> {
             });
         }
         if let Some(what) = never_routed(key.to) {
-            return Err(Refusal::NotRoutable { route: desired.to_string(), what });
+            return Err(Refusal::NotRoutable { route: desired.to_string(), network: what });
         }
         if key.table == TABLE_LOCAL || key.table == 0 {
             let what =
                 format!("table {} is not for routes; write `table: main` or a number of your own", key.table);
-            return Err(Refusal::Malformed { route: desired.to_string(), what });
+            return Err(Refusal::Malformed { route: desired.to_string(), fault: what });
         }
         match self.contest(key) {
             None => Ok(()),
@@ -175,13 +175,13 @@ impl<'a> Surroundings<'a> {
         }
         if !(1..=256).contains(&hop.weight) {
             let what = format!("next hop {via} has the weight {}; write 1 to 256", hop.weight);
-            return Err(Refusal::Malformed { route: route(), what });
+            return Err(Refusal::Malformed { route: route(), fault: what });
         }
         if desired.to.contains(&via) {
             let what = format!(
                 "next hop {via} lies inside the network that is reached through it; write the node's LAN address"
             );
-            return Err(Refusal::Malformed { route: route(), what });
+            return Err(Refusal::Malformed { route: route(), fault: what });
         }
         if let Some(ifindex) = self.own_addresses.get(&via) {
             let dev = self

@@ -15,7 +15,7 @@ use bridge_common::filter::fast_path::Outcome;
 
 const ROUNDS: usize = 20;
 
-/// What `bridge-agent flows` says of the flow to a port.
+/// Returns the fast-path column of `bridge-agent flows` for a port.
 fn said_of(agent: &Agent, port: u16) -> Result<Vec<String>> {
     let flows = json(agent, &["flows", "--port", &port.to_string()])?;
     let of = |flow: &Value| flow["fastPath"].as_str().map(ToOwned::to_owned).context("fastPath");
@@ -34,7 +34,7 @@ fn it_can_be_switched_off_and_on() -> Result<()> {
     assert_eq!(said_of(&agent, INBOUND)?, ["off"]);
     agent.reload(&config("fastPath: auto", USUAL_RULES))?;
     speed_up(&agent, &mut connection)?;
-    // What is told of interfaces after a reload takes every flow out once more.
+    // News of interfaces after a reload takes every flow out once more.
     let says_yes = || {
         connection.round_trip(SECOND).ok()?;
         (said_of(&agent, INBOUND).ok()? == ["yes"]).then_some(())
@@ -44,7 +44,7 @@ fn it_can_be_switched_off_and_on() -> Result<()> {
     assert_eq!(status["agent"]["enforcement"]["fastPath"]["protocols"], serde_json::json!(["tcp", "udp"]));
     agent.reload(&off)?;
     stay_slow(&agent, &mut connection, ROUNDS)?;
-    // In audit mode nothing is to be different from what it would be without bridge.
+    // Audit mode leaves the path of packets as it is without bridge.
     agent.reload(&config("mode: audit", USUAL_RULES))?;
     stay_slow(&agent, &mut connection, ROUNDS)
 }
@@ -63,7 +63,7 @@ fn masqueraded_flows_keep_out() -> Result<()> {
         drop(connection);
         agent.run(&["flows", "--delete"])?;
     }
-    // What is not masqueraded is not kept out by that.
+    // Connections without masquerade are not affected.
     let to = lab.c1().at(Family::V4, INBOUND);
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
     open_fast(&agent, lab.a(), to).map(drop)
@@ -84,7 +84,7 @@ fn flows_to_node_ports_keep_out() -> Result<()> {
     Ok(())
 }
 
-/// What the status says that an interface allows.
+/// Returns the abilities of an interface in the status.
 fn allowed(agent: &Agent, interface: &str) -> Result<Vec<String>> {
     let status = json(agent, &["status"])?;
     let interfaces = status["agent"]["enforcement"]["interfaces"].as_array().context("interfaces")?;

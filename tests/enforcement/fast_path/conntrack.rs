@@ -16,7 +16,7 @@ use crate::support::{DEADLINE, INBOUND, SECOND, USUAL_RULES, config, json};
 
 const BE_LIBERAL: &str = "/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal";
 
-/// Denies what conntrack takes for invalid, and counts it.
+/// Denies packets that conntrack calls invalid, and counts them.
 fn deny_invalid(lab: &Lab) -> Result<()> {
     nft(lab, "add table inet strict").and(nft(
         lab,

@@ -1,4 +1,4 @@
-//! What comes out.
+//! Packets arrive unchanged.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -180,7 +180,7 @@ fn many_octets_arrive_whole_both_ways() -> Result<()> {
                 sending.join().expect("no panic while sending")?;
                 Ok(received)
             })?;
-            ensure!(received == sent, "{family:?} to {}: not what was sent", server.name);
+            ensure!(received == sent, "{family:?} to {}: other bytes arrived", server.name);
             // Large ones, put together by segmentation offload.
             let forwarded = packets(&agent, Outcome::forwarded)? - before;
             ensure!(forwarded > 100, "{forwarded} packets took the fast path:\n{}", outcomes(&agent));

@@ -1,4 +1,4 @@
-//! What changes the way of a flow takes it out of the fast path.
+//! A change of a flow's path takes it out of the fast path.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use bridge_lab::wire::{Capture, Frame};
 use super::support::{LEASE, directions, open_fast, outcomes, packets, speed_up, stay_slow};
 use crate::support::{DEADLINE, INBOUND, SECOND, USUAL_RULES, config, open};
 
-/// Runs `change`, and asserts that what it does to a fast connection is seen at once by its packets.
+/// Runs `change`, and asserts that the next packets of a fast connection see its effect.
 fn expires(
     agent: &Agent,
     connection: &mut tcp::Connection,
@@ -100,7 +100,7 @@ fn a_neighbour_that_is_elsewhere_is_found_there() -> Result<()> {
         let sent_there = |frame: &Frame| {
             frame.bytes[..6] == ELSEWHERE && frame.endpoints().is_some_and(|(from, _)| from == to)
         };
-        // What is on its way before the agent has heard of it still goes where it was.
+        // Packets before the agent has received the change still take the old path.
         let is_found = || {
             let _ = connection.round_trip(SECOND / 20);
             capture.find(SECOND / 20, sent_there).ok()?
@@ -113,7 +113,7 @@ fn a_neighbour_that_is_elsewhere_is_found_there() -> Result<()> {
     Ok(())
 }
 
-/// Makes the interfaces of a pod anew, as they were.
+/// Replaces the interfaces of a pod by equal ones.
 fn replace_interface(lab: &Lab, pod: &Host) -> Result<()> {
     let node = &lab.b().netns;
     let by = &pod.peer_interface;
@@ -153,7 +153,7 @@ fn a_connection_outlives_an_interface_that_goes_down_or_is_made_anew() -> Result
     connection.round_trip(DEADLINE).context("down and up")?;
     speed_up(&agent, &mut connection)?;
     replace_interface(&lab, lab.c1())?;
-    connection.round_trip(DEADLINE).context("made anew")?;
+    connection.round_trip(DEADLINE).context("made again")?;
     speed_up(&agent, &mut connection)
 }
 
@@ -165,7 +165,7 @@ fn without_an_agent_connections_go_on_the_normal_way_and_get_fast_again_with_one
     let _server = tcp::Server::echo(&lab.c1().netns, to)?;
     let mut connection = open_fast(&agent, lab.a(), to)?;
 
-    // So soon that nobody has noticed.
+    // At once, before the change is seen.
     agent.restart()?;
     connection.round_trip(SECOND)?;
     speed_up(&agent, &mut connection)?;
@@ -176,7 +176,7 @@ fn without_an_agent_connections_go_on_the_normal_way_and_get_fast_again_with_one
         connection.round_trip(SECOND).ok()?;
         (packets(&agent, Outcome::forwarded).ok()? == before).then_some(())
     };
-    eventually(LEASE, runs_out).context("still fast, with nobody to watch the routes")?;
+    eventually(LEASE, runs_out).context("still fast, without an agent to watch the routes")?;
     stay_slow(&agent, &mut connection, 20)?;
     agent.restart()?;
     connection.round_trip(SECOND)?;

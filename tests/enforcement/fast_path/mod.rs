@@ -1,4 +1,4 @@
-//! Established flows past the network stack: what arrives is what would have arrived, and whatever changes is heard.
+//! Established flows past the network stack: packets arrive unchanged, and every change is followed.
 
 mod abstention;
 mod conntrack;

@@ -1,4 +1,4 @@
-//! What the tests of the fast path share.
+//! Helpers of the tests of the fast path.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -74,7 +74,7 @@ pub(crate) fn round_trip(socket: &UdpSocket, payload: &[u8]) -> Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     socket.send(payload)?;
     let length = socket.recv(&mut buffer).context("no echo")?;
-    ensure!(buffer[..length] == *payload, "another echo than what was sent");
+    ensure!(buffer[..length] == *payload, "the echo differs");
     Ok(())
 }
 

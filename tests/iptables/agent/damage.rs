@@ -1,4 +1,4 @@
-//! What other programs do to the rules while the agent runs.
+//! Changes by other programs to the rules while the agent runs.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ fn damage_is_mended_within_a_second_told_and_counted() -> Result<()> {
         let agent = node.start(&node.config("ebpf, iptables", "", RULES))?;
         let before = node.dump()?;
         let (mut times, mut repairs) = (Vec::new(), 0);
-        for (damage, told) in [
+        for (damage, reason) in [
             ("iptables -F BRIDGE-INBOUND", "chain BRIDGE-INBOUND was changed"),
             ("ip6tables -F FORWARD", "the jump to bridge was removed"),
             ("iptables -D BRIDGE-OUTBOUND 3", "chain BRIDGE-OUTBOUND was changed"),
@@ -47,7 +47,7 @@ fn damage_is_mended_within_a_second_told_and_counted() -> Result<()> {
             });
             let status = status.with_context(|| format!("{damage}: not counted"))?;
             ensure!(
-                status["lastRepair"].as_str().is_some_and(|last| last.contains(told)),
+                status["lastRepair"].as_str().is_some_and(|last| last.contains(reason)),
                 "{damage}: {status}"
             );
             let line = format!("bridge_iptables_repairs_total {repairs}");
@@ -120,7 +120,7 @@ fn ten_thousand_rules_cost() -> Result<()> {
             let before = repairs();
             node.run(damage)?;
             let start = Instant::now();
-            // By the cheapest look there is: reading all rules takes longer than what is measured.
+            // By the cheapest question: reading all rules takes longer than the measured time.
             let rule = if damage.contains("FORWARD") { "FORWARD 1" } else { damage.split_at(12).1 };
             eventually(DEADLINE, || {
                 let listed = node.run(&format!("iptables -S {rule}")).ok()?;

@@ -115,28 +115,28 @@ fn what_iptables_alone_denies_is_counted_exactly_and_named() -> Result<()> {
             .with_context(|| format!("not counted: {:?}", divergence(&agent)))?;
         let seen = divergence(&agent)?;
         assert_eq!(seen["deniedByIptables"], serde_json::json!({ "bridge:no-rule": 6 }), "{seen}");
-        let told = eventually(DEADLINE, || {
+        let logged = eventually(DEADLINE, || {
             let log = agent.log();
             log.lines()
                 .find(|line| line.contains("iptables has denied packets that eBPF let through"))
                 .map(str::to_owned)
         });
-        let told = told.with_context(|| format!("not told:\n{}", agent.log()))?;
+        let logged = logged.with_context(|| format!("not logged:\n{}", agent.log()))?;
         let (a, c1) = (node.lab.a(), node.lab.c1());
         let named = Family::BOTH.into_iter().any(|family| {
-            told.contains(&format!(" to {}", c1.at(family, DENIED)))
-                && told.contains(&a.ip(family).to_string())
+            logged.contains(&format!(" to {}", c1.at(family, DENIED)))
+                && logged.contains(&a.ip(family).to_string())
         });
-        ensure!(named, "no packet is named: {told}");
+        ensure!(named, "no packet is named: {logged}");
         let text = agent.run(&["status"])?;
         ensure!(text.contains("6 packets denied by iptables alone (bridge:no-rule 6)"), "{text}");
 
-        // What was counted is not counted again after a reload: the next one reads the same counters.
+        // Counted packets are not counted again after a reload: the next one reads the same counters.
         agent.reload(&config)?;
         agent.reload(&config)?;
         assert_eq!(divergence(&agent)?["deniedByIptables"], serde_json::json!({ "bridge:no-rule": 6 }));
 
-        // A rule that somebody puts among bridge's is as good a reason.
+        // A foreign rule among bridge's is a valid reason.
         agent.reload(&config.replace("[40002]", "[40002, 40004]"))?;
         let before = divergence(&agent)?["deniedByIptables"]["foreign"].clone();
         ensure!(before.is_null(), "{before}");
@@ -174,12 +174,12 @@ fn what_ebpf_alone_denies_is_counted_and_named() -> Result<()> {
         let (seen, from) = (divergence(&agent)?, node.lab.a().v4);
         let last = seen["lastDeniedByEbpf"].as_str().context("the last one")?.to_owned();
         ensure!(last.starts_with(&format!("tcp {from}:")) && last.ends_with(&format!(" to {to}")), "{last}");
-        let told = eventually(DEADLINE, || {
+        let logged = eventually(DEADLINE, || {
             let log = agent.log();
             log.lines().find(|line| line.contains("that iptables would have let through")).map(str::to_owned)
         });
-        let told = told.with_context(|| format!("not told:\n{}", agent.log()))?;
-        ensure!(told.contains(&format!(" to {to}")), "{told}");
+        let logged = logged.with_context(|| format!("not logged:\n{}", agent.log()))?;
+        ensure!(logged.contains(&format!(" to {to}")), "{logged}");
         let text = agent.run(&["status"])?;
         ensure!(text.contains("by eBPF alone, last tcp "), "{text}");
         let name = r#"bridge_divergence_total{denied_by="ebpf",reason="policy"}"#;

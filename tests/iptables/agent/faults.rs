@@ -1,5 +1,5 @@
 //! The agent is killed at every step of a start, a reload, a teardown, a trial; disks are full; two agents are started.
-//! Whatever has happened, the next one brings everything to what is wanted, and `down` leaves nothing.
+//! Afterwards the next agent restores the desired state, and `down` leaves nothing.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -12,14 +12,14 @@ use bridge_lab::agent::Agent;
 
 use super::node::{MORE, Node, RULES, json};
 
-/// A node where rules are saved for the boot, and what a healthy agent makes of it.
+/// A node where rules are saved for the boot, and the state that a healthy agent makes.
 struct Healthy {
     node: Node,
     config: String,
     /// Rules in the kernel without an agent, and with one.
     bare: String,
     enforced: String,
-    /// What is pinned.
+    /// The pins.
     pins: Vec<PathBuf>,
 }
 
@@ -65,7 +65,7 @@ impl Healthy {
         Ok(path)
     }
 
-    /// What is wanted is there, in both engines and on disk, and nothing else.
+    /// The desired state is there, in both engines and on disk, and nothing else.
     fn is_healthy(&self, agent: &Agent, place: &str) -> Result<()> {
         self.node.holds().with_context(|| place.to_owned())?;
         assert_eq!(
@@ -252,7 +252,7 @@ fn a_disk_that_is_full_or_read_only_keeps_what_was_saved_and_the_rules_are_in_fo
     }
     fs::remove_dir_all(&saved)?;
     std::os::unix::fs::symlink(&place, &saved)?;
-    // It sees what is mounted when it starts.
+    // It reads the mounts when it starts.
     agent.restart()?;
     let before = healthy.saved()?;
     ensure!(before.contains("devices"));
@@ -264,10 +264,10 @@ fn a_disk_that_is_full_or_read_only_keeps_what_was_saved_and_the_rules_are_in_fo
         agent.reload(&more)?;
         healthy.node.is_open().with_context(|| fault.to_owned())?;
         assert_eq!(healthy.saved()?, before, "{fault}");
-        let told = |log: &str| {
+        let reported = |log: &str| {
             log.lines().filter(|line| line.contains("ERROR") && line.contains("rules.v4")).count()
         };
-        ensure!(told(&agent.log()) > 0, "{fault}: not a word:\n{}", agent.log());
+        ensure!(reported(&agent.log()) > 0, "{fault}: not a word:\n{}", agent.log());
         healthy.leaves_nothing_stale(&agent, fault)?;
         agent.reload(&healthy.config)?;
         healthy.node.holds()?;

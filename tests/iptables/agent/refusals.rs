@@ -1,4 +1,4 @@
-//! What cannot be done is told, and what was in force stays in force.
+//! A failed change is reported, and the active rules stay active.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -79,8 +79,8 @@ fn a_rule_that_the_kernel_refuses_is_named_and_the_rules_of_before_stay() -> Res
         let node = Node::new(backend)?;
         let mut agent = node.start(&node.config("ebpf, iptables", "", RULES))?;
         let before = node.dump()?;
-        // As if the kernel lacked what the rule needs: this iptables-restore asks it for a reset as the answer to a
-        // datagram, which it refuses. The programs are looked for anew with each call.
+        // As if the kernel lacked a feature of the rule: this iptables-restore asks it for a reset as the answer to a
+        // datagram, which it refuses. The programs are looked up again with each call.
         let program = format!("iptables-{}-restore", backend.name());
         let fake = node.programs().join(&program);
         let edit = "/--comment \"more\"/s/-p tcp.*/-p udp -j REJECT --reject-with tcp-reset/";

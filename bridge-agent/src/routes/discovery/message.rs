@@ -46,7 +46,7 @@ use thiserror::Error;
 
 pub(crate) const MAGIC: [u8; 4] = *b"BRDG";
 pub(crate) const VERSION: u8 = 1;
-/// What every message begins with.
+/// Length of the prefix of every message.
 pub const PREFIX: usize = 8;
 const MAC: usize = 32;
 /// No message is longer.
@@ -85,7 +85,7 @@ impl Key {
     }
 }
 
-/// What the pod says of itself.
+/// Content of an announcement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Announcement {
     /// Repeats the hello's.
@@ -104,7 +104,7 @@ pub struct Announcement {
     pub name: String,
 }
 
-/// What becomes of an announcement.
+/// Result of an announcement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// The route is there.
@@ -113,12 +113,12 @@ pub enum Status {
     Refused,
 }
 
-/// What the host says to an announcement.
+/// Answer of the host to an announcement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// Repeats the announcement's.
     pub nonce: Nonce,
-    /// What became of it.
+    /// Result of the announcement.
     pub status: Status,
     /// Seconds until the entry expires.
     pub lifetime: u32,
@@ -303,7 +303,7 @@ impl Message {
     }
 }
 
-/// What is left to be read.
+/// The bytes that are left to be read.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {

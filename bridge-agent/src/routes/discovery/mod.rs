@@ -1,7 +1,7 @@
 //! Discovery: a host learns behind which node a pod is, from the pod itself.
 //!
 //! A pod behind masquerade does not know the address it is seen with, and the host does not know the pod's own. One
-//! authenticated message tells both: the pod writes its address into it, the host sees where it comes from, and
+//! authenticated message shows both: the pod writes its address into it, the host sees where it comes from, and
 //! `POD/32 via NODE` follows. The host then connects back through that route: only a pod that holds the key and is
 //! really there can answer. See [`message`] for the protocol.
 //!
@@ -32,7 +32,7 @@ pub enum ExchangeError {
     /// The connection broke.
     #[error("the connection ended early: {0}")]
     Io(#[from] io::Error),
-    /// What came is not what belongs here.
+    /// The message is invalid.
     #[error(transparent)]
     Parse(#[from] ParseError),
     /// A message came out of turn.
@@ -71,7 +71,8 @@ pub enum KeyError {
     },
 }
 
-/// Reads a key; `private` insists that nobody but its owner and group may. (In a pod the mode is the volume's affair.)
+/// Reads a key; `private` insists that no one but its owner and group may read it. (In a pod the mode is that of the
+/// volume.)
 pub fn read_key(path: &Path, private: bool) -> Result<Key, KeyError> {
     use std::os::unix::fs::PermissionsExt;
     let failed = |error| KeyError::Read { path: path.into(), error };

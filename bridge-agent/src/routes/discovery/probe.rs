@@ -109,7 +109,7 @@ pub async fn probe(options: &Options) -> Result<Answer, ProbeError> {
                 accepted = listener.accept() => if let Ok((stream, peer)) = accepted
                     && let Err(error) = prove(stream, nonce, key).await
                 {
-                    // Somebody else found the port; the host's connection may still come.
+                    // Another client found the port; the host's connection may still come.
                     tracing::debug!(%peer, %error, "discovery: not the host's check");
                 },
             }

@@ -1,4 +1,4 @@
-//! The pods that announced themselves. Pure: it is told the time.
+//! The pods that announced themselves. Pure: the caller supplies the time.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,7 +11,7 @@ use super::message::{Announcement, Nonce};
 use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::host;
 
-/// What is believed of an announcement.
+/// An accepted announcement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rules {
     /// Pods are in these networks; empty believes any address.
@@ -20,7 +20,7 @@ pub struct Rules {
     pub tolerance: Duration,
     /// No entry lives longer without being renewed.
     pub max_lifetime: Duration,
-    /// So many pods at most.
+    /// Maximum number of pods.
     pub max_entries: usize,
 }
 
@@ -84,7 +84,7 @@ pub struct Entry {
     pub expires: Instant,
 }
 
-/// All pods by address. What is being checked has its route already, but is not an entry yet.
+/// All pods by address. A pod whose check is pending has its route already, but is not an entry yet.
 #[derive(Debug, Default)]
 pub struct Registry {
     entries: BTreeMap<IpAddr, Entry>,
@@ -93,7 +93,7 @@ pub struct Registry {
 
 impl Registry {
     /// Judges an authentic announcement that came from `egress` over the connection of `challenge`; `clock` is
-    /// milliseconds since 1970-01-01 UTC. What is believed is to be checked next.
+    /// milliseconds since 1970-01-01 UTC. An accepted announcement must be checked next.
     pub fn judge(
         &self,
         announcement: &Announcement,
@@ -145,7 +145,7 @@ impl Registry {
         old.is_none_or(|old| old.egress != entry.egress)
     }
 
-    /// Forgets what has expired.
+    /// Removes expired entries.
     pub fn expire(&mut self, now: Instant) -> Vec<(IpAddr, Entry)> {
         let expired = self.entries.iter().filter(|(_, entry)| entry.expires <= now);
         let expired: Vec<_> = expired.map(|(address, entry)| (*address, entry.clone())).collect();
@@ -184,7 +184,7 @@ impl Registry {
         }
     }
 
-    /// Takes up what an earlier run knew.
+    /// Restores the entries of an earlier run.
     pub fn restore(&mut self, entries: impl IntoIterator<Item = (IpAddr, Entry)>) {
         self.entries.extend(entries);
     }

@@ -1,8 +1,8 @@
 //! Passive discovery: which addresses connections arrive from.
 //!
-//! Shows what `tcpdump 'tcp[tcpflags] & (tcp-syn|tcp-ack) == tcp-syn and dst port P'` shows on the host while
-//! somebody connects from a pod: the address of the pod's node. Sees the packets before any firewall judges them, so
-//! nothing has to listen on the port. Needs CAP_NET_RAW.
+//! Shows the same as `tcpdump 'tcp[tcpflags] & (tcp-syn|tcp-ack) == tcp-syn and dst port P'` on the host while a client
+//! connects from a pod: the address of the pod's node. Sees the packets before any firewall judges them, so nothing has
+//! to listen on the port. Needs CAP_NET_RAW.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -22,7 +22,7 @@ const ETH_P_IPV6: u32 = 0x86dd;
 const PACKET_OUTGOING: u32 = 4;
 const TCP: u32 = 6;
 
-/// A connection somebody began.
+/// A new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct Attempt {
     /// Where it comes from: behind masquerade, the node's address.
@@ -111,7 +111,7 @@ fn parse(packet: &[u8]) -> Option<Attempt> {
     }
 }
 
-/// Lets through what arrives, is TCP directly behind IPv4 or IPv6, is no later fragment, has the port, and has SYN
+/// Accepts packets that arrive, are TCP directly behind IPv4 or IPv6, is no later fragment, has the port, and has SYN
 /// without ACK. Everything else costs no wake-up. (`man 7 packet`, `linux/filter.h`; `tcpdump -d` shows such programs.)
 fn filter(port: u16) -> Vec<SockFilter> {
     const LD_W_ABS: u16 = 0x20;
@@ -124,7 +124,7 @@ fn filter(port: u16) -> Vec<SockFilter> {
     const JEQ_K: u16 = 0x15;
     const JSET_K: u16 = 0x45;
     const RET_K: u16 = 0x06;
-    // Loads from here read the packet's metadata: SKF_AD_OFF (-0x1000) plus what.
+    // Loads from here read the packet's metadata: SKF_AD_OFF (-0x1000) plus the field.
     const PROTOCOL: u32 = 0xffff_f000;
     const PACKET_TYPE: u32 = 0xffff_f004;
     const SYN_ACK: u32 = 0x12;

@@ -66,7 +66,7 @@ pub(super) fn network_manager(lines: &[Line]) -> Result<String, ExportError> {
             let mut options = format!("table={}", line.table);
             let gateway = if line.via.is_empty() {
                 options.push_str(",type=blackhole");
-                // What NetworkManager itself writes where there is none but a metric follows.
+                // NetworkManager itself writes this where there is no next hop but a metric.
                 if v6 { "::".to_owned() } else { "0.0.0.0".to_owned() }
             } else {
                 line.only(Format::NetworkManager)?.via.to_string()

@@ -31,8 +31,15 @@ fn host() -> Observed {
     host
 }
 
-fn kernel(what: &str, to: &str, via: Option<&str>, ifindex: u32, table: u32, metric: u32) -> KernelRoute {
-    let (kind, protocol) = match what {
+fn kernel(
+    protocol_name: &str,
+    to: &str,
+    via: Option<&str>,
+    ifindex: u32,
+    table: u32,
+    metric: u32,
+) -> KernelRoute {
+    let (kind, protocol) = match protocol_name {
         "local" => (RouteKind::Local, 2),
         "broadcast" => (RouteKind::Broadcast, 2),
         "kernel" => (RouteKind::Unicast, 2),
@@ -186,7 +193,7 @@ fn a_blackhole_stands_for_a_withdrawn_node_until_something_covers_it() {
     + 10.200.0.0/16 via 192.168.31.17 dev eth0 proto 98 metric 1024
     - blackhole 10.200.1.0/24 proto 98 metric 1024
     ");
-    // Without the wish for it, it goes like anything else nobody wants.
+    // Without the wish for it, it is removed like any other unwanted route.
     assert_eq!(plain(&[], &observed), "- blackhole 10.200.1.0/24 proto 98 metric 1024");
 }
 
@@ -195,7 +202,7 @@ fn nothing_is_taken_away_while_a_source_is_silent() {
     let mut observed = host();
     observed.routes.push(own("10.200.1.0/24", "192.168.31.17", 2));
     assert_eq!(plan::<DesiredRoute>(&[], &observed, &Settings::default(), true).operations, []);
-    // What may not be there goes nevertheless.
+    // A refused route is removed nevertheless.
     observed.routes.push(kernel("static", "10.200.1.0/28", Some("192.168.31.1"), 2, TABLE_MAIN, 0));
     let refused = plan(&[want("10.200.1.0/24", &["192.168.31.17"])], &observed, &Settings::default(), true);
     assert!(matches!(refused.operations.as_slice(), [Operation::Delete(_)]), "{refused:?}");
@@ -281,7 +288,7 @@ fn withdraw_takes_own_routes_and_nothing_else() {
     assert_eq!(withdraw(&observed), mine.map(|route| Operation::Delete(Arc::new(route))));
 }
 
-/// What the kernel does with operations (IPv4 rules: one key may bear several routes, `replace` changes the first).
+/// Applies operations as the kernel does (IPv4 rules: one key may have several routes, `replace` changes the first).
 fn apply(observed: &mut Observed, operations: &[Operation]) {
     for operation in operations {
         match operation {
@@ -349,14 +356,14 @@ proptest! {
         prop_assert_eq!(&second.operations, &[]);
         prop_assert_eq!(&first.verdicts, &second.verdicts);
 
-        // Nothing of ours touches what others own, but for the default route.
+        // No route of ours overlaps foreign ones, except the default route.
         for mine in observed.routes.iter().filter(|route| route.is_own()) {
             for other in observed.routes.iter().filter(|route| !route.is_own() && route.key.to.prefix_len() > 0) {
                 let (mine, other) = (mine.key.to, other.key.to);
                 prop_assert!(!mine.contains(&other) && !other.contains(&mine), "{} and {}", mine, other);
             }
         }
-        // What is installed is there; what is refused is not.
+        // An installed route exists; a refused one does not.
         for (desired, verdict) in desired.iter().zip(&second.verdicts) {
             let there = observed.routes.iter().any(|route| route.is_own() && route.key.to == desired.to && route.kind == RouteKind::Unicast);
             prop_assert_eq!(there, matches!(verdict, Verdict::Installed { .. }));

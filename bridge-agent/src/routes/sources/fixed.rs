@@ -70,7 +70,7 @@ routes:
     10.200.4.0/24 via fd31::17 (static) None None
     blackhole 10.200.9.0/24 (static) None None
     ");
-        // What `check` prints is the same configuration.
+        // `check` prints the same configuration.
         let printed = config.effective().to_yaml().unwrap();
         assert_eq!(lines(&crate::config::parse(&printed, None).unwrap().config), lines(&config));
     }

@@ -7,12 +7,12 @@ use super::Words;
 use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::PrefixMap;
 
-/// What all sources together want.
+/// Desired routes of all sources together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Merged {
     /// One route for each network of a table, ordered by table and network.
     pub routes: Vec<Arc<DesiredRoute>>,
-    /// What lost.
+    /// Routes that lost.
     pub shadowed: Vec<Shadowed>,
     /// Sources that have not said anything yet.
     pub silent: Vec<SourceKind>,
@@ -30,7 +30,7 @@ pub struct Shadowed {
 /// Merges by precedence.
 ///
 /// Of several routes to one network the source that comes first in [`SourceKind`] wins, whole: next hops of two
-/// sources are never mixed. Within one source the first entry wins. What a pod says of itself (discovery) also
+/// sources are never mixed. Within one source the first entry wins. A pod's own announcement (discovery) also
 /// yields to a *wider* network of any other source: the pod is reached through that already, and a pod that holds
 /// the key must not be able to draw another pod's address to itself.
 pub(super) fn merge(words: &Words, default_table: u32) -> Merged {

@@ -1,6 +1,6 @@
 //! Where desired routes come from, behind one interface, merged by a stated precedence.
 //!
-//! A source publishes *all* it wants each time something changes; nobody has to keep track of differences. The
+//! A source publishes *all* its routes each time something changes, so differences need no tracking. The
 //! precedence is the order of [`SourceKind`]: static configuration, file, Kubernetes, discovery.
 
 mod file;
@@ -27,7 +27,7 @@ pub trait Source: Send {
     /// Which place in the precedence it takes.
     fn kind(&self) -> SourceKind;
 
-    /// Publishes for as long as there is something to say. Returning does not withdraw what was published.
+    /// Publishes for as long as there are changes. Returning does not withdraw the published routes.
     fn run(
         self: Box<Self>,
         publisher: Publisher,
@@ -40,14 +40,14 @@ pub trait Source: Send {
 pub struct SourceError {
     /// Which one.
     pub kind: SourceKind,
-    /// What to check.
+    /// The fault to check.
     pub reason: String,
 }
 
 /// The latest word of each source.
 type Words = BTreeMap<SourceKind, Option<Vec<Arc<DesiredRoute>>>>;
 
-/// Collects what all sources want.
+/// Collects the routes of all sources.
 #[derive(Clone, Debug)]
 pub struct Desired {
     words: Arc<Mutex<Words>>,
@@ -61,7 +61,7 @@ impl Default for Desired {
 }
 
 impl Desired {
-    /// Announces a source. Until it has published, own routes that nobody wants are kept: they are probably its.
+    /// Announces a source. Until it has published, unwanted own routes are kept: they are probably its.
     #[must_use]
     pub fn register(&self, kind: SourceKind) -> Publisher {
         self.words().entry(kind).or_insert(None);
@@ -81,7 +81,7 @@ impl Desired {
         self.version.subscribe()
     }
 
-    /// What all sources together want, and its version; `default_table` is the table of a route that names none.
+    /// Returns the routes of all sources, and their version; `default_table` is the table of a route that names none.
     #[must_use]
     pub fn merged(&self, default_table: u32) -> (Merged, u64) {
         let words = self.words();
@@ -102,9 +102,9 @@ pub struct Publisher {
 }
 
 impl Publisher {
-    /// Replaces everything this source wanted so far. Publishing the same again wakes nobody.
+    /// Replaces all routes of this source. Publishing the same again wakes no receiver.
     ///
-    /// Returns the version of what all sources want that holds this; see [`super::Snapshot::version`].
+    /// Returns the first version of all sources that includes this; see [`super::Snapshot::version`].
     pub fn publish(&self, routes: Vec<DesiredRoute>) -> u64 {
         let mut words = self.desired.words();
         let word = words.entry(self.kind).or_default();
