@@ -15,7 +15,7 @@ fn both_engines_let_the_same_packets_through() -> Result<()> {
     let seeds: Vec<u64> = REGRESSIONS.iter().map(|(seed, _)| *seed).chain(FIRST..FIRST + POLICIES).collect();
     let report = Nodes::new()?.compare(&seeds, |_| ())?;
     eprintln!("{report}");
-    for difference in &report.told {
+    for difference in &report.shown {
         eprintln!("\n{difference}");
     }
     ensure!(report.unexplained == 0, "{report}");

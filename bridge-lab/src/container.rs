@@ -1,4 +1,4 @@
-//! The agent in a container on a node of the lab, with exactly what `deploy/kubernetes/daemonset.yaml` gives it: an OCI
+//! The agent in a container on a node of the lab, with exactly the privileges of `deploy/kubernetes/daemonset.yaml`: an OCI
 //! bundle is made from that manifest and run by crun, as a container runtime of a cluster does.
 
 use std::{

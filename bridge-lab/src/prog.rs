@@ -35,7 +35,7 @@ const LOOPBACK: u32 = 1;
 /// Length of an Ethernet header in bytes.
 const ETHERNET: usize = 14;
 
-/// The programs, loaded under pins of their own, with a policy in force.
+/// The programs, loaded under pins of their own, with an active policy.
 pub struct Node {
     datapath: Datapath,
     programs: Ebpf,
@@ -45,10 +45,10 @@ pub struct Node {
     audited: Tally,
 }
 
-/// What became of a packet.
+/// Result for a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Judged {
-    /// What the kernel is told.
+    /// The action.
     pub action: Action,
     /// Direction (see [`bridge_common::filter::policy::direction`]) and reason it was counted under; `None`: it was none of
     /// the programs' business.
@@ -73,7 +73,7 @@ pub enum Action {
 /// Timeouts that no test outlives: tests that need time to pass turn back the clock of a flow with [`Node::age`].
 pub const TIMEOUT: Duration = Duration::from_secs(3600);
 
-/// What a test starts from: enforce, reject, every new flow reported, no limit that a test would meet.
+/// Settings that a test starts from: enforce, reject, every new flow reported, no limit that a test would meet.
 #[must_use]
 pub fn behaviour() -> Behaviour {
     let timeout = u64::try_from(TIMEOUT.as_nanos()).expect("an hour");
@@ -87,7 +87,7 @@ pub fn behaviour() -> Behaviour {
 }
 
 impl Node {
-    /// Loads the programs and puts `policy` in force.
+    /// Loads the programs and activates `policy`.
     ///
     /// # Errors
     /// Whatever loading or compiling says.
@@ -133,7 +133,7 @@ impl Node {
         Ok(Self { datapath, programs, root, pins, counted, audited })
     }
 
-    /// Puts another policy in force.
+    /// Activates another policy.
     ///
     /// # Errors
     /// Whatever compiling or writing says.
@@ -141,13 +141,13 @@ impl Node {
         publish(&mut self.datapath, policy, behaviour)
     }
 
-    /// Which of the two policies that are held is in force; see [`Node::put_in_force`].
+    /// Returns which of the two policies that are held is active; see [`Node::put_in_force`].
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.datapath.maps.slot()
     }
 
-    /// Puts a policy that was published before in force again, by its slot.
+    /// Activates again a policy that was published before, by its slot.
     ///
     /// # Errors
     /// The kernel refused to write the word.
@@ -285,7 +285,7 @@ impl Node {
         events
     }
 
-    /// The datapath, for what has no short name here.
+    /// Returns the datapath, for calls that have no short name here.
     pub fn datapath(&mut self) -> &mut Datapath {
         &mut self.datapath
     }
@@ -321,7 +321,7 @@ fn clear<K: aya::Pod, V: aya::Pod>(mut map: HashMap<MapData, K, V>) -> Result<()
     Ok(())
 }
 
-/// A map of counters, and what it held when it was last read: nobody but the packets of this process counts there.
+/// A map of counters, and its values at the last reading: only packets of this process count there.
 struct Tally {
     map: PerCpuArray<MapData, Counters>,
     rows: [Vec<Counters>; direction::COUNT],

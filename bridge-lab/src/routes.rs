@@ -25,9 +25,9 @@ pub fn want(to: &str, via: &str) -> DesiredRoute {
 
 /// A reconciler on a thread of its own; stops when dropped, and leaves its routes.
 pub struct Agent {
-    /// What it wants.
+    /// Its desired routes.
     pub desired: Desired,
-    /// What became of it.
+    /// Its status.
     pub status: watch::Receiver<Arc<Snapshot>>,
     /// Its counters.
     pub counters: Arc<Counters>,
@@ -70,7 +70,7 @@ impl Agent {
         Self::start(ns, settings, desired)
     }
 
-    /// Changes what the static source wants.
+    /// Changes the routes of the static source.
     pub fn publish(&self, routes: Vec<DesiredRoute>) {
         self.desired.register(SourceKind::Static).publish(routes);
     }
@@ -102,7 +102,7 @@ pub fn eventually_own(ns: &Ns, expected: &[String]) {
     }
 }
 
-/// Puts the calling thread before the other work of the machine, so that times are those of what is measured.
+/// Raises the priority of the calling thread, so that other work does not disturb the measured times.
 pub fn hurry() {
     let thread = rustix::thread::gettid();
     rustix::process::setpriority_process(Some(thread), -19).expect("a higher priority takes CAP_SYS_NICE");

@@ -1,4 +1,4 @@
-//! What an attacker in the LAN sends.
+//! Packets of an attacker in the LAN.
 
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use crate::gap::socket::{BATCH, Sender};
 use crate::lab::Lab;
 use crate::packet::{Icmp, Packet, Tcp};
 
-/// Where the flood of SYNs goes: an address among the pods that nobody has, so that no pod has to answer.
+/// Destination of the flood of SYNs: an unused address among the pods, so that no pod has to answer.
 pub(super) const TARGET: Ipv4Addr = Ipv4Addr::new(10, 200, 1, 200);
 /// Spoofed sources are in 100.64.0.0/10.
 const SPOOFED: u32 = 0x6440_0000;
@@ -21,7 +21,7 @@ pub enum Attack {
     Syn,
     /// Fragments without their first one, first fragments without the rest.
     Fragments,
-    /// ICMP errors that quote flows nobody has.
+    /// ICMP errors that quote unknown flows.
     IcmpErrors,
     /// RSTs to established connections, out of their window.
     Resets,
@@ -67,7 +67,7 @@ impl Attack {
             }
             Self::Resets => {
                 let client = connections[number as usize % connections.len().max(1)];
-                // A multiple of 2^24 beyond what has been sent is in nobody's window.
+                // A multiple of 2^24 beyond the sent data is outside every window.
                 from(a.v4, c1.v4)
                     .tcp(Tcp::rst(client, port, number.wrapping_mul(1 << 24) | 0x80_0000))
                     .frame()

@@ -1,4 +1,4 @@
-//! Attacks from the LAN on a node, and what they do to those who mean well: connections that stand, new ones, the
+//! Attacks from the LAN on a node, and their effect on legitimate traffic: established connections, new ones, the
 //! memory and the processor time of the agent.
 
 mod flood;
@@ -21,13 +21,13 @@ const CONNECTIONS: usize = 16;
 /// A new connection may take so long: time for the client's kernel to repeat its SYN twice.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What became of those who mean well during an attack.
+/// State of legitimate traffic during an attack.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Row {
     /// See [`Attack::name`].
     pub attack: &'static str,
-    /// What enforces.
+    /// The engines.
     pub engines: &'static str,
     /// Packets sent.
     pub packets: u32,
@@ -145,7 +145,7 @@ fn processor_time(pid: u32) -> Result<Duration> {
     Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
 }
 
-/// Entries and room of the table of half-open flows, as a scrape tells.
+/// Returns entries and capacity of the table of half-open flows, from a scrape.
 fn pressure(lab: &Lab, agent: &Agent) -> Result<(u64, u64)> {
     let mut curl = Command::new("curl");
     curl.args(["--silent", "--fail", "--max-time", "10", "--unix-socket"]);

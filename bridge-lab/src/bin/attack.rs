@@ -7,8 +7,8 @@ use bridge_lab::attack::{self, Attack, Row};
 use clap::Parser;
 use comfy_table::{Table, presets};
 
-/// Attack a node from the LAN and count what becomes of those who mean well, with eBPF and, beside it, with iptables and
-/// the kernel's connection tracking; exit code 1 if eBPF does not hold
+/// Attack a node from the LAN and count the legitimate connections that suffer, with eBPF and, beside it, with iptables
+/// and the kernel's connection tracking; exit code 1 if eBPF does not hold
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask attack")]
 struct Arguments {
@@ -18,7 +18,7 @@ struct Arguments {
     /// Only attacks whose name contains this
     #[arg(long, default_value = "")]
     only: String,
-    /// At most so many in a second
+    /// Maximum rate, in packets per second
     #[arg(long, default_value_t = 200_000)]
     rate: u32,
 }

@@ -36,7 +36,7 @@ struct Cli {
     /// Keep bridged packets from iptables (net.bridge.bridge-nf-call-iptables=0)
     #[arg(long)]
     no_bridge_netfilter: bool,
-    /// Have the CNI plugin masquerade what leaves the pod network
+    /// Have the CNI plugin masquerade packets that leave the pod network
     #[arg(long)]
     masquerade: bool,
     /// Connect the pods of different nodes by a VXLAN overlay

@@ -6,7 +6,7 @@ use anyhow::Result;
 use bridge_lab::model::compare;
 use clap::Parser;
 
-/// Send random packets through the eBPF programs and through a plain model of what is documented; exit code 1 if they
+/// Send random packets through the eBPF programs and through a plain model of the documents; exit code 1 if they
 /// differ
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask model")]

@@ -24,10 +24,10 @@ fn main() -> Result<ExitCode> {
     let seeds: Vec<u64> = (0..policies).map(|number| seed.wrapping_add(number)).collect();
     let mut shown = 0;
     let report = Nodes::new()?.compare(&seeds, |report| {
-        for difference in &report.told[shown..] {
+        for difference in &report.shown[shown..] {
             println!("{difference}\n");
         }
-        shown = report.told.len();
+        shown = report.shown.len();
         if report.policies % 100 == 0 {
             eprintln!(
                 "{} policies, {} packets, {:.0} per second",

@@ -88,7 +88,7 @@ pub struct Options {
     pub cni: Cni,
     /// Whether iptables sees bridged packets (`net.bridge.bridge-nf-call-iptables`), as kubeadm demands.
     pub bridge_netfilter: bool,
-    /// Whether the CNI plugin masquerades what leaves the pod network.
+    /// Whether the CNI plugin masquerades packets that leave the pod network.
     pub masquerade: bool,
     /// Whether pods of different nodes talk through a VXLAN overlay.
     pub overlay: bool,
@@ -337,7 +337,7 @@ impl Cluster {
         self.kubectl_with(&["apply", "--filename=-"], &list.to_string()).map(drop)
     }
 
-    /// Returns what `kubectl get` finds, as JSON; `selection` is split at spaces.
+    /// Returns the result of `kubectl get` as JSON; `selection` is split at spaces.
     pub fn get(&self, selection: &str) -> Result<Value> {
         let mut arguments = vec!["get", "--output=json"];
         arguments.extend(selection.split_whitespace());

@@ -13,7 +13,7 @@ use super::{Cluster, Pod};
 use crate::lab::{Family, Netns};
 use crate::traffic::{tcp, udp};
 
-/// Port of the servers in pods that a policy opens for the allowed host; the next one is open to nobody.
+/// Port of the servers in pods that a policy opens for the allowed host; the next one is denied to all.
 const POD_PORT: u16 = 8080;
 /// Port of the servers on LAN hosts that a policy opens for client pods.
 const LAN_PORT: u16 = 9090;
@@ -21,7 +21,7 @@ const LAN_PORT: u16 = 9090;
 const NODE_PORT: u16 = 8088;
 /// `hostPort` of the server pod.
 const HOST_PORT: u16 = 18080;
-/// Addresses of the LoadBalancer, announced by nobody: LAN hosts have routes to them.
+/// Addresses of the LoadBalancer, which are not announced: LAN hosts have routes to them.
 const LOAD_BALANCER: [&str; 2] = ["192.168.31.200", "fd31::200"];
 /// Pause before an unanswered attempt counts as not reached.
 const SILENCE: Duration = Duration::from_millis(700);
@@ -35,9 +35,9 @@ pub struct Scene {
     pub name: String,
     /// Who tries.
     pub peer: &'static str,
-    /// What is expected.
+    /// The expected result.
     pub expected: &'static str,
-    /// What was seen: nothing but `expected`, or each attempt that differs.
+    /// The observed result: nothing but `expected`, or each attempt that differs.
     pub seen: String,
     /// Whether all attempts came out as expected.
     pub ok: bool,
@@ -81,7 +81,7 @@ impl Servers {
     }
 }
 
-/// What the scenes are played on.
+/// The cluster that the scenes are played on.
 pub struct Stage<'a> {
     cluster: &'a Cluster,
     server: Pod,

@@ -100,7 +100,7 @@ impl ApiServer {
                 "sequenceNumberForAllocation": {"0": 1_887_224_917_511_042_108_u64}, "strictAffinity": false,
             },
         });
-        // As a client would apply it to a list: what is not said any more goes.
+        // As a client would apply it to a list: missing entries are removed.
         self.kubectl(&["apply", "-f", "-"], &block.to_string())?;
         self.apply_calico_affinity(cidr, node, "host")
     }

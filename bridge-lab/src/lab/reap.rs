@@ -78,7 +78,7 @@ pub(super) fn remove(lab: LabId) -> Vec<String> {
     let in_hierarchy = |root: PathBuf| names(&root).into_iter().map(move |name| root.join(name));
     let cgroups = cgroup_hierarchies().into_iter().flat_map(in_hierarchy);
     let cgroups: Vec<_> = cgroups.filter(|path| of_lab(path) == Some(lab)).collect();
-    // Containers of a cluster have an environment of their own: their control group tells whose they are.
+    // Containers of a cluster have an environment of their own: their control group names their owner.
     for directory in &cgroups {
         kill_members(directory);
     }

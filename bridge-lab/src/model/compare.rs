@@ -31,10 +31,10 @@ const STEPS: usize = 2100;
 /// How many packets at least go through the two policies of a seed.
 pub const PACKETS_PER_CASE: u64 = 20_000;
 
-/// What a packet was: verdict, reason, protocol.
+/// Outcome of a packet: verdict, reason, protocol.
 type Met = (&'static str, &'static str, &'static str);
 
-/// What came of a comparison.
+/// Result of a comparison.
 #[derive(Default)]
 pub struct Report {
     /// Packets sent.
@@ -57,9 +57,9 @@ pub struct Difference {
     pub steps: Vec<Step>,
     /// Packets sent by this thread before it was found.
     pub after: u64,
-    /// What the model says.
+    /// The model's verdict.
     pub expected: String,
-    /// What the program did.
+    /// The program's verdict.
     pub seen: String,
 }
 
@@ -149,7 +149,7 @@ impl Programs {
         Ok(programs)
     }
 
-    /// Runs the steps on both sides. Index of the first that they disagree about, and what they say.
+    /// Runs the steps on both sides. Returns the index of the first that differs, and both results.
     fn run(
         &mut self,
         regimes: &[Regime],
@@ -243,18 +243,18 @@ fn met(frame: &[u8], expected: &Expected) -> Met {
         (Action::Next, _, Some(_)) => "audit",
         (Action::Next, Some(_), None) => "allow",
     };
-    let told = expected.counted.or(expected.audited);
-    (verdict, told.map_or("-", |(_, reason)| reason.name()), protocol)
+    let counted = expected.counted.or(expected.audited);
+    (verdict, counted.map_or("-", |(_, reason)| reason.name()), protocol)
 }
 
 impl fmt::Display for Expected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let told = |told: Option<(u8, Reason)>| {
-            told.map_or("-".to_owned(), |(direction, reason)| {
+        let text = |count: Option<(u8, Reason)>| {
+            count.map_or("-".to_owned(), |(direction, reason)| {
                 format!("{} {}", direction::NAMES[usize::from(direction)], reason.name())
             })
         };
-        write!(f, "{:?}, counted: {}, audited: {}", self.action, told(self.counted), told(self.audited))
+        write!(f, "{:?}, counted: {}, audited: {}", self.action, text(self.counted), text(self.audited))
     }
 }
 
@@ -310,7 +310,7 @@ impl fmt::Display for Difference {
                     writeln!(f, "{} {}\n  {:?}", hook.name(), hex(frame), header::frame(frame))?;
                 }
                 Step::Age(key, seconds) => writeln!(f, "silent for {seconds} s: {key:?}")?,
-                Step::Switch(to) => writeln!(f, "policy {to} in force")?,
+                Step::Switch(to) => writeln!(f, "policy {to} active")?,
             }
         }
         writeln!(f, "model:   {}\nprogram: {}", self.expected, self.seen)?;

@@ -1,6 +1,6 @@
-//! What is read from a frame, octet by octet.
+//! Reads a frame, octet by octet.
 //!
-//! Lengths are those that the IP headers tell; where the frame ends sooner, it is layer 4 that is missing. (The node's
+//! Lengths are those of the IP headers; where the frame ends sooner, it is layer 4 that is missing. (The node's
 //! stack discards such a frame.)
 
 use std::{
@@ -30,7 +30,7 @@ const MOST_EXTENSIONS: usize = 7;
 pub(super) struct Header {
     pub(super) source: IpAddr,
     pub(super) destination: IpAddr,
-    /// Of what is behind the extension headers; 0 as long as these could not be followed.
+    /// Protocol behind the extension headers; 0 as long as these could not be followed.
     pub(super) protocol: u8,
     /// Where the ports would be, if these four octets are there: also of a header that is cut off behind them.
     pub(super) ports: Option<(u16, u16)>,
@@ -39,7 +39,7 @@ pub(super) struct Header {
     pub(super) plain: bool,
 }
 
-/// What a packet carries.
+/// The payload of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Content {
     Tcp { flags: u8, sequence: u32, acknowledgement: u32 },
@@ -146,7 +146,7 @@ fn ipv6(packet: &[u8], quoted: bool) -> Option<Header> {
             // Authentication (RFC 4302).
             51 => units(4),
             44 => Some(8),
-            // No next header: nobody can mean such a packet.
+            // No next header: such a packet has no meaning.
             59 => break,
             _ => {
                 header.protocol = next;
@@ -183,7 +183,7 @@ fn ipv6(packet: &[u8], quoted: bool) -> Option<Header> {
 }
 
 impl Header {
-    /// Reads layer 4, which is at `place` by what the IP header says.
+    /// Reads layer 4 at `place`, the offset by the IP header.
     fn carry(
         &mut self,
         packet: &[u8],
@@ -262,7 +262,7 @@ impl Header {
     }
 }
 
-/// A header is longer than what is there, or shorter than it can be.
+/// A header is longer than the data, or shorter than it can be.
 struct Unreadable;
 
 /// RFC 792, RFC 950; RFC 4443.

@@ -1,7 +1,7 @@
 //! A second opinion: the verdict written down once more, from the documentation, in plain Rust, and random packets
-//! by which it is compared with the programs. docs/reliability.md tells what came of it.
+//! by which it is compared with the programs. docs/reliability.md has the results.
 //!
-//! What the programs do with established flows beside letting them through (the fast path) is not in the model; the
+//! The forwarding of established flows (the fast path) is not in the model; the
 //! comparison of engines ([`crate::parity`]) has it.
 
 mod compare;

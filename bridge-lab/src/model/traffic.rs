@@ -1,4 +1,4 @@
-//! Random packets that belong together: conversations, what strangers throw in between, and damage.
+//! Random packets that belong together: conversations, packets of strangers in between, and damage.
 
 use std::net::IpAddr;
 
@@ -21,14 +21,14 @@ use crate::{
     prog::NODE_ADDRESSES,
 };
 
-/// What happens to a node.
+/// An event on a node.
 #[derive(Clone, Debug)]
 pub enum Step {
     /// A frame comes by a hook.
     Packet(Hook, Vec<u8>),
-    /// A flow has been silent for so many seconds.
+    /// A flow has been silent for this number of seconds.
     Age(Key, u64),
-    /// The other policy is in force.
+    /// The other policy becomes active.
     Switch(usize),
 }
 
@@ -68,7 +68,7 @@ pub(super) fn regimes(dice: &mut Dice) -> Vec<Regime> {
         .collect()
 }
 
-/// At least so many steps.
+/// Returns at least `length` steps.
 pub(super) fn round(dice: &mut Dice, regimes: &[Regime], length: usize) -> Vec<Step> {
     let policy = &regimes[0].policy;
     let mut talks: Vec<Talk> = (0..TALKS).map(|_| Talk::new(dice, policy)).collect();
@@ -99,7 +99,7 @@ pub(super) fn round(dice: &mut Dice, regimes: &[Regime], length: usize) -> Vec<S
 /// Two that talk, or try to.
 struct Talk {
     flow: Flow,
-    /// What the server's end is called behind a NodePort.
+    /// The server's end behind a NodePort.
     inner: Option<Flow>,
     /// Replies come in under the node's address.
     masqueraded: bool,
@@ -350,7 +350,7 @@ impl Talk {
     }
 }
 
-/// What a packet carries, before it is known between which addresses.
+/// The payload of a packet, before its addresses are known.
 enum Carried {
     Tcp(Tcp),
     Udp(usize),
@@ -380,7 +380,7 @@ impl Carried {
     }
 }
 
-/// What stands around the layer 4 of a packet.
+/// The headers around the layer 4 of a packet.
 #[derive(Default)]
 struct Dress {
     tags: Vec<bool>,
@@ -393,7 +393,7 @@ struct Dress {
 enum Fragment {
     /// This place, whatever the packet is.
     At(u16, bool),
-    /// Cut at multiples of so many octets.
+    /// Cut at multiples of this number of octets.
     Cut(usize),
 }
 
@@ -468,7 +468,7 @@ fn damaged(dice: &mut Dice, mut frame: Vec<u8>) -> Vec<u8> {
         0 => frame.truncate(14 + dice.below(frame.len() - 13)),
         1 => flip(dice, &mut frame),
         2 => {
-            // Behind the addresses: what is damaged is still somebody's.
+            // Behind the addresses: a damaged packet keeps its sender.
             let start = if frame[12] == 0x86 { 54 } else { 34 };
             if frame.len() > start {
                 let at = start + dice.below(frame.len() - start);
@@ -506,7 +506,7 @@ fn runs(frame: &[u8]) -> bool {
     }
 }
 
-/// Somebody that the rules do not speak of: far away, of the cluster, or the node itself.
+/// Returns an address outside the rules: far away, of the cluster, or the node itself.
 fn odd_address(dice: &mut Dice, policy: &Policy, v4: bool) -> IpAddr {
     let mut choices: Vec<IpAddr> = NODE_ADDRESSES.iter().filter_map(|address| address.parse().ok()).collect();
     choices.extend(policy.nodes.iter().map(|net| net.addr()));

@@ -1,4 +1,4 @@
-//! The verdict, as docs/data-path.md and the documentation of `bridge-common` tell it: rules in a list, flows in a map.
+//! The verdict, as docs/data-path.md and the documentation of `bridge-common` describe it: rules in a list, flows in a map.
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -51,7 +51,7 @@ impl Key {
     }
 }
 
-/// What is known of a flow.
+/// State of a flow.
 #[derive(Clone, Debug)]
 struct Flow {
     initiator: End,
@@ -69,10 +69,10 @@ struct Flow {
     silent: u64,
 }
 
-/// What is expected of a program.
+/// Expected result of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expected {
-    /// What the kernel is told.
+    /// The action.
     pub action: Action,
     /// Direction and reason it is counted under.
     pub counted: Option<(u8, Reason)>,
@@ -80,7 +80,7 @@ pub struct Expected {
     pub audited: Option<(u8, Reason)>,
 }
 
-/// A policy, and what else holds with it.
+/// A policy, and the settings that come with it.
 #[derive(Clone, Debug)]
 pub struct Regime {
     /// The rules, and audit mode and reject mode.
@@ -102,7 +102,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// A node without flows; the first of `regimes` is in force.
+    /// A node without flows; the first of `regimes` is active.
     #[must_use]
     pub fn new(regimes: Vec<Regime>) -> Self {
         let own = NODE_ADDRESSES.iter().filter_map(|address| address.parse().ok()).collect();
@@ -116,12 +116,12 @@ impl Model {
         }
     }
 
-    /// Puts another of the regimes in force.
+    /// Activates another of the regimes.
     pub fn put_in_force(&mut self, index: usize) {
         self.in_force = index;
     }
 
-    /// A flow has been silent for so many seconds.
+    /// A flow has been silent for this number of seconds.
     pub fn age(&mut self, key: &Key, seconds: u64) {
         if let Some(flow) = self.flows.get_mut(key).or_else(|| self.half_open.get_mut(key)) {
             flow.silent = seconds;
@@ -140,13 +140,13 @@ impl Model {
         let Some(Judgement { direction, reason, audited }) = self.ingress(&header, internal) else {
             return next;
         };
-        let told = Some((direction, reason));
+        let counted = Some((direction, reason));
         if audited || reason.denies() && self.is_audit() {
-            Expected { audited: told, ..next }
+            Expected { audited: counted, ..next }
         } else if reason.denies() {
-            Expected { action: self.answer(&header, reason), counted: told, audited: None }
+            Expected { action: self.answer(&header, reason), counted, audited: None }
         } else {
-            Expected { counted: told, ..next }
+            Expected { counted, ..next }
         }
     }
 
@@ -216,13 +216,13 @@ impl Model {
 
     fn enter(&mut self, key: Key, flow: Flow) {
         self.half_open.insert(key, flow);
-        // Of TCP, what the ports are used for is over when the responder has agreed.
+        // For TCP, the use of the ports is over when the responder has agreed.
         if key.protocol != TCP || self.usable(&self.flows, &key).is_none() {
             self.flows.remove(&key);
         }
     }
 
-    /// What the rules say of a new flow.
+    /// Returns the verdict of the rules on a new flow.
     fn decide(&self, header: &Header, direction: u8) -> Reason {
         let policy = &self.regime().policy;
         let ports = header.ports.unwrap_or_default();
@@ -294,7 +294,7 @@ impl Model {
         Some(Judgement { direction, reason, audited })
     }
 
-    /// An egress hook: what comes by was judged elsewhere, or bears another address than it had there.
+    /// An egress hook: a packet was judged elsewhere, or had another address there.
     fn observe(&mut self, header: &Header, internal: bool) {
         match &header.content {
             Content::Tcp { flags, .. } if header::flags_make_sense(*flags) => (),
@@ -381,7 +381,7 @@ impl Model {
             .then_some(NODE_PORT)
     }
 
-    /// What becomes of a denied packet.
+    /// Returns the action for a denied packet.
     fn answer(&self, header: &Header, reason: Reason) -> Action {
         let answerable = match header.content {
             Content::Tcp { flags, .. } => {
@@ -445,7 +445,7 @@ impl Flow {
         Some(())
     }
 
-    /// A segment of a handshake; whether it is one. `None`: a SYN, to be judged anew.
+    /// Handles a segment of a handshake; returns whether it is one. `None`: a SYN, to be judged again.
     fn handshake(
         &mut self,
         from_initiator: bool,
@@ -462,7 +462,7 @@ impl Flow {
             if flags & SYN != 0 {
                 (self.reset, self.responder_isn, self.silent) = (false, Some(sequence), 0);
             }
-            // Else what the responder says of an older connection (RFC 5961, 4.2).
+            // Else the responder's answer about an older connection (RFC 5961, 4.2).
         } else {
             let isn = self.responder_isn.filter(|_| flags & SYN == 0);
             let seen = |isn: u32| (1..=HANDSHAKE_WINDOW).contains(&acknowledgement.wrapping_sub(isn));

@@ -1,4 +1,4 @@
-//! Packets made by hand, with every length and checksum right unless told otherwise; for injection into an
+//! Packets made by hand, with every length and checksum right by default; for injection into an
 //! interface and for BPF_PROG_TEST_RUN.
 //!
 //! ```
@@ -245,7 +245,7 @@ impl Packet {
     }
 }
 
-/// One option that takes all the room and that whoever does not know it skips (0x1e, RFC 4727). Linux refuses
+/// One option that takes all the room and that unaware receivers skip (0x1e, RFC 4727). Linux refuses
 /// more than 7 octets of mere padding.
 fn skipped_option(units: u8) -> Vec<u8> {
     let length = units * 8 + 4;

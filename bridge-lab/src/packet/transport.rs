@@ -1,4 +1,4 @@
-//! What stands behind the IP header: TCP, UDP, SCTP, ICMP and ICMPv6.
+//! Layer 4 behind the IP header: TCP, UDP, SCTP, ICMP and ICMPv6.
 
 use std::net::IpAddr;
 
@@ -84,7 +84,7 @@ pub enum Icmp {
 }
 
 impl Icmp {
-    /// What is behind the first eight octets.
+    /// Returns the bytes behind the first eight.
     fn body(&self) -> &[u8] {
         match self {
             Self::EchoRequest(..) | Self::EchoReply(..) => &[],

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014). Generators of libraries may
-/// change what they make of a seed from version to version.
+/// change their output for a seed from version to version.
 #[derive(Clone, Debug)]
 pub(crate) struct Dice(u64);
 

@@ -1,4 +1,4 @@
-//! Who sends to whom: at the edges of what the policy speaks of, and one beyond.
+//! Senders and receivers: at the edges of the policy's networks, and one beyond.
 
 use std::net::IpAddr;
 
@@ -40,7 +40,7 @@ impl Flow {
     }
 }
 
-/// Addresses are in a block of the LAN or of the pods, so that a side can be told.
+/// Addresses are in a block of the LAN or of the pods, which gives the side.
 fn side(address: IpAddr) -> Side {
     let block =
         |blocks: &[&str]| blocks.iter().any(|b| b.parse::<IpNet>().is_ok_and(|b| b.contains(&address)));
@@ -82,7 +82,7 @@ pub(crate) fn node_port_flow(dice: &mut Dice, policy: &Policy) -> Option<(Flow, 
     Some((flow, *dice.pick(&[Protocol::Tcp, Protocol::Udp, Protocol::Sctp])))
 }
 
-/// An address on the side that `of` is on: somebody on the way to it.
+/// Returns an address on the side of `of`: a router on the way to it.
 pub(crate) fn beyond(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
     let (networks, blocks) = match side(of) {
         Side::Lan => (&policy.external, &LAN),

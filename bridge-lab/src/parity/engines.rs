@@ -22,7 +22,7 @@ const ETHERNET: u32 = 14;
 
 /// Enforces one policy after the other in the network namespace of its thread.
 pub(super) trait Engine {
-    /// Forgets every flow, and puts the policy in force.
+    /// Forgets every flow, and activates the policy.
     fn enforce(&mut self, policy: &Policy) -> Result<()>;
 }
 
@@ -68,7 +68,7 @@ impl ByEbpf {
             target(Side::Pods, Role::Internal, through | ability::PEER)?,
         ];
         let datapath = Datapath::load(&options)?;
-        // Nothing changes of what it depends on but the policy, and that is heard of.
+        // Its only changing input is the policy, whose changes it sees.
         datapath.maps.fast_path().allow(protocols::TCP | protocols::UDP, Duration::MAX);
         Ok(Self { datapath, targets })
     }

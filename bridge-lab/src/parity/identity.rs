@@ -1,4 +1,4 @@
-//! Which packet it is that was seen: by addresses, protocol and what is behind the IP headers, which is the same on
+//! Identity of a captured packet: addresses, protocol and the bytes behind the IP headers, which are the same on
 //! both sides of the node however the packet was cut up or put together in between.
 
 use std::collections::{BTreeMap, HashMap};
@@ -33,7 +33,7 @@ struct Fragment {
 }
 
 impl Assembly {
-    /// As [`Assembly::add`], for what an IPv6 raw socket of a protocol was given: the headers before are gone.
+    /// As [`Assembly::add`], for the payload that an IPv6 raw socket of a protocol returns, without headers.
     pub(super) fn add_v6(
         &mut self,
         source: Ipv6Addr,
@@ -135,7 +135,7 @@ mod tests {
     use super::*;
     use crate::parity::Case;
 
-    /// The generator promises that packets differ; also without what a node may change of them.
+    /// The generator promises that packets differ; also without the fields that a node may change.
     #[test]
     fn every_packet_has_an_identity_of_its_own() {
         for seed in 0..100 {

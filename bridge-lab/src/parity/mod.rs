@@ -1,7 +1,7 @@
 //! Random policies, and packets that are likely to show where two engines differ; and both engines, through which
-//! they are sent for real. docs/parity.md tells what came of it.
+//! they are sent for real. docs/parity.md has the results.
 //!
-//! A packet comes from the LAN or from the pods, as its source address tells: [`LAN`] and [`PODS`] are blocks of
+//! A packet comes from the LAN or from the pods, according to its source address: [`LAN`] and [`PODS`] are blocks of
 //! addresses that the node routes to either side. Its verdict is whether it comes out on the other side (all of its
 //! fragments, if it has such), or at the node itself if it is addressed there.
 
@@ -60,20 +60,20 @@ impl Side {
 /// One packet on its way.
 #[derive(Clone, Debug)]
 pub struct Sent {
-    /// What it is, for a report.
-    pub what: &'static str,
+    /// Label for a report.
+    pub label: &'static str,
     /// Where it is put onto the wire.
     pub from: Side,
     /// The packet, or its fragments in the order to be sent.
     pub packets: Vec<Packet>,
-    /// What becomes of it if all before it were sent: what the documentation says.
+    /// Expected verdict if all packets before it were sent, by the documentation.
     pub expected: Expected,
 }
 
-/// A policy and what is sent through it.
+/// A policy and the packets that are sent through it.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// What the case is made from.
+    /// Seed of the case.
     pub seed: u64,
     /// Its rules. In enforce mode: in audit mode every packet passes.
     pub policy: Policy,

@@ -1,4 +1,4 @@
-//! A node between a LAN and pods that never say a word: what comes out of it was put into it, or is its own answer.
+//! A node between a LAN and silent pods: a packet that leaves it was put into it, or is its own answer.
 
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
@@ -22,11 +22,11 @@ const SIDES: [(Side, &str, &str); 2] = [(Side::Lan, "lan0", "lan-end"), (Side::P
 /// Locally administered.
 const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const END_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
-/// What the node takes for its neighbour on either side.
+/// The node's neighbour on either side.
 const GATEWAYS: [&str; 2] = ["169.254.1.1", "fe80::1"];
-/// RFC 2544; no policy speaks of them, so what goes between them passes. In the order of [`SIDES`].
+/// RFC 2544; no policy names them, so packets between them pass. In the order of [`SIDES`].
 const MARKERS: [Ipv4Addr; 2] = [Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 128, 1)];
-/// Protocols that are seen to reach the node: TCP, UDP, SCTP, and what no kernel without IPsec understands.
+/// Protocols that are seen to reach the node: TCP, UDP, SCTP, and one that no kernel without IPsec understands.
 const DELIVERED: [u8; 4] = [6, 17, 132, 51];
 const ETHERNET: usize = 14;
 /// How long a marker may take.
@@ -41,9 +41,9 @@ type Seen = HashSet<(Option<Side>, Identity)>;
 pub(super) struct Node {
     /// Its namespace; engines work in it.
     pub(super) ns: Arc<Ns>,
-    /// Send, and see what comes out of the node. In the order of [`SIDES`].
+    /// Send frames into the node, and receive those that leave it. In the order of [`SIDES`].
     ends: [Socket; 2],
-    /// What reaches the sockets of the node itself, behind every hook, by protocol.
+    /// Sockets of the node itself, behind every hook, by protocol.
     delivered: Vec<(Domain, u8, Socket)>,
     serial: u32,
     _ends: Ns,
@@ -105,7 +105,7 @@ impl Node {
 
     /// Sends everything in order; for each, whether it came out on the other side or reached the node itself.
     ///
-    /// To be called on a thread that stays on one CPU: each has a queue of its own for what comes in by a veth.
+    /// Call on a thread that stays on one CPU: each CPU has a queue of its own for packets of a veth.
     pub(super) fn send(&mut self, sent: &[Sent]) -> Result<Vec<bool>> {
         let mut seen = Seen::new();
         for batch in sent.chunks(BATCH) {
@@ -160,7 +160,7 @@ impl Node {
         }
         let end = Instant::now() + DEADLINE;
         let mut arrived = false;
-        // Once more after the marker was seen: by then, what came before it is in the other sockets.
+        // Once more after the marker was seen: by then, earlier packets are in the other sockets.
         loop {
             let last_look = arrived;
             for (domain, protocol, socket) in &self.delivered {
@@ -191,7 +191,7 @@ fn sysctl(ns: &Ns, values: &'static [(&'static str, &'static str)]) -> Result<()
     })
 }
 
-/// Sends on an interface, and sees what comes in by it, but not what it has sent itself.
+/// Sends on an interface, and receives its incoming packets, but not its own.
 fn cable(interface: &str) -> io::Result<Socket> {
     let socket = wire::open(interface, libc::ETH_P_ALL)?;
     wire::set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, wire::BUFFER)?;
@@ -212,7 +212,7 @@ fn raw_sockets() -> io::Result<Vec<(Domain, u8, Socket)>> {
     Ok(sockets)
 }
 
-/// The length of a packet, and its IPv6 source if the socket tells. `None`: there is none.
+/// Returns the length of a packet, and its IPv6 source if the socket reports it. `None`: there is none.
 fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Option<(usize, Option<Ipv6Addr>)>> {
     // SAFETY: octets of any value are initialised octets, and the kernel writes nothing else.
     let room = unsafe { &mut *(std::ptr::from_mut(buffer) as *mut [MaybeUninit<u8>]) };

@@ -40,7 +40,7 @@ pub(crate) fn policy(dice: &mut Dice) -> Policy {
 
 fn node_ports(dice: &mut Dice) -> NodePorts {
     let range = if dice.percent(70) { PortRange { first: 30_000, last: 32_767 } } else { range(dice) };
-    // Nobody can use port 0, and the configuration refuses it; for a NodePort the tables cannot even say it.
+    // Port 0 is unusable, and the configuration refuses it; for a NodePort the tables cannot even express it.
     let range = PortRange { first: range.first.max(1), last: range.last.max(1) };
     let count = dice.below(5);
     NodePorts { range, allow: (0..count).map(|_| inside(dice, range)).collect() }
@@ -115,7 +115,7 @@ fn inside(dice: &mut Dice, around: PortRange) -> PortRange {
     PortRange { first: a.min(b), last: a.max(b) }
 }
 
-/// A network inside `block`, longer by so many bits.
+/// Returns a network inside `block`, longer by `least` to `most` bits.
 fn subnet(dice: &mut Dice, block: &str, least: u8, most: u8) -> IpNet {
     let block: IpNet = block.parse().expect("a prefix");
     let length = block.prefix_len() + dice.within(least, most);

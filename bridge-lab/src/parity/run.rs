@@ -1,4 +1,4 @@
-//! The same packets through both engines, and what became of them.
+//! The same packets through both engines, and their verdicts.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -19,7 +19,7 @@ use crate::lab::Lab;
 
 /// Packets of a policy, at least.
 pub const PACKETS_PER_POLICY: usize = 500;
-/// Seeds of cases that once showed an engine to be wrong, and what it was.
+/// Seeds of cases that once showed a fault of an engine, and that fault.
 pub const REGRESSIONS: [(u64, &str); 4] = [
     (68, "eBPF let a TCP header in fragments of 8 or 16 octets through to a denied NodePort"),
     (
@@ -31,8 +31,8 @@ pub const REGRESSIONS: [(u64, &str); 4] = [
 ];
 /// Cases that wait for a slower engine.
 const AHEAD: usize = 2;
-/// Differences that are told in full; the others are only counted.
-const TOLD: usize = 20;
+/// Maximum number of differences that are printed in full; the others are only counted.
+const MAX_SHOWN: usize = 20;
 
 /// Two nodes that never hear of each other: one enforces by eBPF, the other by iptables.
 ///
@@ -46,10 +46,10 @@ pub struct Nodes {
     _lab: Lab,
 }
 
-/// What a run has shown.
+/// Result of a run.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Policies that were put in force.
+    /// Policies that were applied.
     pub policies: usize,
     /// Packets (datagrams, if they were sent in fragments) that went through both engines.
     pub packets: usize,
@@ -62,7 +62,7 @@ pub struct Report {
     /// How many were treated by an engine in another way than expected.
     pub unexplained: usize,
     /// The first of those, with all that it takes to see them again.
-    pub told: Vec<String>,
+    pub shown: Vec<String>,
     /// How long it took.
     pub took: Duration,
 }
@@ -145,7 +145,7 @@ impl Nodes {
     /// Makes both nodes, and starts the engines.
     ///
     /// # Errors
-    /// Something of what it needs is missing.
+    /// A prerequisite is missing.
     pub fn new() -> Result<Self> {
         let lab = Lab::builder().pods(0).build()?;
         let pins = Pins::new(lab.pin_directory()?.join("parity"));
@@ -169,7 +169,7 @@ impl Nodes {
                 for seed in seeds {
                     let case = Arc::new(Case::new(*seed, PACKETS_PER_POLICY));
                     for to in workers.iter().flatten().chain([&sender]) {
-                        // Whoever has hung up tells why.
+                        // A receiver that has hung up reports the reason.
                         if to.send(Arc::clone(&case)).is_err() {
                             return;
                         }
@@ -199,8 +199,8 @@ impl Report {
             let seen = (*seen.0, *seen.1);
             if seen != (sent.expected.ebpf, sent.expected.iptables) {
                 self.unexplained += 1;
-                if self.told.len() < TOLD {
-                    self.told.push(tell(case, number, seen));
+                if self.shown.len() < MAX_SHOWN {
+                    self.shown.push(describe(case, number, seen));
                 }
             } else if let Some(difference) = sent.expected.difference() {
                 *self.intended.entry(difference).or_default() += 1;
@@ -212,12 +212,12 @@ impl Report {
 }
 
 /// Everything about one packet, and those before it that may have mattered.
-fn tell(case: &Case, number: usize, seen: (bool, bool)) -> String {
+fn describe(case: &Case, number: usize, seen: (bool, bool)) -> String {
     let sent = &case.sent[number];
     let word = |passes: bool| if passes { "passes" } else { "is denied" };
-    let mut text = format!("seed {}, packet {number}, {}\n", case.seed, sent.what);
-    let mut row = |what: &str, ebpf, iptables| {
-        let _ = writeln!(text, "  {what:9} eBPF: {}, iptables: {}", word(ebpf), word(iptables));
+    let mut text = format!("seed {}, packet {number}, {}\n", case.seed, sent.label);
+    let mut row = |name: &str, ebpf, iptables| {
+        let _ = writeln!(text, "  {name:9} eBPF: {}, iptables: {}", word(ebpf), word(iptables));
     };
     row("expected", sent.expected.ebpf, sent.expected.iptables);
     row("seen", seen.0, seen.1);
@@ -229,7 +229,7 @@ fn tell(case: &Case, number: usize, seen: (bool, bool)) -> String {
     for (packet, other) in before.flat_map(|other| other.packets.iter().map(move |packet| (packet, other))) {
         let (source, destination) = packet.addresses();
         let hex: String = packet.ip().iter().map(|octet| format!("{octet:02x}")).collect();
-        let _ = writeln!(text, "  from {:?}, {source} to {destination}, {}: {hex}", other.from, other.what);
+        let _ = writeln!(text, "  from {:?}, {source} to {destination}, {}: {hex}", other.from, other.label);
     }
     let _ = writeln!(text, "  {:?}", case.policy);
     let _ = write!(text, "  again: cargo xtask parity --packets 1 --seed {}", case.seed);

@@ -54,12 +54,12 @@ fn every_packet_comes_from_its_side_and_can_be_told_from_all_others() {
                 assert!(block.iter().any(|b| b.parse::<IpNet>().unwrap().contains(&source)), "{sent:?}");
                 assert!(!local().contains(&source), "{sent:?}");
                 assert_ne!(source, destination);
-                let before = seen.insert(packet.ip(), sent.what);
+                let before = seen.insert(packet.ip(), sent.label);
                 assert!(
                     before.is_none(),
                     "seed {}: {before:?} and {} are the same packet",
                     case.seed,
-                    sent.what
+                    sent.label
                 );
             }
         }
@@ -74,14 +74,14 @@ fn everything_happens_often_enough_both_ways() {
         for sent in case.sent {
             let Expected { ebpf, iptables, .. } = sent.expected;
             let column = if ebpf == iptables { usize::from(ebpf) } else { 2 };
-            verdicts.entry(sent.what).or_default()[column] += 1;
+            verdicts.entry(sent.label).or_default()[column] += 1;
             total[column] += 1;
         }
     }
     let table: String =
-        verdicts.iter().map(|(what, [no, yes, open])| format!("{what}: {no} {yes} {open}\n")).collect();
-    for (what, [denied, passed, open]) in &verdicts {
-        assert!(*denied + *open >= 20 && *passed + *open >= 20, "{what}\n{table}");
+        verdicts.iter().map(|(label, [no, yes, open])| format!("{label}: {no} {yes} {open}\n")).collect();
+    for (label, [denied, passed, open]) in &verdicts {
+        assert!(*denied + *open >= 20 && *passed + *open >= 20, "{label}\n{table}");
     }
     assert!(verdicts.len() >= 40, "{table}");
     let [denied, passed, open] = total;
@@ -94,8 +94,8 @@ fn everything_happens_often_enough_both_ways() {
 #[test]
 fn policies_speak_of_everything_a_rule_can_say() {
     let rules: Vec<_> = cases().flat_map(|case| case.policy.rules).collect();
-    let some = |what: &str, holds: &dyn Fn(&bridge_agent::model::Rule) -> bool| {
-        assert!(rules.iter().filter(|rule| holds(rule)).count() > 10, "{what}");
+    let some = |property: &str, holds: &dyn Fn(&bridge_agent::model::Rule) -> bool| {
+        assert!(rules.iter().filter(|rule| holds(rule)).count() > 10, "{property}");
     };
     for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp, Protocol::Icmp, Protocol::Any] {
         for direction in [Direction::Inbound, Direction::Outbound] {

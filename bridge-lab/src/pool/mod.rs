@@ -1,4 +1,4 @@
-//! What tests of the port pool share: a pool in a lab, programs in its control group, and a watch on the wire.
+//! Helpers of the tests of the port pool: a pool in a lab, programs in its control group, and a capture on the wire.
 
 mod programs;
 
@@ -89,7 +89,7 @@ impl Stand {
     }
 }
 
-/// What `pool_traffic churn` is to do.
+/// Task of `pool_traffic churn`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Churn {
     /// Connections to try.
@@ -100,11 +100,11 @@ pub struct Churn {
     pub hold: usize,
     /// A `pool_traffic serve`.
     pub server: SocketAddrV4,
-    /// Where nobody listens.
+    /// Address without a listener.
     pub refused: SocketAddrV4,
     /// Where no route leads.
     pub unreachable: SocketAddrV4,
-    /// Where nobody answers.
+    /// Address that never answers.
     pub silent: SocketAddrV4,
     /// Lowest port of the pool.
     pub first: u16,
@@ -112,7 +112,7 @@ pub struct Churn {
     pub last: u16,
 }
 
-/// What came of a [`Churn`].
+/// Result of a [`Churn`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Churned {
     /// Sockets.
@@ -137,7 +137,7 @@ pub struct Churned {
     pub other: BTreeMap<i32, u64>,
 }
 
-/// What a `pool_traffic serve` has seen.
+/// Connections that a `pool_traffic serve` has seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Served {
     /// Connections.
@@ -146,7 +146,7 @@ pub struct Served {
     pub translated: u64,
 }
 
-/// What was seen on the wire.
+/// Packets on the wire.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Watched {
     /// Connection requests, repeated ones included.
@@ -172,7 +172,8 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Begins to watch. `silent` is the port of the server that never answers: whoever gives up there tells nobody.
+    /// Begins to capture. `silent` is the port of the server that never answers: a client that gives up there sends no
+    /// end.
     pub fn start(netns: &Netns, interface: &str, ports: PortRange, silent: u16) -> Result<Self> {
         let mut capture = Capture::start(netns, interface)?;
         capture.filter(&begins_and_ends(ports))?;
@@ -180,7 +181,7 @@ impl Watch {
         let thread = {
             let stop = Arc::clone(&stop);
             thread::spawn(move || {
-                // Before the programs that it watches: what it cannot keep up with is lost.
+                // Before the programs that it watches: packets beyond its speed are lost.
                 rustix::process::setpriority_process(Some(rustix::thread::gettid()), -10)?;
                 watch(&mut capture, &stop, ports, silent)
             })
@@ -275,7 +276,7 @@ fn begins_and_ends(ports: PortRange) -> Vec<SockFilter> {
     ]
 }
 
-/// What the watch looks at in a frame that the filter lets through; etherparse would take longer than there is time.
+/// The fields of a frame that the capture reads; etherparse would take too long.
 struct Segment {
     from: SocketAddr,
     to: SocketAddr,

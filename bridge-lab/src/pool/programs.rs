@@ -33,13 +33,13 @@ pub fn python(script: &str) -> Command {
     command
 }
 
-/// Runs a command to its end in a namespace, with a deadline, and returns what it printed.
+/// Runs a command to its end in a namespace, with a deadline, and returns its output.
 pub fn output(netns: &Netns, mut command: Command, deadline: Duration) -> Result<String> {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     finish(netns.spawn_command(command)?, deadline)
 }
 
-/// Waits for a program whose standard output is a pipe that cannot fill up, and returns what it printed.
+/// Waits for a program whose standard output is a pipe that cannot fill up, and returns its output.
 pub fn finish(mut process: Process, deadline: Duration) -> Result<String> {
     let status = process.wait(patience(deadline))?.context("the program did not end in time")?;
     let mut text = String::new();
@@ -72,7 +72,7 @@ while True:
     Ok(process)
 }
 
-/// Opens so many connections in the hooked group, prints how it went, and keeps them until its standard input ends.
+/// Opens `count` connections in the hooked group, prints the results, and keeps them until its standard input ends.
 pub fn hold(cgroup: &Path, netns: &Netns, to: SocketAddr, count: u32) -> Result<Process> {
     let script = format!(
         r"

@@ -141,7 +141,7 @@ pub(super) fn work_on_node(
                 course.count(KILL, 1, Ok(()));
             }
         }
-        course.count(REFUSED, 1, reload(agent, &usual.replace("role: node", "role: nobody"), true));
+        course.count(REFUSED, 1, reload(agent, &usual.replace("role: node", "role: none"), true));
         course.count(RELOAD, 1, reload(agent, &usual, false));
         if kills {
             replace(agent, &course.node, true)?;

@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::{Attempt, any, left};
 use crate::lab::Netns;
 
-/// What a server does with data that it receives.
+/// Behaviour of a server on received data.
 #[derive(Clone, Copy, Debug)]
 enum Service {
     Echo,

@@ -1,4 +1,4 @@
-//! A program of its own that connects, in one of several ways, and tells how long that took: a socket belongs to the
+//! A program of its own that connects, in one of several ways, and reports the time: a socket belongs to the
 //! control group and the network namespace of the process that makes it.
 //!
 //! A command a line on standard input, an answer a line on standard output: `fill N` opens connections until it has so
@@ -28,7 +28,7 @@ pub(super) enum Method {
     RandomReuse,
 }
 
-/// What to do.
+/// The task.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct Job {
     pub(super) method: Method,
@@ -78,7 +78,7 @@ fn median(mut times: Vec<Duration>) -> f64 {
 }
 
 impl Job {
-    /// How long it takes to be told that there is no port.
+    /// Returns the time until a refusal for want of a port.
     fn refused(&self) -> Result<Duration> {
         let socket = self.socket()?;
         let start = Instant::now();

@@ -1,4 +1,4 @@
-//! What a connect costs from a pool of 10,000 ports towards one destination, as ratios to a plain `connect` from 10,000
+//! Cost of a connect from a pool of 10,000 ports towards one destination, as ratios to a plain `connect` from 10,000
 //! ports that are all free. In one run, side by side: the pool (by its hook, programs unmodified), the kernel's own choice,
 //! IP_LOCAL_PORT_RANGE, and a random port that is tried again.
 
@@ -105,13 +105,13 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
 }
 
 /// Ratios of each way to plain connects just before and just after it; those go to `all`, in microseconds.
-fn rounds(plain: &mut Client, ways: &mut [Way], what: &str, all: &mut Vec<f64>) -> Result<Vec<Vec<f64>>> {
+fn rounds(plain: &mut Client, ways: &mut [Way], task: &str, all: &mut Vec<f64>) -> Result<Vec<Vec<f64>>> {
     let mut ratios = vec![Vec::new(); ways.len()];
     // The first one warms up caches.
     for round in 0..=ROUNDS {
         let mut before = plain.ask("time", CONNECTS)?;
         for (way, ratios) in ways.iter_mut().zip(&mut ratios) {
-            let took = way.client.ask(what, CONNECTS)?;
+            let took = way.client.ask(task, CONNECTS)?;
             let after = plain.ask("time", CONNECTS)?;
             if round > 0 {
                 ratios.push(2.0 * took / (before + after));
@@ -155,11 +155,11 @@ impl Client {
         Ok(Self { commands, answers, _process: process })
     }
 
-    fn ask(&mut self, what: &str, count: usize) -> Result<f64> {
-        writeln!(self.commands, "{what} {count}")?;
+    fn ask(&mut self, task: &str, count: usize) -> Result<f64> {
+        writeln!(self.commands, "{task} {count}")?;
         let mut line = String::new();
         self.answers.read_line(&mut line)?;
-        line.trim().parse().with_context(|| format!("the client did not do `{what} {count}`: {line:?}"))
+        line.trim().parse().with_context(|| format!("the client did not do `{task} {count}`: {line:?}"))
     }
 }
 

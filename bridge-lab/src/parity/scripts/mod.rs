@@ -153,7 +153,7 @@ impl Story<'_> {
         expected: impl Into<Expected>,
     ) {
         let from = if from_opener { self.flow.from() } else { self.flow.from().other() };
-        self.sent.push(Sent { what, from, packets, expected: expected.into() });
+        self.sent.push(Sent { label: what, from, packets, expected: expected.into() });
     }
 
     /// The story that the other side would tell, were it first.

@@ -1,4 +1,4 @@
-//! TCP: openings, whole connections, and what belongs to none.
+//! TCP: openings, whole connections, and stray segments.
 
 use bridge_common::filter::policy::protocol;
 
@@ -9,7 +9,7 @@ use crate::packet::Tcp;
 
 /// Where the checksum is in a TCP header.
 const CHECKSUM: usize = 16;
-/// What a scan sends. In the order FIN, SYN, RST, PSH, ACK, URG.
+/// Segments of a scan. In the order FIN, SYN, RST, PSH, ACK, URG.
 const STRAYS: [(&str, [bool; 6]); 9] = [
     ("ACK", [false, false, false, false, true, false]),
     ("SYN ACK", [false, true, false, false, true, false]),
@@ -88,7 +88,7 @@ impl Story<'_> {
         }
     }
 
-    /// A handshake, data both ways, and now and then an end; on the way, what does not belong there.
+    /// A handshake, data both ways, and now and then an end; on the way, stray segments.
     pub(super) fn tcp_connection(&mut self, dice: &mut Dice) {
         let (opens, free) = (self.opens(protocol::TCP), self.is_free(protocol::TCP));
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
@@ -129,7 +129,7 @@ impl Story<'_> {
         self.tcp_end(dice, mine.wrapping_add(8), theirs);
     }
 
-    /// What comes in the middle of a connection and is no part of it.
+    /// Sends stray segments in the middle of a connection.
     fn tcp_intrusion(&mut self, dice: &mut Dice, mine: u32, theirs: u32) {
         let (opens, free) = (self.opens(protocol::TCP), self.is_free(protocol::TCP));
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
