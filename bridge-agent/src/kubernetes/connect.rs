@@ -23,7 +23,7 @@ pub enum Error {
     Kubeconfig {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The fault.
         reason: String,
     },
     /// The client cannot be made, for instance of the certificates that are there.
@@ -58,7 +58,7 @@ pub(super) fn check(section: &Kubernetes) -> Result<(), Error> {
     }
 }
 
-/// A client, and where it connects to. Reads all files anew: certificates may have been renewed.
+/// Returns a client, and its server's address. Reads all files again: certificates may have been renewed.
 pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Error> {
     let config = match &section.kubeconfig {
         None => Config::incluster().map_err(|error| Error::NotInCluster(error.to_string()))?,

@@ -79,8 +79,8 @@ pub(super) fn by_node(origin: Origin, cluster: &Cluster) -> BTreeMap<&str, Vec<I
     networks
 }
 
-/// The cluster as `cluster.yaml` would describe it: what routes are made of. `own`, the node this agent is on, is left
-/// out: it reaches its pods without.
+/// Returns the cluster as `cluster.yaml` would describe it, the source of routes. `own`, the node of this agent, is
+/// left out: it reaches its pods without.
 pub(super) fn description(origin: Origin, cluster: &Cluster, own: Option<&str>) -> ClusterFile {
     let mut networks = by_node(origin, cluster);
     let nodes = cluster.nodes.iter().filter(|(name, _)| Some(*name) != own);
@@ -89,7 +89,7 @@ pub(super) fn description(origin: Origin, cluster: &Cluster, own: Option<&str>) 
             name: name.to_owned(),
             addresses: node.addresses.to_vec(),
             pod_networks: networks.remove(name).unwrap_or_default(),
-            // Whether packets pass, the health checks of its address tell better than the heart beat of its kubelet.
+            // The health checks of its address show better than the heartbeat of its kubelet whether packets pass.
             ready: true,
         })
         .collect();

@@ -1,8 +1,8 @@
-//! The packet source of the benchmarks, and what counts its packets where they arrive. Not part of the agent.
+//! The packet source of the benchmarks, and the counter of arrived packets. Not part of the agent.
 //!
 //! `generate` runs by `BPF_PROG_TEST_RUN` with `BPF_F_TEST_XDP_LIVE_FRAMES`: each run makes a frame and sends it by an
 //! interface, whose other end takes it for one that came in by a wire. The kernel uses a frame's page again as the last
-//! receiver left it, so every frame is written whole. `sink` at an interface counts what arrives, and ends it there.
+//! receiver left it, so every frame is written whole. `sink` at an interface counts packets that arrive, and drops them.
 
 #![no_std]
 #![no_main]
@@ -27,11 +27,11 @@ use aya_ebpf::{
 };
 use plan::{FRAME, Plan, SINKS};
 
-/// What is to be sent.
+/// The plan of the packets.
 #[btf_map(name = "plan")]
 static PLAN: Array<Plan, 1> = Array::new();
 
-/// The number of the next frame. Frames are made on one CPU, and what is at it is not interrupted by its kind.
+/// The number of the next frame. Frames are made on one CPU, and one run does not interrupt another.
 #[btf_map(name = "serial")]
 static SERIAL: Array<u64, 1> = Array::new();
 
@@ -64,7 +64,7 @@ fn try_generate(ctx: &XdpContext) -> Option<u32> {
     }
     let plan = PLAN.get(0)?;
     let serial = SERIAL.get_ptr_mut(0)?;
-    // SAFETY: a valid element, which nobody else writes to meanwhile.
+    // SAFETY: a valid element without another writer at this time.
     let number = unsafe { *serial };
     if number >= plan.end || is_ahead(plan, number) {
         return Some(xdp_action::XDP_DROP);
@@ -126,7 +126,7 @@ unsafe fn put(at: *mut u8, number: u16) {
     unsafe { *at.cast::<u16>() = number.to_be() }
 }
 
-/// The checksum of what adds up to `sum`: below 65536 times 65536.
+/// Returns the checksum of a `sum` below 65536 times 65536.
 #[inline(always)]
 fn checksum(sum: u32) -> u16 {
     let sum = (sum >> 16) + (sum & 0xffff);

@@ -6,20 +6,20 @@ pub const FRAME: usize = 64;
 /// How many addresses packets may end at.
 pub const SINKS: usize = 2;
 
-/// What the packet source sends.
+/// The packets that the source sends.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
-    /// The frame without what varies: one address and its port, and both checksums, zero. Whole words, because the
+    /// The frame with its varying fields, one address and its port and both checksums, zero. Whole words, because the
     /// kernel side copies it so; in the order of the wire.
     pub frame: [u64; FRAME / 8],
     /// Interface to send by, in the namespace of who runs the program.
     pub interface: u32,
     /// Flows to go round in, at least 1.
     pub flows: u32,
-    /// What varies begins here; host byte order. Ports go round fastest.
+    /// The first value of the varying fields; host byte order. Ports change fastest.
     pub first_address: u32,
-    /// Sum of the 16-bit words of the IP header (RFC 1071), without what varies.
+    /// Sum of the 16-bit words of the IP header (RFC 1071), without the varying fields.
     pub ip_sum: u32,
     /// Likewise of the TCP segment and its pseudo header.
     pub tcp_sum: u32,
@@ -27,7 +27,7 @@ pub struct Plan {
     pub first_port: u16,
     /// Ports for each address.
     pub ports: u16,
-    /// What varies: 0: source address and port; 1: destination address and port.
+    /// The varying fields: 0: source address and port; 1: destination address and port.
     pub destination: u32,
     /// Which sink they are meant for.
     pub sink: u32,
@@ -35,9 +35,9 @@ pub struct Plan {
     pub cpus: [u32; 2],
     /// No packet is made whose number is this or greater.
     pub end: u64,
-    /// No packet is made while so many more were made than have arrived; 0: without looking.
+    /// No packet is made while this many packets have not arrived; 0: without a limit.
     pub window: u64,
-    /// What had arrived there before the packet of number 0.
+    /// Number of packets that had arrived before packet 0.
     pub arrived: u64,
 }
 

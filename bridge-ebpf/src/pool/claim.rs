@@ -58,13 +58,13 @@ pub(crate) fn claim_and_bind(
 ) -> Result<u32, Refusal> {
     let tables = Maps { words: config.words };
     reuse_address(ctx);
-    // Ports that others have bound, and the slots they are from: they stay claimed until a port is found that nobody has
-    // bound, so that no try goes to the same one again.
+    // Ports that other programs have bound, and their slots: they stay claimed until a free one is found, so that no
+    // try goes to the same port again.
     let mut bound_by_others = [[0_u16; 2]; BIND_TRIES];
     let mut others = 0;
     let mut tries = 0;
     let result = loop {
-        // A warm port that somebody else has bound would be found warm again at once.
+        // A warm port that another program has bound would be found warm again at once.
         let claim = match slots::claim(&tables, seat, tries > 0) {
             Ok(claim) => claim,
             Err(refusal) => break Err(if others == 0 { refusal } else { Refusal::BIND }),
@@ -103,12 +103,12 @@ pub(crate) fn take_grant(ctx: &SockAddrContext, destination: &Destination, index
     if granted.netns_cookie != netns_cookie(ctx) {
         return None;
     }
-    // Removing it is what decides: the agent may be ending the grant at this moment.
+    // The removal decides: the agent may be ending the grant at this moment.
     POOL_GRANTS.remove(grant).ok()?;
     Some(Seat { slot: granted.slot, owner_slot: granted.owner_slot })
 }
 
-/// Notes in the socket's storage what it holds. The last step of a claim.
+/// Records the port in the socket's storage. The last step of a claim.
 #[inline(always)]
 pub(crate) fn note(
     ctx: &SockAddrContext,
@@ -119,7 +119,7 @@ pub(crate) fn note(
     extra: u64,
 ) {
     // SAFETY: `lease` is the storage of a socket that is locked by the system call that runs this hook; `state` alone is
-    // touched from elsewhere, and as long as LEASE_HELD is not set nobody acts on the rest.
+    // touched from elsewhere, and as long as LEASE_HELD is not set no one acts on the rest.
     unsafe {
         (*lease).netns_cookie = netns_cookie(ctx);
         (*lease).cgroup_id = bpf_get_current_cgroup_id();

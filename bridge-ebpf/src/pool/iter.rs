@@ -1,4 +1,4 @@
-//! Tells the agent which sockets hold a port, over all namespaces.
+//! Reports the sockets that hold a port to the agent, over all namespaces.
 
 use aya_ebpf::{
     bindings::seq_file,

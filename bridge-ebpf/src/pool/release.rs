@@ -51,7 +51,7 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             if !lease(sock_ops_socket(ctx.ops)).is_null() {
                 let flags = ctx.cb_flags().cast_signed() | BPF_SOCK_OPS_STATE_CB_FLAG;
-                // An error would mean that this kernel cannot tell of states at all; the reconciler frees then.
+                // An error would mean that this kernel reports no states at all; the reconciler frees then.
                 let _ = ctx.set_cb_flags(flags);
             }
         }
@@ -73,7 +73,7 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
 /// Gives a socket's port back, if it holds one; only one caller gets to.
 #[inline(always)]
 pub(crate) fn give_back(lease: *mut Lease) {
-    // SAFETY: the storage of a socket. Once LEASE_HELD is taken away nobody else reads or writes the other fields.
+    // SAFETY: the storage of a socket. Once LEASE_HELD is cleared no one else reads or writes the other fields.
     let (before, seat, index) = unsafe {
         let before = fetch_and(&raw mut (*lease).state, !LEASE_HELD);
         (before, Seat { slot: (*lease).slot, owner_slot: (*lease).owner_slot }, (*lease).index)

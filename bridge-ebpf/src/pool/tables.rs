@@ -181,7 +181,8 @@ extern "C" fn pool_copy(to: u32, from: u32, words: u32) -> i64 {
     i64::from(at)
 }
 
-/// Copies at most [`BLOCK`] words; by itself, so that the verifier follows so many rounds and not all of [`pool_copy`]'s.
+/// Copies at most [`BLOCK`] words; a subprogram, so that the verifier follows that many rounds and not all of
+/// [`pool_copy`]'s.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn pool_copy_block(to: u32, from: u32, words: u32) -> i64 {

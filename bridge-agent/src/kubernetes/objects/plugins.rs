@@ -77,7 +77,7 @@ impl Followed for BlockObject {
     }
 }
 
-/// The address at `index` of a network, if it has so many.
+/// Returns the address at `index` of a network, if it is large enough.
 fn nth(network: IpNet, index: usize) -> Option<IpAddr> {
     let address = match network.network() {
         IpAddr::V4(first) => {
