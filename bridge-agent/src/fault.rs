@@ -1,7 +1,7 @@
 //! Places at which a test has the agent killed: in debug builds only, and only where `BRIDGE_FAULT` names one.
 //!
-//! Nothing is done by the way: SIGKILL is what the kernel's out-of-memory killer sends, and what a loss of power is to
-//! everything but the disk.
+//! No code runs before the kill: SIGKILL is the signal of the kernel's out-of-memory killer, and equals a loss of power
+//! for everything but the disk.
 
 /// Ends the process if `BRIDGE_FAULT` is `place`, or `place@N` at the Nth time that it comes here.
 #[cfg(debug_assertions)]
@@ -22,7 +22,7 @@ pub(crate) fn point(place: &'static str) {
         && SEEN.fetch_add(1, Ordering::Relaxed) + 1 == *number
     {
         let own = rustix::process::getpid();
-        // If it fails, the test that waits for the end of this process tells.
+        // If it fails, the test that waits for the end of this process reports it.
         let _ = rustix::process::kill_process(own, rustix::process::Signal::KILL);
     }
 }

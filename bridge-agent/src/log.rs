@@ -28,9 +28,9 @@ pub enum Error {
         "`{filter}` is no log level: {source}; write error, warn, info, debug or trace, or target=level,..."
     )]
     Filter {
-        /// What was given.
+        /// The given filter.
         filter: String,
-        /// What is wrong with it.
+        /// The fault.
         source: ParseError,
     },
     /// Something else in this process logs already.
@@ -46,7 +46,7 @@ pub fn init(format: Format, filter: &str) -> Result<(), Error> {
     // The journal has a time for every line and shows no colours.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let style = Style { colours: stderr().is_terminal() && !journal, time: !journal };
-    // What uses the log crate (the log of the eBPF programs does) is heard too.
+    // Users of the log crate (the log of the eBPF programs is one) are included.
     Ok(subscriber(format, filter, style, stderr)?.try_init()?)
 }
 

@@ -1,5 +1,5 @@
-//! The desired state of the packet path: what a configuration file and a cluster are reduced to, and what
-//! every engine (eBPF, iptables) is compiled from.
+//! The desired state of the packet path: the result of a configuration file and a cluster, and the input of every
+//! engine (eBPF, iptables).
 //!
 //! Everything here is validated: ranges are not inverted, lists are not empty, names are unique.
 
@@ -9,12 +9,12 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Who may talk to whom, on which ports, and what becomes of the rest.
+/// The allowed flows, and the answer to others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Policy {
     /// Whether a denied packet is dropped, or only reported as if it were.
     pub mode: Mode,
-    /// What a denied packet's sender gets to see.
+    /// The answer to the sender of a denied packet.
     pub on_deny: OnDeny,
     /// The networks of the pods. Disjoint from [`Policy::external`].
     pub pods: Vec<IpNet>,
@@ -40,7 +40,7 @@ pub enum Mode {
     Audit,
 }
 
-/// What the sender of a denied packet gets to see.
+/// The answer to the sender of a denied packet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OnDeny {
@@ -68,7 +68,7 @@ pub struct Rule {
     pub ports: Vec<PortRange>,
     /// Source ports; empty stands for all. Never set for [`Protocol::Icmp`].
     pub source_ports: Vec<PortRange>,
-    /// What happens to a new flow that matches.
+    /// Verdict on a new flow that matches.
     pub action: Action,
 }
 
@@ -98,7 +98,7 @@ pub enum Protocol {
     Any,
 }
 
-/// What happens to a new flow that matches a rule.
+/// Verdict on a new flow that matches a rule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Action {

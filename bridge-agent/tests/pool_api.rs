@@ -1,5 +1,5 @@
-//! The lease API over its unix socket, with ports from the agent's own memory: what it answers is what docs/openapi.json
-//! says, a lease ends when it should, and nothing that is thrown at it does harm.
+//! The lease API over its unix socket, with ports from the agent's own memory: its answers conform to
+//! docs/openapi.json, a lease ends when it should, and no input does harm.
 
 mod openapi;
 

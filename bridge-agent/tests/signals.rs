@@ -48,14 +48,14 @@ fn start(directory: &Path) -> Agent {
     Agent(command.spawn().unwrap())
 }
 
-fn eventually(directory: &Path, what: &str, mut condition: impl FnMut(&str) -> bool) {
+fn eventually(directory: &Path, description: &str, mut condition: impl FnMut(&str) -> bool) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
         if condition(&log) {
             return;
         }
-        assert!(Instant::now() < deadline, "{what}:\n{log}");
+        assert!(Instant::now() < deadline, "{description}:\n{log}");
         thread::sleep(Duration::from_millis(20));
     }
 }

@@ -25,7 +25,7 @@ const ENOTSUPP: i32 = 524;
 ///
 /// # Safety
 ///
-/// What the fields of `attr` that `command` reads point to must be valid for what `command` does with it.
+/// The memory that the fields of `attr` point to must be valid for `command`.
 unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
     // SAFETY: `attr` lives through the call and its size is passed; the rest is the caller's promise.
     let result = unsafe {
@@ -54,7 +54,7 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
 
-/// What a pin stands for.
+/// Kind of a pinned object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Map,
@@ -89,7 +89,7 @@ pub(crate) fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     Ok(owned(fd))
 }
 
-/// Pins what a descriptor stands for, of any kind.
+/// Pins the object of a descriptor, of any kind.
 pub(crate) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = zeroed();
@@ -106,7 +106,7 @@ pub(crate) fn obj_pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
 ///
 /// # Safety
 ///
-/// `T` must be the info struct of what `fd` is.
+/// `T` must be the info struct of the object of `fd`.
 unsafe fn info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
     // SAFETY: the info structs are made of integers.
     let mut info: T = unsafe { mem::zeroed() };
@@ -121,7 +121,7 @@ unsafe fn info<T: Copy>(fd: BorrowedFd<'_>) -> io::Result<T> {
     Ok(info)
 }
 
-/// What the kernel knows of a map.
+/// Returns the kernel's description of a map.
 pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<bpf_map_info> {
     match Kind::of(fd)? {
         // SAFETY: the type of `fd` is checked; the struct is the map's.
@@ -185,7 +185,7 @@ pub(crate) fn tcx_attach(
     interface: u32,
     hook: bpf_attach_type,
 ) -> io::Result<OwnedFd> {
-    /// Before what is named; nothing is: before everything (`bpf_mprog_attach`, kernel/bpf/mprog.c).
+    /// Before the named program; without one: before all (`bpf_mprog_attach`, kernel/bpf/mprog.c).
     const BEFORE: u32 = 1 << 3;
     let mut attr = zeroed();
     attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
@@ -286,7 +286,7 @@ pub(crate) fn update<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K, value: &V, fl
     Ok(())
 }
 
-/// Reads every entry of a hash or an array, a chunk at a time: unlike a walk from key to key, this neither starts anew
+/// Reads every entry of a hash or an array, a chunk at a time: unlike a walk from key to key, this neither starts again
 /// nor loses entries when the kernel removes the key it stands on.
 pub(crate) fn for_each<K: Pod, V: Pod>(map: BorrowedFd<'_>, mut visit: impl FnMut(K, V)) -> io::Result<()> {
     for_each_raw(map, size_of::<K>(), size_of::<V>(), |key, value| {
@@ -375,7 +375,7 @@ pub(crate) fn lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result
     }
 }
 
-/// Removes one entry. Tells whether it was there.
+/// Removes one entry. Returns whether it existed.
 pub(crate) fn delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
     let mut attr = zeroed();
     // SAFETY: the key has the map's size, lives through the call and is only read.
@@ -392,7 +392,7 @@ pub(crate) fn delete<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
 }
 
 /// Does `work` with no signal taken by this thread: the verifier gives up with EAGAIN when one is pending
-/// (kernel/bpf/verifier.c), such as the SIGCHLD of a process of another thread, and aya then has it begin anew, slowly,
+/// (kernel/bpf/verifier.c), such as the SIGCHLD of a process of another thread, and aya then starts it again, slowly,
 /// with a log.
 pub(crate) fn without_signals<T>(work: impl FnOnce() -> T) -> T {
     let mut all = MaybeUninit::<libc::sigset_t>::uninit();
@@ -467,7 +467,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: what `new` mapped, once.
+        // SAFETY: the mapping of `new`, unmapped once.
         unsafe {
             libc::munmap(self.address.as_ptr(), self.length);
         }

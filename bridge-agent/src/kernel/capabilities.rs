@@ -1,5 +1,5 @@
-//! What the running agent may do, and nothing besides: it gives up every other capability (capabilities(7)) before it does
-//! anything, and neither it nor a program that it starts can get one back.
+//! Capabilities of the running agent: it drops every other one (capabilities(7)) before it does anything, and neither
+//! it nor a program that it starts can get one back.
 
 use std::io;
 
@@ -19,22 +19,23 @@ const KEPT: CapabilitySet = CapabilitySet::BPF
     .union(CapabilitySet::CHOWN)
     .union(CapabilitySet::DAC_OVERRIDE);
 
-/// Of what the capabilities of BPF were a part before Linux 5.8.
+/// The capability that included those of BPF before Linux 5.8.
 const SYS_ADMIN: CapabilitySet = CapabilitySet::SYS_ADMIN;
 
-/// Gives up what is not needed. To be called before there is a second thread: each has capabilities of its own.
+/// Drops unneeded capabilities. Call before there is a second thread: each has capabilities of its own.
 ///
 /// CAP_SYS_ADMIN stays for an agent that `takes_over` from another version of the ABI, until its next start: the kernel
-/// shows the type information of maps to nobody else (`BPF_BTF_GET_FD_BY_ID`, kernel/bpf/syscall.c).
+/// shows the type information of maps only with it (`BPF_BTF_GET_FD_BY_ID`, kernel/bpf/syscall.c).
 ///
 /// # Errors
 /// Of `capget(2)`, `capset(2)` and `prctl(2)`.
 pub fn give_up(takes_over: bool) -> io::Result<()> {
     let before = capabilities(None)?;
     let split = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
-    // Whoever has only what they were split off keeps that.
+    // A process that has only CAP_SYS_ADMIN keeps that.
     let kept = if before.permitted.contains(split) && !takes_over { KEPT } else { KEPT.union(SYS_ADMIN) };
-    // First: it takes CAP_SETPCAP, without which the bounding set stays what it is, and no_new_privs keeps everybody from it.
+    // First: it takes CAP_SETPCAP, without which the bounding set stays the same, and no_new_privs prevents a gain by
+    // any program.
     for capability in CapabilitySet::all().difference(kept).iter() {
         if before.effective.contains(CapabilitySet::SETPCAP)
             && capability_is_in_bounding_set(capability).unwrap_or(false)
@@ -50,6 +51,6 @@ pub fn give_up(takes_over: bool) -> io::Result<()> {
     };
     set_capabilities(None, after)?;
     set_no_new_privs(true)?;
-    tracing::debug!(kept = ?after.permitted, "gave up what is not needed");
+    tracing::debug!(kept = ?after.permitted, "dropped unneeded capabilities");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What every subsystem needs of the kernel, below all of them.
+//! Kernel interfaces that several subsystems need, below all of them.
 
 pub mod bpf;
 pub mod capabilities;

@@ -1,19 +1,19 @@
-//! Whether what the configuration asks for is in force (pure).
+//! Whether the whole configuration is applied (pure).
 
 use super::Status;
 
 impl Status {
-    /// What is not in force although the configuration asks for it; nothing: the agent is ready. A refused reload is no
-    /// reason, since the configuration before it is in force; nor is audit mode, which is what was asked for.
+    /// Returns the parts of the configuration that are not applied; none: the agent is ready. A refused reload is no
+    /// reason, since the former configuration is active; nor is audit mode, which is configured.
     #[must_use]
     pub fn unready(&self) -> Vec<String> {
         let mut reasons = Vec::new();
         if self.role == "node" && self.enforcement.is_none() && self.firewall.is_none() {
-            reasons.push("no engine is in force".to_owned());
+            reasons.push("no engine is active".to_owned());
         }
         if let Some(enforcement) = &self.enforcement {
             if enforcement.generation == 0 {
-                reasons.push("eBPF: no policy is in force yet".to_owned());
+                reasons.push("eBPF: no policy is active yet".to_owned());
             }
             // Pods come and go; the LAN is always there.
             if !enforcement.interfaces.iter().any(|interface| interface.role == "external") {
@@ -23,7 +23,7 @@ impl Status {
                 );
             }
         }
-        // While the API server is away, what was known of the cluster is in force: that is as it should be.
+        // While the API server is away, the last known state of the cluster is applied: that is as it should be.
         if let Some(cluster) = self.kubernetes.as_ref().filter(|cluster| !cluster.known) {
             let missing = cluster.waiting_for.join(", ");
             let why: Vec<_> =
@@ -65,7 +65,7 @@ mod tests {
         assert!(reason(&node(&["internal"], 1)).contains("networks.external"));
         assert!(reason(&node(&["external"], 0)).contains("no policy"));
         let nothing = Status { enforcement: None, ..node(&[], 1) };
-        assert_eq!(reason(&nothing), "no engine is in force");
+        assert_eq!(reason(&nothing), "no engine is active");
         let cluster = |known| {
             let waiting_for = vec!["pods".to_owned()];
             let kubernetes =
