@@ -69,9 +69,9 @@ enum Command {
         #[arg(long)]
         bless: bool,
     },
-    /// Write the custom resource definitions into deploy/kubernetes/crds
+    /// Write the custom resource definitions into deploy/kubernetes/crds, and their reference into docs/kubernetes.md
     Crds,
-    /// Build kube-apiserver and kubectl for the tests, from Debian's source package, unless they are there
+    /// Build kube-apiserver, etcd and kubectl for the tests, as `cluster` does, unless they exist
     KubeAssets,
     /// Measure, side by side with the usual alternatives
     Bench {

@@ -50,11 +50,29 @@ impl PartialEq for Policy {
 
 /// The reason for which a policy is not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "SavedRefusal")]
 pub(super) struct Refusal {
     /// The reason of the condition, in CamelCase.
     pub(super) reason: String,
     /// The findings, with remedies.
     pub(super) message: String,
+}
+
+/// A refusal in the file of the last run. Version 0.1 saved the message alone.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SavedRefusal {
+    Message(String),
+    Whole { reason: String, message: String },
+}
+
+impl From<SavedRefusal> for Refusal {
+    fn from(saved: SavedRefusal) -> Self {
+        match saved {
+            SavedRefusal::Message(message) => Self { reason: "Invalid".to_owned(), message },
+            SavedRefusal::Whole { reason, message } => Self { reason, message },
+        }
+    }
 }
 
 /// A block of Calico.

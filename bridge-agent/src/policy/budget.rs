@@ -183,8 +183,8 @@ mod tests {
 
     #[test]
     fn ordinary_rules_are_within_the_budget() {
-        let cost = check(&policy(vec![rule(60, 1, 40); 4]), &[]).unwrap();
-        assert_eq!((cost.pairs, cost.lines), (6400, 4 * 40 * 40 * 5));
+        let cost = check(&policy(vec![rule(60, 1, 40); 2]), &[]).unwrap();
+        assert_eq!((cost.pairs, cost.lines), (3200, 2 * 40 * 40 * 5));
         check(&policy(vec![rule(1, 0, 0); 4000]), &[]).unwrap();
     }
 
@@ -196,7 +196,7 @@ mod tests {
         let pairs = refused(vec![rule(1, 0, 450)]);
         assert!(pairs.contains("202500 pairs of external and pod networks, and 200000"), "{pairs}");
         // One of these stopped all policies of a cluster.
-        let intervals = refused(vec![rule(1500, 1500, 0)]);
+        let intervals = refused(vec![rule(1300, 1300, 0)]);
         assert!(intervals.contains("overlap in more than 1048576 ways"), "{intervals}");
         let pages = refused(
             (0..600)
