@@ -2,6 +2,8 @@
 //!
 //! Each test brings up one cluster of a shape and plays every scene in it; a cluster costs half a minute.
 
+mod life;
+
 use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
