@@ -30,13 +30,8 @@ const LAYERS: &[&[&str]] = &[
 ];
 
 /// Arrows between two folders that are still to be cut.
-const ARROWS: &[(&str, &str)] = &[
-    ("config", "routes"),
-    ("datapath", "pool"),
-    ("interfaces", "datapath"),
-    ("nodeport_range", "pool"),
-    ("pool", "datapath"),
-];
+const ARROWS: &[(&str, &str)] =
+    &[("datapath", "pool"), ("interfaces", "datapath"), ("nodeport_range", "pool"), ("pool", "datapath")];
 
 /// Circles of files that are still to be cut, or stay with a reason in ARCHITECTURE.md: the folder, and the largest circle
 /// in it.

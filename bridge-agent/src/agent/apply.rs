@@ -9,14 +9,17 @@ use std::{
 use super::{
     Agent, Error, cluster,
     enforcer::{Enforcer, Term},
-    file::{Hash, hash, hash_of},
     probe,
     trial::{Files, Record, Trial},
 };
 use crate::{
     config::{self, Config, Loaded},
     datapath,
-    kernel::{memory, time},
+    kernel::{
+        clock,
+        file_watch::{Hash, hash, hash_of},
+        memory,
+    },
     state::{Applied, ApplyError, ApplyRequest, Request, TrialEnd, TrialOutcome},
 };
 
@@ -46,7 +49,7 @@ impl Agent {
             }
             return Err(error);
         }
-        let deadline = self.trial.as_ref().map(|trial| time::at(SystemTime::now() + trial.left()));
+        let deadline = self.trial.as_ref().map(|trial| clock::at(SystemTime::now() + trial.left()));
         tracing::info!(until = deadline, "a configuration was applied");
         Ok(Applied { generation: self.enforcer.as_ref().map(Enforcer::generation), deadline, warnings })
     }

@@ -8,7 +8,6 @@ mod cluster;
 mod divergence;
 mod enforcer;
 mod fast_path;
-mod file;
 mod packet_filter;
 mod port_pool;
 mod port_ranges;
@@ -37,7 +36,6 @@ pub(crate) use trial::forget as forget_trial;
 use self::{
     cluster::Following,
     enforcer::{Enforcer, Term},
-    file::{FileWatch, Hash},
     packet_filter::PacketFilter,
     port_pool::PortPool,
     routing::Routing,
@@ -49,9 +47,10 @@ use crate::{
     interfaces::Watch,
     iptables,
     kernel::{
+        clock,
+        file_watch::{self, FileWatch, Hash},
         memory,
         state_directory::{StateDirectory, UnusableState},
-        time,
     },
     kubernetes, pool, routes,
     state::{Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
@@ -164,7 +163,7 @@ impl Agent {
         let interfaces = Watch::open().map_err(io_error("cannot watch the interfaces"))?;
         let file =
             FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
-        let known = file::hash(&options.config);
+        let known = file_watch::hash(&options.config);
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
@@ -276,8 +275,11 @@ impl Agent {
                     drop(self.reload("SIGHUP"));
                 }
                 changed = from.file.changed() => {
-                    changed.map_err(io_error("cannot watch the configuration file"))?;
-                    drop(self.reload("the file has changed"));
+                    let content = changed.map_err(io_error("cannot watch the configuration file"))?;
+                    let (path, known) = (self.path.clone(), file_watch::hash_of(&content));
+                    drop(self.reload_from("the file has changed", || {
+                        Ok((warn(config::load_content(content, &path)?), Some(known)))
+                    }));
                 }
                 _ = look.tick(), if self.filter.is_some() || self.enforcer.is_some() => self.look(),
                 // When the time of a trial is over, the former configuration comes first.
@@ -407,10 +409,22 @@ impl Agent {
 
     /// Applies the configuration file again. An invalid one changes nothing.
     fn reload(&mut self, why: &str) -> Result<(), ReloadError> {
+        let path = self.path.clone();
+        self.reload_from(why, || {
+            let known = file_watch::hash(&path);
+            Ok((load(&path)?, known))
+        })
+    }
+
+    fn reload_from(
+        &mut self,
+        why: &str,
+        read: impl FnOnce() -> Result<(Config, Option<Hash>), ConfigErrors>,
+    ) -> Result<(), ReloadError> {
         service_manager::reloading();
         tracing::info!(why, "the agent reloads its configuration");
         self.compare(false);
-        let result = self.try_reload();
+        let result = self.try_reload(read);
         self.compare(true);
         let error = result.as_ref().err().map(ToString::to_string);
         if let Some(error) = &error {
@@ -420,19 +434,21 @@ impl Agent {
         self.shared.update(|status| {
             let reloads = &mut status.reloads;
             *if error.is_none() { &mut reloads.succeeded } else { &mut reloads.failed } += 1;
-            reloads.last = Some(Reload { time: time::wall_clock(), error });
+            reloads.last = Some(Reload { time: clock::wall_clock(), error });
         });
         memory::trim();
         service_manager::ready();
         result
     }
 
-    fn try_reload(&mut self) -> Result<(), ReloadError> {
+    fn try_reload(
+        &mut self,
+        read: impl FnOnce() -> Result<(Config, Option<Hash>), ConfigErrors>,
+    ) -> Result<(), ReloadError> {
         if let Some(trial) = &self.trial {
             return Err(ReloadError::OnTrial(trial.status().seconds_left));
         }
-        let known = file::hash(&self.path);
-        let config = load(&self.path)?;
+        let (config, known) = read()?;
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent starts again");
         }
@@ -518,12 +534,16 @@ fn wants_ebpf(config: &Config) -> bool {
 }
 
 fn load(path: &Path) -> Result<Config, ConfigErrors> {
-    let Loaded { config, warnings } = config::load(path)?;
+    config::load(path).map(warn)
+}
+
+/// Logs the warnings of a configuration.
+fn warn(Loaded { config, warnings }: Loaded) -> Config {
     for warning in &warnings.list {
         let line = warning.place.as_ref().map(|place| place.line);
         tracing::warn!(line, path = warning.path, help = warning.help, "{}", warning.message);
     }
-    Ok(config)
+    config
 }
 
 fn first_status(path: &Path, config: &Config) -> Status {
@@ -531,7 +551,7 @@ fn first_status(path: &Path, config: &Config) -> Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         abi_version: bridge_common::ABI_VERSION,
         pid: std::process::id(),
-        started: time::wall_clock(),
+        started: clock::wall_clock(),
         config: path.to_owned(),
         role: match config.role {
             Role::Node => "node",

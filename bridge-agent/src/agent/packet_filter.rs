@@ -19,7 +19,7 @@ use crate::{
         save::Saving,
         watch::{self, Guard, Surveyor},
     },
-    kernel::time,
+    kernel::clock,
     model::Policy,
     state::FirewallStatus,
 };
@@ -229,7 +229,7 @@ impl PacketFilter {
             backend: self.backend.clone(),
             repairs: seen.repairs,
             last_repair,
-            last_repair_time: repaired.map(time::at),
+            last_repair_time: repaired.map(clock::at),
             failure: seen.failure,
             divergence: self.compares.then(|| divergence::status(seen.divergence)),
         }

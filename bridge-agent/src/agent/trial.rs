@@ -10,9 +10,7 @@
 //! `<state>` lasts as long as the kernel does; after a reboot the configuration file is the former one.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
-    os::unix::fs::{MetadataExt as _, chown},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -21,11 +19,14 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
-use super::file::{Hash, hash_of};
 use crate::{
     config::{self, Config, ConfigErrors, Loaded},
     datapath::{self, Maps, Pins},
-    kernel::state_directory::StateDirectory,
+    kernel::{
+        file_watch::{Hash, hash_of},
+        files::{self, Ownership},
+        state_directory::StateDirectory,
+    },
     state::{Probe, ProbeStatus, TrialStatus, WriteError, time_left},
 };
 
@@ -216,15 +217,16 @@ impl Files {
 
     /// Writes a configuration beside the file that it will replace: every step that can fail, fails now.
     pub(super) fn stage(&self, text: &str) -> Result<(), WriteError> {
-        write(&self.candidate, text.as_bytes(), Some(&self.config)).map_err(WriteError::at(&self.candidate))
+        let like = fs::metadata(&self.config).ok();
+        let ownership = like.as_ref().map_or(Ownership::Private, Ownership::Like);
+        files::replace(&self.candidate, ownership, text.as_bytes()).map_err(WriteError::at(&self.candidate))
     }
 
     /// Puts the staged configuration in the place of the file.
     pub(super) fn commit(&self) -> Result<(), WriteError> {
         fs::rename(&self.candidate, &self.config).map_err(WriteError::at(&self.config))?;
-        // That the name lasts, too. Where a directory cannot be synchronized, that is no reason not to go on.
-        if let Some(directory) = self.config.parent().and_then(|path| File::open(path).ok()) {
-            drop(directory.sync_all());
+        if let Some(directory) = self.config.parent() {
+            files::sync_directory(directory);
         }
         Ok(())
     }
@@ -235,7 +237,7 @@ impl Files {
         if hash_of(&text) != known {
             return Ok(false);
         }
-        replace(&self.former, &text).map_err(WriteError::at(&self.former))?;
+        files::replace(&self.former, Ownership::Private, &text).map_err(WriteError::at(&self.former))?;
         Ok(true)
     }
 
@@ -246,7 +248,8 @@ impl Files {
 
     pub(super) fn write(&self, record: &Record) -> Result<(), WriteError> {
         let text = serde_json::to_vec(record).map_err(io::Error::other);
-        text.and_then(|text| replace(&self.record, &text)).map_err(WriteError::at(&self.record))
+        text.and_then(|text| files::replace(&self.record, Ownership::Private, &text))
+            .map_err(WriteError::at(&self.record))
     }
 
     fn read(&self) -> io::Result<Option<Record>> {
@@ -269,32 +272,6 @@ impl Files {
             }
         }
     }
-}
-
-/// Replaces a file, with the owner and permissions of `like`.
-fn write(path: &Path, content: &[u8], like: Option<&Path>) -> io::Result<()> {
-    let written = File::create(path).and_then(|mut file| {
-        if let Some(like) = like.and_then(|like| fs::metadata(like).ok()) {
-            file.set_permissions(like.permissions())?;
-            // Only root may give files away; any other owner does no harm.
-            drop(chown(path, Some(like.uid()), Some(like.gid())));
-        }
-        file.write_all(content)?;
-        file.sync_all()
-    });
-    if written.is_err() {
-        drop(fs::remove_file(path));
-    }
-    written
-}
-
-/// Replaces a file as a whole.
-fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
-    write(&new, content, None)?;
-    fs::rename(&new, path)
 }
 
 /// Returns the identity of this boot (random(4)).

@@ -90,6 +90,16 @@ pub enum Error {
     /// There is no such group.
     #[error("there is no group {0}: correct api.group, or make it with `groupadd --system {0}`")]
     NoGroup(String),
+    /// The name service does not answer.
+    #[error(
+        "cannot look up the group {group}: {source}; check nsswitch.conf(5), or write the number of the group"
+    )]
+    Group {
+        /// Its name.
+        group: String,
+        /// The error of getgrnam(3).
+        source: io::Error,
+    },
     /// A listening socket could not be made.
     #[error("cannot listen on {address}: {source}")]
     Listen {
@@ -263,12 +273,14 @@ fn group_id(group: &str) -> Result<u32, Error> {
     if let Ok(number) = group.parse() {
         return Ok(number);
     }
-    let groups = fs::read_to_string("/etc/group").unwrap_or_default();
-    groups
-        .lines()
-        .filter_map(|line| line.strip_prefix(group)?.strip_prefix(':')?.split(':').nth(1)?.parse().ok())
-        .next()
-        .ok_or_else(|| Error::NoGroup(group.to_owned()))
+    // By the name service, which may be LDAP. getgrnam(3): these errors too say that there is no such group.
+    match nix::unistd::Group::from_name(group) {
+        Ok(Some(found)) => Ok(found.gid.as_raw()),
+        Ok(None) | Err(nix::Error::ENOENT | nix::Error::ESRCH | nix::Error::EBADF | nix::Error::EPERM) => {
+            Err(Error::NoGroup(group.to_owned()))
+        }
+        Err(error) => Err(Error::Group { group: group.to_owned(), source: error.into() }),
+    }
 }
 
 fn router(shared: Shared) -> Router {

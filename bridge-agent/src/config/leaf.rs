@@ -76,45 +76,6 @@ macro_rules! leaf {
 }
 pub(crate) use leaf;
 
-/// The parser behind a `format` of the JSON schema.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LeafCheck {
-    pub(crate) parse: fn(&str) -> Result<(), Problem>,
-    pub(crate) example: &'static str,
-}
-
-/// The check for `format`, or `None` if the format is not one of ours.
-pub(crate) fn check_for(format: &str) -> Option<LeafCheck> {
-    fn check<T: Leaf>(text: &str) -> Result<(), Problem> {
-        T::parse(text).map(drop)
-    }
-    macro_rules! table {
-        ($($type:ty),* $(,)?) => {
-            match format {
-                $(<$type as Leaf>::FORMAT => {
-                    Some(LeafCheck { parse: check::<$type>, example: <$type as Leaf>::EXAMPLE })
-                })*
-                _ => None,
-            }
-        };
-    }
-    table!(
-        IpAddr,
-        SocketAddress,
-        AbsolutePath,
-        FileMode,
-        super::network::Network,
-        super::network::HostOrNetwork,
-        super::ports::PortItem,
-        super::time_span::TimeSpan,
-        super::interface::InterfaceName,
-        super::interface::InterfacePattern,
-        super::iptables::PacketMark,
-        super::rules::RuleName,
-        super::port_pool::CgroupPath,
-    )
-}
-
 impl Leaf for IpAddr {
     const FORMAT: &'static str = "ip";
     const EXAMPLE: &'static str = "192.168.31.17";

@@ -57,7 +57,7 @@ pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
 pub use resource::{GROUP, check_policy};
 pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
-pub use routes::{Discovery, Health, Routes};
+pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_LOCAL, TABLE_MAIN};
 pub use rules::{MAX_RULES, Rule, RuleName};
 pub(crate) use shape::inlined_schema_of as schema_of;
 pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};
@@ -67,7 +67,7 @@ use self::leaf::Problem;
 use self::node::Node;
 use self::report::{Findings, Path, Report, Severity};
 use self::shape::Shape;
-use crate::model::Policy;
+use crate::{kernel::memory, model::Policy};
 
 /// The largest file that is read, in bytes. A million rules take about 150 MB.
 const MAX_FILE: u64 = 512 * 1024 * 1024;
@@ -134,7 +134,20 @@ pub fn load(path: &FilePath) -> Result<Loaded, ConfigErrors> {
     let text = read_text(path)?;
     let loaded = parse(&text, Some(path));
     drop(text);
-    release_memory();
+    memory::trim();
+    loaded
+}
+
+/// Checks the content of a configuration file that was read already.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn load_content(content: Vec<u8>, path: &FilePath) -> Result<Loaded, ConfigErrors> {
+    let text =
+        text(content).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))?;
+    let loaded = parse(&text, Some(path));
+    drop(text);
+    memory::trim();
     loaded
 }
 
@@ -264,22 +277,17 @@ impl Loaded {
     }
 }
 
-/// Returns memory to the kernel that only reading needed: several times the size of a large configuration.
-fn release_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: malloc_trim has no precondition, and touches no memory in use.
-    unsafe {
-        libc::malloc_trim(0);
-    }
-}
-
 fn read(path: &FilePath) -> io::Result<String> {
     let mut bytes = Vec::new();
-    let read = File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
-    if read as u64 > MAX_FILE {
+    File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    text(bytes)
+}
+
+fn text(content: Vec<u8>) -> io::Result<String> {
+    if content.len() as u64 > MAX_FILE {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, format!("larger than {MAX_FILE} bytes")));
     }
-    String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()))
+    String::from_utf8(content).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()))
 }
 
 fn unreadable(path: &FilePath, error: &io::Error) -> Problem {

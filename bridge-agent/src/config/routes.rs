@@ -10,8 +10,13 @@ use super::network::Network;
 use super::report::{Path, Report};
 use super::static_route::{self, StaticRoute, check_table};
 use super::time_span::TimeSpan;
-use crate::routes::OnWithdraw;
-use crate::routes::model::{DEFAULT_METRIC, TABLE_MAIN};
+
+/// `RT_TABLE_MAIN` of `linux/rtnetlink.h`.
+pub const TABLE_MAIN: u32 = 254;
+/// `RT_TABLE_LOCAL` of `linux/rtnetlink.h`: the host's own, broadcast and multicast addresses.
+pub const TABLE_LOCAL: u32 = 255;
+/// The metric of a route whose configuration names none; the kernel's own default for IPv6.
+pub const DEFAULT_METRIC: u32 = 1024;
 
 /// Routes to pod networks that are added, repaired, and withdrawn when they are no longer wanted. They bear the
 /// protocol number 98 (`ip route show proto 98`); no other route is ever touched.
@@ -55,6 +60,17 @@ impl Default for Routes {
             discovery: None,
         }
     }
+}
+
+/// See [`Routes::on_withdraw`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OnWithdraw {
+    /// Nothing: packets follow the next wider route, usually the default route.
+    #[default]
+    Remove,
+    /// A blackhole of the same network, until it is wanted again or `routes withdraw` takes it away.
+    Blackhole,
 }
 
 /// How the nodes on the way are watched: one that does not answer loses its routes, or yields to another next hop.

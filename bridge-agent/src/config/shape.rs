@@ -4,15 +4,55 @@
 //! refuses.
 
 use std::cmp::Reverse;
+use std::net::IpAddr;
 
 use schemars::generate::SchemaSettings;
 use schemars::transform::RecursiveTransform;
 use schemars::{JsonSchema, Schema};
 use serde_json::Value as Json;
 
-use super::leaf::{LeafCheck, Problem, check_for};
+use super::leaf::{AbsolutePath, FileMode, Leaf, Problem, SocketAddress};
 use super::node::{Node, Value};
 use super::report::{Findings, Path, Severity};
+
+/// The parser behind a `format` of the JSON schema.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LeafCheck {
+    parse: fn(&str) -> Result<(), Problem>,
+    example: &'static str,
+}
+
+/// Returns the check for `format`, or `None` if the format is not one of ours.
+fn check_for(format: &str) -> Option<LeafCheck> {
+    fn check<T: Leaf>(text: &str) -> Result<(), Problem> {
+        T::parse(text).map(drop)
+    }
+    macro_rules! table {
+        ($($type:ty),* $(,)?) => {
+            match format {
+                $(<$type as Leaf>::FORMAT => {
+                    Some(LeafCheck { parse: check::<$type>, example: <$type as Leaf>::EXAMPLE })
+                })*
+                _ => None,
+            }
+        };
+    }
+    table!(
+        IpAddr,
+        SocketAddress,
+        AbsolutePath,
+        FileMode,
+        super::network::Network,
+        super::network::HostOrNetwork,
+        super::ports::PortItem,
+        super::time_span::TimeSpan,
+        super::interface::InterfaceName,
+        super::interface::InterfacePattern,
+        super::iptables::PacketMark,
+        super::rules::RuleName,
+        super::port_pool::CgroupPath,
+    )
+}
 
 /// The JSON schema of `T` (draft 2020-12), everything in its place if `inline`, or with `$defs`.
 pub(crate) fn schema_of<T: JsonSchema>(inline: bool) -> Json {

@@ -24,7 +24,7 @@ use super::interface::InterfaceName;
 use super::leaf::Problem;
 use super::network::Network;
 use super::report::{Path, Report};
-use crate::routes::model::TABLE_LOCAL;
+use super::routes::TABLE_LOCAL;
 
 /// A route that is always wanted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -1,7 +1,5 @@
-//! Takes over the connections that the kernel's conntrack knows, so that the very first start of enforcement cuts
-//! none of them: conntrack entries become entries of the flow table.
+//! Seeds the flow table from conntrack, so that the first start of enforcement interrupts no connection.
 
-mod ctnetlink;
 mod forget;
 
 use std::{collections::HashMap, net::IpAddr};
@@ -13,43 +11,15 @@ use bridge_common::filter::{
 };
 use ipnet::IpNet;
 
-pub use ctnetlink::for_each;
 pub use forget::forget;
 
+pub use crate::kernel::conntrack::{Connection, Tuple, for_each};
 use crate::policy::Tables;
 
 const IPPROTO_ICMP: u8 = 1;
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
 const IPPROTO_ICMPV6: u8 = 58;
-
-/// One direction of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tuple {
-    /// Source address.
-    pub source: IpAddr,
-    /// Source port; for ICMP queries the identifier.
-    pub source_port: u16,
-    /// Destination address.
-    pub destination: IpAddr,
-    /// Destination port; for ICMP queries the identifier.
-    pub destination_port: u16,
-    /// IP protocol number.
-    pub protocol: u8,
-}
-
-/// A connection that conntrack knows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Connection {
-    /// As its first packet was.
-    pub original: Tuple,
-    /// As replies come in: mirrors `original`, but for address translation.
-    pub reply: Tuple,
-    /// Whether a reply was seen.
-    pub replied: bool,
-    /// `TCP_CONNTRACK_*` (linux/netfilter/nf_conntrack_tcp.h); 0 for other protocols.
-    pub tcp_state: u8,
-}
 
 /// The addresses to follow, and their roles.
 #[derive(Clone, Debug)]

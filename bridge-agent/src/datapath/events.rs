@@ -1,6 +1,11 @@
 //! Verdicts on single packets, as the kernel side reports them.
 
-use std::{collections::HashMap, io, net::IpAddr, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::IpAddr,
+    time::{Duration, SystemTime},
+};
 
 use aya::maps::{MapData, RingBuf};
 use bridge_common::filter::{
@@ -11,6 +16,8 @@ use bridge_common::filter::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
+
+use crate::kernel::clock;
 
 use super::{
     error::{Error, Result},
@@ -176,10 +183,8 @@ fn view(event: &Event, maps: &Maps, names: &mut RuleNames, interfaces: &mut Hash
 
 /// A moment of `CLOCK_MONOTONIC`, in nanoseconds, on the wall clock.
 fn wall_clock(monotonic: u64) -> String {
-    let real = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
-    let real = Duration::new(real.tv_sec.cast_unsigned(), u32::try_from(real.tv_nsec).unwrap_or(0));
     let ago = Duration::from_nanos(now().saturating_sub(monotonic));
-    crate::kernel::time::rfc3339(real.saturating_sub(ago))
+    clock::at(SystemTime::now() - ago)
 }
 
 #[cfg(test)]

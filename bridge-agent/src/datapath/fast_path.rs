@@ -1,6 +1,6 @@
 //! The fast path, as the user side sees it: whether flows may take it, by which interfaces, and what became of packets.
 
-use crate::kernel::bpf::{self, SharedWord};
+use crate::kernel::{bpf, mapping::SharedWord};
 use std::time::Duration;
 
 use aya::maps::MapData;

@@ -1,6 +1,9 @@
 //! The pinned maps, opened. This alone needs no running agent.
 
-use crate::kernel::bpf::{self, SharedCounters, SharedWord};
+use crate::kernel::{
+    bpf,
+    mapping::{SharedCounters, SharedWord},
+};
 use std::fmt;
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
@@ -333,12 +336,7 @@ pub(super) fn cpus() -> Result<usize> {
     aya::util::nr_cpus().map_err(|(path, error)| Error::path("counting the CPUs in", path)(error))
 }
 
-/// Nanoseconds of `CLOCK_MONOTONIC`, as the kernel side counts them.
-#[must_use]
-pub fn now() -> u64 {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned()
-}
+pub use crate::kernel::clock::monotonic_ns as now;
 
 fn data(pins: &Pins, name: &'static str) -> Result<MapData> {
     MapData::from_pin(pins.map(name)).map_err(Error::aya_map(name))

@@ -115,12 +115,14 @@ impl Iptables {
         self.config.programs.tool(family, backend, "-save")?;
         let exists = match backend {
             Backend::Legacy => kernel::legacy_tables(family).iter().any(|name| name == table.name()),
-            Backend::Nft => Nft::open().and_then(|nft| nft.has_table(family, table)).map_err(|source| {
-                if source.kind() == std::io::ErrorKind::PermissionDenied {
-                    return Error::NotPermitted { program: "nf_tables".into() };
-                }
-                Error::Kernel { request: format!("look for {family} table {table}"), source }
-            })?,
+            Backend::Nft => {
+                Nft::open().and_then(|mut nft| nft.has_table(family, table)).map_err(|source| {
+                    if source.kind() == std::io::ErrorKind::PermissionDenied {
+                        return Error::NotPermitted { program: "nf_tables".into() };
+                    }
+                    Error::Kernel { request: format!("look for {family} table {table}"), source }
+                })?
+            }
         };
         if !exists {
             return Ok(ObservedTable::default());
@@ -198,7 +200,7 @@ impl Iptables {
     /// Deletes a table that bridge made, if it is as empty as it was made.
     fn remove_table(&self, family: Family, table: Table) -> Result<bool, Error> {
         let failed = |source| Error::Kernel { request: format!("remove {family} table {table}"), source };
-        let nft = Nft::open().map_err(failed)?;
+        let mut nft = Nft::open().map_err(failed)?;
         let generation = nft.generation().map_err(failed)?;
         if !self.read(Backend::Nft, family, table)?.is_pristine() {
             return Ok(false);

@@ -4,26 +4,23 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
+use netlink_packet_core::NLM_F_ACK;
+use netlink_sys::protocols::NETLINK_NETFILTER;
 use rustix::net::{AddressFamily, SocketType};
 
 use super::ruleset::{Family, Table};
+use crate::kernel::netlink::{Socket, attribute, encode_attribute};
 
 // linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 16;
 const NFNL_MSG_BATCH_END: u16 = 17;
 const NFNL_BATCH_GENID: u16 = 1;
-const NFT_MSG_GETTABLE: u16 = 1;
-const NFT_MSG_DELTABLE: u16 = 2;
-const NFT_MSG_GETGEN: u16 = 16;
+const NFT_MSG_GETTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 1;
+const NFT_MSG_DELTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 2;
+const NFT_MSG_GETGEN: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 16;
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_GEN_ID: u16 = 1;
-// linux/netlink.h
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_HEADER: usize = 16;
 const NFGEN_HEADER: usize = 4;
 
 /// A socket to nf_tables in the network namespace it was opened in.
@@ -34,68 +31,48 @@ pub(super) struct Nft {
 
 impl Nft {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_NETFILTER)?;
-        socket.bind_auto()?;
-        socket.connect(&SocketAddr::new(0, 0))?;
-        Ok(Self { socket })
+        Ok(Self { socket: Socket::open(NETLINK_NETFILTER)? })
     }
 
-    /// The number that grows with every change of the ruleset by anybody.
-    pub(super) fn generation(&self) -> io::Result<u32> {
-        let request = message((NFNL_SUBSYS_NFTABLES << 8) | NFT_MSG_GETGEN, NLM_F_REQUEST, 0, 0, 0, &[]);
-        self.socket.send(&request, 0)?;
-        let (answer, _) = self.socket.recv_from_full()?;
-        error_of(&answer)?;
-        attribute(&answer, NFTA_GEN_ID)
-            .and_then(|value| value.try_into().ok())
-            .map(u32::from_be_bytes)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no generation in the answer"))
+    /// Returns the generation, which the kernel increments with every change of the ruleset.
+    pub(super) fn generation(&mut self) -> io::Result<u32> {
+        let generation = |_, body: &[u8]| {
+            let value = attribute(body.get(NFGEN_HEADER..)?, NFTA_GEN_ID)?;
+            Some(u32::from_be_bytes(value.try_into().ok()?))
+        };
+        let found = self.socket.get(NFT_MSG_GETGEN, &body(0, 0, &[]), generation)?;
+        found.first().copied().ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer has no generation")
+        })
     }
 
-    /// Returns whether a table exists. iptables-nft-save cannot be asked: for a missing table it prints an empty one.
-    pub(super) fn has_table(&self, family: Family, table: Table) -> io::Result<bool> {
-        let name = encode(NFTA_TABLE_NAME, &[table.name().as_bytes(), &[0]].concat());
-        let request = message(
-            (NFNL_SUBSYS_NFTABLES << 8) | NFT_MSG_GETTABLE,
-            NLM_F_REQUEST,
-            0,
-            protocol(family),
-            0,
-            &name,
-        );
-        self.socket.send(&request, 0)?;
-        let (answer, _) = self.socket.recv_from_full()?;
-        match error_of(&answer) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(error),
+    /// Returns whether a table exists. iptables-nft-save cannot say: asked for a table by name, it prints an empty one.
+    pub(super) fn has_table(&mut self, family: Family, table: Table) -> io::Result<bool> {
+        match self.socket.get(NFT_MSG_GETTABLE, &body(protocol(family), 0, &name(table)), |_, _| Some(())) {
+            Ok(_) => Ok(true),
+            Err(error) => match io::Error::from(error) {
+                error if error.kind() == io::ErrorKind::NotFound => Ok(false),
+                error => Err(error),
+            },
         }
     }
 
-    /// Removes a table with its chains, if the ruleset is still of `generation`.
+    /// Removes a table with its chains, if the ruleset still has this generation.
     ///
     /// # Errors
-    /// `ERESTART` if something was changed since.
-    pub(super) fn delete_table(&self, family: Family, table: Table, generation: u32) -> io::Result<()> {
-        let name = [table.name().as_bytes(), &[0]].concat();
-        let genid = encode(NFNL_BATCH_GENID, &generation.to_be_bytes());
-        let batch = [
-            message(NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, 1, 0, NFNL_SUBSYS_NFTABLES, &genid),
-            message(
-                (NFNL_SUBSYS_NFTABLES << 8) | NFT_MSG_DELTABLE,
-                NLM_F_REQUEST | NLM_F_ACK,
-                2,
-                protocol(family),
-                0,
-                &encode(NFTA_TABLE_NAME, &name),
-            ),
-            message(NFNL_MSG_BATCH_END, NLM_F_REQUEST, 3, 0, NFNL_SUBSYS_NFTABLES, &[]),
-        ]
-        .concat();
-        self.socket.send(&batch, 0)?;
-        let (answer, _) = self.socket.recv_from_full()?;
-        error_of(&answer)
+    /// `ERESTART` if the ruleset has changed since.
+    pub(super) fn delete_table(&mut self, family: Family, table: Table, generation: u32) -> io::Result<()> {
+        let generation = encode_attribute(NFNL_BATCH_GENID, &generation.to_be_bytes());
+        Ok(self.socket.batch(&[
+            (NFNL_MSG_BATCH_BEGIN, 0, body(0, NFNL_SUBSYS_NFTABLES, &generation)),
+            (NFT_MSG_DELTABLE, NLM_F_ACK, body(protocol(family), 0, &name(table))),
+            (NFNL_MSG_BATCH_END, 0, body(0, NFNL_SUBSYS_NFTABLES, &[])),
+        ])?)
     }
+}
+
+fn name(table: Table) -> Vec<u8> {
+    encode_attribute(NFTA_TABLE_NAME, &[table.name().as_bytes(), &[0]].concat())
 }
 
 fn protocol(family: Family) -> u8 {
@@ -106,52 +83,9 @@ fn protocol(family: Family) -> u8 {
     u8::try_from(protocol).unwrap_or_default()
 }
 
-/// A netlink message with an nfnetlink header; `resource` in network byte order.
-fn message(kind: u16, flags: u16, sequence: u32, family: u8, resource: u16, attributes: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(NLMSG_HEADER + NFGEN_HEADER + attributes.len()).unwrap_or(u32::MAX);
-    let mut message = Vec::with_capacity(NLMSG_HEADER + NFGEN_HEADER + attributes.len());
-    message.extend(length.to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(flags.to_ne_bytes());
-    message.extend(sequence.to_ne_bytes());
-    message.extend(0u32.to_ne_bytes());
-    message.push(family);
-    message.push(0);
-    message.extend(resource.to_be_bytes());
-    message.extend(attributes);
-    message
-}
-
-fn encode(kind: u16, value: &[u8]) -> Vec<u8> {
-    let length = u16::try_from(value.len() + 4).unwrap_or(u16::MAX);
-    let mut attribute = [&length.to_ne_bytes(), &kind.to_ne_bytes(), value].concat();
-    attribute.resize(attribute.len().next_multiple_of(4), 0);
-    attribute
-}
-
-/// The value of the first attribute of `kind` in the first message.
-fn attribute(answer: &[u8], kind: u16) -> Option<&[u8]> {
-    let length = u32::from_ne_bytes(answer.get(..4)?.try_into().ok()?);
-    let mut rest = answer.get(NLMSG_HEADER + NFGEN_HEADER..usize::try_from(length).ok()?)?;
-    while let [l0, l1, k0, k1, ..] = *rest {
-        let length = usize::from(u16::from_ne_bytes([l0, l1]));
-        if u16::from_ne_bytes([k0, k1]) == kind {
-            return rest.get(4..length);
-        }
-        rest = rest.get(length.max(4).next_multiple_of(4)..)?;
-    }
-    None
-}
-
-fn error_of(answer: &[u8]) -> io::Result<()> {
-    let kind = answer.get(4..6).map(|kind| u16::from_ne_bytes([kind[0], kind[1]]));
-    let code = answer.get(16..20).and_then(|code| code.try_into().ok()).map(i32::from_ne_bytes);
-    match (kind, code) {
-        (Some(NLMSG_ERROR), Some(0)) => Ok(()),
-        (Some(NLMSG_ERROR), Some(code)) => Err(io::Error::from_raw_os_error(-code)),
-        (Some(_), _) => Ok(()),
-        (None, _) => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
+/// Encodes `struct nfgenmsg`, whose `resource` is in network byte order, and attributes.
+fn body(family: u8, resource: u16, attributes: &[u8]) -> Vec<u8> {
+    [&[family, 0], &resource.to_be_bytes()[..], attributes].concat()
 }
 
 /// The x_tables tables that exist in this network namespace; asking for one by name would make it.
@@ -248,15 +182,6 @@ fn hash_entries(family: Family, entries: &[u8], hasher: &mut DefaultHasher) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_attribute_is_found_behind_others() {
-        let attributes = [encode(7, b"x"), encode(NFTA_GEN_ID, &42u32.to_be_bytes())].concat();
-        let answer = message(0, 0, 0, 0, 0, &attributes);
-        assert_eq!(attribute(&answer, NFTA_GEN_ID), Some(&42u32.to_be_bytes()[..]));
-        assert_eq!(attribute(&answer, 9), None);
-        assert_eq!(attribute(&answer[..10], 1), None);
-    }
 
     #[test]
     fn counters_do_not_change_the_hash_and_rules_do() {

@@ -6,11 +6,11 @@
 pub(crate) mod file;
 
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use super::error::Error;
 use super::ruleset::{Family, Ruleset};
+use crate::kernel::files::{self, Ownership};
 
 /// Whether and where rules are saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -138,35 +138,16 @@ impl Saving {
     }
 }
 
-/// The old content or the new one is there at any time, also after a power cut.
+/// Replaces a file in one step; a link is followed.
 fn replace(path: &Path, text: &str) -> io::Result<()> {
-    // A link is followed: its target is replaced.
     let path = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    std::fs::create_dir_all(directory)?;
-    // The name never changes: the remains of a killed agent are overwritten.
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_string_lossy();
-    let new = directory.join(format!(".{name}.bridge-new"));
-    let written = write_like(&new, text, &path);
-    crate::fault::point("save:written");
-    if let Err(error) = written.and_then(|()| std::fs::rename(&new, &path)) {
-        // Half a file on a full disk is useless; a missing one is fine.
-        drop(std::fs::remove_file(&new));
-        return Err(error);
-    }
-    std::fs::File::open(directory)?.sync_all()
-}
-
-/// Writes a new file, with the owner and permissions of `like`, if that is there.
-fn write_like(new: &Path, text: &str, like: &Path) -> io::Result<()> {
-    let mut file =
-        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(new)?;
-    file.write_all(text.as_bytes())?;
-    if let Ok(old) = std::fs::metadata(like) {
-        file.set_permissions(old.permissions())?;
-        std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()))?;
-    }
-    file.sync_all()
+    let like = std::fs::metadata(&path).ok();
+    let ownership = like.as_ref().map_or(Ownership::Private, Ownership::Like);
+    files::replace_with(&path, ownership, |file| {
+        file.write_all(text.as_bytes())?;
+        crate::fault::point("save:written");
+        Ok(())
+    })
 }
 
 #[cfg(test)]

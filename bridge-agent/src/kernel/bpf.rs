@@ -1,7 +1,7 @@
 //! The few `bpf(2)` commands that aya does not offer.
 
 use std::{
-    ffi::{CString, c_void},
+    ffi::CString,
     io,
     mem::{self, MaybeUninit},
     os::{
@@ -10,16 +10,12 @@ use std::{
     },
     path::Path,
     ptr,
-    sync::atomic::{AtomicU64, Ordering},
 };
 
 use aya::{Pod, maps::MapData};
 use aya_obj::generated::{
     bpf_attach_type, bpf_attr, bpf_attr__bindgen_ty_3, bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info,
 };
-
-/// `errno` that the kernel gives where a map type has no batch commands; not known to `libc`.
-const ENOTSUPP: i32 = 524;
 
 /// Calls `bpf(2)`.
 ///
@@ -253,15 +249,6 @@ pub(crate) fn update_batch<K: Pod, V: Pod>(map: BorrowedFd<'_>, keys: &[K], valu
         let result = unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_BATCH, &mut attr) };
         match result {
             Ok(_) => return Ok(()),
-            // Below 5.14 tries have no batch commands.
-            Err(error)
-                if matches!(error.raw_os_error(), Some(ENOTSUPP | libc::EOPNOTSUPP | libc::EINVAL)) =>
-            {
-                return keys[done..]
-                    .iter()
-                    .zip(&values[done..])
-                    .try_for_each(|(key, value)| update(map, key, value, 0));
-            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
                 // SAFETY: the kernel leaves the number of entries written in the same member.
                 done += unsafe { attr.batch.count } as usize;
@@ -411,7 +398,7 @@ pub(crate) fn without_signals<T>(work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Waits until every packet that was under way has left the programs: an RCU grace period
+/// Waits until every running program has ended: an RCU grace period
 /// (`MEMBARRIER_CMD_GLOBAL`, kernel/sched/membarrier.c).
 ///
 /// # Errors
@@ -421,100 +408,4 @@ pub(crate) fn grace_period() -> io::Result<()> {
     // SAFETY: takes no pointers.
     let result = unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// The beginning of an array map that was made with `BPF_F_MMAPABLE`, shared with the kernel.
-#[derive(Debug)]
-struct Mapping {
-    address: ptr::NonNull<c_void>,
-    length: usize,
-}
-
-// SAFETY: the mapping belongs to the process, not to a thread, and is accessed atomically.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Of whole pages, with room for `length` bytes.
-    fn new(map: impl AsFd, length: usize) -> io::Result<Self> {
-        let length = length.next_multiple_of(rustix::param::page_size());
-        // SAFETY: a new mapping of a descriptor that we hold, at no address in particular.
-        let address: *mut c_void = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                length,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let address = ptr::NonNull::new(address).ok_or_else(io::Error::last_os_error)?;
-        Ok(Self { address, length })
-    }
-
-    /// The `index`th eight bytes.
-    fn word(&self, index: usize) -> &AtomicU64 {
-        assert!(index < self.length / size_of::<AtomicU64>(), "word {index} is not mapped");
-        // SAFETY: page-aligned, longer than the index, and mapped as long as `self` lives.
-        unsafe { self.address.cast::<AtomicU64>().add(index).as_ref() }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping of `new`, unmapped once.
-        unsafe {
-            libc::munmap(self.address.as_ptr(), self.length);
-        }
-    }
-}
-
-/// Eight bytes of an array map, shared with the kernel.
-#[derive(Debug)]
-pub(crate) struct SharedWord {
-    mapping: Mapping,
-    index: usize,
-}
-
-impl SharedWord {
-    /// Maps a map that was made with `BPF_F_MMAPABLE`, for its `index`th eight bytes.
-    pub(crate) fn new(map: impl AsFd, index: usize) -> io::Result<Self> {
-        Ok(Self { mapping: Mapping::new(map, (index + 1) * size_of::<AtomicU64>())?, index })
-    }
-
-    fn word(&self) -> &AtomicU64 {
-        self.mapping.word(self.index)
-    }
-
-    pub(crate) fn load(&self) -> u64 {
-        self.word().load(Ordering::Acquire)
-    }
-
-    pub(crate) fn store(&self, value: u64) {
-        self.word().store(value, Ordering::Release);
-    }
-
-    pub(crate) fn update(&self, change: impl Fn(u64) -> u64) {
-        let _ = self.word().fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| Some(change(word)));
-    }
-}
-
-/// An array map of counters, shared with the kernel.
-#[derive(Debug)]
-pub(crate) struct SharedCounters(Mapping);
-
-impl SharedCounters {
-    /// Maps a map of `count` 64-bit elements that was made with `BPF_F_MMAPABLE`.
-    pub(crate) fn new(map: impl AsFd, count: u32) -> io::Result<Self> {
-        Mapping::new(map, count as usize * size_of::<AtomicU64>()).map(Self)
-    }
-
-    pub(crate) fn add_one(&self, index: u32) {
-        self.0.word(index as usize).fetch_add(1, Ordering::AcqRel);
-    }
 }

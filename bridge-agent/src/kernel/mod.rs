@@ -1,9 +1,14 @@
-//! Kernel interfaces that several subsystems need, below all of them.
+//! The ground floor: interfaces of the Linux kernel that several subsystems use. It uses no other module of this crate.
 
 pub mod bpf;
 pub mod capabilities;
+pub mod clock;
+pub mod conntrack;
+pub mod file_watch;
+pub mod files;
+pub mod lock;
+pub mod mapping;
 pub mod memory;
 pub mod netlink;
 pub mod state_directory;
 pub(crate) mod sysctl;
-pub mod time;

@@ -1,16 +1,17 @@
 //! The cluster as last known, for a start while its API server is away: enforcement must not become less by it. It is in the
 //! state directory and survives a reboot, so that a node that boots without the API server is closed from the start.
 
-use std::fs::{File, Permissions};
-use std::io::{self, BufReader, BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{self, BufReader};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::cluster::Cluster;
 use crate::config::Kubernetes;
-use crate::kernel::state_directory;
+use crate::kernel::{
+    files::{self, Ownership},
+    state_directory,
+};
 
 /// See the module.
 #[derive(Debug)]
@@ -74,12 +75,10 @@ impl Saved {
 
     /// In one step: a reader never finds half of it.
     pub(super) fn save(&self, cluster: &Cluster) -> io::Result<()> {
-        let new = self.place.with_extension("new");
-        let mut file = BufWriter::new(File::create(&new)?);
-        file.get_ref().set_permissions(Permissions::from_mode(0o600))?;
-        serde_json::to_writer(&mut file, &Out { node: &self.node, section: &self.section, cluster })?;
-        file.flush()?;
-        std::fs::rename(new, &self.place)
+        files::replace_with(&self.place, Ownership::Private, |file| {
+            let out = Out { node: &self.node, section: &self.section, cluster };
+            serde_json::to_writer(file, &out).map_err(io::Error::from)
+        })
     }
 }
 

@@ -11,7 +11,7 @@ use super::objects::{
     AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject, PolicyObject,
 };
 use super::status::{Applied, KubernetesStatus};
-use crate::kernel::time;
+use crate::kernel::clock;
 
 /// The cluster as far as it is known, and the health of the watches. Clones share it.
 #[derive(Clone)]
@@ -181,7 +181,7 @@ impl State {
                 true => 0,
                 false => health.since.elapsed().unwrap_or_default().as_secs(),
             },
-            since: time::at(health.since),
+            since: clock::at(health.since),
             failing: failing
                 .map(|(resource, failure)| ((*resource).to_owned(), failure.reason.clone()))
                 .collect(),

@@ -7,14 +7,15 @@
 
 use std::{
     fs, io,
-    io::Write as _,
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use super::Error;
-use crate::kernel::time;
+use crate::kernel::{
+    clock,
+    files::{self, Ownership},
+};
 
 /// Reads a manifest.
 ///
@@ -75,7 +76,7 @@ pub fn replace(
         }
     }
     let metadata = target.metadata().map_err(file("read", &target, "run as root"))?;
-    let stamp: String = time::rfc3339(since_epoch).chars().filter(|c| c.is_ascii_alphanumeric()).collect();
+    let stamp: String = clock::rfc3339(since_epoch).chars().filter(|c| c.is_ascii_alphanumeric()).collect();
     let backup = backups.join(format!("{name}.{stamp}"));
     write(&backup, old, &metadata).map_err(file("write", &backup, elsewhere))?;
     if read(&target)? != old {
@@ -90,14 +91,6 @@ pub fn replace(
     Ok(backup)
 }
 
-/// In one step and to the disk, with the owner and the mode of another file.
 fn write(path: &Path, text: &str, like: &fs::Metadata) -> io::Result<()> {
-    let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut file = tempfile::Builder::new().prefix(".bridge-").tempfile_in(directory)?;
-    file.write_all(text.as_bytes())?;
-    fchown(file.as_file(), Some(like.uid()), Some(like.gid()))?;
-    file.as_file().set_permissions(fs::Permissions::from_mode(like.mode() & 0o7777))?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    fs::File::open(directory)?.sync_all()
+    files::replace(path, Ownership::Like(like), text.as_bytes())
 }

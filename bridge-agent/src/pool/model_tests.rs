@@ -86,7 +86,7 @@ impl Tables for Private {
         !map.contains_key(owner) && map.insert(*owner, slot).is_none()
     }
     fn now(&self) -> u64 {
-        super::tables::monotonic_ns()
+        crate::kernel::clock::monotonic_ns()
     }
     fn processor(&self) -> u32 {
         self.processor.load(std::sync::atomic::Ordering::SeqCst)

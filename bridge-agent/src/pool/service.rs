@@ -16,6 +16,8 @@ use ipnet::IpNet;
 use tokio::sync::{Notify, broadcast};
 
 pub use super::client::{Client, Happening, Holding, Leased, ServiceError, Transport, Wish};
+use crate::kernel::clock;
+
 use super::{
     Settings,
     backend::{Backend, Claimed},
@@ -319,8 +321,7 @@ impl Service {
                 age_ms: millis(now - lease.since),
             })
             .collect();
-        let monotonic = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        let monotonic = Duration::try_from(monotonic).unwrap_or_default();
+        let monotonic = clock::monotonic();
         let layout = self.backend.layout();
         for lease in self.backend.sockets().map_err(io::Error::other)? {
             list.push(Holding {

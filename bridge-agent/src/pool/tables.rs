@@ -10,6 +10,8 @@ use bridge_common::pool::{
 };
 
 use super::{sweep::Removal, words::Words};
+pub(super) use crate::kernel::lock::lock;
+use crate::kernel::{bpf, clock::monotonic_ns};
 
 const BPF_NOEXIST: u64 = 1;
 
@@ -21,18 +23,6 @@ pub struct KernelTables {
     pub(super) destinations: Mutex<HashMap<MapData, Destination, u32>>,
     pub(super) owners: Mutex<HashMap<MapData, Owner, u32>>,
     pub(super) grants: Mutex<HashMap<MapData, Grant, Granted>>,
-}
-
-/// A mutex is only poisoned by a panic between two calls into the kernel, each of which is complete by itself.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// `CLOCK_MONOTONIC`, in nanoseconds, as `bpf_ktime_get_ns` has it.
-pub(super) fn monotonic_ns() -> u64 {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-    // The monotonic clock is never negative.
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 
 impl KernelTables {
@@ -146,9 +136,7 @@ impl Removal for KernelTables {
     }
 
     fn grace_period(&self) -> bool {
-        // The hooks run under RCU, and this waits for `synchronize_rcu` (kernel/sched/membarrier.c).
-        const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
-        // SAFETY: the system call takes numbers only.
-        unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) == 0 }
+        // The hooks run under RCU.
+        bpf::grace_period().is_ok()
     }
 }

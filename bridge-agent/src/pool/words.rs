@@ -2,80 +2,46 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd},
-    ptr::{self, NonNull},
-    slice,
+    os::fd::AsFd,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use bridge_common::pool::bitmap::Memory;
 
+use crate::kernel::mapping::Mapping;
+
 /// The words of the pool.
 #[derive(Debug)]
-pub struct Words {
-    at: NonNull<AtomicU64>,
-    count: usize,
-    mapped: bool,
+pub(crate) enum Words {
+    /// Shared with the kernel.
+    Shared(Mapping),
+    /// Of this process alone.
+    #[cfg(test)]
+    Private(Box<[AtomicU64]>),
 }
 
-// SAFETY: the memory is only reached through atomics, and stays where it is until drop.
-unsafe impl Send for Words {}
-// SAFETY: as above.
-unsafe impl Sync for Words {}
-
 impl Words {
-    /// Maps the array `map` of `count` 64-bit elements, made with `BPF_F_MMAPABLE`.
+    /// Maps an array map of `count` 64-bit elements that was created with `BPF_F_MMAPABLE`.
     ///
     /// # Errors
-    /// What `mmap` says.
-    pub fn map(map: impl AsFd, count: u32) -> io::Result<Self> {
-        let count = count as usize;
-        // SAFETY: a new shared mapping; the kernel checks descriptor, length and permission.
-        let at = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                count * size_of::<u64>(),
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.as_fd().as_raw_fd(),
-                0,
-            )
-        };
-        match NonNull::new(at) {
-            Some(at) if at.as_ptr() != libc::MAP_FAILED => Ok(Self { at: at.cast(), count, mapped: true }),
-            _ => Err(io::Error::last_os_error()),
-        }
+    /// Of `mmap(2)`.
+    pub(crate) fn map(map: impl AsFd, count: u32) -> io::Result<Self> {
+        Mapping::new(map, count as usize).map(Self::Shared)
     }
 
-    /// So many words, all 0, that no kernel knows of.
-    #[must_use]
-    pub fn private(count: u32) -> Self {
-        let words: Box<[AtomicU64]> = (0..count).map(|_| AtomicU64::new(0)).collect();
-        let count = words.len();
-        let at = NonNull::from(Box::leak(words)).cast();
-        Self { at, count, mapped: false }
-    }
-
-    fn all(&self) -> &[AtomicU64] {
-        // SAFETY: `count` words lie at `at`, for as long as `self` does.
-        unsafe { slice::from_raw_parts(self.at.as_ptr(), self.count) }
+    /// Creates `count` words, all 0, in private memory.
+    #[cfg(test)]
+    pub(crate) fn private(count: u32) -> Self {
+        Self::Private((0..count).map(|_| AtomicU64::new(0)).collect())
     }
 
     fn word(&self, at: u32) -> &AtomicU64 {
-        &self.all()[at as usize]
-    }
-}
-
-impl Drop for Words {
-    fn drop(&mut self) {
-        if self.mapped {
-            // SAFETY: the mapping that `map` made; no reference into it outlives `self`.
-            unsafe { libc::munmap(self.at.as_ptr().cast(), self.count * size_of::<u64>()) };
-        } else {
-            let words = ptr::slice_from_raw_parts_mut(self.at.as_ptr(), self.count);
-            // SAFETY: the box that `private` leaked.
-            drop(unsafe { Box::from_raw(words) });
-        }
+        let words = match self {
+            Self::Shared(mapping) => mapping.words(),
+            #[cfg(test)]
+            Self::Private(words) => words,
+        };
+        &words[at as usize]
     }
 }
 

@@ -9,13 +9,10 @@
 //!   stays down even if it answers, until the penalty has fallen below another one.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use super::status::EventKind;
-
-/// A next hop: its address, and the index of the interface it is on.
-pub type Hop = (IpAddr, u32);
+use super::event::EventKind;
+use super::model::Hop;
 
 const NUD_INCOMPLETE: u16 = 0x01;
 const NUD_REACHABLE: u16 = 0x02;
@@ -305,6 +302,8 @@ impl Track {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+
+    use std::net::IpAddr;
 
     use super::*;
 

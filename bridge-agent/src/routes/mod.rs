@@ -1,13 +1,14 @@
-//! Routes from a LAN host to pod networks, kept true.
+//! Keeps routes from a LAN host to pod networks in the kernel.
 //!
 //! ```text
 //! sources (static, file, kubernetes, discovery) -> merge -> plan (pure) -> apply (rtnetlink) -> watch -> plan ...
 //! ```
 //!
-//! Every route bears the routing protocol number [`PROTOCOL`]: that is how own routes are told from foreign ones,
-//! also by the next run after a crash. `ip route show proto 98` lists them.
+//! Every route has the routing protocol number [`PROTOCOL`], which distinguishes own routes from foreign ones, also after
+//! a crash. `ip route show proto 98` lists them.
 
 pub mod discovery;
+pub mod event;
 pub mod export;
 pub mod health;
 pub mod model;
@@ -24,12 +25,14 @@ pub mod sources;
 mod status;
 mod watchdog;
 
+pub use crate::config::OnWithdraw;
+pub use event::{EventKind, RouteEvent};
 pub use model::{DesiredRoute, NextHop, Observed, PROTOCOL, SourceKind, Target};
 pub use plan::{Operation, Plan, Verdict, plan, withdraw};
 pub use reconciler::Reconciler;
 pub use refusal::Refusal;
 pub use service::{Change, Comparison, Service, View, carry_out, read_once, withdrawal};
-pub use settings::{OnWithdraw, Settings};
+pub use settings::Settings;
 pub use setup::{Error, Setup};
 pub(crate) use sources::{ClusterFile, Node as FileNode, Pod as FilePod};
-pub use status::{Counters, EventKind, Fate, NextHopStatus, RouteEvent, RouteStatus, Snapshot, State};
+pub use status::{Counters, Fate, NextHopStatus, RouteStatus, Snapshot, State};

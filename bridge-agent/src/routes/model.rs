@@ -7,18 +7,16 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub use crate::config::{DEFAULT_METRIC, TABLE_LOCAL, TABLE_MAIN};
+
 /// The routing protocol number (`rtm_protocol`) that marks a route as bridge's own.
 ///
 /// Free in iproute2's `rt_protos`, in `linux/rtnetlink.h`, and not used by FRR (193-197), OVN (84) or Calico (80).
 /// A route with another number is foreign and is never changed; a route with this one that nobody wants is removed.
 pub const PROTOCOL: u8 = 98;
 
-/// `RT_TABLE_MAIN` of `linux/rtnetlink.h`.
-pub const TABLE_MAIN: u32 = 254;
-/// `RT_TABLE_LOCAL` of `linux/rtnetlink.h`: the host's own, broadcast and multicast addresses.
-pub const TABLE_LOCAL: u32 = 255;
-/// The metric of a route whose configuration names none; the kernel's own default for IPv6.
-pub const DEFAULT_METRIC: u32 = 1024;
+/// A next hop in the kernel: its address, and the index of its interface.
+pub type Hop = (IpAddr, u32);
 
 /// Who wants a route. The order is the precedence: what comes first wins.
 ///

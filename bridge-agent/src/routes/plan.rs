@@ -8,12 +8,13 @@ use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::health::Hop;
+use super::model::Hop;
 use super::model::{DesiredRoute, KernelRoute, Observed, PROTOCOL, RouteKey, RouteKind};
 use super::prefix_map::PrefixMap;
 use super::refusal::Refusal;
 use super::resolve::{Resolved, Surroundings};
-use super::{OnWithdraw, Settings};
+use super::settings::Settings;
+use crate::config::OnWithdraw;
 
 /// One change to the kernel's tables.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -10,12 +10,15 @@ use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 use tokio::time::Instant;
 
-use super::health::{Change, Hop};
+use super::event::{EventKind, RouteEvent};
+use super::health::Change;
+use super::model::Hop;
 use super::netlink::{Error, Event, Events, Interest, Netlink};
+use super::plan::{Operation, Verdict, plan};
+use super::settings::Settings;
 use super::sources::{Desired, Merged};
-use super::status::{Counters, EventKind, RouteEvent, Snapshot};
+use super::status::{Counters, Snapshot};
 use super::watchdog::Watchdog;
-use super::{Operation, Settings, Verdict, plan};
 
 /// Between two comparisons at least this long, or as long as the last one took: at most half the time is spent;
 /// but never so long that a repair has to wait for it.

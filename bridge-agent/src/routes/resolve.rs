@@ -7,14 +7,14 @@ use std::rc::Rc;
 
 use ipnet::IpNet;
 
-use super::Settings;
-use super::health::Hop;
+use super::model::Hop;
 use super::model::{
     DesiredRoute, KernelHop, KernelRoute, NextHop, Observed, PROTOCOL, RouteKey, RouteKind, TABLE_LOCAL,
     TABLE_MAIN, Target,
 };
 use super::prefix_map::{PrefixMap, host};
 use super::refusal::Refusal;
+use super::settings::Settings;
 
 /// What a desired route comes to.
 #[derive(Debug, PartialEq, Eq)]

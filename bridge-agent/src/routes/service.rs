@@ -10,12 +10,13 @@ use tokio::task::JoinHandle;
 
 use super::discovery;
 use super::discovery::listen::{Handle, Listener, Options};
+use super::event::RouteEvent;
 use super::model::SourceKind;
 use super::netlink::{Interest, Netlink};
 use super::plan::{Plan, plan, withdraw};
 use super::setup::{Error, Setup};
 use super::sources::{ClusterFile, Desired, FileSource, Merged, Publisher, Source};
-use super::status::{Counters, RouteEvent, Snapshot};
+use super::status::{Counters, Snapshot};
 use super::{Observed, Operation, Reconciler, Settings};
 
 /// Between two attempts to watch a file whose directory is not there.

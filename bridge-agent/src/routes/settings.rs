@@ -1,11 +1,9 @@
 //! What an operator decides about all routes of a host.
 
 use ipnet::IpNet;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 
 use super::health;
-use super::model::{DEFAULT_METRIC, TABLE_MAIN};
+use crate::config::{DEFAULT_METRIC, OnWithdraw, TABLE_MAIN};
 
 /// How routes are written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,7 +12,7 @@ pub struct Settings {
     pub table: u32,
     /// `RTA_PRIORITY`; lower is preferred.
     pub metric: u32,
-    /// What stands in the place of a route that is no longer wanted or whose next hops are all down.
+    /// Replaces a route that is no longer wanted, or whose next hops are all down.
     pub on_withdraw: OnWithdraw,
     /// Networks of foreign routes that desired routes may lie inside, for example a company's `10.0.0.0/8`.
     pub allow_inside: Vec<IpNet>,
@@ -32,15 +30,4 @@ impl Default for Settings {
             health: None,
         }
     }
-}
-
-/// See [`Settings::on_withdraw`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum OnWithdraw {
-    /// Nothing: packets follow the next wider route, usually the default route.
-    #[default]
-    Remove,
-    /// A blackhole of the same network, until it is wanted again or `routes withdraw` takes it away.
-    Blackhole,
 }

@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use thiserror::Error;
 
-use super::Settings;
 use super::discovery::listen;
 use super::discovery::registry::Rules;
 use super::discovery::{KeyError, read_key};
 use super::health;
 use super::model::DesiredRoute;
 use super::netlink;
+use super::settings::Settings;
 use super::sources::{FileError, static_routes};
 use crate::config::Config;
 

@@ -5,13 +5,11 @@ use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::health::Hop;
-use super::model::{DesiredRoute, Observed, RouteKey, SourceKind};
+use super::model::{DesiredRoute, Hop, Observed, RouteKey, SourceKind};
 use super::plan::Verdict;
 use super::sources::Merged;
 
@@ -209,58 +207,6 @@ pub struct NextHopStatus {
     pub dev: String,
     /// Whether routes through it are used.
     pub up: bool,
-}
-
-/// Something an operator wants to know when it happens.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RouteEvent {
-    /// When; RFC 3339, UTC.
-    pub time: String,
-    /// What happened.
-    pub kind: EventKind,
-    /// To which route or next hop, and why.
-    pub text: String,
-}
-
-impl RouteEvent {
-    pub(super) fn now(kind: EventKind, text: String) -> Self {
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { time: crate::kernel::time::rfc3339(time), kind, text }
-    }
-}
-
-/// See [`RouteEvent::kind`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum EventKind {
-    /// A route was put into the kernel.
-    RouteAdded,
-    /// A route got another target.
-    RouteReplaced,
-    /// A route was taken out.
-    RouteDeleted,
-    /// A desired route may not be in the kernel.
-    RouteRefused,
-    /// The kernel did not do what it was asked for.
-    RouteFailed,
-    /// A next hop stopped answering.
-    NextHopDown,
-    /// A next hop answers again.
-    NextHopUp,
-    /// A next hop came and went too often; it stays down until it has been quiet.
-    NextHopDamped,
-    /// A pod announced itself.
-    PodDiscovered,
-    /// An announcement was refused.
-    PodRefused,
-    /// The announcement of a pod was not renewed in time.
-    PodExpired,
-}
-
-impl fmt::Display for EventKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.serialize(f)
-    }
 }
 
 /// Counts since the start of the process.

@@ -8,7 +8,8 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::health::{Change, Health, Hop, Options};
+use super::health::{Change, Health, Options};
+use super::model::Hop;
 use super::netlink::{Error, Netlink};
 
 /// The next hops are asked in so many parts of the interval, so that a large cluster does not get all of it at once.

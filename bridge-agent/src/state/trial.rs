@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{datapath, kernel::time};
+use crate::{datapath, kernel::clock};
 
 /// The configuration on trial.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,14 +64,14 @@ pub struct TrialEnd {
 
 impl TrialEnd {
     pub(crate) fn now(outcome: TrialOutcome) -> Self {
-        Self { time: time::wall_clock(), outcome }
+        Self { time: clock::wall_clock(), outcome }
     }
 }
 
 impl TrialStatus {
     /// Status of a trial with a deadline in milliseconds of `CLOCK_MONOTONIC`.
     pub(crate) fn new(deadline_ms: u64, in_kernel: bool, probes: Vec<ProbeStatus>) -> Self {
-        let deadline = time::at(SystemTime::now() + time_left(deadline_ms));
+        let deadline = clock::at(SystemTime::now() + time_left(deadline_ms));
         let mut status = Self { deadline, in_kernel, probes, deadline_ms, ..Self::default() };
         status.refresh();
         status

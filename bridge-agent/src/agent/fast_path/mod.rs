@@ -18,8 +18,6 @@ use std::{
 };
 
 use bridge_common::filter::fast_path::protocols;
-use netlink_packet_core::NetlinkPayload;
-use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::Socket;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
@@ -82,6 +80,7 @@ impl Keeper {
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let watch = Watch {
             socket,
+            buffer: Vec::with_capacity(netlink::RECEIVE_BUFFER),
             neighbours,
             maps: Arc::clone(&maps),
             allowed: Arc::clone(&allowed),
@@ -110,6 +109,7 @@ impl Drop for Keeper {
 
 struct Watch {
     socket: Socket,
+    buffer: Vec<u8>,
     neighbours: Neighbours,
     maps: Arc<Maps>,
     allowed: Arc<AtomicU32>,
@@ -153,46 +153,27 @@ impl Watch {
     fn has_changed(&mut self) -> io::Result<bool> {
         let mut changed = false;
         loop {
-            match self.socket.recv_from_full() {
-                Ok((bytes, _)) => {
-                    let mut rest = &bytes[..];
-                    // Unknown messages count as changes; so does every message that is not about a neighbour.
-                    changed |= kinds(rest).any(|kind| !matches!(kind, RTM_NEWNEIGH | RTM_DELNEIGH));
-                    while let Some((message, after)) = netlink::next(rest)? {
-                        rest = after;
-                        if let NetlinkPayload::InnerMessage(message) = &message.payload {
-                            changed |= self.neighbour_changed(message);
-                        }
+            match netlink::receive(&self.socket, &mut self.buffer) {
+                Ok(()) => {
+                    for message in netlink::messages(&self.buffer) {
+                        let (header, body) = message?;
+                        let of_neighbour = matches!(header.kind, RTM_NEWNEIGH | RTM_DELNEIGH);
+                        // Any other message matters, even one that cannot be decoded.
+                        changed |= !of_neighbour
+                            || netlink::message_of(header.kind, body)
+                                .is_some_and(|message| self.neighbours.change(&message));
                     }
                 }
-                // The socket overflowed: anything may have changed.
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                // Notifications were lost: anything may have changed.
+                Err(netlink::Error::Overrun) => {
                     changed = true;
                     self.neighbours = Neighbours::read()?;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(changed),
-                Err(error) => return Err(error),
+                Err(netlink::Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(changed);
+                }
+                Err(error) => return Err(error.into()),
             }
         }
     }
-
-    fn neighbour_changed(&mut self, message: &RouteNetlinkMessage) -> bool {
-        match message {
-            RouteNetlinkMessage::NewNeighbour(neighbour) => self.neighbours.is_news(neighbour),
-            RouteNetlinkMessage::DelNeighbour(neighbour) => self.neighbours.is_loss(neighbour),
-            _ => false,
-        }
-    }
-}
-
-/// The types of the messages in a buffer (`struct nlmsghdr`, linux/netlink.h).
-fn kinds(mut bytes: &[u8]) -> impl Iterator<Item = u16> {
-    const HEADER: usize = 16;
-    const ALIGNMENT: usize = 4;
-    std::iter::from_fn(move || {
-        let header: &[u8; HEADER] = bytes.first_chunk()?;
-        let length = u32::from_ne_bytes([header[0], header[1], header[2], header[3]]) as usize;
-        bytes = bytes.get(length.max(HEADER).next_multiple_of(ALIGNMENT)..).unwrap_or_default();
-        Some(u16::from_ne_bytes([header[4], header[5]]))
-    })
 }

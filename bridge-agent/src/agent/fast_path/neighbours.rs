@@ -19,28 +19,27 @@ pub(super) struct Neighbours(HashMap<Key, Vec<u8>>);
 
 impl Neighbours {
     pub(super) fn read() -> io::Result<Self> {
-        const ATTEMPTS: usize = 10;
-        let mut route = Route::open()?;
         let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
-        let mut attempts = 0;
-        let messages = loop {
-            attempts += 1;
-            match route.dump(request.clone()) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted && attempts < ATTEMPTS => {}
-                result => break result?,
-            }
-        };
+        let messages = Route::open()?.dump(request)?;
         let mut neighbours = Self::default();
         for message in messages {
             if let RouteNetlinkMessage::NewNeighbour(message) = message {
-                neighbours.is_news(&message);
+                neighbours.update(&message);
             }
         }
         Ok(neighbours)
     }
 
-    /// Records a message about a neighbour. Returns whether the neighbour was known, and has moved or does not answer.
-    pub(super) fn is_news(&mut self, message: &NeighbourMessage) -> bool {
+    /// Updates the table from a notification. Returns whether a known neighbour has moved, failed, or was removed.
+    pub(super) fn change(&mut self, message: &RouteNetlinkMessage) -> bool {
+        match message {
+            RouteNetlinkMessage::NewNeighbour(neighbour) => self.update(neighbour),
+            RouteNetlinkMessage::DelNeighbour(neighbour) => self.remove(neighbour),
+            _ => false,
+        }
+    }
+
+    fn update(&mut self, message: &NeighbourMessage) -> bool {
         let Some((key, address)) = entry(message) else { return false };
         match address {
             Some(address) => match self.0.insert(key, address.clone()) {
@@ -51,8 +50,7 @@ impl Neighbours {
         }
     }
 
-    /// Takes note that a neighbour is forgotten. Whether it was known.
-    pub(super) fn is_loss(&mut self, message: &NeighbourMessage) -> bool {
+    fn remove(&mut self, message: &NeighbourMessage) -> bool {
         entry(message).is_some_and(|(key, _)| self.0.remove(&key).is_some())
     }
 }
@@ -98,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_neighbour_that_is_elsewhere_or_gone_is_news() {
+    fn only_a_neighbour_that_is_elsewhere_or_gone_update() {
         let mut neighbours = Neighbours::default();
         for (state, link, expected) in [
             (NeighbourState::Incomplete, None, false),
@@ -110,9 +108,9 @@ mod tests {
             (NeighbourState::Failed, None, false),
             (NeighbourState::Permanent, Some(2), false),
         ] {
-            assert_eq!(neighbours.is_news(&message(state, link)), expected, "{state:?} {link:?}");
+            assert_eq!(neighbours.update(&message(state, link)), expected, "{state:?} {link:?}");
         }
-        assert!(neighbours.is_loss(&message(NeighbourState::Stale, Some(2))));
-        assert!(!neighbours.is_loss(&message(NeighbourState::Stale, Some(2))));
+        assert!(neighbours.remove(&message(NeighbourState::Stale, Some(2))));
+        assert!(!neighbours.remove(&message(NeighbourState::Stale, Some(2))));
     }
 }

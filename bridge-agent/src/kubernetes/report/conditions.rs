@@ -1,7 +1,7 @@
 //! Conditions, as the API conventions have them.
 
 use super::super::resources::{ACCEPTED, Condition, PROGRAMMED};
-use crate::kernel::time;
+use crate::kernel::clock;
 
 /// The longest message that the schema of a condition takes.
 const MAX_MESSAGE: usize = 4096;
@@ -33,7 +33,7 @@ pub(super) const fn truth(of: bool) -> &'static str {
 
 /// The current time to the second, as `metav1.Time` has it.
 pub(super) fn now() -> String {
-    let time = time::wall_clock();
+    let time = clock::wall_clock();
     format!("{}Z", time.split('.').next().unwrap_or_default())
 }
 

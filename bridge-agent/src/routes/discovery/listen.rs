@@ -16,10 +16,11 @@ use tokio::task::JoinSet;
 use super::message::{Announcement, Answer, Key, Message, Status, Token};
 use super::registry::{Entry, Registry, Rules};
 use super::{ExchangeError, clock, receive, send, state, within};
+use crate::routes::event::{EventKind, RouteEvent};
 use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::host;
 use crate::routes::sources::{Publisher, Source, SourceError};
-use crate::routes::status::{EventKind, Fate, RouteEvent, Snapshot};
+use crate::routes::status::{Fate, Snapshot};
 
 /// Connections served at a time; more are closed at once.
 const CONNECTIONS: usize = 64;

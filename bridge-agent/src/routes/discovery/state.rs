@@ -1,7 +1,7 @@
 //! What discovery knows, across a restart: without it every discovered route would be withdrawn at start and come
 //! back only when its pod announces itself again.
 
-use std::io::{self, Write};
+use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::registry::Entry;
+use crate::kernel::files::{self, Ownership};
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -25,13 +26,7 @@ pub(super) fn save<'a>(
     path: &Path,
     entries: impl Iterator<Item = (&'a IpAddr, &'a Entry)>,
 ) -> io::Result<()> {
-    let saved = encode(entries)?;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(directory)?;
-    let mut file = tempfile::NamedTempFile::new_in(directory)?;
-    file.write_all(&saved)?;
-    file.persist(path)?;
-    Ok(())
+    files::replace(path, Ownership::Private, &encode(entries)?)
 }
 
 pub(crate) fn encode<'a>(entries: impl Iterator<Item = (&'a IpAddr, &'a Entry)>) -> io::Result<Vec<u8>> {

@@ -14,8 +14,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use thiserror::Error;
 
-use super::Settings;
 use super::model::{DesiredRoute, NextHop, Target};
+use super::settings::Settings;
 
 /// A format of `routes export`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]

@@ -5,13 +5,15 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
-use netlink_packet_core::{Emitable, NlaBuffer, NlasIterator};
+use netlink_packet_core::Emitable;
 use netlink_packet_route::AddressFamily;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteNextHop, RouteScope, RouteType, RouteVia,
 };
 
-use crate::routes::health::{Ask, Hop};
+use crate::kernel::netlink::{attribute, attributes, encode_attribute};
+use crate::routes::health::Ask;
+use crate::routes::model::Hop;
 use crate::routes::model::{Address, KernelHop, KernelRoute, Link, RouteKey, RouteKind};
 
 const RTA_DST: u16 = 1;
@@ -40,15 +42,6 @@ const NUD_PROBE: u16 = 0x10;
 /// `NTF_USE`: as if a packet were waiting for the neighbour.
 const NTF_USE: u8 = 1;
 
-/// Calls `each` with every attribute; one that is cut short ends the walk.
-fn attributes(buffer: &[u8], mut each: impl FnMut(u16, &[u8])) {
-    for attribute in NlasIterator::new(buffer) {
-        let Ok(attribute) = attribute else { return };
-        let attribute: NlaBuffer<&[u8]> = attribute;
-        each(attribute.kind(), attribute.value());
-    }
-}
-
 fn u32_of(value: &[u8]) -> Option<u32> {
     value.get(..4)?.try_into().ok().map(u32::from_ne_bytes)
 }
@@ -75,20 +68,22 @@ pub(super) fn decode_route(body: &[u8]) -> Option<KernelRoute> {
     let (mut destination, mut table, mut metric) = (unspecified, u32::from(header.table), 0);
     let (mut via, mut ifindex, mut hops) = (None, 0, Vec::new());
     let mut altered = header.flags.bits() & RTNH_F_ONLINK != 0 || header.source_prefix_length != 0;
-    attributes(&body[header.buffer_len()..], |kind, value| match kind {
-        RTA_DST => destination = address_of(value).unwrap_or(unspecified),
-        RTA_OIF => ifindex = u32_of(value).unwrap_or(0),
-        RTA_GATEWAY => via = address_of(value),
-        RTA_VIA => via = value.get(2..).and_then(address_of),
-        RTA_PRIORITY => metric = u32_of(value).unwrap_or(0),
-        RTA_TABLE => table = u32_of(value).unwrap_or(table),
-        RTA_MULTIPATH => hops = decode_multipath(value),
-        RTA_PREFSRC | RTA_METRICS | RTA_ENCAP | RTA_NH_ID => altered = true,
-        RTA_PREF => altered |= value.first().is_some_and(|preference| *preference != 0),
-        // struct rta_cacheinfo: the third word is how long the route still lives.
-        RTA_CACHEINFO => altered |= value.get(8..).and_then(u32_of).is_some_and(|expires| expires != 0),
-        _ => {}
-    });
+    for (kind, value) in attributes(&body[header.buffer_len()..]) {
+        match kind {
+            RTA_DST => destination = address_of(value).unwrap_or(unspecified),
+            RTA_OIF => ifindex = u32_of(value).unwrap_or(0),
+            RTA_GATEWAY => via = address_of(value),
+            RTA_VIA => via = value.get(2..).and_then(address_of),
+            RTA_PRIORITY => metric = u32_of(value).unwrap_or(0),
+            RTA_TABLE => table = u32_of(value).unwrap_or(table),
+            RTA_MULTIPATH => hops = decode_multipath(value),
+            RTA_PREFSRC | RTA_METRICS | RTA_ENCAP | RTA_NH_ID => altered = true,
+            RTA_PREF => altered |= value.first().is_some_and(|preference| *preference != 0),
+            // struct rta_cacheinfo: the third word is how long the route still lives.
+            RTA_CACHEINFO => altered |= value.get(8..).and_then(u32_of).is_some_and(|expires| expires != 0),
+            _ => {}
+        }
+    }
     let kind = RouteKind::from(u8::from(header.kind));
     match kind {
         // IPv6 names the loopback interface in routes that do not forward.
@@ -111,11 +106,13 @@ fn decode_multipath(mut value: &[u8]) -> Vec<KernelHop> {
         let Some(body) = value.get(RTNH_LEN..length) else { break };
         let ifindex = u32::from_ne_bytes([header[4], header[5], header[6], header[7]]);
         let mut hop = KernelHop { via: None, ifindex, weight: u16::from(header[3]) + 1 };
-        attributes(body, |kind, value| match kind {
-            RTA_GATEWAY => hop.via = address_of(value),
-            RTA_VIA => hop.via = value.get(2..).and_then(address_of),
-            _ => {}
-        });
+        for (kind, value) in attributes(body) {
+            match kind {
+                RTA_GATEWAY => hop.via = address_of(value),
+                RTA_VIA => hop.via = value.get(2..).and_then(address_of),
+                _ => {}
+            }
+        }
         hops.push(hop);
         value = value.get(length.next_multiple_of(4)..).unwrap_or_default();
     }
@@ -127,11 +124,9 @@ pub(super) fn decode_link(body: &[u8]) -> Option<(u32, Link)> {
     // struct ifinfomsg: family, pad, type, index, flags, change.
     let (ifindex, flags) = (u32_of(body.get(4..)?)?, u32_of(body.get(8..)?)?);
     let mut name = String::new();
-    attributes(body.get(16..)?, |kind, value| {
-        if kind == IFLA_IFNAME {
-            name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned();
-        }
-    });
+    if let Some(value) = attribute(body.get(16..)?, IFLA_IFNAME) {
+        name = String::from_utf8_lossy(value).trim_end_matches('\0').to_owned();
+    }
     let up = flags & libc::IFF_UP as u32 != 0;
     Some((ifindex, Link { name, up }))
 }
@@ -141,11 +136,13 @@ pub(super) fn decode_address(body: &[u8]) -> Option<Address> {
     // struct ifaddrmsg: family, prefix length, flags, scope, index.
     let (prefix_len, ifindex) = (*body.get(1)?, u32_of(body.get(4..)?)?);
     let (mut local, mut address) = (None, None);
-    attributes(body.get(8..)?, |kind, value| match kind {
-        IFA_LOCAL => local = address_of(value),
-        IFA_ADDRESS => address = address_of(value),
-        _ => {}
-    });
+    for (kind, value) in attributes(body.get(8..)?) {
+        match kind {
+            IFA_LOCAL => local = address_of(value),
+            IFA_ADDRESS => address = address_of(value),
+            _ => {}
+        }
+    }
     // On a point-to-point link IFA_ADDRESS is the peer's; IPv6 has no IFA_LOCAL otherwise.
     let net = IpNet::new(local.or(address)?, prefix_len).ok()?;
     Some(Address { ifindex, net })
@@ -155,13 +152,8 @@ pub(super) fn decode_address(body: &[u8]) -> Option<Address> {
 pub(super) fn decode_neighbour(body: &[u8]) -> Option<(Hop, u16)> {
     // struct ndmsg: family, pad, pad, ifindex, state, flags, type.
     let (ifindex, state) = (u32_of(body.get(4..)?)?, u16::from_ne_bytes(body.get(8..10)?.try_into().ok()?));
-    let mut address = None;
-    attributes(body.get(12..)?, |kind, value| {
-        if kind == NDA_DST {
-            address = address_of(value);
-        }
-    });
-    Some(((address?, ifindex), state))
+    let address = attribute(body.get(12..)?, NDA_DST).and_then(address_of)?;
+    Some(((address, ifindex), state))
 }
 
 /// The body of `RTM_NEWNEIGH` that makes the kernel ask whether `address` is still there.
@@ -177,10 +169,7 @@ pub(super) fn encode_neighbour(address: IpAddr, ifindex: u32, ask: Ask) -> Vec<u
         IpAddr::V6(address) => (super::AF_INET6, address.octets().to_vec()),
     };
     body[0] = family;
-    let length = u16::try_from(4 + octets.len()).expect("an address is short");
-    body.extend(length.to_ne_bytes());
-    body.extend(NDA_DST.to_ne_bytes());
-    body.extend(octets);
+    body.extend(encode_attribute(NDA_DST, &octets));
     body
 }
 

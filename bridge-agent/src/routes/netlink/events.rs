@@ -6,12 +6,12 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
 use tokio::io::unix::AsyncFd;
 
-use super::frame::{Header, messages};
 use super::{
-    Error, RECEIVE_BUFFER, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK,
-    RTM_NEWNEIGH, RTM_NEWROUTE, codec, receive,
+    Error, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
+    RTM_NEWROUTE, codec,
 };
-use crate::routes::health::Hop;
+use crate::kernel::netlink::{Header, RECEIVE_BUFFER, messages, receive};
+use crate::routes::model::Hop;
 use crate::routes::model::KernelRoute;
 
 /// `RTNLGRP_*` of `linux/rtnetlink.h`.

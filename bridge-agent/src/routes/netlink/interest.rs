@@ -4,9 +4,9 @@
 use std::borrow::Borrow;
 use std::collections::BTreeSet;
 
-use crate::routes::Settings;
 use crate::routes::model::{DesiredRoute, KernelRoute, TABLE_LOCAL, TABLE_MAIN, Target};
 use crate::routes::prefix_map::{PrefixMap, host};
+use crate::routes::settings::Settings;
 
 /// The networks and next hops that are wanted, and the tables they live in.
 #[derive(Clone, Debug, Default)]

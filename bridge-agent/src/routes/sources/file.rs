@@ -13,19 +13,17 @@
 //! A file that cannot be read or understood changes nothing: the routes of the last good one stay.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::OsString;
 use std::future::Future;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
-use futures_util::StreamExt;
-use inotify::{EventMask, Inotify, WatchMask};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Publisher, Source, SourceError};
+use crate::kernel::file_watch::FileWatch;
 use crate::routes::model::{DesiredRoute, NextHop, SourceKind, Target};
 use crate::routes::prefix_map::host;
 
@@ -227,45 +225,27 @@ impl FileSource {
     }
 
     async fn watch(self, publisher: Publisher) -> Result<(), SourceError> {
-        let failed = |reason: String| SourceError { kind: SourceKind::File, reason };
-        let directory = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
-            _ => PathBuf::from("."),
+        let failed = |error: std::io::Error| SourceError {
+            kind: SourceKind::File,
+            reason: format!(
+                "{} cannot be watched: {error}; see fs.inotify.max_user_instances",
+                self.path.display()
+            ),
         };
-        let name = self
-            .path
-            .file_name()
-            .map(OsString::from)
-            .ok_or_else(|| failed(format!("{} is not a file", self.path.display())))?;
-        // The directory, not the file: editors and Kubernetes replace files by renaming others (or a symlink) over
-        // them, and a watch on the file would follow the old one.
-        let inotify = Inotify::init()
-            .map_err(|error| failed(format!("inotify: {error}; see fs.inotify.max_user_instances")))?;
-        let mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::CREATE | WatchMask::DELETE;
-        inotify
-            .watches()
-            .add(&directory, mask)
-            .map_err(|error| failed(format!("cannot watch {}: {error}", directory.display())))?;
-        let mut events =
-            inotify.into_event_stream([0; 4096]).map_err(|error| failed(format!("inotify: {error}")))?;
-        self.publish(&publisher);
-        while let Some(event) = events.next().await {
-            let event = event.map_err(|error| failed(format!("inotify: {error}")))?;
-            // `..data` is the symlink Kubernetes exchanges when a ConfigMap changes. CREATE comes before the
-            // content is written, but a symlink or a hard link has no other event.
-            let concerns = event.mask.contains(EventMask::Q_OVERFLOW)
-                || event.name.as_ref().is_some_and(|changed| *changed == name || changed == "..data");
-            if concerns {
-                self.publish(&publisher);
-            }
+        let mut watch = FileWatch::open(&self.path).map_err(failed)?;
+        publish(ClusterFile::read(&self.path), &publisher);
+        loop {
+            let content = watch.changed().await.map_err(failed)?;
+            publish(ClusterFile::parse(&String::from_utf8_lossy(&content), &self.path), &publisher);
         }
-        Ok(())
     }
+}
 
-    fn publish(&self, publisher: &Publisher) {
-        match ClusterFile::read(&self.path) {
-            Ok(file) => _ = publisher.publish(file.routes()),
-            Err(error) => tracing::warn!(%error, "the routes of the last good file stay"),
+fn publish(file: Result<ClusterFile, FileError>, publisher: &Publisher) {
+    match file {
+        Ok(file) => _ = publisher.publish(file.routes()),
+        Err(error) => {
+            tracing::warn!(%error, "cluster.yaml is not used; the routes of the last good file stay")
         }
     }
 }

@@ -1,8 +1,6 @@
-//! Netlink framing (RFC 3549; `linux/netlink.h`): requests into bytes, datagrams into replies.
+//! Netlink framing (RFC 3549; `linux/netlink.h`): requests into bytes, datagrams into replies, attributes into values.
 
-use netlink_packet_core::{
-    NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NetlinkBuffer, NlaBuffer, NlasIterator,
-};
+use netlink_packet_core::{NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NetlinkBuffer};
 
 use super::{Error, KernelError};
 
@@ -14,7 +12,7 @@ const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
-/// What a message of the kernel is.
+/// A message from the kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Reply<'a> {
     /// An object of a dump or an event: message type and body.
@@ -23,7 +21,7 @@ pub(super) enum Reply<'a> {
     Answer(Option<KernelError>),
 }
 
-/// Appends a message with the sender's port 0, which the kernel fills in.
+/// Appends a message; the kernel fills in the sender's port.
 pub(super) fn frame(bytes: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, body: &[u8]) {
     let start = bytes.len();
     bytes.resize(start + HEADER, 0);
@@ -36,7 +34,7 @@ pub(super) fn frame(bytes: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, b
     bytes.resize(bytes.len().next_multiple_of(4), 0);
 }
 
-/// The messages of one datagram: sequence number, whether the dump they belong to was interrupted, content.
+/// Splits one datagram into replies: sequence number, whether the kernel marked their dump as inconsistent, content.
 pub(super) fn parse_replies(datagram: &[u8]) -> impl Iterator<Item = Result<(u32, bool, Reply<'_>), Error>> {
     messages(datagram).map(|message| {
         let (header, body) = message?;
@@ -49,16 +47,16 @@ pub(super) fn parse_replies(datagram: &[u8]) -> impl Iterator<Item = Result<(u32
     })
 }
 
-/// What of `struct nlmsghdr` matters.
-pub(super) struct Header {
-    pub(super) kind: u16,
-    pub(super) flags: u16,
-    pub(super) sequence: u32,
-    pub(super) port: u32,
+/// `struct nlmsghdr`, without the length.
+pub(crate) struct Header {
+    pub(crate) kind: u16,
+    pub(crate) flags: u16,
+    pub(crate) sequence: u32,
+    pub(crate) port: u32,
 }
 
-/// The messages of one datagram, without those that say nothing.
-pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = Result<(Header, &[u8]), Error>> {
+/// Splits one datagram into its messages, without `NLMSG_NOOP`.
+pub(crate) fn messages(datagram: &[u8]) -> impl Iterator<Item = Result<(Header, &[u8]), Error>> {
     let mut rest = datagram;
     std::iter::from_fn(move || {
         loop {
@@ -105,13 +103,38 @@ fn parse_answer(header: &Header, body: &[u8]) -> Option<KernelError> {
         let skipped = if header.flags & NLM_F_CAPPED != 0 { Some(HEADER) } else { request };
         skipped.and_then(|length| body.get(4 + length.next_multiple_of(4)..))
     };
-    let message = attributes.and_then(|attributes| {
-        NlasIterator::new(attributes).map_while(Result::ok).find_map(|attribute: NlaBuffer<&[u8]>| {
-            let text = || String::from_utf8_lossy(attribute.value()).trim_end_matches('\0').to_owned();
-            (attribute.kind() == NLMSGERR_ATTR_MSG).then(text)
-        })
-    });
+    let message = attributes
+        .and_then(|attributes| attribute(attributes, NLMSGERR_ATTR_MSG))
+        .map(|text| String::from_utf8_lossy(text).trim_end_matches('\0').to_owned());
     Some(KernelError { errno: errno.wrapping_neg(), message })
+}
+
+/// Walks attributes (`struct nlattr`): their types without flags, and their values. One that is cut short ends the walk.
+pub(crate) fn attributes(mut buffer: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    /// `struct nlattr`.
+    const HEADER: usize = 4;
+    /// Without the flags "nested" and "network byte order" (`NLA_TYPE_MASK`).
+    const TYPE: u16 = 0x3fff;
+    std::iter::from_fn(move || {
+        let [l0, l1, k0, k1, ..] = *buffer else { return None };
+        let length = usize::from(u16::from_ne_bytes([l0, l1]));
+        let value = buffer.get(HEADER..length)?;
+        buffer = buffer.get(length.next_multiple_of(HEADER)..).unwrap_or_default();
+        Some((u16::from_ne_bytes([k0, k1]) & TYPE, value))
+    })
+}
+
+/// Returns the value of the first attribute of a type.
+pub(crate) fn attribute(buffer: &[u8], kind: u16) -> Option<&[u8]> {
+    attributes(buffer).find(|(found, _)| *found == kind).map(|(_, value)| value)
+}
+
+/// Encodes one attribute.
+pub(crate) fn encode_attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(4 + value.len()).expect("an attribute is short");
+    let mut bytes = [&length.to_ne_bytes(), &kind.to_ne_bytes(), value].concat();
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
 }
 
 #[cfg(test)]
@@ -139,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_words_are_found_behind_a_capped_request() {
+    fn the_kernel_message_is_found_behind_a_capped_request() {
         let mut body = (-libc::ENETUNREACH).to_ne_bytes().to_vec();
         // The header of the request, then NLMSGERR_ATTR_MSG.
         body.extend([40u8, 0, 0, 0, 24, 0, 5, 6, 1, 0, 0, 0, 0, 0, 0, 0]);
@@ -153,7 +176,22 @@ mod tests {
         assert_eq!(replies(&bytes), [(1, false, Reply::Answer(Some(error)))]);
     }
 
+    #[test]
+    fn an_attribute_is_found_behind_others_and_with_flags() {
+        const NESTED: u16 = 0x8000;
+        let bytes = [encode_attribute(7, b"x"), encode_attribute(1 | NESTED, b"abcd")].concat();
+        assert_eq!(attribute(&bytes, 1), Some(&b"abcd"[..]));
+        assert_eq!(attribute(&bytes, 9), None);
+        assert_eq!(attribute(&bytes[..bytes.len() - 1], 1), None);
+        assert_eq!(attributes(&bytes).count(), 2);
+    }
+
     proptest! {
+        #[test]
+        fn no_attributes_make_the_walk_panic_or_hang(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(attributes(&bytes).count() <= bytes.len());
+        }
+
         #[test]
         fn no_datagram_makes_the_parser_panic_or_hang(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             prop_assert!(parse_replies(&bytes).count() <= bytes.len());
