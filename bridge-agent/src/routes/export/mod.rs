@@ -6,6 +6,7 @@
 mod bird;
 mod files;
 mod iproute2;
+mod routers;
 mod windows;
 
 use std::fmt;
@@ -35,6 +36,17 @@ pub enum Format {
     Bird,
     /// A PowerShell script.
     Windows,
+    /// MikroTik RouterOS 7: a script to import.
+    Routeros,
+    /// Cisco IOS: lines of the configuration.
+    Ios,
+    /// FRR: the configuration of staticd.
+    Frr,
+    /// Sections of `/etc/config/network`.
+    Openwrt,
+    /// Classless static routes for the DHCP server of the LAN.
+    #[value(name = "dhcp-option-121")]
+    DhcpOption121,
 }
 
 impl fmt::Display for Format {
@@ -47,6 +59,11 @@ impl fmt::Display for Format {
             Self::Ifcfg => "ifcfg",
             Self::Bird => "bird",
             Self::Windows => "windows",
+            Self::Routeros => "routeros",
+            Self::Ios => "ios",
+            Self::Frr => "frr",
+            Self::Openwrt => "openwrt",
+            Self::DhcpOption121 => "dhcp-option-121",
         })
     }
 }
@@ -63,6 +80,14 @@ pub enum ExportError {
         what: &'static str,
         /// Which route.
         to: IpNet,
+    },
+    /// An option of DHCP has 255 bytes.
+    #[error("the routes take {length} bytes in {format}, and there are 255; export fewer, or wider networks")]
+    TooLong {
+        /// The format.
+        format: Format,
+        /// Bytes.
+        length: usize,
     },
     /// The format names an interface.
     #[error("{0} files name the interface; write `--dev NAME`")]
@@ -99,6 +124,11 @@ pub fn export<'a>(
         Format::Ifcfg => files::ifcfg(&lines, dev()?),
         Format::Bird => Ok(bird::config(&lines)),
         Format::Windows => windows::script(&lines, dev()?),
+        Format::Routeros => routers::routeros(&lines),
+        Format::Ios => routers::ios(&lines),
+        Format::Frr => routers::frr(&lines),
+        Format::Openwrt => routers::openwrt(&lines, dev()?),
+        Format::DhcpOption121 => routers::dhcp(&lines),
     }
 }
 

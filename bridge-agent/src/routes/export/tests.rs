@@ -46,6 +46,10 @@ fn every_format_says_the_same() {
         let both = match format {
             // No words for a blackhole.
             Format::Windows => text(*format, &plain()[..2]) + &text(*format, &plain()[3..]),
+            Format::Routeros | Format::Ios | Format::DhcpOption121 => {
+                let can = |route: &DesiredRoute| export(*format, [route], &Settings::default(), None).is_ok();
+                text(*format, &plain().into_iter().filter(can).collect::<Vec<_>>())
+            }
             _ => text(*format, &plain()),
         };
         assert!(!both.lines().any(|line| line.starts_with("rm ")), "{both}");
@@ -77,6 +81,30 @@ fn what_a_format_cannot_say_is_an_error() {
         );
     }
     assert!(text(Format::Iproute2, &mixed).contains("via inet6 fd31::17"));
+    let refused = |format| {
+        let of = |route| {
+            export(format, [&route], &Settings::default(), Some("lan")).err().map(|_| route.to.to_string())
+        };
+        plain().into_iter().filter_map(of).collect::<Vec<_>>()
+    };
+    assert_eq!(refused(Format::Routeros), ["10.200.2.0/24"], "another table");
+    assert_eq!(refused(Format::Ios), ["10.200.2.0/24"]);
+    assert_eq!(refused(Format::Frr), [""; 0]);
+    assert_eq!(refused(Format::Openwrt), [""; 0]);
+    assert_eq!(
+        refused(Format::DhcpOption121),
+        ["10.200.2.0/24", "10.200.9.0/24", "fd00:200:1::/64"],
+        "another table, a blackhole, and IPv6"
+    );
+    let weighted = several();
+    for format in [Format::Routeros, Format::Ios, Format::Frr] {
+        assert!(text(format, &weighted).contains("cannot express the weights of 10.200.2.0/24"), "{format}");
+    }
+    // Each takes eight bytes.
+    let many: Vec<_> =
+        (0..32).map(|n| routes(&format!("- {{to: 10.{n}.0.0/24, via: 192.168.31.17}}")).remove(0)).collect();
+    assert!(export(Format::DhcpOption121, &many[..31], &Settings::default(), None).is_ok());
+    assert!(text(Format::DhcpOption121, &many).contains("the routes take 256 bytes in dhcp-option-121"));
     let no_device = export(Format::Netplan, &plain(), &Settings::default(), None).unwrap_err();
     assert_eq!(no_device.to_string(), "netplan files name the interface; write `--dev NAME`");
 }
