@@ -1,13 +1,23 @@
 //! How the API server is reached.
 
-use std::path::PathBuf;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
+use hyper::header::{AUTHORIZATION, HeaderValue};
+use hyper::{Request, Uri};
+use ipnet::IpNet;
+use kube::client::{Body, ClientBuilder};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use thiserror::Error;
+use tower::util::MapRequestLayer;
 
 use super::thread::PLUGIN_DEADLINE;
 use crate::config::Kubernetes;
+use crate::kernel::lock::lock;
 
 /// Why nothing can be asked of a cluster.
 #[derive(Debug, Error)]
@@ -50,7 +60,7 @@ pub(super) fn check(section: &Kubernetes) -> Result<(), Error> {
             let wanted =
                 wanted.ok_or_else(|| wrong("it has no current context, and `context` names none".into()))?;
             if file.contexts.iter().any(|context| context.name == *wanted) {
-                return Ok(());
+                return check_entries(&file, wanted).map_err(wrong);
             }
             let names: Vec<&str> = file.contexts.iter().map(|context| context.name.as_str()).collect();
             Err(wrong(format!("it has no context `{wanted}`, but {}", names.join(", "))))
@@ -65,12 +75,27 @@ pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Er
         Some(path) => {
             let wrong = |reason: String| Error::Kubeconfig { path: path.0.clone(), reason };
             let file = Kubeconfig::read_from(&path.0).map_err(|error| wrong(cause(&error)))?;
+            if let Some(context) = section.context.as_ref().or(file.current_context.as_ref()) {
+                check_entries(&file, context).map_err(wrong)?;
+            }
             let options = KubeConfigOptions { context: section.context.clone(), ..Default::default() };
-            Config::from_custom_kubeconfig(file, &options).await.map_err(|error| wrong(cause(&error)))?
+            let mut config =
+                Config::from_custom_kubeconfig(file, &options).await.map_err(|error| wrong(cause(&error)))?;
+            if config.proxy_url.is_some() && bypasses_proxy(&config.cluster_url, &no_proxy()) {
+                config.proxy_url = None;
+            }
+            if let Some(proxy) = &config.proxy_url {
+                return Err(wrong(format!(
+                    "the API server would be reached through the proxy {proxy}, which is not supported; add {} to NO_PROXY, \
+                     or remove HTTPS_PROXY or `proxy-url`",
+                    config.cluster_url.host().unwrap_or_default()
+                )));
+            }
+            config
         }
     };
     let server = config.cluster_url.to_string();
-    let client = Client::try_from(config).map_err(|error| {
+    let client = client(config).map_err(|error| {
         let text = cause(&error);
         // The agent has killed it: no plugin kills itself.
         let killed = text.contains("SIGKILL");
@@ -81,6 +106,146 @@ pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Er
         })
     })?;
     Ok((client, server))
+}
+
+/// Builds a client. The token of a file is trimmed, as client-go does: most end with a newline, which no header may hold.
+fn client(mut config: Config) -> Result<Client, kube::Error> {
+    let file = match &config.auth_info {
+        info if info.token.is_some() || info.username.is_some() => None,
+        _ => config.auth_info.token_file.take(),
+    };
+    let Some(file) = file else { return Client::try_from(config) };
+    let token = Arc::new(TokenFile::read(file.into())?);
+    let layer = MapRequestLayer::new(move |mut request: Request<Body>| {
+        if let Some(value) = token.header() {
+            request.headers_mut().insert(AUTHORIZATION, value);
+        }
+        request
+    });
+    Ok(ClientBuilder::try_from(config)?.with_layer(&layer).build())
+}
+
+/// A file with a bearer token, which its owner may replace.
+struct TokenFile {
+    path: PathBuf,
+    last: Mutex<(Instant, HeaderValue)>,
+}
+
+impl TokenFile {
+    /// As client-go: a token is renewed a minute before it expires, and is read that often.
+    const FRESH: Duration = Duration::from_secs(10);
+
+    fn read(path: PathBuf) -> Result<Self, kube::Error> {
+        let header = Self::load(&path).map_err(|error| {
+            kube::Error::Service(format!("cannot use the token file {}: {error}", path.display()).into())
+        })?;
+        Ok(Self { path, last: Mutex::new((Instant::now(), header)) })
+    }
+
+    fn load(path: &Path) -> io::Result<HeaderValue> {
+        let token = std::fs::read_to_string(path)?;
+        let token = token.trim();
+        if token.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "it is empty"));
+        }
+        let mut header = HeaderValue::try_from(format!("Bearer {token}"))
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it has characters that no token has"))?;
+        header.set_sensitive(true);
+        Ok(header)
+    }
+
+    /// Returns the header. While the file cannot be read, the last token is used.
+    fn header(&self) -> Option<HeaderValue> {
+        let mut last = lock(&self.last);
+        if last.0.elapsed() >= Self::FRESH {
+            match Self::load(&self.path) {
+                Ok(header) => last.1 = header,
+                Err(error) => {
+                    tracing::warn!(%error, path = %self.path.display(), "the token file cannot be read; the last token is used");
+                }
+            }
+            last.0 = Instant::now();
+        }
+        Some(last.1.clone())
+    }
+}
+
+/// Refuses entries of a kubeconfig that would be misunderstood.
+fn check_entries(file: &Kubeconfig, context: &str) -> Result<(), String> {
+    let context =
+        file.contexts.iter().find(|entry| entry.name == context).and_then(|entry| entry.context.as_ref());
+    let Some(context) = context else { return Ok(()) };
+    let cluster = file.clusters.iter().find(|entry| entry.name == context.cluster);
+    if let Some(server) = cluster.and_then(|entry| entry.cluster.as_ref()?.server.as_ref()) {
+        let is_url = server.parse::<Uri>().is_ok_and(|uri| {
+            matches!(uri.scheme_str(), Some("https" | "http"))
+                && uri.host().is_some_and(|host| !host.is_empty())
+        });
+        if !is_url {
+            return Err(format!(
+                "`server: {server}` of the cluster `{}` is not a URL; write https://HOST:PORT",
+                context.cluster
+            ));
+        }
+    }
+    let user =
+        context.user.as_ref().and_then(|name| file.auth_infos.iter().find(|entry| entry.name == *name));
+    if let Some(provider) = user.and_then(|entry| entry.auth_info.as_ref()?.auth_provider.as_ref()) {
+        return Err(format!(
+            "the user `{}` has the auth-provider `{}`, which Kubernetes removed in 1.26 and bridge does not support; \
+             use an exec plugin, a client certificate or a token file",
+            context.user.as_deref().unwrap_or_default(),
+            provider.name
+        ));
+    }
+    Ok(())
+}
+
+/// `NO_PROXY`.
+fn no_proxy() -> String {
+    ["NO_PROXY", "no_proxy"].iter().find_map(|name| std::env::var(name).ok()).unwrap_or_default()
+}
+
+/// Whether a list such as `NO_PROXY` covers a server, by the rules of client-go (golang.org/x/net/http/httpproxy): names
+/// cover their subdomains, and only those if they begin with a dot; addresses and networks; each with a port or without.
+fn bypasses_proxy(server: &Uri, list: &str) -> bool {
+    let host = server.host().unwrap_or_default().trim_matches(['[', ']']).to_ascii_lowercase();
+    let port = server.port_u16().unwrap_or(if server.scheme_str() == Some("http") { 80 } else { 443 });
+    let address: Option<IpAddr> = host.parse().ok();
+    if host == "localhost" || address.is_some_and(|address| address.is_loopback()) {
+        return true;
+    }
+    list.split(',').map(|entry| entry.trim().to_ascii_lowercase()).filter(|entry| !entry.is_empty()).any(
+        |entry| {
+            if entry == "*" {
+                return true;
+            }
+            if let Ok(network) = entry.parse::<IpNet>() {
+                return address.is_some_and(|address| network.contains(&address));
+            }
+            let (name, only) = match entry.rsplit_once(':') {
+                Some((name, number)) if !name.contains(':') || name.ends_with(']') => {
+                    match number.parse::<u16>() {
+                        Ok(number) => (name, Some(number)),
+                        Err(_) => return false,
+                    }
+                }
+                _ => (entry.as_str(), None),
+            };
+            if only.is_some_and(|only| only != port) {
+                return false;
+            }
+            let name = name.trim_matches(['[', ']']);
+            if let Ok(one) = name.parse::<IpAddr>() {
+                return address == Some(one);
+            }
+            let name = name.strip_prefix('*').unwrap_or(name);
+            match name.strip_prefix('.') {
+                Some(_) => host.ends_with(name),
+                None => host == name || host.ends_with(&format!(".{name}")),
+            }
+        },
+    )
 }
 
 /// The name of this node in the cluster.
@@ -135,5 +300,72 @@ mod tests {
         assert!(reason(None).contains("it has no current context"), "{}", reason(None));
         assert!(reason(Some("prod")).contains("no context `prod`, but lab"), "{}", reason(Some("prod")));
         check(&section(Some("lab"))).unwrap();
+    }
+    #[test]
+    fn entries_that_would_be_misunderstood_are_refused() {
+        let check = |server: &str, user: &str| {
+            let text = format!(
+                "apiVersion: v1\nkind: Config\ncurrent-context: lab\n\
+                 contexts: [{{name: lab, context: {{cluster: c, user: u}}}}]\n\
+                 clusters: [{{name: c, cluster: {{server: \"{server}\"}}}}]\n\
+                 users: [{{name: u, user: {user}}}]\n"
+            );
+            check_entries(&Kubeconfig::from_yaml(&text).unwrap(), "lab")
+        };
+        check("https://192.168.31.5:6443", "{token: x}").unwrap();
+        check("https://[fd31::5]:6443", "{token: x}").unwrap();
+        for server in ["192.168.31.5:6443", "192.168.31.5", "api.example", "", "ftp://api", "https://"] {
+            let error = check(server, "{token: x}").unwrap_err();
+            assert!(error.contains("write https://HOST:PORT"), "{server}: {error}");
+        }
+        let error = check("https://api", "{auth-provider: {name: gcp, config: {}}}").unwrap_err();
+        assert!(error.contains("auth-provider `gcp`") && error.contains("exec plugin"), "{error}");
+    }
+
+    #[test]
+    fn no_proxy_covers_names_addresses_and_networks() {
+        let covers = |server: &str, list: &str| bypasses_proxy(&server.parse().unwrap(), list);
+        for (server, list) in [
+            ("https://192.168.31.5:6443", "localhost, 192.168.31.0/24"),
+            ("https://192.168.31.5:6443", "192.168.31.5"),
+            ("https://192.168.31.5:6443", "192.168.31.5:6443"),
+            ("https://[fd31::5]:6443", "fd31::/64"),
+            ("https://[fd31::5]:6443", "[fd31::5]:6443"),
+            ("https://api.example.com", "Example.com"),
+            ("https://api.example.com", ".example.com"),
+            ("https://api.example.com", "*.example.com"),
+            ("https://api.example.com", "a,*"),
+            ("https://127.0.0.1:6443", ""),
+        ] {
+            assert!(covers(server, list), "{server} is in {list}");
+        }
+        for (server, list) in [
+            ("https://192.168.31.5:6443", ""),
+            ("https://192.168.31.5:6443", "192.168.32.0/24"),
+            ("https://192.168.31.5:6443", "192.168.31.5:443"),
+            ("https://192.168.31.50:6443", "192.168.31.5"),
+            ("https://example.com", ".example.com"),
+            ("https://badexample.com", "example.com"),
+        ] {
+            assert!(!covers(server, list), "{server} is not in {list}");
+        }
+    }
+
+    #[test]
+    fn a_token_file_is_trimmed_and_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        std::fs::write(&path, "first\n").unwrap();
+        let token = TokenFile::read(path.clone()).unwrap();
+        let header = || token.header().unwrap().to_str().unwrap().to_owned();
+        assert_eq!(header(), "Bearer first");
+        let age = || lock(&token.last).0 = Instant::now().checked_sub(TokenFile::FRESH).unwrap();
+        std::fs::write(&path, " second\r\n\n").unwrap();
+        age();
+        assert_eq!(header(), "Bearer second");
+        std::fs::write(&path, "\n").unwrap();
+        age();
+        assert_eq!(header(), "Bearer second", "an empty file is no token");
+        assert!(TokenFile::read(path).is_err());
     }
 }
