@@ -73,6 +73,7 @@ pub(super) fn plan_with(
         let own = node.filter(|_| file.role == Role::Node);
         planned.routes = networks::description(origin, cluster, own).routes_of(SourceKind::Kubernetes);
     }
+    planned.leave_pods_out(cluster, node);
     planned.add_networks(cluster);
     if file.role == Role::Node {
         planned.add_rules(cluster, budgets, quarantine);
@@ -84,6 +85,39 @@ pub(super) fn plan_with(
 const REMARKS: usize = 10;
 
 impl Planned {
+    /// Leaves pods out of an external network that contains the pods of this very node, such as 10.0.0.0/8: an address is a
+    /// pod or a LAN host. A network elsewhere that claims addresses of the LAN gets none.
+    fn leave_pods_out(&mut self, cluster: &Cluster, node: Option<&str>) {
+        let networks = networks::by_node(self.origin, cluster);
+        let addresses = cluster.pods.iter().flat_map(|(_, pod)| &pod.addresses).map(|address| host(*address));
+        let own: Vec<IpNet> = node
+            .and_then(|node| networks.get(node))
+            .into_iter()
+            .flatten()
+            .copied()
+            .chain(addresses)
+            .collect();
+        let contains = |outer: &IpNet, net: &IpNet| outer.contains(net) && outer != net;
+        let pods: Vec<IpNet> = networks.values().flatten().chain(&own).copied().collect();
+        let mut external = Vec::new();
+        for network in self.config.networks.external_nets() {
+            if !own.iter().any(|own| contains(&network, own)) {
+                external.push(network);
+                continue;
+            }
+            let inside: Vec<IpNet> =
+                IpNet::aggregate(&pods.iter().filter(|pod| contains(&network, pod)).copied().collect());
+            self.remarks.push(format!(
+                "{network} of `networks.external` contains {} pod networks of the cluster, such as {}: their addresses are \
+                 pods, and not external",
+                inside.len(),
+                inside[0]
+            ));
+            external.extend(without(network, &inside));
+        }
+        self.config.networks.external = external.into_iter().map(Network::from).collect();
+    }
+
     /// Pods of the cluster become pods here, and nodes nodes.
     fn add_networks(&mut self, cluster: &Cluster) {
         let external = self.config.networks.external_nets();
@@ -198,6 +232,19 @@ fn host(address: IpAddr) -> IpNet {
 
 fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
+}
+
+/// Returns the networks that cover `network` but for `holes`.
+fn without(network: IpNet, holes: &[IpNet]) -> Vec<IpNet> {
+    let holes: Vec<IpNet> = holes.iter().filter(|hole| overlap(hole, &network)).copied().collect();
+    if holes.is_empty() {
+        return vec![network];
+    }
+    if holes.iter().any(|hole| hole.contains(&network)) {
+        return Vec::new();
+    }
+    let halves = network.subnets(network.prefix_len() + 1).into_iter().flatten();
+    halves.flat_map(|half| without(half, &holes)).collect()
 }
 
 /// Whether one of disjoint, sorted networks contains `net`.

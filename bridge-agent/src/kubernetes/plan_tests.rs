@@ -145,6 +145,38 @@ fn a_family_of_pods_that_the_lan_has_no_network_of_is_reported() {
 }
 
 #[test]
+fn an_external_network_around_the_pods_is_enforced_without_them() {
+    let file = FILE.replace("192.168.31.0/24", "10.0.0.0/8");
+    let mut cluster = cluster();
+    cluster.pods.apply("shop/odd".into(), pod("web", "10.77.0.9"));
+    let planned = with(&file, &cluster);
+    let policy = planned.config.policy();
+    assert!(
+        planned.remarks[0].contains("10.0.0.0/8")
+            && planned.remarks[0].contains("2 pod networks")
+            && planned.remarks[0].contains("10.77.0.9/32")
+    );
+    let is_in =
+        |nets: &[IpNet], address: &str| nets.iter().any(|net| net.contains(&host(address.parse().unwrap())));
+    for (address, pod) in [
+        ("10.200.2.91", true),
+        ("10.200.3.1", true),
+        ("10.77.0.9", true),
+        ("10.77.0.8", false),
+        ("10.1.2.3", false),
+        ("10.200.4.0", false),
+        ("10.255.255.255", false),
+    ] {
+        assert_eq!(
+            (is_in(&policy.pods, address), is_in(&policy.external, address)),
+            (pod, !pod),
+            "{address}"
+        );
+    }
+    crate::policy::compile(&policy, &[]).unwrap();
+}
+
+#[test]
 fn rules_are_cut_down_to_what_this_node_judges() {
     let mut cluster = cluster();
     cluster.policies.apply("p".into(), policy(
