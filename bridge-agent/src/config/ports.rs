@@ -78,15 +78,31 @@ fn not_a_port(whole: &str) -> Problem {
     {
         return Problem::new(format!("`{whole}` is hexadecimal"), format!("write {port}, which is decimal"));
     }
+    // 40_002 is one number to YAML 1.1 and to Rust.
+    if whole.contains('_')
+        && let Ok(port) = whole.replace('_', "").parse::<u16>()
+        && port != 0
+    {
+        return Problem::new(format!("`{whole}` has underscores"), format!("write {port}"));
+    }
     // Other tools accept "60001 - 60100", "60001:60100" and "60001..60100".
     let numbers: Vec<&str> =
         whole.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty()).collect();
     let help = match numbers.as_slice() {
-        [first, last] if !whole.contains([',', '+']) => format!("write \"{first}-{last}\""),
+        [first, last] if is_range(whole, first, last) => format!("write \"{first}-{last}\""),
         [_, _, ..] => "write a list, such as [40002, \"60001-60100\"]".into(),
         _ => "write a number such as 40002, or a range such as \"60001-60100\", both ends included".into(),
     };
     Problem::new(format!("`{whole}` is not a port or a range of ports"), help)
+}
+
+/// Whether a text means the range from `first` to `last` in the notation of another tool. Any other text gets no remedy that
+/// names a range: it could open more ports than were meant.
+fn is_range(whole: &str, first: &str, last: &str) -> bool {
+    let between = whole.strip_prefix(first).and_then(|rest| rest.strip_suffix(last)).map(str::trim);
+    let ordered = |a: &str, b: &str| Some(a.parse::<u16>().ok()? <= b.parse::<u16>().ok()?);
+    matches!(between, Some("-" | ":" | ".." | "..." | "..=" | "\u{2013}" | "to"))
+        && ordered(first, last) == Some(true)
 }
 
 impl fmt::Display for PortItem {
@@ -301,6 +317,11 @@ mod tests {
         assert_eq!(help("60100-60001"), "write \"60001-60100\"");
         assert_eq!(help("60001:60100"), "write \"60001-60100\"");
         assert_eq!(help("60001 - 60100"), "write \"60001-60100\"");
+        assert_eq!(help("1_000"), "write 1000");
+        // No remedy names a range that was not meant.
+        for text in ["1e3", "80.443", "8080/80", "443 x 80", "5--6", "80:443:8"] {
+            assert_eq!(help(text), "write a list, such as [40002, \"60001-60100\"]", "{text}");
+        }
         assert_eq!(help("80,443"), "write a list, such as [40002, \"60001-60100\"]");
         assert_eq!(help("0"), "write ports from 1 to 65535");
         assert_eq!(help("0-100"), "write ports from 1 to 65535");
