@@ -122,6 +122,23 @@ fn plan_apply_list_and_withdraw() -> Result<()> {
 }
 
 #[test]
+fn static_routes_need_neither_the_cluster_file_nor_the_key() -> Result<()> {
+    let config =
+        format!("{CONFIG}  discovery: {{listen: '192.168.31.67:12345', keyFile: DIRECTORY/absent.key}}\n");
+    let host = Host::new(Lab::builder().without_routes().build()?, &config, CLUSTER)?;
+    host.run("routes apply")?;
+    std::fs::remove_file(host.file("cluster.yaml"))?;
+    let export = host.run("routes export --format iproute2")?;
+    assert!(export.contains("route replace 10.200.1.0/24 "), "{export}");
+    // Without its file nothing is known of the other route, so it stays.
+    assert_eq!(host.run("routes plan")?, "Nothing to do.\n");
+    let output = host.lab.a().netns.run(|| host.command("routes plan").output())?;
+    let warning = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(warning.contains("cluster.yaml") && warning.contains("left out"), "{warning}");
+    Ok(())
+}
+
+#[test]
 fn refusals_and_mistakes_say_what_to_write() -> Result<()> {
     let config = CONFIG.replace("via: 192.168.31.17", "via: 192.168.31.67");
     let host = Host::new(Lab::builder().without_routes().build()?, &config, "nodes: [{name: b}]")?;

@@ -219,6 +219,38 @@ fn a_pod_that_cannot_be_reached_back_gets_no_route() -> Result<()> {
 }
 
 #[test]
+fn idle_connections_without_the_key_keep_no_pod_out() -> Result<()> {
+    let lab = Lab::builder().second_host().without_routes().masquerade().build()?;
+    let host = Host::start(&lab, Family::V4, Rules::default(), true, None);
+    // From a host of the LAN, and from a pod behind the same node.
+    for netns in [&lab.a2().netns, &lab.c2().netns] {
+        let connect = || (0..300).map(|_| TcpStream::connect(host.address)).collect::<Result<Vec<_>, _>>();
+        let _idle = netns.run(connect)?;
+        let answer = probe_from(&lab.c1().netns, options(host.address)).unwrap();
+        assert_eq!(answer.status, Status::Accepted, "{answer:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_holder_of_the_key_cannot_divert_a_known_pod() -> Result<()> {
+    let lab = Lab::builder().second_host().without_routes().masquerade().build()?;
+    let host = Host::start(&lab, Family::V4, Rules::default(), true, None);
+    assert_eq!(probe_from(&lab.c1().netns, options(host.address)).unwrap().status, Status::Accepted);
+    let installed = own_routes(&lab, Family::V4);
+    // It has the pod's address, so it could even answer the check.
+    let pod = lab.c1().ip(Family::V4);
+    let thief = lab.a2().netns.clone();
+    thief.ip(&format!("address add {pod}/32 dev lo"))?;
+    let answer = probe_from(&thief, probe::Options { address: Some(pod), ..options(host.address) }).unwrap();
+    assert_eq!(answer.status, Status::Refused, "{answer:?}");
+    assert!(answer.text.contains(&format!("is bound to {}", lab.b().ip(Family::V4))), "{}", answer.text);
+    assert_eq!(own_routes(&lab, Family::V4), installed);
+    assert_eq!(probe_from(&lab.c1().netns, options(host.address)).unwrap().status, Status::Accepted);
+    Ok(())
+}
+
+#[test]
 fn what_the_planner_refuses_the_pod_is_told() -> Result<()> {
     let lab = Lab::builder().without_routes().masquerade().build()?;
     let rules = Rules { pods: vec!["10.9.0.0/16".parse()?], ..Rules::default() };

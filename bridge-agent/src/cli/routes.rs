@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use super::{Error, Global, nobody_keeps_routes, print, print_json, table};
 use crate::config;
 use crate::routes::export::{Format, export};
+use crate::routes::sources::FileError;
 use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, read_once, withdrawal};
 
 /// List, plan, apply, withdraw or export the routes to pods.
@@ -49,10 +50,10 @@ impl Routes {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         match &self.action {
             Action::List => list(global),
-            Action::Plan => show_plan(&Comparison::new(&setup(global)?)?, global),
-            Action::Apply { dry_run: true } => show_plan(&Comparison::new(&setup(global)?)?, global),
+            Action::Plan => show_plan(&compare(global)?, global),
+            Action::Apply { dry_run: true } => show_plan(&compare(global)?, global),
             Action::Apply { dry_run: false } => {
-                let mut comparison = Comparison::new(&setup(global)?)?;
+                let mut comparison = compare(global)?;
                 let failures = comparison.apply()?;
                 show_plan(&comparison, global)?;
                 partly(&failures, &comparison.observed)
@@ -68,7 +69,8 @@ impl Routes {
             }
             Action::Export { format, dev } => {
                 let setup = setup(global)?;
-                let merged = read_once(&setup)?;
+                let (merged, missing) = read_once(&setup)?;
+                warn(missing.as_ref());
                 let text = export(
                     *format,
                     merged.routes.iter().map(AsRef::as_ref),
@@ -88,11 +90,25 @@ impl Routes {
 
 fn setup(global: &Global) -> Result<Setup, Error> {
     let loaded = config::load(&global.config)?;
-    Ok(Setup::from_config(&loaded.config, &global.state_directory().boot())?)
+    Ok(Setup::offline(&loaded.config, &global.state_directory().boot())?)
+}
+
+/// Says that the routes of a file are missing, and that the others are shown.
+fn warn(missing: Option<&FileError>) {
+    if let Some(error) = missing {
+        eprintln!("warning: {error}; its routes are left out");
+    }
+}
+
+/// Compares, with a warning if a source is missing.
+fn compare(global: &Global) -> Result<Comparison, Error> {
+    let comparison = Comparison::new(&setup(global)?)?;
+    warn(comparison.missing.as_ref());
+    Ok(comparison)
 }
 
 fn list(global: &Global) -> Result<(), Error> {
-    let snapshot = Comparison::new(&setup(global)?)?.snapshot();
+    let snapshot = compare(global)?.snapshot();
     if global.json {
         return print_json(&snapshot.rows().collect::<Vec<_>>());
     }

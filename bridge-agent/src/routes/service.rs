@@ -15,7 +15,7 @@ use super::model::SourceKind;
 use super::netlink::{Interest, Netlink};
 use super::plan::{Plan, plan, withdraw};
 use super::setup::{Error, Setup};
-use super::sources::{ClusterFile, Desired, FileSource, Merged, Publisher, Source};
+use super::sources::{ClusterFile, Desired, FileError, FileSource, Merged, Publisher, Source};
 use super::status::{Counters, Snapshot};
 use super::{Observed, Operation, Reconciler, Settings};
 
@@ -223,6 +223,8 @@ async fn listen(listener: Listener, publisher: Publisher) -> Infallible {
 pub struct Comparison {
     /// What all sources want that can be asked without an agent.
     pub merged: Merged,
+    /// Why the routes of `routes.file` are unknown, if the file does not exist: nothing is removed then.
+    pub missing: Option<FileError>,
     /// What is there.
     pub observed: Observed,
     /// What is to be done.
@@ -234,11 +236,11 @@ impl Comparison {
     /// Reads static routes, the file, and what discovery had saved, and compares once. Routes of the API server are
     /// only known to the running agent: if there are any, nothing unwanted is touched.
     pub fn new(setup: &Setup) -> Result<Self, Error> {
-        let merged = read_once(setup)?;
+        let (merged, missing) = read_once(setup)?;
         let mut netlink = Netlink::open()?;
         let observed = netlink.observe(&Interest::of(&merged.routes, &setup.settings))?;
-        let plan = plan(&merged.routes, &observed, &setup.settings, setup.kubernetes);
-        Ok(Self { merged, observed, plan, netlink })
+        let plan = plan(&merged.routes, &observed, &setup.settings, setup.kubernetes || missing.is_some());
+        Ok(Self { merged, missing, observed, plan, netlink })
     }
 
     /// Carries out the plan. What the kernel refused: operation and reason.
@@ -254,17 +256,23 @@ impl Comparison {
     }
 }
 
-/// Everything wanted that can be read without an agent.
-pub fn read_once(setup: &Setup) -> Result<Merged, Error> {
+/// Reads every source that can be read without an agent. A `cluster.yaml` that does not exist has no routes; the second value
+/// says so.
+pub fn read_once(setup: &Setup) -> Result<(Merged, Option<FileError>), Error> {
+    let mut missing = None;
     let desired = Desired::default();
     desired.register(SourceKind::Static).publish(setup.fixed.clone());
     if let Some(path) = &setup.file {
-        desired.register(SourceKind::File).publish(ClusterFile::read(path)?.routes());
+        match ClusterFile::read(path) {
+            Ok(file) => _ = desired.register(SourceKind::File).publish(file.routes()),
+            Err(error @ FileError::Read { .. }) if error.is_missing() => missing = Some(error),
+            Err(error) => return Err(error.into()),
+        }
     }
-    if let Some(options) = &setup.discovery {
-        desired.register(SourceKind::Discovery).publish(discovery::listen::saved_routes(options));
+    if let Some((path, rules)) = &setup.discovered {
+        desired.register(SourceKind::Discovery).publish(discovery::listen::saved_routes(path, rules));
     }
-    Ok(desired.merged(setup.settings.table).0)
+    Ok((desired.merged(setup.settings.table).0, missing))
 }
 
 /// All own routes of the network namespace, and what takes them away.

@@ -55,11 +55,23 @@ pub struct Setup {
     pub file: Option<PathBuf>,
     /// `routes.discovery`.
     pub discovery: Option<listen::Options>,
+    /// The pods that discovery has saved, and the rules that they have to satisfy: for commands, which do not listen.
+    pub discovered: Option<(PathBuf, Rules)>,
     /// Whether the API server names routes too.
     pub kubernetes: bool,
 }
 
 impl Setup {
+    /// As [`Setup::from_config`], for commands that show or export routes: without the key of discovery, which they neither need
+    /// nor may be allowed to read.
+    pub fn offline(config: &Config, state: &std::path::Path) -> Result<Self, Error> {
+        let mut config = config.clone();
+        let discovery = config.routes.as_mut().and_then(|routes| routes.discovery.take());
+        let pods = config.networks.pods.iter().map(|network| network.net()).collect();
+        let discovered = discovery.map(|_| (state.join(DISCOVERED), Rules { pods, ..Rules::default() }));
+        Ok(Self { discovered, ..Self::from_config(&config, state)? })
+    }
+
     /// What the configuration comes to; reads the key file of discovery, which keeps discovered pods in the directory `state`.
     pub fn from_config(config: &Config, state: &std::path::Path) -> Result<Self, Error> {
         let Some(routes) = &config.routes else { return Ok(Self::default()) };
@@ -93,6 +105,7 @@ impl Setup {
             fixed: static_routes(&routes.fixed),
             file: routes.file.as_ref().map(|file| file.0.clone()),
             discovery: discovery.transpose()?,
+            discovered: None,
             kubernetes: config.kubernetes.is_some(),
         })
     }

@@ -1,29 +1,34 @@
 //! The host's side of discovery.
 
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, broadcast, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::message::{Announcement, Answer, Key, Message, Status, Token};
 use super::registry::{Entry, Registry, Rules};
 use super::{ExchangeError, clock, receive, send, state, within};
+use crate::kernel::lock::lock;
 use crate::routes::event::{EventKind, RouteEvent};
 use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::host;
 use crate::routes::sources::{Publisher, Source, SourceError};
 use crate::routes::status::{Fate, Snapshot};
 
-/// Connections served at a time; more are closed at once.
-const CONNECTIONS: usize = 64;
+/// Connections served at a time. One more takes the place of one that has not announced anything yet.
+const CONNECTIONS: usize = 256;
+/// Announcements of one source that are processed at a time.
+const CONNECTIONS_OF_SOURCE: usize = CONNECTIONS / 4;
 /// From accepting a connection to its announcement.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// For the kernel to have the route.
@@ -80,17 +85,15 @@ struct Shared {
 
 /// The routes to the pods that an earlier run had saved and that have not expired.
 #[must_use]
-pub fn saved_routes(options: &Options) -> Vec<DesiredRoute> {
+pub fn saved_routes(path: &std::path::Path, rules: &Rules) -> Vec<DesiredRoute> {
     let mut registry = Registry::default();
-    if let Some(path) = &options.state {
-        match state::load(path, options.rules.max_lifetime) {
-            Ok(entries) => {
-                registry.restore(entries);
-                registry.forget_outside(&options.rules.pods);
-            }
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "discovery: what was known cannot be read")
-            }
+    match state::load(path, rules.max_lifetime) {
+        Ok(entries) => {
+            registry.restore(entries);
+            registry.forget_outside(&rules.pods);
+        }
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "discovery: what was known cannot be read")
         }
     }
     registry.routes()
@@ -120,7 +123,7 @@ impl Handle {
     /// Other options, but for the address. Pods that the new rules do not believe are forgotten.
     pub fn adopt(&self, options: Options, publisher: &Publisher) {
         let pods = options.rules.pods.clone();
-        *self.shared.options.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(options);
+        *lock(&self.shared.options) = Arc::new(options);
         self.shared.registry().forget_outside(&pods);
         self.shared.publish(publisher);
         self.shared.save();
@@ -185,7 +188,8 @@ impl Listener {
         shared.restore();
         shared.publish(&publisher);
         // Conversations end with the listener: none of them publishes after that.
-        let mut conversations = JoinSet::new();
+        let mut tasks = JoinSet::new();
+        let mut conversations = Conversations::default();
         loop {
             let expiry = shared.registry().next_expiry();
             let expire = async {
@@ -197,16 +201,17 @@ impl Listener {
             tokio::select! {
                 () = expire => shared.expire(&publisher),
                 () = shared.renewed.notified() => {}
-                Some(_) = conversations.join_next() => {}
+                Some(_) = tasks.join_next() => {}
                 accepted = socket.accept() => match accepted {
                     Ok((stream, peer)) => {
-                        if conversations.len() >= CONNECTIONS {
-                            continue;
-                        }
+                        let source = peer.ip().to_canonical();
+                        let Some(claim) = conversations.admit(source) else { continue };
                         let (shared, publisher) = (shared.clone(), publisher.clone());
-                        conversations.spawn(async move {
-                            shared.converse(stream, peer.ip().to_canonical(), &publisher).await;
+                        let task = tasks.spawn({
+                            let claim = claim.clone();
+                            async move { shared.converse(stream, source, &publisher, &claim).await }
                         });
+                        conversations.add(source, claim, task);
                     }
                     Err(error) => {
                         // Out of descriptors, or a connection that died in the queue: the next may be well.
@@ -216,6 +221,50 @@ impl Listener {
                 },
             }
         }
+    }
+}
+
+/// Set once, by the task that has received an authentic announcement, or by the listener that closes its connection.
+type Claim = Arc<AtomicBool>;
+
+/// The connections that are served. Connections without an announcement cost nothing to whoever opens them, so they never keep
+/// a pod out: the oldest one of the source that has the most yields its place.
+#[derive(Default)]
+struct Conversations(Vec<Conversation>);
+
+struct Conversation {
+    source: IpAddr,
+    claim: Claim,
+    task: AbortHandle,
+}
+
+impl Conversations {
+    /// Returns the claim of a new connection from `source`; `None` if it has to be closed.
+    fn admit(&mut self, source: IpAddr) -> Option<Claim> {
+        self.0.retain(|conversation| !conversation.task.is_finished());
+        let announced = |conversation: &&Conversation| conversation.claim.load(Ordering::Acquire);
+        let of_source = self.0.iter().filter(|conversation| conversation.source == source);
+        if of_source.filter(announced).count() >= CONNECTIONS_OF_SOURCE {
+            return None;
+        }
+        if self.0.len() >= CONNECTIONS {
+            let mut waiting: BTreeMap<IpAddr, (usize, usize)> = BTreeMap::new();
+            for (index, conversation) in self.0.iter().enumerate() {
+                if !announced(&conversation) {
+                    waiting.entry(conversation.source).or_insert((0, index)).0 += 1;
+                }
+            }
+            let (_, oldest) = *waiting.values().max_by_key(|(count, oldest)| (*count, Reverse(*oldest)))?;
+            let conversation = self.0.remove(oldest);
+            if !conversation.claim.swap(true, Ordering::AcqRel) {
+                conversation.task.abort();
+            }
+        }
+        Some(Claim::default())
+    }
+
+    fn add(&mut self, source: IpAddr, claim: Claim, task: AbortHandle) {
+        self.0.push(Conversation { source, claim, task });
     }
 }
 
@@ -234,10 +283,10 @@ impl Source for Listener {
 
 impl Shared {
     fn options(&self) -> Arc<Options> {
-        self.options.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.options).clone()
     }
 
-    async fn converse(&self, mut stream: TcpStream, egress: IpAddr, publisher: &Publisher) {
+    async fn converse(&self, mut stream: TcpStream, egress: IpAddr, publisher: &Publisher, claim: &Claim) {
         let challenge = rand::random();
         let options = self.options();
         let key = &options.key;
@@ -252,8 +301,11 @@ impl Shared {
             Ok(announcement) => announcement,
             Err(error) => return self.unauthentic(egress, &error),
         };
-        let clock = clock();
-        let judged = self.registry().judge(&announcement, egress, &challenge, clock, &options.rules);
+        if claim.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (clock, now) = (clock(), Instant::now());
+        let judged = self.registry().judge(&announcement, egress, &challenge, clock, now, &options.rules);
         let outcome = match judged {
             Ok(lifetime) => self
                 .admit(&announcement, egress, lifetime, &options, publisher)
@@ -302,6 +354,9 @@ impl Shared {
         let mut outcome = self.routed(address, version).await;
         if outcome.is_ok() && options.check {
             let check = check(announcement, &options.key).await;
+            if check.is_err() {
+                self.registry().failed(address, egress, Instant::now());
+            }
             outcome = outcome.and_then(|text| match check {
                 Ok(()) => Ok(text),
                 Err(error) => Err(format!(
@@ -388,7 +443,7 @@ impl Shared {
     fn unauthentic(&self, egress: IpAddr, error: &ExchangeError) {
         self.counters.unauthentic.fetch_add(1, Ordering::Relaxed);
         let now = Instant::now();
-        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut warned = lock(&self.warned);
         if warned.is_none_or(|last| now - last >= WARNINGS) {
             *warned = Some(now);
             drop(warned);
@@ -403,7 +458,7 @@ impl Shared {
     }
 
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
-        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.registry)
     }
 }
 

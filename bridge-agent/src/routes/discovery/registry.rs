@@ -20,8 +20,10 @@ pub struct Rules {
     pub tolerance: Duration,
     /// No entry lives longer without being renewed.
     pub max_lifetime: Duration,
-    /// Maximum number of pods.
+    /// Limit of pods.
     pub max_entries: usize,
+    /// Limit of pods that are announced from one address.
+    pub max_per_source: usize,
 }
 
 impl Default for Rules {
@@ -31,6 +33,7 @@ impl Default for Rules {
             tolerance: Duration::from_secs(120),
             max_lifetime: Duration::from_secs(3600),
             max_entries: 16_384,
+            max_per_source: 4_096,
         }
     }
 }
@@ -71,6 +74,55 @@ pub enum Disbelief {
     /// Too many.
     #[error("{0} pods are known already, which is the limit")]
     Full(usize),
+    /// Too many from one address.
+    #[error("{limit} pods are known from {egress} already, which is the limit of one address")]
+    SourceFull {
+        /// Where the announcement came from.
+        egress: IpAddr,
+        /// The limit.
+        limit: usize,
+    },
+    /// Announced from another address. A binding lasts as long as its entry, so that a holder of the key cannot divert the
+    /// route of another pod.
+    #[error(
+        "{address} is bound to {bound} for another {} s, and this announcement came from {egress}; a pod that moved is \
+         taken once that time is over", left.as_secs().max(1)
+    )]
+    Bound {
+        /// The pod.
+        address: IpAddr,
+        /// Where it announced itself from.
+        bound: IpAddr,
+        /// Where this announcement came from.
+        egress: IpAddr,
+        /// Time until its entry expires.
+        left: Duration,
+    },
+    /// It failed the check lately.
+    #[error(
+        "{address} did not prove from {egress} that it is there; the next announcement is taken in {} s",
+        left.as_secs().max(1)
+    )]
+    Unproven {
+        /// The pod.
+        address: IpAddr,
+        /// Where it came from.
+        egress: IpAddr,
+        /// Time until its next announcement is taken.
+        left: Duration,
+    },
+}
+
+/// The pause after a failed check, in which its route is not installed again: it doubles with each failure in a row.
+const FIRST_PAUSE: Duration = Duration::from_secs(10);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(600);
+
+/// Failed checks of one address from one source.
+#[derive(Clone, Copy, Debug)]
+struct Failures {
+    count: u32,
+    until: Instant,
 }
 
 /// A pod.
@@ -89,6 +141,8 @@ pub struct Entry {
 pub struct Registry {
     entries: BTreeMap<IpAddr, Entry>,
     checking: BTreeMap<IpAddr, Entry>,
+    /// By address and source.
+    failures: BTreeMap<(IpAddr, IpAddr), Failures>,
 }
 
 impl Registry {
@@ -100,6 +154,7 @@ impl Registry {
         egress: IpAddr,
         challenge: &Nonce,
         clock: u64,
+        now: Instant,
         rules: &Rules,
     ) -> Result<Duration, Disbelief> {
         let address = announcement.address;
@@ -119,12 +174,40 @@ impl Registry {
         if !rules.pods.is_empty() && !rules.pods.iter().any(|net| net.contains(&address)) {
             return Err(Disbelief::Outside(address));
         }
-        let known = self.entries.contains_key(&address) || self.checking.contains_key(&address);
-        if !known && self.entries.len() + self.checking.len() >= rules.max_entries {
-            return Err(Disbelief::Full(rules.max_entries));
+        let known = self.entries.get(&address).or_else(|| self.checking.get(&address));
+        if let Some(entry) = known
+            && entry.egress != egress
+        {
+            let left = entry.expires.saturating_duration_since(now);
+            return Err(Disbelief::Bound { address, bound: entry.egress, egress, left });
+        }
+        if let Some(Failures { until, .. }) = self.failures.get(&(address, egress))
+            && *until > now
+        {
+            return Err(Disbelief::Unproven { address, egress, left: *until - now });
+        }
+        if known.is_none() {
+            if self.entries.len() + self.checking.len() >= rules.max_entries {
+                return Err(Disbelief::Full(rules.max_entries));
+            }
+            let of_source = |entries: &BTreeMap<IpAddr, Entry>| {
+                entries.values().filter(|entry| entry.egress == egress).count()
+            };
+            if of_source(&self.entries) + of_source(&self.checking) >= rules.max_per_source {
+                return Err(Disbelief::SourceFull { egress, limit: rules.max_per_source });
+            }
         }
         Ok(Duration::from_secs(announcement.lifetime.into())
             .clamp(MIN_LIFETIME, rules.max_lifetime.max(MIN_LIFETIME)))
+    }
+
+    /// Starts or prolongs the pause after a check that failed.
+    pub fn failed(&mut self, address: IpAddr, egress: IpAddr, now: Instant) {
+        // Failures in a row: one that lies further back than the longest pause is forgotten.
+        self.failures.retain(|_, failures| failures.until + LONGEST_PAUSE > now);
+        let failures = self.failures.entry((address, egress)).or_insert(Failures { count: 0, until: now });
+        let pause = FIRST_PAUSE.saturating_mul(1 << failures.count.min(10)).min(LONGEST_PAUSE);
+        *failures = Failures { count: failures.count + 1, until: now + pause };
     }
 
     /// Routes the pod for as long as it is being checked.
@@ -141,6 +224,7 @@ impl Registry {
         if !passed {
             return false;
         }
+        self.failures.remove(&(address, entry.egress));
         let old = self.entries.insert(address, entry.clone());
         old.is_none_or(|old| old.egress != entry.egress)
     }
@@ -212,7 +296,14 @@ mod tests {
         clock: u64,
         rules: &Rules,
     ) -> Result<Duration, Disbelief> {
-        Registry::default().judge(announcement, egress.parse().unwrap(), &[1; 16], clock, rules)
+        Registry::default().judge(
+            announcement,
+            egress.parse().unwrap(),
+            &[1; 16],
+            clock,
+            Instant::now(),
+            rules,
+        )
     }
 
     #[test]
@@ -270,12 +361,13 @@ mod tests {
             registry.routes().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
         };
         let mut registry = Registry::default();
-        let (first, second) = (entry("192.168.31.17", 60), entry("192.168.31.18", 90));
+        let first = entry("192.168.31.17", 60);
+        let second = Entry { name: "other".into(), ..entry("192.168.31.17", 90) };
         registry.begin(pod, first.clone());
         assert_eq!(via(&registry), "10.200.1.91/32 via 192.168.31.17 (discovery pod)");
         assert!(registry.finish(pod, &first, true));
         registry.begin(pod, second.clone());
-        assert_eq!(via(&registry), "10.200.1.91/32 via 192.168.31.18 (discovery pod)");
+        assert_eq!(via(&registry), "10.200.1.91/32 via 192.168.31.17 (discovery other)");
         assert!(!registry.finish(pod, &second, false));
         assert_eq!(via(&registry), "10.200.1.91/32 via 192.168.31.17 (discovery pod)");
         // Renewed: the same, for longer.
@@ -286,5 +378,76 @@ mod tests {
         assert_eq!(registry.next_expiry(), Some(now + Duration::from_secs(120)));
         assert_eq!(registry.expire(now + Duration::from_secs(120)), [(pod, renewed)]);
         assert_eq!(via(&registry), "");
+    }
+    #[test]
+    fn an_address_is_bound_to_its_source_until_its_entry_expires() {
+        let (now, rules) = (Instant::now(), Rules::default());
+        let pod: IpAddr = "10.200.1.91".parse().unwrap();
+        let (node, thief): (IpAddr, IpAddr) =
+            ("192.168.31.17".parse().unwrap(), "192.168.31.66".parse().unwrap());
+        let announcement = announcement("10.200.1.91");
+        let judge = |registry: &Registry, egress, now| {
+            registry.judge(&announcement, egress, &[1; 16], 1_000_000, now, &rules)
+        };
+        let entry = Entry { egress: node, name: "pod".into(), expires: now + Duration::from_secs(60) };
+        let mut registry = Registry::default();
+        registry.begin(pod, entry.clone());
+        // While it is being checked, and after that.
+        for _ in 0..2 {
+            let error = judge(&registry, thief, now + Duration::from_secs(20)).unwrap_err();
+            let left = Duration::from_secs(40);
+            assert_eq!(error, Disbelief::Bound { address: pod, bound: node, egress: thief, left });
+            judge(&registry, node, now).unwrap();
+            registry.finish(pod, &entry, true);
+        }
+        let over = now + Duration::from_secs(60);
+        registry.expire(over);
+        judge(&registry, thief, over).unwrap();
+    }
+
+    #[test]
+    fn failed_checks_pause_their_source_longer_each_time_and_no_other() {
+        let (now, rules) = (Instant::now(), Rules::default());
+        let pod: IpAddr = "10.200.1.91".parse().unwrap();
+        let (thief, node): (IpAddr, IpAddr) =
+            ("192.168.31.66".parse().unwrap(), "192.168.31.17".parse().unwrap());
+        let announcement = announcement("10.200.1.91");
+        let judge = |registry: &Registry, egress, now| {
+            registry.judge(&announcement, egress, &[1; 16], 1_000_000, now, &rules)
+        };
+        let mut registry = Registry::default();
+        let mut at = now;
+        for pause in [10, 20, 40, 80, 160, 320, 600, 600] {
+            judge(&registry, thief, at).unwrap();
+            registry.failed(pod, thief, at);
+            let left = Duration::from_secs(pause);
+            let error = judge(&registry, thief, at).unwrap_err();
+            assert_eq!(error, Disbelief::Unproven { address: pod, egress: thief, left });
+            judge(&registry, node, at).unwrap();
+            at += left;
+        }
+        let entry = Entry { egress: thief, name: "pod".into(), expires: at + Duration::from_secs(60) };
+        registry.begin(pod, entry.clone());
+        registry.finish(pod, &entry, true);
+        registry.failed(pod, thief, at);
+        judge(&registry, thief, at + FIRST_PAUSE).unwrap();
+    }
+
+    #[test]
+    fn one_source_cannot_fill_the_registry() {
+        let rules = Rules { max_per_source: 2, ..Rules::default() };
+        let now = Instant::now();
+        let mut registry = Registry::default();
+        let node: IpAddr = "192.168.31.17".parse().unwrap();
+        for last in [1, 2] {
+            let entry = Entry { egress: node, name: "pod".into(), expires: now + Duration::from_secs(60) };
+            registry.begin([10, 200, 1, last].into(), entry);
+        }
+        let announcement = announcement("10.200.1.91");
+        let judge = |egress: &str| {
+            registry.judge(&announcement, egress.parse().unwrap(), &[1; 16], 1_000_000, now, &rules)
+        };
+        assert_eq!(judge("192.168.31.17"), Err(Disbelief::SourceFull { egress: node, limit: 2 }));
+        judge("192.168.31.18").unwrap();
     }
 }

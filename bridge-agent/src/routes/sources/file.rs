@@ -99,6 +99,14 @@ pub enum FileError {
     },
 }
 
+impl FileError {
+    /// Returns whether the file does not exist.
+    #[must_use]
+    pub fn is_missing(&self) -> bool {
+        matches!(self, Self::Read { error, .. } if error.kind() == std::io::ErrorKind::NotFound)
+    }
+}
+
 impl ClusterFile {
     /// Reads and checks a file.
     pub fn read(path: &Path) -> Result<Self, FileError> {
