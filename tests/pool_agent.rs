@@ -379,11 +379,11 @@ fn starting_keeps_the_ports_from_others_and_stopping_gives_them_back() -> Result
     node.set_sysctl("ipv4/ip_local_reserved_ports", "8080,61003")?;
     let settings = Settings { node_ports: Some(PortRange { first: 61031, last: 61040 }), ..settings()? };
     let start = |object: &[u8]| node.run(|| run::start(object, &settings, &places).context("start"));
-    // 40 ports, of which one is promised to somebody else and ten are NodePorts.
+    // 40 ports, of which one is reserved for another program and ten are NodePorts.
     let started = start(&object()?)?;
     let summary = started.service.summary()?;
     ensure!(summary.mode == "kernel" && summary.warnings.is_empty(), "{summary:?}");
-    // While an agent has it, nobody takes it away.
+    // While an agent holds it, it stays.
     ensure!(matches!(node.run(|| run::stop(&places)), Err(run::StopError::Locked(_))));
     ensure!(started.service.backend().layout().ports.len() == 29);
     ensure!(reserved()?.trim() == "8080,61001-61030", "{}", reserved()?);

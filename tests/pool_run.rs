@@ -216,7 +216,7 @@ fn a_reload_changes_the_pool_under_what_is_held() -> Result<()> {
     let seen = eventually(SOON, all).context("the ports did not come back")?;
     ensure!(seen == (PORTS.first..=PORTS.last).collect::<BTreeSet<_>>(), "{seen:?}");
 
-    // What cannot be is refused, and what was in force still is.
+    // An impossible change is refused, and the former settings stay active.
     let missing = "transparent: {cgroups: [/there-is-no-such-group]}";
     for (bad, why) in [
         (["ports: [\"61001-61040\"]", missing], "no control group"),
@@ -288,7 +288,7 @@ fn a_pool_that_cannot_be_fails_the_start_and_leaves_nothing() -> Result<()> {
         ("transparent: {cgroups: [/there-is-no-such-group]}", "there is no control group"),
         ("exclude: [\"61002-61040\"]", "no port is left in the pool"),
     ] {
-        // The one port that is left belongs to somebody else.
+        // The one port that is left belongs to another program.
         lab.b().netns.set_sysctl("ipv4/ip_local_reserved_ports", "61001")?;
         let error = Agent::start(&lab, lab.b(), &config("node", &[ports, bad])).unwrap_err().to_string();
         ensure!(error.contains(why), "{error}");

@@ -38,7 +38,7 @@ fn what_is_rendered_is_what_the_kernel_gives_back() {
 }
 
 /// The rules of own chains in `table`, in order within each chain, without what is only a matter of spelling: chains
-/// in an order of its own, quotes where they are needed, what REJECT answers if not told otherwise.
+/// in an order of its own, quotes where they are needed, the default answer of REJECT.
 fn rules_of(text: &str, table: Table) -> Vec<String> {
     let lines =
         text.lines().skip_while(|line| *line != format!("*{table}")).take_while(|line| *line != "COMMIT");
@@ -204,8 +204,8 @@ fn a_refused_rule_is_named_and_the_rules_of_before_stay() {
             let at = filter.lines.iter().position(|l| l.name == "devices-to-api").expect("the rule");
             filter.lines.insert(at, RestoreLine { text: line.into(), name: "the-bad-one".into() });
             let error = firewall.apply(&plan).expect_err(by);
-            let Error::Refused { rule, line: told, .. } = &error else { panic!("{by}: {error}") };
-            assert_eq!((rule.as_str(), told.as_str()), ("the-bad-one", line), "{by}: {error}");
+            let Error::Refused { rule, line: reported, .. } = &error else { panic!("{by}: {error}") };
+            assert_eq!((rule.as_str(), reported.as_str()), ("the-bad-one", line), "{by}: {error}");
             assert!(error.to_string().contains("rule \"the-bad-one\" is refused, the rules are as before"));
             assert_eq!(host.dump(), before, "{by}");
         }

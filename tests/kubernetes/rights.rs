@@ -112,7 +112,7 @@ fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<(
         json!({"rules": rules.collect::<Vec<_>>()})
     };
     server.request(User::Admin, "PATCH", &path, Some(&without("bridgepolicies")))?;
-    // A watch that is there goes on; who connects anew is refused.
+    // An open watch continues; a new connection is refused.
     node.restart()?;
     let status = until(&node, |cluster| cluster["connected"] == false)?;
     let reason = status["failing"]["bridgepolicies"].to_string();

@@ -61,7 +61,7 @@ pub(crate) fn main(filter: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Returns whether this is CI, where nobody would notice a step that was not run.
+/// Returns whether this is CI, where a step that was not run would go unnoticed.
 fn is_ci() -> bool {
     std::env::var_os("CI").is_some_and(|value| value == "true" || value == "1")
 }

@@ -165,10 +165,10 @@ impl Listen {
             Ok(_) => return Err(Failure::AgentRuns.into()),
             Err(error) => return Err(error.into()),
         }
-        let told = broadcast::Sender::new(1024);
-        let mut received = told.subscribe();
+        let events = broadcast::Sender::new(1024);
+        let mut received = events.subscribe();
         let mut service =
-            Service::start(self.setup(&global.config, &global.state_directory().boot())?, told)?;
+            Service::start(self.setup(&global.config, &global.state_directory().boot())?, events)?;
         let end = interrupted();
         tokio::pin!(end);
         loop {

@@ -20,7 +20,7 @@ impl Down {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         nobody_keeps_routes(global)?;
         let places = agent::pool_places(&global.pin_root, &global.state_directory());
-        // Before the rest: where nothing is enforced, only the pool tells that an agent runs.
+        // First: without enforcement, only the pool shows that an agent runs.
         let pool = run::stop(&places);
         if let Err(StopError::Locked(error)) = pool {
             return Err(error.into());
@@ -32,7 +32,7 @@ impl Down {
             return result.map_err(Error::from);
         }
         agent::forget_trial(&global.config, &global.state_directory());
-        // Teardown goes on after an error, and tells all of them.
+        // Teardown continues after an error, and reports all errors.
         let (notes, errors) = remove_iptables(global);
         let routes = remove_routes();
         result?;

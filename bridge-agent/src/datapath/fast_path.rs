@@ -48,7 +48,7 @@ impl FastPath {
         self.until.store(0);
     }
 
-    /// Something has changed that the way of flows depends on: each learns its way anew.
+    /// Discards all paths after a change of their inputs: each flow learns its path again.
     pub fn forget_paths(&self) {
         self.rest.update(|rest| {
             let [epoch, protocols] = split(rest);

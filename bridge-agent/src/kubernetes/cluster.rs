@@ -1,4 +1,4 @@
-//! What is known of a cluster.
+//! Known state of a cluster.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -99,7 +99,7 @@ pub(super) struct Table<T> {
     items: BTreeMap<Box<str>, T>,
     /// Whether they are all that there are, or were when they were last heard of.
     known: bool,
-    /// What is being listed; takes the place of `items` when it is complete.
+    /// Objects of a list in progress; replaces `items` when it is complete.
     #[serde(skip)]
     incoming: Option<BTreeMap<Box<str>, T>>,
 }
@@ -123,7 +123,7 @@ impl<T: PartialEq> Table<T> {
         self.items.len()
     }
 
-    /// A list begins. What is known stays until it is complete.
+    /// Begins a list. The known objects stay until it is complete.
     pub(super) fn begin(&mut self) {
         self.incoming = Some(BTreeMap::new());
     }
@@ -164,7 +164,7 @@ impl<T: PartialEq> Table<T> {
     }
 }
 
-/// What is known of a cluster.
+/// Known state of a cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub(crate) struct Cluster {

@@ -1,4 +1,4 @@
-//! Follows a cluster for as long as it is wanted, and says what is known of it.
+//! Follows a cluster for as long as it is wanted, and publishes its known state.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -25,13 +25,13 @@ use super::thread::{ClusterThread, PLUGIN_DEADLINE};
 use super::watch::{Query, follow};
 use crate::config::{Config, Kubernetes, PodNetworks, Role};
 
-/// What a connection that cannot be made is called among what fails.
+/// Name of a failed connection among the failures.
 const CONNECTION: &str = "connection";
 /// Between two attempts to make a connection.
 const RETRY: Duration = Duration::from_secs(5);
 /// Until it is looked again whether a resource has come: of another project, and bridge's own.
 const ABSENT: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(5));
-/// Between two changes of what is in force, at least; several of the cluster become one meanwhile.
+/// Minimum time between two changes of the active configuration; several changes of the cluster become one meanwhile.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// Follows a cluster until it is dropped.
@@ -41,7 +41,7 @@ pub(crate) struct Follower {
     node: Option<String>,
     state: State,
     seen: watch::Receiver<u64>,
-    /// What of the cluster is in force.
+    /// Version of the cluster's state that is applied.
     applied: Option<u64>,
     /// Not before then is it looked at again.
     not_before: Instant,
@@ -53,12 +53,12 @@ pub(crate) struct Follower {
     _thread: ClusterThread,
 }
 
-/// To look at what is known; from any thread.
+/// Reads the known state; from any thread.
 #[derive(Clone)]
 pub struct View(State);
 
 impl View {
-    /// What is known of the cluster, and of the way to it.
+    /// Returns the known state of the cluster, and of the connection.
     #[must_use]
     pub fn status(&self) -> KubernetesStatus {
         self.0.status()
@@ -66,8 +66,8 @@ impl View {
 }
 
 impl Follower {
-    /// Begins to follow the cluster of a configuration; nothing has been asked of it on return. On a node, what was known
-    /// at the end of an earlier run is known at once.
+    /// Begins to follow the cluster of a configuration; nothing has been asked of it on return. On a node, the state
+    /// saved by an earlier run is known at once.
     ///
     /// # Errors
     /// There is nothing to connect with.
@@ -113,12 +113,12 @@ impl Follower {
         })
     }
 
-    /// Whether it follows what this configuration asks for.
+    /// Returns whether it follows the cluster of this configuration.
     pub(crate) fn is_for(&self, config: &Config) -> bool {
         config.kubernetes.as_ref() == Some(&self.section) && config.role == self.role
     }
 
-    /// What the configuration file and all that is known come to.
+    /// Combines the configuration file with the known state.
     pub(crate) fn plan(&self, file: &Config) -> (Planned, u64) {
         let cluster = self.state.cluster();
         let version = self.state.version();
@@ -205,7 +205,7 @@ fn expected(role: Role, networks: PodNetworks) -> Vec<&'static str> {
     .collect()
 }
 
-/// Connects, follows, and connects anew when the API server does not know us any more.
+/// Connects, follows, and connects again when the API server refuses our credentials.
 async fn supervise(section: Kubernetes, node: Option<String>, state: State) {
     loop {
         match connect::connect(&section).await {

@@ -1,11 +1,12 @@
 //! Kubernetes: nodes, pods, namespaces and policies of a cluster, followed by watches.
 //!
 //! ```text
-//! API server -> watch (thin) -> cluster: what is known -> plan (pure) -> a configuration, as if all of it stood in the
+//! API server -> watch (thin) -> cluster: known state -> plan (pure) -> a configuration, as if all of it stood in the
 //! file -> the run loop: routes, eBPF, iptables, port pool
 //! ```
 //!
-//! What is in force stays while the API server is away. Until everything has been listed once, nothing is withdrawn.
+//! The active configuration stays while the API server is away. Until everything has been listed once, nothing is
+//! withdrawn.
 
 mod budgets;
 mod cluster;

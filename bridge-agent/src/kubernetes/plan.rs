@@ -1,4 +1,4 @@
-//! What the configuration file and the cluster come to together: a configuration as if all of it stood in the file. Pure.
+//! Combines the configuration file and the cluster: a configuration as if all of it stood in the file. Pure.
 
 use std::collections::{BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -21,7 +21,7 @@ use crate::routes::{DesiredRoute, SourceKind};
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Planned {
-    /// The configuration file with what the cluster adds to it. No rule in it selects by labels any more.
+    /// The configuration file with the additions of the cluster. No rule in it selects by labels any more.
     pub(crate) config: Config,
     /// The routes to pods.
     pub(crate) routes: Vec<DesiredRoute>,
@@ -35,7 +35,7 @@ pub(crate) struct Planned {
     pub(crate) refused: Vec<RefusedPolicy>,
     /// Of all policies that exist.
     pub(crate) policy_hash: String,
-    /// What cannot be followed, and why.
+    /// Objects that cannot be followed, with the reason.
     pub(crate) remarks: Vec<String>,
 }
 
@@ -122,7 +122,7 @@ impl Planned {
     fn add_networks(&mut self, cluster: &Cluster) {
         let external = self.config.networks.external_nets();
         let mut pods: Vec<IpNet> = networks::by_node(self.origin, cluster).into_values().flatten().collect();
-        // What no network covers is judged all the same: a pod of this very node.
+        // Addresses outside every network are judged all the same: a pod of this very node.
         let own = cluster.pods.iter().flat_map(|(_, pod)| &pod.addresses).map(|address| host(*address));
         pods = IpNet::aggregate(&pods);
         pods.sort_unstable();
@@ -265,7 +265,7 @@ fn resolve(rule: &mut Rule, cluster: &Cluster) {
     (rule.pods, rule.pod_selector, rule.namespace_selector) = (Some(pods), None, None);
 }
 
-/// Cuts `list` down to what `scope` contains.
+/// Reduces `list` to the networks inside `scope`.
 fn restrict(list: &mut Option<Vec<Network>>, scope: &[IpNet]) {
     let Some(networks) = list else { return };
     let mut inside: Vec<Network> = Vec::with_capacity(networks.len());
@@ -283,10 +283,10 @@ fn restrict(list: &mut Option<Vec<Network>>, scope: &[IpNet]) {
     *networks = inside;
 }
 
-/// A rule's name has so many bytes at most.
+/// Maximum length of a rule's name, in bytes.
 const LONGEST: usize = 63;
 
-/// `wanted`, or where it is too long or taken, its beginning and a number that tells it from others.
+/// Returns `wanted`, or where it is too long or taken, its beginning and a number that distinguishes it.
 fn unique(wanted: &str, names: &mut HashSet<String>) -> RuleName {
     let mut name = wanted.to_owned();
     let mut salt = 0_u32;

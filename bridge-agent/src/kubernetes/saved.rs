@@ -28,7 +28,7 @@ struct Out<'a> {
     cluster: &'a Cluster,
 }
 
-/// What is in the file.
+/// Content of the file.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 pub(crate) struct In {
     pub(crate) node: String,
@@ -53,13 +53,13 @@ impl Saved {
         Self { place, node, section }
     }
 
-    /// What was saved last, if it was of this cluster and this node.
+    /// Returns the state saved last, if it was of this cluster and this node.
     pub(super) fn load(&self) -> Option<Cluster> {
         let file = match state_directory::open(&self.place) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
             Err(error) => {
-                tracing::warn!(%error, file = %self.place.display(), "what was known of the cluster cannot be read");
+                tracing::warn!(%error, file = %self.place.display(), "cannot read the saved state of the cluster");
                 return None;
             }
         };
@@ -67,7 +67,7 @@ impl Saved {
             Ok(saved) => (saved.node == self.node && saved.section == self.section).then_some(saved.cluster),
             // Of another version of the agent.
             Err(error) => {
-                tracing::info!(%error, file = %self.place.display(), "what was known of the cluster is not read");
+                tracing::info!(%error, file = %self.place.display(), "the saved state of the cluster is ignored");
                 None
             }
         }

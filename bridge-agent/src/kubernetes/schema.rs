@@ -1,6 +1,6 @@
 //! The schema of rules in a custom resource definition, which must be "structural": a subset of JSON schema.
 //!
-//! It is made from the schema of the configuration file. Bounds and CEL rules have the API server refuse at once what it
+//! It is made from the schema of the configuration file. Bounds and CEL rules have the API server refuse at once every fault that it
 //! can see; the agent checks the rest, and reports it in the condition `Accepted`. Two properties keep the API server from
 //! changing the meaning of a policy before the agent reads it:
 //!

@@ -1,4 +1,4 @@
-//! What the agent says of the cluster it follows.
+//! State of the followed cluster, as the agent reports it.
 
 use std::collections::BTreeMap;
 
@@ -18,13 +18,13 @@ pub struct KubernetesStatus {
     pub connected: bool,
     /// Since when that is so, or is not; RFC 3339, UTC.
     pub since: String,
-    /// What cannot be followed, and why.
+    /// Objects that cannot be followed, with the reason.
     pub failing: BTreeMap<String, String>,
-    /// Whether anything is known of the cluster: all of it, or what an earlier run of the agent knew.
+    /// Whether the state of the cluster is known: all of it, or that of an earlier run of the agent.
     pub known: bool,
-    /// What has not been heard of since the agent has started. Until all of it has, nothing is withdrawn.
+    /// Resources that have not been listed since the agent has started. Until all have, nothing is withdrawn.
     pub waiting_for: Vec<String>,
-    /// Whether what is known is in force.
+    /// Whether the known state is applied.
     pub current: bool,
     /// Who says which pod networks a node has: `node`, `calico` or `cilium`.
     pub pod_networks_from: Origin,
@@ -38,11 +38,11 @@ pub struct KubernetesStatus {
     pub nodes: usize,
     /// How many pods of this node are known.
     pub pods: usize,
-    /// The policies in force.
+    /// The active policies.
     pub policies: Vec<ObservedPolicy>,
-    /// What cannot be followed.
+    /// Objects that cannot be followed.
     pub remarks: Vec<String>,
-    /// Why what is known is not in force.
+    /// The reason why the known state is not applied.
     pub error: Option<String>,
 }
 

@@ -1,6 +1,6 @@
 //! Follows the objects of one kind: list, watch, and list again where a watch has fallen behind.
 //!
-//! The thin part: what an event means, [`Table`](super::cluster::Table) knows.
+//! The thin part: [`Table`](super::cluster::Table) interprets the events.
 
 use std::time::{Duration, Instant};
 
@@ -16,11 +16,12 @@ use super::state::State;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 /// While something fails, how long a watch may be silent before the server is asked whether it is there.
 const SILENCE: Duration = Duration::from_secs(1);
-/// After so many refusals in a row the credentials are read anew.
+/// Number of refusals in a row after which the credentials are read again.
 const REFUSALS: u32 = 3;
-/// A watch is begun anew after so many seconds: one whose server has vanished without a word is noticed then.
+/// Seconds after which a watch is started again: a server that has vanished silently is noticed then.
 const WATCH_SECONDS: u32 = 120;
-/// After so many failures in a row everything is listed anew: the server may have another past (a restored etcd).
+/// Number of failures in a row after which everything is listed again: the server may have another past (a restored
+/// etcd).
 const PATIENCE: u32 = 8;
 
 /// How the objects of one kind are asked for.
@@ -91,7 +92,7 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
             };
             if let (Some(again), Some(404)) = (query.absent, code(&error)) {
                 // Who deletes a definition deletes its objects first. A server that has just started does not know its
-                // definitions yet: what is known stays until that can no longer be it.
+                // definitions yet: the known objects stay until that can no longer be it.
                 let gone = *missing_since.get_or_insert_with(Instant::now);
                 if T::table(&mut state.cluster()).len() == 0 || gone.elapsed() > GONE {
                     (failures, refusals) = (0, 0);
@@ -103,8 +104,8 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
                 }
             }
             if code(&error) == Some(410) {
-                // The watcher lists anew by itself where it is told so in the middle of a watch.
-                tracing::debug!(resource = T::NAME, "the watch is too far behind: listing anew");
+                // The watcher lists again by itself where the server requests it in the middle of a watch.
+                tracing::debug!(resource = T::NAME, "the watch is too far behind: listing again");
                 if matches!(error, watcher::Error::WatchStartFailed(_)) {
                     break;
                 }
@@ -155,7 +156,7 @@ fn code(error: &watcher::Error) -> Option<u16> {
     }
 }
 
-/// What to tell of a failure.
+/// Returns the text for a failure.
 fn reason(error: &watcher::Error) -> String {
     let cause = cause(error);
     match code(error) {

@@ -135,7 +135,7 @@ enum Step {
         by: u64,
     },
     Release(prop::sample::Index),
-    /// A socket vanishes and nobody gives its port back.
+    /// A socket vanishes and its port is not given back.
     Lose(prop::sample::Index),
     Sweep,
 }

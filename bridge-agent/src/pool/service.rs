@@ -167,7 +167,7 @@ impl Service {
         loop {
             let freed = self.freed.notified();
             let claimed = self.claim(&destination, netns, wish.count).or_else(|refusal| {
-                // Whoever sees to it from time to time may be busy with other things, such as many rules.
+                // The periodic sweep may be busy, with many rules for instance.
                 if self.end_overdue() { self.claim(&destination, netns, wish.count) } else { Err(refusal) }
             });
             match claimed {

@@ -1,4 +1,4 @@
-//! Routes as a whole: all configured sources and the reconciler, owned by whoever has a runtime.
+//! Routes as a whole: all configured sources and the reconciler, owned by the holder of a runtime.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -130,7 +130,7 @@ impl Service {
             }
         }
         match (self.setup.kubernetes, setup.kubernetes) {
-            // Whoever follows the cluster publishes.
+            // The follower of the cluster publishes.
             (false, true) => drop(self.desired.register(SourceKind::Kubernetes)),
             (true, false) => self.desired.unregister(SourceKind::Kubernetes),
             (true, true) | (false, false) => {}

@@ -20,7 +20,7 @@ pub(crate) const PASS: i32 = 1;
 const REFUSE: i32 = 0;
 const EADDRNOTAVAIL: i32 = 99;
 
-/// At most one event in so many nanoseconds on each CPU; the counters see all.
+/// Minimum time between two events on each CPU, in nanoseconds; the counters see all.
 const EVENT_INTERVAL_NS: u64 = 10_000_000;
 
 /// Whether the kernel has `bpf_set_retval` (Linux 5.18). Without it the program sees EPERM. Set by the loader.

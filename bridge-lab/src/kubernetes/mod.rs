@@ -81,7 +81,7 @@ impl ApiServer {
             ("service-account-signing-key-file", at("server.key")),
             ("service-account-key-file", at("server.crt")),
             ("service-cluster-ip-range", "10.96.0.0/16".to_owned()),
-            // Nobody makes service accounts for namespaces here: there is no controller manager.
+            // There is no controller manager here to make service accounts for namespaces.
             ("disable-admission-plugins", "ServiceAccount".to_owned()),
             ("cert-dir", at("")),
             ("audit-policy-file", at("audit.yaml")),
@@ -111,10 +111,10 @@ impl ApiServer {
         self.server = None;
     }
 
-    /// Makes etcd forget everything but the present: who watches from an earlier time is told so.
+    /// Makes etcd forget everything but the present: a watch from an earlier time then fails.
     pub fn compact(&self) -> Result<()> {
         let revision = self.etcd("range", r#"{"key": "AA=="}"#)?["header"]["revision"].clone();
-        let revision = revision.as_str().context("etcd tells its revision")?;
+        let revision = revision.as_str().context("etcd reports its revision")?;
         self.etcd("compaction", &format!(r#"{{"revision": "{revision}", "physical": true}}"#)).map(drop)
     }
 

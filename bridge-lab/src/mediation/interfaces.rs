@@ -130,7 +130,7 @@ pub(super) fn flap(setting: Setting) -> Result<Finding> {
     thread::scope(|scope| -> Result<()> {
         let sender = scope.spawn(move || {
             while Instant::now() < end {
-                // While the interface is down there is nobody to send to.
+                // While the interface is down there is no peer to send to.
                 drop(injector.send(&packet));
                 thread::sleep(Duration::from_micros(200));
             }

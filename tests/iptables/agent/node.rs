@@ -163,7 +163,7 @@ enforcement:
             .collect())
     }
 
-    /// What the LAN host sees of a port of the pod where somebody listens.
+    /// Returns the result of the LAN host's connection to a port of the pod with a listener.
     pub(crate) fn connect(&self, family: Family, port: u16) -> Result<Attempt<()>> {
         let c1 = self.lab.c1();
         let server = tcp::Server::echo(&c1.netns, c1.at(family, port))?;

@@ -23,7 +23,7 @@ const LONG: &str = "600s";
 /// As short as may be.
 const SHORT: &str = "1s";
 
-/// A node with the usual rules in force, in both engines, and rules to try that open one port more.
+/// A node with the usual rules active, in both engines, and rules to try that open one port more.
 struct Trial {
     node: Node,
     agent: Agent,
@@ -69,7 +69,7 @@ impl Trial {
         self.leaves_nothing()
     }
 
-    /// What was on trial is in force, in both engines.
+    /// The configuration on trial is active, in both engines.
     fn is_in_force(&self) -> Result<()> {
         self.node.is_open()?;
         ensure!(
@@ -227,7 +227,7 @@ fn it_is_saved_for_the_boot_only_when_it_is_confirmed() -> Result<()> {
     assert_eq!(fs::read_to_string(trial.agent.config())?, fs::read_to_string(&trial.candidate)?);
     trial.is_in_force()?;
     trial.leaves_nothing()?;
-    // Nobody takes the agent's own writing for news.
+    // The agent's own writing is no news.
     assert_eq!(trial.status()?["agent"]["reloads"]["succeeded"], 0);
     Ok(())
 }
@@ -286,7 +286,7 @@ fn what_cannot_be_tried_is_refused_and_changes_nothing() -> Result<()> {
     trial.write("iptables", RULES)?;
     let error = trial.refused(&on_trial)?;
     ensure!(error.contains("enforcement.engines") && error.contains("without --confirm"), "{error}");
-    // Mistakes have their line, and nobody is asked.
+    // Mistakes have their line, and no probe is asked.
     trial.write("ebpf, iptables", "rules: 7\n")?;
     let error = trial.refused(&on_trial)?;
     ensure!(error.contains("try.yaml:"), "{error}");
@@ -301,7 +301,7 @@ fn what_cannot_be_tried_is_refused_and_changes_nothing() -> Result<()> {
     trial.agent.run(&on_trial)?;
     let error = trial.refused(&on_trial)?;
     ensure!(error.contains("is on trial for") && error.contains("bridge-agent revert"), "{error}");
-    // The file is read when the trial is over, and nobody's work is written over.
+    // The file is read when the trial is over, and no other change is overwritten.
     let edited = trial.file.replace("name: devices", "name: gadgets");
     fs::write(trial.agent.config(), &edited)?;
     let noticed = || trial.status().ok()?["agent"]["reloads"]["last"]["error"].as_str().map(str::to_owned);

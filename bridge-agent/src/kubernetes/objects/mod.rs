@@ -1,4 +1,4 @@
-//! The objects of the API server, reduced to what is used while they are read.
+//! The objects of the API server, reduced to the used fields while they are read.
 //!
 //! A node's list of images, a pod's containers, the managed fields of anything: none of it is ever held in memory, but
 //! for the one page of a list that is being read.
@@ -23,12 +23,12 @@ use crate::pool::pods;
 pub(super) trait Followed:
     Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
 {
-    /// What is kept of it.
+    /// The used fields.
     type PinGuard: PartialEq + Debug + Send;
     /// The resource, as `kubectl` names it.
     const NAME: &'static str;
 
-    /// What is kept of it; `None` if it counts for nothing.
+    /// Returns the used fields; `None` if the object counts for nothing.
     fn keep(self) -> Option<Self::PinGuard>;
 
     /// Where it is kept.
@@ -45,7 +45,7 @@ pub(super) fn key(object: &impl Resource<DynamicType = ()>) -> Box<str> {
     }
 }
 
-/// Metadata without what is long and not used: managed fields, owners, annotations but for two.
+/// Metadata without long and unused fields: managed fields, owners, annotations but for two.
 fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
     #[derive(Default, Deserialize)]
     #[serde(default, rename_all = "camelCase")]
@@ -68,7 +68,7 @@ fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Err
     Ok(ObjectMeta { name, namespace, uid, resource_version, generation, labels, annotations, ..rest })
 }
 
-/// `null` is what is not there.
+/// `null` equals a missing value.
 fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     deserializer: D,
 ) -> Result<T, D::Error> {
@@ -154,7 +154,7 @@ object! {
     BridgeNodeMeta: GROUP, "v1alpha1", "BridgeNode", "bridgenodes", ClusterResourceScope {}
 }
 object! {
-    /// The part of a BridgeNode that tells which policies the node applies.
+    /// The part of a BridgeNode with the policies that the node applies.
     BridgeNodeReport: GROUP, "v1alpha1", "BridgeNode", "bridgenodes", ClusterResourceScope {
         status: NodeReport,
     }
@@ -204,7 +204,7 @@ fn internal(addresses: &[Address]) -> Box<[IpAddr]> {
     internal.filter_map(|address| address.address.parse().ok()).collect()
 }
 
-/// What cannot be read is left out: a network that bridge does not know is not judged by mistake.
+/// Unreadable networks are left out: a network that bridge does not know is not judged by mistake.
 fn networks<'a>(texts: impl IntoIterator<Item = &'a String>) -> Box<[IpNet]> {
     texts.into_iter().filter_map(|text| Some(text.parse::<IpNet>().ok()?.trunc())).collect()
 }

@@ -23,14 +23,14 @@ use super::lease::{Lease, RENEW};
 const COALESCE: Duration = Duration::from_millis(200);
 /// A condition that says that nodes are missing is written at most this often.
 const PROGRESS: Duration = Duration::from_secs(10);
-/// A condition is repeated, after somebody else has changed it or the number of nodes has, at most this often.
+/// A condition is repeated at most this often, after another client or the number of nodes has changed it.
 const REPEAT: Duration = Duration::from_secs(60);
 /// Versions of the set of policies that are remembered.
 const HISTORY: usize = 256;
 /// Nodes that a message names.
 const NAMED: usize = 3;
 
-/// Versions of the set of policies, so that the hash that a node reports tells which policies it has.
+/// Versions of the set of policies, so that the hash that a node reports identifies its policies.
 #[derive(Default)]
 struct History {
     version: u64,
@@ -73,7 +73,7 @@ struct Report {
     refused: Vec<RefusedPolicy>,
 }
 
-/// What was written about a policy, and when.
+/// The last condition written to a policy, and its time.
 struct Written {
     conditions: Vec<Condition>,
     at: Instant,
@@ -158,7 +158,7 @@ impl Policies {
         let name = key(&node).into_string();
         let before = self.nodes.get(&name).map_or(0, |report| report.version);
         let (hash, refused) = node.into_parts();
-        // A set that came and went between two looks: the node has at least what it had before.
+        // A set that came and went between two polls: the node has at least its former one.
         let version = self.history.version_of(&hash).unwrap_or(before);
         self.nodes.insert(name, Report { version, hash, refused });
     }

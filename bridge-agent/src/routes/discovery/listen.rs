@@ -227,7 +227,7 @@ impl Listener {
 /// Set once, by the task that has received an authentic announcement, or by the listener that closes its connection.
 type Claim = Arc<AtomicBool>;
 
-/// The connections that are served. Connections without an announcement cost nothing to whoever opens them, so they never keep
+/// The connections that are served. Connections without an announcement cost nothing to their client, so they never keep
 /// a pod out: the oldest one of the source that has the most yields its place.
 #[derive(Default)]
 struct Conversations(Vec<Conversation>);

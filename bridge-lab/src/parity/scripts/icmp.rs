@@ -26,7 +26,7 @@ impl Story<'_> {
         match dice.below(10) {
             0 | 1 => {
                 let packet = self.there().icmp(&message(reply, self.mark()));
-                self.send("echo reply that nobody asked for", true, packet, free);
+                self.send("unsolicited echo reply", true, packet, free);
             }
             2 => {
                 let odd = if v4 { *dice.pick(&ODD_V4) } else { *dice.pick(&ODD_V6) };

@@ -135,7 +135,7 @@ impl Story<'_> {
         Packet::new(self.flow.destination, self.flow.source)
     }
 
-    /// Eight octets that tell this packet from all others.
+    /// Eight octets that distinguish this packet from all others.
     fn mark(&self) -> Vec<u8> {
         let number = u32::try_from(self.sent.len()).unwrap_or_default();
         [self.tag.to_be_bytes(), number.to_be_bytes()].concat()
@@ -156,7 +156,7 @@ impl Story<'_> {
         self.sent.push(Sent { label: what, from, packets, expected: expected.into() });
     }
 
-    /// The story that the other side would tell, were it first.
+    /// The same story with the other side first.
     fn mirrored(&self) -> Self {
         Self { policy: self.policy, flow: self.flow.reversed(), tag: self.tag, sent: Vec::new() }
     }
@@ -185,7 +185,7 @@ impl Story<'_> {
         // If the question was denied, the answer may be a question that a rule allows.
         let answer = opens || self.mirrored().opens(protocol::UDP);
         self.send("answer", false, self.back().udp(b, a, &self.mark()), answer);
-        // In half of them, so many that the last ones may take the fast path.
+        // In half of them enough that the last ones may take the fast path.
         for _ in 0..1 + dice.below(7).saturating_sub(3) {
             self.send("another question", true, self.there().udp(a, b, &self.mark()), answer);
             self.send("another answer", false, self.back().udp(b, a, &self.mark()), answer);
@@ -206,7 +206,7 @@ impl Story<'_> {
         let (free, opens) = (self.is_free(protocol), self.opens(protocol));
         let to_node = local().contains(&self.flow.destination);
         let expected = if size >= header {
-            // A fragment at octet 8 has no port in it that would tell that it goes to a NodePort.
+            // A fragment at octet 8 has no port that would lead it to a NodePort.
             let refused = size == 8 && !to_node;
             Expected::differing(Difference::ShortFragment, free || opens && !refused, opens)
         } else if self.flow.source.is_ipv4() {
