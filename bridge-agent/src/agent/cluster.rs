@@ -87,7 +87,7 @@ impl Agent {
             (None, Some(following)) => following.follower,
             (None, None) => unreachable!("one was there"),
         };
-        if follower.synced() {
+        if planned.synced {
             self.routing.publish(mem::take(&mut planned.routes));
             self.pool.set_pods(mem::take(&mut planned.pool_pods));
         }

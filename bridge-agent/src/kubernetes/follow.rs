@@ -120,15 +120,13 @@ impl Follower {
 
     /// Combines the configuration file with the known state.
     pub(crate) fn plan(&self, file: &Config) -> (Planned, u64) {
+        // First: a change that comes meanwhile is planned now or announced again, and never lost.
+        let (version, synced) = (self.state.version(), self.state.is_synced());
         let cluster = self.state.cluster();
-        let version = self.state.version();
         let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
-        (plan_with(file, &cluster, self.node.as_deref(), &mut budgets, &self.quarantine()), version)
-    }
-
-    /// Whether everything has been listed once: until then nothing may be withdrawn for not being known.
-    pub(crate) fn synced(&self) -> bool {
-        self.state.is_synced()
+        let mut planned = plan_with(file, &cluster, self.node.as_deref(), &mut budgets, &self.quarantine());
+        planned.synced = synced;
+        (planned, version)
     }
 
     /// Waits until there is something new, all of it is known, and a pause has passed. Can be dropped at any time.
@@ -149,7 +147,7 @@ impl Follower {
         self.applied = (error.is_none() && !again).then_some(version);
         self.not_before = Instant::now() + pause;
         self.log_refused(&planned);
-        let synced = self.state.is_synced();
+        let synced = planned.synced;
         self.state.set_applied(|applied| applied.take(planned, error, synced));
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct Planned {
     pub(crate) policies: Vec<ObservedPolicy>,
     /// The policies that are not, although they exist.
     pub(crate) refused: Vec<RefusedPolicy>,
+    /// Whether everything had been listed once when this was planned: until then nothing is withdrawn because it is not known.
+    pub(crate) synced: bool,
     /// Of all policies that exist.
     pub(crate) policy_hash: String,
     /// Objects that cannot be followed, with the reason.
@@ -66,6 +68,7 @@ pub(super) fn plan_with(
             .collect(),
         policies: Vec::new(),
         refused: Vec::new(),
+        synced: false,
         policy_hash: policy_hash(cluster.policies.iter().map(|(name, policy)| (name, policy.generation))),
         remarks: Vec::new(),
     };
