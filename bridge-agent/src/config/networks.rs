@@ -75,8 +75,12 @@ impl Networks {
                 );
             }
         }
+        // An entry that is refused may have been of the missing family.
+        let external_is_valid = report.intact(&external);
         let family = family_without_external(&pod_nets, &external_nets);
-        if let Some(family) = family.filter(|_| role == Role::Node && !external_nets.is_empty()) {
+        if let Some(family) =
+            family.filter(|_| role == Role::Node && !external_nets.is_empty() && external_is_valid)
+        {
             report.warn(
                 &external,
                 Problem::new(
