@@ -41,7 +41,7 @@ fn config(engines: &str, cgroup: &Path) -> Result<String> {
     Ok(format!(
         "role: node\nnetworks: {{pods: [10.200.1.0/24], external: [192.168.31.0/24]}}\n\
          enforcement: {{engines: [{engines}]}}\n\
-         rules: [{{name: in, direction: inbound, protocol: tcp, ports: [40002]}}, {{name: out, direction: outbound, protocol: tcp}}]\n\
+         rules: [{{name: in, direction: inbound, protocol: tcp, ports: [40002]}}, {{name: out, direction: outbound, protocol: tcp, ports: ['1-65535']}}]\n\
          portPool: {{ports: 61001-61100, transparent: {{cgroups: [/{cgroup}]}}}}\npersistence: {{save: never}}\n"
     ))
 }
@@ -169,9 +169,10 @@ fn a_service_user_with_four_capabilities_does_everything() -> Result<()> {
         let caps = only(needed);
         let script = format!(
             "#!/bin/sh\nexec setpriv --reuid {USER} --regid {USER} --clear-groups --bounding-set {caps} --inh-caps {caps} \
-             --ambient-caps {caps} {} \"$1\" --config \"$3\" --pin-root {}\n",
+             --ambient-caps {caps} {} \"$1\" --config \"$3\" --pin-root {} --state-dir {}\n",
             program()?.display(),
-            pins.0.join("bridge").display()
+            pins.0.join("bridge").display(),
+            directory.join("state").display()
         );
         let usual = config(engines, &cgroup)?;
         let mut agent =

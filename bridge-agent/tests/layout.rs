@@ -33,21 +33,21 @@ const LAYERS: &[&[&str]] = &[
 const ARROWS: &[(&str, &str)] =
     &[("datapath", "pool"), ("interfaces", "datapath"), ("nodeport_range", "pool"), ("pool", "datapath")];
 
-/// Circles of files that are still to be cut, or stay with a reason in ARCHITECTURE.md: the folder, and the largest circle
-/// in it.
+/// Circles of files that are still to be cut: the folder, and the number of files in its largest circle. The test fails as
+/// well when a circle has become smaller, so that the list shrinks.
 const CIRCLES: &[(&str, usize)] = &[
     ("bridge-agent/src/agent", 2),
     ("bridge-agent/src/cli", 15),
-    ("bridge-agent/src/config", 16),
-    ("bridge-agent/src/datapath", 5),
-    ("bridge-agent/src/kubernetes", 3),
+    ("bridge-agent/src/config", 7),
+    ("bridge-agent/src/datapath", 2),
+    ("bridge-agent/src/iptables", 2),
+    ("bridge-agent/src/kubernetes", 4),
     ("bridge-agent/src/policy", 4),
     ("bridge-agent/src/pool", 4),
-    ("bridge-agent/src/routes", 5),
+    ("bridge-agent/src/routes", 6),
     ("bridge-common/src/filter", 2),
     ("bridge-common/src/pool", 2),
-    ("bridge-ebpf/src/enforce", 12),
-    ("bridge-ebpf/src/pool", 2),
+    ("bridge-ebpf/src/enforce", 5),
 ];
 
 /// A module in a file.
@@ -351,6 +351,7 @@ fn folders_depend_on_lower_layers_only() {
 #[test]
 fn files_depend_on_each_other_in_no_circle() {
     let mut found = Vec::new();
+    let mut largest = BTreeMap::new();
     for root in [
         "bridge-agent/src/lib.rs",
         "bridge-common/src/lib.rs",
@@ -363,10 +364,14 @@ fn files_depend_on_each_other_in_no_circle() {
         let graph = graph(&root);
         for circle in circles(&graph) {
             let files: BTreeSet<_> = circle.iter().map(|file| format!("{base}/{file}")).collect();
-            let known = |(folder, most): &(&str, usize)| {
-                files.len() <= *most && files.iter().all(|file| Path::new(file).starts_with(folder))
-            };
-            if !CIRCLES.iter().any(known) {
+            let within =
+                |(folder, _): &&(&str, usize)| files.iter().all(|file| Path::new(file).starts_with(folder));
+            let known = CIRCLES.iter().find(within);
+            if let Some((folder, _)) = known {
+                let size: &mut usize = largest.entry(*folder).or_default();
+                *size = files.len().max(*size);
+            }
+            if known.is_none_or(|(_, most)| files.len() > *most) {
                 let inside =
                     |file: &&str| graph[*file].iter().filter(|to| circle.contains(to.as_str())).cloned();
                 let edges: BTreeMap<_, _> = circle
@@ -378,6 +383,8 @@ fn files_depend_on_each_other_in_no_circle() {
         }
     }
     assert!(found.is_empty(), "files that depend on each other in a circle: {found:#?}");
+    let listed: BTreeMap<_, _> = CIRCLES.iter().copied().collect();
+    assert_eq!(largest, listed, "circles that have become smaller: lower their figure in CIRCLES");
 }
 
 /// A crate of these files, for the tests of the test.

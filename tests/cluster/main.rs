@@ -30,10 +30,10 @@ fn bridge_plugin_with_nftables_proxy() -> Result<()> {
         &[
             ("ClusterIP, routed to the node", "allowed host"),
             ("LoadBalancer address, externalTrafficPolicy Local", "allowed host"),
-            ("NodePort, externalTrafficPolicy Cluster, at another node", "stranger"),
+            ("NodePort, externalTrafficPolicy Cluster, at another node", "allowed host"),
             ("NodePort, externalTrafficPolicy Cluster, at the pod's node", "allowed host"),
             ("NodePort, externalTrafficPolicy Local", "allowed host"),
-            ("NodePort, sessionAffinity ClientIP, at another node", "stranger"),
+            ("NodePort, sessionAffinity ClientIP, at another node", "allowed host"),
             ("NodePort, sessionAffinity ClientIP, at the pod's node", "allowed host"),
             ("hostPort", "allowed host"),
         ],
@@ -53,17 +53,11 @@ fn ptp_plugin_with_iptables_proxy_masquerade_and_overlay() -> Result<()> {
     play(
         options,
         &[
-            ("ClusterIP, routed to the node", "stranger"),
             ("LoadBalancer address, externalTrafficPolicy Local", "allowed host"),
-            ("NodePort, externalTrafficPolicy Cluster, at another node", "stranger"),
-            ("NodePort, externalTrafficPolicy Cluster, at the pod's node", "stranger"),
+            ("NodePort, externalTrafficPolicy Cluster, at another node", "allowed host"),
             ("NodePort, externalTrafficPolicy Local", "allowed host"),
-            ("NodePort, sessionAffinity ClientIP, at another node", "stranger"),
-            ("NodePort, sessionAffinity ClientIP, at the pod's node", "stranger"),
+            ("NodePort, sessionAffinity ClientIP, at another node", "allowed host"),
             ("hostPort", "allowed host"),
-            ("pod to a Service whose endpoint is the LAN host", "other pod"),
-            ("pod to a Service whose endpoint is the other LAN host", "allowed pod"),
-            ("pod to a Service whose endpoint is the other LAN host", "other pod"),
         ],
     )
 }

@@ -235,7 +235,7 @@ impl Lab {
 
     /// A cgroup v2 directory in the place of kubelet's `kubepods`, so that agents look for pods in it.
     pub fn kubepods(&self) -> Result<PathBuf> {
-        make_cgroup(&format!("{}-kubepods", self.id()))
+        make_cgroup(&format!("{}-kube/kubepods", self.id()))
     }
 
     /// Waits until every station gets an answer from its node: neighbours are known, bridges have learnt.

@@ -59,7 +59,7 @@ fn damage_is_mended_within_a_second_told_and_counted() -> Result<()> {
         // Other tests run beside this one, and may take the processor for a while.
         ensure!(times[times.len() / 2] < LIMIT, "{times:?}");
         let text = agent.run(&["status"])?;
-        ensure!(text.contains("put back 4 times") && text.contains("no longer first"), "{text}");
+        ensure!(text.contains("restored 4 times") && text.contains("no longer first"), "{text}");
         ensure!(
             node.dump()?.contains("-A FORWARD -s 198.51.100.7/32 -j ACCEPT"),
             "a foreign rule was taken away"

@@ -176,7 +176,7 @@ fn what_ebpf_alone_denies_is_counted_and_named() -> Result<()> {
         ensure!(last.starts_with(&format!("tcp {from}:")) && last.ends_with(&format!(" to {to}")), "{last}");
         let logged = eventually(DEADLINE, || {
             let log = agent.log();
-            log.lines().find(|line| line.contains("that iptables would have let through")).map(str::to_owned)
+            log.lines().find(|line| line.contains("that iptables would have allowed")).map(str::to_owned)
         });
         let logged = logged.with_context(|| format!("not logged:\n{}", agent.log()))?;
         ensure!(logged.contains(&format!(" to {to}")), "{logged}");
