@@ -6,7 +6,7 @@ use ipnet::IpNet;
 use super::*;
 
 fn cases() -> impl Iterator<Item = Case> {
-    (0..300).map(|seed| Case::new(seed, 200))
+    (0..400).map(|seed| Case::new(seed, 200))
 }
 
 #[test]
