@@ -91,22 +91,30 @@ pub fn api(input: &[u8]) -> bool {
     })
 }
 
+/// How long a client waits for an answer before it hangs up.
+const PATIENCE: Duration = Duration::from_millis(200);
+
 /// Sends `bytes`, and returns the answer until the other side hangs up or begins a stream without end.
 async fn converse(socket: &PathBuf, bytes: &[u8], hang_up: bool) -> Vec<u8> {
     let talk = async {
         let mut stream = UnixStream::connect(socket).await.expect("the server listens");
         let (mut from, mut to) = stream.split();
         let mut answer = Vec::new();
+        let heard = tokio::sync::Notify::new();
         let say = async {
             // The server may close the connection before all is sent.
             let _ = to.write_all(bytes).await;
             if hang_up {
+                // A client that hangs up at once may get no answer.
+                let _ = tokio::time::timeout(PATIENCE, heard.notified()).await;
                 let _ = to.shutdown().await;
             }
         };
         let hear = async {
             let is_stream = |answer: &[u8]| answer.windows(20).any(|part| part == b"application/x-ndjson");
-            while from.read_buf(&mut answer).await.is_ok_and(|length| length > 0) && !is_stream(&answer) {}
+            while from.read_buf(&mut answer).await.is_ok_and(|length| length > 0) && !is_stream(&answer) {
+                heard.notify_one();
+            }
         };
         tokio::join!(say, hear);
         answer
