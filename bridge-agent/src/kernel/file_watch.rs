@@ -30,7 +30,7 @@ pub(crate) struct FileWatch {
     /// The names, in each watched directory, of the file and of the links that lead to it.
     names: HashMap<WatchDescriptor, HashSet<OsString>>,
     last: Option<Hash>,
-    /// Somebody writes the file and has not closed it.
+    /// Another program has the file open for writing.
     is_open: bool,
 }
 
