@@ -76,7 +76,7 @@ fn version() -> Result<String> {
 
 /// The time that everything in the image has, in seconds since 1970: `$SOURCE_DATE_EPOCH`, else that of the last commit
 /// (reproducible-builds.org/specs/source-date-epoch).
-fn epoch() -> Result<u64> {
+pub(crate) fn epoch() -> Result<u64> {
     let text = match env::var("SOURCE_DATE_EPOCH") {
         Ok(text) => text,
         Err(_) => cmd::output(

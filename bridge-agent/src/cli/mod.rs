@@ -9,6 +9,7 @@ mod discover;
 mod down;
 mod exec;
 mod flows;
+mod generate;
 mod monitor;
 mod nodeport_range;
 mod ports;
@@ -107,6 +108,9 @@ pub enum Command {
     NodeportRange(nodeport_range::NodeportRange),
     /// Print the custom resource definitions for Kubernetes, or write them into a directory; needs no privilege
     Crds(crds::Crds),
+    /// Write man pages and shell completions, for packages
+    #[command(hide = true)]
+    Generate(generate::Generate),
     /// Stop enforcing: remove every program, map, rule and route of bridge
     Down(down::Down),
 }
@@ -277,6 +281,7 @@ impl Cli {
             Command::Routes(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
             Command::Crds(command) => command.run(&self.global),
+            Command::Generate(command) => command.run(),
             Command::Down(command) => command.run(&self.global),
             Command::NodeportRange(command) => command.run(&self.global),
             Command::Ports(command) => command.run(&self.global),

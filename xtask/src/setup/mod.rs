@@ -124,6 +124,22 @@ pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
     Ok(Ready { ebpf, checks })
 }
 
+/// Returns `cargo-auditable`, which embeds the list of dependencies into a binary; builds it if it is missing.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn auditable() -> Result<PathBuf> {
+    rust_tools::AUDITABLE.ensure()
+}
+
+/// Returns `auditable2cdx`, which makes a bill of materials from that list; builds it if it is missing.
+///
+/// # Errors
+/// The build fails.
+pub(crate) fn auditable_to_cyclonedx() -> Result<PathBuf> {
+    rust_tools::AUDITABLE_TO_CYCLONEDX.ensure()
+}
+
 /// Sees to it that these programs are there.
 ///
 /// # Errors

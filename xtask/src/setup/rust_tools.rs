@@ -28,6 +28,17 @@ pub(super) const DENY: RustTool = RustTool {
     why: "checks licences, bans and sources of dependencies",
 };
 
+pub(super) const AUDITABLE: RustTool = RustTool {
+    name: "cargo-auditable",
+    version: "0.7.7",
+    why: "embeds the list of dependencies into the shipped binaries",
+};
+pub(super) const AUDITABLE_TO_CYCLONEDX: RustTool = RustTool {
+    name: "auditable2cdx",
+    version: "0.1.0",
+    why: "writes the bill of materials of the shipped binaries",
+};
+
 impl RustTool {
     /// The program: the user's own, else the one in our cache, built if missing.
     pub(super) fn ensure(&self) -> Result<PathBuf> {

@@ -1,0 +1,68 @@
+//! `bridge-agent generate`: man pages and shell completions, for packages.
+
+use std::{
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, CommandFactory as _};
+use clap_complete::Shell;
+
+use super::{Cli, Error};
+
+/// Write man pages and shell completions into a directory; needs no privilege
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// The directory; it is created
+    #[arg(long, value_name = "DIR")]
+    directory: PathBuf,
+}
+
+impl Generate {
+    pub(super) fn run(&self) -> Result<(), Error> {
+        write_all(&self.directory)
+            .map_err(|source| Error::Process { action: "cannot write man pages and completions", source })
+    }
+}
+
+/// Writes `man/*.1`, one page a command, and `completions/{bash,zsh,fish}/*` below `directory`.
+fn write_all(directory: &Path) -> io::Result<()> {
+    let man = directory.join("man");
+    fs::create_dir_all(&man)?;
+    clap_mangen::generate_to(Cli::command(), &man)?;
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let folder = directory.join("completions").join(shell.to_string());
+        fs::create_dir_all(&folder)?;
+        let file = match shell {
+            Shell::Bash => "bridge-agent",
+            Shell::Zsh => "_bridge-agent",
+            _ => "bridge-agent.fish",
+        };
+        clap_complete::generate(
+            shell,
+            &mut Cli::command(),
+            "bridge-agent",
+            &mut File::create(folder.join(file))?,
+        );
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_has_a_man_page_and_is_completed() {
+        let directory = tempfile::tempdir().unwrap();
+        write_all(directory.path()).unwrap();
+        let bash = fs::read_to_string(directory.path().join("completions/bash/bridge-agent")).unwrap();
+        for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+            let name = command.get_name();
+            let page = directory.path().join(format!("man/bridge-agent-{name}.1"));
+            assert!(fs::read_to_string(page).unwrap().contains(".SH SYNOPSIS"), "{name}");
+            assert!(bash.contains(name), "{name}");
+        }
+    }
+}
