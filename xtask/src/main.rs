@@ -111,11 +111,7 @@ enum Command {
         arguments: Vec<OsString>,
     },
     /// Build static binaries for x86_64 and aarch64, packages, bill of materials and checksums into target/dist/out
-    Dist {
-        /// Run the binaries, install the packages, and play the lab's scenes with the static binary
-        #[arg(long)]
-        test: bool,
-    },
+    Dist(dist::Options),
     /// Attack a node from the LAN, and count the legitimate connections that suffer
     Attack {
         /// For instance --packets 5000000 --rate 200000
@@ -182,8 +178,7 @@ fn main() -> ExitCode {
         Command::Soak { arguments } => run::tool("soak", &arguments),
         Command::Image { base, test } => image::main(base.as_deref(), test),
         Command::Cluster { build, arguments } => cluster::main(build, &arguments),
-        },
-        Command::Dist { test } => dist::main(test),
+        Command::Dist(options) => dist::main(options),
         Command::Fuzz { target, seconds } => fuzz::main(target, seconds),
         Command::Model { arguments } => run::tool("model", &arguments),
         Command::Parity { arguments } => run::tool("parity", &arguments),

@@ -5,38 +5,65 @@
 //! glibc does not allow (its name service loads shared libraries at run time). `zig cc` is the C compiler and the
 //! linker for both targets; the standard library is built from Debian's source package.
 
+mod again;
 mod binaries;
+mod install;
 mod packages;
 mod zig;
 
 use std::{
-    fs,
+    env, fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
 
 use crate::{
     build, cmd, image,
-    setup::{self, Program, Scope, program},
+    setup::{self, Program, Scope, program, toolchain::EbpfToolchain},
     steps::Steps,
     workspace::{self, Metadata},
 };
 
-/// Programs that make and test packages.
-const PROGRAMS: [Program; 6] = [
+/// Checksums of all other artefacts.
+const SUMS: &str = "SHA256SUMS";
+
+/// Programs that make packages.
+const PROGRAMS: [Program; 2] = [
     program("dpkg-deb", "dpkg", "writes the .deb packages"),
     program("rpmbuild", "rpm", "writes the .rpm packages"),
-    program("llvm-strip", "llvm", "removes symbols from binaries of both architectures"),
-    program("qemu-aarch64-static", "qemu-user-static", "runs the aarch64 binary here"),
-    program("debootstrap", "debootstrap", "makes the root that the .deb is installed into"),
-    program("file", "file", "tells whether a binary is static"),
 ];
 
+/// Programs that test artefacts.
+const TEST_PROGRAMS: [Program; 4] = [
+    program("qemu-aarch64-static", "qemu-user-static", "runs the aarch64 binary here"),
+    program("debootstrap", "debootstrap", "makes the root that the .deb is installed into"),
+    program("systemd-nspawn", "systemd-container", "boots that root"),
+    program("file", "file", "reports whether a binary is static"),
+];
+
+/// Options of `cargo xtask dist`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Test each artefact after it is built; tests that cannot run here are listed as NOT RUN
+    #[arg(long)]
+    test: bool,
+    /// Test the artefacts of the last build
+    #[arg(long, conflicts_with = "test")]
+    test_only: bool,
+    /// Build this architecture only; may be repeated
+    #[arg(long, value_enum, value_name = "ARCHITECTURE")]
+    only: Vec<Architecture>,
+}
+
 /// An architecture that is shipped, under the names that compilers and package managers give it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Architecture {
+    #[value(name = "x86_64")]
     X86_64,
+    #[value(name = "aarch64")]
     Aarch64,
 }
 
@@ -58,6 +85,10 @@ impl Architecture {
         }
     }
 
+    fn is_native(self) -> bool {
+        self.machine() == env::consts::ARCH
+    }
+
     const fn debian(self) -> &'static str {
         match self {
             Self::X86_64 => "amd64",
@@ -68,6 +99,7 @@ impl Architecture {
 
 /// Everything that one run of `cargo xtask dist` works on.
 pub(crate) struct Dist {
+    architectures: Vec<Architecture>,
     version: String,
     /// Time of every file in an artefact, seconds since 1970.
     epoch: u64,
@@ -78,17 +110,33 @@ pub(crate) struct Dist {
 }
 
 impl Dist {
-    fn new() -> Result<Self> {
+    fn new(architectures: Vec<Architecture>) -> Result<Self> {
         let metadata = Metadata::read()?;
         let version = metadata.version("bridge-agent").context("cargo metadata names no version")?;
         let work = metadata.target_directory()?.join("dist");
         let out = work.join("out");
-        Ok(Self { version, epoch: image::epoch()?, out, work })
+        Ok(Self { architectures, version, epoch: image::epoch()?, out, work })
     }
 
-    /// The static binary of `architecture`, as it is shipped.
+    /// Returns the path of the static binary of `architecture`, as it is shipped.
     fn binary(&self, architecture: Architecture) -> PathBuf {
         self.out.join(format!("bridge-agent-{}-linux-{}", self.version, architecture.machine()))
+    }
+
+    /// Returns the tree of files that the packages of `architecture` install.
+    fn tree(&self, architecture: Architecture) -> PathBuf {
+        self.work.join("tree").join(architecture.machine())
+    }
+
+    /// Returns a command that runs the binary of `architecture`, in emulation if it is foreign.
+    fn run(&self, architecture: Architecture) -> Command {
+        let binary = self.binary(architecture);
+        if architecture.is_native() {
+            return cmd::command(binary);
+        }
+        let mut emulator = cmd::command(format!("qemu-{}-static", architecture.machine()));
+        emulator.arg(binary);
+        emulator
     }
 }
 
@@ -96,24 +144,30 @@ impl Dist {
 ///
 /// # Errors
 /// Setup, a build, a package or a test fails.
-pub(crate) fn main(test: bool) -> Result<()> {
+pub(crate) fn main(options: Options) -> Result<()> {
+    let test = options.test || options.test_only;
     let ready = setup::ensure(if test { Scope::Lab } else { Scope::Build })?;
     setup::programs(&PROGRAMS)?;
-    let dist = Dist::new()?;
+    let mut architectures = options.only;
+    if architectures.is_empty() {
+        architectures.extend(Architecture::ALL);
+    }
+    if test || !architectures.iter().any(|architecture| architecture.is_native()) {
+        setup::programs(&TEST_PROGRAMS)?;
+    }
+    let dist = Dist::new(architectures)?;
     let mut steps = Steps::default();
-    let built = steps.step("eBPF objects", || build::objects(&ready.ebpf)).and_then(|()| {
-        fs::create_dir_all(&dist.out).ok()?;
-        steps.step("static binaries", || binaries::build(&dist, &ready.ebpf))
-    });
-    if built.is_some() {
-        steps.step("packages", || packages::build(&dist));
-        steps.step("bill of materials", || binaries::bill_of_materials(&dist));
-        steps.step("checksums", || checksums(&dist));
-        if test {
-            steps.step("the binaries are static and run", || binaries::test(&dist));
-            steps.step("the packages install, upgrade and are purged", || packages::test(&dist));
-            steps.step("the static binary in the lab", || in_lab(&dist));
-        }
+    if !options.test_only {
+        build_all(&dist, &ready.ebpf, &mut steps);
+    }
+    if test {
+        steps.step("the binaries are static, small, complete and run in an empty root", || {
+            binaries::test(&dist)
+        });
+        steps.step("the .deb enforces in a bare Debian root, upgrades, is purged", || install::deb(&dist));
+        steps.step("the .rpm installs by rpm's own tools", || install::rpm(&dist));
+        steps.step("the static binary in the lab", || in_lab(&dist));
+        steps.step("a build in another folder is equal", || again::compare(&dist));
     }
     steps.finish()?;
     for name in artefacts(&dist.out)? {
@@ -122,6 +176,21 @@ pub(crate) fn main(test: bool) -> Result<()> {
     }
     println!("in {}", dist.out.display());
     Ok(())
+}
+
+/// Builds every artefact.
+fn build_all(dist: &Dist, toolchain: &EbpfToolchain, steps: &mut Steps) {
+    let built = steps.step("eBPF objects", || build::objects(toolchain)).and_then(|()| {
+        steps.step("static binaries", || {
+            fs::create_dir_all(&dist.out).with_context(|| dist.out.display().to_string())?;
+            binaries::build(dist, toolchain)
+        })
+    });
+    if built.is_some() {
+        steps.step("packages", || packages::build(dist));
+        steps.step("bill of materials", || binaries::bill_of_materials(dist));
+        steps.step("checksums", || checksums(dist));
+    }
 }
 
 /// The names of all files in `out`, sorted.
@@ -136,16 +205,17 @@ fn artefacts(out: &Path) -> Result<Vec<String>> {
 
 /// Writes `SHA256SUMS` over every other artefact, as `sha256sum --check` reads it.
 fn checksums(dist: &Dist) -> Result<()> {
-    let names: Vec<_> = artefacts(&dist.out)?.into_iter().filter(|name| name != "SHA256SUMS").collect();
+    let names: Vec<_> = artefacts(&dist.out)?.into_iter().filter(|name| name != SUMS).collect();
     let sums = cmd::output(cmd::command("sha256sum").args(&names).current_dir(&dist.out))?;
-    fs::write(dist.out.join("SHA256SUMS"), sums)?;
+    fs::write(dist.out.join(SUMS), sums)?;
     Ok(())
 }
 
 /// Plays the scenes of the lab with the static binary of this machine's architecture as the agent.
 fn in_lab(dist: &Dist) -> Result<()> {
     let lab = build::program(false, "bridge-lab", "lab")?;
-    let agent = dist.binary(Architecture::X86_64);
+    let agent = dist.architectures.iter().find(|architecture| architecture.is_native());
+    let agent = dist.binary(*agent.context("no binary for this machine was built")?);
     ensure!(cmd::can_be_root(), "the lab needs root");
     let mut arguments = vec![format!("BRIDGE_AGENT={}", agent.display()).into(), lab.into_os_string()];
     arguments.extend(["--once".into()]);

@@ -1,0 +1,121 @@
+//! Tests of the packages in a bare Debian root.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Architecture, Dist, packages};
+use crate::{cmd, setup, test, workspace};
+
+/// Suite of the root that packages are tested in.
+const SUITE: &str = "bookworm";
+/// A version before every release.
+const OLDER: &str = "0.0.1";
+
+/// A Debian root, a copy of one that debootstrap makes once.
+struct Root(PathBuf);
+
+impl Root {
+    /// Makes a fresh root that the tests of `name` may change.
+    fn new(name: &str) -> Result<Self> {
+        let folder = setup::cache()?.join("roots");
+        let base = folder.join(SUITE);
+        if !base.join("etc/debian_version").exists() {
+            println!("debootstrap {SUITE}, once: about a minute");
+            let part = folder.join(format!("{SUITE}.part"));
+            let script = "set -eu; rm -rf \"$1\"; mkdir -p \"$1\"; \
+                 debootstrap --variant=minbase --include=systemd-sysv \"$3\" \"$1\" >\"$1.log\" || { tail -n 20 \"$1.log\" >&2; exit 1; }; \
+                 mv \"$1\" \"$2\"";
+            let arguments = [part.into_os_string(), base.clone().into_os_string(), SUITE.into()];
+            as_root("sh", &[&["-c".into(), script.into(), "sh".into()][..], &arguments].concat())?;
+        }
+        let root = folder.join(name);
+        as_root("rm", &["-rf".into(), "--one-file-system".into(), root.clone().into()])?;
+        as_root("cp", &["-a".into(), base.into(), root.clone().into()])?;
+        Ok(Self(root))
+    }
+
+    /// Runs a shell command in the root; returns its output.
+    fn run(&self, script: &str) -> Result<String> {
+        let arguments = [self.0.clone().into_os_string(), "sh".into(), "-euc".into(), script.into()];
+        as_root("chroot", &arguments).with_context(|| script.to_owned())
+    }
+
+    /// Runs rpm on the root; its scripts run in the root.
+    fn rpm(&self, arguments: &[&str], package: &Path) -> Result<String> {
+        let mut all: Vec<OsString> = vec!["--root".into(), self.0.clone().into(), "--nodeps".into()];
+        // Debian's rpm asks for it; rpm elsewhere does not know it.
+        if Path::new("/etc/debian_version").exists() {
+            all.push("--force-debian".into());
+        }
+        all.extend(arguments.iter().map(Into::into));
+        all.push(package.into());
+        as_root("rpm", &all)
+    }
+}
+
+fn as_root(program: &str, arguments: &[OsString]) -> Result<String> {
+    cmd::output(&mut cmd::as_root(Path::new(program), arguments)?)
+}
+
+/// Returns the architecture of this machine if it was built.
+fn native(dist: &Dist) -> Result<Architecture> {
+    let native = dist.architectures.iter().copied().find(|architecture| architecture.is_native());
+    native.context("no package for this machine was built")
+}
+
+/// Installs the .deb over an older version in a bare Debian root, with traffic, and removes it.
+pub(super) fn deb(dist: &Dist) -> Result<()> {
+    let architecture = native(dist)?;
+    let older = packages::deb(dist, architecture, OLDER, &dist.work)?;
+    let package = packages::deb_path(architecture, &dist.version, &dist.out);
+    let root = Root::new("deb")?;
+    let mut command = cmd::cargo();
+    command.args([
+        "test",
+        "--package",
+        "bridge-tests",
+        "--test",
+        "packages",
+        "--",
+        "--ignored",
+        "--nocapture",
+    ]);
+    command.current_dir(workspace::root()).env("BRIDGE_ROOT", &root.0);
+    command.env("BRIDGE_DEB", &package).env("BRIDGE_DEB_OLDER", &older);
+    if !cmd::is_root() {
+        test::run_tests_by_sudo(&mut command)?;
+    }
+    cmd::run(&mut command)
+}
+
+/// Installs, replaces and erases the .rpm in a Debian root, by rpm's own tools, and reads every .rpm.
+pub(super) fn rpm(dist: &Dist) -> Result<()> {
+    for architecture in dist.architectures.iter().copied() {
+        let rpm = packages::rpm_path(dist, architecture);
+        let query = |arguments: &[&str]| cmd::output(cmd::command("rpm").args(arguments).arg(&rpm));
+        ensure!(query(&["-qp", "--qf", "%{ARCH}"])? == architecture.machine());
+        let files = query(&["-qpl"])?;
+        for file in ["/usr/bin/bridge-agent", "/usr/lib/systemd/system/bridge-agent.service"] {
+            ensure!(files.lines().any(|line| line == file), "{} lacks {file}", rpm.display());
+        }
+        query(&["--checksig", "--nosignature"])?;
+    }
+    let package = packages::rpm_path(dist, native(dist)?);
+    let root = Root::new("rpm")?;
+    root.rpm(&["--install"], &package)?;
+    root.rpm(&["--verify", "--nomtime"], Path::new("bridge-agent"))?;
+    let version = root.run("bridge-agent --version")?;
+    ensure!(version.trim() == format!("bridge-agent {}", dist.version), "{version}");
+    root.run("test \"$(stat -c %a /etc/bridge)\" = 700; test -s /usr/share/man/man1/bridge-agent.1.gz")?;
+    root.run(
+        "cp /usr/share/doc/bridge-agent/examples/node.yaml /etc/bridge/bridge.yaml; bridge-agent check",
+    )?;
+    root.rpm(&["--upgrade", "--replacepkgs"], &package)?;
+    root.rpm(&["--erase"], Path::new("bridge-agent"))?;
+    root.run("test -s /etc/bridge/bridge.yaml; ! test -e /usr/bin/bridge-agent; ! test -e /usr/share/doc/bridge-agent")?;
+    Ok(())
+}
