@@ -90,6 +90,21 @@ pub enum Error {
         /// The complaint of the program.
         reason: String,
     },
+    /// The policy takes more rules than iptables can apply in time.
+    #[error(
+        "the policy needs {lines} {program} rules, and {limit} are allowed; most come from rule `{rule}`: join its ports \
+         into ranges, its networks into prefixes, leave sourcePorts out, or take `iptables` out of `enforcement.engines`"
+    )]
+    TooManyRules {
+        /// `iptables` or `ip6tables`.
+        program: &'static str,
+        /// Rules of the family.
+        lines: usize,
+        /// The limit.
+        limit: usize,
+        /// Name of the most expensive rule.
+        rule: String,
+    },
     /// Another program keeps changing the rules while they are written.
     #[error("{family}: {found} right after it was written: look for another program that rewrites iptables")]
     NotAsWritten {

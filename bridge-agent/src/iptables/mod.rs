@@ -2,6 +2,7 @@
 
 mod apply;
 pub mod backend;
+mod budget;
 pub mod divergence;
 mod driver;
 mod error;
@@ -16,6 +17,7 @@ pub mod save;
 pub mod walk;
 pub mod watch;
 
+pub use budget::{MAX_LINES, check};
 pub use driver::{Config, Iptables, Observed, Plan};
 pub use error::Error;
 pub use programs::{Backend, Programs};

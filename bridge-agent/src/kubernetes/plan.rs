@@ -14,8 +14,10 @@ use super::quarantine::Quarantine;
 use super::resources::{ObservedPolicy, RefusedPolicy};
 use super::selector;
 use crate::config::{
-    Config, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName, family_without_external,
+    Config, Engine, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName, family_without_external,
 };
+use crate::iptables::{self, render, ruleset::Family};
+use crate::policy::budget::{self, Cost};
 use crate::routes::{DesiredRoute, SourceKind};
 
 /// See the module.
@@ -173,6 +175,7 @@ impl Planned {
         let mut names: HashSet<String> =
             self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
         let mut outside = 0;
+        let mut candidates = Vec::new();
         for (policy, content) in cluster.policies.iter() {
             let rules = match &content.rules {
                 Ok(rules) => rules,
@@ -206,15 +209,39 @@ impl Planned {
                 }
                 resolved.push(rule);
             }
-            if let Err(exceeded) = budgets.check(policy, &resolved, &self.config) {
-                self.refused.push(RefusedPolicy::new(policy, content.generation, &exceeded.to_string()));
-                continue;
+            match budgets.check(policy, &resolved) {
+                Ok(cost) => candidates.push((policy, content.generation, resolved, cost)),
+                Err(exceeded) => {
+                    self.refused.push(RefusedPolicy::new(policy, content.generation, &exceeded.to_string()));
+                }
             }
-            self.config.rules.append(&mut resolved);
-            let observed_generation = content.generation;
-            self.policies.push(ObservedPolicy { name: policy.to_owned(), observed_generation });
         }
         budgets.retain(cluster);
+        let costs: Vec<Cost> = candidates.iter().map(|(.., cost)| *cost).collect();
+        let chosen = self.shared_limits().choose(&costs);
+        for ((policy, observed_generation, mut rules, _), chosen) in candidates.into_iter().zip(chosen) {
+            match chosen {
+                Ok(()) => {
+                    self.config.rules.append(&mut rules);
+                    self.policies.push(ObservedPolicy { name: policy.to_owned(), observed_generation });
+                }
+                Err(exceeded) => {
+                    self.refused.push(RefusedPolicy::new(policy, observed_generation, &exceeded.to_string()));
+                }
+            }
+        }
+        self.refused.sort_by(|a, b| a.name.cmp(&b.name));
+    }
+
+    /// The limits of all policies together: the file comes first.
+    fn shared_limits(&self) -> budget::Shared {
+        if !self.config.enforcement.engines.contains(&Engine::Iptables) {
+            return budget::Shared::EBPF;
+        }
+        let policy = self.config.policy();
+        let file = Family::ALL.map(|family| render::line_count(&policy, family)).into_iter().max();
+        let left = iptables::MAX_LINES.saturating_sub(file.unwrap_or_default()) as u64;
+        budget::Shared { lines: left.min(budget::Shared::LINES), ..budget::Shared::EBPF }
     }
 }
 

@@ -12,8 +12,8 @@ use crate::model::{Policy, PortRange, Protocol, Rule};
 
 /// Pairs of address lists, 64 bytes of kernel memory each.
 pub const MAX_PAIRS: u64 = 200_000;
-/// Port intervals computed while compiling: a tenth of a second.
-pub const MAX_INTERVALS: usize = 1 << 20;
+/// Port intervals computed while compiling: a hundredth of a second.
+pub const MAX_INTERVALS: usize = 1 << 17;
 /// Pages of port lookups, 1 KiB of kernel memory each.
 pub const MAX_PAGES: usize = 1 << 13;
 /// iptables rules.
@@ -30,6 +30,62 @@ pub struct Cost {
     pub lines: u64,
     /// Pages of port lookups.
     pub pages: usize,
+}
+
+/// Limits of all policies of a cluster together, on one node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// Pairs of address lists.
+    pub pairs: u64,
+    /// iptables rules; `u64::MAX` where iptables is not used.
+    pub lines: u64,
+    /// Pages of port lookups.
+    pub pages: usize,
+}
+
+impl Shared {
+    /// Limits of a node whose engine is eBPF alone.
+    pub const EBPF: Self = Self { pairs: 1_000_000, lines: u64::MAX, pages: 1 << 16 };
+    /// iptables rules of a node that writes them, so that a change takes effect within a second.
+    pub const LINES: u64 = 10_000;
+
+    /// Chooses the policies that fit together, the cheapest first: an expensive one excludes no other. Returns for each
+    /// whether it fits.
+    ///
+    /// # Errors
+    /// Each policy that does not fit, with the figure.
+    #[must_use]
+    pub fn choose(&self, costs: &[Cost]) -> Vec<Result<(), Exceeded>> {
+        #[expect(clippy::cast_precision_loss, reason = "only the order counts")]
+        let fraction = |cost: &Cost| {
+            let parts = [
+                cost.pairs as f64 / self.pairs as f64,
+                cost.lines as f64 / self.lines as f64,
+                cost.pages as f64 / self.pages as f64,
+            ];
+            parts.into_iter().fold(0.0, f64::max)
+        };
+        let mut order: Vec<usize> = (0..costs.len()).collect();
+        order.sort_by(|a, b| fraction(&costs[*a]).total_cmp(&fraction(&costs[*b])));
+        let mut outcome = vec![Ok(()); costs.len()];
+        let mut left = *self;
+        for index in order {
+            let Cost { pairs, lines, pages } = costs[index];
+            outcome[index] = [
+                ("pairs of external and pod networks", pairs, left.pairs, self.pairs),
+                ("iptables rules", lines, left.lines, self.lines),
+                ("pages of 1 KiB for its ports", pages as u64, left.pages as u64, self.pages as u64),
+            ]
+            .into_iter()
+            .find(|(_, need, left, _)| need > left)
+            .map_or(Ok(()), |(kind, need, left, limit)| Err(Exceeded::Together { kind, need, left, limit }));
+            if outcome[index].is_ok() {
+                left =
+                    Self { pairs: left.pairs - pairs, lines: left.lines - lines, pages: left.pages - pages };
+            }
+        }
+        outcome
+    }
 }
 
 /// The limit that a set of rules exceeds.
@@ -74,6 +130,21 @@ pub enum Exceeded {
     Pages {
         /// Of all rules.
         pages: usize,
+    },
+    /// All policies of the cluster together.
+    #[error(
+        "it needs {need} {kind}, and other policies leave {left} of the {limit} of this node; cheaper policies come first: \
+         split it, or write fewer addresses and ports"
+    )]
+    Together {
+        /// The kind of limit, in the plural.
+        kind: &'static str,
+        /// Cost of this policy.
+        need: u64,
+        /// The rest that cheaper policies leave.
+        left: u64,
+        /// The limit of the node.
+        limit: u64,
     },
     /// The compiler refuses the rules for another reason.
     #[error(transparent)]
@@ -182,6 +253,23 @@ mod tests {
     }
 
     #[test]
+    fn expensive_policies_exclude_no_cheap_one() {
+        let cost = |lines| Cost { pairs: 1, lines, pages: 1 };
+        let limits = Shared { lines: 100, ..Shared::EBPF };
+        let outcome = limits.choose(&[cost(90), cost(10), cost(60), cost(20), cost(10)]);
+        let fits: Vec<bool> = outcome.iter().map(Result::is_ok).collect();
+        assert_eq!(fits, [false, true, true, true, true]);
+        let said = outcome[0].as_ref().unwrap_err().to_string();
+        assert!(
+            said.starts_with("it needs 90 iptables rules, and other policies leave 0 of the 100"),
+            "{said}"
+        );
+        assert!(Shared::EBPF.choose(&[cost(90_000); 9]).iter().all(Result::is_ok));
+        let outcome = Shared::EBPF.choose(&[Cost { pairs: 200_000, ..Cost::default() }; 6]);
+        assert_eq!(outcome.iter().filter(|outcome| outcome.is_ok()).count(), 5);
+    }
+
+    #[test]
     fn ordinary_rules_are_within_the_budget() {
         let cost = check(&policy(vec![rule(60, 1, 40); 2]), &[]).unwrap();
         assert_eq!((cost.pairs, cost.lines), (3200, 2 * 40 * 40 * 5));
@@ -197,7 +285,7 @@ mod tests {
         assert!(pairs.contains("202500 pairs of external and pod networks, and 200000"), "{pairs}");
         // One of these stopped all policies of a cluster.
         let intervals = refused(vec![rule(1300, 1300, 0)]);
-        assert!(intervals.contains("overlap in more than 1048576 ways"), "{intervals}");
+        assert!(intervals.contains("overlap in more than 131072 ways"), "{intervals}");
         let pages = refused(
             (0..600)
                 .map(|index| Rule {

@@ -6,7 +6,7 @@
 //! with the same rules share a chain, so the lines are n plus m. An ipset would do it in one line, but a saved table
 //! that refers to a set is refused at boot if the set is not there yet.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
@@ -23,6 +23,40 @@ pub(super) struct Section {
     pub(super) chains: Vec<Chain>,
 }
 
+/// The form in which rules of one direction and action are written.
+struct Form<'a, 's> {
+    /// Rules that are looked up by pod; empty if all are written out.
+    by_pod: Vec<&'a Selected<'s>>,
+    /// Lines of all chains.
+    lines: usize,
+}
+
+impl<'a, 's> Form<'a, 's> {
+    /// Chooses the form that takes fewer lines.
+    fn choose(rules: &'a [Selected<'s>], may_dispatch: bool) -> Self {
+        let flat = |rules: &[&Selected<'_>]| {
+            rules
+                .iter()
+                .map(|rule| pairs(rule).saturating_mul(rule.layer4_count()))
+                .fold(0, usize::saturating_add)
+        };
+        let all: Vec<&Selected<'_>> = rules.iter().collect();
+        let by_pod: Vec<&Selected<'_>> = rules.iter().filter(|rule| is_wide(rule)).collect();
+        let written_out = Self { by_pod: Vec::new(), lines: flat(&all) };
+        if !may_dispatch || by_pod.is_empty() {
+            return written_out;
+        }
+        let narrow: Vec<&Selected<'_>> = rules.iter().filter(|rule| !is_wide(rule)).collect();
+        let lines = flat(&narrow).saturating_add(by_pod_count(&by_pod));
+        if lines < written_out.lines { Self { by_pod, lines } } else { written_out }
+    }
+}
+
+/// Returns the number of lines that [`section`] writes, without writing them.
+pub(super) fn count(rules: &[Selected<'_>], may_dispatch: bool) -> usize {
+    Form::choose(rules, may_dispatch).lines
+}
+
 /// Writes rules of one direction and action; in order, but for those that are looked up by pod, which come last.
 pub(super) fn section(
     rules: &[Selected<'_>],
@@ -30,25 +64,40 @@ pub(super) fn section(
     action: Action,
     may_dispatch: bool,
 ) -> Section {
-    let pairs = |rule: &Selected<'_>| len(&rule.external) * len(&rule.pods);
-    let wide = |rule: &&Selected<'_>| pairs(rule) > len(&rule.external) + len(&rule.pods);
-    let by_pod: Vec<&Selected<'_>> = rules.iter().filter(wide).collect();
-    let flat: usize = by_pod.iter().map(|rule| pairs(rule) * rule.layer4().len()).sum();
-    let dispatched = by_pod_section(&by_pod, direction, action);
-    let size = dispatched.lines.len() + dispatched.chains.iter().map(|c| c.lines.len()).sum::<usize>();
-    let dispatch = may_dispatch && size < flat;
-
+    let form = Form::choose(rules, may_dispatch);
     let mut section = Section::default();
     for rule in rules {
-        if !(dispatch && wide(&rule)) {
+        if form.by_pod.is_empty() || !is_wide(rule) {
             section.lines.extend(written_out(rule, direction, action));
         }
     }
-    if dispatch {
+    if !form.by_pod.is_empty() {
+        let dispatched = by_pod_section(&form.by_pod, direction, action);
         section.lines.extend(dispatched.lines);
         section.chains = dispatched.chains;
     }
     section
+}
+
+fn pairs(rule: &Selected<'_>) -> usize {
+    len(&rule.external).saturating_mul(len(&rule.pods))
+}
+
+/// Whether a rule has more pairs of prefixes than prefixes.
+fn is_wide(rule: &Selected<'_>) -> bool {
+    pairs(rule) > len(&rule.external) + len(&rule.pods)
+}
+
+/// Returns the number of lines that [`by_pod_section`] writes for rules of one action.
+fn by_pod_count(rules: &[&Selected<'_>]) -> usize {
+    let classes = classes(rules);
+    let chains: BTreeSet<&[usize]> = classes.iter().map(|(_, members)| members.as_slice()).collect();
+    // Allow chains end in a line of their own.
+    let last = usize::from(rules.iter().any(|rule| rule.rule.action == Action::Allow));
+    let lines = |index: &usize| len(&rules[*index].external).saturating_mul(rules[*index].layer4_count());
+    let chains =
+        chains.into_iter().map(|members| members.iter().map(lines).fold(last, usize::saturating_add));
+    chains.fold(classes.len(), usize::saturating_add)
 }
 
 fn len(side: &Option<Vec<IpNet>>) -> usize {

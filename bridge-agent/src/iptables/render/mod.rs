@@ -177,6 +177,31 @@ fn judge(direction: Direction) -> (&'static str, &'static str) {
     }
 }
 
+/// Rules of one direction and action, as one family has them.
+fn selected(policy: &Policy, family: Family, direction: Direction, action: Action) -> Vec<Selected<'_>> {
+    let rules = policy.rules.iter().filter(|rule| rule.direction == direction && rule.action == action);
+    rules.filter_map(|rule| Selected::of(rule, family)).collect()
+}
+
+/// In audit mode a denied packet returns from BRIDGE-DENY: it must not pass a second list of rules and count twice.
+fn may_dispatch(mode: Mode, action: Action) -> bool {
+    action == Action::Allow || mode == Mode::Enforce
+}
+
+/// Returns the number of lines that the rules of `policy` take in `family`, without rendering them.
+#[must_use]
+pub fn line_count(policy: &Policy, family: Family) -> usize {
+    let kinds = [Direction::Inbound, Direction::Outbound].into_iter().flat_map(|direction| {
+        [Action::Deny, Action::Allow].into_iter().map(move |action| (direction, action))
+    });
+    kinds
+        .map(|(direction, action)| {
+            let rules = selected(policy, family, direction, action);
+            dispatch::count(&rules, may_dispatch(policy.mode, action))
+        })
+        .fold(0, usize::saturating_add)
+}
+
 /// Returns the chain that judges new flows of one direction, and the chains it leads to.
 fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> {
     let mut lines = vec![line(" -m conntrack --ctstate INVALID", "bridge:invalid", silent_deny(policy.mode))];
@@ -188,15 +213,8 @@ fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> 
     lines.extend(openers());
     let mut others = Vec::new();
     for action in [Action::Deny, Action::Allow] {
-        let rules: Vec<Selected<'_>> = policy
-            .rules
-            .iter()
-            .filter(|rule| rule.direction == direction && rule.action == action)
-            .filter_map(|rule| Selected::of(rule, family))
-            .collect();
-        // In audit mode a denied packet returns from BRIDGE-DENY: it must not pass a second list of rules and count twice.
-        let may_dispatch = action == Action::Allow || policy.mode == Mode::Enforce;
-        let section = dispatch::section(&rules, direction, action, may_dispatch);
+        let rules = selected(policy, family, direction, action);
+        let section = dispatch::section(&rules, direction, action, may_dispatch(policy.mode, action));
         lines.extend(section.lines);
         others.extend(section.chains);
     }

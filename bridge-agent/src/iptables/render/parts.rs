@@ -132,6 +132,18 @@ impl<'a> Selected<'a> {
             Protocol::Any => ["tcp", "udp", "sctp"].into_iter().flat_map(with_ports).collect(),
         }
     }
+
+    /// Returns the number of texts that [`Self::layer4`] makes.
+    pub(super) fn layer4_count(&self) -> usize {
+        let rule = self.rule;
+        let ports = || ports::count(&rule.source_ports, &rule.ports);
+        match rule.protocol {
+            Protocol::Tcp | Protocol::Udp | Protocol::Sctp => ports(),
+            Protocol::Icmp => 1,
+            Protocol::Any if rule.ports.is_empty() && rule.source_ports.is_empty() => 1,
+            Protocol::Any => ports().saturating_mul(3),
+        }
+    }
 }
 
 pub(super) fn chain(name: &str, lines: Vec<Line>) -> Chain {

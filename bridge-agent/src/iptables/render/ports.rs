@@ -68,6 +68,11 @@ pub(super) fn matches(source: &[PortRange], destination: &[PortRange]) -> Vec<St
         .collect()
 }
 
+/// Returns the number of texts that [`matches`] makes.
+pub(super) fn count(source: &[PortRange], destination: &[PortRange]) -> usize {
+    split(source).len().max(1).saturating_mul(split(destination).len().max(1))
+}
+
 /// ` -m multiport --dports 80,8000:8100`, with the leading blank.
 fn multiport(option: &str, list: &[PortRange]) -> String {
     let mut text = format!(" -m multiport {option} ");
@@ -149,5 +154,6 @@ mod tests {
     fn source_and_destination_lists_multiply() {
         let sixteen: Vec<_> = (0..16).map(|i| PortRange { first: i * 2, last: i * 2 }).collect();
         assert_eq!(matches(&sixteen, &sixteen).len(), 4);
+        assert_eq!(count(&sixteen, &sixteen), 4);
     }
 }

@@ -254,6 +254,15 @@ proptest! {
 
         let ruleset = ruleset(&policy, &Options::default(), Family::V4);
         let table = ruleset.table(Table::Filter).unwrap();
+        // The size is known without rendering.
+        let of_rules = |chain: &&Chain| {
+            [INBOUND, OUTBOUND, "BRIDGE-IN-", "BRIDGE-OUT-"].iter().any(|start| chain.name.starts_with(start))
+        };
+        let lines = table.chains.iter().filter(of_rules).flat_map(|chain| {
+            let looked_up = !chain.name.ends_with("BOUND");
+            chain.lines.iter().filter(move |line| looked_up || line.name == "x" || line.name == "bridge:pod")
+        });
+        prop_assert_eq!(lines.count(), line_count(&policy, Family::V4));
         let (source, destination) = if inbound { (&host, &pod) } else { (&pod, &host) };
         // The rules against packets that open no flow are for TCP and SCTP alone; this packet is neither.
         let mut table = table.clone();
