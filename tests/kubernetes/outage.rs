@@ -5,15 +5,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use bridge_lab::agent::Agent;
 use bridge_lab::kubernetes::User;
-use bridge_lab::lab::Family;
+use bridge_lab::lab::{Family, Host};
 use bridge_lab::traffic::tcp;
 use bridge_lab::wait::eventually;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::support::{
-    DEADLINE, EVERY_POD, OPEN, allowing_cluster, cluster, is_refused, on_host, on_node, open, policy, until,
-    until_closed, until_current, until_metrics, until_open, until_within,
+    DEADLINE, EVERY_POD, OPEN, allowing_cluster, cluster, cluster_status, is_refused, node_config, on_host,
+    on_node, open, policy, until, until_closed, until_current, until_metrics, until_open, until_within,
 };
 
 /// A number in the metrics.
@@ -139,4 +139,83 @@ fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Resu
     // It was no mistake.
     until_within(Duration::from_secs(90), &node, |cluster| cluster["connected"] == true)?;
     until_closed(a, c1.at(Family::V4, OPEN), &node)
+}
+
+/// Counts the TCP packets that arrive at a pod.
+fn count_arrivals(pod: &Host) -> Result<()> {
+    let mut command = std::process::Command::new("iptables");
+    command.args(["-A", "INPUT", "-p", "tcp"]);
+    pod.netns.output(command).map(drop)
+}
+
+fn arrivals(pod: &Host) -> Result<u64> {
+    let mut command = std::process::Command::new("iptables");
+    command.args(["-nvxL", "INPUT"]);
+    let listed = pod.netns.output(command)?;
+    let line = listed.lines().nth(2).with_context(|| listed.clone())?;
+    Ok(line.split_whitespace().next().context("a counter")?.parse()?)
+}
+
+#[test]
+fn a_first_boot_without_an_api_server_is_closed_until_it_answers() -> Result<()> {
+    for engines in ["ebpf", "iptables", "ebpf, iptables"] {
+        let (lab, mut server) = cluster()?;
+        let (a, c1) = (lab.a(), lab.c1());
+        a.netns.ip("route add 10.200.0.0/16 via 192.168.31.17")?;
+        server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+        server.run_pod("shop", "c1", c1)?;
+        server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+        server.stop_server();
+        let allowed = c1.at(Family::V4, OPEN);
+        let _echo = tcp::Server::echo(&c1.netns, allowed)?;
+        open(a, allowed).context("without an agent, everything is open")?;
+        count_arrivals(c1)?;
+        let config = node_config(&server, "").replace("engines: [ebpf]", &format!("engines: [{engines}]"));
+        let node = Agent::start(&lab, lab.b(), &config)?;
+        assert!(open(a, allowed).is_err(), "{engines}: open");
+        assert_eq!(arrivals(c1)?, 0, "{engines}: a stranger's SYN arrives");
+        let ready = node.command(&["status", "--ready"]).output()?;
+        assert!(!ready.status.success(), "{engines}: ready");
+        let status = cluster_status(&node)?;
+        assert!(status["remarks"].to_string().contains("the cluster is not known yet"), "{status}");
+
+        // A pod that starts meanwhile.
+        c1.netns.ip("address add 10.200.9.9/32 dev lo")?;
+        let way = lab.b().netns.ip("route get 10.200.1.91")?;
+        let interface =
+            way.split_whitespace().skip_while(|word| *word != "dev").nth(1).context(way.clone())?;
+        lab.b().netns.ip(&format!("route add 10.200.9.9/32 dev {interface}"))?;
+        let late = std::net::SocketAddr::new("10.200.9.9".parse()?, OPEN);
+        let _late = tcp::Server::echo(&c1.netns, late)?;
+        until_closed(a, late, &node)?;
+
+        server.start_server()?;
+        until_current(&node)?;
+        until_open(a, allowed, &node)?;
+        let status = cluster_status(&node)?;
+        assert!(!status["remarks"].to_string().contains("not known yet"), "{status}");
+        assert!(is_refused(a, c1.at(Family::V4, OPEN + 1))?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_reboot_without_an_api_server_enforces_the_cluster_as_last_known() -> Result<()> {
+    let (lab, mut server, mut node, _others) = allowing_cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let saved = node.state_directory().join("kubernetes.json");
+    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+        .context("the known state is saved")?;
+    // As a reboot does: nothing is left in the kernel.
+    node.kill()?;
+    std::fs::remove_dir_all(node.pins())?;
+    std::fs::create_dir_all(node.pins())?;
+    server.stop_server();
+    let denied = c1.at(Family::V4, OPEN + 1);
+    let _echo = tcp::Server::echo(&c1.netns, denied)?;
+    open(a, denied).context("nothing is enforced")?;
+    node.restart()?;
+    open(a, c1.at(Family::V4, OPEN)).context("the policy of before")?;
+    assert!(is_refused(a, denied)?);
+    Ok(())
 }

@@ -8,8 +8,10 @@ use std::{
 
 use super::{
     Agent, Error, cluster,
-    enforcer::{Enforcer, Term},
+    enforcer::Enforcer,
+    engines::wants_ebpf,
     probe,
+    term::Term,
     trial::{Files, Record, Trial},
 };
 use crate::{
@@ -86,7 +88,7 @@ impl Agent {
         if config.role != before.role {
             return Err(ApplyError::NoWayBack("role"));
         }
-        let engines = |config: &Config| (super::wants_ebpf(config), super::packet_filter::is_wanted(config));
+        let engines = |config: &Config| (wants_ebpf(config), super::packet_filter::is_wanted(config));
         if engines(config) != engines(&before) {
             return Err(ApplyError::NoWayBack("enforcement.engines"));
         }

@@ -5,8 +5,9 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Agent, Error, enforcer::Term};
-use crate::config::Config;
+use super::{Agent, Error, term::Term, unknown_cluster};
+use crate::config::{Config, Role};
+use crate::interfaces::Selection;
 use crate::kernel::memory;
 use crate::kubernetes::Follower;
 
@@ -39,12 +40,21 @@ pub(super) async fn changed(following: Option<&mut Following>) {
 /// Returns a configuration file with the known state of its cluster, if that is followed.
 pub(super) fn with(following: Option<&Following>, file: Config) -> Config {
     match following {
-        Some(following) if following.follower.is_for(&file) => following.follower.plan(&file).0.config,
+        Some(following) if following.follower.is_for(&file) => {
+            unknown_cluster::plan(&following.follower, &file).0.config
+        }
         _ => file,
     }
 }
 
 impl Agent {
+    /// Returns the interfaces and routes to follow while the cluster is not known.
+    pub(super) fn unknown_cluster(&self) -> Option<Selection> {
+        let following = self.cluster.as_ref()?;
+        let unknown = following.file.role == Role::Node && !following.follower.knows_cluster();
+        unknown.then(|| unknown_cluster::selection(&following.file))
+    }
+
     /// Applies a configuration file with the known state of the cluster that it names, for the lifetime `term`;
     /// `engines` applies the engines' part. Nothing is changed if that fails.
     pub(super) fn change_file(
@@ -68,8 +78,8 @@ impl Agent {
         let (mut planned, version, former) = loop {
             let there = self.cluster.as_ref().map(|following| &following.follower);
             let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
-            let (planned, version) = follower.plan(file);
-            let former = term.former().map(|former| follower.plan(former).0.config);
+            let (planned, version) = unknown_cluster::plan(follower, file);
+            let former = term.former().map(|former| unknown_cluster::plan(follower, former).0.config);
             let changed = self.change(&planned.config, |agent, config| {
                 engines(agent, config, term.against(former.as_ref()))
             });
@@ -104,11 +114,16 @@ impl Agent {
     pub(super) fn cluster_changed(&mut self) {
         let Some(mut following) = self.cluster.take() else { return };
         let start = Instant::now();
-        let (mut planned, version) = following.follower.plan(&following.file);
-        self.routing.publish(mem::take(&mut planned.routes));
-        self.pool.set_pods(mem::take(&mut planned.pool_pods));
+        let (mut planned, version) = unknown_cluster::plan(&following.follower, &following.file);
+        let planning = start.elapsed();
+        // Until all is known, nothing is withdrawn.
+        if planned.synced {
+            self.routing.publish(mem::take(&mut planned.routes));
+            self.pool.set_pods(mem::take(&mut planned.pool_pods));
+        }
         let on_trial = self.trial.as_ref().map(|trial| (Arc::clone(&trial.before), trial.left()));
-        let former = on_trial.as_ref().map(|(before, _)| following.follower.plan(before).0.config);
+        let former =
+            on_trial.as_ref().map(|(before, _)| unknown_cluster::plan(&following.follower, before).0.config);
         let mut error = None;
         if planned.config != following.config || former != following.former {
             self.compare(false);
@@ -130,6 +145,7 @@ impl Agent {
             self.compare(true);
             self.show_enforcement();
         }
+        tracing::debug!(?planning, took = ?start.elapsed(), "followed a change of the cluster");
         following.follower.done(version, planned, error, start.elapsed());
         if following.trimmed.elapsed() > TRIM {
             memory::trim();

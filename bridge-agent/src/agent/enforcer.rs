@@ -3,7 +3,6 @@
 use std::{
     collections::BTreeSet,
     io,
-    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -11,132 +10,24 @@ use std::{
 use bridge_common::filter::{
     control::Control,
     fast_path::{ability, protocols},
-    flow::state,
 };
 
-use super::fast_path::{self, Keeper, Tracking};
+use super::{
+    desired::{Desired, Error, Prepared, compile},
+    fast_path::{self, Keeper, Tracking},
+    term::Term,
+};
 use crate::{
-    config::{Config, FastPath, Timeouts},
+    config::Config,
     conntrack,
     datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
     interfaces::{Chosen, Observer, Selection, Snapshot},
-    model::{Mode, OnDeny, Policy},
-    policy::{self, Tables, TablesStats},
+    policy::{Tables, TablesStats},
     state::{AttachedInterface, Enforcement, FastPathStatus},
 };
 
-/// Errors of a change to the packet path. The former state stays active.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// See the cause.
-    #[error(transparent)]
-    Datapath(#[from] datapath::Error),
-    /// The rules cannot be compiled.
-    #[error("the rules cannot be compiled: {0}")]
-    Policy(#[from] policy::Error),
-    /// The kernel does not report interfaces.
-    #[error("cannot read the interfaces of this host: {0}")]
-    Interfaces(#[from] io::Error),
-}
-
-/// Settings of the packet path.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Desired {
-    policy: Policy,
-    behaviour: Behaviour,
-    selection: Selection,
-    fast_path: bool,
-}
-
-impl Desired {
-    pub(super) fn new(config: &Config) -> Self {
-        let policy = config.policy();
-        let enforcement = &config.enforcement;
-        let behaviour = Behaviour {
-            timeouts: timeouts(&enforcement.timeouts),
-            audit: policy.mode == Mode::Audit,
-            reject: policy.on_deny == OnDeny::Reject,
-            events_per_second: enforcement.events.rate,
-            report_allowed: enforcement.events.allowed,
-        };
-        let selection = Selection {
-            external: enforcement.interfaces.external.clone(),
-            internal: enforcement.interfaces.internal.clone(),
-            external_networks: policy.external.clone(),
-            pod_networks: policy.pods.clone(),
-        };
-        // Audit mode leaves the path of packets as it is without bridge.
-        let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
-        Self { policy, behaviour, selection, fast_path }
-    }
-
-    /// Whether connections may be in scope that were not with `before`.
-    fn has_other_scope(&self, before: &Self) -> bool {
-        (&self.policy.pods, &self.policy.external, &self.policy.nodes)
-            != (&before.policy.pods, &before.policy.external, &before.policy.nodes)
-            || self.policy.node_ports.as_ref().map(|ports| ports.range)
-                != before.policy.node_ports.as_ref().map(|ports| ports.range)
-    }
-}
-
-fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
-    let mut by_state = [0; state::COUNT];
-    for (state, timeout) in [
-        (state::SYN_SENT, timeouts.tcp_handshake),
-        (state::SYN_RECEIVED, timeouts.tcp_handshake),
-        (state::ESTABLISHED, timeouts.tcp_established),
-        (state::FIN_WAIT, timeouts.tcp_closing),
-        (state::CLOSING, timeouts.tcp_closing),
-        (state::RESET, timeouts.tcp_reset),
-        (state::UDP_UNREPLIED, timeouts.udp_unreplied),
-        (state::UDP_REPLIED, timeouts.udp_replied),
-        (state::ICMP_UNREPLIED, timeouts.icmp),
-        (state::ICMP_REPLIED, timeouts.icmp),
-        (state::OTHER_UNREPLIED, timeouts.other),
-        (state::OTHER_REPLIED, timeouts.other),
-    ] {
-        by_state[usize::from(state)] = u64::try_from(timeout.duration().as_nanos()).unwrap_or(u64::MAX);
-    }
-    by_state
-}
-
 /// Target of log lines from the programs: `--log-level enforce=debug` enables them.
 const KERNEL_LOG: &str = "enforce";
-
-/// Lifetime of an applied configuration.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Term<'a> {
-    /// For good.
-    Good,
-    /// Until this time has passed, then the former one returns, unless this one is confirmed.
-    Trial(Duration),
-    /// For the rest of the present trial; then this one returns.
-    Rest(&'a Config, Duration),
-}
-
-impl<'a> Term<'a> {
-    /// Whether it may be taken back.
-    pub(super) const fn on_trial(self) -> bool {
-        !matches!(self, Self::Good)
-    }
-
-    /// Returns the configuration that follows the rest of a trial.
-    pub(super) const fn former(self) -> Option<&'a Config> {
-        match self {
-            Self::Rest(former, _) => Some(former),
-            Self::Good | Self::Trial(_) => None,
-        }
-    }
-
-    /// The same, with another configuration to come back.
-    pub(super) fn against(self, former: Option<&Config>) -> Term<'_> {
-        match (self, former) {
-            (Self::Rest(_, left), Some(former)) => Term::Rest(former, left),
-            (Self::Trial(time), _) => Term::Trial(time),
-            _ => Term::Good,
-        }
-    }
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -163,11 +54,13 @@ pub(super) struct Enforcer {
 
 impl Enforcer {
     /// Brings enforcement up, or takes it over.
-    pub(super) fn start(pins: &Pins, config: &Config, term: Term<'_>) -> Result<Self, Error> {
-        let desired = Desired::new(config);
-        let mut observer = Observer::open()?;
-        let snapshot = observer.snapshot(&desired.selection)?;
-        let tables = compile(&desired, &snapshot)?;
+    pub(super) fn start(
+        pins: &Pins,
+        config: &Config,
+        prepared: Prepared,
+        term: Term<'_>,
+    ) -> Result<Self, Error> {
+        let Prepared { desired, snapshot, observer, tables, former } = prepared;
         let flows = config.enforcement.flows;
         let datapath = Datapath::load(&Options {
             pins: pins.clone(),
@@ -196,10 +89,10 @@ impl Enforcer {
             pins_restored: 0,
             unpinned: None,
         };
-        match term {
-            Term::Rest(former, left) => enforcer.former = Some((Desired::new(former), Instant::now() + left)),
+        match (former, term) {
+            (Some(former), Term::Rest(_, left)) => enforcer.former = Some((former, Instant::now() + left)),
             // No process remembers a trial that may be left.
-            Term::Good | Term::Trial(_) => enforcer.datapath.fall_back(),
+            _ => enforcer.datapath.fall_back(),
         }
         if let Err(error) = enforcer.bring_up(&tables) {
             if !enforcer.datapath.adopted() {
@@ -359,15 +252,13 @@ impl Enforcer {
     }
 
     /// Applies another configuration. After an error, the former one is still active.
-    pub(super) fn reload(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
+    pub(super) fn reload(&mut self, prepared: Prepared, term: Term<'_>) -> Result<(), Error> {
         self.restore_pins()?;
-        let desired = Desired::new(config);
-        let snapshot = self.observer.snapshot(&desired.selection)?;
-        let tables = compile(&desired, &snapshot)?;
+        let Prepared { desired, snapshot, observer, tables, former } = prepared;
         let (former, trial) = match term {
             Term::Good => (None, None),
             Term::Trial(time) => (None, Some(time)),
-            Term::Rest(former, left) => (Some((Desired::new(former), Instant::now() + left)), None),
+            Term::Rest(_, left) => (former.map(|former| (former, Instant::now() + left)), None),
         };
         let before = std::mem::replace(&mut self.desired, desired);
         let snapshot_before = std::mem::replace(&mut self.snapshot, snapshot);
@@ -379,6 +270,7 @@ impl Enforcer {
             (self.desired, self.snapshot, self.former) = (before, snapshot_before, former_before);
             return Err(error);
         }
+        self.observer = observer;
         if let Some(time) = trial {
             self.former = Some((before, Instant::now() + time));
         }
@@ -598,9 +490,4 @@ fn names(allowed: u32) -> Vec<String> {
         .filter(|(bit, _)| allowed & bit != 0)
         .map(|(_, name)| name.to_owned())
         .collect()
-}
-
-fn compile(desired: &Desired, snapshot: &Snapshot) -> Result<Tables, Error> {
-    let local: Vec<IpAddr> = snapshot.addresses.iter().copied().collect();
-    Ok(policy::compile(&desired.policy, &local)?)
 }

@@ -5,8 +5,10 @@
 
 mod apply;
 mod cluster;
+mod desired;
 mod divergence;
 mod enforcer;
+mod engines;
 mod fast_path;
 mod packet_filter;
 mod port_pool;
@@ -14,7 +16,9 @@ mod port_ranges;
 mod probe;
 mod routing;
 mod service_manager;
+mod term;
 pub(crate) mod trial;
+mod unknown_cluster;
 
 use std::{
     io,
@@ -28,22 +32,23 @@ use tokio::{
     sync::mpsc,
 };
 
-pub use enforcer::Error as EnforcerError;
+pub use desired::Error as EnforcerError;
 pub use packet_filter::settings as firewall_settings;
 pub(crate) use port_pool::places as pool_places;
 pub(crate) use trial::forget as forget_trial;
 
 use self::{
     cluster::Following,
-    enforcer::{Enforcer, Term},
+    enforcer::Enforcer,
     packet_filter::PacketFilter,
     port_pool::PortPool,
     routing::Routing,
+    term::Term,
     trial::{Files, Trial},
 };
 use crate::{
-    config::{self, Api, Config, ConfigErrors, Engine, Loaded, Role},
-    datapath::{self, EventReader, Pins},
+    config::{self, Api, Config, ConfigErrors, Loaded, Role},
+    datapath::{EventReader, Pins},
     interfaces::Watch,
     iptables,
     kernel::{
@@ -77,7 +82,7 @@ pub enum Error {
     Config(#[from] ConfigErrors),
     /// The packet path is not as it should be.
     #[error(transparent)]
-    Enforcer(#[from] enforcer::Error),
+    Enforcer(#[from] EnforcerError),
     /// The iptables rules are not as they should be.
     #[error(transparent)]
     Firewall(#[from] iptables::Error),
@@ -252,8 +257,10 @@ impl Agent {
     async fn serve(&mut self, mut from: Sources) -> Result<(), Error> {
         let mut look = tokio::time::interval(LOOK);
         loop {
-            let selection =
-                self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default();
+            let unknown = self.unknown_cluster();
+            let selection = unknown.clone().unwrap_or_else(|| {
+                self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default()
+            });
             // Packets judged by an earlier policy are not compared with the present rules.
             let generation = self.enforcer.as_ref().map_or(0, Enforcer::generation);
             if let Some(written) = self.written.take() {
@@ -264,7 +271,7 @@ impl Agent {
                 biased;
                 _ = from.terminate.recv() => return Ok(()),
                 _ = from.interrupt.recv() => return Ok(()),
-                changed = from.interfaces.changed(&selection), if self.enforcer.is_some() => {
+                changed = from.interfaces.changed(&selection), if self.enforcer.is_some() || unknown.is_some() => {
                     changed.map_err(io_error("cannot watch the interfaces"))?;
                     self.interfaces_changed();
                 }
@@ -327,59 +334,6 @@ impl Agent {
         Ok(())
     }
 
-    /// Brings every engine up. A start that fails leaves nothing that was not there before.
-    fn start_engines(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
-        if wants_ebpf(config) && self.pins.root().exists() {
-            // Another agent that works here is not to lose its iptables rules before that shows.
-            drop(self.pins.lock().map_err(enforcer::Error::from)?);
-        }
-        if packet_filter::is_wanted(config) {
-            self.filter = Some(PacketFilter::start(config, term.on_trial())?);
-        }
-        let enforcing_before = self.pins.exist_of_any_version();
-        let result = self.bring_up(config, term);
-        if result.is_err()
-            && !enforcing_before
-            && let Some(filter) = self.filter.take()
-        {
-            filter.take_down();
-        }
-        self.compare(true);
-        result
-    }
-
-    /// Begins, or ends, to compare the engines, if there are two.
-    fn compare(&mut self, begin: bool) {
-        if let Some(filter) = &mut self.filter {
-            filter.compare(begin && self.enforcer.is_some());
-        }
-    }
-
-    fn report_divergence(&mut self) {
-        if let Some(filter) = &mut self.filter {
-            filter.report(self.enforcer.as_ref().map(|enforcer| &**enforcer.maps()));
-        }
-    }
-
-    /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
-    fn bring_up(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
-        if wants_ebpf(config) {
-            let enforcer = Enforcer::start(&self.pins, config, term)?;
-            self.shared.set_maps(Some(Arc::clone(enforcer.maps())));
-            match EventReader::new(enforcer.maps()) {
-                Ok(events) => self.events = Some(events),
-                Err(error) => tracing::warn!(%error, "events cannot be read"),
-            }
-            self.enforcer = Some(enforcer);
-        } else if self.pins.exist_of_any_version() {
-            let (_, result) = datapath::down(&self.pins, &crate::pool::pins::is_of_a_pool);
-            result.map_err(enforcer::Error::from)?;
-            tracing::info!("removed the eBPF enforcement of an earlier configuration");
-        }
-        self.show_enforcement();
-        Ok(())
-    }
-
     fn show_enforcement(&self) {
         let enforcement = self.enforcer.as_ref().map(Enforcer::status);
         let firewall = self.filter.as_ref().map(PacketFilter::status);
@@ -399,6 +353,9 @@ impl Agent {
     }
 
     fn interfaces_changed(&mut self) {
+        if self.unknown_cluster().is_some() {
+            self.cluster_changed();
+        }
         if let Some(enforcer) = &mut self.enforcer {
             if let Err(error) = enforcer.interfaces_changed() {
                 tracing::error!(%error, "cannot follow a change of the interfaces");
@@ -457,53 +414,6 @@ impl Agent {
         self.in_force = known;
         Ok(())
     }
-
-    /// Applies another configuration. Nothing is changed if that fails.
-    fn reload_engines(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
-        let on_trial = term.on_trial();
-        // iptables first: it refuses a change as a whole, and can be rolled back.
-        let before = self.filter.as_ref().map(PacketFilter::in_force);
-        match (&mut self.filter, packet_filter::is_wanted(config)) {
-            (Some(filter), true) => filter.reload(config, on_trial)?,
-            (filter @ None, true) => *filter = Some(PacketFilter::start(config, on_trial)?),
-            (_, false) => {}
-        }
-        crate::fault::point("reload:iptables");
-        if let Err(error) = self.reload_ebpf(config, term) {
-            match (before, self.filter.take()) {
-                (Some(before), Some(mut filter)) => {
-                    filter.restore(before);
-                    self.filter = Some(filter);
-                }
-                (None, Some(filter)) => filter.take_down(),
-                (_, None) => {}
-            }
-            return Err(error);
-        }
-        if !packet_filter::is_wanted(config)
-            && let Some(filter) = self.filter.take()
-        {
-            filter.take_down();
-        }
-        Ok(())
-    }
-
-    fn reload_ebpf(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
-        match (self.enforcer.take(), wants_ebpf(config)) {
-            (Some(mut enforcer), true) => {
-                let result = enforcer.reload(config, term);
-                self.enforcer = Some(enforcer);
-                result?;
-            }
-            (Some(enforcer), false) => {
-                self.events = None;
-                self.shared.set_maps(None);
-                enforcer.take_down(&self.pins)?;
-            }
-            (None, _) => self.bring_up(config, Term::Good)?,
-        }
-        Ok(())
-    }
 }
 
 /// Waits for events and hands them on; for ever, if there is nothing to read from.
@@ -527,10 +437,6 @@ async fn read_events(
         }
         _ => std::future::pending().await,
     }
-}
-
-fn wants_ebpf(config: &Config) -> bool {
-    config.role == Role::Node && config.enforcement.engines.contains(&Engine::Ebpf)
 }
 
 fn load(path: &Path) -> Result<Config, ConfigErrors> {

@@ -130,6 +130,11 @@ pub(super) fn is_wanted(config: &Config) -> bool {
     config.role == Role::Node && config.enforcement.engines.contains(&Engine::Iptables)
 }
 
+/// Checks the size of the policy, if the engine is wanted, before anything is written.
+pub(super) fn check(config: &Config) -> Result<(), Error> {
+    if is_wanted(config) { iptables::check(&config.policy()) } else { Ok(()) }
+}
+
 /// The driver as the configuration has it.
 pub fn settings(config: &Config) -> iptables::Config {
     Settings::of(config).driver(false)

@@ -1,6 +1,6 @@
 //! The surroundings of this node by interface, for an engine that identifies pods by interface names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -82,6 +82,48 @@ impl Selection {
     }
 }
 
+impl Selection {
+    /// The same, but for which every network may be one of pods: to see [`Selection::led_to_pods`].
+    #[must_use]
+    pub fn of_unknown_pods(&self) -> Self {
+        let everything = [IpNet::default(), IpNet::V6(ipnet::Ipv6Net::default())];
+        Self { internal: Vec::new(), pod_networks: everything.into(), ..self.clone() }
+    }
+
+    /// Returns the networks that this node leads packets to by itself, beside those of LAN hosts: while nothing else is known,
+    /// pods are there. `snapshot` is one for [`Selection::of_unknown_pods`].
+    #[must_use]
+    pub fn led_to_pods(&self, snapshot: &Snapshot) -> Vec<IpNet> {
+        let external: BTreeSet<u32> = if self.external.is_empty() {
+            self.external_networks.iter().flat_map(|net| towards_lan(*net, &snapshot.routes)).collect()
+        } else {
+            by_name(&self.external, snapshot, &mut Vec::new())
+        };
+        let hops = || snapshot.routes.iter().flat_map(|route| route.hops.iter().map(move |hop| (route, hop)));
+        // A gateway is beyond a network card, and beyond a tunnel.
+        let beyond: BTreeSet<u32> =
+            hops().filter(|(_, (_, gateway))| *gateway).map(|(_, (index, _))| *index).collect();
+        let of_pods = |index: &u32| {
+            !external.contains(index)
+                && !beyond.contains(index)
+                && snapshot.links.get(index).is_some_and(|link| !link.loopback)
+        };
+        let disjoint =
+            |net: &IpNet| !self.external_networks.iter().any(|lan| lan.contains(net) || net.contains(lan));
+        let link_local = |net: &IpNet| match net {
+            IpNet::V4(net) => net.addr().is_link_local() || net.addr().is_multicast(),
+            IpNet::V6(net) => net.addr().is_unicast_link_local() || net.addr().is_multicast(),
+        };
+        let networks = hops()
+            .filter(|(route, (index, _))| route.to.prefix_len() > 0 && of_pods(index))
+            .map(|(route, _)| route.to)
+            .filter(|net| disjoint(net) && !link_local(net));
+        let mut networks = IpNet::aggregate(&networks.collect());
+        networks.sort_unstable();
+        networks
+    }
+}
+
 /// Returns the name, or the plugin's prefix and `+` if no interface towards the outside shares that.
 fn by_prefix(name: String, snapshot: &Snapshot, outward: impl Fn(&str) -> bool) -> String {
     let prefix = PREFIXES.into_iter().find(|prefix| name.starts_with(prefix));
@@ -158,6 +200,21 @@ mod tests {
         let hosted = selection().hosted(&snapshot());
         let expected = [("10.200.1.91", 3), ("10.200.1.92", 4)];
         assert_eq!(hosted, expected.map(|(address, index)| (address.parse().unwrap(), index)).into());
+    }
+
+    #[test]
+    fn unknown_pods_are_behind_interfaces_without_gateways() {
+        let mut snapshot = snapshot();
+        let lan = Route { to: "192.168.31.0/24".parse().unwrap(), hops: vec![(2, false)] };
+        let scoped = Route { to: "fe80::/64".parse().unwrap(), hops: vec![(3, false)] };
+        snapshot.routes.extend([lan, scoped]);
+        let unknown = Selection { pod_networks: Vec::new(), ..selection() };
+        let led = unknown.led_to_pods(&snapshot);
+        assert_eq!(led, ["10.200.1.91/32", "10.200.1.92/32"].map(|net| net.parse().unwrap()));
+        // Nothing is a pod network and a network of LAN hosts.
+        snapshot.routes.push(Route { to: "192.168.31.128/25".parse().unwrap(), hops: vec![(4, false)] });
+        assert_eq!(unknown.led_to_pods(&snapshot), led);
+        assert!(unknown.of_unknown_pods().concerns("10.1.2.3/32".parse().unwrap()));
     }
 
     #[test]

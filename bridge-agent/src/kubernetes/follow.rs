@@ -129,6 +129,11 @@ impl Follower {
         (planned, version)
     }
 
+    /// Returns whether the cluster is known, by the API server or by an earlier run.
+    pub(crate) fn knows_cluster(&self) -> bool {
+        self.state.is_known()
+    }
+
     /// Waits until there is something new, all of it is known, and a pause has passed. Can be dropped at any time.
     pub(crate) async fn changed(&mut self) {
         let (applied, state) = (self.applied, &self.state);

@@ -33,4 +33,5 @@ pub(crate) use engines::Engines;
 pub(crate) use follow::Follower;
 pub use follow::View;
 pub use networks::Origin;
+pub(crate) use plan::Planned;
 pub use status::KubernetesStatus;

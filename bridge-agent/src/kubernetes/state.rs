@@ -124,6 +124,11 @@ impl State {
         lock(&self.0.health).is_synced()
     }
 
+    /// Whether the cluster is known: every resource has been listed, or an earlier run has saved them.
+    pub(super) fn is_known(&self) -> bool {
+        self.0.restored || self.is_synced()
+    }
+
     /// Notes that a resource can be followed.
     pub(super) fn recovered(&self, resource: &'static str) {
         let mut health = lock(&self.0.health);
