@@ -22,6 +22,7 @@ use bridge_agent::{
         backend::Backend,
         checks, conntrack,
         layout::Occupied,
+        masquerade,
         run::{self, Places},
         service::Service,
     },
@@ -401,7 +402,7 @@ fn starting_keeps_the_ports_from_others_and_stopping_gives_them_back() -> Result
 }
 
 #[test]
-fn random_masquerade_is_warned_of_and_the_safety_net_outdoes_it() -> Result<()> {
+fn random_masquerade_is_warned_of_and_superseded_by_our_own() -> Result<()> {
     let lab = Lab::builder().build()?;
     let stand = Stand::new(&lab, &settings()?)?;
     let node = &lab.b().netns;
@@ -433,13 +434,13 @@ fn random_masquerade_is_warned_of_and_the_safety_net_outdoes_it() -> Result<()> 
     };
     let (own, seen) = connect()?;
     ensure!(PORTS.contains(own) && !PORTS.contains(seen), "{own} became {seen}: the trouble is there");
-    nft(&checks::safety_net(&[pods], &settings()?.destinations, ports))?;
+    nft(&masquerade::script(&[pods], &settings()?.destinations, ports))?;
     for _ in 0..5 {
         let (own, seen) = connect()?;
         ensure!(PORTS.contains(own) && own == seen, "{own} became {seen}");
     }
-    nft(checks::NO_SAFETY_NET)?;
-    nft(checks::NO_SAFETY_NET)?;
+    nft(masquerade::REMOVAL)?;
+    nft(masquerade::REMOVAL)?;
     let (_, seen) = connect()?;
     ensure!(!PORTS.contains(seen), "the table is gone");
     Ok(())

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_agent::model::PortRange;
+use bridge_agent::{model::PortRange, pool::hooks::PROGRAMS};
 use bridge_lab::{
     agent::{Agent, program},
     lab::{Host, Lab},
@@ -226,7 +226,7 @@ fn a_reload_changes_the_pool_under_what_is_held() -> Result<()> {
         let error = status(&agent)?["agent"]["reloads"]["last"]["error"].to_string();
         ensure!(error.contains(why), "{error}");
         ensure!(pool(&agent)?["ports"] == serde_json::json!(["61001-61040"]), "{}", pool(&agent)?);
-        ensure!(hooks(&clients)? == 8, "{} hooks", hooks(&clients)?);
+        ensure!(hooks(&clients)? == PROGRAMS.len(), "{} hooks", hooks(&clients)?);
     }
     // Without its section it goes, with all that belongs to it.
     let without = config("host", &[]).replace("portPool:\n", "");
@@ -251,7 +251,7 @@ fn the_pool_does_not_depend_on_how_rules_are_enforced() -> Result<()> {
     let held = ports(&line(&mut first)?)?;
     let others_get_the_rest = |agent: &Agent| -> Result<()> {
         ensure!(
-            pool(agent)?["held"] == 30 && hooks(&clients)? == 8,
+            pool(agent)?["held"] == 30 && hooks(&clients)? == PROGRAMS.len(),
             "{}, {}",
             pool(agent)?,
             hooks(&clients)?
@@ -319,7 +319,7 @@ fn a_start_that_fails_after_the_pool_has_begun_takes_it_away() -> Result<()> {
 }
 
 #[test]
-fn the_safety_net_comes_and_goes_with_its_key() -> Result<()> {
+fn the_masquerade_table_comes_and_goes_with_its_key() -> Result<()> {
     let lab = Lab::builder().build()?;
     let (transparent, _) = cgroup(&lab)?;
     let ports = "ports: [\"61001-61040\"]";
@@ -336,5 +336,42 @@ fn the_safety_net_comes_and_goes_with_its_key() -> Result<()> {
     agent.stop()?;
     agent.run(&["down"])?;
     ensure!(!table()?.contains("masquerade"), "{}", table()?);
+    Ok(())
+}
+
+#[test]
+fn the_masquerade_table_is_put_back_within_a_second() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let (transparent, _) = cgroup(&lab)?;
+    let nft = |arguments: &[&str]| {
+        let mut nft = Command::new("nft");
+        nft.args(arguments).stdout(Stdio::piped());
+        lab.b().netns.output(nft)
+    };
+    let table = || nft(&["list", "table", "inet", "bridge-pool"]);
+    let masquerade = ["ports: [\"61001-61040\"]", transparent.as_str(), "masquerade: true"];
+    let mut agent = Agent::start(&lab, lab.b(), &config("node", &masquerade))?;
+    let whole = table()?;
+    let damages: [(&str, &[&str]); 5] = [
+        ("every table", &["flush", "ruleset"]),
+        ("the table", &["delete", "table", "inet", "bridge-pool"]),
+        ("its rules", &["flush", "chain", "inet", "bridge-pool", "postrouting"]),
+        ("a rule before the others", &["insert", "rule", "inet", "bridge-pool", "postrouting", "accept"]),
+        ("its effect", &["add", "table", "inet", "bridge-pool", "{ flags dormant; }"]),
+    ];
+    for (repairs, (damage, arguments)) in (1..).zip(damages) {
+        nft(arguments)?;
+        ensure!(table().ok().as_ref() != Some(&whole), "{damage} is as before");
+        eventually(Duration::from_secs(1), || (table().ok()? == whole).then_some(()))
+            .with_context(|| format!("{damage}: {:?}", table()))?;
+        let counted = eventually(SOON, || (pool(&agent).ok()?["masqueradeRepairs"] == repairs).then_some(()));
+        counted.with_context(|| format!("{damage}: {}", pool(&agent).unwrap_or_default()))?;
+    }
+    ensure!(agent.metrics()?.contains("bridge_pool_masquerade_repairs_total 5"), "{}", agent.metrics()?);
+    // A table of another program is none of its business, and neither is its own after the key is gone.
+    nft(&["add", "table", "inet", "other"])?;
+    agent.reload(&config("node", &masquerade[..2]))?;
+    std::thread::sleep(Duration::from_secs(1));
+    ensure!(table().is_err() && pool(&agent)?["masqueradeRepairs"] == 5, "{}", pool(&agent)?);
     Ok(())
 }

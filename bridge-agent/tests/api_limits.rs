@@ -17,7 +17,7 @@ use bridge_agent::{
         Layout, Settings,
         backend::Backend,
         layout::Occupied,
-        service::{Client, Service, ServiceError, Transport, Wish},
+        service::{Client, LeaseRequest, Service, ServiceError, Transport},
     },
     state::{Request, Shared, Status},
 };
@@ -90,7 +90,7 @@ impl Agent {
     /// Holds many ports, so that their list is large.
     fn hold_ports(&self) {
         let client = Client { connection: 0, pid: std::process::id(), uid: 0, netns: Some(1) };
-        let wish = Wish {
+        let wish = LeaseRequest {
             destination: "192.0.2.1:443".parse().unwrap(),
             transport: Transport::Tcp,
             count: 15_000,
@@ -179,7 +179,7 @@ fn resident() -> usize {
 fn a_lease_is_ended_by_its_owner_only() {
     let agent = Agent::start();
     let client = |uid, netns| Client { connection: 0, pid: std::process::id(), uid, netns: Some(netns) };
-    let wish = Wish {
+    let wish = LeaseRequest {
         destination: "192.0.2.1:443".parse().unwrap(),
         transport: Transport::Tcp,
         count: 1,

@@ -201,6 +201,36 @@ fn a_quota_is_not_exhaustion() {
 }
 
 #[test]
+fn one_client_has_a_share_of_the_leases_over_all_destinations() {
+    let agent = Agent::start(range(61001, 64000), None);
+    let acquire = |to: u32, count: u32| {
+        let body = format!(r#"{{"destination":"192.0.2.{to}:443","count":{count},"ttlMs":86400000}}"#);
+        agent.ask("POST", "/v1/leases", &body)
+    };
+    for to in 1..=4 {
+        assert_eq!(acquire(to, 256).0, 201);
+    }
+    assert_eq!(agent.leases(), 1024);
+    let (status, answer) = acquire(9, 1);
+    assert_eq!((status, answer["code"].as_str()), (429, Some("share")), "{answer}");
+    assert!(answer["error"].as_str().unwrap().contains("1024"), "{answer}");
+    let (_, pool) = agent.ask("GET", "/v1/pool", "");
+    assert_eq!((&pool["leases"]["refusals"]["quota"], &pool["leases"]["held"]), (&json!(1), &json!(1024)));
+    let warning = pool["warnings"][0].as_str().unwrap();
+    assert!(warning.contains("192.0.2.9:443") && warning.contains("remedy: "), "{warning}");
+
+    let id = agent.service.list().unwrap()[0].id.unwrap();
+    assert_eq!(agent.ask("DELETE", &format!("/v1/leases/{id}"), "").0, 204);
+    // Requests at the same time share one rest.
+    let together: Vec<u16> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || acquire(10 + n, 1).0)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(together.iter().filter(|status| **status == 201).count(), 1, "{together:?}");
+    assert_eq!(agent.leases(), 1024);
+}
+
+#[test]
 fn what_happens_can_be_watched() {
     let agent = Agent::start(range(61001, 61001), None);
     let mut watcher = agent.connect();

@@ -30,7 +30,7 @@ use super::{
     large::{Payload, Turn},
 };
 use crate::{
-    pool::service::{Service, Transport, Wish},
+    pool::service::{LeaseRequest, Service, Transport},
     state::Shared,
 };
 
@@ -87,12 +87,12 @@ async fn acquire(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Payload(body): Payload,
 ) -> Result<Response, Problem> {
-    let wish = wish(&body)?;
-    let leases = service.acquire(peer.client(), &wish).await?;
+    let request = lease_request(&body)?;
+    let leases = service.acquire(peer.client(), &request).await?;
     Ok((StatusCode::CREATED, axum::Json(json!({ "leases": leases }))).into_response())
 }
 
-pub(crate) fn wish(body: &[u8]) -> Result<Wish, Problem> {
+pub(crate) fn lease_request(body: &[u8]) -> Result<LeaseRequest, Problem> {
     let bad = |reason: String| Problem::new(StatusCode::BAD_REQUEST, "request", reason);
     let order: Acquire = serde_json::from_slice(body).map_err(|error| {
         bad(format!(
@@ -116,7 +116,7 @@ pub(crate) fn wish(body: &[u8]) -> Result<Wish, Problem> {
     if time.is_some_and(|time| time.is_zero() || time > MAX_TIME) {
         return Err(bad(format!("ttlMs is not between 1 and {}", MAX_TIME.as_millis())));
     }
-    Ok(Wish { destination, transport: order.protocol, count: order.count, wait, time })
+    Ok(LeaseRequest { destination, transport: order.protocol, count: order.count, wait, time })
 }
 
 async fn release(
@@ -138,15 +138,15 @@ async fn list(Pool(service): Pool, turn: Turn) -> Result<Response, Problem> {
 }
 
 async fn watch(Pool(service): Pool) -> Response {
-    let happenings = stream::unfold(service.watch(), async |mut receiver| {
+    let events = stream::unfold(service.watch(), async |mut receiver| {
         let line = match receiver.recv().await {
-            Ok(happening) => serde_json::to_string(&happening).unwrap_or_default(),
+            Ok(event) => serde_json::to_string(&event).unwrap_or_default(),
             Err(RecvError::Lagged(missed)) => json!({ "event": "missed", "count": missed }).to_string(),
             Err(RecvError::Closed) => return None,
         };
         Some((Ok::<_, Infallible>(line + "\n"), receiver))
     });
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(happenings)).into_response()
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(events)).into_response()
 }
 
 async fn summary(Pool(service): Pool) -> Result<Response, Problem> {

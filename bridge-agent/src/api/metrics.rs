@@ -256,7 +256,7 @@ fn encode_routes(encoder: &mut DescriptorEncoder<'_>, routes: &RoutesStatus) -> 
 }
 
 fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Result {
-    let Summary { mode, available, held, warm, counters, leases, .. } = pool;
+    let Summary { mode, available, held, warm, counters, leases, masquerade_repairs, .. } = pool;
     let kernel = ("pool_in_kernel", "1: hooks claim ports; 0: ports are leased by the agent alone");
     single(encoder, kernel, GAUGE, u64::from(mode == "kernel"))?;
     let ports = ("pool_available_ports", "Ports of the pool, towards each destination");
@@ -276,5 +276,7 @@ fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Resu
     });
     family(encoder, ("pool_refusals", "Connects and requests that got no port"), COUNTER, refusals)?;
     let lost = ("pool_lost_events", "Refusals that were counted only, and not reported");
-    single(encoder, lost, COUNTER, counters.events_lost)
+    single(encoder, lost, COUNTER, counters.events_lost)?;
+    let repairs = ("pool_masquerade_repairs", "Times that the masquerade table was installed again");
+    single(encoder, repairs, COUNTER, *masquerade_repairs)
 }

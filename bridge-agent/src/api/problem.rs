@@ -45,6 +45,7 @@ impl From<ServiceError> for Problem {
             ServiceError::TooMany { .. } => (StatusCode::BAD_REQUEST, "request"),
             ServiceError::Stranger => (StatusCode::FORBIDDEN, "stranger"),
             ServiceError::Refused(Refusal::QUOTA) => (StatusCode::TOO_MANY_REQUESTS, "quota"),
+            ServiceError::Share { .. } => (StatusCode::TOO_MANY_REQUESTS, "share"),
             ServiceError::Refused(refusal) => (StatusCode::CONFLICT, refusal.name()),
             ServiceError::NoLease(_) => (StatusCode::NOT_FOUND, "lease"),
             ServiceError::NotYours(_) => (StatusCode::FORBIDDEN, "lease"),

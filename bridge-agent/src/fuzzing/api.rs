@@ -75,7 +75,7 @@ pub fn api(input: &[u8]) -> bool {
             assert_eq!(probe.to_string().parse().as_ref(), Ok(probe));
         }
     }
-    let wish = leases::wish(input);
+    let request = leases::lease_request(input);
     SERVED.with(|served| {
         let served = served.get_or_init(self::served);
         served.renew_pool();
@@ -86,7 +86,7 @@ pub fn api(input: &[u8]) -> bool {
                 let status = answer.strip_prefix(b"HTTP/1.1 ").and_then(|rest| rest.first_chunk::<3>());
                 assert!(status.is_some_and(|status| status != b"500"), "{}", answer.escape_ascii());
             }
-            request.is_ok() || wish.is_ok() || answer.starts_with(b"HTTP/1.1 ")
+            request.is_ok() || request.is_ok() || answer.starts_with(b"HTTP/1.1 ")
         })
     })
 }
@@ -129,7 +129,7 @@ fn framed(input: &[u8]) -> Option<Vec<u8>> {
     let body = &body[1..];
     let (method, path) = str::from_utf8(head).ok()?.split_once(' ')?;
     let in_path = |byte: u8| byte.is_ascii_graphic() && !b"\"<>#\\^`{|}".contains(&byte);
-    let waits = leases::wish(body).is_ok_and(|wish| !wish.wait.is_zero());
+    let waits = leases::lease_request(body).is_ok_and(|request| !request.wait.is_zero());
     if !["GET", "POST", "DELETE", "PUT"].contains(&method)
         || !path.starts_with('/')
         || !path.bytes().all(in_path)

@@ -9,7 +9,10 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use rustix::net::{AddressFamily, SocketType};
 
 use super::ruleset::{Family, Table};
-use crate::kernel::netlink::{Socket, attribute, encode_attribute};
+use crate::kernel::{
+    netlink::{Socket, encode_attribute},
+    nftables,
+};
 
 // linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -18,9 +21,7 @@ const NFNL_MSG_BATCH_END: u16 = 17;
 const NFNL_BATCH_GENID: u16 = 1;
 const NFT_MSG_GETTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 1;
 const NFT_MSG_DELTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 2;
-const NFT_MSG_GETGEN: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 16;
 const NFTA_TABLE_NAME: u16 = 1;
-const NFTA_GEN_ID: u16 = 1;
 const NFGEN_HEADER: usize = 4;
 
 /// A socket to nf_tables in the network namespace it was opened in.
@@ -36,14 +37,7 @@ impl Nft {
 
     /// Returns the generation, which the kernel increments with every change of the ruleset.
     pub(super) fn generation(&mut self) -> io::Result<u32> {
-        let generation = |_, body: &[u8]| {
-            let value = attribute(body.get(NFGEN_HEADER..)?, NFTA_GEN_ID)?;
-            Some(u32::from_be_bytes(value.try_into().ok()?))
-        };
-        let found = self.socket.get(NFT_MSG_GETGEN, &body(0, 0, &[]), generation)?;
-        found.first().copied().ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer has no generation")
-        })
+        nftables::generation(&mut self.socket)
     }
 
     /// Returns whether a table exists. iptables-nft-save cannot say: asked for a table by name, it prints an empty one.

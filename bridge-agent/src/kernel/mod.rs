@@ -10,5 +10,6 @@ pub mod lock;
 pub mod mapping;
 pub mod memory;
 pub mod netlink;
+pub mod nftables;
 pub mod state_directory;
 pub(crate) mod sysctl;

@@ -1,13 +1,7 @@
 //! Finds settings of this machine that would break the pool, with remedies.
 
-use std::{
-    fs,
-    io::{self, Write as _},
-    path::Path,
-    process::{Command, Stdio},
-};
+use std::{fs, io, path::Path, process::Command};
 
-use ipnet::IpNet;
 use serde::Serialize;
 
 use super::ports::PortSet;
@@ -207,75 +201,6 @@ pub fn print_ranges(ports: &PortSet) -> String {
     ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// Returns an nftables table that masquerades packets from `sources` to `destinations` with a port of the pool, before
-/// any other table: the first one to translate wins. It is input of `nft -f -`; [`NO_SAFETY_NET`] removes it.
-#[must_use]
-pub fn safety_net(sources: &[IpNet], destinations: &[IpNet], ports: &PortSet) -> String {
-    let mut rules = String::new();
-    for v4 in [true, false] {
-        let of = |nets: &[IpNet]| {
-            let nets: Vec<String> = nets
-                .iter()
-                .filter(|net| matches!(net, IpNet::V4(_)) == v4)
-                .map(ToString::to_string)
-                .collect();
-            (!nets.is_empty()).then(|| nets.join(", "))
-        };
-        let (Some(from), Some(to)) = (of(sources), of(destinations)) else { continue };
-        let family = if v4 { "ip" } else { "ip6" };
-        // A connection that has a port of the pool keeps it, if it can; each range is one rule, since a translation
-        // takes one range only.
-        for range in ports.ranges() {
-            for protocol in ["tcp", "udp"] {
-                rules += &format!(
-                    "    {family} saddr {{ {from} }} {family} daddr {{ {to} }} {protocol} sport {range} masquerade to :{range}\n"
-                );
-            }
-        }
-        if let Some(range) = ports.ranges().iter().max_by_key(|range| range.last - range.first) {
-            for protocol in ["tcp", "udp"] {
-                rules += &format!(
-                    "    {family} saddr {{ {from} }} {family} daddr {{ {to} }} meta l4proto {protocol} masquerade to :{range}\n"
-                );
-            }
-        }
-    }
-    format!(
-        "{NO_SAFETY_NET}table inet bridge-pool {{\n  chain postrouting {{\n    type nat hook postrouting priority srcnat - 5\n{rules}  }}\n}}\n"
-    )
-}
-
-/// Takes the table of [`safety_net`] away, also if there is none.
-pub const NO_SAFETY_NET: &str = "table inet bridge-pool\ndelete table inet bridge-pool\n";
-
-/// Applies a [`safety_net`].
-///
-/// # Errors
-/// There is no nft, or it fails.
-pub fn install_safety_net(script: &str) -> io::Result<()> {
-    let mut command = Command::new("nft");
-    command.args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped());
-    let cannot = |error: io::Error| io::Error::new(error.kind(), format!("cannot run nft: {error}"));
-    let mut child = command.spawn().map_err(cannot)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(script.as_bytes())?;
-    }
-    let output = child.wait_with_output()?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(format!("nft: {}", String::from_utf8_lossy(&output.stderr).trim())))
-}
-
-/// Takes a [`safety_net`] away, if there is one; without nft, or a kernel that it works with, there is none.
-///
-/// # Errors
-/// nft fails.
-pub fn remove_safety_net() -> io::Result<()> {
-    let there = Command::new("nft").args(["list", "table", "inet", "bridge-pool"]).output();
-    if there.is_ok_and(|output| output.status.success()) { install_safety_net(NO_SAFETY_NET) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -355,13 +280,5 @@ mod tests {
         assert!(warning.problem.starts_with("5 ports"), "{warning:?}");
         assert!(warning.remedy.ends_with("=8080,61001-61100"), "{warning:?}");
         assert!(ephemeral("32768\t65535\n", "61001-61100\n", &ports()).is_none());
-    }
-
-    #[test]
-    fn the_safety_net_keeps_families_apart() {
-        let net = |text: &str| text.parse().unwrap();
-        let text = safety_net(&[net("10.200.1.0/24")], &[net("192.168.31.0/24"), net("fd31::/64")], &ports());
-        assert!(text.contains("ip saddr { 10.200.1.0/24 } ip daddr { 192.168.31.0/24 } tcp sport 61001-61100 masquerade to :61001-61100"), "{text}");
-        assert!(!text.contains("ip6"), "{text}");
     }
 }

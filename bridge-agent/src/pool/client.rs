@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use bridge_common::pool::Refusal;
 use serde::{Deserialize, Serialize};
 
-use super::owner::Owner;
+use super::{owner::Owner, remedy};
 
 /// TCP or UDP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,7 +18,7 @@ pub enum Transport {
     Udp,
 }
 
-/// Who asks: the process at the other end of the socket.
+/// The process at the other end of the socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Client {
     /// Number of its connection to the agent.
@@ -27,13 +27,13 @@ pub struct Client {
     pub pid: u32,
     /// User id.
     pub uid: u32,
-    /// `SO_NETNS_COOKIE` of its network namespace, if it could be found out.
+    /// `SO_NETNS_COOKIE` of its network namespace, on Linux 5.14 and later.
     pub netns: Option<u64>,
 }
 
-/// A request.
+/// A request for ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Wish {
+pub struct LeaseRequest {
     /// Where the client will connect to.
     pub destination: SocketAddr,
     /// With which protocol.
@@ -49,7 +49,7 @@ pub struct Wish {
 /// A port that a client holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Leased {
+pub struct LeasedPort {
     /// For [`Service::release`].
     pub id: u64,
     /// The port to bind, with SO_REUSEADDR.
@@ -79,22 +79,22 @@ pub struct Holding {
     pub destination: Option<SocketAddr>,
     /// TCP or UDP.
     pub protocol: Transport,
-    /// Who has it.
+    /// Its holder.
     #[serde(flatten)]
     pub owner: Owner,
     /// Since when, in milliseconds.
     pub age_ms: u64,
 }
 
-/// Something that happened.
+/// A line of `GET /v1/leases/watch`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "event", rename_all = "camelCase", rename_all_fields = "camelCase")]
-pub enum Happening {
+pub enum PoolEvent {
     /// A lease began.
     Acquired {
         /// The lease.
-        lease: Leased,
-        /// Who has it.
+        lease: LeasedPort,
+        /// Its holder.
         pid: u32,
     },
     /// A lease ended.
@@ -110,7 +110,7 @@ pub enum Happening {
     Refused {
         /// See [`Refusal::name`].
         reason: &'static str,
-        /// Where it wanted to connect to.
+        /// The destination of the connect or the request.
         destination: SocketAddr,
         /// TCP or UDP.
         protocol: Transport,
@@ -123,7 +123,7 @@ pub enum Happening {
     },
 }
 
-/// Why a request is not met.
+/// The reason of a refused request.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ServiceError {
     /// See the text.
@@ -150,24 +150,25 @@ pub enum ServiceError {
     )]
     Stranger,
     /// See the text.
-    #[error("no port is left for this destination: {}", hint(*.0))]
+    #[error("no port for this destination: {}; {}", remedy::cause(*.0), remedy::remedy(*.0))]
     Refused(Refusal),
+    /// The client would hold more than its share of leases.
+    #[error(
+        "this client holds {held} leases, and {count} more would be above its share of {limit}; end leases that are not \
+         used, or ask for shorter ones"
+    )]
+    Share {
+        /// Leases that it holds.
+        held: usize,
+        /// Leases that it asks for.
+        count: u32,
+        /// The most that one client may hold.
+        limit: usize,
+    },
     /// See the text.
     #[error("there is no lease {0}; it may have ended with its time or its connection")]
     NoLease(u64),
     /// See the text.
     #[error("lease {0} belongs to another user, pod or network namespace")]
     NotYours(u64),
-}
-
-fn hint(refusal: Refusal) -> &'static str {
-    match refusal {
-        Refusal::QUOTA => {
-            "the quota of this network namespace is used up; close connections or raise portPool.quota"
-        }
-        Refusal::TABLE_FULL => {
-            "the pool's tables are full; fewer destinations at once, or a smaller span of ports"
-        }
-        _ => "all are in use, or were used by another client a moment ago; wait, or enlarge portPool.ports",
-    }
 }

@@ -25,9 +25,10 @@ use crate::kernel::bpf::without_signals;
 
 /// The programs of the object, in the order in which they are attached: those that release come before those that
 /// claim, so that no claim goes unseen.
-pub const PROGRAMS: [&str; 8] = [
+pub const PROGRAMS: [&str; 9] = [
     "pool_sock_ops",
     "pool_release",
+    "pool_create",
     "pool_sendmsg4",
     "pool_sendmsg6",
     "pool_bind4",

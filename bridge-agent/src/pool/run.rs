@@ -19,6 +19,7 @@ use super::{
     conntrack,
     kernel::{self, KernelPoolError},
     layout::{LayoutError, Occupied},
+    masquerade::{self, Masquerade},
     pins::{self, PinError},
     pods,
     ports::PortSet,
@@ -84,6 +85,7 @@ pub struct Started {
     settings: Settings,
     places: Places,
     events: Option<RingBuf<MapData>>,
+    masquerade: Arc<Masquerade>,
 }
 
 /// Starts the pool: in the kernel if it can be, else in the agent's memory.
@@ -120,7 +122,13 @@ fn try_start(object: &[u8], settings: &Settings, places: &Places) -> Result<Star
         Err(error) => return Err(error.into()),
     };
     let service = Service::new(backend, settings.destinations.clone());
-    let started = Started { service, settings: settings.clone(), places: places.clone(), events };
+    let started = Started {
+        service,
+        settings: settings.clone(),
+        places: places.clone(),
+        events,
+        masquerade: Arc::default(),
+    };
     started.surround(&ports)?;
     info!(mode = started.service.backend().name(), ports = ports.len(), "port pool");
     Ok(started)
@@ -144,12 +152,14 @@ impl Started {
     /// `pods` names the pods whose connections are bound transparently, beside those of [`Settings::cgroups`].
     pub fn keep(&mut self, pods: watch::Receiver<pods::OptedIn>) -> impl Future<Output = ()> + Send + use<> {
         let (service, events) = (Arc::clone(&self.service), self.events.take());
+        let masquerade = Arc::clone(&self.masquerade);
         async move {
             tokio::join!(
                 expire(Arc::clone(&service)),
                 sweep(Arc::clone(&service), REST),
                 keep_pinned(Arc::clone(&service)),
                 report(Arc::clone(&service), events),
+                masquerade::watch(Arc::clone(&service), masquerade),
                 pods::keep(Arc::clone(&service), pods, None),
             );
         }
@@ -216,15 +226,15 @@ impl Started {
             .and_then(|()| checks::reserve(ports))
             .map_err(StartError::Reserve)?;
         if self.settings.masquerade.is_empty() {
-            checks::remove_safety_net()
+            self.masquerade.uninstall()
         } else {
-            let net = checks::safety_net(&self.settings.masquerade, &self.settings.destinations, ports);
-            checks::install_safety_net(&net)
+            let Settings { masquerade: sources, destinations, .. } = &self.settings;
+            self.masquerade.install(masquerade::script(sources, destinations, ports))
         }
         .map_err(StartError::Masquerade)?;
         let mut warnings = checks::look(ports);
         if !self.settings.masquerade.is_empty() {
-            // It is outdone.
+            // Superseded by our own masquerade rule.
             warnings.retain(|warning| !warning.masquerade);
         }
         for Warning { problem, remedy, .. } in &warnings {
@@ -268,7 +278,7 @@ fn take_away(places: &Places) -> Result<(), StopError> {
             Err(error) => errors.push(format!("net.ipv4.ip_local_reserved_ports: {error}")),
         }
     }
-    errors.extend(checks::remove_safety_net().err().map(|error| error.to_string()));
+    errors.extend(masquerade::remove().err().map(|error| error.to_string()));
     if errors.is_empty() { Ok(()) } else { Err(StopError::Left(errors)) }
 }
 

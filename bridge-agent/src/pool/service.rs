@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::unix::net::UnixDatagram,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -15,7 +16,7 @@ use bridge_common::pool::{self, Destination, Event, Refusal};
 use ipnet::IpNet;
 use tokio::sync::{Notify, broadcast};
 
-pub use super::client::{Client, Happening, Holding, Leased, ServiceError, Transport, Wish};
+pub use super::client::{Client, Holding, LeaseRequest, LeasedPort, PoolEvent, ServiceError, Transport};
 use crate::kernel::clock;
 
 use super::{
@@ -24,19 +25,22 @@ use super::{
     checks::Warning,
     kernel::KernelPoolError,
     layout::Layout,
-    owner::Owner,
+    owner::{self, Owner},
+    remedy::Recent,
     summary::{Leases, Summary},
     tables::lock,
 };
 
-/// How many happenings a slow watcher may be behind before it misses some.
+/// How many events a slow watcher may be behind before it misses some.
 const WATCH_BACKLOG: usize = 1024;
 
-/// How often a request that waits for a port looks again: ports that hooked sockets give back announce nothing.
+/// Pause between two tries of a request that waits for a port: hooked sockets release ports without a notification.
 const WAIT_STEP: Duration = Duration::from_millis(10);
 
-struct Lease {
+/// A lease that is not over.
+struct HeldLease {
     claimed: Claimed,
+    client: ShareKey,
     connection: Option<u64>,
     until: Option<Instant>,
     since: Instant,
@@ -46,19 +50,43 @@ struct Lease {
     transport: Transport,
 }
 
+/// Most leases of one client at once, over all destinations: the table that leases share with connections has room for
+/// eight such clients.
+pub const MAX_LEASES: usize = 1024;
+
+/// The unit that has a share of the leases: a network namespace, and in the agent's own one a user. Processes of a pod can
+/// change their user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct ShareKey {
+    netns: Option<u64>,
+    uid: Option<u32>,
+}
+
+impl ShareKey {
+    fn of(client: &Client) -> Self {
+        let own = UnixDatagram::unbound().and_then(owner::netns_cookie).ok();
+        let own = own.is_some() && client.netns == own;
+        Self { netns: client.netns, uid: own.then_some(client.uid) }
+    }
+}
+
 /// The pool as the agent serves it.
 pub struct Service {
     backend: Backend,
     networks: Mutex<Vec<IpNet>>,
-    leases: Mutex<HashMap<u64, Lease>>,
+    leases: Mutex<HashMap<u64, HeldLease>>,
     next: AtomicU64,
     freed: Notify,
     changed: Notify,
-    happenings: broadcast::Sender<Happening>,
+    events: broadcast::Sender<PoolEvent>,
     counted: Mutex<Leases>,
     warnings: Mutex<Vec<String>>,
+    recent: Mutex<Recent>,
     /// Why pins are missing.
     unpinned: Mutex<Option<String>>,
+    /// The sentence for `status` while the masquerade table cannot be installed again.
+    masquerade_failure: Mutex<Option<String>>,
+    masquerade_repairs: AtomicU64,
     /// Hooked and waiting.
     pods: Mutex<(usize, usize)>,
 }
@@ -80,10 +108,13 @@ impl Service {
             next: AtomicU64::new(1),
             freed: Notify::new(),
             changed: Notify::new(),
-            happenings: broadcast::channel(WATCH_BACKLOG).0,
+            events: broadcast::channel(WATCH_BACKLOG).0,
             counted: Mutex::default(),
             warnings: Mutex::default(),
+            recent: Mutex::default(),
             unpinned: Mutex::default(),
+            masquerade_failure: Mutex::default(),
+            masquerade_repairs: AtomicU64::default(),
             pods: Mutex::default(),
         })
     }
@@ -100,16 +131,16 @@ impl Service {
         lock(&self.networks).clone()
     }
 
-    /// What happens from now on.
+    /// Subscribes to the events from now on.
     #[must_use]
-    pub fn watch(&self) -> broadcast::Receiver<Happening> {
-        self.happenings.subscribe()
+    pub fn watch(&self) -> broadcast::Receiver<PoolEvent> {
+        self.events.subscribe()
     }
 
     /// Goes over to other settings. Ports that are held stay held; those that left the pool are not given out again.
     ///
     /// # Errors
-    /// Before anything was changed: the ports do not fit. Else what the kernel says.
+    /// Before anything was changed: the ports do not fit. Else an error of the kernel.
     pub fn change(&self, settings: &Settings, layout: Layout) -> Result<(), KernelPoolError> {
         self.backend.change(settings, layout)?;
         lock(&self.networks).clone_from(&settings.destinations);
@@ -123,7 +154,7 @@ impl Service {
         self.changed.notified().await;
     }
 
-    /// Says what spoils the pool.
+    /// Replaces the warnings about the surroundings of the pool.
     pub fn set_warnings(&self, warnings: &[Warning]) {
         *lock(&self.warnings) = warnings
             .iter()
@@ -131,9 +162,17 @@ impl Service {
             .collect();
     }
 
-    /// Says why pins are missing, if they are.
+    /// Replaces the sentence about missing pins.
     pub fn set_unpinned(&self, why: Option<String>) {
         *lock(&self.unpinned) = why;
+    }
+
+    pub(super) fn set_masquerade_failure(&self, sentence: Option<String>) {
+        *lock(&self.masquerade_failure) = sentence;
+    }
+
+    pub(super) fn count_masquerade_repair(&self) {
+        self.masquerade_repairs.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Says how many pods are hooked because they say so, and how many said so whose control group is not there.
@@ -151,7 +190,10 @@ impl Service {
         summary.leases = *lock(&self.counted);
         (summary.pods.hooked, summary.pods.waiting) = *lock(&self.pods);
         summary.warnings.clone_from(&lock(&self.warnings));
+        summary.warnings.extend(lock(&self.recent).sentences());
         summary.warnings.extend(lock(&self.unpinned).clone());
+        summary.warnings.extend(lock(&self.masquerade_failure).clone());
+        summary.masquerade_repairs = self.masquerade_repairs.load(Ordering::Relaxed);
         summary.leases.held = lock(&self.leases).len() as u64;
         Ok(summary)
     }
@@ -160,20 +202,32 @@ impl Service {
     ///
     /// # Errors
     /// [`ServiceError`].
-    pub async fn acquire(&self, client: &Client, wish: &Wish) -> Result<Vec<Leased>, ServiceError> {
-        let destination = self.check(wish)?;
+    pub async fn acquire(
+        &self,
+        client: &Client,
+        request: &LeaseRequest,
+    ) -> Result<Vec<LeasedPort>, ServiceError> {
+        let destination = self.check(request)?;
         let netns = client.netns.ok_or(ServiceError::Stranger)?;
-        let deadline = Instant::now() + wish.wait;
+        self.check_share(client, request)?;
+        let deadline = Instant::now() + request.wait;
         loop {
             let freed = self.freed.notified();
-            let claimed = self.claim(&destination, netns, wish.count).or_else(|refusal| {
-                // The periodic sweep may be busy, with many rules for instance.
-                if self.end_overdue() { self.claim(&destination, netns, wish.count) } else { Err(refusal) }
+            let claimed = self.claim(&destination, netns, request.count).or_else(|refusal| {
+                // The task that ends leases may be delayed by a long reload.
+                if self.end_overdue() { self.claim(&destination, netns, request.count) } else { Err(refusal) }
             });
             match claimed {
-                Ok(claimed) => return Ok(self.note(client, wish, claimed)),
+                Ok(claimed) => match self.note(client, request, &claimed) {
+                    Ok(leased) => return Ok(leased),
+                    Err(error) => {
+                        claimed.iter().for_each(|port| self.backend.release(port));
+                        self.refused(client, request, Refusal::QUOTA);
+                        return Err(error);
+                    }
+                },
                 Err(refusal) if Instant::now() >= deadline => {
-                    self.refused(client, wish, refusal);
+                    self.refused(client, request, refusal);
                     return Err(ServiceError::Refused(refusal));
                 }
                 Err(_) => {
@@ -184,18 +238,30 @@ impl Service {
         }
     }
 
-    fn check(&self, wish: &Wish) -> Result<Destination, ServiceError> {
-        let to = SocketAddr::new(wish.destination.ip().to_canonical(), wish.destination.port());
+    fn check(&self, request: &LeaseRequest) -> Result<Destination, ServiceError> {
+        let to = SocketAddr::new(request.destination.ip().to_canonical(), request.destination.port());
         let networks = lock(&self.networks);
         if to.port() == 0 || !networks.iter().any(|network| network.contains(&to.ip())) {
             let networks = networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(ServiceError::NotADestination { destination: wish.destination, networks });
+            return Err(ServiceError::NotADestination { destination: request.destination, networks });
         }
         let available = self.backend.layout().ports.len();
-        if wish.count > available {
-            return Err(ServiceError::TooMany { count: wish.count, available });
+        if request.count > available {
+            return Err(ServiceError::TooMany { count: request.count, available });
         }
-        Ok(destination(to, wish.transport))
+        Ok(destination(to, request.transport))
+    }
+
+    /// Whether the client may hold these ports in addition to its leases.
+    fn check_share(&self, client: &Client, request: &LeaseRequest) -> Result<(), ServiceError> {
+        let mut result = share(&lock(&self.leases), client, request.count);
+        if result.is_err() && self.end_overdue() {
+            result = share(&lock(&self.leases), client, request.count);
+        }
+        if result.is_err() {
+            self.refused(client, request, Refusal::QUOTA);
+        }
+        result
     }
 
     fn claim(&self, destination: &Destination, netns: u64, count: u32) -> Result<Vec<Claimed>, Refusal> {
@@ -212,39 +278,48 @@ impl Service {
         Ok(claimed)
     }
 
-    fn note(&self, client: &Client, wish: &Wish, claimed: Vec<Claimed>) -> Vec<Leased> {
+    /// Enters claimed ports as leases, unless requests at the same time have used up the client's share.
+    fn note(
+        &self,
+        client: &Client,
+        request: &LeaseRequest,
+        claimed: &[Claimed],
+    ) -> Result<Vec<LeasedPort>, ServiceError> {
         let owner = Owner::of(client.pid, client.uid, None);
         let now = Instant::now();
-        lock(&self.counted).acquired += claimed.len() as u64;
         let mut leases = lock(&self.leases);
-        let note = |claimed: Claimed| {
+        share(&leases, client, request.count)?;
+        lock(&self.counted).acquired += claimed.len() as u64;
+        let note = |claimed: &Claimed| {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
-            let lease = Lease {
-                claimed,
-                connection: wish.time.is_none().then_some(client.connection),
-                until: wish.time.map(|time| now + time),
+            let lease = HeldLease {
+                claimed: *claimed,
+                client: ShareKey::of(client),
+                connection: request.time.is_none().then_some(client.connection),
+                until: request.time.map(|time| now + time),
                 since: now,
                 owner: owner.clone(),
                 netns: client.netns,
-                destination: wish.destination,
-                transport: wish.transport,
+                destination: request.destination,
+                transport: request.transport,
             };
             let leased = leased(id, &lease, now);
             leases.insert(id, lease);
-            // Nobody may be watching.
-            let _ = self.happenings.send(Happening::Acquired { lease: leased.clone(), pid: client.pid });
+            // An error means that there is no watcher.
+            let _ = self.events.send(PoolEvent::Acquired { lease: leased.clone(), pid: client.pid });
             leased
         };
-        claimed.into_iter().map(note).collect()
+        Ok(claimed.iter().map(note).collect())
     }
 
-    fn refused(&self, client: &Client, wish: &Wish, refusal: Refusal) {
+    fn refused(&self, client: &Client, request: &LeaseRequest, refusal: Refusal) {
         let owner = Owner::of(client.pid, client.uid, None);
         lock(&self.counted).count_refusal(refusal);
-        let _ = self.happenings.send(Happening::Refused {
+        lock(&self.recent).note(refusal, request.destination, &owner.command, client.pid);
+        let _ = self.events.send(PoolEvent::Refused {
             reason: refusal.name(),
-            destination: wish.destination,
-            protocol: wish.transport,
+            destination: request.destination,
+            protocol: request.transport,
             pid: client.pid,
             uid: client.uid,
             command: owner.command,
@@ -259,7 +334,7 @@ impl Service {
         let pod = Owner::of(client.pid, client.uid, None).pod;
         match lock(&self.leases).get(&id) {
             None => return Err(ServiceError::NoLease(id)),
-            Some(Lease { owner, netns, .. })
+            Some(HeldLease { owner, netns, .. })
                 if !operator && (owner.uid, *netns, &owner.pod) != (client.uid, client.netns, &pod) =>
             {
                 return Err(ServiceError::NotYours(id));
@@ -292,12 +367,13 @@ impl Service {
         self.end("expired", |_, lease| lease.until.is_some_and(|until| until <= now)) > 0
     }
 
-    fn end(&self, reason: &'static str, which: impl Fn(u64, &Lease) -> bool) -> usize {
-        let ended: Vec<(u64, Lease)> = lock(&self.leases).extract_if(|id, lease| which(*id, lease)).collect();
+    fn end(&self, reason: &'static str, which: impl Fn(u64, &HeldLease) -> bool) -> usize {
+        let ended: Vec<(u64, HeldLease)> =
+            lock(&self.leases).extract_if(|id, lease| which(*id, lease)).collect();
         for (id, lease) in &ended {
             self.backend.release(&lease.claimed);
             lock(&self.counted).released += 1;
-            let _ = self.happenings.send(Happening::Released { id: *id, port: lease.claimed.port, reason });
+            let _ = self.events.send(PoolEvent::Released { id: *id, port: lease.claimed.port, reason });
             self.freed.notify_waiters();
         }
         ended.len()
@@ -338,9 +414,11 @@ impl Service {
         Ok(list)
     }
 
-    /// Passes on what a hook has reported.
+    /// Sends an event of the hooks to watchers, and keeps it for `status`.
     pub fn report(&self, event: &Event) {
-        let _ = self.happenings.send(Happening::Refused {
+        let (to, refusal) = (socket_addr(&event.destination), Refusal(event.refusal));
+        lock(&self.recent).note(refusal, to, &text(&event.comm), event.pid);
+        let _ = self.events.send(PoolEvent::Refused {
             reason: Refusal(event.refusal).name(),
             destination: socket_addr(&event.destination),
             protocol: transport(&event.destination),
@@ -351,8 +429,18 @@ impl Service {
     }
 }
 
-fn leased(id: u64, lease: &Lease, now: Instant) -> Leased {
-    Leased {
+/// Whether a client may hold `count` more leases.
+fn share(leases: &HashMap<u64, HeldLease>, client: &Client, count: u32) -> Result<(), ServiceError> {
+    let key = ShareKey::of(client);
+    let held = leases.values().filter(|lease| lease.client == key).count();
+    if held + count as usize > MAX_LEASES {
+        return Err(ServiceError::Share { held, count, limit: MAX_LEASES });
+    }
+    Ok(())
+}
+
+fn leased(id: u64, lease: &HeldLease, now: Instant) -> LeasedPort {
+    LeasedPort {
         id,
         port: lease.claimed.port,
         destination: lease.destination,

@@ -33,6 +33,9 @@ pub struct Summary {
     /// Pods that take part because they say so.
     #[serde(default)]
     pub pods: Pods,
+    /// How often the agent put `table inet bridge-pool` back after another program had removed or changed it.
+    #[serde(default)]
+    pub masquerade_repairs: u64,
     /// Faults of the pool's surroundings, with the remedy.
     pub warnings: Vec<String>,
 }
@@ -91,6 +94,8 @@ pub struct Refusals {
     pub table_full: u64,
     pub bind: u64,
     pub memory: u64,
+    #[serde(default)]
+    pub protocol: u64,
 }
 
 impl Refusals {
@@ -103,6 +108,7 @@ impl Refusals {
             Refusal::TABLE_FULL => &mut self.table_full,
             Refusal::BIND => &mut self.bind,
             Refusal::MEMORY => &mut self.memory,
+            Refusal::PROTOCOL => &mut self.protocol,
             _ => return None,
         })
     }

@@ -48,7 +48,14 @@ const MAX_SUMMARY: u32 = super::MAX_WORDS / 64;
 #[inline(always)]
 #[must_use]
 pub const fn lowest(word: u64) -> u32 {
-    let mut x = (word & word.wrapping_neg()).wrapping_sub(1);
+    count((word & word.wrapping_neg()).wrapping_sub(1))
+}
+
+/// Number of set bits, also without a branch.
+#[inline(always)]
+#[must_use]
+pub const fn count(word: u64) -> u32 {
+    let mut x = word;
     x -= (x >> 1) & 0x5555_5555_5555_5555;
     x = (x & 0x3333_3333_3333_3333) + ((x >> 2) & 0x3333_3333_3333_3333);
     x = (x + (x >> 4)) & 0x0f0f_0f0f_0f0f_0f0f;

@@ -21,12 +21,14 @@ pub mod slots;
 use bitmap::Bitmap;
 
 /// Changes whenever a type or the layout in this module does; part of the path under which the maps are pinned.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// `IPPROTO_TCP`.
 pub const TCP: u8 = 6;
 /// `IPPROTO_UDP`.
 pub const UDP: u8 = 17;
+/// `IPPROTO_UDPLITE`.
+pub const UDP_LITE: u8 = 136;
 
 /// Most words of a bitmap: all 65,536 ports.
 pub const MAX_WORDS: u32 = 1024;
@@ -326,8 +328,10 @@ impl Refusal {
     pub const BIND: Self = Self(6);
     /// The kernel had no memory for the socket's storage.
     pub const MEMORY: Self = Self(7);
+    /// A socket of a protocol that no hook of the pool runs for (UDP-Lite) must not be created.
+    pub const PROTOCOL: Self = Self(8);
     /// One above the highest.
-    pub const COUNT: u32 = 8;
+    pub const COUNT: u32 = 9;
 
     /// The name used in metrics and events.
     #[must_use]
@@ -340,6 +344,7 @@ impl Refusal {
             Self::TABLE_FULL => "table-full",
             Self::BIND => "bind",
             Self::MEMORY => "memory",
+            Self::PROTOCOL => "protocol",
             _ => "unknown",
         }
     }

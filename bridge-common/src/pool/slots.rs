@@ -159,6 +159,38 @@ pub fn claim<T: Tables>(tables: &T, seat: Seat, fresh_first: bool) -> Result<Cla
     }
 }
 
+/// Takes a random port for a socket that may send to every destination: a resolver relies on it (RFC 5452).
+///
+/// A namespace takes unused ports only until it has as many warm ones as are left for others, so that a program that
+/// binds in a loop leaves ports to other namespaces. This compares within one word, chosen at random.
+///
+/// # Errors
+/// [`Refusal::EXHAUSTED`].
+#[inline(always)]
+pub fn claim_random<T: Tables>(tables: &T, seat: Seat) -> Result<Claim, Refusal> {
+    /// The ports of [`TEMPLATE_UDP_ANY`] are the highest eighth: the search starts there.
+    const HIGHEST_EIGHTH: u32 = 7 << 29;
+    let geometry = tables.geometry();
+    let (unused, warm) = (geometry.free(seat.slot), geometry.free(seat.owner_slot));
+    let random = tables.random() | HIGHEST_EIGHTH;
+    let Some(index) = tables.claim(unused, random) else {
+        let index = tables.claim(warm, random).ok_or(Refusal::EXHAUSTED)?;
+        return Ok(Claim { index, from: seat.owner_slot });
+    };
+    let claim = Claim { index, from: seat.slot };
+    let word = index >> 6;
+    let own = tables.load(warm.word(word));
+    if bitmap::count(own) > bitmap::count(tables.load(unused.word(word))) {
+        let turn = tables.random() & 63;
+        let index = (word << 6) + ((bitmap::lowest(own.rotate_right(turn)) + turn) & 63);
+        if bitmap::take(tables, warm, index) {
+            unclaim(tables, seat.owner_slot, claim);
+            return Ok(Claim { index, from: seat.owner_slot });
+        }
+    }
+    Ok(claim)
+}
+
 /// Takes this very port if it is warm with the namespace or free for everybody.
 ///
 /// # Errors

@@ -1,30 +1,55 @@
-//! Unconnected UDP: the port is chosen by `bind`, and by the time of `sendmsg` it is too late to choose.
+//! `bind` to port 0, before the destination is known.
+//!
+//! Unconnected UDP: by the time of `sendmsg` it is too late to choose a port. TCP: a socket that has a port cannot be bound
+//! again by `connect`, which therefore would have to refuse one from outside the pool.
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, macros::cgroup_sock_addr, programs::SockAddrContext};
-use bridge_common::pool::{
-    Destination, FLAG_BIND_UDP, FLAG_STRICT, LEASE_ANY, LEASE_HELD, Refusal, TEMPLATE_UDP, TEMPLATE_UDP_ANY,
-    UDP, bitmap, slots,
+use aya_ebpf::{
+    EbpfContext as _,
+    btf_maps::lpm_trie::Key,
+    helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_release},
+    macros::cgroup_sock_addr,
+    programs::SockAddrContext,
 };
+use bridge_common::pool::{
+    Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal, TCP,
+    TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, UDP, bitmap, slots,
+};
+use bridge_ebpf::atomic::fetch_add;
 
 use crate::{
     claim::note,
-    maps::{POOL_CONFIG, POOL_NETWORKS},
+    maps::{POOL_BIND_CURSOR, POOL_CONFIG, POOL_NETWORKS},
     refuse::{PASS, refuse},
-    sock::{Family, destination, lease, lease_or_new, netns_cookie, protocol, socket},
+    sock::{Family, destination, lease, lease_or_new, netns_cookie, protocol, reuse_address, socket},
     tables::Maps,
 };
+
+/// Ports that one `bind` of a TCP socket tries; a pool has gaps, and servers listen on ports of it.
+const BIND_TCP_TRIES: u32 = 64;
+/// `BPF_F_CURRENT_NETNS`.
+const CURRENT_NETNS: u64 = u64::MAX;
+/// Sizes of `struct bpf_sock_tuple`: remote address, local address, remote port, local port.
+const TUPLE_V4: u32 = 12;
+const TUPLE_V6: u32 = 36;
+
+/// `struct bpf_sock_tuple`, of either family.
+#[repr(C)]
+#[derive(Default)]
+struct Tuple {
+    words: [u32; 9],
+}
 
 /// `bind` of an IPv4 socket.
 #[cgroup_sock_addr(bind4)]
 pub(crate) fn pool_bind4(ctx: SockAddrContext) -> i32 {
-    bind(&ctx);
+    bind(&ctx, Family::V4);
     PASS
 }
 
 /// `bind` of an IPv6 socket.
 #[cgroup_sock_addr(bind6)]
 pub(crate) fn pool_bind6(ctx: SockAddrContext) -> i32 {
-    bind(&ctx);
+    bind(&ctx, Family::V6);
     PASS
 }
 
@@ -40,15 +65,95 @@ pub(crate) fn pool_sendmsg6(ctx: SockAddrContext) -> i32 {
     send(&ctx, Family::V6)
 }
 
-/// Puts a port of the pool in the place of port 0, for a UDP socket. Where that cannot be, the kernel chooses as ever:
-/// the socket may be for destinations that are none of the pool's business, and `sendmsg` refuses the others.
+/// Replaces port 0 by a port of the pool. If there is none, the kernel chooses: the socket may be for destinations outside
+/// the pool, and `connect` and `sendmsg` refuse the others.
 #[inline(always)]
-fn bind(ctx: &SockAddrContext) {
+fn bind(ctx: &SockAddrContext, family: Family) {
     // SAFETY: a context pointer; the verifier checks the access.
-    if protocol(ctx.sock_addr) != Some(UDP) || unsafe { (*ctx.sock_addr).user_port } as u16 != 0 {
+    if unsafe { (*ctx.sock_addr).user_port } as u16 != 0 {
         return;
     }
     let Some(config) = POOL_CONFIG.get(0) else { return };
+    match protocol(ctx.sock_addr) {
+        Some(UDP) => bind_udp(ctx, config),
+        Some(TCP) => bind_tcp(ctx, family, config),
+        _ => {}
+    }
+}
+
+/// Takes the next port of the pool in turn, without a claim: `connect` claims it for its destination. Two sockets have the
+/// same port only after all others had their turn. Without `strict` there is no need for it.
+#[inline(always)]
+fn bind_tcp(ctx: &SockAddrContext, family: Family, config: &Config) {
+    if config.flags & FLAG_STRICT == 0 {
+        return;
+    }
+    let Some(cursor) = POOL_BIND_CURSOR.get_ptr_mut(0) else { return };
+    let ports = config.words * 64;
+    let mut tries = 0;
+    while tries < BIND_TCP_TRIES {
+        // SAFETY: a pointer to a map's value.
+        let index = unsafe { fetch_add(cursor, 1) } as u32 % ports.max(1);
+        if pool_is_bindable(config.words, index) != 0 {
+            let port = (config.base + index) as u16;
+            if !has_listener(ctx, family, port) {
+                // Other sockets may have the port, towards other destinations.
+                reuse_address(ctx);
+                set_port(ctx, port);
+                return;
+            }
+        }
+        tries += 1;
+    }
+}
+
+/// Whether a port, counted from the base, is one of the pool; global so that the verifier follows it once.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_is_bindable(words: u32, index: u32) -> u32 {
+    let geometry = Geometry { words };
+    u32::from(bitmap::is_free(&Maps { words }, geometry.free(TEMPLATE_TCP), index))
+}
+
+/// Whether a socket of this namespace listens on a port; its `bind` would then fail, as one to port 0 never does.
+#[inline(always)]
+fn has_listener(ctx: &SockAddrContext, family: Family, port: u16) -> bool {
+    let mut tuple = Tuple::default();
+    let size = if family == Family::V4 {
+        // SAFETY: a context pointer; the verifier checks the access.
+        tuple.words[1] = unsafe { (*ctx.sock_addr).user_ip4 };
+        tuple.words[2] = u32::from_ne_bytes([0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1]]);
+        TUPLE_V4
+    } else {
+        // SAFETY: as above; volatile, since the context allows single 32-bit reads but no wider ones.
+        unsafe {
+            tuple.words[4] = (&raw const (*ctx.sock_addr).user_ip6[0]).read_volatile();
+            tuple.words[5] = (&raw const (*ctx.sock_addr).user_ip6[1]).read_volatile();
+            tuple.words[6] = (&raw const (*ctx.sock_addr).user_ip6[2]).read_volatile();
+            tuple.words[7] = (&raw const (*ctx.sock_addr).user_ip6[3]).read_volatile();
+        }
+        tuple.words[8] = u32::from_ne_bytes([0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1]]);
+        TUPLE_V6
+    };
+    // SAFETY: an initialised tuple of the size given; the reference to the socket is released at once.
+    unsafe {
+        let found = bpf_sk_lookup_tcp(ctx.as_ptr(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0);
+        if found.is_null() {
+            return false;
+        }
+        bpf_sk_release(found.cast());
+        true
+    }
+}
+
+#[inline(always)]
+fn set_port(ctx: &SockAddrContext, port: u16) {
+    // SAFETY: a context pointer; the field is in network byte order, and this hook may write it.
+    unsafe { (*ctx.sock_addr).user_port = u32::from(port.to_be()) };
+}
+
+#[inline(always)]
+fn bind_udp(ctx: &SockAddrContext, config: &Config) {
     if config.flags & FLAG_BIND_UDP == 0 {
         return;
     }
@@ -61,10 +166,8 @@ fn bind(ctx: &SockAddrContext) {
     let Ok(seat) = slots::enter(&tables, &Destination::ANY_UDP, netns_cookie(ctx), config.quota) else {
         return;
     };
-    let Ok(claim) = slots::claim(&tables, seat, false) else { return slots::leave(&tables, seat) };
-    let port = (config.base + claim.index) as u16;
-    // SAFETY: a context pointer; the field is in network byte order, and this hook may write it.
-    unsafe { (*ctx.sock_addr).user_port = u32::from(port.to_be()) };
+    let Ok(claim) = slots::claim_random(&tables, seat) else { return slots::leave(&tables, seat) };
+    set_port(ctx, (config.base + claim.index) as u16);
     note(ctx, lease, seat, claim.index, &Destination::ANY_UDP, LEASE_ANY);
 }
 
@@ -86,7 +189,7 @@ fn send(ctx: &SockAddrContext, family: Family) -> i32 {
     // SAFETY: the socket of the context; host byte order.
     let index = unsafe { (*socket).src_port }.wrapping_sub(config.base);
     let tables = Maps { words: config.words };
-    let geometry = bridge_common::pool::Geometry { words: config.words };
+    let geometry = Geometry { words: config.words };
     if index < config.words * 64
         && (bitmap::is_free(&tables, geometry.free(TEMPLATE_UDP), index)
             || bitmap::is_free(&tables, geometry.free(TEMPLATE_UDP_ANY), index))

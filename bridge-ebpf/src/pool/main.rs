@@ -15,6 +15,7 @@
 mod bind;
 mod claim;
 mod connect;
+mod create;
 mod iter;
 mod maps;
 mod refuse;

@@ -31,6 +31,10 @@ pub(crate) static POOL_OWNERS: HashMap<Owner, u32, 16384, NO_PREALLOC> = HashMap
 #[btf_map]
 pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = HashMap::new();
 
+/// The place where the next `bind` of a TCP socket to port 0 looks for a port.
+#[btf_map]
+pub(crate) static POOL_BIND_CURSOR: Array<u64, 1> = Array::new();
+
 #[btf_map]
 pub(crate) static POOL_LEASES: SkStorage<Lease> = SkStorage::new();
 

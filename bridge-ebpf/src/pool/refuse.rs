@@ -1,12 +1,12 @@
 //! Saying no, with a reason.
 
 use aya_ebpf::{
-    EbpfContext as _, Global,
+    EbpfContext, Global,
     helpers::{
         bpf_get_current_comm,
         generated::{bpf_get_current_cgroup_id, bpf_ktime_get_ns, bpf_set_retval},
     },
-    programs::SockAddrContext,
+    programs::{SockAddrContext, SockContext},
 };
 use bridge_common::pool::{Destination, Event, Refusal, counter};
 
@@ -18,6 +18,7 @@ use crate::{
 /// What a hook answers: the call goes on.
 pub(crate) const PASS: i32 = 1;
 const REFUSE: i32 = 0;
+const EPROTONOSUPPORT: i32 = 93;
 const EADDRNOTAVAIL: i32 = 99;
 
 /// Minimum time between two events on each CPU, in nanoseconds; the counters see all.
@@ -32,15 +33,28 @@ static POOL_HAS_SET_RETVAL: Global<u8> = Global::new(1);
 pub(crate) fn refuse(ctx: &SockAddrContext, destination: &Destination, refusal: Refusal) -> i32 {
     count(counter::REFUSALS + refusal.0);
     report(ctx, destination, refusal);
+    answer(EADDRNOTAVAIL)
+}
+
+/// Counts and reports that a socket is not created; the program will see EPROTONOSUPPORT.
+#[inline(always)]
+pub(crate) fn refuse_socket(ctx: &SockContext, refusal: Refusal) -> i32 {
+    count(counter::REFUSALS + refusal.0);
+    report(ctx, &Destination::ANY_UDP, refusal);
+    answer(EPROTONOSUPPORT)
+}
+
+#[inline(always)]
+fn answer(error: i32) -> i32 {
     if POOL_HAS_SET_RETVAL.load() != 0 {
         // SAFETY: the helper takes a number.
-        unsafe { bpf_set_retval(-EADDRNOTAVAIL) };
+        unsafe { bpf_set_retval(-error) };
     }
     REFUSE
 }
 
 #[inline(always)]
-fn report(ctx: &SockAddrContext, destination: &Destination, refusal: Refusal) {
+fn report(ctx: &impl EbpfContext, destination: &Destination, refusal: Refusal) {
     // SAFETY: the helper takes no argument.
     let now = unsafe { bpf_ktime_get_ns() };
     let Some(last) = POOL_LAST_EVENT.get_ptr_mut(0) else { return };

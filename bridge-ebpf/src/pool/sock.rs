@@ -99,7 +99,7 @@ fn leases() -> *mut c_void {
 
 /// `SO_NETNS_COOKIE` of the socket.
 #[inline(always)]
-pub(crate) fn netns_cookie(ctx: &SockAddrContext) -> u64 {
+pub(crate) fn netns_cookie(ctx: &impl EbpfContext) -> u64 {
     // SAFETY: the context of a program type that has the helper.
     unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
 }

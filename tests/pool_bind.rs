@@ -1,0 +1,158 @@
+//! `bind` to port 0 by programs that know nothing of the pool, and protocols that it does not serve.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::{model::PortRange, pool::Settings};
+use bridge_common::pool::{Event, Refusal, counter};
+use bridge_lab::{
+    lab::{Family, Lab, Netns},
+    pool::{Stand, output, python, serve},
+};
+
+const PORTS: PortRange = PortRange { first: 61001, last: 61100 };
+const SOON: Duration = Duration::from_secs(30);
+
+const PRELUDE: &str = r"
+import errno, json, socket
+def port(s): return s.getsockname()[1]
+def code(f):
+    try:
+        f()
+        return 'connected'
+    except OSError as e:
+        return errno.errorcode[e.errno]
+";
+
+fn settings() -> Result<Settings> {
+    let destinations = vec!["192.168.31.0/24".parse()?, "fd00::/8".parse()?, "2001:db8::/32".parse()?];
+    Ok(Settings { ports: vec![PORTS], destinations, ..Settings::default() })
+}
+
+fn run<T: serde::de::DeserializeOwned>(stand: &Stand, netns: &Netns, script: &str) -> Result<T> {
+    let text = output(netns, stand.hooked(python(&format!("{PRELUDE}{script}"))), SOON)?;
+    serde_json::from_str(&text).with_context(|| text)
+}
+
+#[test]
+fn a_tcp_socket_that_binds_port_0_connects_from_the_pool() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let _server = serve(&lab.a().netns, 8080)?;
+    let to = lab.a().v4;
+    let (own, any) = (lab.c1().v4.to_string(), "0.0.0.0");
+    for address in [own.as_str(), any] {
+        // As many at once as there are ports: each has its own.
+        let script = format!(
+            "def one():\n    s = socket.socket()\n    s.bind(('{address}', 0))\n    before = port(s)\n    s.connect(('{to}', 8080))\n    \
+             assert port(s) == before\n    return s\nprint(json.dumps([port(s) for s in [one() for _ in range(100)]]))"
+        );
+        let ports: Vec<u16> = run(&stand, &lab.c1().netns, &script)?;
+        let different: BTreeSet<u16> = ports.iter().copied().collect();
+        ensure!(different.len() == 100 && different.iter().all(|port| PORTS.contains(*port)), "{ports:?}");
+        stand.settled(SOON)?;
+    }
+    ensure!(stand.counter(counter::ADOPTIONS)? == 200);
+    let refusals: u64 =
+        (1..Refusal::COUNT).map(|code| stand.counter(counter::REFUSALS + code)).sum::<Result<_>>()?;
+    ensure!(refusals == 0, "{refusals} refusals");
+    Ok(())
+}
+
+#[test]
+fn an_ipv6_socket_that_binds_port_0_connects_from_the_pool() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    let listener = lab.a().netns.run(|| std::net::TcpListener::bind("[::]:8080"))?;
+    let script = format!(
+        "s = socket.socket(socket.AF_INET6)\ns.bind(('::', 0))\ns.connect(('{}', 8080))\nprint(json.dumps(port(s)))",
+        lab.a().ip(Family::V6)
+    );
+    let port: u16 = run(&stand, &lab.c1().netns, &script)?;
+    ensure!(PORTS.contains(port) && listener.accept()?.1.port() == port, "{port}");
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn servers_on_port_0_never_meet_a_port_in_use() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    // Three times as many servers as ports: the kernel's own range serves the others.
+    let script = "def one():\n    s = socket.socket()\n    s.bind(('', 0))\n    s.listen()\n    return s\n\
+                  print(json.dumps([port(s) for s in [one() for _ in range(300)]]))";
+    let ports: Vec<u16> = run(&stand, &lab.c1().netns, script)?;
+    ensure!(ports.iter().collect::<BTreeSet<_>>().len() == 300, "{ports:?}");
+    let outside = Settings { strict: false, ..settings()? };
+    drop(stand);
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &outside)?;
+    let ports: Vec<u16> = run(&stand, &lab.c1().netns, script)?;
+    ensure!(
+        !ports.iter().any(|port| PORTS.contains(*port)),
+        "a pool that is not strict leaves bind alone: {ports:?}"
+    );
+    Ok(())
+}
+
+#[test]
+fn udp_sockets_on_port_0_get_random_ports_and_leave_some_to_others() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let wide = PortRange { first: 61001, last: 63000 };
+    let stand = Stand::new(&lab, &Settings { ports: vec![wide], ..settings()? })?;
+    // The highest eighth, 250 ports, is set aside for these.
+    let script = |count: u32| {
+        format!(
+            "def one():\n    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:\n        s.bind(('', 0))\n        \
+             return port(s)\nprint(json.dumps([one() for _ in range({count})]))"
+        )
+    };
+    let few: Vec<u16> = run(&stand, &lab.c1().netns, &script(20))?;
+    let different = few.iter().collect::<BTreeSet<_>>().len();
+    ensure!(different >= 12, "{different} ports of 20: {few:?}");
+    let ascending = few.windows(2).filter(|pair| pair[0] < pair[1]).count();
+    ensure!((3..=16).contains(&ascending), "they can be foretold: {few:?}");
+    // Spread over all of them: each of the four words of the bitmap has its part.
+    let many: Vec<u16> = run(&stand, &lab.c1().netns, &script(2000))?;
+    let different: BTreeSet<u16> = many.iter().copied().collect();
+    ensure!(different.iter().all(|port| (62751..=63000).contains(port)), "{different:?}");
+    ensure!((80..=200).contains(&different.len()), "{} ports of 2000", different.len());
+    let most = many.iter().filter(|port| **port == many[0]).count();
+    ensure!(most < 100, "one port {most} times of 2000");
+    // Another namespace finds ports that this one has left.
+    let others: Vec<u16> = run(&stand, &lab.c2().netns, &script(200))?;
+    let others: BTreeSet<u16> = others.into_iter().collect();
+    ensure!(others.iter().all(|port| wide.contains(*port)), "{others:?}");
+    ensure!(others.len() >= 20 && others.is_disjoint(&different), "{} ports", others.len());
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+#[test]
+fn udp_lite_does_not_leave_from_outside_a_strict_pool() -> Result<()> {
+    let script = "print(json.dumps(code(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 136))))";
+    let lab = Lab::builder().build()?;
+    let mut stand = Stand::new(&lab, &settings()?)?;
+    let mut events = stand.pool.take_events().context("no events")?;
+    let seen: String = run(&stand, &lab.c1().netns, script)?;
+    ensure!(seen == "EPROTONOSUPPORT", "{seen}");
+    ensure!(stand.counter(counter::REFUSALS + Refusal::PROTOCOL.0)? == 1);
+    let event = events.next().context("no event")?;
+    ensure!(event.len() >= size_of::<Event>());
+    drop(event);
+    // TCP and UDP go on; and so does UDP-Lite where the pool is not strict.
+    let udp: u16 = run(
+        &stand,
+        &lab.c1().netns,
+        &format!(
+            "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.connect(('{}', 53))\nprint(json.dumps(port(s)))",
+            lab.a().v4
+        ),
+    )?;
+    ensure!(PORTS.contains(udp), "{udp}");
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &Settings { strict: false, ..settings()? })?;
+    let seen: String = run(&stand, &lab.c1().netns, script)?;
+    ensure!(seen == "connected", "{seen}");
+    Ok(())
+}
