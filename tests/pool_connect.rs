@@ -56,6 +56,19 @@ fn in_pool(port: u16) -> bool {
 
 /// Accepts TCP on some ports of all addresses, for ever, and says to each client which port it came from.
 fn serve(netns: &Netns, ports: &[u16]) -> Result<Process> {
+    let greet = r"
+                c.sendall(b'HTTP/1.0 200 OK\r\n\r\n%d\n' % peer[1])
+                c.shutdown(socket.SHUT_WR)";
+    accept(netns, ports, greet)
+}
+
+/// Accepts TCP likewise, is silent, and closes after the client has closed.
+fn serve_until_closed(netns: &Netns, ports: &[u16]) -> Result<Process> {
+    accept(netns, ports, "pass")
+}
+
+/// Accepts TCP on some ports of all addresses, for ever, does `greet` to each connection, and closes it after the client.
+fn accept(netns: &Netns, ports: &[u16], greet: &str) -> Result<Process> {
     let mut script = String::from("import selectors, socket\nsel = selectors.DefaultSelector()\n");
     for port in ports {
         writeln!(
@@ -65,15 +78,13 @@ fn serve(netns: &Netns, ports: &[u16]) -> Result<Process> {
         writeln!(script, "sel.register(l, selectors.EVENT_READ, 1)")?;
     }
     script.push_str(
-        r"print('ready', flush=True)
+        &r"print('ready', flush=True)
 while True:
     for key, _ in sel.select():
         s = key.fileobj
         if key.data:
             c, peer = s.accept()
-            try:
-                c.sendall(b'HTTP/1.0 200 OK\r\n\r\n%d\n' % peer[1])
-                c.shutdown(socket.SHUT_WR)
+            try: GREET
             except OSError: pass
             sel.register(c, selectors.EVENT_READ, 0)
         else:
@@ -82,7 +93,8 @@ while True:
             if not data:
                 sel.unregister(s)
                 s.close()
-",
+"
+        .replace("GREET", greet),
     );
     let mut command = python(&script);
     command.stdin(Stdio::null()).stdout(Stdio::piped());
@@ -396,6 +408,43 @@ fn the_only_port_that_no_other_socket_has_bound_is_found() -> Result<()> {
     let elsewhere: u16 =
         run(&stand, &lab.c2().netns, &format!("print(json.dumps(port(tcp(('{}', 8080)))))", lab.a().v4))?;
     ensure!(foreign.contains(&elsewhere), "{elsewhere}");
+    stand.settled(SOON)?;
+    Ok(())
+}
+
+/// A peer without TCP timestamps, as many controllers are: a port whose connection this end closed first stays in TIME_WAIT
+/// towards it for a minute.
+#[test]
+fn a_port_in_time_wait_is_given_to_nobody_while_others_are_free() -> Result<()> {
+    const COUNT: u32 = 60;
+    let lab = Lab::builder().second_host().build()?;
+    let hundred = PortRange { first: 61001, last: 61100 };
+    let stand = Stand::new(&lab, &Settings { ports: vec![hundred], exclude: vec![], ..settings()? })?;
+    lab.a2().netns.set_sysctl("ipv4/tcp_timestamps", "0")?;
+    let _with = serve_until_closed(&lab.a().netns, &[8080])?;
+    let _without = serve_until_closed(&lab.a2().netns, &[8080])?;
+    for family in Family::BOTH {
+        let (kind, with, without) = match family {
+            Family::V4 => ("AF_INET", lab.a().ip(family), lab.a2().ip(family)),
+            Family::V6 => ("AF_INET6", lab.a().ip(family), lab.a2().ip(family)),
+        };
+        let script = format!(
+            "def round(to):\n    s = tcp((to, 8080), socket.{kind})\n    p = port(s)\n    s.shutdown(socket.SHUT_WR)\n    \
+             while s.recv(100): pass\n    s.close()\n    return p\n\
+             def many(to, n): return [code(lambda: ports.append(round(to))) for _ in range(n)].count('connected')\n\
+             ports = []\nfirst = many('{without}', {COUNT})\nused = len(set(ports))\n\
+             second = many('{with}', 200)\nrest = many('{without}', 100)\n\
+             print(json.dumps([first, used, second, rest]))"
+        );
+        let (first, used, second, rest): (u32, u32, u32, u32) = run(&stand, &lab.c1().netns, &script)?;
+        ensure!(first == COUNT && used == COUNT, "{family:?}: {first} connections from {used} ports");
+        ensure!(second == 200, "{family:?}: {second} of 200 to a peer with timestamps");
+        // The kernel's own range of these ports gives no more either.
+        ensure!(rest == 100 - COUNT, "{family:?}: {rest} further connections, of 40 that are possible");
+    }
+    ensure!(stand.counter(counter::RESTS)? == 200, "{} rests", stand.counter(counter::RESTS)?);
+    ensure!(stand.counter(counter::CONNECT_FAILURES)? == 0);
+    ensure!(stand.counter(counter::REFUSALS + Refusal::RESTING.0)? == 2 * u64::from(COUNT));
     stand.settled(SOON)?;
     Ok(())
 }

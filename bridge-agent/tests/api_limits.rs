@@ -87,18 +87,21 @@ impl Agent {
         assert!(fastest < AT_ONCE, "{what}: {fastest:?}");
     }
 
-    /// Holds many ports, so that their list is large.
+    /// Holds many ports for several clients, so that their list is large: one client has a share only.
     fn hold_ports(&self) {
-        let client = Client { connection: 0, pid: std::process::id(), uid: 0, netns: Some(1) };
-        let wish = LeaseRequest {
+        const CLIENTS: u64 = 15;
+        let request = LeaseRequest {
             destination: "192.0.2.1:443".parse().unwrap(),
             transport: Transport::Tcp,
-            count: 15_000,
+            count: 1_000,
             wait: Duration::ZERO,
             time: Some(Duration::from_secs(600)),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(self.service.acquire(&client, &wish)).unwrap();
+        for netns in 1..=CLIENTS {
+            let client = Client { connection: 0, pid: std::process::id(), uid: 0, netns: Some(netns) };
+            runtime.block_on(self.service.acquire(&client, &request)).unwrap();
+        }
     }
 }
 

@@ -22,7 +22,6 @@ const NFNL_BATCH_GENID: u16 = 1;
 const NFT_MSG_GETTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 1;
 const NFT_MSG_DELTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 2;
 const NFTA_TABLE_NAME: u16 = 1;
-const NFGEN_HEADER: usize = 4;
 
 /// A socket to nf_tables in the network namespace it was opened in.
 #[derive(Debug)]

@@ -166,6 +166,18 @@ impl Backend {
         }
     }
 
+    /// Releases ports whose rest is over.
+    ///
+    /// # Errors
+    /// [`KernelPoolError`].
+    pub fn wake(&self) -> Result<u32, KernelPoolError> {
+        match self {
+            Self::Kernel(pool) => lock(pool).wake(),
+            // It hands ports out in the order in which they came back.
+            Self::Userspace(_) => Ok(0),
+        }
+    }
+
     /// Performs periodic work; see [`super::sweep`].
     ///
     /// # Errors

@@ -129,6 +129,7 @@ impl KernelPool {
             destinations: Mutex::new(take(&mut ebpf, "POOL_DESTINATIONS")?),
             owners: Mutex::new(take(&mut ebpf, "POOL_OWNERS")?),
             grants: Mutex::new(take(&mut ebpf, "POOL_GRANTS")?),
+            resting: Mutex::new(take(&mut ebpf, "POOL_RESTING")?),
         };
         let config = take(&mut ebpf, "POOL_CONFIG")?;
         let networks = take(&mut ebpf, "POOL_NETWORKS")?;
@@ -259,6 +260,9 @@ impl KernelPool {
             .iter()
             .map(|(grant, granted)| ((granted.slot, grant.index()), granted.owner_slot))
             .collect();
+        // A port that rests is held by its rest; one that a hook wakes meanwhile is in a bitmap when that is read.
+        let resting = self.tables.resting().map_err(map("POOL_RESTING"))?;
+        held.extend(resting.iter().map(|(port, rest)| ((port.slot, port.index), rest.owner_slot)));
         held.extend(self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)));
         Ok(held)
     }
@@ -281,6 +285,14 @@ impl KernelPool {
             words.map(|word| u64::from(word.count_ones())).sum::<u64>()
         };
         Ok(Held { held, warm: owners.iter().map(|(_, slot)| warm(*slot)).sum() })
+    }
+
+    /// Releases the ports whose rest is over.
+    ///
+    /// # Errors
+    /// The kernel refuses to list the ports that rest.
+    pub fn wake(&self) -> Result<u32, KernelPoolError> {
+        self.tables.wake().map_err(map("POOL_RESTING"))
     }
 
     fn live_claims(&self) -> Result<u64, KernelPoolError> {

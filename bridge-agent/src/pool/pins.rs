@@ -6,7 +6,9 @@ use std::{
 };
 
 use aya::maps::{MapError, MapInfo, MapType};
-use bridge_common::pool::{self, Config, Destination, Grant, Granted, Lease, Owner, counter};
+use bridge_common::pool::{
+    self, Config, Destination, Grant, Granted, Lease, Owner, Rest, RestingPort, counter,
+};
 
 /// Required properties of a map of the pool.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +69,7 @@ const NO_PREALLOC: u32 = 1;
 
 /// The maps that are pinned; `words` is the size of the array of words.
 #[must_use]
-pub fn shapes(words: u32) -> [Shape; 9] {
+pub fn shapes(words: u32) -> [Shape; 10] {
     let shape =
         |name, map_type, key, value, entries, flags| Shape { name, map_type, key, value, entries, flags };
     [
@@ -82,6 +84,14 @@ pub fn shapes(words: u32) -> [Shape; 9] {
             size_of::<Grant>(),
             size_of::<Granted>(),
             Some(65536),
+            NO_PREALLOC,
+        ),
+        shape(
+            "POOL_RESTING",
+            MapType::Hash,
+            size_of::<RestingPort>(),
+            size_of::<Rest>(),
+            Some(262_144),
             NO_PREALLOC,
         ),
         shape("POOL_LEASES", MapType::SkStorage, 4, size_of::<Lease>(), None, NO_PREALLOC),

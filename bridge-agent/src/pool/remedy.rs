@@ -27,6 +27,7 @@ pub fn cause(refusal: Refusal) -> &'static str {
         Refusal::TABLE_FULL => "the table of destinations and network namespaces is full",
         Refusal::BIND => "sockets outside the pool have bound every port that was tried",
         Refusal::MEMORY => "the kernel had no memory for the storage of the socket",
+        Refusal::RESTING => "every free port is in TIME_WAIT, since the peer does not use TCP timestamps",
         Refusal::PROTOCOL => {
             "the pool serves TCP and UDP, and a socket of UDP-Lite would leave from any port"
         }
@@ -47,6 +48,9 @@ pub fn remedy(refusal: Refusal) -> &'static str {
         Refusal::TABLE_FULL => "use fewer destinations at once, or a smaller span of portPool.ports",
         Refusal::BIND => "`ss -tulnp` shows these sockets; take their ports out of portPool.ports",
         Refusal::MEMORY => "raise the memory limit of the control group",
+        Refusal::RESTING => {
+            "enlarge portPool.ports to the connections of a minute, enable TCP timestamps on the peer, or let it close first"
+        }
         Refusal::PROTOCOL => "use UDP, or set portPool.strict to false",
         _ => "wait, or enlarge portPool.ports",
     }

@@ -156,6 +156,7 @@ impl Started {
         async move {
             tokio::join!(
                 expire(Arc::clone(&service)),
+                wake(Arc::clone(&service)),
                 sweep(Arc::clone(&service), REST),
                 keep_pinned(Arc::clone(&service)),
                 report(Arc::clone(&service), events),
@@ -325,6 +326,26 @@ pub async fn expire(service: Arc<Service>) {
         let next = service.expire().map(tokio::time::Instant::from_std);
         let latest = tokio::time::Instant::now() + MAX_PAUSE;
         tokio::time::sleep_until(next.map_or(latest, |next| next.min(latest))).await;
+    }
+}
+
+/// Releases ports whose rest is over, for as long as it runs.
+async fn wake(service: Arc<Service>) {
+    /// Bounds the delay of a port that could be used again.
+    const PAUSE: Duration = Duration::from_millis(250);
+    let mut failed = false;
+    loop {
+        tokio::time::sleep(PAUSE).await;
+        let service = Arc::clone(&service);
+        let error = match tokio::task::spawn_blocking(move || service.backend().wake()).await {
+            Ok(Ok(_)) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let (false, Some(error)) = (failed, &error) {
+            warn!(error, "the port pool cannot release ports that rest");
+        }
+        failed = error.is_some();
     }
 }
 

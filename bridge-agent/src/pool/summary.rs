@@ -64,6 +64,12 @@ pub struct Counters {
     pub bind_retries: u64,
     /// Events that were not written.
     pub events_lost: u64,
+    /// Ports that began to rest: in TIME_WAIT at a peer without TCP timestamps, or bound by a socket outside the pool.
+    #[serde(default)]
+    pub rests: u64,
+    /// Connects that the kernel refused after the pool had bound a port.
+    #[serde(default)]
+    pub connect_failures: u64,
     /// Connects that were refused.
     pub refusals: Refusals,
 }
@@ -96,6 +102,8 @@ pub struct Refusals {
     pub memory: u64,
     #[serde(default)]
     pub protocol: u64,
+    #[serde(default)]
+    pub resting: u64,
 }
 
 impl Refusals {
@@ -109,6 +117,7 @@ impl Refusals {
             Refusal::BIND => &mut self.bind,
             Refusal::MEMORY => &mut self.memory,
             Refusal::PROTOCOL => &mut self.protocol,
+            Refusal::RESTING => &mut self.resting,
             _ => return None,
         })
     }
@@ -166,6 +175,8 @@ impl Counters {
             adoptions: count(counter::ADOPTIONS),
             bind_retries: count(counter::BIND_RETRIES),
             events_lost: count(counter::EVENTS_LOST),
+            rests: count(counter::RESTS),
+            connect_failures: count(counter::CONNECT_FAILURES),
             refusals,
         }
     }

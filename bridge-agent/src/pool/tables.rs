@@ -4,9 +4,9 @@ use std::sync::Mutex;
 
 use aya::maps::{HashMap, MapData, MapError};
 use bridge_common::pool::{
-    Destination, Geometry, Grant, Granted, Owner,
+    Destination, Geometry, Grant, Granted, Owner, Rest, RestingPort,
     bitmap::Memory,
-    slots::{self, Tables},
+    slots::{self, Seat, Tables},
 };
 
 use super::{sweep::Removal, words::Words};
@@ -23,6 +23,7 @@ pub struct KernelTables {
     pub(super) destinations: Mutex<HashMap<MapData, Destination, u32>>,
     pub(super) owners: Mutex<HashMap<MapData, Owner, u32>>,
     pub(super) grants: Mutex<HashMap<MapData, Grant, Granted>>,
+    pub(super) resting: Mutex<HashMap<MapData, RestingPort, Rest>>,
 }
 
 impl KernelTables {
@@ -37,6 +38,31 @@ impl KernelTables {
     /// Ends a grant. `false`: the hook has taken the port over, and will give it back itself.
     pub fn revoke(&self, grant: &Grant) -> bool {
         lock(&self.grants).remove(grant).is_ok()
+    }
+
+    /// Every port that rests.
+    ///
+    /// # Errors
+    /// The kernel refuses to list the map.
+    pub fn resting(&self) -> Result<Vec<(RestingPort, Rest)>, MapError> {
+        lock(&self.resting).iter().collect()
+    }
+
+    /// Releases the ports whose rest is over; returns their number.
+    ///
+    /// # Errors
+    /// The kernel refuses to list the map.
+    pub fn wake(&self) -> Result<u32, MapError> {
+        let mut woken = 0;
+        let now = monotonic_ns();
+        for (port, rest) in self.resting()?.into_iter().filter(|(_, rest)| rest.until_ns <= now) {
+            // A hook may have removed it first: then it has released the port.
+            if lock(&self.resting).remove(&port).is_ok() {
+                slots::release(self, Seat { slot: port.slot, owner_slot: rest.owner_slot }, port.index);
+                woken += 1;
+            }
+        }
+        Ok(woken)
     }
 
     /// Every destination and its slot.

@@ -71,6 +71,19 @@ pub const LEASE_TCP_CLOSED: u64 = 4;
 /// [`Lease::state`]: the socket is an unconnected UDP socket; its port is good for every destination.
 pub const LEASE_ANY: u64 = 8;
 
+/// [`Lease::state`]: TCP sent a SYN from the port.
+pub const LEASE_CONNECTING: u64 = 16;
+/// [`Lease::state`]: both ends of the connection use TCP timestamps (RFC 7323), so its tuple can be used again at once.
+pub const LEASE_TIMESTAMPS: u64 = 32;
+/// [`Lease::state`]: this end closed first, so the kernel keeps the tuple in TIME_WAIT.
+pub const LEASE_TIME_WAIT: u64 = 64;
+/// The bits of [`Lease::state`] that belong to one connection of a socket.
+pub const LEASE_OF_CONNECTION: u64 =
+    LEASE_FILE_CLOSED | LEASE_TCP_CLOSED | LEASE_CONNECTING | LEASE_TIMESTAMPS | LEASE_TIME_WAIT;
+
+/// How long, in nanoseconds, the kernel keeps a tuple in TIME_WAIT (`TCP_TIMEWAIT_LEN`, include/net/tcp.h), and one more
+/// timer tick.
+pub const TIME_WAIT_NS: u64 = 60_100_000_000;
 /// [`Config::flags`]: a socket that is bound outside the pool must not connect to a destination of the pool.
 pub const FLAG_STRICT: u32 = 1;
 /// [`Config::flags`]: UDP sockets that bind port 0 get a port of the pool.
@@ -308,6 +321,35 @@ pub struct Granted {
 
 const _: () = assert!(size_of::<Granted>() == 16 && align_of::<Granted>() == 8);
 
+/// A port that rests: the kernel would refuse it, so it is given to nobody. Key of map `POOL_RESTING`.
+///
+/// It is in no bitmap meanwhile and counts as a live claim of both slots. The hook or the agent ends the rest by removing
+/// the entry; the one whose removal succeeds releases the port.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RestingPort {
+    /// Slot of the destination.
+    pub slot: u32,
+    /// The port, counted from [`Config::base`].
+    pub index: u32,
+}
+
+const _: () = assert!(size_of::<RestingPort>() == 8 && align_of::<RestingPort>() == 4);
+
+/// Value of map `POOL_RESTING`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rest {
+    /// `CLOCK_MONOTONIC`, in nanoseconds, of its end.
+    pub until_ns: u64,
+    /// Slot of the namespace's warm ports.
+    pub owner_slot: u32,
+    /// Explicit padding.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Rest>() == 16 && align_of::<Rest>() == 8);
+
 /// Why the pool refused a connect (`EADDRNOTAVAIL` to the program).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(transparent)]
@@ -330,8 +372,10 @@ impl Refusal {
     pub const MEMORY: Self = Self(7);
     /// A socket of a protocol that no hook of the pool runs for (UDP-Lite) must not be created.
     pub const PROTOCOL: Self = Self(8);
+    /// Every port that is not in use towards the destination is in TIME_WAIT, at a peer without TCP timestamps.
+    pub const RESTING: Self = Self(9);
     /// One above the highest.
-    pub const COUNT: u32 = 9;
+    pub const COUNT: u32 = 10;
 
     /// The name used in metrics and events.
     #[must_use]
@@ -345,6 +389,7 @@ impl Refusal {
             Self::BIND => "bind",
             Self::MEMORY => "memory",
             Self::PROTOCOL => "protocol",
+            Self::RESTING => "resting",
             _ => "unknown",
         }
     }
@@ -362,6 +407,10 @@ pub mod counter {
     pub const BIND_RETRIES: u32 = 3;
     /// Events that were not written: the ring was full, or one was written less than 10 ms before on the CPU.
     pub const EVENTS_LOST: u32 = 4;
+    /// Ports that began to rest.
+    pub const RESTS: u32 = 5;
+    /// Connects that the kernel refused after the hook had bound a port: no SYN was sent.
+    pub const CONNECT_FAILURES: u32 = 6;
     /// Counters of refusals begin here, in the order of [`super::Refusal`].
     pub const REFUSALS: u32 = 8;
     /// How many there are.
@@ -394,7 +443,7 @@ const _: () = assert!(size_of::<Event>() == 72 && align_of::<Event>() == 8);
 
 #[cfg(feature = "user")]
 mod user {
-    use super::{Config, Destination, Event, Grant, Granted, Lease, Owner};
+    use super::{Config, Destination, Event, Grant, Granted, Lease, Owner, Rest, RestingPort};
 
     // SAFETY: repr(C), no padding outside named fields, every bit pattern is a value.
     unsafe impl aya::Pod for Config {}
@@ -410,4 +459,8 @@ mod user {
     unsafe impl aya::Pod for Granted {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Event {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for RestingPort {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Rest {}
 }

@@ -17,6 +17,7 @@ use bridge_ebpf::atomic::fetch_or;
 
 use crate::{
     maps::{POOL_GRANTS, count},
+    rest::pool_wake,
     sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address},
     tables::{Maps, pool_unclaim},
 };
@@ -67,7 +68,15 @@ pub(crate) fn claim_and_bind(
         // A warm port that another program has bound would be found warm again at once.
         let claim = match slots::claim(&tables, seat, tries > 0) {
             Ok(claim) => claim,
-            Err(refusal) => break Err(if others == 0 { refusal } else { Refusal::BIND }),
+            Err(_) if others != 0 => break Err(Refusal::BIND),
+            Err(refusal) => {
+                let resting = pool_wake(config.words, seat.slot) != 0;
+                match slots::claim(&tables, seat, false) {
+                    Ok(claim) => claim,
+                    Err(_) if resting => break Err(Refusal::RESTING),
+                    Err(_) => break Err(refusal),
+                }
+            }
         };
         // If nothing else is free it has to be this one.
         if tries < SETTLE_TRIES && slots::settling(&tables, seat, claim) {

@@ -2,8 +2,8 @@
 
 use aya_ebpf::{btf_maps::lpm_trie::Key, macros::cgroup_sock_addr, programs::SockAddrContext};
 use bridge_common::pool::{
-    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, Lease,
-    Refusal, bitmap, counter,
+    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_HELD, LEASE_OF_CONNECTION, Lease, Refusal, bitmap,
+    counter,
     slots::{self, Seat, Tables as _},
 };
 use bridge_ebpf::atomic::fetch_and;
@@ -126,5 +126,5 @@ fn stand(config: &Config, seat: Seat, refusal: Refusal) -> Refusal {
 #[inline(always)]
 fn reopen(lease: *mut Lease) {
     // SAFETY: the storage of a socket of the context.
-    unsafe { fetch_and(&raw mut (*lease).state, !(LEASE_FILE_CLOSED | LEASE_TCP_CLOSED)) };
+    unsafe { fetch_and(&raw mut (*lease).state, !LEASE_OF_CONNECTION) };
 }

@@ -20,6 +20,7 @@ mod iter;
 mod maps;
 mod refuse;
 mod release;
+mod rest;
 mod sock;
 mod tables;
 

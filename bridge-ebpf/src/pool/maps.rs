@@ -4,7 +4,9 @@ use aya_ebpf::{
     btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
-use bridge_common::pool::{Config, Destination, Event, Grant, Granted, Lease, Owner, counter};
+use bridge_common::pool::{
+    Config, Destination, Event, Grant, Granted, Lease, Owner, Rest, RestingPort, counter,
+};
 
 /// `BPF_F_MMAPABLE`: the agent claims ports in the same words.
 const MMAPABLE: usize = 1 << 10;
@@ -34,6 +36,9 @@ pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = Has
 /// The place where the next `bind` of a TCP socket to port 0 looks for a port.
 #[btf_map]
 pub(crate) static POOL_BIND_CURSOR: Array<u64, 1> = Array::new();
+
+#[btf_map]
+pub(crate) static POOL_RESTING: HashMap<RestingPort, Rest, 262_144, NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 pub(crate) static POOL_LEASES: SkStorage<Lease> = SkStorage::new();

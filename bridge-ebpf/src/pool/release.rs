@@ -6,24 +6,34 @@
 
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_ops},
+    helpers::generated::bpf_load_hdr_opt,
     macros::{cgroup_sock, sock_ops},
     programs::{SockContext, SockOpsContext},
 };
 use bridge_common::pool::{
-    LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, Lease, counter,
+    LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT, LEASE_TIMESTAMPS,
+    Lease, TIME_WAIT_NS, counter,
     slots::{self, Seat},
 };
 use bridge_ebpf::atomic::{fetch_and, fetch_or};
 
 use crate::{
     maps::{POOL_CONFIG, count},
+    rest::rest,
     sock::lease,
     tables::Maps,
 };
 
+// States of TCP (include/net/tcp_states.h).
+const TCP_FIN_WAIT2: u32 = 5;
 const TCP_CLOSE: u32 = 7;
+const TCP_CLOSING: u32 = 11;
+/// The option of RFC 7323, and its length.
+const TCPOPT_TIMESTAMP: u8 = 8;
+const TCPOLEN_TIMESTAMP: usize = 10;
 const IPPROTO_TCP: u32 = 6;
 const BPF_SOCK_OPS_TCP_CONNECT_CB: u32 = 3;
+const BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB: u32 = 4;
 const BPF_SOCK_OPS_STATE_CB: u32 = 10;
 const BPF_SOCK_OPS_STATE_CB_FLAG: i32 = 1 << 2;
 
@@ -37,6 +47,9 @@ pub(crate) fn pool_release(ctx: SockContext) -> i32 {
             let before = fetch_or(&raw mut (*lease).state, LEASE_FILE_CLOSED);
             (before, (*ctx.sock).state, (*ctx.sock).protocol)
         };
+        if protocol == IPPROTO_TCP && before & LEASE_HELD != 0 && before & LEASE_CONNECTING == 0 {
+            count(counter::CONNECT_FAILURES);
+        }
         if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != IPPROTO_TCP {
             give_back(lease);
         }
@@ -49,17 +62,30 @@ pub(crate) fn pool_release(ctx: SockContext) -> i32 {
 pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
-            if !lease(sock_ops_socket(ctx.ops)).is_null() {
+            let lease = lease(sock_ops_socket(ctx.ops));
+            if !lease.is_null() {
+                // SAFETY: the storage of the socket of the context.
+                unsafe { fetch_or(&raw mut (*lease).state, LEASE_CONNECTING) };
                 let flags = ctx.cb_flags().cast_signed() | BPF_SOCK_OPS_STATE_CB_FLAG;
                 // An error would mean that this kernel reports no states at all; the reconciler frees then.
                 let _ = ctx.set_cb_flags(flags);
             }
         }
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
+            let lease = lease(sock_ops_socket(ctx.ops));
+            if !lease.is_null() && has_timestamps(&ctx) {
+                // SAFETY: the storage of the socket of the context.
+                unsafe { fetch_or(&raw mut (*lease).state, LEASE_TIMESTAMPS) };
+            }
+        }
         BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == TCP_CLOSE => {
             let lease = lease(sock_ops_socket(ctx.ops));
             if !lease.is_null() {
+                // `tcp_time_wait` takes a socket from these two states; the peer's FIN has come, or is waited for.
+                let time_wait = matches!(ctx.arg(0), TCP_FIN_WAIT2 | TCP_CLOSING);
+                let closed = LEASE_TCP_CLOSED | if time_wait { LEASE_TIME_WAIT } else { 0 };
                 // SAFETY: the storage of the socket of the context.
-                let before = unsafe { fetch_or(&raw mut (*lease).state, LEASE_TCP_CLOSED) };
+                let before = unsafe { fetch_or(&raw mut (*lease).state, closed) };
                 if before & LEASE_FILE_CLOSED != 0 {
                     give_back(lease);
                 }
@@ -82,9 +108,23 @@ pub(crate) fn give_back(lease: *mut Lease) {
         return;
     }
     if let Some(config) = POOL_CONFIG.get(0) {
+        let waits = before & (LEASE_TIME_WAIT | LEASE_TIMESTAMPS) == LEASE_TIME_WAIT;
+        if waits && rest(seat, index, TIME_WAIT_NS) {
+            return count(counter::RELEASES);
+        }
         slots::release(&Maps { words: config.words }, seat, index);
         count(counter::RELEASES);
     }
+}
+
+/// Whether the SYN-ACK that this callback is about has a timestamp. The kernel only keeps it if our SYN had one, too.
+#[inline(always)]
+fn has_timestamps(ctx: &SockOpsContext) -> bool {
+    let mut option = [0_u8; TCPOLEN_TIMESTAMP];
+    option[0] = TCPOPT_TIMESTAMP;
+    // SAFETY: the context of a program type that has the helper, and a buffer of the length given.
+    let found = unsafe { bpf_load_hdr_opt(ctx.ops, option.as_mut_ptr().cast(), TCPOLEN_TIMESTAMP as u32, 0) };
+    found > 0
 }
 
 #[inline(always)]
