@@ -390,24 +390,33 @@ fn sockets_outside_the_pool_only_cost_another_try() -> Result<()> {
 #[test]
 fn the_only_port_that_no_other_socket_has_bound_is_found() -> Result<()> {
     let lab = Lab::builder().build()?;
-    let twelve = PortRange { first: 61001, last: 61012 };
-    let stand = Stand::new(&lab, &Settings { ports: vec![twelve], exclude: vec![], ..settings()? })?;
+    let hundred = PortRange { first: 61001, last: 61100 };
+    let stand = Stand::new(&lab, &Settings { ports: vec![hundred], exclude: vec![], ..settings()? })?;
     let _server = serve(&lab.a().netns, &[8080])?;
-    let foreign: Vec<u16> = (61001..=61012).filter(|port| *port != 61006).collect();
-    let _foreign = serve(&lab.c1().netns, &foreign)?;
-    let (first, second): (u16, String) = run(
-        &stand,
-        &lab.c1().netns,
-        &format!(
-            "to = ('{}', 8080)\ns = tcp(to)\nprint(json.dumps([port(s), code(lambda: tcp(to))]))",
-            lab.a().v4
-        ),
-    )?;
-    ensure!(first == 61006 && second == "EADDRNOTAVAIL", "{first} {second}");
-    // A port whose bind failed is as free as before.
-    let elsewhere: u16 =
-        run(&stand, &lab.c2().netns, &format!("print(json.dumps(port(tcp(('{}', 8080)))))", lab.a().v4))?;
-    ensure!(foreign.contains(&elsewhere), "{elsewhere}");
+    for (family, kind, free) in [
+        ("AF_INET", "SOCK_STREAM", 61006),
+        ("AF_INET6", "SOCK_STREAM", 61007),
+        ("AF_INET", "SOCK_DGRAM", 61008),
+        ("AF_INET6", "SOCK_DGRAM", 61009),
+    ] {
+        let to = if family == "AF_INET" { lab.a().ip(Family::V4) } else { lab.a().ip(Family::V6) };
+        let script = format!(
+            "def new(): return socket.socket(socket.{family}, socket.{kind})\n\
+             def connect():\n    s = new()\n    s.connect(('{to}', 8080))\n    return s\n\
+             others = []\n\
+             for p in range(61001, 61101):\n    if p != {free}:\n        s = new()\n        s.bind(('', p))\n        others.append(s)\n\
+             first = connect()\nprint(json.dumps([port(first), code(connect)]))"
+        );
+        let (first, second): (u16, String) = run(&stand, &lab.c1().netns, &script)?;
+        ensure!(first == free && second == "EADDRNOTAVAIL", "{family} {kind}: {first} {second}");
+    }
+    // A port whose bind failed is as free as before: another namespace gets all that this one has not used.
+    let script = format!(
+        "to = ('{}', 8080)\ns = [tcp(to) for _ in range(99)]\nprint(json.dumps([port(c) for c in s]))",
+        lab.a().v4
+    );
+    let elsewhere: BTreeSet<u16> = run(&stand, &lab.c2().netns, &script)?;
+    ensure!(elsewhere.len() == 99 && !elsewhere.contains(&61006), "{elsewhere:?}");
     stand.settled(SOON)?;
     Ok(())
 }

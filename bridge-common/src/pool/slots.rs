@@ -56,6 +56,24 @@ pub trait Tables: Memory {
         bitmap::claim(self, map, random)
     }
 
+    /// [`new_slot`].
+    fn new_slot(&self, template: u32) -> Option<u32> {
+        new_slot(self, template)
+    }
+
+    /// [`claim_exact`].
+    ///
+    /// # Errors
+    /// [`Refusal::TAKEN`].
+    fn claim_exact(&self, seat: Seat, index: u32) -> Result<Claim, Refusal> {
+        claim_exact(self, seat, index)
+    }
+
+    /// [`arrive`].
+    fn arrive(&self, slot: u32) -> bool {
+        arrive(self, slot)
+    }
+
     /// Copies summary, free and touched words from a template to an unused slot.
     fn fill(&self, slot: u32, template: u32) {
         let geometry = self.geometry();
@@ -114,12 +132,12 @@ pub fn enter<T: Tables>(
     while tries < ENTER_TRIES {
         tries += 1;
         let Some(slot) = destination_slot(tables, destination) else { continue };
-        if !arrive(tables, geometry, slot) {
+        if !tables.arrive(slot) {
             continue;
         }
         let owner = Owner { netns_cookie, slot, reserved: 0 };
         if let Some(owner_slot) = owner_slot(tables, &owner)
-            && arrive(tables, geometry, owner_slot)
+            && tables.arrive(owner_slot)
         {
             if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
                 leave(tables, Seat { slot, owner_slot });
@@ -196,7 +214,7 @@ pub fn claim_random<T: Tables>(tables: &T, seat: Seat) -> Result<Claim, Refusal>
 /// # Errors
 /// [`Refusal::TAKEN`].
 #[inline(always)]
-pub fn claim_exact<T: Tables>(tables: &T, seat: Seat, index: u32) -> Result<Claim, Refusal> {
+pub fn claim_exact<T: Tables + ?Sized>(tables: &T, seat: Seat, index: u32) -> Result<Claim, Refusal> {
     let geometry = tables.geometry();
     if bitmap::take(tables, geometry.free(seat.owner_slot), index) {
         Ok(Claim { index, from: seat.owner_slot })
@@ -252,7 +270,8 @@ pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
 /// The agent closes a slot before it looks at the count; this counts before it looks at the state: one of them sees the
 /// other.
 #[inline(always)]
-fn arrive<T: Tables>(tables: &T, geometry: Geometry, slot: u32) -> bool {
+pub fn arrive<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
+    let geometry = tables.geometry();
     tables.fetch_add(geometry.live(slot), 1);
     if tables.load(geometry.slot(slot)) == SLOT_OPEN {
         return true;
@@ -262,7 +281,7 @@ fn arrive<T: Tables>(tables: &T, geometry: Geometry, slot: u32) -> bool {
 }
 
 #[inline(always)]
-fn depart<T: Tables>(tables: &T, geometry: Geometry, slot: u32) {
+fn depart<T: Tables + ?Sized>(tables: &T, geometry: Geometry, slot: u32) {
     tables.fetch_add(geometry.live(slot), u64::MAX);
 }
 
@@ -271,7 +290,7 @@ fn destination_slot<T: Tables>(tables: &T, destination: &Destination) -> Option<
     if let Some(slot) = tables.destination_slot(destination) {
         return Some(slot);
     }
-    let slot = new_slot(tables, template(destination))?;
+    let slot = tables.new_slot(template(destination))?;
     if tables.insert_destination(destination, slot) {
         return Some(slot);
     }
@@ -284,7 +303,7 @@ fn owner_slot<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
     if let Some(slot) = tables.owner_slot(owner) {
         return Some(slot);
     }
-    let slot = new_slot(tables, TEMPLATE_EMPTY)?;
+    let slot = tables.new_slot(TEMPLATE_EMPTY)?;
     if tables.insert_owner(owner, slot) {
         return Some(slot);
     }
@@ -292,8 +311,9 @@ fn owner_slot<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
     tables.owner_slot(owner)
 }
 
+/// Takes an unused slot that begins with the free ports of a template. `None`: there is none.
 #[inline(always)]
-fn new_slot<T: Tables>(tables: &T, template: u32) -> Option<u32> {
+pub fn new_slot<T: Tables + ?Sized>(tables: &T, template: u32) -> Option<u32> {
     let geometry = tables.geometry();
     let slot = tables.claim(ALLOCATOR, tables.random())?;
     tables.fill(slot, template);

@@ -4,9 +4,8 @@
 //! again by `connect`, which therefore would have to refuse one from outside the pool.
 
 use aya_ebpf::{
-    EbpfContext as _,
-    btf_maps::lpm_trie::Key,
-    helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_release},
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_loop, bpf_sk_lookup_tcp, bpf_sk_release},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
@@ -17,15 +16,13 @@ use bridge_common::pool::{
 use bridge_ebpf::atomic::fetch_add;
 
 use crate::{
-    claim::note,
-    maps::{POOL_BIND_CURSOR, POOL_CONFIG, POOL_NETWORKS},
+    claim::{enter, note},
+    maps::{POOL_BIND_CURSOR, POOL_CONFIG},
     refuse::{PASS, refuse},
-    sock::{Family, destination, lease, lease_or_new, netns_cookie, protocol, reuse_address, socket},
+    sock::{Family, destination, is_in_networks, lease, lease_or_new, protocol, reuse_address, socket},
     tables::Maps,
 };
 
-/// Ports that one `bind` of a TCP socket tries; a pool has gaps, and servers listen on ports of it.
-const BIND_TCP_TRIES: u32 = 64;
 /// `BPF_F_CURRENT_NETNS`.
 const CURRENT_NETNS: u64 = u64::MAX;
 /// Sizes of `struct bpf_sock_tuple`: remote address, local address, remote port, local port.
@@ -81,6 +78,16 @@ fn bind(ctx: &SockAddrContext, family: Family) {
     }
 }
 
+/// The search for a port of a TCP socket that binds port 0.
+#[repr(C)]
+struct Search {
+    context: *mut bpf_sock_addr,
+    base: u32,
+    words: u32,
+    /// The result in host byte order, or 0.
+    port: u32,
+}
+
 /// Takes the next port of the pool in turn, without a claim: `connect` claims it for its destination. Two sockets have the
 /// same port only after all others had their turn. Without `strict` there is no need for it.
 #[inline(always)]
@@ -88,56 +95,76 @@ fn bind_tcp(ctx: &SockAddrContext, family: Family, config: &Config) {
     if config.flags & FLAG_STRICT == 0 {
         return;
     }
-    let Some(cursor) = POOL_BIND_CURSOR.get_ptr_mut(0) else { return };
-    let ports = config.words * 64;
-    let mut tries = 0;
-    while tries < BIND_TCP_TRIES {
-        // SAFETY: a pointer to a map's value.
-        let index = unsafe { fetch_add(cursor, 1) } as u32 % ports.max(1);
-        if pool_is_bindable(config.words, index) != 0 {
-            let port = (config.base + index) as u16;
-            if !has_listener(ctx, family, port) {
-                // Other sockets may have the port, towards other destinations.
-                reuse_address(ctx);
-                set_port(ctx, port);
-                return;
-            }
-        }
-        tries += 1;
+    let mut search = Search { context: ctx.sock_addr, base: config.base, words: config.words, port: 0 };
+    let turn = match family {
+        Family::V4 => bind_turn_v4 as *const (),
+        Family::V6 => bind_turn_v6 as *const (),
+    };
+    // SAFETY: a callback with the arguments that the helper gives it, and memory that outlives the call.
+    unsafe { bpf_loop(config.words * 64, turn.cast_mut().cast(), (&raw mut search).cast(), 0) };
+    // SAFETY: initialised above; volatile, since the callback wrote it.
+    let port = unsafe { (&raw const search.port).read_volatile() };
+    if port != 0 {
+        // Other sockets may have the port, towards other destinations.
+        reuse_address(ctx);
+        set_port(ctx, port as u16);
     }
 }
 
-/// Whether a port, counted from the base, is one of the pool; global so that the verifier follows it once.
-#[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_is_bindable(words: u32, index: u32) -> u32 {
-    let geometry = Geometry { words };
-    u32::from(bitmap::is_free(&Maps { words }, geometry.free(TEMPLATE_TCP), index))
+extern "C" fn bind_turn_v4(_turn: u64, search: *mut Search) -> i64 {
+    // SAFETY: the memory that `bind_tcp` gave to `bpf_loop`.
+    bind_turn(Family::V4, unsafe { &mut *search })
+}
+
+#[inline(never)]
+extern "C" fn bind_turn_v6(_turn: u64, search: *mut Search) -> i64 {
+    // SAFETY: as in `bind_turn_v4`.
+    bind_turn(Family::V6, unsafe { &mut *search })
+}
+
+/// Looks at the port whose turn it is. 1 ends the search.
+#[inline(always)]
+fn bind_turn(family: Family, search: &mut Search) -> i64 {
+    let Some(cursor) = POOL_BIND_CURSOR.get_ptr_mut(0) else { return 1 };
+    // SAFETY: a pointer to a map's value.
+    let index = unsafe { fetch_add(cursor, 1) } as u32 % (search.words * 64).max(1);
+    let geometry = Geometry { words: search.words };
+    if !bitmap::is_free(&Maps { words: search.words }, geometry.free(TEMPLATE_TCP), index) {
+        // A gap in the pool.
+        return 0;
+    }
+    let port = search.base + index;
+    if has_listener(search.context, family, port as u16) {
+        return 0;
+    }
+    search.port = port;
+    1
 }
 
 /// Whether a socket of this namespace listens on a port; its `bind` would then fail, as one to port 0 never does.
 #[inline(always)]
-fn has_listener(ctx: &SockAddrContext, family: Family, port: u16) -> bool {
+fn has_listener(context: *mut bpf_sock_addr, family: Family, port: u16) -> bool {
     let mut tuple = Tuple::default();
     let size = if family == Family::V4 {
         // SAFETY: a context pointer; the verifier checks the access.
-        tuple.words[1] = unsafe { (*ctx.sock_addr).user_ip4 };
+        tuple.words[1] = unsafe { (*context).user_ip4 };
         tuple.words[2] = u32::from_ne_bytes([0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1]]);
         TUPLE_V4
     } else {
         // SAFETY: as above; volatile, since the context allows single 32-bit reads but no wider ones.
         unsafe {
-            tuple.words[4] = (&raw const (*ctx.sock_addr).user_ip6[0]).read_volatile();
-            tuple.words[5] = (&raw const (*ctx.sock_addr).user_ip6[1]).read_volatile();
-            tuple.words[6] = (&raw const (*ctx.sock_addr).user_ip6[2]).read_volatile();
-            tuple.words[7] = (&raw const (*ctx.sock_addr).user_ip6[3]).read_volatile();
+            tuple.words[4] = (&raw const (*context).user_ip6[0]).read_volatile();
+            tuple.words[5] = (&raw const (*context).user_ip6[1]).read_volatile();
+            tuple.words[6] = (&raw const (*context).user_ip6[2]).read_volatile();
+            tuple.words[7] = (&raw const (*context).user_ip6[3]).read_volatile();
         }
         tuple.words[8] = u32::from_ne_bytes([0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1]]);
         TUPLE_V6
     };
     // SAFETY: an initialised tuple of the size given; the reference to the socket is released at once.
     unsafe {
-        let found = bpf_sk_lookup_tcp(ctx.as_ptr(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0);
+        let found = bpf_sk_lookup_tcp(context.cast(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0);
         if found.is_null() {
             return false;
         }
@@ -163,9 +190,7 @@ fn bind_udp(ctx: &SockAddrContext, config: &Config) {
         return;
     }
     let tables = Maps { words: config.words };
-    let Ok(seat) = slots::enter(&tables, &Destination::ANY_UDP, netns_cookie(ctx), config.quota) else {
-        return;
-    };
+    let Ok(seat) = enter(ctx, config, &Destination::ANY_UDP) else { return };
     let Ok(claim) = slots::claim_random(&tables, seat) else { return slots::leave(&tables, seat) };
     set_port(ctx, (config.base + claim.index) as u16);
     note(ctx, lease, seat, claim.index, &Destination::ANY_UDP, LEASE_ANY);
@@ -175,7 +200,7 @@ fn bind_udp(ctx: &SockAddrContext, config: &Config) {
 #[inline(always)]
 fn send(ctx: &SockAddrContext, family: Family) -> i32 {
     let Some(destination) = destination(ctx.sock_addr, family) else { return PASS };
-    if POOL_NETWORKS.get(&Key::new(128, destination.address())).is_none() {
+    if !is_in_networks(&destination) {
         return PASS;
     }
     let Some(config) = POOL_CONFIG.get(0) else { return PASS };

@@ -1,31 +1,34 @@
 //! Claiming a port for a socket and binding it.
 
+use core::ptr;
+
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{bpf_sock, sockaddr},
-    helpers::{
-        bpf_get_current_comm,
-        generated::{bpf_bind, bpf_get_current_cgroup_id, bpf_ktime_get_ns},
+    bindings::{bpf_sock, bpf_sock_addr, sockaddr},
+    helpers::generated::{
+        bpf_bind, bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_prandom_u32, bpf_ktime_get_ns,
+        bpf_loop,
     },
     programs::SockAddrContext,
 };
 use bridge_common::pool::{
     Config, Destination, Grant, LEASE_HELD, Lease, MAX_SLOTS, MAX_WORDS, Refusal, counter,
-    slots::{self, Seat},
+    slots::{self, Seat, Tables as _},
 };
 use bridge_ebpf::atomic::fetch_or;
 
 use crate::{
     maps::{POOL_GRANTS, count},
     rest::pool_wake,
-    sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address},
+    sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address, socket},
     tables::{Maps, pool_unclaim},
 };
 
-/// How many ports are tried when sockets outside the pool have bound some exclusively.
-const BIND_TRIES: usize = 12;
-/// How many of these may go to ports whose last connection is just about to end.
-const SETTLE_TRIES: usize = 4;
+/// Turns of [`search_turn`] that take any free port; the turns after them try each port of the pool once.
+const QUICK_TURNS: u32 = 8;
+/// Turns that pass over a port whose last connection is just about to end.
+const SETTLE_TURNS: u32 = 4;
+const EADDRINUSE: i64 = 98;
 
 /// `struct sockaddr_in`.
 #[repr(C)]
@@ -49,7 +52,29 @@ struct SockaddrIn6 {
 // Numbers of ports and slots are kept in 16 bits.
 const _: () = assert!(MAX_WORDS * 64 <= 1 << 16 && MAX_SLOTS <= 1 << 16);
 
+/// The search for a port of a socket.
+#[repr(C)]
+struct Search {
+    context: *mut bpf_sock_addr,
+    base: u32,
+    words: u32,
+    seat: Seat,
+    /// The port where the second phase begins.
+    start: u32,
+    /// The result: a port, counted from the base, or [`NOT_FOUND`].
+    index: u32,
+    refusal: u32,
+}
+
+const NOT_FOUND: u32 = u32::MAX;
+/// Answers of a callback of `bpf_loop`.
+const NEXT: i64 = 0;
+const STOP: i64 = 1;
+
 /// Claims some port and binds the socket to it.
+///
+/// Other programs may have bound ports of the pool exclusively, so this goes on until a port can be bound or each was
+/// tried. `bpf_loop` (Linux 5.17) lets the verifier follow one turn instead of all.
 #[inline(always)]
 pub(crate) fn claim_and_bind(
     ctx: &SockAddrContext,
@@ -57,67 +82,144 @@ pub(crate) fn claim_and_bind(
     config: &Config,
     seat: Seat,
 ) -> Result<u32, Refusal> {
-    let tables = Maps { words: config.words };
     reuse_address(ctx);
-    // Ports that other programs have bound, and their slots: they stay claimed until a free one is found, so that no
-    // try goes to the same port again.
-    let mut bound_by_others = [[0_u16; 2]; BIND_TRIES];
-    let mut others = 0;
-    let mut tries = 0;
-    let result = loop {
+    let ports = config.words * 64;
+    let mut search = Search {
+        context: ctx.sock_addr,
+        base: config.base,
+        words: config.words,
+        seat,
+        // SAFETY: the helper takes no argument.
+        start: unsafe { bpf_get_prandom_u32() } % ports.max(1),
+        index: NOT_FOUND,
+        refusal: Refusal::BIND.0,
+    };
+    let result = run(family, &mut search);
+    if result != Err(Refusal::EXHAUSTED) {
+        return result;
+    }
+    let resting = pool_wake(config.words, seat.slot) != 0;
+    let result = run(family, &mut search);
+    if resting && result == Err(Refusal::EXHAUSTED) { Err(Refusal::RESTING) } else { result }
+}
+
+/// Searches until a port is bound, or none is left.
+#[inline(always)]
+fn run(family: Family, search: &mut Search) -> Result<u32, Refusal> {
+    let turns = QUICK_TURNS + search.words * 64;
+    let turn = match family {
+        Family::V4 => search_turn_v4 as *const (),
+        Family::V6 => search_turn_v6 as *const (),
+    };
+    // SAFETY: a callback with the arguments that the helper gives it, and memory that outlives the call.
+    unsafe { bpf_loop(turns, turn.cast_mut().cast(), ptr::from_mut(search).cast(), 0) };
+    // SAFETY: initialised by the caller; volatile, since the callback wrote it.
+    let (index, refusal) =
+        unsafe { ((&raw const search.index).read_volatile(), (&raw const search.refusal).read_volatile()) };
+    if index == NOT_FOUND { Err(Refusal(refusal)) } else { Ok(index) }
+}
+
+#[inline(never)]
+extern "C" fn search_turn_v4(turn: u64, search: *mut Search) -> i64 {
+    // SAFETY: the memory that `claim_and_bind` gave to `bpf_loop`.
+    search_turn(Family::V4, turn as u32, unsafe { &mut *search })
+}
+
+#[inline(never)]
+extern "C" fn search_turn_v6(turn: u64, search: *mut Search) -> i64 {
+    // SAFETY: as in `search_turn_v4`.
+    search_turn(Family::V6, turn as u32, unsafe { &mut *search })
+}
+
+/// Claims one port and tries to bind it.
+#[inline(always)]
+fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
+    let Search { words, seat, .. } = *search;
+    let tables = Maps { words };
+    let claim = if turn < QUICK_TURNS {
         // A warm port that another program has bound would be found warm again at once.
-        let claim = match slots::claim(&tables, seat, tries > 0) {
+        match slots::claim(&tables, seat, turn > 0) {
             Ok(claim) => claim,
-            Err(_) if others != 0 => break Err(Refusal::BIND),
             Err(refusal) => {
-                let resting = pool_wake(config.words, seat.slot) != 0;
-                match slots::claim(&tables, seat, false) {
-                    Ok(claim) => claim,
-                    Err(_) if resting => break Err(Refusal::RESTING),
-                    Err(_) => break Err(refusal),
-                }
+                search.refusal = refusal.0;
+                return STOP;
             }
-        };
-        // If nothing else is free it has to be this one.
-        if tries < SETTLE_TRIES && slots::settling(&tables, seat, claim) {
-            pool_unclaim(config.words, seat.owner_slot, claim.index, claim.from);
-        } else {
-            let port = (config.base + claim.index) as u16;
-            if bind(ctx, family, port) == 0 {
-                break Ok(claim.index);
-            }
-            count(counter::BIND_RETRIES);
-            let Some(place) = bound_by_others.get_mut(others) else { break Err(Refusal::BIND) };
-            *place = [claim.index as u16, claim.from as u16];
-            others += 1;
         }
-        // At the end, and not at the beginning: on Linux 6.1 no loop may go back by an instruction that is no jump.
-        tries += 1;
-        if tries == BIND_TRIES {
-            break Err(Refusal::BIND);
+    } else {
+        let ports = words * 64;
+        let index = (search.start + turn) % ports.max(1);
+        match tables.claim_exact(seat, index) {
+            Ok(claim) => claim,
+            Err(_) => return NEXT,
         }
     };
-    for [index, from] in bound_by_others.into_iter().take(others) {
-        pool_unclaim(config.words, seat.owner_slot, index.into(), from.into());
+    // If all others are taken it has to be this one.
+    if turn < SETTLE_TURNS && slots::settling(&tables, seat, claim) {
+        pool_unclaim(words, seat.owner_slot, claim.index, claim.from);
+        return NEXT;
     }
-    result
+    let error = bind(search.context, family, (search.base + claim.index) as u16);
+    if error == 0 {
+        search.index = claim.index;
+        return STOP;
+    }
+    pool_unclaim(words, seat.owner_slot, claim.index, claim.from);
+    count(counter::BIND_RETRIES);
+    if error == -EADDRINUSE { NEXT } else { STOP }
 }
 
 /// Takes over the port that the agent has granted to this namespace, together with the seat that the grant has.
 #[inline(always)]
 pub(crate) fn take_grant(ctx: &SockAddrContext, destination: &Destination, index: u32) -> Option<Seat> {
-    let grant = Grant::new(*destination, index);
-    // SAFETY: the value is written once, at insertion, and copied before anything is removed.
-    let granted = unsafe { POOL_GRANTS.get(grant) }.copied()?;
-    if granted.netns_cookie != netns_cookie(ctx) {
-        return None;
-    }
-    // The removal decides: the agent may be ending the grant at this moment.
-    POOL_GRANTS.remove(grant).ok()?;
-    Some(Seat { slot: granted.slot, owner_slot: granted.owner_slot })
+    unpack(granted(netns_cookie(ctx), destination, index)).ok()
 }
 
-/// Records the port in the socket's storage. The last step of a claim.
+/// [`take_grant`], as a function: its frame of the stack ends before others begin.
+#[inline(never)]
+extern "C" fn granted(netns_cookie: u64, destination: &Destination, index: u32) -> i64 {
+    let grant = Grant::new(*destination, index);
+    // SAFETY: the value is written once, at insertion, and copied before anything is removed.
+    let Some(granted) = unsafe { POOL_GRANTS.get(grant) }.copied() else { return pack(Err(Refusal::TAKEN)) };
+    // The removal decides: the agent may be ending the grant at this moment.
+    if granted.netns_cookie != netns_cookie || POOL_GRANTS.remove(grant).is_err() {
+        return pack(Err(Refusal::TAKEN));
+    }
+    pack(Ok(Seat { slot: granted.slot, owner_slot: granted.owner_slot }))
+}
+
+/// Finds or makes the seat of a socket's namespace at a destination.
+#[inline(always)]
+pub(crate) fn enter(
+    ctx: &SockAddrContext,
+    config: &Config,
+    destination: &Destination,
+) -> Result<Seat, Refusal> {
+    unpack(seat(config.words, destination, netns_cookie(ctx), config.quota))
+}
+
+/// [`slots::enter`], as a function for the same reason as [`granted`].
+#[inline(never)]
+extern "C" fn seat(words: u32, destination: &Destination, netns_cookie: u64, quota: u32) -> i64 {
+    pack(slots::enter(&Maps { words }, destination, netns_cookie, quota))
+}
+
+#[inline(always)]
+fn pack(result: Result<Seat, Refusal>) -> i64 {
+    match result {
+        Ok(seat) => i64::from(seat.owner_slot) << 32 | i64::from(seat.slot),
+        Err(refusal) => -i64::from(refusal.0),
+    }
+}
+
+#[inline(always)]
+fn unpack(packed: i64) -> Result<Seat, Refusal> {
+    if packed < 0 {
+        return Err(Refusal(packed.wrapping_neg() as u32));
+    }
+    Ok(Seat { slot: packed as u32, owner_slot: (packed >> 32) as u32 })
+}
+
+/// Records the port in the socket's storage, with the flags `extra`. The last step of a claim.
 #[inline(always)]
 pub(crate) fn note(
     ctx: &SockAddrContext,
@@ -127,60 +229,79 @@ pub(crate) fn note(
     destination: &Destination,
     extra: u64,
 ) {
+    record(ctx.sock_addr, lease, pack(Ok(seat)), u64::from(index) << 32 | extra, destination);
+}
+
+/// [`note`], as a function for the same reason as [`granted`]. The upper half of `port` has the index, the lower the flags.
+#[inline(never)]
+extern "C" fn record(
+    context: *mut bpf_sock_addr,
+    lease: *mut Lease,
+    seat: i64,
+    port: u64,
+    destination: &Destination,
+) {
+    let ctx = SockAddrContext::new(context);
+    let (slot, owner_slot) = (seat as u32, (seat >> 32) as u32);
     // SAFETY: `lease` is the storage of a socket that is locked by the system call that runs this hook; `state` alone is
     // touched from elsewhere, and as long as LEASE_HELD is not set no one acts on the rest.
     unsafe {
-        (*lease).netns_cookie = netns_cookie(ctx);
+        (*lease).netns_cookie = netns_cookie(&ctx);
         (*lease).cgroup_id = bpf_get_current_cgroup_id();
         (*lease).since_ns = bpf_ktime_get_ns();
-        (*lease).slot = seat.slot;
-        (*lease).owner_slot = seat.owner_slot;
-        (*lease).index = index;
+        (*lease).slot = slot;
+        (*lease).owner_slot = owner_slot;
+        (*lease).index = (port >> 32) as u32;
         (*lease).pid = ctx.tgid();
         (*lease).uid = ctx.uid();
         (*lease).destination = *destination;
-        (*lease).comm = bpf_get_current_comm().unwrap_or_default();
-        fetch_or(&raw mut (*lease).state, LEASE_HELD | extra);
+        // Written in place: the stack is short. The helper fails for no task of the hooks.
+        bpf_get_current_comm((&raw mut (*lease).comm).cast(), 16);
+        fetch_or(&raw mut (*lease).state, LEASE_HELD | port & u64::from(u32::MAX));
     }
     count(counter::CLAIMS);
 }
 
 /// Binds the socket to its source address, if it has one, and `port` (host byte order).
 #[inline(always)]
-fn bind(ctx: &SockAddrContext, family: Family, port: u16) -> i64 {
-    let socket: *const bpf_sock = crate::sock::socket(ctx.sock_addr);
+fn bind(context: *mut bpf_sock_addr, family: Family, port: u16) -> i64 {
     match family {
-        Family::V4 => {
-            let mut address = SockaddrIn {
-                family: AF_INET as u16,
-                port: port.to_be_bytes(),
-                // SAFETY: the socket of the context; the verifier checks the access.
-                address: unsafe { (*socket).src_ip4 },
-                zero: [0; 8],
-            };
-            let at = (&raw mut address).cast::<sockaddr>();
-            // SAFETY: an initialised address of the size said.
-            unsafe { bpf_bind(ctx.sock_addr, at, size_of::<SockaddrIn>() as i32) }
-        }
-        Family::V6 => {
-            let mut address = SockaddrIn6 {
-                family: AF_INET6 as u16,
-                port: port.to_be_bytes(),
-                flow_info: 0,
-                // SAFETY: as above; volatile, since a socket allows single 32-bit reads but no wider ones.
-                address: unsafe {
-                    [
-                        (&raw const (*socket).src_ip6[0]).read_volatile(),
-                        (&raw const (*socket).src_ip6[1]).read_volatile(),
-                        (&raw const (*socket).src_ip6[2]).read_volatile(),
-                        (&raw const (*socket).src_ip6[3]).read_volatile(),
-                    ]
-                },
-                scope_id: 0,
-            };
-            let at = (&raw mut address).cast::<sockaddr>();
-            // SAFETY: an initialised address of the size said.
-            unsafe { bpf_bind(ctx.sock_addr, at, size_of::<SockaddrIn6>() as i32) }
-        }
+        Family::V4 => bind_v4(context, port),
+        Family::V6 => bind_v6(context, port),
     }
+}
+
+#[inline(never)]
+extern "C" fn bind_v4(context: *mut bpf_sock_addr, port: u16) -> i64 {
+    let mut address = SockaddrIn {
+        family: AF_INET as u16,
+        port: port.to_be_bytes(),
+        // SAFETY: the socket of the context; the verifier checks the access.
+        address: unsafe { (*socket(context)).src_ip4 },
+        zero: [0; 8],
+    };
+    // SAFETY: an initialised address of the size said.
+    unsafe { bpf_bind(context, (&raw mut address).cast::<sockaddr>(), size_of::<SockaddrIn>() as i32) }
+}
+
+#[inline(never)]
+extern "C" fn bind_v6(context: *mut bpf_sock_addr, port: u16) -> i64 {
+    let socket: *const bpf_sock = socket(context);
+    let mut address = SockaddrIn6 {
+        family: AF_INET6 as u16,
+        port: port.to_be_bytes(),
+        flow_info: 0,
+        // SAFETY: the socket of the context; volatile, since a socket allows single 32-bit reads but no wider ones.
+        address: unsafe {
+            [
+                (&raw const (*socket).src_ip6[0]).read_volatile(),
+                (&raw const (*socket).src_ip6[1]).read_volatile(),
+                (&raw const (*socket).src_ip6[2]).read_volatile(),
+                (&raw const (*socket).src_ip6[3]).read_volatile(),
+            ]
+        },
+        scope_id: 0,
+    };
+    // SAFETY: an initialised address of the size said.
+    unsafe { bpf_bind(context, (&raw mut address).cast::<sockaddr>(), size_of::<SockaddrIn6>() as i32) }
 }

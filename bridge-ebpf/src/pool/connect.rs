@@ -1,6 +1,6 @@
 //! `connect`: the moment a source port is chosen.
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use bridge_common::pool::{
     Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_HELD, LEASE_OF_CONNECTION, Lease, Refusal, bitmap,
     counter,
@@ -9,11 +9,11 @@ use bridge_common::pool::{
 use bridge_ebpf::atomic::fetch_and;
 
 use crate::{
-    claim::{claim_and_bind, note, take_grant},
-    maps::{POOL_CONFIG, POOL_NETWORKS, count},
+    claim::{claim_and_bind, enter, note, take_grant},
+    maps::{POOL_CONFIG, count},
     refuse::{PASS, refuse},
     release::give_back,
-    sock::{Family, destination, lease_or_new, netns_cookie, socket},
+    sock::{Family, destination, is_in_networks, lease_or_new, socket},
     tables::Maps,
 };
 
@@ -32,7 +32,7 @@ pub(crate) fn pool_connect6(ctx: SockAddrContext) -> i32 {
 #[inline(always)]
 fn connect(ctx: &SockAddrContext, family: Family) -> i32 {
     let Some(destination) = destination(ctx.sock_addr, family) else { return PASS };
-    if POOL_NETWORKS.get(&Key::new(128, destination.address())).is_none() {
+    if !is_in_networks(&destination) {
         return PASS;
     }
     match try_connect(ctx, family, &destination) {
@@ -66,7 +66,7 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
         return if config.flags & FLAG_STRICT != 0 { Err(Refusal::OUTSIDE) } else { Ok(()) };
     }
     let (seat, index) = if bound == 0 {
-        let seat = sit(ctx, config, destination)?;
+        let seat = enter(ctx, config, destination)?;
         match claim_and_bind(ctx, family, config, seat) {
             Ok(index) => (seat, index),
             Err(refusal) => return Err(stand(config, seat, refusal)),
@@ -104,16 +104,11 @@ fn adopt(
     if let Some(seat) = take_grant(ctx, destination, index) {
         return Ok(seat);
     }
-    let seat = sit(ctx, config, destination)?;
-    match slots::claim_exact(&Maps { words: config.words }, seat, index) {
+    let seat = enter(ctx, config, destination)?;
+    match (Maps { words: config.words }).claim_exact(seat, index) {
         Ok(_) => Ok(seat),
         Err(refusal) => Err(stand(config, seat, refusal)),
     }
-}
-
-#[inline(always)]
-fn sit(ctx: &SockAddrContext, config: &Config, destination: &Destination) -> Result<Seat, Refusal> {
-    slots::enter(&Maps { words: config.words }, destination, netns_cookie(ctx), config.quota)
 }
 
 #[inline(always)]

@@ -2,13 +2,11 @@
 
 use aya_ebpf::{
     EbpfContext, Global,
-    helpers::{
-        bpf_get_current_comm,
-        generated::{bpf_get_current_cgroup_id, bpf_ktime_get_ns, bpf_set_retval},
-    },
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_ktime_get_ns, bpf_set_retval},
     programs::{SockAddrContext, SockContext},
 };
-use bridge_common::pool::{Destination, Event, Refusal, counter};
+use bridge_common::pool::{Destination, Refusal, counter};
 
 use crate::{
     maps::{POOL_EVENTS, POOL_LAST_EVENT, count},
@@ -32,7 +30,7 @@ static POOL_HAS_SET_RETVAL: Global<u8> = Global::new(1);
 #[inline(always)]
 pub(crate) fn refuse(ctx: &SockAddrContext, destination: &Destination, refusal: Refusal) -> i32 {
     count(counter::REFUSALS + refusal.0);
-    report(ctx, destination, refusal);
+    report_connect(ctx.sock_addr, destination, refusal.0);
     answer(EADDRNOTAVAIL)
 }
 
@@ -53,6 +51,12 @@ fn answer(error: i32) -> i32 {
     REFUSE
 }
 
+/// [`report`], as a function: its frame of the stack ends before others begin.
+#[inline(never)]
+extern "C" fn report_connect(context: *mut bpf_sock_addr, destination: &Destination, refusal: u32) {
+    report(&SockAddrContext::new(context), destination, Refusal(refusal));
+}
+
 #[inline(always)]
 fn report(ctx: &impl EbpfContext, destination: &Destination, refusal: Refusal) {
     // SAFETY: the helper takes no argument.
@@ -64,18 +68,18 @@ fn report(ctx: &impl EbpfContext, destination: &Destination, refusal: Refusal) {
     }
     // SAFETY: as above.
     unsafe { last.write_volatile(now) };
-    let event = Event {
-        time_ns: now,
-        netns_cookie: netns_cookie(ctx),
-        // SAFETY: the helper takes no argument.
-        cgroup_id: unsafe { bpf_get_current_cgroup_id() },
-        refusal: refusal.0,
-        pid: ctx.tgid(),
-        uid: ctx.uid(),
-        destination: *destination,
-        comm: bpf_get_current_comm().unwrap_or_default(),
-    };
-    if POOL_EVENTS.output(event, 0).is_err() {
-        count(counter::EVENTS_LOST);
+    let Some(mut entry) = POOL_EVENTS.reserve(0) else { return count(counter::EVENTS_LOST) };
+    let event = entry.as_mut_ptr();
+    // SAFETY: memory of the ring buffer, of an event's size; every field is written. In place: the stack is short.
+    unsafe {
+        (*event).time_ns = now;
+        (*event).netns_cookie = netns_cookie(ctx);
+        (*event).cgroup_id = bpf_get_current_cgroup_id();
+        (*event).refusal = refusal.0;
+        (*event).pid = ctx.tgid();
+        (*event).uid = ctx.uid();
+        (*event).destination = *destination;
+        bpf_get_current_comm((&raw mut (*event).comm).cast(), 16);
     }
+    entry.submit(0);
 }

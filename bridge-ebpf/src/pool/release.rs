@@ -96,9 +96,10 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
     1
 }
 
-/// Gives a socket's port back, if it holds one; only one caller gets to.
-#[inline(always)]
-pub(crate) fn give_back(lease: *mut Lease) {
+/// Gives a socket's port back, if it holds one; only one caller gets to. A function: its frame of the stack ends before
+/// others begin.
+#[inline(never)]
+pub(crate) extern "C" fn give_back(lease: *mut Lease) {
     // SAFETY: the storage of a socket. Once LEASE_HELD is cleared no one else reads or writes the other fields.
     let (before, seat, index) = unsafe {
         let before = fetch_and(&raw mut (*lease).state, !LEASE_HELD);

@@ -5,13 +5,14 @@ use core::ptr;
 use aya_ebpf::{
     EbpfContext,
     bindings::{bpf_sock, bpf_sock_addr},
+    btf_maps::lpm_trie::Key,
     cty::c_void,
     helpers::generated::{bpf_get_netns_cookie, bpf_setsockopt, bpf_sk_storage_get},
     programs::SockAddrContext,
 };
 use bridge_common::pool::{Destination, Lease, TCP, UDP};
 
-use crate::maps::POOL_LEASES;
+use crate::maps::{POOL_LEASES, POOL_NETWORKS};
 
 pub(crate) const AF_INET: u32 = 2;
 pub(crate) const AF_INET6: u32 = 10;
@@ -65,6 +66,18 @@ pub(crate) fn destination(address: *const bpf_sock_addr, family: Family) -> Opti
         part += 1;
     }
     Some(Destination::from_network(ip, port, protocol))
+}
+
+/// Whether connections to a destination use the pool.
+#[inline(always)]
+pub(crate) fn is_in_networks(destination: &Destination) -> bool {
+    covered(destination) != 0
+}
+
+/// [`is_in_networks`], as a function: its frame of the stack ends before others begin.
+#[inline(never)]
+extern "C" fn covered(destination: &Destination) -> u64 {
+    u64::from(POOL_NETWORKS.get(&Key::new(128, destination.address())).is_some())
 }
 
 /// The socket behind a hook.

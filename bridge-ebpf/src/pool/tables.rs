@@ -2,9 +2,9 @@
 
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns};
 use bridge_common::pool::{
-    Destination, Geometry, MAX_WORDS, Owner,
+    Destination, Geometry, MAX_WORDS, Owner, Refusal,
     bitmap::{self, Bitmap, Memory},
-    slots::{self, Claim, Tables},
+    slots::{self, Claim, Seat, Tables},
 };
 
 use bridge_ebpf::atomic::{fetch_add, fetch_and, fetch_or};
@@ -123,6 +123,24 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn new_slot(&self, template: u32) -> Option<u32> {
+        u32::try_from(pool_new_slot(self.words, template)).ok()
+    }
+
+    #[inline(always)]
+    fn claim_exact(&self, seat: Seat, index: u32) -> Result<Claim, Refusal> {
+        match u32::try_from(pool_claim_exact(self.words, seat.slot, seat.owner_slot, index)) {
+            Ok(from) => Ok(Claim { index, from }),
+            Err(_) => Err(Refusal::TAKEN),
+        }
+    }
+
+    #[inline(always)]
+    fn arrive(&self, slot: u32) -> bool {
+        pool_arrive(self.words, slot) != 0
+    }
+
+    #[inline(always)]
     fn fill(&self, slot: u32, template: u32) {
         let geometry = self.geometry();
         pool_copy(
@@ -153,6 +171,35 @@ extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 
         Some(index) => i64::from(index),
         None => -1,
     }
+}
+
+/// [`slots::new_slot`]; global for the same reason as [`pool_find`].
+/// Answers -1 if there is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_new_slot(words: u32, template: u32) -> i64 {
+    match slots::new_slot(&Maps { words }, template) {
+        Some(slot) => i64::from(slot),
+        None => -1,
+    }
+}
+
+/// [`slots::claim_exact`]; global for the same reason as [`pool_find`].
+/// Answers the slot that the port was taken from, or -1.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_claim_exact(words: u32, slot: u32, owner_slot: u32, index: u32) -> i64 {
+    match slots::claim_exact(&Maps { words }, Seat { slot, owner_slot }, index) {
+        Ok(claim) => i64::from(claim.from),
+        Err(_) => -1,
+    }
+}
+
+/// [`slots::arrive`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_arrive(words: u32, slot: u32) -> u32 {
+    u32::from(slots::arrive(&Maps { words }, slot))
 }
 
 /// [`slots::unclaim`]; global for the same reason as [`pool_find`].
