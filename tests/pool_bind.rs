@@ -1,6 +1,6 @@
 //! `bind` to port 0 by programs that know nothing of the pool, and protocols that it does not serve.
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, io::Read as _, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::{model::PortRange, pool::Settings};
@@ -154,5 +154,77 @@ fn udp_lite_does_not_leave_from_outside_a_strict_pool() -> Result<()> {
     let stand = Stand::new(&lab, &Settings { strict: false, ..settings()? })?;
     let seen: String = run(&stand, &lab.c1().netns, script)?;
     ensure!(seen == "connected", "{seen}");
+    Ok(())
+}
+
+/// Subflows of MPTCP are the kernel's own sockets, for which no release hook runs.
+#[test]
+fn mptcp_sockets_give_their_ports_back() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    // Fewer ports than connections of one kind.
+    let stand =
+        Stand::new(&lab, &Settings { ports: vec![PortRange { first: 61001, last: 61016 }], ..settings()? })?;
+    let mut server = python(
+        r"
+import selectors, socket
+sel = selectors.DefaultSelector()
+for protocol, port in ((262, 8080), (6, 8081)):
+    s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, protocol)
+    s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    s.bind(('::', port))
+    s.listen(4096)
+    sel.register(s, selectors.EVENT_READ, 1)
+print('ready', flush=True)
+while True:
+    for key, _ in sel.select():
+        s = key.fileobj
+        if key.data:
+            sel.register(s.accept()[0], selectors.EVENT_READ, 0)
+            continue
+        try: data = s.recv(4096)
+        except OSError: data = b''
+        if not data:
+            sel.unregister(s)
+            s.close()
+",
+    );
+    server.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut server = lab.a().netns.spawn_command(server)?;
+    server.child().stdout.as_mut().context("a pipe")?.read_exact(&mut [0; 6])?;
+    let mut connections = 0;
+    for (family, kind) in [(Family::V4, "AF_INET"), (Family::V6, "AF_INET6")] {
+        let to = lab.a().ip(family);
+        // A peer with MPTCP, one without, and a port that refuses; closed, and closed with an RST.
+        let script = format!(
+            r"
+import struct, time
+def one(to, reset):
+    s = socket.socket(socket.{kind}, socket.SOCK_STREAM, 262)
+    s.connect(to)
+    seen.add(port(s))
+    if reset: s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    s.close()
+def retried(f):
+    # The kernel ends a subflow some time after its socket was closed.
+    end = time.monotonic() + 10
+    while True:
+        result = code(f)
+        if result != 'EADDRNOTAVAIL' or time.monotonic() > end: return result
+        time.sleep(0.01)
+seen = set()
+results = []
+for to in (8080, 8081, 8082):
+    for reset in (0, 1):
+        for _ in range(50): results.append(retried(lambda: one(('{to}', to), reset)))
+print(json.dumps([[results.count(x) for x in ('connected', 'ECONNREFUSED')], len(results), sorted(seen)]))"
+        );
+        let ([connected, refused], all, ports): ([u32; 2], u32, Vec<u16>) =
+            run(&stand, &lab.c1().netns, &script)?;
+        ensure!((connected, refused, all) == (200, 100, 300), "{kind}: {connected} {refused} of {all}");
+        ensure!(ports.iter().all(|port| (61001..=61016).contains(port)), "{ports:?}");
+        connections += all;
+        let claims = stand.settled(SOON)?;
+        ensure!(claims == u64::from(connections), "{claims} claims of {connections} connections");
+    }
     Ok(())
 }

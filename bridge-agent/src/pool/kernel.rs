@@ -117,6 +117,8 @@ impl KernelPool {
         }
         let has_set_retval = u8::from(has_set_retval());
         loader.override_global("POOL_HAS_SET_RETVAL", &has_set_retval, true);
+        let has_mptcp = u8::from(has_mptcp());
+        loader.override_global("POOL_HAS_MPTCP", &has_mptcp, true);
         let mut ebpf = loader.load(object)?;
         hooks::load_programs(&mut ebpf)?;
         let words = match ebpf.take_map("POOL_WORDS") {
@@ -414,6 +416,12 @@ fn remove_directories(base: &Path, prefix: &'static str) -> Result<(), KernelPoo
 /// will say so itself.
 fn has_set_retval() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(true)
+}
+
+/// Whether the hooks can tell subflows of MPTCP from other sockets (Linux 5.19 with `CONFIG_MPTCP`).
+fn has_mptcp() -> bool {
+    let helper = is_helper_supported(ProgramType::SockOps, BpfHelper::BPF_FUNC_skc_to_mptcp_sock);
+    helper.unwrap_or(false) && Path::new("/proc/sys/net/mptcp").exists()
 }
 
 /// For `map_err`.

@@ -2,11 +2,13 @@
 //!
 //! A tuple is free when its socket is closed as a file and in state CLOSE, in whichever order: closing the file comes
 //! first when this side closes actively, CLOSE comes first when the peer resets. A socket that never left CLOSE (no
-//! route) gets no callback about its state; a connection in FIN_WAIT has no file any more.
+//! route) gets no callback about its state; a connection in FIN_WAIT has no file any more. A subflow of MPTCP never has
+//! one.
 
 use aya_ebpf::{
+    Global,
     bindings::{bpf_sock, bpf_sock_ops},
-    helpers::generated::bpf_load_hdr_opt,
+    helpers::generated::{bpf_load_hdr_opt, bpf_skc_to_mptcp_sock},
     macros::{cgroup_sock, sock_ops},
     programs::{SockContext, SockOpsContext},
 };
@@ -37,6 +39,10 @@ const BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB: u32 = 4;
 const BPF_SOCK_OPS_STATE_CB: u32 = 10;
 const BPF_SOCK_OPS_STATE_CB_FLAG: i32 = 1 << 2;
 
+/// Whether the kernel has MPTCP and `bpf_skc_to_mptcp_sock` (Linux 5.19). Set by the loader.
+#[unsafe(no_mangle)]
+static POOL_HAS_MPTCP: Global<u8> = Global::new(0);
+
 /// The last descriptor of a socket is closed.
 #[cgroup_sock(sock_release)]
 pub(crate) fn pool_release(ctx: SockContext) -> i32 {
@@ -64,8 +70,9 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             let lease = lease(sock_ops_socket(ctx.ops));
             if !lease.is_null() {
+                let own = if is_subflow(sock_ops_socket(ctx.ops)) { LEASE_FILE_CLOSED } else { 0 };
                 // SAFETY: the storage of the socket of the context.
-                unsafe { fetch_or(&raw mut (*lease).state, LEASE_CONNECTING) };
+                unsafe { fetch_or(&raw mut (*lease).state, LEASE_CONNECTING | own) };
                 let flags = ctx.cb_flags().cast_signed() | BPF_SOCK_OPS_STATE_CB_FLAG;
                 // An error would mean that this kernel reports no states at all; the reconciler frees then.
                 let _ = ctx.set_cb_flags(flags);
@@ -116,6 +123,16 @@ pub(crate) extern "C" fn give_back(lease: *mut Lease) {
         slots::release(&Maps { words: config.words }, seat, index);
         count(counter::RELEASES);
     }
+}
+
+/// Whether a socket is a subflow of MPTCP: the kernel's own, without a descriptor whose end [`pool_release`] would see.
+#[inline(always)]
+fn is_subflow(socket: *mut bpf_sock) -> bool {
+    if POOL_HAS_MPTCP.load() == 0 || socket.is_null() {
+        return false;
+    }
+    // SAFETY: a socket of a context of a program type that has the helper.
+    !unsafe { bpf_skc_to_mptcp_sock(socket.cast()) }.is_null()
 }
 
 /// Whether the SYN-ACK that this callback is about has a timestamp. The kernel only keeps it if our SYN had one, too.

@@ -4,10 +4,10 @@
 //! again at once (`tcp_twsk_unique`, net/ipv4/tcp_ipv4.c); without them `__inet_check_established` refuses it, after the
 //! hook has bound the port. So such a port is given to nobody until the minute is over.
 
-use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_loop};
 use bridge_common::pool::{
     Rest, RestingPort, counter,
-    slots::{self, Seat, Tables as _},
+    slots::{self, Seat},
 };
 
 use crate::{
@@ -38,26 +38,36 @@ pub(crate) fn rest(seat: Seat, index: u32, duration: u64) -> bool {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn pool_wake(words: u32, slot: u32) -> u32 {
-    let tables = Maps { words };
     let ports = words * 64;
-    if ports == 0 {
-        return 0;
+    // SAFETY: the helper takes no argument.
+    let start = unsafe { bpf_get_prandom_u32() } % ports.max(1);
+    let mut wake = Wake { words, slot, start, resting: 0 };
+    let turn = wake_turn as *const ();
+    // SAFETY: a callback with the arguments that the helper gives it, and memory that outlives the call.
+    unsafe { bpf_loop(ports.min(CHECKED), turn.cast_mut().cast(), (&raw mut wake).cast(), 0) };
+    // SAFETY: initialised above; volatile, since the callback wrote it.
+    unsafe { (&raw const wake.resting).read_volatile() }
+}
+
+/// A walk over ports of a destination.
+#[repr(C)]
+struct Wake {
+    words: u32,
+    slot: u32,
+    start: u32,
+    /// 1 if a port rests still.
+    resting: u32,
+}
+
+#[inline(never)]
+extern "C" fn wake_turn(turn: u64, wake: *mut Wake) -> i64 {
+    // SAFETY: the memory that `pool_wake` gave to `bpf_loop`.
+    let wake = unsafe { &mut *wake };
+    let index = (wake.start + turn as u32) % (wake.words * 64).max(1);
+    if wake_port(wake.words, wake.slot, index) != 0 {
+        wake.resting = 1;
     }
-    let mut index = tables.random() % ports;
-    let mut resting = 0;
-    let mut checked = 0;
-    while checked < CHECKED {
-        if checked >= ports {
-            break;
-        }
-        resting |= wake_port(words, slot, index);
-        index += 1;
-        if index >= ports {
-            index = 0;
-        }
-        checked += 1;
-    }
-    resting
+    0
 }
 
 /// Releases one port if its rest is over. Returns 1 if it still rests.
