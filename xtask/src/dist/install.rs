@@ -8,7 +8,11 @@ use std::{
 use anyhow::{Context, Result, ensure};
 
 use super::{Architecture, Dist, packages};
-use crate::{cmd, setup, test, workspace};
+use crate::{
+    cmd,
+    setup::{self, kube_assets},
+    test, workspace,
+};
 
 /// Suite of the root that packages are tested in.
 const SUITE: &str = "bookworm";
@@ -44,6 +48,18 @@ impl Root {
         as_root("chroot", &arguments).with_context(|| script.to_owned())
     }
 
+    /// Runs a file of bridge-tests that works on the root, with these variables.
+    fn run_test(&self, name: &str, variables: &[(&str, &Path)]) -> Result<()> {
+        let mut command = cmd::cargo();
+        command.args(["test", "--package", "bridge-tests", "--test", name, "--", "--ignored", "--nocapture"]);
+        command.current_dir(workspace::root()).env("BRIDGE_ROOT", &self.0);
+        command.envs(variables.iter().copied());
+        if !cmd::is_root() {
+            test::run_tests_by_sudo(&mut command)?;
+        }
+        cmd::run(&mut command)
+    }
+
     /// Runs rpm on the root; its scripts run in the root.
     fn rpm(&self, arguments: &[&str], package: &Path) -> Result<String> {
         let mut all: Vec<OsString> = vec!["--root".into(), self.0.clone().into(), "--nodeps".into()];
@@ -73,23 +89,15 @@ pub(super) fn deb(dist: &Dist) -> Result<()> {
     let older = packages::deb(dist, architecture, OLDER, &dist.work)?;
     let package = packages::deb_path(architecture, &dist.version, &dist.out);
     let root = Root::new("deb")?;
-    let mut command = cmd::cargo();
-    command.args([
-        "test",
-        "--package",
-        "bridge-tests",
-        "--test",
-        "packages",
-        "--",
-        "--ignored",
-        "--nocapture",
-    ]);
-    command.current_dir(workspace::root()).env("BRIDGE_ROOT", &root.0);
-    command.env("BRIDGE_DEB", &package).env("BRIDGE_DEB_OLDER", &older);
-    if !cmd::is_root() {
-        test::run_tests_by_sudo(&mut command)?;
-    }
-    cmd::run(&mut command)
+    root.run_test("packages", &[("BRIDGE_DEB", &package), ("BRIDGE_DEB_OLDER", &older)])
+}
+
+/// Runs the commands of the README.
+pub(super) fn readme(dist: &Dist) -> Result<()> {
+    native(dist)?;
+    kube_assets::ensure()?;
+    setup::packages(&[("python3-venv", "the Python package is installed into an environment of its own")])?;
+    Root::new("readme")?.run_test("install", &[("BRIDGE_DIST", &dist.out)])
 }
 
 /// Installs, replaces and erases the .rpm in a Debian root, by rpm's own tools, and reads every .rpm.

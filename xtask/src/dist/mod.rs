@@ -166,6 +166,7 @@ pub(crate) fn main(options: Options) -> Result<()> {
         });
         steps.step("the .deb enforces in a bare Debian root, upgrades, is purged", || install::deb(&dist));
         steps.step("the .rpm installs by rpm's own tools", || install::rpm(&dist));
+        steps.step("the commands of the README install as printed", || install::readme(&dist));
         steps.step("the static binary in the lab", || in_lab(&dist));
         steps.step("a build in another folder is equal", || again::compare(&dist));
     }
