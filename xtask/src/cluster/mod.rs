@@ -63,6 +63,14 @@ pub(crate) fn ensure(version: Option<&str>) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// Returns helm, built into the cache.
+///
+/// # Errors
+/// There is no Go and none can be installed, or the module cannot be fetched or built.
+pub(crate) fn helm() -> Result<PathBuf> {
+    modules::helm().context("helm cannot be built")
+}
+
 /// The value of `--version` in the arguments of the cluster.
 fn version(arguments: &[OsString]) -> Option<String> {
     let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();

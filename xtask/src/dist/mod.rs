@@ -31,7 +31,8 @@ use crate::{
 const SUMS: &str = "SHA256SUMS";
 
 /// Programs that make packages.
-const PROGRAMS: [Program; 2] = [
+const PROGRAMS: [Program; 3] = [
+    program("llvm-objcopy", "llvm", "removes DWARF from the eBPF objects"),
     program("dpkg-deb", "dpkg", "writes the .deb packages"),
     program("rpmbuild", "rpm", "writes the .rpm packages"),
 ];
@@ -123,6 +124,11 @@ impl Dist {
         self.out.join(format!("bridge-agent-{}-linux-{}", self.version, architecture.machine()))
     }
 
+    /// Returns the folder of the eBPF objects that the binaries embed.
+    fn objects(&self) -> PathBuf {
+        self.work.join("bpf")
+    }
+
     /// Returns the tree of files that the packages of `architecture` install.
     fn tree(&self, architecture: Architecture) -> PathBuf {
         self.work.join("tree").join(architecture.machine())
@@ -167,6 +173,8 @@ pub(crate) fn main(options: Options) -> Result<()> {
         steps.step("the .deb enforces in a bare Debian root, upgrades, is purged", || install::deb(&dist));
         steps.step("the .rpm installs by rpm's own tools", || install::rpm(&dist));
         steps.step("the commands of the README install as printed", || install::readme(&dist));
+        steps.step("the Helm chart makes the objects of kustomize", install::chart);
+        steps.step("bridge-client builds as crates.io would receive it", install::publish);
         steps.step("the static binary in the lab", || in_lab(&dist));
         steps.step("a build in another folder is equal", || again::compare(&dist));
     }
