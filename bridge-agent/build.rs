@@ -1,12 +1,19 @@
 //! Finds the eBPF objects that `src/datapath/object.rs` embeds.
 
-use std::{env, fs, path::Path};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+/// The folder of the objects; unset, `target/bpf`.
+const OBJECTS: &str = "BRIDGE_BPF_OBJECTS";
 
 fn main() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("bridge-agent lies in the workspace");
-    let objects = root.join("target/bpf");
+    let objects = env::var_os(OBJECTS).map_or_else(|| root.join("target/bpf"), PathBuf::from);
     let bins = root.join("bridge-ebpf/src");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed={OBJECTS}");
     println!("cargo::rerun-if-changed={}", bins.display());
 
     // One object for each binary of bridge-ebpf, whose source is src/NAME/main.rs.
@@ -25,5 +32,5 @@ fn main() {
             );
         }
     }
-    println!("cargo::rustc-env=BRIDGE_BPF_OBJECTS={}", objects.display());
+    println!("cargo::rustc-env={OBJECTS}={}", objects.display());
 }

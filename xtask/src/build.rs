@@ -95,7 +95,7 @@ pub(crate) fn tests<'a>(package: &str, tests: &[&'a str]) -> Result<Vec<(&'a str
 /// # Errors
 /// The build fails, or a file cannot be written.
 pub(crate) fn objects(toolchain: &EbpfToolchain) -> Result<()> {
-    cmd::run(&mut ebpf_cargo(toolchain, &toolchain.cargo, "build"))?;
+    cmd::run(&mut ebpf_cargo(toolchain, &toolchain.cargo, "build")?)?;
     let bins = Metadata::read()?.bins(PACKAGE);
     let built = workspace::root().join("target/ebpf").join(TARGET).join("release");
     publish(&built, &workspace::objects(), &bins)
@@ -108,12 +108,12 @@ pub(crate) fn objects(toolchain: &EbpfToolchain) -> Result<()> {
 pub(crate) fn lint_objects(toolchain: &EbpfToolchain) -> Result<()> {
     // Called directly: `cargo clippy` would look in CARGO_HOME first and find rustup's proxy there.
     let clippy = toolchain.cargo.with_file_name("cargo-clippy");
-    let mut command = ebpf_cargo(toolchain, &clippy, "clippy");
+    let mut command = ebpf_cargo(toolchain, &clippy, "clippy")?;
     cmd::run(command.env("CARGO", &toolchain.cargo).args(["--", "-D", "warnings"]))
 }
 
 /// Runs `program` (a cargo, or a subcommand of it) with `action` on the kernel side.
-fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Command {
+fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Result<Command> {
     let mut command = cmd::command(program);
     for name in FOREIGN_ENVIRONMENT {
         command.env_remove(name);
@@ -128,6 +128,7 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Comman
         "-Cdebuginfo=2".into(),
         format!("-Clinker={}", toolchain.linker.display()),
         "-Clink-arg=--btf".into(),
+        format!("--remap-path-prefix={}=/cargo", workspace::cargo_home()?.display()),
         format!("--remap-path-prefix={}=.", workspace::root().display()),
     ];
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
@@ -143,7 +144,7 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Comman
         "--release",
     ]);
     command.args(["--target-dir", "target/ebpf"]);
-    command
+    Ok(command)
 }
 
 /// Makes `to` hold exactly the files `names` of `from`. Equal files are left untouched, so that cargo does not rebuild

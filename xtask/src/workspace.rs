@@ -1,6 +1,9 @@
 //! Where things lie in this repository.
 
-use std::path::{Path, PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result};
 
@@ -14,6 +17,17 @@ pub(crate) fn root() -> &'static Path {
 /// Where the eBPF objects go that bridge-agent embeds.
 pub(crate) fn objects() -> PathBuf {
     root().join("target/bpf")
+}
+
+/// Returns the folder in which cargo keeps the sources of dependencies.
+///
+/// # Errors
+/// The environment names none.
+pub(crate) fn cargo_home() -> Result<PathBuf> {
+    let given = env::var_os("CARGO_HOME").map(PathBuf::from);
+    given
+        .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")))
+        .context("neither CARGO_HOME nor HOME names a folder: set HOME")
 }
 
 /// Output of `cargo metadata`.

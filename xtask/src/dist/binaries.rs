@@ -4,7 +4,7 @@ use std::{
     env,
     fs::{self, Permissions},
     os::unix::fs::PermissionsExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::Command,
 };
 
@@ -22,6 +22,7 @@ const MAX_SIZE: usize = 16 << 20;
 
 /// Builds the binary of each architecture into `dist.out`, stripped, with its list of dependencies embedded.
 pub(super) fn build(dist: &Dist, toolchain: &EbpfToolchain) -> Result<()> {
+    strip_objects(dist)?;
     let zig = zig::ensure()?;
     let auditable = setup::auditable()?;
     let tools = [Some(zig.as_path()), auditable.parent()];
@@ -37,6 +38,26 @@ pub(super) fn build(dist: &Dist, toolchain: &EbpfToolchain) -> Result<()> {
     Ok(())
 }
 
+/// Writes the eBPF objects without DWARF, of which nothing reads more than the BTF that is made of it, to be embedded.
+fn strip_objects(dist: &Dist) -> Result<()> {
+    let folder = dist.objects();
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    for object in fs::read_dir(workspace::objects())? {
+        let object = object?;
+        let mut strip = cmd::command("llvm-objcopy");
+        let stripped = folder.join(object.file_name());
+        let part = stripped.with_extension("part");
+        cmd::run(strip.arg("--strip-debug").arg(object.path()).arg(&part))?;
+        // An equal file is left untouched: otherwise cargo builds the agent again.
+        if fs::read(&stripped).is_ok_and(|present| fs::read(&part).is_ok_and(|new| new == present)) {
+            fs::remove_file(&part)?;
+        } else {
+            fs::rename(&part, &stripped)?;
+        }
+    }
+    Ok(())
+}
+
 /// Returns the command that builds the agent for `architecture`.
 fn cargo(dist: &Dist, toolchain: &EbpfToolchain, architecture: Architecture) -> Result<Command> {
     let mut cargo = cmd::command(&toolchain.cargo);
@@ -45,7 +66,7 @@ fn cargo(dist: &Dist, toolchain: &EbpfToolchain, architecture: Architecture) -> 
     cargo.args(["-Z", "build-std=std,panic_unwind", "--target", architecture.target(), "--target-dir"]);
     cargo.arg(&dist.work).current_dir(workspace::root());
     // Paths of this machine would make the binary differ from that of another; the last prefix that matches counts.
-    let home = cargo_home()?;
+    let home = workspace::cargo_home()?;
     let source = cmd::output(cmd::command(&toolchain.rustc).args(["--print", "sysroot"]))?;
     let renamed = [
         (source.trim(), "/rust"),
@@ -57,19 +78,12 @@ fn cargo(dist: &Dist, toolchain: &EbpfToolchain, architecture: Architecture) -> 
     flags.extend(renamed.map(|(from, to)| format!("--remap-path-prefix={from}={to}")));
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env_remove("RUSTFLAGS");
     cargo.env("RUSTC", &toolchain.rustc).env("CARGO", &toolchain.cargo);
+    cargo.env("BRIDGE_BPF_OBJECTS", dist.objects());
     cargo.env("CARGO_INCREMENTAL", "0").env("SOURCE_DATE_EPOCH", dist.epoch.to_string());
     if toolchain.stable {
         cargo.env("RUSTC_BOOTSTRAP", "1");
     }
     Ok(cargo)
-}
-
-/// Returns the folder in which cargo keeps the sources of dependencies.
-fn cargo_home() -> Result<PathBuf> {
-    let given = env::var_os("CARGO_HOME").map(PathBuf::from);
-    given
-        .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")))
-        .context("neither CARGO_HOME nor HOME names a folder: set HOME")
 }
 
 /// Writes the bill of materials (CycloneDX, JSON) from the list of dependencies embedded in each binary.
@@ -104,11 +118,11 @@ pub(super) fn test(dist: &Dist) -> Result<()> {
         let bytes = fs::read(&binary)?;
         let size = bytes.len();
         ensure!(size <= MAX_SIZE, "{name} has {size} bytes, more than {MAX_SIZE}");
-        for object in fs::read_dir(workspace::objects())? {
+        for object in fs::read_dir(dist.objects())? {
             let object = object?.path();
             ensure!(contains(&bytes, &fs::read(&object)?), "{name} lacks the object {}", object.display());
         }
-        for folder in [workspace::root(), &cargo_home()?] {
+        for folder in [workspace::root(), &workspace::cargo_home()?] {
             let folder = folder.as_os_str().as_encoded_bytes();
             ensure!(!contains(&bytes, folder), "{name} names {}", String::from_utf8_lossy(folder));
         }
