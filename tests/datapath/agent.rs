@@ -151,6 +151,34 @@ fn a_new_interface_is_judged_on_at_once() -> Result<()> {
 }
 
 #[test]
+fn a_renamed_interface_stays_judged() -> Result<()> {
+    let lab = Lab::builder().pods(1).build()?;
+    let _servers = servers(&lab)?;
+    let agent = Agent::start(&lab, lab.b(), CONFIG)?;
+    let node = &lab.b().netns;
+    ensure!(reaches(&lab, ALLOWED)? && !reaches(&lab, DENIED)?);
+    let before = crate::support::attached(node, "eth0")?;
+    // As udev does; IPv4 addresses stay.
+    node.ip("link set eth0 down")?;
+    node.ip("link set eth0 name lan0")?;
+    node.ip("link set lan0 up")?;
+    let remark = || {
+        let status = json(&agent, &["status"]).ok()?.to_string();
+        (status.contains("eth0 was renamed to lan0") && status.contains("\"lan0\"")).then_some(())
+    };
+    eventually(DEADLINE, remark).with_context(|| agent.log())?;
+    assert_eq!(crate::support::attached(node, "lan0")?, before);
+    eventually(DEADLINE, || reaches(&lab, ALLOWED).ok().filter(|reached| *reached)).context("allowed")?;
+    ensure!(!reaches(&lab, DENIED)?, "open after it was renamed:\n{}", agent.log());
+    ensure!(agent.run(&["status", "--ready"]).is_ok());
+    // Another interface with the configured name takes its place.
+    node.ip("link add eth0 type veth peer name eth0-peer")?;
+    let moved = || crate::support::attached(node, "eth0").ok().filter(|attached| !attached.is_empty());
+    eventually(DEADLINE, moved).with_context(|| agent.log())?;
+    Ok(())
+}
+
+#[test]
 fn interfaces_are_found_from_the_routes() -> Result<()> {
     let lab = Lab::builder().pods(2).build()?;
     let named = "  interfaces: {external: [eth0], internal: [\"cali*\"]}\n";

@@ -141,10 +141,10 @@ fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Resu
     until_closed(a, c1.at(Family::V4, OPEN), &node)
 }
 
-/// Counts the TCP packets that arrive at a pod.
+/// Counts the TCP connection attempts that arrive at a pod.
 fn count_arrivals(pod: &Host) -> Result<()> {
     let mut command = std::process::Command::new("iptables");
-    command.args(["-A", "INPUT", "-p", "tcp"]);
+    command.args(["-A", "INPUT", "-p", "tcp", "--syn"]);
     pod.netns.output(command).map(drop)
 }
 
@@ -217,5 +217,27 @@ fn a_reboot_without_an_api_server_enforces_the_cluster_as_last_known() -> Result
     node.restart()?;
     open(a, c1.at(Family::V4, OPEN)).context("the policy of before")?;
     assert!(is_refused(a, denied)?);
+    Ok(())
+}
+
+#[test]
+fn a_cluster_that_could_not_be_saved_is_saved_later() -> Result<()> {
+    let (lab, server) = cluster()?;
+    let state = bridge_lab::agent::state_directory(&lab.directory().join("b/agent.sock"));
+    let saved = state.join("kubernetes.json");
+    let node = Agent::start(&lab, lab.b(), &node_config(&server, ""))?;
+    until_current(&node)?;
+    eventually(DEADLINE, || saved.exists().then_some(())).context("saved")?;
+    // Nothing can take the place of a directory with a file in it.
+    std::fs::remove_file(&saved)?;
+    std::fs::create_dir(&saved)?;
+    std::fs::write(saved.join("file"), "")?;
+    server.apply(&policy("devices", EVERY_POD))?;
+    eventually(DEADLINE, || node.log().contains("cannot save the cluster").then_some(()))
+        .with_context(|| node.log())?;
+    std::fs::remove_dir_all(&saved)?;
+    // Without another change of the cluster.
+    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+        .with_context(|| node.log())?;
     Ok(())
 }

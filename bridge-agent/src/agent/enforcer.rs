@@ -22,6 +22,7 @@ use crate::{
     conntrack,
     datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
     interfaces::{Chosen, Observer, Selection, Snapshot},
+    kernel::backoff::Backoff,
     policy::{Tables, TablesStats},
     state::{AttachedInterface, Enforcement, FastPathStatus},
 };
@@ -50,6 +51,20 @@ pub(super) struct Enforcer {
     pins_restored: u64,
     /// Why pins are missing.
     unpinned: Option<String>,
+    again: Again,
+}
+
+/// What has failed and is due again.
+#[derive(Debug, Default)]
+struct Again {
+    /// To attach all chosen interfaces.
+    attach: Backoff,
+    /// To read the interfaces and to publish the policy for them.
+    follow: Backoff,
+    /// To remove the remains of another version.
+    remove: Backoff,
+    /// To begin to keep the fast path.
+    keep: Backoff,
 }
 
 impl Enforcer {
@@ -88,6 +103,7 @@ impl Enforcer {
             fast_path,
             pins_restored: 0,
             unpinned: None,
+            again: Again::default(),
         };
         match (former, term) {
             (Some(former), Term::Rest(_, left)) => enforcer.former = Some((former, Instant::now() + left)),
@@ -110,14 +126,20 @@ impl Enforcer {
             tracing::warn!(%error, "cannot read the log of the programs");
         }
         crate::fault::point("start:enforcing");
-        match enforcer.datapath.remove_other_versions() {
+        enforcer.remove_other_versions();
+        Ok(enforcer)
+    }
+
+    fn remove_other_versions(&mut self) {
+        let removed = self.datapath.remove_other_versions();
+        self.again.remove.note(removed.is_ok());
+        match removed {
             Ok(0) => {}
             Ok(attachments) => {
                 tracing::info!(attachments, "removed the leftovers of another version of bridge")
             }
             Err(error) => tracing::warn!(%error, "cannot remove all that another version of bridge has left"),
         }
-        Ok(enforcer)
     }
 
     fn bring_up(&mut self, tables: &Tables) -> Result<(), Error> {
@@ -177,7 +199,7 @@ impl Enforcer {
     }
 
     fn attach(&mut self) -> Result<(), Error> {
-        let mut chosen = self.desired.selection.choose(&self.snapshot);
+        let mut chosen = self.desired.selection.choose_after(&self.snapshot, &self.chosen);
         let mut node_ports = self.desired.policy.node_ports.is_some();
         if let Some((former, _)) = &self.former {
             let also = former.selection.choose(&self.observer.snapshot(&former.selection)?).targets;
@@ -281,25 +303,34 @@ impl Enforcer {
 
     /// The policy is active, even if single interfaces fail.
     fn attach_as_far_as_possible(&mut self) {
-        if let Err(error) = self.attach() {
-            tracing::error!(%error, "not everything is attached");
+        let attached = self.attach();
+        self.again.attach.note(attached.is_ok());
+        if let Err(error) = attached {
+            tracing::error!(%error, "not everything is attached; the agent tries again");
             self.chosen.remarks.push(error.to_string());
         }
     }
 
-    /// Checks the interfaces and follows changes.
+    /// Checks the interfaces and follows changes; after a failure, again and again.
     pub(super) fn interfaces_changed(&mut self) -> Result<(), Error> {
         // New interfaces are attached nevertheless.
         drop(self.restore_pins());
+        let again = self.again.follow != Backoff::default();
+        let followed = self.follow_interfaces(again);
+        self.again.follow.note(followed.is_ok());
+        followed
+    }
+
+    fn follow_interfaces(&mut self, again: bool) -> Result<(), Error> {
         let snapshot = self.observer.snapshot(&self.desired.selection)?;
-        if snapshot == self.snapshot {
+        if snapshot == self.snapshot && !again {
             return Ok(());
         }
         let addresses_changed = snapshot.addresses != self.snapshot.addresses;
         self.snapshot = snapshot;
         // New interfaces are attached first: they may already carry packets.
         self.attach_as_far_as_possible();
-        if addresses_changed {
+        if addresses_changed || again {
             let tables = compile(&self.desired, &self.snapshot)?;
             match self.publish(&tables, None) {
                 // Its time has ended: its end, which comes next, compiles again.
@@ -337,9 +368,29 @@ impl Enforcer {
     /// Polls for changes that the kernel sends no notification for.
     pub(super) fn look(&mut self) {
         drop(self.restore_pins());
+        self.try_again();
         if self.keeper.is_some() {
             self.allow_fast_path();
             self.judge_conntrack(false);
+        }
+    }
+
+    /// Repeats what has failed and is due.
+    fn try_again(&mut self) {
+        if self.again.follow.is_due() {
+            match self.interfaces_changed() {
+                Ok(()) => tracing::info!("the agent follows the interfaces again"),
+                Err(error) => tracing::debug!(%error, "the agent still cannot follow the interfaces"),
+            }
+        }
+        if self.again.attach.is_due() {
+            self.attach_as_far_as_possible();
+        }
+        if self.again.remove.is_due() {
+            self.remove_other_versions();
+        }
+        if self.again.keep.is_due() {
+            self.keep_fast_path();
         }
     }
 
@@ -384,12 +435,15 @@ impl Enforcer {
     fn keep_fast_path(&mut self) {
         if !self.desired.fast_path {
             self.keeper = None;
+            self.again.keep = Backoff::default();
             self.maps.fast_path().stop();
             self.fast_path = FastPathStatus::default();
             return;
         }
         if self.keeper.is_none() {
-            match Keeper::start(Arc::clone(&self.maps)) {
+            let started = Keeper::start(Arc::clone(&self.maps));
+            self.again.keep.note(started.is_ok());
+            match started {
                 Ok(keeper) => self.keeper = Some(keeper),
                 Err(error) => {
                     self.maps.fast_path().stop();

@@ -12,6 +12,7 @@ use super::{
 use crate::{
     config::{Config, Engine, Role},
     datapath::{self, EventReader},
+    kernel::backoff::Backoff,
 };
 
 pub(super) fn wants_ebpf(config: &Config) -> bool {
@@ -57,11 +58,8 @@ impl Agent {
         if let Some(prepared) = prepared {
             let enforcer = Enforcer::start(&self.pins, config, prepared, term)?;
             self.shared.set_maps(Some(Arc::clone(enforcer.maps())));
-            match EventReader::new(enforcer.maps()) {
-                Ok(events) => self.events = Some(events),
-                Err(error) => tracing::warn!(%error, "events cannot be read"),
-            }
             self.enforcer = Some(enforcer);
+            self.open_events();
         } else if self.pins.exist_of_any_version() {
             let (_, result) = datapath::down(&self.pins, &crate::pool::pins::is_of_a_pool);
             result.map_err(EnforcerError::from)?;
@@ -69,6 +67,17 @@ impl Agent {
         }
         self.show_enforcement();
         Ok(())
+    }
+
+    /// Begins to read events; tried again later if that fails.
+    pub(super) fn open_events(&mut self) {
+        let Some(enforcer) = &self.enforcer else { return };
+        let opened = EventReader::new(enforcer.maps());
+        self.events_again.note(opened.is_ok());
+        match opened {
+            Ok(events) => self.events = Some(events),
+            Err(error) => tracing::warn!(%error, "events cannot be read; the agent tries again"),
+        }
     }
 
     /// Applies another configuration. Nothing is changed if that fails.
@@ -116,6 +125,7 @@ impl Agent {
             }
             (Some(enforcer), None) => {
                 self.events = None;
+                self.events_again = Backoff::default();
                 self.shared.set_maps(None);
                 enforcer.take_down(&self.pins)?;
             }

@@ -52,6 +52,7 @@ use crate::{
     interfaces::Watch,
     iptables,
     kernel::{
+        backoff::Backoff,
         clock,
         file_watch::{self, FileWatch, Hash},
         memory,
@@ -136,6 +137,8 @@ pub struct Agent {
     /// The cluster, if it is followed.
     cluster: Option<Following>,
     events: Option<EventReader>,
+    /// Events could not be read.
+    events_again: Backoff,
     shared: Shared,
     /// The configuration to start with.
     first: Option<Config>,
@@ -186,6 +189,7 @@ impl Agent {
             pool: PortPool::new(port_pool::places(&options.pin_root, &options.state), shared.clone()),
             cluster: None,
             events: None,
+            events_again: Backoff::default(),
             shared,
             socket,
             first: Some(config),
@@ -272,7 +276,11 @@ impl Agent {
                 _ = from.terminate.recv() => return Ok(()),
                 _ = from.interrupt.recv() => return Ok(()),
                 changed = from.interfaces.changed(&selection), if self.enforcer.is_some() || unknown.is_some() => {
-                    changed.map_err(io_error("cannot watch the interfaces"))?;
+                    if let Err(error) = changed {
+                        tracing::error!(%error, "cannot watch the interfaces; the agent tries again");
+                        tokio::time::sleep(LOOK).await;
+                        from.interfaces = Watch::open().unwrap_or(from.interfaces);
+                    }
                     self.interfaces_changed();
                 }
                 () = tokio::time::sleep_until(end_of_trial.unwrap_or_else(tokio::time::Instant::now)),
@@ -282,7 +290,15 @@ impl Agent {
                     drop(self.reload("SIGHUP"));
                 }
                 changed = from.file.changed() => {
-                    let content = changed.map_err(io_error("cannot watch the configuration file"))?;
+                    let content = match changed {
+                        Ok(content) => content,
+                        Err(error) => {
+                            tracing::error!(%error, "cannot watch the configuration file; the agent tries again");
+                            tokio::time::sleep(LOOK).await;
+                            from.file = FileWatch::open(&self.path).unwrap_or(from.file);
+                            continue;
+                        }
+                    };
                     let (path, known) = (self.path.clone(), file_watch::hash_of(&content));
                     drop(self.reload_from("the file has changed", || {
                         Ok((warn(config::load_content(content, &path)?), Some(known)))
@@ -306,8 +322,9 @@ impl Agent {
                 },
                 read = read_events(self.events.as_mut(), &self.shared, self.filter.as_ref(), generation) => {
                     if let Err(error) = read {
-                        tracing::error!(%error, "events can no longer be read");
+                        tracing::error!(%error, "events can no longer be read; the agent tries again");
                         self.events = None;
+                        self.events_again.note(false);
                     }
                 }
             }
@@ -346,6 +363,9 @@ impl Agent {
     /// Polls for changes that the kernel sends no notification for.
     fn look(&mut self) {
         self.report_divergence();
+        if self.events_again.is_due() {
+            self.open_events();
+        }
         if let Some(enforcer) = &mut self.enforcer {
             enforcer.look();
         }

@@ -105,6 +105,8 @@ pub struct Chosen {
     pub targets: Vec<Target>,
     /// Warnings: missing interfaces, and interfaces whose packets cannot be judged.
     pub remarks: Vec<String>,
+    /// The configured name of each interface that was chosen by name, by index.
+    named: BTreeMap<u32, String>,
 }
 
 impl Selection {
@@ -120,6 +122,35 @@ impl Selection {
         let overlaps = |networks: &[IpNet]| networks.iter().any(|net| net.contains(&to) || to.contains(net));
         self.external.is_empty() && overlaps(&self.external_networks)
             || self.internal.is_empty() && overlaps(&self.pod_networks)
+    }
+
+    /// As [`Self::choose`]; an interface that was chosen by a name without `*` stays so when it is renamed, as udev does, until
+    /// another one has that name: otherwise its packets would no longer be judged.
+    #[must_use]
+    pub fn choose_after(&self, snapshot: &Snapshot, before: &Chosen) -> Chosen {
+        let mut present = snapshot.clone();
+        let mut renamed = Vec::new();
+        for (index, name) in &before.named {
+            let configured =
+                self.external.iter().chain(&self.internal).any(|pattern| pattern.as_str() == name);
+            let taken = snapshot.links.values().any(|link| link.name == *name);
+            if let Some(link) =
+                present.links.get_mut(index).filter(|link| configured && !taken && link.name != *name)
+            {
+                renamed.push((*index, std::mem::replace(&mut link.name, name.clone())));
+            }
+        }
+        let mut chosen = self.choose(&present);
+        for (index, now) in renamed {
+            if let Some(target) = chosen.targets.iter_mut().find(|target| target.index == index) {
+                chosen.remarks.push(format!(
+                    "interface {} was renamed to {now} and stays attached; write its new name in enforcement.interfaces",
+                    target.name
+                ));
+                target.name = now;
+            }
+        }
+        chosen
     }
 
     /// Chooses.
@@ -140,6 +171,13 @@ impl Selection {
             chosen
                 .remarks
                 .push("no interface leads to networks.external: nothing from the LAN is judged".into());
+        }
+        let by_name = [(&self.external, &external), (&self.internal, &internal)].into_iter();
+        for (patterns, indexes) in by_name.filter(|(patterns, _)| !patterns.is_empty()) {
+            let links = indexes.iter().filter_map(|index| Some((*index, snapshot.links.get(index)?)));
+            let exact =
+                links.filter(|(_, link)| patterns.iter().any(|pattern| pattern.as_str() == link.name));
+            chosen.named.extend(exact.map(|(index, link)| (index, link.name.clone())));
         }
         let roles = internal
             .iter()
@@ -299,6 +337,29 @@ mod tests {
         assert_eq!(choose(&selection, &routes), expected.map(|(name, role)| (name.into(), role, 14)));
         assert!(selection.concerns("192.168.31.0/24".parse().unwrap()));
         assert!(!selection.concerns("10.200.1.0/24".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_renamed_interface_stays_chosen_until_another_has_its_name() {
+        let pattern = |text: &str| serde_json::from_value(text.into()).unwrap();
+        let selection = Selection { external: vec![pattern("eth0")], ..selection() };
+        let mut links = snapshot(&[]);
+        let before = selection.choose(&links);
+        links.links.get_mut(&2).unwrap().name = "lan0".into();
+        let after = selection.choose_after(&links, &before);
+        let names =
+            |chosen: &Chosen| chosen.targets.iter().map(|t| (t.index, t.name.clone())).collect::<Vec<_>>();
+        assert_eq!(names(&after), [(2, "lan0".into())]);
+        assert!(after.remarks[0].contains("eth0 was renamed to lan0"), "{:?}", after.remarks);
+        let again = selection.choose_after(&links, &after);
+        assert_eq!(again, after, "it stays so");
+        // Another configuration, or another interface with the name.
+        let other = Selection { external: vec![pattern("eth1")], ..selection.clone() };
+        assert!(other.choose_after(&links, &after).targets.is_empty());
+        links.links.get_mut(&5).unwrap().name = "eth0".into();
+        assert_eq!(names(&selection.choose_after(&links, &after)), [(5, "eth0".into())]);
+        // Gone.
+        assert!(selection.choose_after(&Snapshot::default(), &before).targets.is_empty());
     }
 
     #[test]

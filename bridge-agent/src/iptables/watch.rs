@@ -21,6 +21,7 @@ use super::error::Error;
 use super::question::{Answer, Question};
 use super::walk::{self, Packet, Verdict};
 use crate::firewall::{Firewall, Hits, Remains};
+use crate::kernel::backoff::Backoff;
 use crate::model::{Mode, Policy, Topology};
 
 /// Between two rounds.
@@ -89,6 +90,8 @@ struct State {
     firewall: Iptables,
     policy: Policy,
     peace: Peace,
+    /// Saving has failed.
+    unsaved: Backoff,
     /// With eBPF beside it.
     comparison: Option<Comparison>,
 }
@@ -118,8 +121,15 @@ impl Guard {
         // Before the rules are written: the first round sees every change since then.
         let question = Question::open(firewall.backend())?;
         firewall.converge(&policy)?;
-        save(&firewall, &policy);
-        let state = Mutex::new(State { firewall, policy, peace: Peace::default(), comparison: None });
+        let mut state = State {
+            firewall,
+            policy,
+            peace: Peace::default(),
+            unsaved: Backoff::default(),
+            comparison: None,
+        };
+        state.save();
+        let state = Mutex::new(state);
         let shared = Arc::new(Shared {
             state,
             status: Mutex::default(),
@@ -151,7 +161,7 @@ impl Guard {
         let mut state = self.shared.state();
         // A changed file and a signal about it are two reloads: the second keeps the counters.
         if policy == state.policy && matches!(state.firewall.drift(), Ok(None)) {
-            save(&state.firewall, &policy);
+            state.save();
             return Ok(());
         }
         if let Err(error) = state.firewall.converge(&policy) {
@@ -163,8 +173,8 @@ impl Guard {
             }
             return Err(error);
         }
-        save(&state.firewall, &policy);
         state.policy = policy;
+        state.save();
         Ok(())
     }
 
@@ -295,10 +305,17 @@ impl Shared {
     }
 }
 
-fn save(firewall: &Iptables, policy: &Policy) {
-    match firewall.save(policy) {
-        Ok(files) => files.iter().for_each(|file| tracing::info!(file = %file.display(), "rules saved")),
-        Err(error) => tracing::error!("{error}"),
+impl State {
+    /// Saves the rules for the next boot; after a failure the watch tries again.
+    fn save(&mut self) {
+        let saved = self.firewall.save(&self.policy);
+        let again = self.unsaved != Backoff::default();
+        self.unsaved.note(saved.is_ok());
+        match saved {
+            Ok(files) => files.iter().for_each(|file| tracing::info!(file = %file.display(), "rules saved")),
+            Err(error) if again => tracing::debug!(%error, "the rules still cannot be saved"),
+            Err(error) => tracing::error!(%error, "the rules are not saved; the agent tries again"),
+        }
     }
 }
 
@@ -338,6 +355,11 @@ fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -
         },
         Err(error) => shared.status().failed(&format!("cannot ask the kernel for changes: {error}")),
     }
+    let mut state = shared.state();
+    if state.unsaved.is_due() {
+        state.save();
+    }
+    drop(state);
     let pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     shared.count_now_and_then();
     pause
@@ -371,7 +393,8 @@ impl Survey {
 impl Shared {
     /// Renders the rules for another topology.
     fn follow(&self, topology: Topology) {
-        let State { firewall, policy, comparison, .. } = &mut *self.state();
+        let mut state = self.state();
+        let State { firewall, policy, comparison, .. } = &mut *state;
         if *firewall.topology() == topology {
             return;
         }
@@ -382,7 +405,7 @@ impl Shared {
                 if let Some(comparison) = comparison {
                     *comparison = Comparison::begin(&firewall.read_back().unwrap_or_default());
                 }
-                save(firewall, policy);
+                state.save();
                 tracing::info!("iptables rules follow the interfaces of this node");
             }
             Err(error) => {
@@ -408,7 +431,7 @@ enum Seen {
 impl Shared {
     /// Checks the rules, and repairs them.
     fn check(&self, now: Instant) -> Seen {
-        let State { firewall, policy, peace, comparison } = &mut *self.state();
+        let State { firewall, policy, peace, comparison, .. } = &mut *self.state();
         let (drift, changed) = match firewall.drift() {
             Ok(None) => {
                 self.status().failure = None;

@@ -1,5 +1,6 @@
 //! The ground floor: interfaces of the Linux kernel that several subsystems use. It uses no other module of this crate.
 
+pub mod backoff;
 pub mod bpf;
 pub mod capabilities;
 pub mod clock;

@@ -9,8 +9,9 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::iptables::Backend;
 use bridge_lab::agent::Agent;
+use bridge_lab::wait::eventually;
 
-use super::node::{MORE, Node, RULES, json};
+use super::node::{DEADLINE, MORE, Node, RULES, json};
 
 /// A node where rules are saved for the boot, and the state that a healthy agent makes.
 struct Healthy {
@@ -276,9 +277,12 @@ fn a_disk_that_is_full_or_read_only_keeps_what_was_saved_and_the_rules_are_in_fo
     }
     let status = Command::new("mount").args(["-o", "remount,rw"]).arg(&place).status()?;
     ensure!(status.success(), "remount: {status}");
-    fs::remove_file(place.join("filler"))?;
     agent.reload(&more)?;
-    ensure!(healthy.saved()?.contains("more"), "not saved when there was room again");
+    assert_eq!(healthy.saved()?, before, "there is room already");
+    fs::remove_file(place.join("filler"))?;
+    // Without another change.
+    let saved = || healthy.saved().ok().filter(|saved| saved.contains("more"));
+    eventually(DEADLINE, saved).context("not saved when there was room again")?;
     drop(agent);
     drop(disk);
     Ok(())

@@ -23,6 +23,7 @@ use super::engines::Engines;
 use super::saved::Saved;
 use super::state::State;
 use crate::config::Kubernetes;
+use crate::kernel::backoff::Backoff;
 
 /// The field manager of everything that agents write.
 const MANAGER: &str = "bridge-agent";
@@ -50,15 +51,27 @@ async fn save(saved: Option<Saved>, state: &State) {
     let Some(saved) = saved else { return };
     let mut applied = state.applied();
     let mut on_disk = None;
+    let mut again = Backoff::default();
     // The sender is part of the state.
-    while applied.changed().await.is_ok() {
+    loop {
+        let retry = tokio::time::sleep(again.pause());
+        tokio::select! {
+            changed = applied.changed() => if changed.is_err() { return },
+            () = retry, if again != Backoff::default() => {}
+        }
         let version = state.version();
         if !state.is_synced() || on_disk == Some(version) {
             continue;
         }
-        match saved.save(&state.cluster()) {
+        let saved = saved.save(&state.cluster());
+        let first = again == Backoff::default();
+        again.note(saved.is_ok());
+        match saved {
             Ok(()) => on_disk = Some(version),
-            Err(error) => tracing::warn!(%error, "the agent cannot save the cluster for its next start"),
+            Err(error) if first => {
+                tracing::warn!(%error, "the agent cannot save the cluster for its next start; it tries again")
+            }
+            Err(error) => tracing::debug!(%error, "the agent still cannot save the cluster"),
         }
     }
 }
