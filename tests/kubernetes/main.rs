@@ -1,5 +1,6 @@
 //! Agents that follow a real API server, on real packets.
 
+mod crowd;
 mod follow;
 mod networks;
 mod outage;

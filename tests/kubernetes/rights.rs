@@ -135,3 +135,40 @@ fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<(
     server.kubectl(&["delete", "bridgepolicy", "devices"], "")?;
     until_closed(a, c1.at(Family::V4, OPEN), &node)
 }
+
+#[test]
+fn with_own_node_an_agent_writes_the_object_of_no_other_node() -> Result<()> {
+    const NODES: &str = "/apis/bridge.lan/v1alpha1/bridgenodes";
+    let (lab, server) = cluster()?;
+    server.add_node_as("other", &["192.168.31.18".to_owned()], &["10.200.2.0/24".to_owned()])?;
+    server.apply(
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: agent, namespace: bridge-system}\nspec: {nodeName: b, \
+         serviceAccountName: bridge-agent, containers: [{name: c, image: none}]}\n",
+    )?;
+    server.take_pod_token(User::Node, "agent")?;
+    let write = |name: &str| {
+        let object = json!({"apiVersion": "bridge.lan/v1alpha1", "kind": "BridgeNode", "metadata": {"name": name}, "spec": {}});
+        let error = server.request(User::Node, "POST", NODES, Some(&object)).err();
+        server.request(User::Admin, "DELETE", &format!("{NODES}/{name}"), None).ok();
+        error.map(|error| format!("{error:#}"))
+    };
+    let said = write("other");
+    ensure!(said.is_none(), "without the component, any: {said:?}");
+    server.kubectl(&["apply", "-f", &deployed("components/own-node/policy.yaml")], "")?;
+    // The API server takes some time to read it.
+    let said = eventually(DEADLINE, || write("other")).context("the object of another node is taken")?;
+    ensure!(
+        said.contains("an agent may write the BridgeNode of its own node only, not that of other"),
+        "{said}"
+    );
+    let own = write("b");
+    ensure!(own.is_none(), "{own:?}");
+    // The agent works with it.
+    let node = on_node(&lab, &server)?;
+    let written = || {
+        let object = server.request(User::Admin, "GET", &format!("{NODES}/b"), None).ok()?;
+        object["status"]["heartbeatTime"].is_string().then_some(())
+    };
+    eventually(DEADLINE, written).with_context(|| node.log())?;
+    Ok(())
+}

@@ -190,6 +190,15 @@ impl ApiServer {
         credentials::replace(&self.directory, user, &self.account_token("bridge-system", user.name())?)
     }
 
+    /// Gives `user` the token that kubelet would mount into a pod of its service account; the pod exists.
+    pub fn take_pod_token(&self, user: User, pod: &str) -> Result<()> {
+        let path = format!("/api/v1/namespaces/bridge-system/serviceaccounts/{}/token", user.name());
+        let bound = json!({"kind": "Pod", "apiVersion": "v1", "name": pod});
+        let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"boundObjectRef": bound}});
+        let answer = self.request(User::Admin, "POST", &path, Some(&request))?;
+        credentials::replace(&self.directory, user, answer["status"]["token"].as_str().context("a token")?)
+    }
+
     /// Fills the Secret of this name with a token of the account of this name, as kube-controller-manager does.
     pub fn fill_token_secret(&self, namespace: &str, account: &str) -> Result<()> {
         let secret = json!({
