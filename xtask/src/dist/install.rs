@@ -1,6 +1,7 @@
 //! Tests of the artefacts where they are installed: packages in a bare Debian root, the chart, the crate.
 
 use std::{
+    env,
     ffi::OsString,
     path::{Path, PathBuf},
 };
@@ -88,9 +89,14 @@ fn native(dist: &Dist) -> Result<Architecture> {
 }
 
 /// Installs the .deb over an older version in a bare Debian root, with traffic, and removes it.
+///
+/// The older version is the package in `$BRIDGE_PREVIOUS_DEB`, else the same files under a lower version.
 pub(super) fn deb(dist: &Dist) -> Result<()> {
     let architecture = native(dist)?;
-    let older = packages::deb(dist, architecture, OLDER, &dist.work)?;
+    let older = match env::var_os("BRIDGE_PREVIOUS_DEB") {
+        Some(previous) => PathBuf::from(previous),
+        None => packages::deb(dist, architecture, OLDER, &dist.work)?,
+    };
     let package = packages::deb_path(architecture, &dist.version, &dist.out);
     let root = Root::new("deb")?;
     root.run_test("packages", &[("BRIDGE_DEB", &package), ("BRIDGE_DEB_OLDER", &older)])

@@ -6,6 +6,7 @@
 //! linker for both targets; the standard library is built from Debian's source package.
 
 mod again;
+mod arm64;
 mod binaries;
 mod install;
 mod packages;
@@ -176,6 +177,7 @@ pub(crate) fn main(options: Options) -> Result<()> {
         steps.step("the Helm chart makes the objects of kustomize", install::chart);
         steps.step("bridge-client builds as crates.io would receive it", install::publish);
         steps.step("the static binary in the lab", || in_lab(&dist));
+        steps.step("the aarch64 binary judges traffic on Debian's arm64 kernel", || arm64::test(&dist));
         steps.step("a build in another folder is equal", || again::compare(&dist));
     }
     steps.finish()?;

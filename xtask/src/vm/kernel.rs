@@ -138,8 +138,8 @@ pub(super) fn write_initramfs(kernel: &Unpacked, init: &str, scratch: &Path, to:
     cmd::run(&mut pack)
 }
 
-/// The files of a module and of those it depends on, from `modules.dep`; none if it is built in.
-fn needed<'a>(dependencies: &'a str, module: &str) -> Vec<&'a str> {
+/// Returns the files of a module and of those it depends on, from `modules.dep`; none if it is built in.
+pub(crate) fn needed<'a>(dependencies: &'a str, module: &str) -> Vec<&'a str> {
     let is_module = |file: &str| {
         let name = file.rsplit('/').next().unwrap_or(file);
         name.split_once(".ko").is_some_and(|(name, _)| name == module)

@@ -7,7 +7,7 @@ mod jobs;
 mod kernel;
 mod table;
 
-pub(crate) use kernel::Kernel;
+pub(crate) use kernel::{Kernel, needed};
 
 use std::{
     fs,
