@@ -270,6 +270,10 @@ fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Resu
     family(encoder, releases, COUNTER, of(counters.releases, leases.released))?;
     let adoptions = ("pool_adoptions", "Claims of a port that the program had bound itself");
     single(encoder, adoptions, COUNTER, counters.adoptions)?;
+    let rests = ("pool_rests", "Ports that began to rest, in TIME_WAIT at a peer without TCP timestamps");
+    single(encoder, rests, COUNTER, counters.rests)?;
+    let failures = ("pool_connect_failures", "Connects that the kernel refused after they had got a port");
+    single(encoder, failures, COUNTER, counters.connect_failures)?;
     let refusals = [("hook", counters.refusals), ("agent", leases.refusals)];
     let refusals = refusals.into_iter().flat_map(|(by, refusals)| {
         refusals.iter().map(move |(reason, count)| ([("by", by), ("reason", reason)], count))

@@ -178,6 +178,15 @@ impl Backend {
         }
     }
 
+    /// Whether more than a quarter of the slots for destinations are taken.
+    #[must_use]
+    pub fn is_short_of_slots(&self) -> bool {
+        match self {
+            Self::Kernel(pool) => lock(pool).is_short_of_slots(),
+            Self::Userspace(_) => false,
+        }
+    }
+
     /// Performs periodic work; see [`super::sweep`].
     ///
     /// # Errors

@@ -130,6 +130,7 @@ impl KernelPool {
             words,
             destinations: Mutex::new(take(&mut ebpf, "POOL_DESTINATIONS")?),
             owners: Mutex::new(take(&mut ebpf, "POOL_OWNERS")?),
+            shares: Mutex::new(take(&mut ebpf, "POOL_SHARES")?),
             grants: Mutex::new(take(&mut ebpf, "POOL_GRANTS")?),
             resting: Mutex::new(take(&mut ebpf, "POOL_RESTING")?),
         };
@@ -297,6 +298,12 @@ impl KernelPool {
         self.tables.wake().map_err(map("POOL_RESTING"))
     }
 
+    /// Whether more than a quarter of the slots are taken.
+    #[must_use]
+    pub fn is_short_of_slots(&self) -> bool {
+        4 * self.tables.load(pool::FREE_SLOTS) < 3 * u64::from(self.layout.config.slots)
+    }
+
     fn live_claims(&self) -> Result<u64, KernelPoolError> {
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let live = |slot| self.tables.load(self.layout.geometry().live(slot));
@@ -322,7 +329,9 @@ impl KernelPool {
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
-        Ok(self.sweeper.round(&self.tables, &self.layout, &view, known))
+        let swept = self.sweeper.round(&self.tables, &self.layout, &view, known);
+        self.tables.correct_shares().map_err(map("POOL_SHARES"))?;
+        Ok(swept)
     }
 
     /// Every port that a socket holds now, in all network namespaces.

@@ -28,6 +28,7 @@ struct Private {
     words: Words,
     destinations: Mutex<HashMap<Destination, u32>>,
     owners: Mutex<HashMap<Owner, u32>>,
+    shares: Mutex<HashMap<u64, u64>>,
     processor: std::sync::atomic::AtomicU32,
 }
 
@@ -35,8 +36,8 @@ impl Private {
     fn new(layout: &Layout) -> Self {
         let words = Words::private(layout.geometry().total(layout.config.slots));
         layout.initialise(&words);
-        let (destinations, owners, processor) = Default::default();
-        Self { geometry: layout.geometry(), words, destinations, owners, processor }
+        let (destinations, owners, shares, processor) = Default::default();
+        Self { geometry: layout.geometry(), words, destinations, owners, shares, processor }
     }
 
     fn sweep(&self, layout: &Layout, sweeper: &mut Sweeper, held: &[(u8, Seat, u32)]) -> sweep::Swept {
@@ -84,6 +85,12 @@ impl Tables for Private {
     fn insert_owner(&self, owner: &Owner, slot: u32) -> bool {
         let mut map = lock(&self.owners);
         !map.contains_key(owner) && map.insert(*owner, slot).is_none()
+    }
+    fn share(&self, netns_cookie: u64) -> u64 {
+        lock(&self.shares).get(&netns_cookie).copied().unwrap_or(0)
+    }
+    fn extend_share(&self, netns_cookie: u64) {
+        *lock(&self.shares).entry(netns_cookie).or_default() += 1;
     }
     fn now(&self) -> u64 {
         crate::kernel::clock::monotonic_ns()
@@ -196,7 +203,9 @@ proptest! {
         prop_assert!(lock(&tables.owners).is_empty());
         prop_assert!(lock(&tables.destinations).is_empty());
         let free = (pool::FIRST_SLOT..layout.config.slots).filter(|slot| bitmap::is_free(&tables, pool::ALLOCATOR, *slot));
-        prop_assert_eq!(free.count(), (layout.config.slots - pool::FIRST_SLOT) as usize);
+        let all = layout.config.slots - pool::FIRST_SLOT;
+        prop_assert_eq!(free.count(), all as usize);
+        prop_assert_eq!(tables.load(pool::FREE_SLOTS), u64::from(all));
     }
 
     #[test]
@@ -339,6 +348,38 @@ fn a_quota_counts_what_is_held_at_once() {
     assert!(slots::enter(&tables, &destination(1), 2, 2).is_ok());
     slots::release(&tables, first, claim.index);
     assert!(slots::enter(&tables, &destination(1), 1, 2).is_ok());
+}
+
+#[test]
+fn a_namespace_leaves_slots_to_others_however_many_destinations_it_has() {
+    let layout = layout(&[(1, 65535)]);
+    let tables = Private::new(&layout);
+    let many = |by| {
+        let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], pool::TCP);
+        let entered =
+            (1..u32::MAX).map(|n| slots::enter(&tables, &to(n << 8 | u32::try_from(by).unwrap()), by, 0));
+        let mut count = 0;
+        for result in entered {
+            match result {
+                Ok(_) => count += 1,
+                Err(refusal) => return (count, refusal),
+            }
+        }
+        unreachable!("a table without an end")
+    };
+    let slots = layout.config.slots - pool::FIRST_SLOT;
+    let (first, refusal) = many(1);
+    assert_eq!(refusal, Refusal::SHARE);
+    assert!(first.abs_diff(slots / 4) <= 1, "{first} destinations in {slots} slots");
+    let (second, refusal) = many(2);
+    assert_eq!(refusal, Refusal::SHARE);
+    assert!(second.abs_diff(slots / 8) <= 1, "{second} destinations in {slots} slots");
+    // Where it has slots already, it goes on.
+    let known = Destination::from_network_v4((1 << 8 | 1_u32).to_be_bytes(), [1, 187], pool::TCP);
+    assert!(slots::enter(&tables, &known, 1, 0).is_ok());
+    // A destination of another namespace needs slots, too.
+    assert_eq!(slots::enter(&tables, &known, 2, 0), Err(Refusal::SHARE));
+    assert!(slots::enter(&tables, &known, 3, 0).is_ok());
 }
 
 #[test]

@@ -69,15 +69,16 @@ const NO_PREALLOC: u32 = 1;
 
 /// The maps that are pinned; `words` is the size of the array of words.
 #[must_use]
-pub fn shapes(words: u32) -> [Shape; 10] {
+pub fn shapes(words: u32) -> [Shape; 11] {
     let shape =
         |name, map_type, key, value, entries, flags| Shape { name, map_type, key, value, entries, flags };
     [
         shape("POOL_CONFIG", MapType::Array, 4, size_of::<Config>(), Some(1), 0),
         shape("POOL_WORDS", MapType::Array, 4, 8, Some(words), MMAPABLE),
         shape("POOL_NETWORKS", MapType::LpmTrie, 20, 4, Some(4096), NO_PREALLOC),
-        shape("POOL_DESTINATIONS", MapType::Hash, size_of::<Destination>(), 4, Some(16384), NO_PREALLOC),
-        shape("POOL_OWNERS", MapType::Hash, size_of::<Owner>(), 4, Some(16384), NO_PREALLOC),
+        shape("POOL_DESTINATIONS", MapType::Hash, size_of::<Destination>(), 4, Some(65536), NO_PREALLOC),
+        shape("POOL_OWNERS", MapType::Hash, size_of::<Owner>(), 4, Some(65536), NO_PREALLOC),
+        shape("POOL_SHARES", MapType::Hash, 8, 8, Some(65536), NO_PREALLOC),
         shape(
             "POOL_GRANTS",
             MapType::Hash,

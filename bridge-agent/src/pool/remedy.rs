@@ -26,6 +26,9 @@ pub fn cause(refusal: Refusal) -> &'static str {
         Refusal::QUOTA => "this network namespace has as many ports as its share allows",
         Refusal::TABLE_FULL => "the table of destinations and network namespaces is full",
         Refusal::BIND => "sockets outside the pool have bound every port that was tried",
+        Refusal::SHARE => {
+            "this network namespace connects to so many destinations that the rest of the table is for others"
+        }
         Refusal::MEMORY => "the kernel had no memory for the storage of the socket",
         Refusal::RESTING => "every free port is in TIME_WAIT, since the peer does not use TCP timestamps",
         Refusal::PROTOCOL => {
@@ -45,7 +48,9 @@ pub fn remedy(refusal: Refusal) -> &'static str {
         }
         Refusal::TAKEN => "connect without bind, or set IP_BIND_ADDRESS_NO_PORT before a bind to port 0",
         Refusal::QUOTA => "close connections, end leases that are not used, or raise portPool.quota",
-        Refusal::TABLE_FULL => "use fewer destinations at once, or a smaller span of portPool.ports",
+        Refusal::TABLE_FULL | Refusal::SHARE => {
+            "close sockets, use fewer destinations at once, or a smaller span of portPool.ports"
+        }
         Refusal::BIND => "`ss -tulnp` shows these sockets; take their ports out of portPool.ports",
         Refusal::MEMORY => "raise the memory limit of the control group",
         Refusal::RESTING => {

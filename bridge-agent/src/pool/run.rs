@@ -4,7 +4,7 @@ use std::{
     fmt, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{MapData, RingBuf};
@@ -349,28 +349,50 @@ async fn wake(service: Arc<Service>) {
     }
 }
 
-/// One round of [`super::sweep`] after the other.
+/// One round of [`super::sweep`] after the other; sooner while connects are refused, or destinations fill the table.
 async fn sweep(service: Arc<Service>, every: Duration) {
-    /// After a change of the ports: a port is found in the second round.
+    /// After a change of the ports, or a refusal: a port is found, or retired, in the second round.
     const SOON: Duration = Duration::from_secs(1);
     const ROUNDS: u32 = 2;
+    /// Between two looks at the table.
+    const LOOK: Duration = Duration::from_millis(250);
+    /// While rounds find nothing to retire in a table that fills.
+    const FRUITLESS: Duration = Duration::from_secs(10);
     let mut soon = 0_u32;
+    let mut fruitless = 0_u32;
+    let mut last = Instant::now();
     loop {
-        let pause = if soon > 0 { SOON } else { every };
         tokio::select! {
-            () = tokio::time::sleep(pause) => soon = soon.saturating_sub(1),
+            () = tokio::time::sleep(LOOK.min(every)) => {}
             () = service.changed() => {
                 soon = ROUNDS;
                 continue;
             }
         }
+        let short = service.backend().is_short_of_slots();
+        if last.elapsed() >= FRUITLESS && service.take_starved() {
+            soon = soon.max(ROUNDS);
+        }
+        let pause = match (soon > 0, short, fruitless >= ROUNDS) {
+            (true, ..) | (_, true, false) => SOON,
+            (_, true, true) => FRUITLESS,
+            (_, false, _) => every,
+        };
+        if last.elapsed() < pause.min(every) {
+            continue;
+        }
+        soon = soon.saturating_sub(1);
         let service = Arc::clone(&service);
         let round = move || {
             // Without conntrack nothing is translated, and nothing needs to be forgotten.
             let known = conntrack::known().unwrap_or_default();
             service.backend().sweep(|destination, port| known.contains(&(*destination, port)))
         };
-        match tokio::task::spawn_blocking(round).await {
+        let result = tokio::task::spawn_blocking(round).await;
+        last = Instant::now();
+        let retired = matches!(&result, Ok(Ok(swept)) if swept.retired > 0);
+        fruitless = if retired || !short { 0 } else { fruitless.saturating_add(1) };
+        match result {
             Ok(Ok(swept)) if swept.recovered > 0 => warn!(?swept, "ports had got lost"),
             Ok(Ok(swept)) => debug!(?swept, "swept"),
             Ok(Err(error)) => warn!(%error, "cannot sweep the port pool"),

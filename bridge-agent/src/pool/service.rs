@@ -7,7 +7,7 @@ use std::{
     os::unix::net::UnixDatagram,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -78,6 +78,8 @@ pub struct Service {
     next: AtomicU64,
     freed: Notify,
     changed: Notify,
+    /// Whether a port was refused since [`Service::take_starved`].
+    starved: AtomicBool,
     events: broadcast::Sender<PoolEvent>,
     counted: Mutex<Leases>,
     warnings: Mutex<Vec<String>>,
@@ -108,6 +110,7 @@ impl Service {
             next: AtomicU64::new(1),
             freed: Notify::new(),
             changed: Notify::new(),
+            starved: AtomicBool::new(false),
             events: broadcast::channel(WATCH_BACKLOG).0,
             counted: Mutex::default(),
             warnings: Mutex::default(),
@@ -152,6 +155,11 @@ impl Service {
     /// Waits for the next [`Service::change`].
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Returns whether a connect was refused a port since the last call, for want of one or of a slot.
+    pub fn take_starved(&self) -> bool {
+        self.starved.swap(false, Ordering::Relaxed)
     }
 
     /// Replaces the warnings about the surroundings of the pool.
@@ -417,6 +425,9 @@ impl Service {
     /// Sends an event of the hooks to watchers, and keeps it for `status`.
     pub fn report(&self, event: &Event) {
         let (to, refusal) = (socket_addr(&event.destination), Refusal(event.refusal));
+        if matches!(refusal, Refusal::EXHAUSTED | Refusal::TABLE_FULL | Refusal::SHARE) {
+            self.starved.store(true, Ordering::Relaxed);
+        }
         lock(&self.recent).note(refusal, to, &text(&event.comm), event.pid);
         let _ = self.events.send(PoolEvent::Refused {
             reason: Refusal(event.refusal).name(),

@@ -64,7 +64,7 @@ pub struct Counters {
     pub bind_retries: u64,
     /// Events that were not written.
     pub events_lost: u64,
-    /// Ports that began to rest: in TIME_WAIT at a peer without TCP timestamps, or bound by a socket outside the pool.
+    /// Ports that began to rest: in TIME_WAIT at a peer without TCP timestamps.
     #[serde(default)]
     pub rests: u64,
     /// Connects that the kernel refused after the pool had bound a port.
@@ -104,6 +104,8 @@ pub struct Refusals {
     pub protocol: u64,
     #[serde(default)]
     pub resting: u64,
+    #[serde(default)]
+    pub share: u64,
 }
 
 impl Refusals {
@@ -118,6 +120,7 @@ impl Refusals {
             Refusal::MEMORY => &mut self.memory,
             Refusal::PROTOCOL => &mut self.protocol,
             Refusal::RESTING => &mut self.resting,
+            Refusal::SHARE => &mut self.share,
             _ => return None,
         })
     }

@@ -215,16 +215,7 @@ fn retire<T: Tables + Removal>(tables: &T, view: &View<'_>) -> u32 {
             unused.push(*slot);
         }
     }
-    let busy = |slot: u32| match tables.current_owners() {
-        Some(owners) => owners.iter().any(|(owner, _)| owner.slot == slot),
-        None => true,
-    };
-    for (destination, slot) in view.destinations {
-        if tables.load(geometry.live(*slot)) == 0 && !busy(*slot) && close(tables, *slot, || !busy(*slot)) {
-            tables.remove_destination(destination);
-            unused.push(*slot);
-        }
-    }
+    unused.extend(retire_destinations(tables, view));
     if unused.is_empty() || !tables.grace_period() {
         // Without a grace period the slots stay unused, closed, and out of every table: safe, but gone.
         return 0;
@@ -233,6 +224,28 @@ fn retire<T: Tables + Removal>(tables: &T, view: &View<'_>) -> u32 {
         slots::free_slot(tables, *slot);
     }
     u32::try_from(unused.len()).unwrap_or(u32::MAX)
+}
+
+/// Takes destinations without an owner out of the table; returns their slots.
+fn retire_destinations<T: Tables + Removal>(tables: &T, view: &View<'_>) -> Vec<u32> {
+    let busy = || -> Option<HashSet<u32>> {
+        Some(tables.current_owners()?.iter().map(|(owner, _)| owner.slot).collect())
+    };
+    let Some(before) = busy() else { return Vec::new() };
+    let idle = view.destinations.iter().filter(|(_, slot)| !before.contains(slot));
+    let closed: Vec<_> = idle.filter(|(_, slot)| close(tables, *slot, || true)).collect();
+    // A hook that had its seat in a slot before this closed it may have made an owner, and left.
+    let after = busy();
+    let mut unused = Vec::new();
+    for (destination, slot) in closed {
+        if after.as_ref().is_some_and(|after| !after.contains(slot)) {
+            tables.remove_destination(destination);
+            unused.push(*slot);
+        } else {
+            tables.store(tables.geometry().slot(*slot), SLOT_OPEN);
+        }
+    }
+    unused
 }
 
 /// Closes a slot, unless it has a seat or is not `idle`.

@@ -1,6 +1,6 @@
 //! The tables of the pool as the agent sees them: the same that the hooks use.
 
-use std::sync::Mutex;
+use std::{collections::BTreeMap, sync::Mutex};
 
 use aya::maps::{HashMap, MapData, MapError};
 use bridge_common::pool::{
@@ -14,6 +14,7 @@ pub(super) use crate::kernel::lock::lock;
 use crate::kernel::{bpf, clock::monotonic_ns};
 
 const BPF_NOEXIST: u64 = 1;
+const BPF_EXIST: u64 = 2;
 
 /// The words and hash tables of a loaded pool.
 #[derive(Debug)]
@@ -22,6 +23,7 @@ pub struct KernelTables {
     pub(super) words: Words,
     pub(super) destinations: Mutex<HashMap<MapData, Destination, u32>>,
     pub(super) owners: Mutex<HashMap<MapData, Owner, u32>>,
+    pub(super) shares: Mutex<HashMap<MapData, u64, u64>>,
     pub(super) grants: Mutex<HashMap<MapData, Grant, Granted>>,
     pub(super) resting: Mutex<HashMap<MapData, RestingPort, Rest>>,
 }
@@ -81,6 +83,28 @@ impl KernelTables {
         lock(&self.owners).iter().collect()
     }
 
+    /// Corrects the number of destinations of each namespace: the hooks only count up.
+    ///
+    /// # Errors
+    /// A system call fails.
+    pub fn correct_shares(&self) -> Result<(), MapError> {
+        let mut actual: BTreeMap<u64, u64> = BTreeMap::new();
+        for (owner, _) in self.owners()? {
+            *actual.entry(owner.netns_cookie).or_default() += 1;
+        }
+        let mut shares = lock(&self.shares);
+        let counted: Vec<(u64, u64)> = shares.iter().collect::<Result<_, _>>()?;
+        for (netns_cookie, count) in counted {
+            match actual.get(&netns_cookie) {
+                None => shares.remove(&netns_cookie)?,
+                // A hook may count meanwhile: the next round finds that.
+                Some(actual) if *actual != count => shares.insert(netns_cookie, actual, BPF_EXIST)?,
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Every grant.
     ///
     /// # Errors
@@ -131,6 +155,17 @@ impl Tables for KernelTables {
 
     fn insert_owner(&self, owner: &Owner, slot: u32) -> bool {
         lock(&self.owners).insert(owner, slot, BPF_NOEXIST).is_ok()
+    }
+
+    fn share(&self, netns_cookie: u64) -> u64 {
+        lock(&self.shares).get(&netns_cookie, 0).unwrap_or(0)
+    }
+
+    fn extend_share(&self, netns_cookie: u64) {
+        let mut shares = lock(&self.shares);
+        let share = shares.get(&netns_cookie, 0).unwrap_or(0);
+        // An error can only mean that more namespaces than the map has room for are counted: this one is not.
+        let _ = shares.insert(netns_cookie, share + 1, 0);
     }
 
     fn random(&self) -> u32 {

@@ -2,7 +2,7 @@
 //!
 //! The pool lives in one array of 64-bit words that both sides change with atomic operations only, so that a port is
 //! claimed by the kernel (a connect hook) and by the agent (a lease) in the same place. The array begins with the
-//! bitmap of free slots, then come the slots, all alike ([`Geometry::stride`] words each):
+//! bitmap of free slots and their number, then come the slots, all alike ([`Geometry::stride`] words each):
 //!
 //! ```text
 //! header (10) state, live claims, eight ports that were given back lately, and when (owner slots only)
@@ -33,9 +33,11 @@ pub const UDP_LITE: u8 = 136;
 /// Most words of a bitmap: all 65,536 ports.
 pub const MAX_WORDS: u32 = 1024;
 /// Words of the bitmap of free slots.
-pub const ALLOCATOR_WORDS: u32 = 256;
+pub const ALLOCATOR_WORDS: u32 = 1024;
 /// Summary words of the bitmap of free slots.
 pub const ALLOCATOR_SUMMARY: u32 = ALLOCATOR_WORDS / 64;
+/// Index of the number of free slots.
+pub const FREE_SLOTS: u32 = ALLOCATOR_SUMMARY + ALLOCATOR_WORDS;
 /// Most slots there can be.
 pub const MAX_SLOTS: u32 = ALLOCATOR_WORDS * 64;
 /// Words before the summary of a slot.
@@ -135,7 +137,7 @@ impl Geometry {
     #[inline(always)]
     #[must_use]
     pub const fn slot(self, slot: u32) -> u32 {
-        ALLOCATOR_SUMMARY + ALLOCATOR_WORDS + slot * self.stride()
+        FREE_SLOTS + 1 + slot * self.stride()
     }
 
     /// Index of the count of live claims of a slot.
@@ -374,8 +376,10 @@ impl Refusal {
     pub const PROTOCOL: Self = Self(8);
     /// Every port that is not in use towards the destination is in TIME_WAIT, at a peer without TCP timestamps.
     pub const RESTING: Self = Self(9);
+    /// The namespace uses its share of the slots for destinations.
+    pub const SHARE: Self = Self(10);
     /// One above the highest.
-    pub const COUNT: u32 = 10;
+    pub const COUNT: u32 = 11;
 
     /// The name used in metrics and events.
     #[must_use]
@@ -390,6 +394,7 @@ impl Refusal {
             Self::MEMORY => "memory",
             Self::PROTOCOL => "protocol",
             Self::RESTING => "resting",
+            Self::SHARE => "share",
             _ => "unknown",
         }
     }

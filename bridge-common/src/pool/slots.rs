@@ -6,8 +6,8 @@
 
 use super::bitmap::{self, Bitmap, Memory};
 use super::{
-    ALLOCATOR, Destination, Geometry, Owner, Refusal, SLOT_OPEN, TEMPLATE_EMPTY, TEMPLATE_TCP, TEMPLATE_UDP,
-    TEMPLATE_UDP_ANY, UDP,
+    ALLOCATOR, Destination, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_OPEN, TEMPLATE_EMPTY, TEMPLATE_TCP,
+    TEMPLATE_UDP, TEMPLATE_UDP_ANY, UDP,
 };
 
 /// How often a claim is tried again when the agent takes a slot away under its hands. Slots are taken away only when
@@ -44,6 +44,10 @@ pub trait Tables: Memory {
     fn owner_slot(&self, owner: &Owner) -> Option<u32>;
     /// Enters an owner unless it is there; `false` if it is, or if the table is full.
     fn insert_owner(&self, owner: &Owner, slot: u32) -> bool;
+    /// Destinations that a namespace has slots for.
+    fn share(&self, netns_cookie: u64) -> u64;
+    /// Adds one to [`Tables::share`].
+    fn extend_share(&self, netns_cookie: u64);
     /// A random number; need not be unpredictable.
     fn random(&self) -> u32;
     /// `CLOCK_MONOTONIC`, in nanoseconds.
@@ -118,7 +122,8 @@ pub fn template(destination: &Destination) -> u32 {
 /// Finds or makes the slots of a destination and a namespace, and counts one live claim in both.
 ///
 /// # Errors
-/// [`Refusal::TABLE_FULL`] if no slot is left, [`Refusal::QUOTA`] if the namespace has `quota` live claims already
+/// [`Refusal::TABLE_FULL`] if no slot is left, [`Refusal::SHARE`] if the namespace must leave the rest to others (see
+/// [`may_extend`]), [`Refusal::QUOTA`] if the namespace has `quota` live claims already
 /// (0: no limit).
 #[inline(always)]
 pub fn enter<T: Tables>(
@@ -131,12 +136,23 @@ pub fn enter<T: Tables>(
     let mut tries = 0;
     while tries < ENTER_TRIES {
         tries += 1;
-        let Some(slot) = destination_slot(tables, destination) else { continue };
+        let known = tables.destination_slot(destination);
+        if known.is_none() {
+            may_extend(tables, netns_cookie)?;
+        }
+        let Some(slot) = known.or_else(|| new_destination(tables, destination)) else { continue };
         if !tables.arrive(slot) {
             continue;
         }
         let owner = Owner { netns_cookie, slot, reserved: 0 };
-        if let Some(owner_slot) = owner_slot(tables, &owner)
+        let known = tables.owner_slot(&owner);
+        if known.is_none()
+            && let Err(refusal) = may_extend(tables, netns_cookie)
+        {
+            depart(tables, geometry, slot);
+            return Err(refusal);
+        }
+        if let Some(owner_slot) = known.or_else(|| new_owner(tables, &owner))
             && tables.arrive(owner_slot)
         {
             if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
@@ -148,6 +164,22 @@ pub fn enter<T: Tables>(
         depart(tables, geometry, slot);
     }
     Err(Refusal::TABLE_FULL)
+}
+
+/// Whether a namespace may have slots for one more destination.
+///
+/// It may while it has at most half as many destinations as there are free slots. One that takes all it can leaves half of
+/// the table to others, two leave a quarter: however many destinations a pod connects to, another finds slots.
+///
+/// # Errors
+/// [`Refusal::SHARE`], or [`Refusal::TABLE_FULL`] if there is no free slot.
+#[inline(always)]
+fn may_extend<T: Tables>(tables: &T, netns_cookie: u64) -> Result<(), Refusal> {
+    let free = tables.load(FREE_SLOTS);
+    if free == 0 {
+        return Err(Refusal::TABLE_FULL);
+    }
+    if 2 * tables.share(netns_cookie) < free { Ok(()) } else { Err(Refusal::SHARE) }
 }
 
 /// Undoes [`enter`], for a claim that failed.
@@ -286,10 +318,7 @@ fn depart<T: Tables + ?Sized>(tables: &T, geometry: Geometry, slot: u32) {
 }
 
 #[inline(always)]
-fn destination_slot<T: Tables>(tables: &T, destination: &Destination) -> Option<u32> {
-    if let Some(slot) = tables.destination_slot(destination) {
-        return Some(slot);
-    }
+fn new_destination<T: Tables>(tables: &T, destination: &Destination) -> Option<u32> {
     let slot = tables.new_slot(template(destination))?;
     if tables.insert_destination(destination, slot) {
         return Some(slot);
@@ -299,12 +328,10 @@ fn destination_slot<T: Tables>(tables: &T, destination: &Destination) -> Option<
 }
 
 #[inline(always)]
-fn owner_slot<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
-    if let Some(slot) = tables.owner_slot(owner) {
-        return Some(slot);
-    }
+fn new_owner<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
     let slot = tables.new_slot(TEMPLATE_EMPTY)?;
     if tables.insert_owner(owner, slot) {
+        tables.extend_share(owner.netns_cookie);
         return Some(slot);
     }
     free_slot(tables, slot);
@@ -316,6 +343,7 @@ fn owner_slot<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
 pub fn new_slot<T: Tables + ?Sized>(tables: &T, template: u32) -> Option<u32> {
     let geometry = tables.geometry();
     let slot = tables.claim(ALLOCATOR, tables.random())?;
+    tables.fetch_add(FREE_SLOTS, u64::MAX);
     tables.fill(slot, template);
     tables.store(geometry.live(slot), 0);
     tables.fetch_and(geometry.slot(slot), 0);
@@ -327,5 +355,7 @@ pub fn new_slot<T: Tables + ?Sized>(tables: &T, template: u32) -> Option<u32> {
 #[inline(always)]
 pub fn free_slot<T: Tables>(tables: &T, slot: u32) {
     tables.fetch_and(tables.geometry().slot(slot), 0);
-    bitmap::free(tables, ALLOCATOR, slot);
+    if bitmap::free(tables, ALLOCATOR, slot) {
+        tables.fetch_add(FREE_SLOTS, 1);
+    }
 }

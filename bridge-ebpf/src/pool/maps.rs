@@ -25,10 +25,14 @@ pub(crate) static POOL_WORDS: Array<u64, 1024, MMAPABLE> = Array::new();
 pub(crate) static POOL_NETWORKS: LpmTrie<[u8; 16], u32, 4096> = LpmTrie::new();
 
 #[btf_map]
-pub(crate) static POOL_DESTINATIONS: HashMap<Destination, u32, 16384, NO_PREALLOC> = HashMap::new();
+pub(crate) static POOL_DESTINATIONS: HashMap<Destination, u32, 65536, NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
-pub(crate) static POOL_OWNERS: HashMap<Owner, u32, 16384, NO_PREALLOC> = HashMap::new();
+pub(crate) static POOL_OWNERS: HashMap<Owner, u32, 65536, NO_PREALLOC> = HashMap::new();
+
+/// Destinations that each namespace (`SO_NETNS_COOKIE`) has slots for; the agent corrects it in each sweep.
+#[btf_map]
+pub(crate) static POOL_SHARES: HashMap<u64, u64, 65536, NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = HashMap::new();

@@ -9,7 +9,7 @@ use bridge_common::pool::{
 
 use bridge_ebpf::atomic::{fetch_add, fetch_and, fetch_or};
 
-use crate::maps::{POOL_DESTINATIONS, POOL_OWNERS, POOL_WORDS};
+use crate::maps::{POOL_DESTINATIONS, POOL_OWNERS, POOL_SHARES, POOL_WORDS};
 
 const BPF_NOEXIST: u64 = 1;
 
@@ -99,6 +99,16 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn share(&self, netns_cookie: u64) -> u64 {
+        pool_share(netns_cookie)
+    }
+
+    #[inline(always)]
+    fn extend_share(&self, netns_cookie: u64) {
+        pool_extend_share(netns_cookie);
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_get_prandom_u32() }
@@ -170,6 +180,28 @@ extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 
     match bitmap::claim(&Maps { words }, Bitmap { at, summary, words }, random) {
         Some(index) => i64::from(index),
         None => -1,
+    }
+}
+
+/// [`Tables::share`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_share(netns_cookie: u64) -> u64 {
+    // SAFETY: an aligned u64 that is changed by atomic operations.
+    unsafe { POOL_SHARES.get(netns_cookie) }.copied().unwrap_or(0)
+}
+
+/// [`Tables::extend_share`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_extend_share(netns_cookie: u64) -> u64 {
+    if POOL_SHARES.insert(netns_cookie, 1, BPF_NOEXIST).is_ok() {
+        return 0;
+    }
+    match POOL_SHARES.get_ptr_mut(netns_cookie) {
+        // SAFETY: a pointer to a map's value.
+        Some(share) => unsafe { fetch_add(share, 1) },
+        None => 0,
     }
 }
 
