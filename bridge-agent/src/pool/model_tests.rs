@@ -358,7 +358,7 @@ fn a_namespace_leaves_slots_to_others_however_many_destinations_it_has() {
         let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], pool::TCP);
         let entered =
             (1..u32::MAX).map(|n| slots::enter(&tables, &to(n << 8 | u32::try_from(by).unwrap()), by, 0));
-        let mut count = 0;
+        let mut count = 0_u32;
         for result in entered {
             match result {
                 Ok(_) => count += 1,
