@@ -1,7 +1,10 @@
-//! Polls a condition until a deadline.
+//! Polls a condition until a deadline; waits for the user to end a program.
 
+use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Time between two polls.
 const INTERVAL: Duration = Duration::from_millis(2);
@@ -35,4 +38,20 @@ pub fn until(description: &str, deadline: Duration, mut condition: impl FnMut() 
     let held = eventually(deadline, || condition().then_some(()));
     assert!(held.is_some(), "not within {deadline:?}: {description}");
     start.elapsed()
+}
+
+/// Returns when the user asks this program to end: SIGINT, SIGTERM or SIGHUP.
+///
+/// # Errors
+/// A signal cannot be listened for.
+pub async fn end_requested() -> io::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+        _ = hangup.recv() => {}
+    }
+    Ok(())
 }

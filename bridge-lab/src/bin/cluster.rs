@@ -9,8 +9,8 @@ use anyhow::Result;
 use bridge_lab::cluster::scenes::{self, Stage};
 use bridge_lab::cluster::{Cluster, Cni, KUBERNETES, Options, Proxy};
 use bridge_lab::lab;
+use bridge_lab::wait::end_requested;
 use clap::Parser;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// A Kubernetes cluster with bridge: two nodes and two LAN hosts in network namespaces of this machine.
 #[derive(Clone, Debug, Parser)]
@@ -55,7 +55,7 @@ async fn main() -> Result<ExitCode> {
     let cli = Cli::parse();
     let keep = !cli.once;
     let work = tokio::task::spawn_blocking(move || run(&cli));
-    let mut end = pin!(ended());
+    let mut end = pin!(end_requested());
     let (cluster, code) = tokio::select! {
         done = work => done??,
         signal = &mut end => {
@@ -74,19 +74,6 @@ async fn main() -> Result<ExitCode> {
     }
     drop(cluster);
     Ok(code)
-}
-
-/// Returns when the user asks this program to end.
-async fn ended() -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-        _ = hangup.recv() => {}
-    }
-    Ok(())
 }
 
 fn run(cli: &Cli) -> Result<(Cluster, ExitCode)> {

@@ -7,8 +7,8 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use bridge_lab::lab::{self, Lab};
 use bridge_lab::scenes::{self, Stage};
+use bridge_lab::wait::end_requested;
 use clap::{Args, Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
 
 /// LAN host A, node B and pods C1 and C2 on this machine, in network namespaces.
 #[derive(Parser)]
@@ -50,7 +50,7 @@ async fn main() -> Result<ExitCode> {
         Command::Up => up(),
         Command::Clean => clean(),
     });
-    let mut end = pin!(ended());
+    let mut end = pin!(end_requested());
     // Keeps the lab up until the user ends it, then returns the exit code.
     let (stays, code) = tokio::select! {
         done = work => done??,
@@ -70,19 +70,6 @@ async fn main() -> Result<ExitCode> {
         end.await?;
     }
     Ok(code)
-}
-
-/// Returns when the user asks this program to end.
-async fn ended() -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-        _ = hangup.recv() => {}
-    }
-    Ok(())
 }
 
 fn run(args: &RunArgs) -> Result<(Option<Stage>, ExitCode)> {
