@@ -18,7 +18,7 @@ use bridge_common::filter::{
     control::Control,
     counters::{Counters, Reason},
     event::Event,
-    flow::{ClientKey, Flow, FlowKey, state},
+    flow::{Flow, FlowKey, FragmentKey, state},
     flow_cache,
     interface::{Interface, role},
     policy::direction,
@@ -157,7 +157,7 @@ impl Node {
         Ok(())
     }
 
-    /// Empties the flow tables, and forgets whom a NodePort let in.
+    /// Empties the flow tables and the table of first fragments.
     ///
     /// # Errors
     /// The kernel refused to delete an entry.
@@ -178,7 +178,7 @@ impl Node {
         for table in ["flows", "half_open"] {
             clear::<FlowKey, Flow>(open(&self.pins, table)?)?;
         }
-        clear::<ClientKey, u64>(open(&self.pins, "node_port_peers")?)
+        clear::<FragmentKey, u64>(open(&self.pins, "fragments")?)
     }
 
     /// Gives all flows one stamp, so that those of the flow cache differ in nothing but themselves.

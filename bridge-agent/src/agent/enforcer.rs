@@ -200,18 +200,15 @@ impl Enforcer {
 
     fn attach(&mut self) -> Result<(), Error> {
         let mut chosen = self.desired.selection.choose_after(&self.snapshot, &self.chosen);
-        let mut node_ports = self.desired.policy.node_ports.is_some();
         if let Some((former, _)) = &self.former {
             let also = former.selection.choose(&self.observer.snapshot(&former.selection)?).targets;
             let of_trial: BTreeSet<u32> = chosen.targets.iter().map(|target| target.index).collect();
             chosen.targets.extend(also.into_iter().filter(|target| !of_trial.contains(&target.index)));
-            node_ports |= former.policy.node_ports.is_some();
         }
         for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
             tracing::warn!("{remark}");
         }
-        let to_lan = node_ports || self.desired.fast_path;
-        let (changes, result) = self.datapath.attach(&chosen.targets, to_lan);
+        let (changes, result) = self.datapath.attach(&chosen.targets);
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
         }

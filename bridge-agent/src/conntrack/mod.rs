@@ -24,7 +24,7 @@ const IPPROTO_ICMPV6: u8 = 58;
 /// The addresses to follow, and their roles.
 #[derive(Clone, Debug)]
 pub struct Scope {
-    sides: HashMap<IpNet, u32>,
+    sides: HashMap<IpNet, u16>,
     /// Prefix lengths in use, longest first; IPv4, IPv6.
     lengths: [Vec<u8>; 2],
     node_ports: [u16; 2],
@@ -34,7 +34,7 @@ impl Scope {
     /// As a compiled policy says.
     #[must_use]
     pub fn new(tables: &Tables) -> Self {
-        let sides: HashMap<IpNet, u32> =
+        let sides: HashMap<IpNet, u16> =
             tables.addresses.iter().map(|(prefix, info)| (prefix.trunc(), info.side)).collect();
         let lengths = [false, true].map(|v6| {
             let mut lengths: Vec<u8> = sides
@@ -49,7 +49,7 @@ impl Scope {
         Self { sides, lengths, node_ports: tables.node_ports }
     }
 
-    fn side(&self, address: IpAddr) -> u32 {
+    fn side(&self, address: IpAddr) -> u16 {
         self.lengths[usize::from(address.is_ipv6())]
             .iter()
             .filter_map(|length| IpNet::new(address, *length).ok())

@@ -25,14 +25,12 @@ impl Role {
         }
     }
 
-    /// Returns the hooks of an interface of this role; `to_lan`: also those that observe packets towards the LAN, for
-    /// NodePorts and for the fast path. Observing hooks come first: they must be there before the first packet is
-    /// judged.
+    /// Returns the hooks of an interface of this role. Egress hooks come first: they must be there before the first packet
+    /// is marked at an ingress hook.
     #[must_use]
-    pub const fn hooks(self, to_lan: bool) -> &'static [Hook] {
+    pub const fn hooks(self) -> &'static [Hook] {
         match self {
-            Self::External if to_lan => &[Hook::ExternalEgress, Hook::ExternalIngress],
-            Self::External => &[Hook::ExternalIngress],
+            Self::External => &[Hook::ExternalEgress, Hook::ExternalIngress],
             Self::Internal => &[Hook::InternalEgress, Hook::InternalIngress],
         }
     }
@@ -42,13 +40,13 @@ impl Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Hook {
-    /// Judges LAN -> pod, and LAN -> node on a NodePort.
+    /// LAN -> node.
     ExternalIngress,
-    /// Observes node -> LAN.
+    /// Node -> LAN.
     ExternalEgress,
-    /// Judges pod -> LAN.
+    /// Pod -> node.
     InternalIngress,
-    /// Observes node -> pod.
+    /// Node -> pod.
     InternalEgress,
 }
 

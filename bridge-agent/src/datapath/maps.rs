@@ -8,6 +8,7 @@ use std::fmt;
 
 use aya::maps::{Array, ArrayOfMaps, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use bridge_common::filter::{
+    address::Address,
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::EventBudget,
@@ -28,6 +29,7 @@ use super::{
 pub(super) enum Table {
     Addresses4,
     Addresses6,
+    Origins,
     Pairs,
     RuleSets,
     Narrows,
@@ -37,9 +39,10 @@ pub(super) enum Table {
 }
 
 impl Table {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Addresses4,
         Self::Addresses6,
+        Self::Origins,
         Self::Pairs,
         Self::RuleSets,
         Self::Narrows,
@@ -52,6 +55,7 @@ impl Table {
         match self {
             Self::Addresses4 => "addresses4",
             Self::Addresses6 => "addresses6",
+            Self::Origins => "origins",
             Self::Pairs => "pairs",
             Self::RuleSets => "rule_sets",
             Self::Narrows => "narrows",
@@ -84,10 +88,11 @@ pub struct Maps {
     pub(super) audited: PerCpuArray<MapData, Counters>,
     pub(super) event_budget: PerCpuArray<MapData, EventBudget>,
     pub(super) interfaces: HashMap<MapData, u32, Interface>,
+    pub(super) hosted: HashMap<MapData, Address, u32>,
 }
 
 /// Tables that packets or interfaces fill. Those of a policy are made as large as it needs.
-const FILLED: [&str; 4] = ["flows", "half_open", "node_port_peers", "interfaces"];
+const FILLED: [&str; 4] = ["flows", "half_open", "fragments", "interfaces"];
 
 /// How full a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +154,7 @@ impl Maps {
             audited: typed(pins, "audited")?,
             event_budget: typed(pins, "event_budget")?,
             interfaces: typed(pins, "interfaces")?,
+            hosted: typed(pins, "hosted")?,
             pins: pins.clone(),
         })
     }

@@ -3,9 +3,8 @@
 use crate::kernel::bpf;
 use std::os::fd::AsFd as _;
 
-use aya::maps::MapData;
 use aya_obj::generated::bpf_map_info;
-use bridge_common::filter::flow::{ClientKey, Flow, FlowKey, flag};
+use bridge_common::filter::flow::{Flow, FlowKey, flag};
 
 use super::{
     error::{Error, Result},
@@ -59,10 +58,6 @@ impl Datapath {
                 forget_rule(&mut flow);
                 insert("half_open", half_open, &key, &flow)
             })?;
-            let peers = MapData::from_pin(self.pins.map(PEERS)).map_err(Error::aya_map(PEERS))?;
-            migrate::<ClientKey, u64>(&version, PEERS, |client, seen| {
-                insert(PEERS, bpf::fd(&peers), &client, &seen)
-            })?;
         }
         Ok(migrated)
     }
@@ -72,8 +67,6 @@ impl Datapath {
 fn forget_rule(flow: &mut Flow) {
     (flow.generation, flow.rule) = (0, u32::MAX);
 }
-
-const PEERS: &str = "node_port_peers";
 
 fn insert<K: aya::Pod, V: aya::Pod>(
     name: &'static str,

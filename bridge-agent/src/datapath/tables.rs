@@ -263,6 +263,7 @@ impl Datapath {
         let filled = vec![
             (Table::Addresses4, self.keyed(Table::Addresses4, v4)?),
             (Table::Addresses6, self.keyed(Table::Addresses6, v6)?),
+            (Table::Origins, self.array(Table::Origins, &tables.origins)?),
             (Table::Pairs, self.keyed(Table::Pairs, tables.pairs.clone())?),
             (Table::RuleSets, self.array(Table::RuleSets, &tables.rule_sets)?),
             (Table::Narrows, self.array(Table::Narrows, &tables.narrows)?),

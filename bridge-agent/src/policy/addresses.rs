@@ -33,7 +33,7 @@ pub(super) struct Use {
 /// One of the two sides: its networks, and the lists by which rules name addresses in them.
 pub(super) struct Side {
     /// Bit of [`side`].
-    bit: u32,
+    bit: u16,
     /// Disjoint, ascending.
     networks: Vec<IpNet>,
     /// Disjoint prefixes inside the networks, ascending.
@@ -43,7 +43,7 @@ pub(super) struct Side {
 }
 
 impl Side {
-    pub(super) fn new(bit: u32, networks: &Vec<IpNet>) -> Self {
+    pub(super) fn new(bit: u16, networks: &Vec<IpNet>) -> Self {
         Self {
             bit,
             networks: IpNet::aggregate(networks),
@@ -166,7 +166,7 @@ pub(super) fn entries(
         let info = match first {
             Mark::Local => AddressInfo { side: side::LOCAL, ..AddressInfo::default() },
             _ if below_node => continue,
-            Mark::Node => AddressInfo::default(),
+            Mark::Node => AddressInfo { side: side::NODE, ..AddressInfo::default() },
             Mark::Network(index) | Mark::Named(index, _) => {
                 let lists: Vec<u32> = at_one_prefix.iter().filter_map(|&(_, mark)| mark.list()).collect();
                 sides[index].named(above, &lists, &uses[index], ports).map_err(|Exhausted| {

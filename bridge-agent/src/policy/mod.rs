@@ -19,8 +19,8 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use bridge_common::filter::policy::{
-    AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleInfo, RuleSet, direction, reference as abi,
-    side,
+    AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleInfo, RuleSet, direction, origin,
+    reference as abi, side,
 };
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -54,6 +54,8 @@ pub struct Tables {
     pub pairs: Vec<(PairKey, PairSets)>,
     /// By index; the first says "no rule matches".
     pub rule_sets: Vec<RuleSet>,
+    /// By [`AddressInfo::origin`]: the distinct properties of addresses of pods and LAN hosts.
+    pub origins: Vec<AddressInfo>,
     /// By index.
     pub narrows: Vec<PortIntervals>,
     /// By index; the first is not used.
@@ -229,8 +231,10 @@ fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Re
     addresses.iter_mut().for_each(|(_, info)| emit(&mut info.sets));
     pairs.iter_mut().for_each(|(_, pair)| emit(&mut pair.sets));
     let node_port_root = emitter.root(node_port_partition);
+    let origins = number_origins(&mut addresses);
     Ok(Tables {
         addresses,
+        origins,
         pairs,
         rules: rule_infos(policy),
         global_sets: global,
@@ -241,7 +245,31 @@ fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Re
     })
 }
 
-/// Returns the rules, grouped by the lists that they name; rules that name none are left out.
+/// Numbers the distinct properties of addresses of pods and LAN hosts; those that are too many share the last number,
+/// which has none.
+fn number_origins(addresses: &mut [(IpNet, AddressInfo)]) -> Vec<AddressInfo> {
+    let mut origins = Vec::new();
+    let mut numbers: HashMap<AddressInfo, u16> = HashMap::new();
+    for (_, info) in addresses {
+        if info.side & (side::POD | side::EXTERNAL) == 0 {
+            continue;
+        }
+        info.origin = match numbers.get(info) {
+            Some(number) => *number,
+            None => match u16::try_from(origins.len()).ok().filter(|number| *number < origin::OVERFLOW) {
+                Some(number) => {
+                    numbers.insert(*info, number);
+                    origins.push(AddressInfo { origin: number, ..*info });
+                    number
+                }
+                None => origin::OVERFLOW,
+            },
+        };
+    }
+    origins
+}
+
+/// Rules sorted by what they name; those that name nothing are left out.
 fn groups(rules: &[Rule], sides: &mut [Side; 2]) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     let mut by_names: HashMap<(usize, Naming, Naming), usize> = HashMap::new();

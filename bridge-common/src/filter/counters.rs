@@ -59,7 +59,7 @@ reasons! {
     established, 0, "Belongs to a flow that was let through before.";
     new_flow, 1, "A rule allows the flow that it opens.";
     related, 2, "ICMP error that quotes a known flow.";
-    later_fragment, 3, "Fragment other than the first: without the first, which is judged, nothing is reassembled (RFC 1858).";
+    later_fragment, 3, "Fragment other than the first, between hosts of which a first fragment was let through.";
     no_rule, 4, "No rule matches.";
     deny_rule, 5, "A rule denies.";
     not_syn, 6, "TCP without a flow, and not the SYN that would open one.";
@@ -73,8 +73,10 @@ reasons! {
     fragment_overlap, 14, "Fragment at offset 8 bytes, which could overwrite TCP flags (RFC 3128).";
     malformed_ip, 15, "IP header or extension header that is cut off, inconsistent, or nested too deep.";
     malformed_l4, 16, "Layer 4 header that is cut off or inconsistent.";
-    spoofed, 17, "From an interface of a pod, with the address of a LAN host as source.";
+    spoofed, 17, "The source address does not belong to the interface that the packet came in by.";
     table_full, 18, "The flow table took no new entry.";
+    fragment_unknown, 19, "Fragment other than the first, between hosts of which no first fragment was let through.";
+    unattributed, 20, "Forwarded under an address of this node, and its real source is unknown.";
 }
 
 /// Number of the first reason that denies.
@@ -89,5 +91,5 @@ impl Reason {
     }
 }
 
-crate::plain_old_data!(Counter: 16, Counters: 304);
+crate::plain_old_data!(Counter: 16, Counters: 336);
 const _: () = assert!(size_of::<Counters>() == Reason::ALL.len() * size_of::<Counter>());

@@ -99,17 +99,22 @@ pub struct Flow {
     pub leases: [Lease; towards::COUNT],
     /// Number of the policy that admitted the flow; 0: seeded from the kernel's conntrack.
     pub generation: u32,
-    /// Index of the rule that admitted it, in that policy.
+    /// Index of the rule that admitted it, in that policy; `u32::MAX`: none.
     pub rule: u32,
+    /// Index of the pod's interface; 0: unknown, or the flow is not seen from there.
+    pub interface: u32,
+    /// TCP: the next sequence number that the pod expects from the LAN host, by the pod's acknowledgements; may lag
+    /// behind. See [`flag::NUMBERED`].
+    pub expected: u32,
 }
 
 /// Bytes that the kernel keeps with each element of an LRU hash table (`struct htab_elem`, kernel/bpf/hashtab.c).
 const ELEMENT: usize = 48;
-const _: () = assert!(ELEMENT + size_of::<FlowKey>() + size_of::<Flow>() == 2 * 64);
+const _: () = assert!(ELEMENT + size_of::<FlowKey>() + size_of::<Flow>() == 136);
 
 impl Flow {
-    /// Initial sequence number of the responder, host byte order; only of a flow in the half-open table, which has no ways
-    /// yet.
+    /// Half-open table: initial sequence number of the responder, host byte order. Uses the room of the leases, which a
+    /// half-open flow does not have.
     #[must_use]
     #[inline(always)]
     pub const fn responder_isn(&self) -> u32 {
@@ -122,6 +127,36 @@ impl Flow {
         self.leases[0].expires = sequence;
     }
 
+    /// Half-open table: initial sequence number of the initiator, as [`Flow::responder_isn`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn initiator_isn(&self) -> u32 {
+        self.leases[1].expires
+    }
+
+    /// See [`Flow::initiator_isn`].
+    #[inline(always)]
+    pub const fn set_initiator_isn(&mut self, sequence: u32) {
+        self.leases[1].expires = sequence;
+    }
+
+    /// The acknowledgement that confirms the LAN host's FIN, and when the FIN was seen, in ticks. Holds with
+    /// [`flag::FIN_PENDING`]; uses the room of the leases, which hold no longer then.
+    #[must_use]
+    #[inline(always)]
+    pub const fn pending_fin(&self) -> (u32, u32) {
+        (self.leases[0].expires, self.leases[1].expires)
+    }
+
+    /// See [`Flow::pending_fin`].
+    #[inline(always)]
+    pub const fn set_pending_fin(&mut self, acknowledgement: u32, now: u32) {
+        self.leases = [
+            Lease { expires: acknowledgement, epoch: 0, path: 0 },
+            Lease { expires: now, epoch: 0, path: 0 },
+        ];
+    }
+
     /// Whether packets of this flow, which is of this IP protocol, that neither open nor end it change nothing in it: TCP that
     /// is established, UDP that was replied to, and not by audit mode alone.
     #[must_use]
@@ -132,7 +167,8 @@ impl Flow {
             protocol::UDP => state::UDP_REPLIED,
             _ => return false,
         };
-        self.state == settled && self.flags & flag::AUDIT == 0
+        self.state == settled
+            && self.flags & (flag::AUDIT | flag::TRANSLATED | flag::UNRESTRICTED | flag::FIN_PENDING) == 0
     }
 
     /// How long ago it was opened, in nanoseconds, at `now`, in nanoseconds of `CLOCK_MONOTONIC`.
@@ -206,21 +242,24 @@ pub mod flag {
     pub const AUDIT: u8 = 4;
     /// Taken over from the kernel's conntrack at first start.
     pub const SEEDED: u8 = 8;
+    /// Entered where addresses are final, because the node translates them: its packets have others elsewhere.
+    pub const TRANSLATED: u8 = 16;
+    /// Opened by a pod towards a destination that no rule restricts.
+    pub const UNRESTRICTED: u8 = 32;
+    /// The LAN host has sent a FIN that the pod has not acknowledged yet.
+    pub const FIN_PENDING: u8 = 64;
+    /// [`super::Flow::expected`] holds.
+    pub const NUMBERED: u8 = 128;
 }
 
-/// A LAN host's end of a NodePort flow, by which the flow is known again after the node has rewritten its
-/// destination to the address of a pod.
+/// Two hosts between which a first fragment was let through.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct ClientKey {
-    /// Address of the LAN host.
-    pub address: Address,
-    /// Its port, network byte order.
-    pub port: [u8; 2],
-    /// IP protocol number.
-    pub protocol: u8,
-    /// Zero.
-    pub padding: [u8; 5],
+pub struct FragmentKey {
+    /// Source address.
+    pub source: Address,
+    /// Destination address.
+    pub destination: Address,
 }
 
-crate::plain_old_data!(FlowKey: 40, Flow: 40, ClientKey: 24);
+crate::plain_old_data!(FlowKey: 40, Flow: 48, FragmentKey: 32);

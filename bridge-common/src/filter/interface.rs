@@ -1,4 +1,4 @@
-//! Properties of an interface that programs are attached to.
+//! Properties of the interfaces that packets of pods pass.
 
 /// Value of the interface table, by interface index.
 #[repr(C)]
@@ -18,6 +18,8 @@ pub mod role {
     pub const EXTERNAL: u32 = 1;
     /// Towards pods.
     pub const INTERNAL: u32 = 2;
+    /// A bridge whose ports lead to pods. No program is attached to it.
+    pub const BRIDGE: u32 = 3;
 }
 
 crate::plain_old_data!(Interface: 12);

@@ -20,26 +20,37 @@ pub mod direction {
     pub const NAMES: [&str; COUNT] = ["inbound", "outbound", "nodeport"];
 }
 
-/// Classification of an address by its longest matching prefix.
+/// The properties of an address, by its longest matching prefix.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AddressInfo {
     /// Addresses of one class are named by the same rules.
     pub class: u32,
     /// Bits of [`side`].
-    pub side: u32,
+    pub side: u16,
+    /// Index into the policy's table of origins, for addresses of pods and LAN hosts; see [`origin`].
+    pub origin: u16,
     /// Sets of the rules that name this side only, by direction (inbound, outbound); 0: none.
     pub sets: [u32; 2],
 }
 
-/// Bits of [`AddressInfo::side`].
+/// Bits of [`AddressInfo::side`]; none: a foreign address.
 pub mod side {
     /// Address of a pod.
-    pub const POD: u32 = 1;
+    pub const POD: u16 = 1;
     /// Address of a LAN host.
-    pub const EXTERNAL: u32 = 2;
+    pub const EXTERNAL: u16 = 2;
     /// Address of this node: in scope as destination on a NodePort only.
-    pub const LOCAL: u32 = 4;
+    pub const LOCAL: u16 = 4;
+    /// Address of another node of the cluster.
+    pub const NODE: u16 = 8;
+}
+
+/// Values of [`AddressInfo::origin`]: the number by which a packet carries the identity of its source past address
+/// translation.
+pub mod origin {
+    /// There are more distinct properties of addresses than numbers. The highest index.
+    pub const OVERFLOW: u16 = (1 << 13) - 1;
 }
 
 /// Key of the sets of rules that name both sides.

@@ -19,6 +19,7 @@ use crate::{
     active::Active,
     cache_set::{Entry, NO_PATH},
     fast_path,
+    hook::Hook,
     maps::{FLOW_CACHE, FLOW_STAMPS, Route, Scratch, scratch},
     mark,
     parse::fast::{Headers, established_v4},
@@ -47,6 +48,12 @@ pub(crate) extern "C" fn serve(skb: *mut __sk_buff, hook: u32) -> i32 {
     let [source_port, destination_port] = plain.ports();
     let stamp = stamp_index(plain.source, plain.destination, [source_port, destination_port]);
     let Some(stamp) = FLOW_STAMPS.get_ptr(stamp) else { return MISS };
+    // Packets of pods must come by the interface of their flow. An index of more than 24 bits is beyond the entry.
+    // SAFETY: the context is valid while the program runs.
+    let interface = if hook == Hook::INTERNAL_INGRESS { unsafe { (*skb).ifindex } } else { 0 };
+    if interface >> 24 != 0 {
+        return MISS;
+    }
     let entry = Entry {
         source: plain.source,
         destination: plain.destination,
@@ -54,13 +61,13 @@ pub(crate) extern "C" fn serve(skb: *mut __sk_buff, hook: u32) -> i32 {
         protocol: plain.protocol,
         hook: hook as u8,
         direction: 0,
-        padding: 0,
+        interface_high: (interface >> 16) as u8,
         generation: active.settings.generation,
         // SAFETY: a valid element.
         stamp: unsafe { stamp.read_volatile() } as u32,
         expires: 0,
         path: NO_PATH,
-        padding_after: 0,
+        interface: interface as u16,
     };
     let index = set_index(&entry);
     let Some(set) = FLOW_CACHE.get_ptr(index) else { return MISS };
@@ -99,7 +106,7 @@ fn pass(skb: *mut __sk_buff, entry: &Entry, headers: &Headers, active: &Active) 
     let length = unsafe { (*skb).len };
     let action = match fast_path::control(active.now) {
         None => {
-            mark::put_on(skb, entry.direction);
+            mark::put(skb, mark::of_judged(entry.direction));
             NEXT
         }
         Some(control) if !control.allows(entry.protocol) => {

@@ -15,7 +15,8 @@ pub(crate) struct Entry {
     pub(crate) hook: u8,
     /// Of the flow.
     pub(crate) direction: u8,
-    pub(crate) padding: u8,
+    /// Bits 16 to 23 of `interface`.
+    pub(crate) interface_high: u8,
     /// Of the policy.
     pub(crate) generation: u32,
     /// Lower half of the flow's stamp, read before the flow was looked up.
@@ -24,7 +25,8 @@ pub(crate) struct Entry {
     pub(crate) expires: u32,
     /// Index of the path that packets take; [`NO_PATH`]: they pass to the network stack.
     pub(crate) path: u16,
-    pub(crate) padding_after: u16,
+    /// Of a packet from a pod: the interface that it came in by, bits 0 to 15; else 0.
+    pub(crate) interface: u16,
 }
 
 pub(crate) const NO_PATH: u16 = u16::MAX;
@@ -54,6 +56,8 @@ impl Entry {
             && self.ports == packet.ports
             && self.protocol == packet.protocol
             && self.hook == packet.hook
+            && self.interface == packet.interface
+            && self.interface_high == packet.interface_high
     }
 
     #[inline(always)]

@@ -5,9 +5,7 @@
 
 use aya_ebpf::{
     bindings::__sk_buff,
-    helpers::generated::{
-        bpf_fib_lookup, bpf_redirect, bpf_redirect_peer, bpf_skb_load_bytes, bpf_skb_store_bytes,
-    },
+    helpers::generated::{bpf_redirect, bpf_redirect_peer, bpf_skb_load_bytes, bpf_skb_store_bytes},
 };
 use bridge_common::filter::{
     fast_path::{Control, LEASE_TICKS, Lease, Outcome, Path, ability, means, ticks, towards},
@@ -18,6 +16,7 @@ use bridge_common::filter::{
 use bridge_ebpf::protocol;
 
 use crate::{
+    fib::{self, End, FibLookup},
     maps::{FAST_PATH, INTERFACES, OUTCOMES, Route, Scratch, scratch},
     mark,
     packet::{Packet, tcp},
@@ -27,9 +26,6 @@ use crate::{
 };
 
 const ETHERNET: u32 = 14;
-/// Address families of the socket API (linux/socket.h).
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
 const BPF_F_RECOMPUTE_CSUM: u64 = 1;
 /// The Ethernet header has the address of the interface (linux/if_packet.h): an interface in promiscuous mode hears more.
 const PACKET_HOST: u32 = 0;
@@ -81,7 +77,7 @@ pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *mut Flow, from_lan:
     let sent = leased.and_then(|(_, path)| {
         let l4_header = if packet.protocol == protocol::TCP { packet.tcp_header } else { 8 };
         let headers = Headers { head: packet.head, version: packet.version, length: packet.l4 + l4_header };
-        send(skb, &headers, &path, flow.direction)
+        send(skb, &headers, &path)
     });
     conclude(skb, flow.direction, sent)
 }
@@ -89,7 +85,7 @@ pub(crate) extern "C" fn forward(skb: *mut __sk_buff, flow: *mut Flow, from_lan:
 /// Sends a packet of a flow of this direction by a path that it holds. Returns the TC action.
 #[inline(always)]
 pub(crate) fn forward_by(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> i32 {
-    conclude(skb, direction, send(skb, headers, path, direction))
+    conclude(skb, direction, send(skb, headers, path))
 }
 
 /// Counts the outcome of a packet of a flow of this direction, and marks the packet if it teaches no path. Returns the TC
@@ -101,9 +97,9 @@ pub(crate) fn conclude(skb: *mut __sk_buff, direction: u8, sent: Result<i32, Out
     let (action, outcome) = match sent {
         Ok(action) => (action, Outcome::forwarded),
         Err(outcome) => {
-            if !matches!(outcome, Outcome::unseen | Outcome::expired) {
-                mark::put_on(skb, direction);
-            }
+            let learns = matches!(outcome, Outcome::unseen | Outcome::expired);
+            let judged = mark::of_judged(direction);
+            mark::put(skb, if learns && judged == mark::JUDGED { mark::LEARN } else { judged });
             (NEXT, outcome)
         }
     };
@@ -128,7 +124,7 @@ fn leased(packet: &Packet, flow: &Flow, from_lan: bool, now: u64) -> Result<(Lea
 }
 
 #[inline(always)]
-fn send(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> Result<i32, Outcome> {
+fn send(skb: *mut __sk_buff, headers: &Headers, path: &Path) -> Result<i32, Outcome> {
     // SAFETY: the context is valid while the program runs.
     let (ifindex, to, tagged) = unsafe { ((*skb).ifindex, (*skb).pkt_type, (*skb).vlan_present) };
     if tagged != 0 {
@@ -153,7 +149,7 @@ fn send(skb: *mut __sk_buff, headers: &Headers, path: &Path, direction: u8) -> R
         if path.means == means::PEER {
             bpf_redirect_peer(path.output, 0) as i32
         } else {
-            mark::put_on(skb, direction);
+            mark::put(skb, mark::JUDGED);
             bpf_redirect(path.output, 0) as i32
         }
     })
@@ -234,7 +230,7 @@ pub(crate) extern "C" fn learn(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u
     // SAFETY: a valid element, or null as far as the verifier knows. Racing CPUs write the same, or a path that is not used
     // before another packet confirms it.
     let Some(flow) = (unsafe { flow.as_mut() }) else { return 0 };
-    let Some(Scratch { packet, .. }) = scratch() else { return 0 };
+    let Some(Scratch { packet, fib, .. }) = scratch() else { return 0 };
     let Some(control) = control(now) else { return 0 };
     if obstacle(control, flow, packet).is_some() || flow.direction == direction::NODE_PORT {
         return 0;
@@ -248,7 +244,7 @@ pub(crate) extern "C" fn learn(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u
         return 0;
     }
     // `control.epoch` was read before the tables are asked: a later change brings another epoch.
-    let Some(seen) = taken(skb, packet) else { return 0 };
+    let Some(seen) = taken(skb, packet, fib) else { return 0 };
     let Some(path) = place(&seen, now, control.epoch) else { return 0 };
     // Packets of both directions have left, this one's not for the first time, and nothing has changed between them.
     let confirmed = lease.path == path && lease.epoch == epoch && back == epoch;
@@ -257,31 +253,10 @@ pub(crate) extern "C" fn learn(skb: *mut __sk_buff, flow: *mut Flow, from_lan: u
     1
 }
 
-/// `struct bpf_fib_lookup` (linux/bpf.h), with the members of its unions that matter here.
-#[repr(C)]
-struct FibLookup {
-    family: u8,
-    l4_protocol: u8,
-    source_port: [u8; 2],
-    destination_port: [u8; 2],
-    /// In: anything but 0 asks for the MTU of the route; out: that.
-    mtu: u16,
-    /// In: of the interface that the packet came in by; out: that it leaves by.
-    ifindex: u32,
-    /// IPv4: type of service in the first byte; IPv6: first word of the header, without the version.
-    traffic_class: [u8; 4],
-    source: [u8; 16],
-    destination: [u8; 16],
-    vlan: [u8; 4],
-    source_address: [u16; 3],
-    destination_address: [u16; 3],
-}
-const _: () = assert!(size_of::<FibLookup>() == 64);
-
 /// Returns the path that a packet has taken, if the routing table and the neighbour table say the same, and both interfaces
 /// allow it to the fast path.
 #[inline(always)]
-fn taken(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
+fn taken(skb: *mut __sk_buff, packet: &Packet, fib: &mut FibLookup) -> Option<Path> {
     // SAFETY: the context is valid while the program runs.
     let (input, output) = unsafe { ((*skb).ingress_ifindex, (*skb).ifindex) };
     // SAFETY: only copied.
@@ -294,34 +269,8 @@ fn taken(skb: *mut __sk_buff, packet: &Packet) -> Option<Path> {
     if unsafe { bpf_skb_load_bytes(skb.cast(), 0, addresses.as_mut_ptr().cast(), 12) } != 0 {
         return None;
     }
-    let [version, class, ..] = packet.head[0].to_ne_bytes();
-    let mut lookup = FibLookup {
-        family: AF_INET,
-        l4_protocol: packet.protocol,
-        source_port: packet.source_port,
-        destination_port: packet.destination_port,
-        mtu: 1,
-        ifindex: input,
-        traffic_class: [class, 0, 0, 0],
-        source: [0; 16],
-        destination: [0; 16],
-        vlan: [0; 4],
-        source_address: [0; 3],
-        destination_address: [0; 3],
-    };
-    if packet.version == 4 {
-        lookup.source[..4].copy_from_slice(&packet.source.v4());
-        lookup.destination[..4].copy_from_slice(&packet.destination.v4());
-    } else {
-        lookup.family = AF_INET6;
-        lookup.traffic_class = packet.head[0].to_ne_bytes();
-        lookup.traffic_class[0] = version & 0xf;
-        lookup.source = packet.source.octets;
-        lookup.destination = packet.destination.octets;
-    }
-    let size = size_of::<FibLookup>() as i32;
-    // SAFETY: the helper reads and writes 64 bytes, laid out as `struct bpf_fib_lookup`.
-    if unsafe { bpf_fib_lookup(skb.cast(), (&raw mut lookup).cast(), size, 0) } != 0 {
+    let (answer, lookup) = fib::lookup(skb, packet, fib, input, End::Destination, 1);
+    if answer != 0 {
         return None;
     }
     let ([d0, d1, d2], [s0, s1, s2]) = (lookup.destination_address, lookup.source_address);

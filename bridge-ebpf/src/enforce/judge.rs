@@ -1,17 +1,18 @@
-//! The path of a packet at an ingress hook: cache, headers, flow table, scope, policy, verdict.
+//! The path of a packet: cache, headers, flow table, scope, policy, verdict.
 
 use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use aya_log_ebpf::debug;
 use bridge_common::filter::{
     counters::Reason,
     flow::{Flow, flag},
-    policy::{direction, reference},
+    policy::{direction, reference, side},
 };
 use bridge_ebpf::protocol;
 
 use crate::{
     active::Active,
-    cache, fast_path,
+    cache, fast_path, fragments,
+    hook::Hook,
     maps::{FLOWS, HALF_OPEN, Route, Scratch, scratch},
     mark,
     packet::{Kind, Packet},
@@ -21,23 +22,13 @@ use crate::{
     verdict::{self, NEXT, Verdict},
 };
 
-/// The ingress hook of a packet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(u32)]
-pub(crate) enum Hook {
-    /// From the LAN into the node.
-    External,
-    /// From a pod into the node.
-    Internal,
-}
-
-/// Judges a packet that came in by an interface.
+/// Judges a packet at an ingress hook.
 #[inline(always)]
-pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
+pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
     let Some(scratch) = scratch() else { return NEXT };
     let packet = &mut scratch.packet;
-    mark::take_off(skb);
-    let action = cache::serve(skb, hook as u32);
+    mark::clear(skb);
+    let action = cache::serve(skb, hook);
     if action != cache::MISS {
         return action;
     }
@@ -53,17 +44,23 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
         && let Some(flow) = FLOWS.get_ptr_mut(&packet.key)
     {
         found = FLOW_OF_PORTS;
-        // SAFETY: a valid element; the fields that racing CPUs write are single bytes and a time stamp.
+        // SAFETY: a valid element; the fields that racing CPUs write are single words.
         let flow = unsafe { &mut *flow };
         let from_initiator = flow.initiator == packet.end_of_source;
         let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
-        let spoofed = from_lan && hook == Hook::Internal;
-        if !spoofed
+        if from_lan == (hook == Hook::EXTERNAL_INGRESS)
+            && (from_lan || is_of_interface(skb, packet, flow))
             && track::is_usable(flow, active.settings, active.now)
             && track::established(flow, packet, from_initiator, active.now) == TrackVerdict::Pass
         {
+            if packet.first_fragment != 0 {
+                fragments::remember(packet, active.now);
+            }
             // SAFETY: the context is valid while the program runs.
             let length = unsafe { (*skb).len };
+            if flow.flags & (flag::TRANSLATED | flag::UNRESTRICTED) != 0 {
+                return pass_translated(skb, flow, hook, active.slot);
+            }
             if flow.flags & flag::AUDIT != 0 {
                 report::count_audited(flow.direction, Reason::established, length);
             } else {
@@ -73,7 +70,7 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
                 Some(_) => fast_path::forward(skb, flow, from_lan.into(), active.now),
                 None => {
                     scratch.route.kind = Route::STACK;
-                    mark::put_on(skb, flow.direction);
+                    mark::put(skb, mark::of_judged(flow.direction));
                     NEXT
                 }
             };
@@ -86,7 +83,138 @@ pub(crate) fn judge(skb: *mut __sk_buff, hook: Hook) -> i32 {
     if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
         found = FLOW_OF_QUOTE;
     }
-    judge_unknown(skb, active.slot, hook as u32, active.now, found)
+    let scope = scope::find(skb, active.slot, hook, mark::NONE);
+    judge_unknown(skb, active.slot, hook, active.now, found | scope << 8)
+}
+
+/// Whether a packet from a pod's interface may belong to a flow: it came by the interface of the flow, or its source leads
+/// to the interface that it came by.
+#[inline(always)]
+fn is_of_interface(skb: *mut __sk_buff, packet: &Packet, flow: &mut Flow) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let ifindex = unsafe { (*skb).ifindex };
+    if flow.interface == ifindex {
+        return true;
+    }
+    let leads_here = scope::leads_here(skb, packet);
+    if leads_here {
+        flow.interface = ifindex;
+    }
+    leads_here
+}
+
+/// Passes a packet of an established flow that the node translates, or that no rule restricts. Returns the TC action.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pass_translated(skb: *mut __sk_buff, flow: *const Flow, hook: u32, slot: u32) -> i32 {
+    // SAFETY: a valid element, or null as far as the verifier knows.
+    let Some(flow) = (unsafe { flow.as_ref() }) else { return NEXT };
+    // SAFETY: the context is valid while the program runs.
+    let length = unsafe { (*skb).len };
+    if flow.flags & flag::UNRESTRICTED == 0 {
+        if flow.flags & flag::AUDIT != 0 {
+            report::count_audited(flow.direction, Reason::established, length);
+        } else {
+            report::count(flow.direction, Reason::established, length);
+        }
+    }
+    let mark = if hook == Hook::EXTERNAL_INGRESS {
+        // The pod's view of the flow is still to be followed.
+        if flow.flags & flag::TRANSLATED != 0 { mark::FOREIGN } else { mark::JUDGED }
+    } else if flow.flags & flag::UNRESTRICTED != 0 {
+        // Translation may yet lead it to a LAN host.
+        scope::find(skb, slot, hook, mark::NONE);
+        let Some(Scratch { sides, .. }) = scratch() else { return NEXT };
+        sides.mark
+    } else {
+        mark::ADMITTED
+    };
+    mark::put(skb, mark);
+    NEXT
+}
+
+/// Judges a packet at an egress hook, where its addresses are final.
+#[inline(always)]
+pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
+    let mark = mark::read(skb);
+    if mark == mark::JUDGED {
+        return NEXT;
+    }
+    // For further egress hooks: those of the interfaces below a VLAN or a bridge.
+    mark::put(skb, mark::JUDGED);
+    let Some(scratch) = scratch() else { return NEXT };
+    let packet = &mut scratch.packet;
+    if !parse::parse(skb, packet) {
+        return NEXT;
+    }
+    let Some(active) = Active::get() else { return NEXT };
+    // SAFETY: the context is valid while the program runs.
+    let input = unsafe { (*skb).ingress_ifindex };
+    let to_pod = hook == Hook::INTERNAL_EGRESS;
+    let mut found = 0;
+    if packet.follows_flow() {
+        if let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
+            // SAFETY: as for established flows in `ingress`.
+            let flow = unsafe { &mut *flow };
+            found = FLOW_OF_PORTS;
+            let from_initiator = flow.initiator == packet.end_of_source;
+            let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
+            if from_lan == to_pod && track::is_usable(flow, active.settings, active.now) {
+                if mark == mark::LEARN {
+                    // Only its path matters: the packet was judged, and followed.
+                    fast_path::learn(skb, flow, from_lan.into(), active.now);
+                    return NEXT;
+                }
+                if follows(hook, flow, active.settings, packet)
+                    && track::established(flow, packet, from_initiator, active.now) == TrackVerdict::Pass
+                {
+                    if packet.first_fragment != 0 {
+                        fragments::remember(packet, active.now);
+                    }
+                    fast_path::learn(skb, flow, from_lan.into(), active.now);
+                    return NEXT;
+                }
+            }
+        }
+        if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
+            // SAFETY: as for established flows in `ingress`.
+            let flow = unsafe { &mut *flow };
+            let from_initiator = flow.initiator == packet.end_of_source;
+            if track::is_usable(flow, active.settings, active.now)
+                && follows(hook, flow, active.settings, packet)
+                && track::half_open(flow, packet, from_initiator, active.now) != TrackVerdict::Judge
+            {
+                return NEXT;
+            }
+        }
+    }
+    if input == 0 || mark == mark::LEARN {
+        return NEXT;
+    }
+    if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
+        return NEXT;
+    }
+    if to_pod && mark == mark::ADMITTED {
+        // SAFETY: the context is valid while the program runs.
+        track::adopt(packet, active.settings, active.now, unsafe { (*skb).ifindex });
+        return NEXT;
+    }
+    let scope = scope::find(skb, active.slot, hook, mark);
+    judge_unknown(skb, active.slot, hook, active.now, found | scope << 8)
+}
+
+/// Whether a packet at an egress hook is followed there: every packet towards a pod; towards the LAN those of translated
+/// flows, since the others were followed where they came in.
+#[inline(always)]
+fn follows(
+    hook: u32,
+    flow: &Flow,
+    settings: &bridge_common::filter::control::Settings,
+    packet: &Packet,
+) -> bool {
+    hook == Hook::INTERNAL_EGRESS
+        || flow.flags & flag::TRANSLATED != 0
+        || scope::is_node_port(settings, packet, packet.source_port)
 }
 
 /// The flow table has an entry for the packet's ports, but the packet does not belong to it.
@@ -94,7 +222,8 @@ const FLOW_OF_PORTS: u32 = 1;
 /// The packet is an ICMP error about a known flow: see [`quotes_flow`].
 const FLOW_OF_QUOTE: u32 = 2;
 
-/// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`] or 0.
+/// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`] or 0, with the
+/// result of [`scope::find`] above its lowest byte.
 ///
 /// This and the other functions with C linkage are subprograms: the verifier checks each once, for any arguments. Inlined,
 /// the paths through one would multiply with the paths through the next.
@@ -103,19 +232,74 @@ const FLOW_OF_QUOTE: u32 = 2;
 extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64, found: u32) -> i32 {
     let Some(Scratch { packet, sides, .. }) = scratch() else { return NEXT };
     let Some(active) = Active::of_slot(slot, now) else { return NEXT };
-    let from_lan = hook == Hook::External as u32;
-    if !scope::find(slot, active.settings, packet, from_lan, sides) {
-        return NEXT;
-    }
+    let (found, scope) = (found & 0xff, found >> 8);
     // SAFETY: the context is valid while the program runs.
     let length = unsafe { (*skb).len };
-    let verdict = decide(from_lan, found, &active, sides, packet, length);
-    verdict::conclude(skb, &active, sides, packet, &verdict, length)
+    let passed = mark::of_judged(sides.direction as u8);
+    let verdict = match scope {
+        scope::JUDGE => decide(hook, found, &active, sides, packet, length),
+        scope::SPOOFED => Verdict::of(Reason::spoofed),
+        scope::UNATTRIBUTED => Verdict::of(Reason::unattributed),
+        scope => {
+            if scope == scope::FOLLOW {
+                follow(found, &active, sides, packet);
+            }
+            if hook <= Hook::INTERNAL_INGRESS {
+                mark::put(skb, sides.mark);
+            }
+            return NEXT;
+        }
+    };
+    if verdict.mark == mark::NONE {
+        mark::put(skb, passed);
+    } else {
+        mark::put(skb, verdict.mark);
+    }
+    let action = verdict::conclude(skb, &active, sides, packet, &verdict, length, hook);
+    if packet.first_fragment != 0 && action == NEXT {
+        fragments::remember(packet, active.now);
+    }
+    action
+}
+
+/// Follows a packet of a pod that no rule restricts, so that the answers pass.
+#[inline(always)]
+fn follow(found: u32, active: &Active, sides: &mut Sides, packet: &Packet) {
+    if found == FLOW_OF_QUOTE {
+        sides.mark = mark::ADMITTED;
+    }
+    if !packet.follows_flow() {
+        return;
+    }
+    if let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key) {
+        // SAFETY: as for established flows in `ingress`.
+        let flow = unsafe { &mut *flow };
+        if track::is_usable(flow, active.settings, active.now) {
+            let from_initiator = flow.initiator == packet.end_of_source;
+            let verdict = track::half_open(flow, packet, from_initiator, active.now);
+            if !from_initiator {
+                // An answer of the pod in a flow that was let in.
+                sides.mark = mark::ADMITTED;
+                return;
+            }
+            if verdict != TrackVerdict::Judge {
+                return;
+            }
+        }
+    }
+    let admission = Admission {
+        direction: direction::OUTBOUND,
+        generation: active.settings.generation,
+        rule: u32::MAX,
+        flags: flag::UNRESTRICTED,
+        interface: sides.interface,
+    };
+    let _ = track::open(packet, &admission, active.settings, active.now, found == FLOW_OF_PORTS);
 }
 
 #[inline(always)]
 fn decide(
-    from_lan: bool,
+    hook: u32,
     found: u32,
     active: &Active,
     sides: &mut Sides,
@@ -125,11 +309,11 @@ fn decide(
     if !packet.is_intact() {
         return Verdict::of(packet.problem);
     }
-    if sides.direction == u32::from(direction::INBOUND) && !from_lan {
-        return Verdict::of(Reason::spoofed);
-    }
     match packet.kind {
-        Kind::LaterFragment => return Verdict::of(Reason::later_fragment),
+        Kind::LaterFragment => {
+            let known = fragments::are_known(packet, active.now);
+            return Verdict::of(if known { Reason::later_fragment } else { Reason::fragment_unknown });
+        }
         Kind::Error => {
             let related = found == FLOW_OF_QUOTE;
             return Verdict::of(if related { Reason::related } else { Reason::icmp_unrelated });
@@ -138,18 +322,32 @@ fn decide(
     }
     // A SYN is judged by policy, whatever came before it.
     if !(packet.protocol == protocol::TCP && packet.opens_tcp())
+        && hook <= Hook::INTERNAL_INGRESS
         && let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key)
     {
-        // SAFETY: as for established flows in `judge`.
+        // SAFETY: as for established flows in `ingress`.
         let flow = unsafe { &mut *flow };
         let from_initiator = flow.initiator == packet.end_of_source;
         if track::is_usable(flow, active.settings, active.now) {
-            let (direction, audited) = (flow.direction, flow.flags & flag::AUDIT != 0);
+            let flags = flow.flags;
+            let direction = flow.direction;
             match track::half_open(flow, packet, from_initiator, active.now) {
                 TrackVerdict::Pass => {
                     // As of every packet of the flow: a reply is no packet of the other direction.
                     sides.direction = u32::from(direction);
-                    return Verdict { audited, ..Verdict::of(Reason::established) };
+                    let mark = if flags & flag::TRANSLATED == 0 {
+                        mark::of_judged(direction)
+                    } else if hook == Hook::EXTERNAL_INGRESS {
+                        mark::FOREIGN
+                    } else {
+                        mark::ADMITTED
+                    };
+                    return Verdict {
+                        mark,
+                        audited: flags & flag::AUDIT != 0,
+                        silent: flags & flag::UNRESTRICTED != 0,
+                        ..Verdict::of(Reason::established)
+                    };
                 }
                 TrackVerdict::Deny(reason) => return Verdict::of(reason),
                 TrackVerdict::Judge => {}
@@ -159,7 +357,8 @@ fn decide(
     if let Err(reason) = track::opening(packet) {
         return Verdict::of(reason);
     }
-    let leaf = policy::evaluate(active.slot);
+    // `networks.external` names the LAN hosts that rules can allow.
+    let leaf = if sides.external.side == side::EXTERNAL { policy::evaluate(active.slot) } else { 0 };
     if leaf == 0 {
         return Verdict::of(Reason::no_rule);
     }
@@ -171,7 +370,8 @@ fn decide(
         direction: sides.direction as u8,
         generation: active.settings.generation,
         rule: (leaf & reference::RULE) - 1,
-        flags: 0,
+        flags: sides.flags as u8,
+        interface: sides.interface,
     };
     match track::open(packet, &admission, active.settings, active.now, found == FLOW_OF_PORTS) {
         Ok(()) => Verdict { leaf, ..Verdict::of(Reason::new_flow) },
@@ -179,7 +379,7 @@ fn decide(
     }
 }
 
-/// Returns 1 if an ICMP error quotes a packet that its addressee sent in a known flow or in one out of scope, else 0.
+/// Returns 1 if an ICMP error quotes a packet that its addressee sent in a known flow, else 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
@@ -188,10 +388,6 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
     let settings = active.settings;
     if !parse::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
         return 0;
-    }
-    if !scope::is_judged(slot, settings, quoted) {
-        // About a flow that is out of scope.
-        return 1;
     }
     // SAFETY: valid elements, only read.
     let is_usable = |flow: *const Flow| track::is_usable(unsafe { &*flow }, settings, now);

@@ -1,6 +1,6 @@
 //! Judges packets between pods and LAN hosts.
 //!
-//! The path of a packet is [`judge::judge`]: cache ([`cache`]), headers ([`parse`]), flow table ([`track`]), scope
+//! The path of a packet is [`judge::ingress`]: cache ([`cache`]), headers ([`parse`]), flow table ([`track`]), scope
 //! ([`scope`]), policy ([`policy`]), verdict ([`verdict`]).
 
 #![no_std]
@@ -24,10 +24,12 @@ mod active;
 mod cache;
 mod cache_set;
 mod fast_path;
+mod fib;
+mod fragments;
+mod hook;
 mod judge;
 mod maps;
 mod mark;
-mod observe;
 mod packet;
 mod parse;
 mod paths;
@@ -40,33 +42,30 @@ mod track;
 mod verdict;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};
-use judge::Hook;
-use verdict::NEXT;
+use hook::Hook;
 
 /// LAN to pod, and LAN to a NodePort of this node.
 #[classifier]
 pub fn external_ingress(ctx: TcContext) -> i32 {
-    judge::judge(ctx.skb.skb, Hook::External)
+    judge::ingress(ctx.skb.skb, Hook::EXTERNAL_INGRESS)
 }
 
 /// Pod to LAN, with the pod's own address.
 #[classifier]
 pub fn internal_ingress(ctx: TcContext) -> i32 {
-    judge::judge(ctx.skb.skb, Hook::Internal)
+    judge::ingress(ctx.skb.skb, Hook::INTERNAL_INGRESS)
 }
 
 /// Node to pod.
 #[classifier]
 pub fn internal_egress(ctx: TcContext) -> i32 {
-    observe::to_pod(ctx.skb.skb);
-    NEXT
+    judge::egress(ctx.skb.skb, Hook::INTERNAL_EGRESS)
 }
 
 /// Node to LAN.
 #[classifier]
 pub fn external_egress(ctx: TcContext) -> i32 {
-    observe::to_lan(ctx.skb.skb);
-    NEXT
+    judge::egress(ctx.skb.skb, Hook::EXTERNAL_EGRESS)
 }
 
 bridge_ebpf::license!();

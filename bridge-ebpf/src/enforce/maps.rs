@@ -5,11 +5,12 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use bridge_common::filter::{
+    address::Address,
     control::{Control, SLOTS, Settings},
     counters::Counters,
     event::{Event, EventBudget},
     fast_path::{self, Lease},
-    flow::{ClientKey, Flow, FlowKey},
+    flow::{Flow, FlowKey, FragmentKey},
     flow_cache::{MAX_SETS, STAMPS},
     interface::Interface,
     policy::{
@@ -19,11 +20,13 @@ use bridge_common::filter::{
 
 use crate::{
     cache_set::{Place, Set},
+    fib::FibLookup,
     packet::Packet,
     sides::Sides,
 };
 
 const SLOT_COUNT: usize = SLOTS as usize;
+const NO_PREALLOC: usize = 1; // BPF_F_NO_PREALLOC
 const MMAPABLE: usize = 1 << 10; // BPF_F_MMAPABLE
 /// Inner arrays of any length may take the template's place (`array_map_meta_equal`, kernel/bpf/arraymap.c).
 const ANY_LENGTH: usize = 1 << 12; // BPF_F_INNER_MAP
@@ -44,6 +47,9 @@ pub(crate) static ADDRESSES4: ArrayOfMaps<LpmTrie<[u8; 4], AddressInfo, 1>, SLOT
 /// IPv6 prefixes of pods, LAN hosts and the node.
 #[btf_map(name = "addresses6")]
 pub(crate) static ADDRESSES6: ArrayOfMaps<LpmTrie<[u8; 16], AddressInfo, 1>, SLOT_COUNT> = ArrayOfMaps::new();
+/// Properties of addresses, by their number.
+#[btf_map(name = "origins")]
+pub(crate) static ORIGINS: ArrayOfMaps<Array<AddressInfo, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
 /// Sets of the rules that name both sides.
 #[btf_map(name = "pairs")]
 pub(crate) static PAIRS: ArrayOfMaps<HashMap<PairKey, PairSets, 1>, SLOT_COUNT> = ArrayOfMaps::new();
@@ -69,9 +75,9 @@ pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, 262_144> = LruHashMap::new();
 /// Flows without a reply: apart, so that a flood of them evicts no established flow.
 #[btf_map(name = "half_open")]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new();
-/// LAN hosts that were let in on a NodePort, with the time of their last packet; an odd nanosecond: in audit mode only.
-#[btf_map(name = "node_port_peers")]
-pub(crate) static NODE_PORT_PEERS: LruHashMap<ClientKey, u64, 65_536> = LruHashMap::new();
+/// Hosts between which a first fragment was let through, with the time of the last one.
+#[btf_map(name = "fragments")]
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, u64, 16_384> = LruHashMap::new();
 
 /// The flow cache, CPU by CPU. The loader sets the size.
 ///
@@ -106,7 +112,11 @@ pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
 #[btf_map(name = "event_budget")]
 pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();
 
-/// Interfaces that the programs are attached to, by index.
+/// Index of the interface that leads to a pod of this node, by the pod's address.
+#[btf_map(name = "hosted")]
+pub(crate) static HOSTED: HashMap<Address, u32, 65_536, NO_PREALLOC> = HashMap::new();
+
+/// Interfaces that the programs are attached to, and bridges above them, by index.
 #[btf_map(name = "interfaces")]
 pub(crate) static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
 
@@ -126,6 +136,8 @@ pub(crate) struct Scratch {
     /// The place of the packet's flow in the cache.
     pub(crate) place: Place,
     pub(crate) route: Route,
+    pub(crate) fragment: FragmentKey,
+    pub(crate) fib: FibLookup,
 }
 
 /// How [`crate::fast_path::forward`] passed a packet.

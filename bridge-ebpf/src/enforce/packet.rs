@@ -43,8 +43,7 @@ pub(crate) enum Kind {
     LaterFragment,
 }
 
-const PADDING: usize = 1;
-const _: () = assert!(size_of::<Packet>() == 40 + 2 * 16 + 2 * 2 + 4 + 6 * 4 + 12 + 3 + PADDING);
+const _: () = assert!(size_of::<Packet>() == 40 + 2 * 16 + 2 * 2 + 4 + 6 * 4 + 12 + 4);
 
 /// The headers of a packet, as far as a verdict needs them.
 #[repr(C)]
@@ -80,8 +79,8 @@ pub(crate) struct Packet {
     pub(crate) end_of_source: u8,
     /// 1: nothing but an IP header stands before layer 4, and nothing but the Ethernet header before that; no fragment.
     pub(crate) plain: u8,
-    /// Explicit: subprograms take the packet as a whole, and no byte may be uninitialised.
-    pub(crate) padding: [u8; PADDING],
+    /// 1: the first of several fragments.
+    pub(crate) first_fragment: u8,
     /// Why the packet is denied if it is in scope; [`Reason::established`]: its headers are in order.
     pub(crate) problem: Reason,
 }
@@ -101,6 +100,31 @@ impl Packet {
             self.destination_port,
             self.protocol,
         );
+    }
+
+    /// Makes it a packet of which not even the addresses can be read: it is denied at every hook.
+    #[inline(always)]
+    pub(crate) fn set_unreadable(&mut self) {
+        self.source = Address::from_words([0; 4]);
+        self.destination = Address::from_words([0; 4]);
+        self.source_port = [0; 2];
+        self.destination_port = [0; 2];
+        self.protocol = 0;
+        self.kind = Kind::Plain;
+        self.detail = 0;
+        self.version = 4;
+        self.plain = 0;
+        self.first_fragment = 0;
+        self.l3 = 0;
+        self.problem = Reason::malformed_ip;
+    }
+
+    /// See [`Packet::set_unreadable`].
+    #[inline(always)]
+    pub(crate) fn is_unreadable(&self) -> bool {
+        self.problem as u8 == Reason::malformed_ip as u8
+            && self.source.halves() == (0, 0)
+            && self.version == 4
     }
 
     /// Whether its own ports name its flow.

@@ -13,6 +13,7 @@ use bridge_ebpf::protocol;
 
 use crate::{
     maps::{INTERFACES, Scratch, scratch},
+    mark,
     packet::{Kind, Packet, tcp},
     verdict::DROP,
 };
@@ -34,7 +35,7 @@ const ICMPV6_PORT_UNREACHABLE: u8 = 4;
 /// its way to the initiator, would end it.
 #[inline(always)]
 pub(crate) fn is_answerable(packet: &Packet, reason: Reason) -> bool {
-    if reason as u8 == Reason::invalid_state as u8 {
+    if matches!(reason, Reason::invalid_state | Reason::spoofed) {
         return false;
     }
     let plain_header = if packet.version == 4 { IPV4_HEADER } else { IPV6_HEADER };
@@ -67,6 +68,7 @@ pub(crate) extern "C" fn answer(skb: *mut __sk_buff) -> i32 {
     if written.is_none() || (interface.link_header != 0 && buffer.turn_link_header().is_none()) {
         return DROP;
     }
+    mark::put(skb, mark::JUDGED);
     // SAFETY: no precondition.
     unsafe { bpf_redirect(ifindex, 0) as i32 }
 }

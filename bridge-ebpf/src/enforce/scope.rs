@@ -1,67 +1,305 @@
-//! Whether a packet is in scope, and in which direction.
+//! Whether a packet is judged, in which direction, and as whose: by its interface first, then by its addresses. See
+//! `docs/decisions/0012-complete-mediation.md`, whose tables these functions are.
 
-use aya_ebpf::btf_maps::lpm_trie::Key;
+use aya_ebpf::{bindings::__sk_buff, btf_maps::lpm_trie::Key};
 use bridge_common::filter::{
     address::Address,
     control::Settings,
     counters::Reason,
+    flow::flag,
+    interface::role,
     policy::{AddressInfo, direction, side},
 };
 use bridge_ebpf::protocol;
 
 use crate::{
-    maps::{ADDRESSES4, ADDRESSES6},
+    active::Active,
+    fib::{FROM_NEXT_HOP, TO_SOURCE, route_of},
+    hook::Hook,
+    maps::{ADDRESSES4, ADDRESSES6, HOSTED, INTERFACES, ORIGINS, Scratch, scratch},
+    mark,
     packet::{Kind, Packet},
     sides::Sides,
 };
 
+/// The packet passes unjudged.
+pub(crate) const PASS: u32 = 0;
+/// The packet is judged.
+pub(crate) const JUDGE: u32 = 1;
+/// The source does not belong to the interface.
+pub(crate) const SPOOFED: u32 = 2;
+/// The packet passes, and its flow is followed, so that the answers pass.
+pub(crate) const FOLLOW: u32 = 3;
+/// The source was translated and is unknown.
+pub(crate) const UNATTRIBUTED: u32 = 4;
+
 #[inline(always)]
-fn lookup(slot: u32, address: &Address, version: u8) -> Option<&'static AddressInfo> {
-    if version == 4 {
-        ADDRESSES4.get(slot)?.get(&Key::new(32, address.v4()))
+fn lookup(slot: u32, address: &Address, version: u8) -> AddressInfo {
+    let found = if version == 4 {
+        ADDRESSES4.get(slot).and_then(|trie| trie.get(&Key::new(32, address.v4())))
     } else {
-        ADDRESSES6.get(slot)?.get(&Key::new(128, address.octets))
+        ADDRESSES6.get(slot).and_then(|trie| trie.get(&Key::new(128, address.octets)))
+    };
+    found.copied().unwrap_or_default()
+}
+
+/// Returns the index of the interface that leads to a pod of this node; 0: none is known to the agent.
+#[inline(always)]
+fn hosted(address: &Address) -> u32 {
+    // SAFETY: only copied.
+    unsafe { HOSTED.get(address) }.copied().unwrap_or(0)
+}
+
+/// Whether an address means something on one link only, so that the kernel forwards no packet from it: link-local (RFC
+/// 4291, 2.5.6) and unspecified.
+#[inline(always)]
+fn stays_on_link(address: &Address, version: u8) -> bool {
+    let (high, low) = address.halves();
+    if version == 4 { low as u32 == 0 } else { high >> 54 == 0x3fa || (high == 0 && low == 0) }
+}
+
+/// Whether the source of the packet of [`scratch`] leads to the interface that it came in by.
+#[inline(always)]
+pub(crate) fn leads_here(skb: *mut __sk_buff, packet: &Packet) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let ifindex = unsafe { (*skb).ifindex };
+    hosted(&packet.source) == ifindex || route_of(skb, ifindex, TO_SOURCE) == ifindex
+}
+
+/// Finds the sides of the packet of [`scratch`], and what is to become of it: [`PASS`], [`JUDGE`], ...
+///
+/// A subprogram, as `judge::judge_unknown`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn find(skb: *mut __sk_buff, slot: u32, hook: u32, mark: u32) -> u32 {
+    let Some(Scratch { packet, sides, .. }) = scratch() else { return PASS };
+    let Some(active) = Active::of_slot(slot, 0) else { return PASS };
+    sides.mark = mark::NONE;
+    sides.interface = 0;
+    sides.flags = 0;
+    // IPv4-mapped addresses, or addresses that cannot be read.
+    let unreadable = packet.is_unreadable();
+    if unreadable || packet.problem as u8 == Reason::spoofed as u8 {
+        sides.direction = if hook == Hook::INTERNAL_INGRESS {
+            u32::from(direction::OUTBOUND)
+        } else {
+            u32::from(direction::INBOUND)
+        };
+        return if unreadable { JUDGE } else { SPOOFED };
+    }
+    match hook {
+        Hook::EXTERNAL_INGRESS => external_ingress(skb, &active, packet, sides),
+        Hook::INTERNAL_INGRESS => internal_ingress(skb, &active, packet, sides),
+        Hook::INTERNAL_EGRESS => internal_egress(skb, &active, packet, sides, mark),
+        _ => external_egress(skb, &active, packet, sides, mark),
     }
 }
 
-/// Finds the sides of a packet. Returns `false` if it is out of scope.
 #[inline(always)]
-pub(crate) fn find(
-    slot: u32,
-    settings: &Settings,
-    packet: &Packet,
-    from_lan: bool,
-    sides: &mut Sides,
-) -> bool {
-    let Some(destination) = lookup(slot, &packet.destination, packet.version) else { return false };
-    let Some(source) = lookup(slot, &packet.source, packet.version) else { return false };
-    if source.side == side::POD && destination.side == side::EXTERNAL {
-        sides.direction = u32::from(direction::OUTBOUND);
-        (sides.internal, sides.external) = (*source, *destination);
-        return true;
+fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides: &mut Sides) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    let ifindex = unsafe { (*skb).ifindex };
+    let source = lookup(active.slot, &packet.source, packet.version);
+    let destination = lookup(active.slot, &packet.destination, packet.version);
+    sides.direction = u32::from(direction::INBOUND);
+    let generation = active.settings.generation;
+    sides.external = AddressInfo::default();
+    sides.mark = mark::FOREIGN;
+    match source.side {
+        side::LOCAL => return SPOOFED,
+        side::POD | side::NODE => {
+            if route_of(skb, ifindex, TO_SOURCE | FROM_NEXT_HOP) == ifindex {
+                sides.mark = mark::CLUSTER;
+                return PASS;
+            }
+            if source.side == side::POD {
+                return SPOOFED;
+            }
+        }
+        side::EXTERNAL => {
+            sides.external = source;
+            sides.mark = mark::of_origin(&source, generation);
+        }
+        _ => {}
     }
-    if source.side != side::EXTERNAL {
-        return false;
-    }
-    (sides.internal, sides.external) = (*destination, *source);
+    sides.internal = destination;
     if destination.side == side::POD {
-        sides.direction = u32::from(direction::INBOUND);
-        true
-    } else {
+        sides.interface = hosted(&packet.destination);
+        if sides.interface == 0 {
+            let out = route_of(skb, ifindex, 0);
+            // SAFETY: only copied.
+            let leads_to_pods =
+                unsafe { INTERFACES.get(&out) }.is_some_and(|interface| interface.role != role::EXTERNAL);
+            if !leads_to_pods {
+                return PASS;
+            }
+            sides.interface = out;
+        }
+        return JUDGE;
+    }
+    if destination.side == side::LOCAL
+        && source.side == side::EXTERNAL
+        && is_node_port(active.settings, packet, packet.destination_port)
+    {
         sides.direction = u32::from(direction::NODE_PORT);
-        from_lan && destination.side == side::LOCAL && is_node_port(settings, packet, packet.destination_port)
+        return JUDGE;
+    }
+    PASS
+}
+
+#[inline(always)]
+fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides: &mut Sides) -> u32 {
+    sides.direction = u32::from(direction::OUTBOUND);
+    if stays_on_link(&packet.source, packet.version) {
+        return PASS;
+    }
+    if !leads_here(skb, packet) {
+        return SPOOFED;
+    }
+    let source = lookup(active.slot, &packet.source, packet.version);
+    if source.side != side::POD {
+        // Routed to an interface of pods, but not in their networks: out of scope.
+        sides.mark = mark::JUDGED;
+        return PASS;
+    }
+    let destination = lookup(active.slot, &packet.destination, packet.version);
+    sides.internal = source;
+    sides.external = destination;
+    // SAFETY: the context is valid while the program runs.
+    sides.interface = unsafe { (*skb).ifindex };
+    match destination.side {
+        side::EXTERNAL => JUDGE,
+        side::POD => {
+            sides.mark = mark::JUDGED;
+            PASS
+        }
+        side::NODE => {
+            sides.mark = mark::of_origin(&source, active.settings.generation);
+            PASS
+        }
+        _ => {
+            sides.mark = mark::of_origin(&source, active.settings.generation);
+            sides.flags = flag::UNRESTRICTED.into();
+            FOLLOW
+        }
     }
 }
 
-/// Whether flows between these addresses are tracked.
+/// Who has sent a packet, at an egress hook.
+enum Sender {
+    /// A source of this node's cluster that is not judged here.
+    Cluster,
+    Pod(AddressInfo),
+    /// A LAN host, or with the default properties a foreign source.
+    Peer(AddressInfo),
+    Unknown,
+}
+
+/// Returns the sender of a packet by its mark, else by its source address.
 #[inline(always)]
-pub(crate) fn is_judged(slot: u32, settings: &Settings, packet: &Packet) -> bool {
-    let Some(destination) = lookup(slot, &packet.destination, packet.version) else { return false };
-    let Some(source) = lookup(slot, &packet.source, packet.version) else { return false };
-    match (source.side, destination.side) {
-        (side::POD, side::EXTERNAL) | (side::EXTERNAL, side::POD) => true,
-        (side::EXTERNAL, side::LOCAL) => is_node_port(settings, packet, packet.destination_port),
-        _ => false,
+fn sender(skb: *mut __sk_buff, active: &Active, packet: &Packet, input: u32, mark: u32) -> Sender {
+    // SAFETY: only copied.
+    let known = unsafe { INTERFACES.get(&input) }.is_some();
+    if known {
+        match mark {
+            mark::CLUSTER | mark::ADMITTED => return Sender::Cluster,
+            mark::FOREIGN => return Sender::Peer(AddressInfo::default()),
+            _ => {}
+        }
+        if let Some(index) = mark::origin(mark, active.settings.generation)
+            && let Some(info) = ORIGINS.get_value(active.slot, &index)
+        {
+            return if info.side == side::POD { Sender::Pod(*info) } else { Sender::Peer(*info) };
+        }
+    }
+    let source = lookup(active.slot, &packet.source, packet.version);
+    match source.side {
+        side::LOCAL => Sender::Unknown,
+        side::POD | side::NODE => {
+            // The link layer header is no longer that of the sender.
+            if hosted(&packet.source) != input && route_of(skb, input, TO_SOURCE) != input {
+                Sender::Peer(AddressInfo::default())
+            } else if source.side == side::NODE {
+                Sender::Cluster
+            } else {
+                Sender::Pod(source)
+            }
+        }
+        _ => Sender::Peer(source),
+    }
+}
+
+#[inline(always)]
+fn internal_egress(
+    skb: *mut __sk_buff,
+    active: &Active,
+    packet: &Packet,
+    sides: &mut Sides,
+    mark: u32,
+) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    let (input, output) = unsafe { ((*skb).ingress_ifindex, (*skb).ifindex) };
+    let destination = lookup(active.slot, &packet.destination, packet.version);
+    if destination.side != side::POD {
+        return PASS;
+    }
+    sides.direction = u32::from(direction::INBOUND);
+    sides.internal = destination;
+    sides.external = AddressInfo::default();
+    sides.interface = output;
+    sides.flags = flag::TRANSLATED.into();
+    match sender(skb, active, packet, input, mark) {
+        Sender::Cluster | Sender::Pod(_) => PASS,
+        Sender::Peer(info) => {
+            sides.external = info;
+            JUDGE
+        }
+        Sender::Unknown => UNATTRIBUTED,
+    }
+}
+
+#[inline(always)]
+fn external_egress(
+    skb: *mut __sk_buff,
+    active: &Active,
+    packet: &Packet,
+    sides: &mut Sides,
+    mark: u32,
+) -> u32 {
+    // SAFETY: the context is valid while the program runs.
+    let input = unsafe { (*skb).ingress_ifindex };
+    let destination = lookup(active.slot, &packet.destination, packet.version);
+    sides.flags = flag::TRANSLATED.into();
+    match destination.side {
+        side::EXTERNAL => {
+            // SAFETY: only copied.
+            let from_lan =
+                unsafe { INTERFACES.get(&input) }.is_some_and(|interface| interface.role == role::EXTERNAL);
+            let Sender::Pod(info) = sender(skb, active, packet, input, mark) else { return PASS };
+            // Pods of other nodes in transit were judged by theirs.
+            if from_lan {
+                return PASS;
+            }
+            sides.direction = u32::from(direction::OUTBOUND);
+            (sides.internal, sides.external) = (info, destination);
+            JUDGE
+        }
+        side::POD => {
+            if lookup(active.slot, &packet.source, packet.version).side != side::LOCAL {
+                return PASS;
+            }
+            sides.direction = u32::from(direction::INBOUND);
+            sides.internal = destination;
+            match sender(skb, active, packet, input, mark) {
+                Sender::Peer(info) => {
+                    sides.external = info;
+                    JUDGE
+                }
+                Sender::Unknown => UNATTRIBUTED,
+                Sender::Cluster | Sender::Pod(_) => PASS,
+            }
+        }
+        _ => PASS,
     }
 }
 

@@ -11,4 +11,10 @@ pub(crate) struct Sides {
     pub(crate) internal: AddressInfo,
     /// One of [`bridge_common::filter::policy::direction`].
     pub(crate) direction: u32,
+    /// The mark of the packet if it passes unjudged.
+    pub(crate) mark: u32,
+    /// Index of the pod's interface; 0: unknown.
+    pub(crate) interface: u32,
+    /// Bits of [`bridge_common::filter::flow::flag`] for the flow that it opens.
+    pub(crate) flags: u32,
 }

@@ -4,7 +4,7 @@ use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     fast_path::ticks,
-    flow::{ClientKey, Flow, FlowKey, flag, state},
+    flow::{Flow, FlowKey, flag, state},
     policy::direction,
 };
 
@@ -12,7 +12,7 @@ use bridge_ebpf::protocol;
 
 use crate::{
     cache,
-    maps::{FLOWS, HALF_OPEN, NODE_PORT_PEERS, Scratch, scratch},
+    maps::{FLOWS, HALF_OPEN, Scratch, scratch},
     packet::{Kind, Packet, tcp},
 };
 
@@ -68,19 +68,23 @@ pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool
         _ => {}
     }
     if packet.protocol == protocol::TCP {
-        if packet.opens_tcp() && (!from_initiator || flow.state != state::ESTABLISHED) {
-            // The ports are reused, or a SYN was repeated after its connection was established: only the latter passes.
+        // A SYN is judged by the active policy, whoever sends it. If it passes, the flow continues until the responder agrees.
+        if packet.opens_tcp() {
             return TrackVerdict::Judge;
         }
         if packet.detail & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
             && !from_initiator
-            && flow.state != state::ESTABLISHED
-            && HALF_OPEN.get_ptr(&packet.key).is_some()
+            && let Some(next) = HALF_OPEN.get_ptr(&packet.key)
+            // SAFETY: a valid element, only read.
+            && acknowledges_syn(unsafe { &*next }, packet)
         {
-            // The responder agrees to the ports being used again.
+            // The responder agrees to the ports being reused.
             return TrackVerdict::Judge;
         }
-        tcp_established(flow, packet, from_initiator);
+        tcp_established(flow, packet, from_initiator, now);
+    }
+    if packet.protocol == protocol::SCTP && packet.opens_sctp() {
+        return TrackVerdict::Judge;
     }
     if now.saturating_sub(flow.last_seen) > TOUCH_INTERVAL {
         flow.last_seen = now;
@@ -88,26 +92,92 @@ pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool
     TrackVerdict::Pass
 }
 
+/// How far a number of the LAN host's RST may be ahead of the last one that the pod is known to expect: as much as the pod
+/// may have received since its last acknowledgement that was read here. The cache and the fast path read none.
+const RST_WINDOW: u32 = 1 << 16;
+/// The pod's acknowledgements are noted at this distance, to limit writes to a shared cache line.
+const NUMBER_STEP: u32 = 1 << 14;
+/// How long a FIN of the LAN host may wait for the pod's acknowledgement.
+const FIN_TICKS: u32 = ticks(10_000_000_000);
+
+/// Follows the end of a connection. A packet of the pod is what it seems, since it came by the pod's interface. A packet in
+/// the name of the LAN host may be forged: its RST counts with a number that the pod expects, its FIN once the pod has
+/// acknowledged it.
 #[inline(always)]
-fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool) {
-    let was_settled = flow.state == state::ESTABLISHED;
+fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) {
+    let was_settled = flow.is_settled(protocol::TCP);
+    let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
     if packet.detail & tcp::RST != 0 {
-        if flow.state != state::RESET {
+        let beyond = packet.sequence.wrapping_sub(flow.expected);
+        let counts = !from_lan || (flow.flags & flag::NUMBERED != 0 && beyond < RST_WINDOW);
+        if counts && flow.state != state::RESET {
             flow.state = state::RESET;
         }
-    } else if packet.detail & tcp::FIN != 0 {
-        let fin = if from_initiator { flag::FIN_INITIATOR } else { flag::FIN_RESPONDER };
-        if flow.flags & fin == 0 || flow.state == state::RESET {
-            flow.flags |= fin;
+    } else {
+        if flow.state == state::RESET {
+            // The receiver ignored the RST (RFC 5961, 3.2).
             flow.state = by_fins(flow.flags);
         }
-    } else if flow.state == state::RESET {
-        // The receiver ignored the RST: it was forged or out of window (RFC 5961, 3.2).
-        flow.state = by_fins(flow.flags);
+        if from_lan {
+            if packet.detail & tcp::FIN != 0 {
+                let payload = packet.end.wrapping_sub(packet.l4).wrapping_sub(packet.tcp_header);
+                let end = packet.sequence.wrapping_add(payload).wrapping_add(1);
+                if flow.flags & fin_of(from_initiator) == 0 {
+                    flow.flags |= flag::FIN_PENDING;
+                    flow.set_pending_fin(end, ticks(now));
+                }
+            }
+        } else {
+            note_expected(flow, packet);
+            if packet.detail & tcp::FIN != 0 {
+                end(flow, fin_of(from_initiator));
+            }
+            if flow.flags & flag::FIN_PENDING != 0 && packet.acknowledgement == flow.pending_fin().0 {
+                withdraw_fin(flow);
+                end(flow, fin_of(!from_initiator));
+            }
+        }
+        if flow.flags & flag::FIN_PENDING != 0 && ticks(now).wrapping_sub(flow.pending_fin().1) > FIN_TICKS {
+            withdraw_fin(flow);
+        }
     }
-    if was_settled && flow.state != state::ESTABLISHED {
+    if was_settled && !flow.is_settled(protocol::TCP) {
         cache::forget(&packet.key);
     }
+}
+
+/// Notes the number that the pod expects next from the LAN host.
+#[inline(always)]
+fn note_expected(flow: &mut Flow, packet: &Packet) {
+    if packet.detail & tcp::ACK == 0 {
+        return;
+    }
+    let step = packet.acknowledgement.wrapping_sub(flow.expected);
+    if flow.flags & flag::NUMBERED == 0 {
+        flow.expected = packet.acknowledgement;
+        flow.flags |= flag::NUMBERED;
+    } else if (NUMBER_STEP..1 << 31).contains(&step) {
+        flow.expected = packet.acknowledgement;
+    }
+}
+
+#[inline(always)]
+fn withdraw_fin(flow: &mut Flow) {
+    flow.flags &= !flag::FIN_PENDING;
+    flow.leases = Default::default();
+}
+
+#[inline(always)]
+fn end(flow: &mut Flow, fin: u8) {
+    if flow.flags & fin == 0 {
+        flow.flags |= fin;
+        flow.state = by_fins(flow.flags);
+    }
+}
+
+#[inline(always)]
+fn fin_of(initiator: bool) -> u8 {
+    if initiator { flag::FIN_INITIATOR } else { flag::FIN_RESPONDER }
 }
 
 /// Returns the state of a connection by its FINs.
@@ -119,6 +189,12 @@ fn by_fins(flags: u8) -> u8 {
         BOTH => state::CLOSING,
         _ => state::FIN_WAIT,
     }
+}
+
+/// Whether a segment acknowledges the SYN of a half-open flow.
+#[inline(always)]
+fn acknowledges_syn(flow: &Flow, packet: &Packet) -> bool {
+    packet.acknowledgement == flow.initiator_isn().wrapping_add(1)
 }
 
 /// A packet of a flow in the half-open table.
@@ -145,30 +221,45 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
     if packet.opens_tcp() {
         return TrackVerdict::Judge;
     }
-    if flags & tcp::RST != 0 {
-        flow.state = state::RESET;
-        flow.last_seen = now;
-        return TrackVerdict::Pass;
+    if flow.state == state::OTHER_UNREPLIED {
+        // Opened before it was seen, by a pod, towards where no rule restricts it.
+        return if from_initiator {
+            TrackVerdict::Judge
+        } else {
+            promote(flow, &packet.key, state::ESTABLISHED, now)
+        };
     }
     if !from_initiator {
-        if flags & tcp::SYN != 0 {
+        // Anything that does not answer the SYN is forged, or of an older connection of these ports: it passes, and its
+        // receiver answers it.
+        if flags & tcp::ACK == 0 || !acknowledges_syn(flow, packet) {
+            return TrackVerdict::Pass;
+        }
+        if flags & tcp::RST != 0 {
+            flow.state = state::RESET;
+            flow.last_seen = now;
+        } else if flags & tcp::SYN != 0 {
             flow.state = state::SYN_RECEIVED;
             flow.set_responder_isn(packet.sequence);
             flow.last_seen = now;
             // The earlier connection of these ports has ended.
             remove(&packet.key);
         }
-        // Any other segment belongs to an older connection of these ports; the initiator will reset it.
+        return TrackVerdict::Pass;
+    }
+    if flags & tcp::RST != 0 {
+        if packet.sequence == flow.initiator_isn().wrapping_add(1) {
+            flow.state = state::RESET;
+            flow.last_seen = now;
+        }
         return TrackVerdict::Pass;
     }
     let beyond = packet.acknowledgement.wrapping_sub(flow.responder_isn().wrapping_add(1));
     if flow.state == state::SYN_RECEIVED && flags & tcp::SYN == 0 && beyond < ISN_WINDOW {
         let verdict = promote(flow, &packet.key, state::ESTABLISHED, now);
-        if flags & tcp::FIN != 0
-            && let Some(promoted) = FLOWS.get_ptr_mut(&packet.key)
-        {
+        if let Some(promoted) = FLOWS.get_ptr_mut(&packet.key) {
             // SAFETY: a valid element; racing writers set the same bits.
-            tcp_established(unsafe { &mut *promoted }, packet, true);
+            tcp_established(unsafe { &mut *promoted }, packet, true, now);
         }
         return verdict;
     }
@@ -181,7 +272,13 @@ fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> TrackVerdict 
     let Some(Scratch { flow: promoted, .. }) = scratch() else {
         return TrackVerdict::Deny(Reason::table_full);
     };
+    let (initiator_isn, responder_isn) = (flow.initiator_isn(), flow.responder_isn());
     *promoted = Flow { last_seen: now, state, leases: Default::default(), ..*flow };
+    if flow.state == state::SYN_RECEIVED {
+        let isn = if flow.direction == direction::OUTBOUND { responder_isn } else { initiator_isn };
+        promoted.expected = isn.wrapping_add(1);
+        promoted.flags |= flag::NUMBERED;
+    }
     if FLOWS.insert(key, promoted, 0).is_err() {
         return TrackVerdict::Deny(Reason::table_full);
     }
@@ -233,6 +330,8 @@ pub(crate) struct Admission {
     pub(crate) rule: u32,
     /// Bits of [`flag`].
     pub(crate) flags: u8,
+    /// Index of the pod's interface; 0: unknown.
+    pub(crate) interface: u32,
 }
 
 /// Enters the flow that a packet opens, or reopens; `again`: the established table may have an entry for its ports.
@@ -248,14 +347,23 @@ pub(crate) fn open(
     *flow = Flow {
         last_seen: now,
         opened: ticks(now),
-        state: unreplied(packet),
+        state: if packet.protocol == protocol::TCP && !packet.opens_tcp() {
+            state::OTHER_UNREPLIED
+        } else {
+            unreplied(packet)
+        },
         initiator: packet.end_of_source,
         direction: admission.direction,
         flags: admission.flags,
         leases: Default::default(),
         generation: admission.generation,
         rule: admission.rule,
+        interface: admission.interface,
+        expected: 0,
     };
+    if packet.protocol == protocol::TCP {
+        flow.set_initiator_isn(packet.sequence);
+    }
     if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);
     }
@@ -269,31 +377,22 @@ pub(crate) fn open(
             remove(&packet.key);
         }
     }
-    if admission.direction == direction::NODE_PORT {
-        let seen = if admission.flags & flag::AUDIT == 0 { now & !1 } else { now | 1 };
-        let _ = NODE_PORT_PEERS.insert(&client(packet), &seen, 0);
-    }
     Ok(())
-}
-
-#[inline(always)]
-fn client(packet: &Packet) -> ClientKey {
-    ClientKey { address: packet.source, port: packet.source_port, protocol: packet.protocol, padding: [0; 5] }
 }
 
 /// Enters the flow of a packet that was let in on a NodePort and then translated to a pod's address, so that the pod may
 /// reply.
 #[inline(always)]
-pub(crate) fn adopt_node_port(packet: &Packet, settings: &Settings, now: u64) {
-    let client = client(packet);
-    // SAFETY: only copied.
-    let Some(seen) = (unsafe { NODE_PORT_PEERS.get(&client) }) else { return };
-    let age = now.saturating_sub(*seen);
-    let flags = if *seen & 1 == 0 { 0 } else { flag::AUDIT };
-    if timeout(settings, unreplied(packet)).is_none_or(|timeout| age > timeout) || opening(packet).is_err() {
+pub(crate) fn adopt(packet: &Packet, settings: &Settings, now: u64, interface: u32) {
+    if !packet.follows_flow() || opening(packet).is_err() {
         return;
     }
-    let admission =
-        Admission { direction: direction::INBOUND, generation: settings.generation, rule: u32::MAX, flags };
+    let admission = Admission {
+        direction: direction::INBOUND,
+        generation: settings.generation,
+        rule: u32::MAX,
+        flags: flag::TRANSLATED | if settings.audit != 0 { flag::AUDIT } else { 0 },
+        interface,
+    };
     let _ = open(packet, &admission, settings, now, true);
 }

@@ -9,6 +9,7 @@ use bridge_common::filter::{counters::Reason, event::verdict as action, flow::fl
 
 use crate::{
     active::Active,
+    hook::Hook,
     mark,
     packet::Packet,
     reject,
@@ -30,12 +31,16 @@ pub(crate) struct Verdict {
     pub(crate) leaf: u32,
     /// Belongs to a flow that passes in audit mode only.
     pub(crate) audited: bool,
+    /// Neither counted nor reported: no rule restricts the flow.
+    pub(crate) silent: bool,
+    /// The mark of the packet if it passes; [`mark::NONE`]: that of a judged packet.
+    pub(crate) mark: u32,
 }
 
 impl Verdict {
     #[inline(always)]
     pub(crate) fn of(reason: Reason) -> Self {
-        Self { reason, leaf: 0, audited: false }
+        Self { reason, leaf: 0, audited: false, silent: false, mark: mark::NONE }
     }
 }
 
@@ -48,6 +53,7 @@ pub(crate) fn conclude(
     packet: &Packet,
     verdict: &Verdict,
     length: u32,
+    hook: u32,
 ) -> i32 {
     let settings = active.settings;
     let direction = sides.direction as u8;
@@ -60,14 +66,14 @@ pub(crate) fn conclude(
         padding: 0,
     };
     if !verdict.reason.denies() {
+        if verdict.silent {
+            return NEXT;
+        }
         if verdict.audited {
             report::count_audited(direction, verdict.reason, length);
             return NEXT;
         }
         report::count(direction, verdict.reason, length);
-        if verdict.reason == Reason::new_flow {
-            mark::put_on(skb, direction);
-        }
         if settings.report_allowed != 0 && verdict.reason == Reason::new_flow {
             report::emit(skb, active.slot, &info);
         }
@@ -88,7 +94,8 @@ pub(crate) fn conclude(
                 direction: sides.direction as u8,
                 generation: settings.generation,
                 rule: info.rule.wrapping_sub(1),
-                flags: flag::AUDIT,
+                flags: flag::AUDIT | sides.flags as u8,
+                interface: sides.interface,
             };
             let _ = track::open(packet, &admission, active.settings, active.now, true);
         }
@@ -98,7 +105,9 @@ pub(crate) fn conclude(
         return NEXT;
     }
     report::count(direction, verdict.reason, length);
-    let answerable = settings.reject != 0 && reject::is_answerable(packet, verdict.reason);
+    let answerable = settings.reject != 0
+        && hook <= Hook::INTERNAL_INGRESS
+        && reject::is_answerable(packet, verdict.reason);
     info.verdict = if answerable { action::REJECT } else { action::DROP };
     report::emit(skb, active.slot, &info);
     if !answerable {

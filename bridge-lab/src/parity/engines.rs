@@ -85,7 +85,7 @@ impl Engine for ByEbpf {
             report_allowed: false,
         };
         self.datapath.publish(&tables, &behaviour, None)?;
-        self.datapath.attach(&self.targets, true).1?;
+        self.datapath.attach(&self.targets).1?;
         self.datapath.allow_fast_path(&self.targets).1?;
         self.datapath.maps.delete_flows(&FlowFilter::default())?;
         Ok(())

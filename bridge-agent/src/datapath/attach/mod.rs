@@ -29,12 +29,12 @@ use crate::kernel::netlink::interface_name;
 
 impl Datapath {
     /// Attaches to exactly these interfaces; may be called whenever anything changes. Errors with one interface do not
-    /// affect the others. Packets towards the LAN are observed if `to_lan`.
+    /// affect the others.
     ///
     /// # Errors
     ///
     /// [`Error::Attach`] and [`Error::Path`], more than one in [`Error::Several`]; the other operations are done.
-    pub fn attach(&mut self, targets: &[Target], to_lan: bool) -> (Vec<Change>, Result<()>) {
+    pub fn attach(&mut self, targets: &[Target]) -> (Vec<Change>, Result<()>) {
         let mut changes = Vec::new();
         let mut errors = Vec::new();
         if let Err(error) = self.write_interfaces(targets) {
@@ -42,7 +42,7 @@ impl Datapath {
         }
         let wanted: Vec<(Target, Hook)> = targets
             .iter()
-            .flat_map(|target| target.role.hooks(to_lan).iter().map(|hook| (target.clone(), *hook)))
+            .flat_map(|target| target.role.hooks().iter().map(|hook| (target.clone(), *hook)))
             .collect();
         if self.tcx {
             self.attach_links(&wanted, &mut changes, &mut errors);

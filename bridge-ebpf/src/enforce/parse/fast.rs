@@ -42,6 +42,7 @@ fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool
     packet.kind = Kind::Plain;
     packet.problem = Reason::established;
     packet.plain = 1;
+    packet.first_fragment = 0;
     let l4 = match ether_type {
         ETH_P_IP => {
             let (first, second, third) = (word(0), word(4), word(8));
@@ -68,6 +69,9 @@ fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool
             packet.head = [first.0, second.0, 0];
             packet.source = Address::from_words([word(8).0, word(12).0, word(16).0, word(20).0]);
             packet.destination = Address::from_words([word(24).0, word(28).0, word(32).0, word(36).0]);
+            if packet.source.is_v4() || packet.destination.is_v4() {
+                return false;
+            }
             [_, _, packet.protocol, _] = second.bytes();
             let [payload, _] = second.halves();
             packet.end = if payload == 0 { u32::MAX } else { 40 + u32::from(payload) };

@@ -28,6 +28,7 @@ pub(super) extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, pa
     packet.destination_port = [0; 2];
     packet.detail = 0;
     packet.plain = 0;
+    packet.first_fragment = 0;
     let first_fragment = if version == 4 {
         match parse_v4(skb, l3, packet) {
             Ok(first) => first,
@@ -39,6 +40,11 @@ pub(super) extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, pa
             Err(found) => return found,
         }
     };
+    packet.first_fragment = u8::from(first_fragment);
+    if version == 6 && (packet.source.is_v4() || packet.destination.is_v4()) {
+        // Never on the wire (RFC 4942, 2.2), and the same as IPv4 addresses to every table.
+        packet.problem = Reason::spoofed;
+    }
     if packet.kind == Kind::LaterFragment || !packet.is_intact() {
         return 1;
     }

@@ -21,6 +21,8 @@ const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 const ETH_P_8021Q: u16 = 0x8100;
 const ETH_P_8021AD: u16 = 0x88a8;
+/// VLAN tags inside the buffer that are read.
+const VLAN_TAGS: usize = 8;
 
 /// Reads a packet. Returns `false` for packets that are not IP or too short for addresses: they cannot be in scope.
 #[inline(always)]
@@ -32,7 +34,7 @@ pub(crate) fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     }
     let mut l3 = 0;
     // VLAN tags inside the buffer: the inner one of two, or both on a device without offload.
-    for _ in 0..2 {
+    for _ in 0..VLAN_TAGS {
         if ether_type != ETH_P_8021Q && ether_type != ETH_P_8021AD {
             break;
         }
@@ -43,6 +45,11 @@ pub(crate) fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     match ether_type {
         ETH_P_IP => general::parse_ip(skb, l3, 4, packet) != 0,
         ETH_P_IPV6 => general::parse_ip(skb, l3, 6, packet) != 0,
+        // The kernel removes any number of tags. No sender has a use for so many.
+        ETH_P_8021Q | ETH_P_8021AD => {
+            packet.set_unreadable();
+            true
+        }
         _ => false,
     }
 }
