@@ -111,7 +111,7 @@ impl Node {
         let mut interfaces: HashMap<_, u32, Interface> = open(&pins, "interfaces")?;
         interfaces.insert(
             LOOPBACK,
-            Interface { role: role::EXTERNAL, link_header: u32::try_from(ETHERNET)?, fast_path: 0 },
+            Interface { role: role::EXTERNAL, link_header: u32::try_from(ETHERNET)?, fast_path: 0, ..Interface::default() },
             0,
         )?;
         publish(&mut datapath, policy, behaviour)?;

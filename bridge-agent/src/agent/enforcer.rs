@@ -21,7 +21,7 @@ use crate::{
     config::Config,
     conntrack,
     datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
-    interfaces::{Chosen, Observer, Selection, Snapshot},
+    interfaces::{Bindings, Chosen, Device, Hosted, Observer, Selection, Snapshot},
     kernel::backoff::Backoff,
     policy::{Tables, TablesStats},
     state::{AttachedInterface, Enforcement, FastPathStatus},
@@ -42,6 +42,8 @@ pub(super) struct Enforcer {
     published: Option<Published>,
     stats: Option<TablesStats>,
     chosen: Chosen,
+    bindings: Bindings,
+    hosted: Hosted,
     /// While a policy is on trial: the one before it, to which the kernel may go back by itself, and until when.
     former: Option<(Desired, Instant)>,
     /// Abilities that each of the chosen interfaces has, bits of [`ability`].
@@ -85,6 +87,7 @@ impl Enforcer {
             debug: tracing::enabled!(target: KERNEL_LOG, tracing::Level::DEBUG),
         })?;
         let maps = Arc::new(Maps::open(pins)?);
+        let bindings = Bindings::resume(datapath.hosted()?);
         let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
         let (abilities, keeper, fast_path) = (Vec::new(), None, FastPathStatus::default());
         let mut enforcer = Self {
@@ -97,6 +100,8 @@ impl Enforcer {
             published,
             stats,
             chosen,
+            bindings,
+            hosted: Hosted::default(),
             former: None,
             abilities,
             keeper,
@@ -213,8 +218,27 @@ impl Enforcer {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
         }
         self.chosen = chosen;
+        let hosted = self.host();
         self.allow_fast_path();
-        Ok(result?)
+        result?;
+        hosted
+    }
+
+    /// Tells the kernel side which pods this node has. Pods that have gone take their flows with them.
+    fn host(&mut self) -> Result<(), Error> {
+        let hosted = self.desired.selection.hosted(&self.snapshot, &mut self.bindings);
+        for (address, port) in hosted.refused.difference(&self.hosted.refused) {
+            let interface = self.snapshot.links.get(port).map_or("?", |link| link.name.as_str());
+            tracing::warn!(%address, interface, "a pod uses an address that is not its own: denied");
+        }
+        self.hosted = hosted;
+        let gone = self.datapath.host(&self.hosted.pods, &self.chosen.targets)?;
+        if !gone.is_empty() {
+            let flows = self.maps.forget_addresses(&gone)?;
+            tracing::debug!(pods = gone.len(), flows, "flows of pods that have gone are forgotten");
+            conntrack::forget_pods(&gone);
+        }
+        Ok(())
     }
 
     /// Takes over the flows of another version of bridge. Without them, they would be cut, unless conntrack knows them;
@@ -484,6 +508,12 @@ impl Enforcer {
 
     pub(super) fn selection(&self) -> &Selection {
         &self.desired.selection
+    }
+
+    /// Returns the indexes of the bridges of this node.
+    pub(super) fn bridges(&self) -> BTreeSet<u32> {
+        let bridges = self.snapshot.links.iter().filter(|(_, link)| link.device == Device::Bridge);
+        bridges.map(|(index, _)| *index).collect()
     }
 
     pub(super) fn maps(&self) -> &Arc<Maps> {

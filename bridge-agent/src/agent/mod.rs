@@ -265,6 +265,7 @@ impl Agent {
             let selection = unknown.clone().unwrap_or_else(|| {
                 self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default()
             });
+            let bridges = self.enforcer.as_ref().map(Enforcer::bridges).unwrap_or_default();
             // Packets judged by an earlier policy are not compared with the present rules.
             let generation = self.enforcer.as_ref().map_or(0, Enforcer::generation);
             if let Some(written) = self.written.take() {
@@ -275,7 +276,7 @@ impl Agent {
                 biased;
                 _ = from.terminate.recv() => return Ok(()),
                 _ = from.interrupt.recv() => return Ok(()),
-                changed = from.interfaces.changed(&selection), if self.enforcer.is_some() || unknown.is_some() => {
+                changed = from.interfaces.changed(&selection, &bridges), if self.enforcer.is_some() || unknown.is_some() => {
                     if let Err(error) = changed {
                         tracing::error!(%error, "cannot watch the interfaces; the agent tries again");
                         tokio::time::sleep(LOOK).await;

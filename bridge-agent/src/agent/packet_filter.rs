@@ -12,7 +12,7 @@ use crate::{
     config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
     conntrack,
     datapath::{Maps, Verdict},
-    interfaces::{Observer, Selection},
+    interfaces::{Bindings, Observer, Selection},
     iptables::{
         self, Error, Iptables, Programs,
         render::Options,
@@ -78,11 +78,16 @@ impl Settings {
         let selection = self.selection.clone();
         // Routes to pods are wanted, also where the interfaces are named.
         let by_route = Selection { internal: Vec::new(), ..selection.clone() };
-        let mut hosted = BTreeMap::new();
+        let (mut hosted, mut bindings) = (BTreeMap::new(), Bindings::default());
         Ok(Box::new(move || {
             let snapshot = observer.snapshot(&by_route)?;
-            let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot));
-            forget_pods(&before, &hosted);
+            let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot, &mut bindings).pods);
+            let gone: BTreeSet<IpAddr> = before
+                .iter()
+                .filter(|(address, interface)| hosted.get(address) != Some(interface))
+                .map(|(address, _)| *address)
+                .collect();
+            conntrack::forget_pods(&gone);
             Ok(selection.topology(&snapshot))
         }))
     }
@@ -104,25 +109,6 @@ impl Settings {
             },
             saving: Saving { enabled: self.saves(on_trial), ..Saving::default() },
         }
-    }
-}
-
-/// Deletes the connections of pods that have gone from conntrack: their addresses may soon be those of others.
-fn forget_pods(before: &BTreeMap<IpAddr, u32>, now: &BTreeMap<IpAddr, u32>) {
-    let gone: BTreeSet<IpAddr> = before
-        .iter()
-        .filter(|(address, interface)| now.get(address) != Some(interface))
-        .map(|(address, _)| *address)
-        .collect();
-    if gone.is_empty() {
-        return;
-    }
-    match conntrack::forget(&gone) {
-        Ok(connections) => {
-            tracing::debug!(pods = gone.len(), connections, "conntrack forgets pods that have gone")
-        }
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-        Err(error) => tracing::warn!(%error, "connections of pods that have gone stay in conntrack"),
     }
 }
 

@@ -37,6 +37,20 @@ pub fn forget(addresses: &BTreeSet<IpAddr>) -> io::Result<usize> {
     Ok(deleted)
 }
 
+/// Deletes the connections of pods that have gone: their addresses may soon be those of others. Failures are logged.
+pub fn forget_pods(gone: &BTreeSet<IpAddr>) {
+    if gone.is_empty() {
+        return;
+    }
+    match forget(gone) {
+        Ok(connections) => {
+            tracing::debug!(pods = gone.len(), connections, "conntrack forgets pods that have gone");
+        }
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+        Err(error) => tracing::warn!(%error, "connections of pods that have gone stay in conntrack"),
+    }
+}
+
 /// Encodes the body of `IPCTNL_MSG_CT_DELETE` with the tuple of the first packet.
 fn body(original: &Tuple) -> Vec<u8> {
     const NESTED: u16 = 1 << 15;

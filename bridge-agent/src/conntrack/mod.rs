@@ -11,7 +11,7 @@ use bridge_common::filter::{
 };
 use ipnet::IpNet;
 
-pub use forget::forget;
+pub use forget::{forget, forget_pods};
 
 pub use crate::kernel::conntrack::{Connection, Tuple, for_each};
 use crate::policy::Tables;
@@ -58,23 +58,37 @@ impl Scope {
             .unwrap_or(0)
     }
 
-    /// The direction in which a connection is judged that is opened like this; `None`: it is not.
-    fn direction(&self, opening: &Tuple) -> Option<u8> {
+    /// Returns direction and flags of the flow that the connection is under these addresses; `None`: none is followed.
+    /// `peer`: the source of the connection's first packet.
+    fn direction(&self, opening: &Tuple, peer: IpAddr, translated: bool) -> Option<(u8, u8)> {
         let [first, last] = self.node_ports;
-        match (self.side(opening.source), self.side(opening.destination)) {
-            (side::POD, side::EXTERNAL) => Some(direction::OUTBOUND),
-            (side::EXTERNAL, side::POD) => Some(direction::INBOUND),
+        let flags = if translated { flag::TRANSLATED } else { 0 };
+        let (source, destination) = (self.side(opening.source), self.side(opening.destination));
+        match (source, destination) {
+            (side::POD, side::EXTERNAL) => Some((direction::OUTBOUND, flags)),
+            (side::POD, side::POD | side::NODE) => None,
+            (side::POD, _) => Some((direction::OUTBOUND, flag::UNRESTRICTED)),
+            (side::NODE, _) => None,
+            // The node hides the peer.
+            (side::LOCAL, side::POD) => {
+                let judged = matches!(self.side(peer), side::EXTERNAL | 0);
+                judged.then_some((direction::INBOUND, flags))
+            }
+            (side::LOCAL, side::EXTERNAL) => {
+                (self.side(peer) == side::POD).then_some((direction::OUTBOUND, flags))
+            }
+            (_, side::POD) => Some((direction::INBOUND, flags)),
             (side::EXTERNAL, side::LOCAL)
                 if last != 0 && (first..=last).contains(&opening.destination_port) =>
             {
-                Some(direction::NODE_PORT)
+                Some((direction::NODE_PORT, 0))
             }
             _ => None,
         }
     }
 
-    /// The flows that a connection is to the kernel side: none, one, or two where the destination is translated and
-    /// packets are seen both before and after that.
+    /// Returns the flows that a connection is to the kernel side: none, one, or two where the node translates it and packets
+    /// are seen both before and after that.
     #[must_use]
     pub fn flows(&self, connection: &Connection, now: u64) -> Vec<(FlowKey, Flow)> {
         let Some((state, flags)) = flow_state(connection) else { return Vec::new() };
@@ -92,7 +106,8 @@ impl Scope {
         openings
             .into_iter()
             .filter_map(|opening| {
-                let direction = self.direction(&opening)?;
+                let (direction, more) =
+                    self.direction(&opening, connection.original.source, translated != connection.original)?;
                 let mut key = FlowKey::default();
                 let initiator = key.set(
                     &opening.source.into(),
@@ -101,7 +116,7 @@ impl Scope {
                     opening.destination_port.to_be_bytes(),
                     opening.protocol,
                 );
-                let flags = flags | flag::SEEDED;
+                let flags = flags | more | flag::SEEDED;
                 let flow = Flow {
                     last_seen: now,
                     opened: ticks(now),

@@ -247,7 +247,7 @@ impl Maps {
         }
     }
 
-    fn flow_tables(&self) -> [(&'static str, &MapData); 2] {
+    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 2] {
         [("flows", &self.flows), ("half_open", &self.half_open)]
     }
 }

@@ -6,7 +6,7 @@
 use crate::kernel::bpf;
 use std::io;
 
-use bridge_common::filter::{fast_path::ability, interface::Interface};
+use bridge_common::filter::fast_path::ability;
 
 use super::{
     clsact,
@@ -36,8 +36,9 @@ impl Datapath {
                 0
             });
             abilities.push(fast_path);
-            let wanted = Interface { role: target.role.number(), link_header: target.link_header, fast_path };
-            match self.maps.interfaces.get(&target.index, 0) {
+            let found = self.maps.interfaces.get(&target.index, 0);
+            let wanted = target.entry(fast_path, found.as_ref().map_or(0, |found| found.bound));
+            match found {
                 Ok(found) if found == wanted => continue,
                 _ => {}
             }
@@ -58,7 +59,9 @@ impl Datapath {
         }
         let (ingress, egress) = match target.role {
             Role::External => (Hook::ExternalIngress, Hook::ExternalEgress),
-            Role::Internal => (Hook::InternalIngress, Hook::InternalEgress),
+            Role::Internal | Role::Bridge => (Hook::InternalIngress, Hook::InternalEgress),
+            // Packets to the pod leave by the bridge.
+            Role::Port => (Hook::InternalIngress, Hook::InternalIngress),
         };
         let mut fast_path = target.fast_path;
         if self.foreign(target, ingress)?.behind {

@@ -13,6 +13,10 @@ pub enum Role {
     External,
     /// Towards pods.
     Internal,
+    /// Towards pods: a bridge that they are ports of.
+    Bridge,
+    /// Towards one pod: a port of a bridge.
+    Port,
 }
 
 impl Role {
@@ -22,6 +26,8 @@ impl Role {
         match self {
             Self::External => role::EXTERNAL,
             Self::Internal => role::INTERNAL,
+            Self::Bridge => role::BRIDGE,
+            Self::Port => role::PORT,
         }
     }
 
@@ -31,7 +37,9 @@ impl Role {
     pub const fn hooks(self) -> &'static [Hook] {
         match self {
             Self::External => &[Hook::ExternalEgress, Hook::ExternalIngress],
-            Self::Internal => &[Hook::InternalEgress, Hook::InternalIngress],
+            Self::Internal | Self::Bridge => &[Hook::InternalEgress, Hook::InternalIngress],
+            // Packets to the pod leave by the bridge.
+            Self::Port => &[Hook::InternalIngress],
         }
     }
 }

@@ -14,6 +14,7 @@ mod fast_path;
 mod flows;
 mod foreign;
 mod hook;
+mod hosted;
 mod layout;
 mod load;
 mod maps;

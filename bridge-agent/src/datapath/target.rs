@@ -1,5 +1,7 @@
 //! The interfaces that programs are attached to, and changes to them.
 
+use bridge_common::filter::interface::Interface;
+
 use super::hook::{Hook, Role};
 
 /// An interface that programs are attached to.
@@ -16,6 +18,21 @@ pub struct Target {
     /// How the fast path may use it, bits of [`bridge_common::filter::fast_path::ability`], unless foreign programs are in
     /// the way.
     pub fast_path: u32,
+    /// Index of the bridge that it is a port of; 0: none.
+    pub upper: u32,
+}
+
+impl Target {
+    /// Returns its entry in the table of interfaces.
+    pub(super) const fn entry(&self, fast_path: u32, bound: u32) -> Interface {
+        Interface {
+            role: self.role.number(),
+            link_header: self.link_header,
+            fast_path,
+            upper: self.upper,
+            bound,
+        }
+    }
 }
 
 /// A change at one interface.

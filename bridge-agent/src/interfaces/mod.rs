@@ -2,7 +2,9 @@
 //!
 //! Choosing is a pure function of a [`Snapshot`]; reading and watching the kernel are thin.
 
+mod hosted;
 mod observe;
+mod stations;
 mod topology;
 
 use std::{
@@ -13,6 +15,7 @@ use std::{
 use bridge_common::filter::fast_path::ability;
 use ipnet::IpNet;
 
+pub use hosted::{Bindings, Hosted};
 pub use observe::{Observer, Watch};
 
 use crate::{
@@ -51,6 +54,8 @@ pub struct Link {
     pub unqueued: bool,
     /// The outer packets, if it is a tunnel.
     pub tunnel: Option<Tunnel>,
+    /// Index of the bridge that it is a port of; 0: none.
+    pub upper: u32,
 }
 
 /// The kind of device, as far as the fast path must know.
@@ -61,11 +66,22 @@ pub enum Device {
     Other,
     /// A network card, or a device that passes Ethernet frames on unchanged.
     Ethernet,
+    /// A bridge.
+    Bridge,
     /// One end of a veth pair.
     Veth,
 }
 
 impl Link {
+    /// Returns the role of a port of a bridge that leads to pods; `lan`: the bridge leads to the LAN, too.
+    fn role_of_port(&self, lan: bool) -> Role {
+        match (lan, self.device == Device::Veth && self.reaches_out) {
+            (true, true) => Role::Internal,
+            (true, false) => Role::External,
+            (false, _) => Role::Port,
+        }
+    }
+
     /// Returns the abilities of the interface for the fast path: bits of [`ability`].
     fn fast_path(&self) -> u32 {
         let through = ability::INPUT | ability::OUTPUT;
@@ -73,7 +89,7 @@ impl Link {
             _ if self.kind != libc::ARPHRD_ETHER => 0,
             Device::Other => 0,
             Device::Veth if self.reaches_out && self.unqueued => through | ability::PEER,
-            Device::Ethernet | Device::Veth => through,
+            Device::Ethernet | Device::Bridge | Device::Veth => through,
         }
     }
 }
@@ -96,6 +112,8 @@ pub struct Snapshot {
     pub addresses: BTreeSet<IpAddr>,
     /// Those that matter to a [`Selection`].
     pub routes: Vec<Route>,
+    /// Hosts at ports of bridges: address and port, in ascending order.
+    pub stations: BTreeSet<(IpAddr, u32)>,
 }
 
 /// The chosen interfaces.
@@ -179,12 +197,17 @@ impl Selection {
                 links.filter(|(_, link)| patterns.iter().any(|pattern| pattern.as_str() == link.name));
             chosen.named.extend(exact.map(|(index, link)| (index, link.name.clone())));
         }
-        let roles = internal
-            .iter()
-            .map(|index| (*index, Role::Internal))
-            // An interface that leads to both is the LAN's: its pods are on other nodes.
-            .chain(external.iter().map(|index| (*index, Role::External)))
-            .collect::<BTreeMap<_, _>>();
+        let mut roles = BTreeMap::new();
+        for index in &internal {
+            let bridge = snapshot.links.get(index).is_some_and(|link| link.device == Device::Bridge);
+            roles.insert(*index, if bridge { Role::Bridge } else { Role::Internal });
+            if bridge {
+                let lan = external.contains(index);
+                roles.extend(ports(*index, snapshot).map(|(port, link)| (port, link.role_of_port(lan))));
+            }
+        }
+        // An interface that leads to both is the LAN's: its pods are on other nodes, or at ports of their own.
+        roles.extend(external.iter().map(|index| (*index, Role::External)));
         for (index, role) in roles {
             let Some(link) = snapshot.links.get(&index).filter(|link| !link.loopback) else { continue };
             match link_header(link.kind) {
@@ -194,7 +217,8 @@ impl Selection {
                         // LAN hosts are beyond the other end.
                         fast_path &= !ability::PEER;
                     }
-                    chosen.targets.push(Target { index, name, role, link_header, fast_path });
+                    let upper = link.upper;
+                    chosen.targets.push(Target { index, name, role, link_header, fast_path, upper });
                 }
                 None => chosen.remarks.push(format!(
                     "{}: link type {} is neither Ethernet nor plain IP, its packets cannot be judged",
@@ -204,6 +228,11 @@ impl Selection {
         }
         chosen
     }
+}
+
+/// Returns the ports of a bridge.
+fn ports(bridge: u32, snapshot: &Snapshot) -> impl Iterator<Item = (u32, &Link)> {
+    snapshot.links.iter().filter(move |(_, link)| link.upper == bridge).map(|(index, link)| (*index, link))
 }
 
 fn by_name(patterns: &[InterfacePattern], snapshot: &Snapshot, remarks: &mut Vec<String>) -> BTreeSet<u32> {
@@ -276,8 +305,16 @@ mod tests {
                 let kind = if name == "wg0" { libc::ARPHRD_NONE } else { libc::ARPHRD_ETHER };
                 let device = if name.starts_with("cali") { Device::Veth } else { Device::Ethernet };
                 let (loopback, name) = (name == "lo", name.into());
-                let link =
-                    Link { name, kind, loopback, device, reaches_out: true, unqueued: true, tunnel: None };
+                let link = Link {
+                    name,
+                    kind,
+                    loopback,
+                    device,
+                    reaches_out: true,
+                    unqueued: true,
+                    tunnel: None,
+                    upper: 0,
+                };
                 (index, link)
             })
             .collect();

@@ -1,6 +1,6 @@
 //! Reads and watches interfaces through rtnetlink(7).
 
-use std::{io, net::IpAddr};
+use std::{collections::BTreeSet, io, net::IpAddr};
 
 use ipnet::IpNet;
 use netlink_packet_route::{
@@ -10,7 +10,7 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 
-use super::{Device, Link, Route, Selection, Snapshot};
+use super::{Device, Link, Route, Selection, Snapshot, stations};
 use crate::{kernel::netlink, model::Tunnel};
 
 /// How often something that changed while it was read is read again.
@@ -49,6 +49,13 @@ impl Observer {
                 snapshot.addresses.extend(address_of(&address));
             }
         }
+        if stations::are_needed(&snapshot.links) {
+            let mut tables = stations::Tables::default();
+            for request in stations::requests() {
+                self.dump(&request)?.iter().for_each(|message| tables.add(message));
+            }
+            snapshot.stations = tables.stations();
+        }
         if selection.needs_routes() {
             for family in [AddressFamily::Inet, AddressFamily::Inet6] {
                 let mut request = RouteMessage::default();
@@ -77,7 +84,10 @@ impl Observer {
 
 /// Reports when a [`Snapshot`] may have changed.
 #[derive(Debug)]
-pub struct Watch(netlink::Watch);
+pub struct Watch {
+    messages: netlink::Watch,
+    novelty: stations::Novelty,
+}
 
 impl Watch {
     /// Of the network namespace of this thread, inside a tokio runtime. Open it before the first snapshot is read,
@@ -87,16 +97,17 @@ impl Watch {
     ///
     /// Of `socket(2)`.
     pub fn open() -> io::Result<Self> {
-        netlink::Watch::open().map(Self)
+        Ok(Self { messages: netlink::Watch::open()?, novelty: stations::Novelty::default() })
     }
 
-    /// Waits until something changes that matters to `selection`. May be cancelled.
+    /// Waits until something changes that matters to `selection`; of neighbours, those at `bridges`. May be cancelled.
     ///
     /// # Errors
     ///
     /// Of `recv(2)`.
-    pub async fn changed(&mut self, selection: &Selection) -> io::Result<()> {
-        self.0
+    pub async fn changed(&mut self, selection: &Selection, bridges: &BTreeSet<u32>) -> io::Result<()> {
+        let novelty = &mut self.novelty;
+        self.messages
             .changed(|message| match message {
                 RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
                     selection.needs_routes()
@@ -104,6 +115,9 @@ impl Watch {
                 }
                 RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
                     address_of(address).is_some()
+                }
+                RouteNetlinkMessage::NewNeighbour(_) | RouteNetlinkMessage::DelNeighbour(_) => {
+                    novelty.is_news(message, bridges)
                 }
                 _ => true,
             })
@@ -127,7 +141,15 @@ fn link_of(message: &LinkMessage) -> Option<(u32, Link)> {
         .any(|attribute| matches!(attribute, LinkAttribute::Qdisc(qdisc) if qdisc == "noqueue"));
     let device = device_of(message);
     let tunnel = tunnel_of(message);
-    Some((message.header.index, Link { name, kind, loopback, device, reaches_out, unqueued, tunnel }))
+    let upper = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            LinkAttribute::Controller(index) => Some(*index),
+            _ => None,
+        })
+        .unwrap_or(0);
+    Some((message.header.index, Link { name, kind, loopback, device, reaches_out, unqueued, tunnel, upper }))
 }
 
 fn device_of(message: &LinkMessage) -> Device {
@@ -141,9 +163,8 @@ fn device_of(message: &LinkMessage) -> Device {
     match kind {
         Some(InfoKind::Veth) => Device::Veth,
         // Devices of hardware are of no kind.
-        None | Some(InfoKind::Bridge | InfoKind::Vlan | InfoKind::Bond | InfoKind::MacVlan) => {
-            Device::Ethernet
-        }
+        None | Some(InfoKind::Vlan | InfoKind::Bond | InfoKind::MacVlan) => Device::Ethernet,
+        Some(InfoKind::Bridge) => Device::Bridge,
         Some(_) => Device::Other,
     }
 }

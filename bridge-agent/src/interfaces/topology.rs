@@ -1,11 +1,10 @@
 //! The surroundings of this node by interface, for an engine that identifies pods by interface names.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Route, Selection, Snapshot, by_name, towards_lan, towards_pods};
+use super::{Selection, Snapshot, by_name, towards_lan, towards_pods};
 use crate::model::{RemotePods, Topology, Tunnel};
 
 /// Interface names of network plugins, each with a suffix per pod: a rule for the prefix covers pods yet to come.
@@ -63,22 +62,6 @@ impl Selection {
         tunnels.sort_unstable();
         tunnels.dedup();
         Topology { external, internal, remote, tunnels }
-    }
-}
-
-impl Selection {
-    /// Returns the addresses of pods that a route of their own leads to, without a gateway, and the interface of each.
-    #[must_use]
-    pub fn hosted(&self, snapshot: &Snapshot) -> BTreeMap<IpAddr, u32> {
-        let of_pod = |route: &&Route| {
-            route.to.prefix_len() == route.to.max_prefix_len()
-                && self.pod_networks.iter().any(|net| net.contains(&route.to))
-        };
-        let direct = |route: &Route| match route.hops[..] {
-            [(index, false)] => Some((route.to.addr(), index)),
-            _ => None,
-        };
-        snapshot.routes.iter().filter(of_pod).filter_map(direct).collect()
     }
 }
 
@@ -149,6 +132,7 @@ mod tests {
             reaches_out: false,
             unqueued: true,
             tunnel,
+            upper: 0,
         }
     }
 

@@ -10,6 +10,18 @@ pub struct Interface {
     pub link_header: u32,
     /// Bits of [`crate::filter::fast_path::ability`].
     pub fast_path: u32,
+    /// Index of the bridge that it is a port of; 0: none.
+    pub upper: u32,
+    /// Of a port of a bridge, bits of [`family`]: the pod's addresses of this family are in the table of hosted addresses.
+    pub bound: u32,
+}
+
+/// Bits of [`Interface::bound`].
+pub mod family {
+    /// IPv4.
+    pub const V4: u32 = 1;
+    /// IPv6.
+    pub const V6: u32 = 2;
 }
 
 /// Values of [`Interface::role`].
@@ -18,8 +30,10 @@ pub mod role {
     pub const EXTERNAL: u32 = 1;
     /// Towards pods.
     pub const INTERNAL: u32 = 2;
-    /// A bridge whose ports lead to pods. No program is attached to it.
+    /// A bridge whose ports lead to pods.
     pub const BRIDGE: u32 = 3;
+    /// A port of such a bridge: a pod is identified by it.
+    pub const PORT: u32 = 4;
 }
 
-crate::plain_old_data!(Interface: 12);
+crate::plain_old_data!(Interface: 20);

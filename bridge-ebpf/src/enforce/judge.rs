@@ -5,6 +5,7 @@ use aya_log_ebpf::debug;
 use bridge_common::filter::{
     counters::Reason,
     flow::{Flow, flag},
+    interface::role,
     policy::{direction, reference, side},
 };
 use bridge_ebpf::protocol;
@@ -13,7 +14,7 @@ use crate::{
     active::Active,
     cache, fast_path, fragments,
     hook::Hook,
-    maps::{FLOWS, HALF_OPEN, Route, Scratch, scratch},
+    maps::{FLOWS, HALF_OPEN, INTERFACES, Route, Scratch, scratch},
     mark,
     packet::{Kind, Packet},
     parse, policy, report, scope,
@@ -27,7 +28,12 @@ use crate::{
 pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
     let Some(scratch) = scratch() else { return NEXT };
     let packet = &mut scratch.packet;
-    mark::clear(skb);
+    if mark::read(skb) != mark::NONE {
+        if hook == Hook::INTERNAL_INGRESS && was_seen_at_port(skb) {
+            return NEXT;
+        }
+        mark::put(skb, mark::NONE);
+    }
     let action = cache::serve(skb, hook);
     if action != cache::MISS {
         return action;
@@ -85,6 +91,15 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
     }
     let scope = scope::find(skb, active.slot, hook, mark::NONE);
     judge_unknown(skb, active.slot, hook, active.now, found | scope << 8)
+}
+
+/// Whether a marked packet comes from a port of the bridge that it is at: it got its mark there.
+#[inline(always)]
+fn was_seen_at_port(skb: *mut __sk_buff) -> bool {
+    // SAFETY: the context is valid while the program runs.
+    let ifindex = unsafe { (*skb).ifindex };
+    // SAFETY: only read.
+    unsafe { INTERFACES.get(&ifindex) }.is_some_and(|interface| interface.role == role::BRIDGE)
 }
 
 /// Whether a packet from a pod's interface may belong to a flow: it came by the interface of the flow, or its source leads

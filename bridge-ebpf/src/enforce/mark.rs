@@ -22,14 +22,6 @@ pub(crate) const LEARN: u32 = 5;
 /// From a source of this [`AddressInfo::origin`], of the policy with this generation.
 pub(crate) const ORIGIN: u32 = 1 << 15;
 
-/// Removes the mark.
-#[inline(always)]
-pub(crate) fn clear(skb: *mut __sk_buff) {
-    if read(skb) != NONE {
-        put(skb, NONE);
-    }
-}
-
 #[inline(always)]
 pub(crate) fn read(skb: *mut __sk_buff) -> u32 {
     // SAFETY: the context is valid while the program runs.

@@ -7,7 +7,7 @@ use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     flow::flag,
-    interface::role,
+    interface::{family, role},
     policy::{AddressInfo, direction, side},
 };
 use bridge_ebpf::protocol;
@@ -63,7 +63,26 @@ fn stays_on_link(address: &Address, version: u8) -> bool {
 pub(crate) fn leads_here(skb: *mut __sk_buff, packet: &Packet) -> bool {
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*skb).ifindex };
-    hosted(&packet.source) == ifindex || route_of(skb, ifindex, TO_SOURCE) == ifindex
+    let known = hosted(&packet.source);
+    if known != 0 {
+        return known == ifindex;
+    }
+    // SAFETY: only read.
+    let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else { return false };
+    if interface.upper == 0 {
+        return route_of(skb, ifindex, TO_SOURCE) == ifindex;
+    }
+    // A port of a bridge, whose pod the agent does not know yet. The routing table names the bridge only; the neighbour
+    // table has the pod's link layer address.
+    let family = if packet.version == 4 { family::V4 } else { family::V6 };
+    interface.bound & family == 0 && is_of_next_hop(skb, interface.upper)
+}
+
+/// Whether the route to the source of the packet of [`scratch`] leaves by `interface`, and the packet comes from its next
+/// hop.
+#[inline(always)]
+fn is_of_next_hop(skb: *mut __sk_buff, interface: u32) -> bool {
+    route_of(skb, interface, TO_SOURCE | FROM_NEXT_HOP) == interface
 }
 
 /// Finds the sides of the packet of [`scratch`], and what is to become of it: [`PASS`], [`JUDGE`], ...
@@ -108,7 +127,9 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     match source.side {
         side::LOCAL => return SPOOFED,
         side::POD | side::NODE => {
-            if route_of(skb, ifindex, TO_SOURCE | FROM_NEXT_HOP) == ifindex {
+            // SAFETY: only read.
+            let upper = unsafe { INTERFACES.get(&ifindex) }.map_or(0, |interface| interface.upper);
+            if is_of_next_hop(skb, if upper == 0 { ifindex } else { upper }) {
                 sides.mark = mark::CLUSTER;
                 return PASS;
             }

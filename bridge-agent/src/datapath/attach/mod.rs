@@ -13,7 +13,6 @@ use aya::programs::{
     links::{FdLink, LinkError, PinnedLink},
     tc::SchedClassifierLink,
 };
-use bridge_common::filter::interface::Interface;
 use rustix::fs::{CWD, RenameFlags};
 
 use self::plan::{Link, Step, plan};
@@ -59,9 +58,9 @@ impl Datapath {
     /// Writes the properties of each interface before the kernel side sees a packet of it.
     fn write_interfaces(&mut self, targets: &[Target]) -> Result<()> {
         targets.iter().try_for_each(|target| {
-            // Allowed abilities stay until the next check.
-            let fast_path = self.maps.interfaces.get(&target.index, 0).map_or(0, |known| known.fast_path);
-            let value = Interface { role: target.role.number(), link_header: target.link_header, fast_path };
+            // Allowed abilities and bound families stay until the next check.
+            let known = self.maps.interfaces.get(&target.index, 0).unwrap_or_default();
+            let value = target.entry(known.fast_path, known.bound);
             self.maps.interfaces.insert(target.index, value, 0).map_err(Error::aya_map("interfaces"))
         })
     }

@@ -75,7 +75,7 @@ pub fn interface_name(index: u32) -> Option<String> {
     rustix::net::netdevice::index_to_name(socket, index).ok()
 }
 
-/// Notifies of changes to interfaces, addresses and routes.
+/// Notifies of changes to interfaces, addresses, routes and neighbours.
 #[derive(Debug)]
 pub struct Watch {
     socket: AsyncFd<netlink_sys::Socket>,
@@ -95,6 +95,7 @@ impl Watch {
             libc::RTNLGRP_IPV6_IFADDR,
             libc::RTNLGRP_IPV4_ROUTE,
             libc::RTNLGRP_IPV6_ROUTE,
+            libc::RTNLGRP_NEIGH,
         ])?;
         // SAFETY: the socket owns its descriptor, hands out no other, and is owned by what is registered.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE)? };
@@ -106,7 +107,7 @@ impl Watch {
     /// # Errors
     ///
     /// Of `recv(2)`.
-    pub async fn changed(&mut self, matters: impl Fn(&RouteNetlinkMessage) -> bool) -> io::Result<()> {
+    pub async fn changed(&mut self, mut matters: impl FnMut(&RouteNetlinkMessage) -> bool) -> io::Result<()> {
         loop {
             let mut ready = self.socket.readable().await?;
             let mut any = false;
@@ -115,8 +116,7 @@ impl Watch {
                     Ok(()) => {
                         for message in messages(&self.buffer) {
                             let (header, body) = message?;
-                            any =
-                                any || message_of(header.kind, body).is_some_and(|message| matters(&message));
+                            any |= message_of(header.kind, body).is_some_and(|message| matters(&message));
                         }
                     }
                     // Notifications were lost: anything may have changed.
