@@ -16,9 +16,12 @@ fn fill(key: &mut FragmentKey, packet: &Packet) {
     key.destination = packet.destination;
 }
 
-/// Notes that a first fragment was let through.
+/// Notes that a packet was let through, if it is a first fragment.
 #[inline(always)]
 pub(crate) fn remember(packet: &Packet, now: u64) {
+    if packet.first_fragment == 0 || !packet.is_intact() {
+        return;
+    }
     let Some(Scratch { fragment, .. }) = scratch() else { return };
     fill(fragment, packet);
     let _ = FRAGMENTS.insert(fragment, &now, 0);

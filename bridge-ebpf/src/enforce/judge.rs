@@ -59,9 +59,7 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
             && track::is_usable(flow, active.settings, active.now)
             && track::established(flow, packet, from_initiator, active.now) == TrackVerdict::Pass
         {
-            if packet.first_fragment != 0 {
-                fragments::remember(packet, active.now);
-            }
+            fragments::remember(packet, active.now);
             // SAFETY: the context is valid while the program runs.
             let length = unsafe { (*skb).len };
             if flow.flags & (flag::TRANSLATED | flag::UNRESTRICTED) != 0 {
@@ -183,9 +181,7 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
                 if follows(hook, flow, active.settings, packet)
                     && track::established(flow, packet, from_initiator, active.now) == TrackVerdict::Pass
                 {
-                    if packet.first_fragment != 0 {
-                        fragments::remember(packet, active.now);
-                    }
+                    fragments::remember(packet, active.now);
                     fast_path::learn(skb, flow, from_lan.into(), active.now);
                     return NEXT;
                 }
@@ -199,6 +195,7 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
                 && follows(hook, flow, active.settings, packet)
                 && track::half_open(flow, packet, from_initiator, active.now) != TrackVerdict::Judge
             {
+                fragments::remember(packet, active.now);
                 return NEXT;
             }
         }
@@ -258,6 +255,7 @@ extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64,
         scope => {
             if scope == scope::FOLLOW {
                 follow(found, &active, sides, packet);
+                fragments::remember(packet, active.now);
             }
             if hook <= Hook::INTERNAL_INGRESS {
                 mark::put(skb, sides.mark);
@@ -271,7 +269,7 @@ extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64,
         mark::put(skb, verdict.mark);
     }
     let action = verdict::conclude(skb, &active, sides, packet, &verdict, length, hook);
-    if packet.first_fragment != 0 && action == NEXT {
+    if action == NEXT {
         fragments::remember(packet, active.now);
     }
     action

@@ -29,22 +29,16 @@ pub(super) extern "C" fn parse_ip(skb: *mut __sk_buff, l3: u32, version: u32, pa
     packet.detail = 0;
     packet.plain = 0;
     packet.first_fragment = 0;
-    let first_fragment = if version == 4 {
-        match parse_v4(skb, l3, packet) {
-            Ok(first) => first,
-            Err(found) => return found,
-        }
-    } else {
-        match parse_v6(skb, l3, packet) {
-            Ok(first) => first,
-            Err(found) => return found,
-        }
-    };
-    packet.first_fragment = u8::from(first_fragment);
-    if version == 6 && (packet.source.is_v4() || packet.destination.is_v4()) {
+    let read = if version == 4 { parse_v4(skb, l3, packet) } else { parse_v6(skb, l3, packet) };
+    if version == 6 && read != Err(0) && (packet.source.is_v4() || packet.destination.is_v4()) {
         // Never on the wire (RFC 4942, 2.2), and the same as IPv4 addresses to every table.
         packet.problem = Reason::spoofed;
     }
+    let first_fragment = match read {
+        Ok(more) => more && packet.kind != Kind::LaterFragment,
+        Err(found) => return found,
+    };
+    packet.first_fragment = u8::from(first_fragment);
     if packet.kind == Kind::LaterFragment || !packet.is_intact() {
         return 1;
     }
