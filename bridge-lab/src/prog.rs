@@ -1,7 +1,7 @@
 //! The programs of the packet path, run on hand-made packets by BPF_PROG_TEST_RUN: no interface, no traffic, but the
 //! real programs, the real maps, and the policy written as the agent writes it.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
@@ -15,10 +15,12 @@ use bridge_agent::{
     policy,
 };
 use bridge_common::filter::{
+    address::Address,
     control::Control,
     counters::{Counters, Reason},
     event::Event,
-    flow::{Flow, FlowKey, FragmentKey, state},
+    fast_path::ticks,
+    flow::{Flow, FlowKey, FragmentKey, flag, state},
     flow_cache,
     interface::{Interface, role},
     policy::direction,
@@ -29,8 +31,15 @@ use crate::packet::Packet;
 /// Addresses that the policy knows as the node's own.
 pub const NODE_ADDRESSES: [&str; 4] = ["192.168.31.17", "10.200.1.1", "fd31::17", "fd20:1::1"];
 
-/// Index of the loopback interface, which BPF_PROG_TEST_RUN lets packets come in by.
-const LOOPBACK: u32 = 1;
+/// Index of the loopback interface, where BPF_PROG_TEST_RUN runs every hook: to the programs, towards the LAN.
+pub const LAN_INTERFACE: u32 = 1;
+/// Index of an attached interface towards pods. Packets at egress hooks may have come in by it.
+pub const POD_INTERFACE: u32 = 77_000;
+/// Index of an interface that is not attached, as [`POD_INTERFACE`].
+pub const OTHER_INTERFACE: u32 = 99_000;
+
+/// Offset of `ingress_ifindex` in `struct __sk_buff` (linux/bpf.h).
+const INGRESS_IFINDEX: usize = 36;
 
 /// Length of an Ethernet header in bytes.
 const ETHERNET: usize = 14;
@@ -43,6 +52,29 @@ pub struct Node {
     pins: Pins,
     counted: Tally,
     audited: Tally,
+}
+
+/// A hook, and the interface that a packet came in by; at ingress hooks that is [`LAN_INTERFACE`] whatever it says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The program that runs.
+    pub hook: Hook,
+    /// `ingress_ifindex`; 0: the node itself sends the packet.
+    pub input: u32,
+}
+
+impl Place {
+    /// A hook that a packet reaches from an interface.
+    #[must_use]
+    pub const fn from(hook: Hook, input: u32) -> Self {
+        Self { hook, input }
+    }
+}
+
+impl From<Hook> for Place {
+    fn from(hook: Hook) -> Self {
+        Self { hook, input: 0 }
+    }
 }
 
 /// Result for a packet.
@@ -109,11 +141,10 @@ impl Node {
             Options { pins: pins.clone(), flows, half_open: flows, mechanism: Mechanism::Best, debug: false };
         let mut datapath = Datapath::load(&options).context("loading the packet path")?;
         let mut interfaces: HashMap<_, u32, Interface> = open(&pins, "interfaces")?;
-        interfaces.insert(
-            LOOPBACK,
-            Interface { role: role::EXTERNAL, link_header: u32::try_from(ETHERNET)?, fast_path: 0, ..Interface::default() },
-            0,
-        )?;
+        for (index, role) in [(LAN_INTERFACE, role::EXTERNAL), (POD_INTERFACE, role::INTERNAL)] {
+            let link_header = u32::try_from(ETHERNET)?;
+            interfaces.insert(index, Interface { role, link_header, ..Interface::default() }, 0)?;
+        }
         publish(&mut datapath, policy, behaviour)?;
         // A second copy of the programs, on the maps of the first: those belong to the datapath.
         let mut loader = EbpfLoader::new();
@@ -157,6 +188,26 @@ impl Node {
         Ok(())
     }
 
+    /// Makes an address that of a pod of this node, behind the interface with this index; 0: of none.
+    ///
+    /// # Errors
+    /// The kernel refused to write the entry.
+    pub fn host(&mut self, pod: IpAddr, interface: u32) -> Result<()> {
+        let mut hosted: HashMap<_, Address, u32> = open(&self.pins, "hosted")?;
+        match interface {
+            0 => Ok(hosted.remove(&pod.into())?),
+            interface => Ok(hosted.insert(Address::from(pod), interface, 0)?),
+        }
+    }
+
+    /// Makes the node one without pods.
+    ///
+    /// # Errors
+    /// The kernel refused to delete an entry.
+    pub fn host_none(&mut self) -> Result<()> {
+        clear::<Address, u32>(open(&self.pins, "hosted")?)
+    }
+
     /// Empties the flow tables and the table of first fragments.
     ///
     /// # Errors
@@ -194,14 +245,21 @@ impl Node {
         open(&self.pins, "flow_stamps")
     }
 
-    /// Runs the program of `hook` on a frame.
+    /// Runs the program of a hook on a frame.
     ///
     /// # Errors
     /// The kernel refused to run it, or the packet was counted more than once.
-    pub fn run(&mut self, hook: Hook, frame: &[u8]) -> Result<Judged> {
+    pub fn run(&mut self, place: impl Into<Place>, frame: &[u8]) -> Result<Judged> {
+        let Place { hook, input } = place.into();
         let mut out = vec![0; frame.len() + 256];
-        let options =
-            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
+        let mut context = [0; INGRESS_IFINDEX + size_of::<u32>()];
+        context[INGRESS_IFINDEX..].copy_from_slice(&input.to_ne_bytes());
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            ..TestRunOptions::new()
+        };
         let result = program(&mut self.programs, hook)?.test_run(options)?;
         let length = result.data_size_out as usize;
         out.truncate(length);
@@ -225,24 +283,24 @@ impl Node {
     }
 
     /// Asserts that a packet is let through for this reason.
-    pub fn passes(&mut self, hook: Hook, packet: &Packet, reason: Reason) {
-        let judged = self.run(hook, &packet.frame()).expect("the program runs");
+    pub fn passes(&mut self, place: impl Into<Place>, packet: &Packet, reason: Reason) {
+        let judged = self.run(place, &packet.frame()).expect("the program runs");
         assert_eq!(judged.counted.map(|(_, reason)| reason), Some(reason), "{packet:?}");
         assert_eq!(judged.action, Action::Next, "{packet:?}");
         assert_eq!(judged.frame, packet.frame(), "a packet that passes is not touched");
     }
 
     /// Asserts that a packet is denied for this reason.
-    pub fn denies(&mut self, hook: Hook, packet: &Packet, reason: Reason) -> Judged {
-        let judged = self.run(hook, &packet.frame()).expect("the program runs");
+    pub fn denies(&mut self, place: impl Into<Place>, packet: &Packet, reason: Reason) -> Judged {
+        let judged = self.run(place, &packet.frame()).expect("the program runs");
         assert_eq!(judged.counted.map(|(_, reason)| reason), Some(reason), "{packet:?}");
         assert_ne!(judged.action, Action::Next, "{packet:?}");
         judged
     }
 
     /// Asserts that a packet is none of the programs' business.
-    pub fn ignores(&mut self, hook: Hook, packet: &Packet) {
-        let judged = self.run(hook, &packet.frame()).expect("the program runs");
+    pub fn ignores(&mut self, place: impl Into<Place>, packet: &Packet) {
+        let judged = self.run(place, &packet.frame()).expect("the program runs");
         assert_eq!((judged.action, judged.counted, judged.audited), (Action::Next, None, None), "{packet:?}");
         assert_eq!(judged.frame, packet.frame(), "a packet that is ignored is not touched");
     }
@@ -261,12 +319,15 @@ impl Node {
         assert!(self.age_if_known(key, by), "a known flow");
     }
 
-    /// As [`Node::age`]; whether there is such a flow.
+    /// As [`Node::age`]; returns whether there is such a flow.
     pub fn age_if_known(&self, key: &FlowKey, by: Duration) -> bool {
-        let Some((table, flow)) = self.flow(key) else { return false };
+        let Some((table, mut flow)) = self.flow(key) else { return false };
         let mut map: HashMap<_, FlowKey, Flow> = open(&self.pins, table).expect("a flow table");
         let by = u64::try_from(by.as_nanos()).expect("less than 500 years");
         let last_seen = now().checked_sub(by).expect("the machine has been up for that long");
+        if table == "flows" && flow.flags & flag::FIN_PENDING != 0 {
+            flow.set_pending_fin(flow.pending_fin().0, ticks(last_seen));
+        }
         map.insert(key, Flow { last_seen, ..flow }, 0).expect("room for an entry that is there");
         self.datapath.maps.forget_cached(key);
         true
@@ -283,6 +344,11 @@ impl Node {
             events.push(unsafe { item.as_ptr().cast::<Event>().read_unaligned() });
         }
         events
+    }
+
+    /// Makes the flow cache forget a flow.
+    pub fn forget_cached(&self, key: &FlowKey) {
+        self.datapath.maps.forget_cached(key);
     }
 
     /// Returns the datapath, for calls that have no short name here.

@@ -231,6 +231,8 @@ fn follows(
 
 /// The flow table has an entry for the packet's ports, but the packet does not belong to it.
 const FLOW_OF_PORTS: u32 = 1;
+/// Type of ICMP redirects (RFC 792).
+const ICMP_REDIRECT: u8 = 5;
 /// The packet is an ICMP error about a known flow: see [`quotes_flow`].
 const FLOW_OF_QUOTE: u32 = 2;
 
@@ -399,7 +401,9 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
     let Some(Scratch { packet: error, quoted, .. }) = scratch() else { return 0 };
     let Some(active) = Active::of_slot(slot, now) else { return 0 };
     let settings = active.settings;
-    if !parse::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
+    // A redirect changes routes, and is never an answer to a packet.
+    let redirects = error.version == 4 && error.detail == ICMP_REDIRECT;
+    if redirects || !parse::parse_quoted(skb, error, quoted) || quoted.source != error.destination {
         return 0;
     }
     // SAFETY: valid elements, only read.

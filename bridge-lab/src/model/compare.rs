@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     parity::dice::Dice,
-    prog::{Action, Node},
+    prog::{Action, Node, Place},
 };
 use bridge_agent::{
     datapath::Behaviour,
@@ -157,6 +157,7 @@ impl Programs {
         mut report: Option<&mut Report>,
     ) -> Result<Option<(usize, String, String)>> {
         self.node.forget_flows()?;
+        self.node.host_none()?;
         self.node.put_in_force(self.slots[0])?;
         let mut model = Model::new(regimes.to_vec());
         for (index, step) in steps.iter().enumerate() {
@@ -167,11 +168,21 @@ impl Programs {
                 }
                 Step::Switch(to) => {
                     self.node.put_in_force(self.slots[*to])?;
-                    model.put_in_force(*to);
+                    model.activate(*to);
                 }
-                Step::Packet(hook, frame) => {
-                    let expected = model.judge(*hook, frame);
-                    let judged = self.node.run(*hook, frame)?;
+                Step::Host(pod, interface) => {
+                    if *interface != 0 || model.is_hosted(*pod) {
+                        self.node.host(*pod, *interface)?;
+                    }
+                    model.host(*pod, *interface);
+                }
+                Step::Packet(place, frame) => {
+                    let expected = model.judge(*place, frame);
+                    if let Some(key) = model.moved() {
+                        // The flow cache notes no numbers.
+                        self.node.forget_cached(&key.of_table());
+                    }
+                    let judged = self.node.run(*place, frame)?;
                     let seen =
                         Expected { action: judged.action, counted: judged.counted, audited: judged.audited };
                     if let Some(report) = &mut report {
@@ -306,9 +317,12 @@ impl fmt::Display for Difference {
         }
         for step in &self.steps {
             match step {
-                Step::Packet(hook, frame) => {
-                    writeln!(f, "{} {}\n  {:?}", hook.name(), hex(frame), header::frame(frame))?;
+                Step::Packet(Place { hook, input }, frame) => {
+                    let header = header::frame(frame);
+                    writeln!(f, "{} from {input} {}\n  {header:?}", hook.name(), hex(frame))?;
                 }
+                Step::Host(pod, 0) => writeln!(f, "pod {pod} gone")?,
+                Step::Host(pod, interface) => writeln!(f, "pod {pod} at {interface}")?,
                 Step::Age(key, seconds) => writeln!(f, "silent for {seconds} s: {key:?}")?,
                 Step::Switch(to) => writeln!(f, "policy {to} active")?,
             }

@@ -8,6 +8,8 @@ use std::{
     ops::Range,
 };
 
+use super::flow::Segment;
+
 /// TCP flags that make a difference.
 pub(super) const FIN: u8 = 0x01;
 pub(super) const SYN: u8 = 0x02;
@@ -25,6 +27,20 @@ pub(super) const SCTP: u8 = 132;
 /// How many extension headers of IPv6 are followed, the fragment header among them.
 const MOST_EXTENSIONS: usize = 7;
 
+/// VLAN tags that are followed.
+const MAX_TAGS: u32 = 8;
+
+/// A packet of which not even the addresses can be read.
+const UNREADABLE: Header = Header {
+    source: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    destination: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    protocol: 0,
+    ports: None,
+    content: Content::Unreadable,
+    plain: false,
+    first_fragment: false,
+};
+
 /// An IP packet.
 #[derive(Clone, Debug)]
 pub(super) struct Header {
@@ -37,12 +53,14 @@ pub(super) struct Header {
     pub(super) content: Content,
     /// Nothing stands between the addresses and layer 4: no option, extension header or VLAN tag.
     pub(super) plain: bool,
+    /// The first of several fragments.
+    pub(super) first_fragment: bool,
 }
 
 /// The payload of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Content {
-    Tcp { flags: u8, sequence: u32, acknowledgement: u32 },
+    Tcp(Segment),
     Udp,
     Sctp { init: bool },
     Icmp { kind: IcmpKind, identifier: u16, quoted: Vec<u8> },
@@ -52,6 +70,8 @@ pub(super) enum Content {
     ShortFragment,
     MalformedIp,
     MalformedL4,
+    /// More VLAN tags than are followed, and no address.
+    Unreadable,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,14 +79,19 @@ pub(super) enum IcmpKind {
     Query,
     Reply,
     Error,
+    /// Never believed.
+    Redirect,
     Unknown,
 }
 
-/// An Ethernet frame, with up to two VLAN tags. `None`: it is not IP, or too short for IP addresses.
+/// An Ethernet frame with its VLAN tags. `None`: it is not IP, or too short for IP addresses.
 pub(super) fn frame(frame: &[u8]) -> Option<Header> {
     let mut rest = frame.get(12..)?;
     let mut tags = 0;
-    while tags < 2 && matches!(word(rest, 0)?, 0x8100 | 0x88a8) {
+    while matches!(word(rest, 0)?, 0x8100 | 0x88a8) {
+        if tags == MAX_TAGS {
+            return Some(UNREADABLE);
+        }
         rest = rest.get(4..)?;
         tags += 1;
     }
@@ -99,6 +124,7 @@ fn ipv4(packet: &[u8], quoted: bool) -> Option<Header> {
         ports: None,
         content: Content::MalformedIp,
         plain: fixed[0] == 0x45,
+        first_fragment: false,
     };
     let length = usize::from(fixed[0] & 15) * 4;
     let end = match word(fixed, 2)? {
@@ -130,6 +156,7 @@ fn ipv6(packet: &[u8], quoted: bool) -> Option<Header> {
         ports: None,
         content: Content::MalformedIp,
         plain: true,
+        first_fragment: false,
     };
     let end = match word(fixed, 4)? {
         // Longer than can be said (BIG TCP, RFC 2675).
@@ -200,6 +227,7 @@ impl Header {
         if offset > 0 {
             return;
         }
+        self.first_fragment = more;
         let there = packet.get(place.start..).unwrap_or_default();
         if matches!(self.protocol, TCP | UDP | SCTP) {
             // Even where the IP header says that the packet ends before them: it is denied whatever they are.
@@ -227,7 +255,9 @@ impl Header {
                 if header < 20 || header > length {
                     return Err(Unreadable);
                 }
-                Content::Tcp { flags: fixed[13], sequence: long(fixed, 4), acknowledgement: long(fixed, 8) }
+                let payload = u16::try_from(length - header).ok().map(u32::from);
+                let (sequence, acknowledgement) = (long(fixed, 4), long(fixed, 8));
+                Content::Tcp(Segment { flags: fixed[13], sequence, acknowledgement, payload })
             }
             (UDP, _) => {
                 need(8)?;
@@ -270,7 +300,8 @@ fn icmp_kind(number: u8, v4: bool) -> IcmpKind {
     match (number, v4) {
         (8 | 13 | 15 | 17, true) | (128, false) => IcmpKind::Query,
         (0 | 14 | 16 | 18, true) | (129, false) => IcmpKind::Reply,
-        (3 | 4 | 5 | 11 | 12, true) | (1..=4, false) => IcmpKind::Error,
+        (5, true) => IcmpKind::Redirect,
+        (3 | 4 | 11 | 12, true) | (1..=4, false) => IcmpKind::Error,
         _ => IcmpKind::Unknown,
     }
 }

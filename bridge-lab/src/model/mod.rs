@@ -5,10 +5,12 @@
 //! comparison of engines ([`crate::parity`]) has it.
 
 mod compare;
+mod flow;
 mod header;
 mod traffic;
 mod verdict;
 
 pub use self::compare::{Difference, PACKETS_PER_CASE, Report, compare};
+pub use self::flow::Key;
 pub use self::traffic::Step;
-pub use self::verdict::{Expected, Key, Model, Regime};
+pub use self::verdict::{Expected, Model, Regime};

@@ -9,7 +9,7 @@ use bridge_agent::{
 use bridge_common::filter::flow::state;
 use etherparse::IpNumber;
 
-use super::verdict::{Key, Regime};
+use super::{flow::Key, verdict::Regime};
 use crate::{
     packet::{Icmp, Packet, Tcp},
     parity::{
@@ -18,14 +18,16 @@ use crate::{
         endpoints::{beyond, flow, node_port_flow},
         policies,
     },
-    prog::NODE_ADDRESSES,
+    prog::{LAN_INTERFACE, NODE_ADDRESSES, OTHER_INTERFACE, POD_INTERFACE, Place},
 };
 
 /// An event on a node.
 #[derive(Clone, Debug)]
 pub enum Step {
     /// A frame comes by a hook.
-    Packet(Hook, Vec<u8>),
+    Packet(Place, Vec<u8>),
+    /// A pod of this node comes, or moves to another interface; 0: it goes.
+    Host(IpAddr, u32),
     /// A flow has been silent for this number of seconds.
     Age(Key, u64),
     /// The other policy becomes active.
@@ -73,10 +75,19 @@ pub(super) fn round(dice: &mut Dice, regimes: &[Regime], length: usize) -> Vec<S
     let policy = &regimes[0].policy;
     let mut talks: Vec<Talk> = (0..TALKS).map(|_| Talk::new(dice, policy)).collect();
     let mut steps = Vec::with_capacity(length + 2);
+    for talk in &talks {
+        talk.settle(dice, talk.interface, &mut steps);
+    }
     while steps.len() < length {
         if dice.percent(1) {
             let index = dice.below(talks.len());
             talks[index] = Talk::new(dice, policy);
+            talks[index].settle(dice, talks[index].interface, &mut steps);
+        }
+        if dice.below(150) == 0 {
+            let talk = dice.pick(&talks);
+            let interface = interface(dice);
+            talk.settle(dice, interface, &mut steps);
         }
         if dice.below(300) == 0 {
             steps.push(Step::Switch(dice.below(regimes.len())));
@@ -90,7 +101,7 @@ pub(super) fn round(dice: &mut Dice, regimes: &[Regime], length: usize) -> Vec<S
         if dice.percent(8) {
             steps.push(talk.error(dice, policy));
         } else {
-            talk.speak(dice, &mut steps);
+            talk.speak(dice, policy, &mut steps);
         }
     }
     steps
@@ -103,6 +114,8 @@ struct Talk {
     inner: Option<Flow>,
     /// Replies come in under the node's address.
     masqueraded: bool,
+    /// Of the pod; 0: it is of another node.
+    interface: u32,
     protocol: Protocol,
     /// Of [`Protocol::Any`].
     number: u8,
@@ -133,9 +146,10 @@ impl Talk {
             (flow, protocol) = (outer, of);
         } else if dice.percent(15) {
             masqueraded = true;
-        } else if dice.percent(12) {
+        } else if dice.percent(25) {
             let odd = odd_address(dice, policy, flow.source.is_ipv4());
-            if dice.percent(50) { flow.source = odd } else { flow.destination = odd }
+            if dice.percent(40) { flow.source = odd } else { flow.destination = odd }
+            masqueraded = dice.percent(20);
         }
         if protocol == Protocol::Icmp {
             flow.destination_port = flow.source_port;
@@ -144,6 +158,7 @@ impl Talk {
             flow,
             inner,
             masqueraded,
+            interface: interface(dice),
             protocol,
             number: *dice.pick(&OTHER),
             stage: 0,
@@ -170,8 +185,18 @@ impl Talk {
         std::iter::once(&self.flow).chain(&self.inner).map(key).collect()
     }
 
+    /// Its pods are at an interface from now on; mostly, since a node may know little of its pods.
+    fn settle(&self, dice: &mut Dice, interface: u32, steps: &mut Vec<Step>) {
+        let ends = std::iter::once(&self.flow).chain(&self.inner);
+        for pod in ends.flat_map(|flow| [flow.source, flow.destination]).filter(|end| is_pod(*end)) {
+            if !dice.percent(3) {
+                steps.push(Step::Host(pod, interface));
+            }
+        }
+    }
+
     /// One of the two sends something; on its way it may come by two hooks.
-    fn speak(&mut self, dice: &mut Dice, steps: &mut Vec<Step>) {
+    fn speak(&mut self, dice: &mut Dice, policy: &Policy, steps: &mut Vec<Step>) {
         let (from_client, content) = match self.protocol {
             Protocol::Tcp => {
                 let (from_client, tcp) = self.tcp(dice);
@@ -197,7 +222,12 @@ impl Talk {
                 continue;
             }
             let hook = if dice.percent(4) { *dice.pick(&Hook::ALL) } else { hook };
-            let flow = if from_client { flow } else { flow.reversed() };
+            let mut flow = if from_client { flow } else { flow.reversed() };
+            if dice.percent(4) {
+                let forged = forged_address(dice, policy, flow.source);
+                if dice.percent(85) { flow.source = forged } else { flow.destination = forged }
+            }
+            let place = Place::from(hook, self.input(dice, hook));
             let base = dress.put_on(Packet::new(flow.source, flow.destination), flow.source.is_ipv4());
             let packet = content.put_into(base, &flow);
             self.recent.push(packet.ip());
@@ -205,16 +235,26 @@ impl Talk {
                 self.recent.remove(0);
             }
             for packet in dress.cut(packet, dice) {
-                steps.push(Step::Packet(hook, damaged(dice, packet.frame())));
+                steps.push(Step::Packet(place, damaged(dice, packet.frame())));
             }
+        }
+    }
+
+    /// The interface that a packet came in by before it reaches a hook.
+    fn input(&self, dice: &mut Dice, hook: Hook) -> u32 {
+        let anywhere = *dice.pick(&[0, LAN_INTERFACE, POD_INTERFACE, OTHER_INTERFACE]);
+        match hook {
+            Hook::InternalEgress if dice.percent(70) => LAN_INTERFACE,
+            Hook::ExternalEgress if dice.percent(70) => self.interface,
+            _ => anywhere,
         }
     }
 
     fn hook(&self, from_client: bool) -> Hook {
         let source = if from_client { self.flow.source } else { self.flow.destination };
-        let pod =
-            PODS.iter().any(|block| block.parse::<ipnet::IpNet>().is_ok_and(|block| block.contains(&source)));
-        match (pod, self.masqueraded && !from_client) {
+        match (is_pod(source), self.masqueraded && !from_client) {
+            // Its addresses are final there.
+            (true, _) if matches!(self.interface, POD_INTERFACE | OTHER_INTERFACE) => Hook::ExternalEgress,
             (true, _) => Hook::InternalIngress,
             (false, true) => Hook::InternalEgress,
             (false, false) => Hook::ExternalIngress,
@@ -271,6 +311,12 @@ impl Talk {
             self.sequence = [number(dice), number(dice)];
         }
         let payload = if dice.percent(30) { dice.below(40) } else { 0 };
+        if flags & 0x01 != 0 {
+            // Acknowledged from now on.
+            let end = u32::try_from(payload).unwrap_or_default() + 1;
+            let own = &mut self.sequence[usize::from(!from_client)];
+            *own = own.wrapping_add(end);
+        }
         (from_client, tcp_segment(flags, sequence, acknowledgement, payload))
     }
 
@@ -278,14 +324,12 @@ impl Talk {
         const SENSIBLE: [u8; 12] = [0x02, 0x12, 0x10, 0x10, 0x10, 0x18, 0x11, 0x04, 0x14, 0x22, 0x31, 0xc2];
         let from_client = dice.percent(60);
         let flags = if dice.percent(95) { *dice.pick(&SENSIBLE) } else { dice.within(0, 255) };
-        let near = |dice: &mut Dice, of: u32| match dice.below(8) {
-            0 => of.wrapping_sub(1),
-            1 => of.wrapping_add(1),
-            2 => of.wrapping_add(1 << 20),
-            3 => of.wrapping_add((1 << 20) + 1),
-            4 => number(dice),
-            5 => of.wrapping_add(0x8000_0000),
-            _ => of,
+        const DISTANCES: [u32; 11] =
+            [u32::MAX, 1, 1 << 20, (1 << 20) + 1, 1 << 31, 0xffff, 1 << 16, 0x3fff, 1 << 14, 2, 50_000];
+        let near = |dice: &mut Dice, of: u32| match dice.below(16) {
+            0 => number(dice),
+            1..=9 => of,
+            _ => of.wrapping_add(*dice.pick(&DISTANCES)),
         };
         let [client, server] = self.sequence;
         let (sequence, acknowledgement) = if from_client {
@@ -336,17 +380,22 @@ impl Talk {
         let message = match dice.below(5) {
             0 => Icmp::TooBig(1280, quoted),
             1 => Icmp::TimeExceeded(quoted),
-            2 => Icmp::Other(4, 0, [0; 4], quoted),
+            2 => Icmp::Other(*dice.pick(&[4, 5, 5, 137]), 0, [0; 4], quoted),
             code => Icmp::Unreachable(u8::try_from(code).unwrap_or_default(), quoted),
         };
-        let pod = |address: IpAddr| {
-            PODS.iter().any(|block| block.parse::<ipnet::IpNet>().is_ok_and(|b| b.contains(&address)))
+        let natural = match is_pod(from) {
+            true => Hook::InternalIngress,
+            false if self.masqueraded => Hook::InternalEgress,
+            false => Hook::ExternalIngress,
         };
-        let natural = if pod(from) { Hook::InternalIngress } else { Hook::ExternalIngress };
         let hook = if dice.percent(5) { *dice.pick(&Hook::ALL) } else { natural };
+        let place = Place::from(hook, self.input(dice, hook));
+        if dice.percent(2) {
+            from = forged_address(dice, policy, from);
+        }
         let dress = Dress::new(dice);
         let packet = dress.put_on(Packet::new(from, to), v4).icmp(&message);
-        Step::Packet(hook, damaged(dice, packet.frame()))
+        Step::Packet(place, damaged(dice, packet.frame()))
     }
 }
 
@@ -402,7 +451,10 @@ impl Dress {
     fn new(dice: &mut Dice) -> Self {
         let mut dress = Self::default();
         match dice.below(40) {
-            0 => dress.tags = (0..=dice.below(3)).map(|_| dice.percent(70)).collect(),
+            0 => {
+                let most = if dice.percent(70) { 3 } else { 12 };
+                dress.tags = (0..=dice.below(most)).map(|_| dice.percent(70)).collect();
+            }
             1 => dress.options = 1 + dice.below(40),
             2 | 3 => {
                 let count = if dice.percent(80) { 1 + dice.below(3) } else { 6 + dice.below(5) };
@@ -503,6 +555,39 @@ fn runs(frame: &[u8]) -> bool {
         Some([0x86, 0xdd]) => frame.len() >= 54,
         Some(_) => frame.len() >= 15,
         None => false,
+    }
+}
+
+/// Whether an address is in a block of pods.
+fn is_pod(address: IpAddr) -> bool {
+    PODS.iter().any(|block| block.parse::<ipnet::IpNet>().is_ok_and(|block| block.contains(&address)))
+}
+
+/// Of a pod, mostly where BPF_PROG_TEST_RUN lets its packets come in.
+fn interface(dice: &mut Dice) -> u32 {
+    match dice.below(20) {
+        0 | 1 => POD_INTERFACE,
+        2 => OTHER_INTERFACE,
+        3 | 4 => 0,
+        _ => LAN_INTERFACE,
+    }
+}
+
+/// Returns an address that its bearer cannot have, or that means something on one link only.
+fn forged_address(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
+    match (of, dice.below(4)) {
+        (IpAddr::V6(_), 0) => {
+            let IpAddr::V4(inner) = odd_address(dice, policy, true) else { return of };
+            inner.to_ipv6_mapped().into()
+        }
+        (IpAddr::V6(_), 1) => {
+            let choices = [0xfe80, 0xff02, 0].map(|first| IpAddr::from([first, 0, 0, 0, 0, 0, 0, u16::from(first > 0)]));
+            *dice.pick(&choices)
+        }
+        (IpAddr::V4(_), 1) => {
+            *dice.pick(&[[0, 0, 0, 0], [169, 254, 1, 1], [224, 0, 0, 251], [255; 4]].map(IpAddr::from))
+        }
+        _ => odd_address(dice, policy, of.is_ipv4()),
     }
 }
 

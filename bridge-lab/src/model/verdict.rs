@@ -1,6 +1,13 @@
-//! The verdict, as docs/data-path.md and the documentation of `bridge-common` describe it: rules in a list, flows in a map.
+//! The verdict, as docs/decisions/0012-complete-mediation.md and docs/data-path.md describe it: rules in a list, flows and
+//! the pods of this node in maps.
+//!
+//! Marks do not outlive a run of a program, so a packet at an egress hook has none here: its origin is its source address.
+//! No source of a node or of another node's pod is believed, since no route leads to the interface of the runs.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
 
 use bridge_agent::{
     datapath::Hook,
@@ -13,61 +20,11 @@ use bridge_common::filter::{
 };
 use ipnet::IpNet;
 
-use super::header::{self, ACK, Content, FIN, Header, ICMP, ICMPV6, IcmpKind, RST, SCTP, SYN, TCP, UDP};
-use crate::prog::{Action, NODE_ADDRESSES};
-
-/// How far beyond the responder's initial sequence number the initiator's first acknowledgement may be.
-const HANDSHAKE_WINDOW: u32 = 1 << 20;
-
-/// One end of a flow.
-type End = (IpAddr, u16);
-
-/// A flow, whichever way its packets go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Key {
-    low: End,
-    high: End,
-    protocol: u8,
-}
-
-impl Key {
-    pub(super) fn new(a: End, b: End, protocol: u8) -> Self {
-        Self { low: a.min(b), high: a.max(b), protocol }
-    }
-
-    /// As the programs have it.
-    #[must_use]
-    pub fn of_table(&self) -> bridge_common::filter::flow::FlowKey {
-        let port = |end: End| end.1.to_be_bytes();
-        let (low, high) = (self.low, self.high);
-        bridge_common::filter::flow::FlowKey::new(
-            &low.0.into(),
-            port(low),
-            &high.0.into(),
-            port(high),
-            self.protocol,
-        )
-        .0
-    }
-}
-
-/// State of a flow.
-#[derive(Clone, Debug)]
-struct Flow {
-    initiator: End,
-    direction: u8,
-    /// Both sides have shown that they want it; of TCP, the handshake is complete.
-    confirmed: bool,
-    /// Of TCP, from the responder's SYN on.
-    responder_isn: Option<u32>,
-    /// FIN seen, of the initiator and of the responder.
-    finished: [bool; 2],
-    reset: bool,
-    /// Would have been denied.
-    audit: bool,
-    /// How long it has been silent, in seconds.
-    silent: u64,
-}
+use super::{
+    flow::{End, Flow, Handshake, Key, Segment},
+    header::{self, ACK, Content, Header, IcmpKind, RST, SCTP, SYN, TCP, UDP},
+};
+use crate::prog::{Action, LAN_INTERFACE, NODE_ADDRESSES, Place};
 
 /// Expected result of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +35,11 @@ pub struct Expected {
     pub counted: Option<(u8, Reason)>,
     /// The same, if it is counted as denied but passes.
     pub audited: Option<(u8, Reason)>,
+}
+
+impl Expected {
+    /// Passes, and no rule restricts it.
+    const UNRESTRICTED: Self = Self { action: Action::Next, counted: None, audited: None };
 }
 
 /// A policy, and the settings that come with it.
@@ -92,144 +54,394 @@ pub struct Regime {
 /// A node.
 pub struct Model {
     regimes: Vec<Regime>,
-    in_force: usize,
+    active: usize,
     flows: HashMap<Key, Flow>,
     /// Flows that wait for a reply: also beside one that is ending, whose ports are used again.
     half_open: HashMap<Key, Flow>,
-    /// LAN hosts that were let in to a NodePort, by protocol; whether by audit mode alone.
-    let_in: HashMap<(End, u8), bool>,
+    /// Pods of this node, and the interfaces that lead to them.
+    hosted: HashMap<IpAddr, u32>,
+    /// Hosts between which a first fragment was let through.
+    fragmented: HashSet<(IpAddr, IpAddr)>,
     own: Vec<IpAddr>,
+    moved: Option<Key>,
+}
+
+/// The policy's view of an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    Local,
+    Node,
+    Pod,
+    External,
+    Foreign,
+}
+
+/// The row of the hook's table that a packet is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Row {
+    Pass,
+    /// Passes, and opens a flow that no rule restricts.
+    Follow,
+    Deny(u8, Reason),
+    /// By the rules of this direction; the interface of the pod.
+    Judge(u8, u32),
 }
 
 impl Model {
-    /// A node without flows; the first of `regimes` is active.
+    /// A node without flows and pods; the first of `regimes` is active.
     #[must_use]
     pub fn new(regimes: Vec<Regime>) -> Self {
         let own = NODE_ADDRESSES.iter().filter_map(|address| address.parse().ok()).collect();
         Self {
             regimes,
-            in_force: 0,
+            active: 0,
             flows: HashMap::new(),
             half_open: HashMap::new(),
-            let_in: HashMap::new(),
+            hosted: HashMap::new(),
+            fragmented: HashSet::new(),
             own,
+            moved: None,
         }
     }
 
     /// Activates another of the regimes.
-    pub fn put_in_force(&mut self, index: usize) {
-        self.in_force = index;
+    pub fn activate(&mut self, index: usize) {
+        self.active = index;
     }
 
     /// A flow has been silent for this number of seconds.
     pub fn age(&mut self, key: &Key, seconds: u64) {
         if let Some(flow) = self.flows.get_mut(key).or_else(|| self.half_open.get_mut(key)) {
-            flow.silent = seconds;
+            flow.age(seconds);
         }
     }
 
-    /// A packet comes by.
-    pub fn judge(&mut self, hook: Hook, frame: &[u8]) -> Expected {
-        let next = Expected { action: Action::Next, counted: None, audited: None };
-        let Some(header) = header::frame(frame) else { return next };
-        let internal = matches!(hook, Hook::InternalIngress | Hook::InternalEgress);
-        if matches!(hook, Hook::InternalEgress | Hook::ExternalEgress) {
-            self.observe(&header, internal);
-            return next;
-        }
-        let Some(Judgement { direction, reason, audited }) = self.ingress(&header, internal) else {
-            return next;
-        };
-        let counted = Some((direction, reason));
-        if audited || reason.denies() && self.is_audit() {
-            Expected { audited: counted, ..next }
-        } else if reason.denies() {
-            Expected { action: self.answer(&header, reason), counted, audited: None }
+    /// Pods come and go; interface 0: the pod has gone.
+    pub fn host(&mut self, pod: IpAddr, interface: u32) {
+        if interface == 0 {
+            self.hosted.remove(&pod);
         } else {
-            Expected { counted, ..next }
+            self.hosted.insert(pod, interface);
+        }
+    }
+
+    /// Whether an address is that of a pod of this node.
+    #[must_use]
+    pub fn is_hosted(&self, pod: IpAddr) -> bool {
+        self.hosted.contains_key(&pod)
+    }
+
+    /// The flow whose pod has acknowledged so much, by the last packet, that it is noted. Verdicts that are remembered
+    /// elsewhere note nothing.
+    #[must_use]
+    pub fn moved(&self) -> Option<Key> {
+        self.moved
+    }
+
+    /// A packet comes by.
+    pub fn judge(&mut self, place: Place, frame: &[u8]) -> Expected {
+        self.moved = None;
+        let Some(header) = header::frame(frame) else { return Expected::UNRESTRICTED };
+        let Place { hook, input } = place;
+        match hook {
+            Hook::ExternalIngress => {
+                let row = self.external_ingress(&header);
+                self.ingress(&header, row, true)
+            }
+            Hook::InternalIngress => {
+                let row = self.internal_ingress(&header);
+                self.ingress(&header, row, false)
+            }
+            Hook::InternalEgress => self.egress(&header, input, true),
+            Hook::ExternalEgress => self.egress(&header, input, false),
         }
     }
 
     fn regime(&self) -> &Regime {
-        &self.regimes[self.in_force]
+        &self.regimes[self.active]
     }
 
     fn is_audit(&self) -> bool {
         self.regime().policy.mode == Mode::Audit
     }
 
-    /// `None`: not our business.
-    fn ingress(&mut self, header: &Header, internal: bool) -> Option<Judgement> {
-        let direction = self.scope(header).filter(|direction| !(internal && *direction == NODE_PORT));
-        let verdict = |reason| direction.map(|direction| Judgement { direction, reason, audited: false });
-        let fault = match &header.content {
-            Content::MalformedIp => Some(Reason::malformed_ip),
-            Content::MalformedL4 => Some(Reason::malformed_l4),
-            Content::ShortFragment => Some(Reason::fragment_short),
-            Content::OverlappingFragment => Some(Reason::fragment_overlap),
-            Content::Tcp { flags, .. } if !header::flags_make_sense(*flags) => Some(Reason::invalid_flags),
-            Content::Icmp { kind: IcmpKind::Unknown, .. } => Some(Reason::icmp_type),
-            _ if internal && direction == Some(INBOUND) => Some(Reason::spoofed),
-            Content::LaterFragment => Some(Reason::later_fragment),
-            Content::Icmp { kind: IcmpKind::Error, quoted, .. } if self.is_related(header, quoted) => {
-                Some(Reason::related)
+    fn class(&self, address: IpAddr) -> Class {
+        let policy = &self.regime().policy;
+        if self.own.contains(&address) {
+            Class::Local
+        } else if contains(&policy.nodes, address) {
+            Class::Node
+        } else if contains(&policy.pods, address) {
+            Class::Pod
+        } else if contains(&policy.external, address) {
+            Class::External
+        } else {
+            Class::Foreign
+        }
+    }
+
+    /// The interface that leads to a pod of this node; 0: none does.
+    fn hosts(&self, pod: IpAddr) -> u32 {
+        self.hosted.get(&pod).copied().unwrap_or_default()
+    }
+
+    /// Whether a packet towards the node is for one of its NodePorts.
+    fn is_for_node_port(&self, header: &Header) -> bool {
+        let local = self.class(header.destination) == Class::Local || is_link_local(header.destination);
+        let range = self.regime().policy.node_ports.as_ref().map(|ports| ports.range);
+        local && header.ports.zip(range).is_some_and(|((_, port), range)| range.contains(port))
+    }
+
+    fn external_ingress(&self, header: &Header) -> Row {
+        if let Some(reason) = unreadable(header) {
+            return Row::Deny(INBOUND, reason);
+        }
+        let source = self.class(header.source);
+        if matches!(source, Class::Local | Class::Pod) {
+            return Row::Deny(INBOUND, Reason::spoofed);
+        }
+        if self.class(header.destination) == Class::Pod {
+            return match self.hosts(header.destination) {
+                0 => Row::Pass,
+                interface => Row::Judge(INBOUND, interface),
+            };
+        }
+        if source == Class::External && self.is_for_node_port(header) {
+            return Row::Judge(NODE_PORT, 0);
+        }
+        Row::Pass
+    }
+
+    fn internal_ingress(&self, header: &Header) -> Row {
+        if let Some(reason) = unreadable(header) {
+            return Row::Deny(OUTBOUND, reason);
+        }
+        if header.source.is_unspecified() || is_link_local(header.source) {
+            return Row::Pass;
+        }
+        if self.hosts(header.source) != LAN_INTERFACE {
+            return Row::Deny(OUTBOUND, Reason::spoofed);
+        }
+        if self.class(header.source) != Class::Pod {
+            return Row::Pass;
+        }
+        match self.class(header.destination) {
+            Class::External => Row::Judge(OUTBOUND, LAN_INTERFACE),
+            Class::Pod | Class::Node => Row::Pass,
+            _ if stays_on_link(header.destination) => Row::Pass,
+            Class::Local | Class::Foreign => Row::Follow,
+        }
+    }
+
+    fn internal_egress(&self, header: &Header, input: u32) -> Row {
+        if let Some(reason) = unreadable(header) {
+            return Row::Deny(INBOUND, reason);
+        }
+        if self.class(header.destination) != Class::Pod {
+            return Row::Pass;
+        }
+        match self.class(header.source) {
+            Class::Local => Row::Deny(INBOUND, Reason::unattributed),
+            Class::Pod | Class::Node if self.hosts(header.source) == input => Row::Pass,
+            Class::Pod => Row::Deny(INBOUND, Reason::spoofed),
+            _ => Row::Judge(INBOUND, LAN_INTERFACE),
+        }
+    }
+
+    fn external_egress(&self, header: &Header, input: u32) -> Row {
+        if let Some(reason) = unreadable(header) {
+            return Row::Deny(INBOUND, reason);
+        }
+        match (self.class(header.source), self.class(header.destination)) {
+            // By an interface towards the LAN no pod of this node comes in.
+            (Class::Pod, Class::External)
+                if self.hosts(header.source) == input && input != LAN_INTERFACE =>
+            {
+                Row::Judge(OUTBOUND, 0)
             }
-            Content::Icmp { kind: IcmpKind::Error, .. } => Some(Reason::icmp_unrelated),
-            _ => None,
-        };
-        if let Some(reason) = fault {
-            return verdict(reason);
+            (Class::Local, Class::Pod) => Row::Deny(INBOUND, Reason::unattributed),
+            _ => Row::Pass,
         }
+    }
+
+    fn ingress(&mut self, header: &Header, row: Row, from_lan: bool) -> Expected {
         let (source, key) = flow_of(header);
-        if let Some(flow) = self.usable(&self.flows, &key)
-            && !(internal && flow.is_of_lan(source))
-            && let Some(flow) = self.go_on(header, &key, flow, source)
+        // A flow of the interface needs no other proof of the source.
+        let of_interface = !from_lan && self.flows.get(&key).is_some_and(|flow| flow.interface == LAN_INTERFACE);
+        let believed = of_interface || !matches!(row, Row::Deny(..));
+        if believed
+            && names_flow(header)
+            && let Some(flow) = self.usable(&self.flows, &key)
+            && flow.is_of_lan(source) == from_lan
+            && let Some(mut flow) = self.go_on(header, &key, flow, source)
         {
-            let judgement =
-                Judgement { direction: flow.direction, reason: Reason::established, audited: flow.audit };
+            if !from_lan {
+                flow.interface = LAN_INTERFACE;
+            }
+            self.remember_fragment(header);
+            let expected = self.established(&flow);
             self.flows.insert(key, flow);
-            return Some(judgement);
+            return expected;
         }
-        let direction = direction?;
-        if let Some(flow) = self.usable(&self.half_open, &key)
-            && let Some(judgement) = self.answered(header, &key, flow, source)
-        {
-            return Some(judgement);
+        match row {
+            Row::Pass => Expected::UNRESTRICTED,
+            Row::Follow => {
+                self.follow(header, key, source);
+                Expected::UNRESTRICTED
+            }
+            Row::Deny(direction, reason) => self.deny(header, direction, reason, true),
+            Row::Judge(direction, interface) => self.decide(header, direction, interface, true),
         }
-        Some(Judgement { direction, reason: self.open(header, key, source, direction), audited: false })
+    }
+
+    fn egress(&mut self, header: &Header, input: u32, to_pod: bool) -> Expected {
+        let (source, key) = flow_of(header);
+        let range = self.regime().policy.node_ports.as_ref().map(|ports| ports.range);
+        let from_node_port =
+            header.ports.zip(range).is_some_and(|((source, _), range)| range.contains(source));
+        if names_flow(header) && (to_pod || input != 0 || from_node_port) {
+            if let Some(flow) = self.usable(&self.flows, &key)
+                && flow.is_of_lan(source) == to_pod
+                && let Some(flow) = self.go_on(header, &key, flow, source)
+            {
+                self.flows.insert(key, flow);
+                self.remember_fragment(header);
+                return Expected::UNRESTRICTED;
+            }
+            if let Some(flow) = self.usable(&self.half_open, &key)
+                && self.answered(header, &key, flow, source).is_some()
+            {
+                self.remember_fragment(header);
+                return Expected::UNRESTRICTED;
+            }
+        }
+        if input == 0 {
+            return Expected::UNRESTRICTED;
+        }
+        let row =
+            if to_pod { self.internal_egress(header, input) } else { self.external_egress(header, input) };
+        if self.is_related(header) && !matches!(row, Row::Deny(_, Reason::spoofed)) {
+            return Expected::UNRESTRICTED;
+        }
+        match row {
+            Row::Pass | Row::Follow => Expected::UNRESTRICTED,
+            Row::Deny(direction, reason) => self.deny(header, direction, reason, false),
+            Row::Judge(direction, interface) => self.decide(header, direction, interface, false),
+        }
+    }
+
+    /// Returns the result for a packet of a flow.
+    fn established(&self, flow: &Flow) -> Expected {
+        let counted = Some((flow.direction, Reason::established));
+        if flow.unrestricted {
+            Expected::UNRESTRICTED
+        } else if flow.audit {
+            Expected { audited: counted, ..Expected::UNRESTRICTED }
+        } else {
+            Expected { counted, ..Expected::UNRESTRICTED }
+        }
+    }
+
+    fn deny(&mut self, header: &Header, direction: u8, reason: Reason, answers: bool) -> Expected {
+        let counted = Some((direction, reason));
+        if self.is_audit() {
+            self.remember_fragment(header);
+            return Expected { audited: counted, ..Expected::UNRESTRICTED };
+        }
+        let action = if answers { self.answer(header, reason) } else { Action::Drop };
+        Expected { action, counted, audited: None }
+    }
+
+    /// Decides about a packet that belongs to no established flow.
+    fn decide(&mut self, header: &Header, direction: u8, interface: u32, ingress: bool) -> Expected {
+        let (source, key) = flow_of(header);
+        let reason = match &header.content {
+            Content::MalformedIp => Reason::malformed_ip,
+            Content::MalformedL4 => Reason::malformed_l4,
+            Content::ShortFragment => Reason::fragment_short,
+            Content::OverlappingFragment => Reason::fragment_overlap,
+            Content::Tcp(Segment { flags, .. }) if !header::flags_make_sense(*flags) => Reason::invalid_flags,
+            Content::Icmp { kind: IcmpKind::Unknown, .. } => Reason::icmp_type,
+            Content::LaterFragment if self.fragmented.contains(&(header.source, header.destination)) => {
+                Reason::later_fragment
+            }
+            Content::LaterFragment => Reason::fragment_unknown,
+            Content::Icmp { kind: IcmpKind::Error | IcmpKind::Redirect, .. } if self.is_related(header) => {
+                Reason::related
+            }
+            Content::Icmp { kind: IcmpKind::Error | IcmpKind::Redirect, .. } => Reason::icmp_unrelated,
+            _ => {
+                if ingress
+                    && let Some(flow) = self.usable(&self.half_open, &key)
+                    && let Some(Answer { reason, flow }) = self.answered(header, &key, flow, source)
+                {
+                    if reason.denies() {
+                        return self.deny(header, direction, reason, ingress);
+                    }
+                    self.remember_fragment(header);
+                    return self.established(&flow);
+                }
+                self.open(header, key, source, direction, interface)
+            }
+        };
+        if !reason.denies() {
+            self.remember_fragment(header);
+            return Expected { counted: Some((direction, reason)), ..Expected::UNRESTRICTED };
+        }
+        self.deny(header, direction, reason, ingress)
     }
 
     /// A packet that may open a flow.
-    fn open(&mut self, header: &Header, key: Key, source: End, direction: u8) -> Reason {
+    fn open(&mut self, header: &Header, key: Key, source: End, direction: u8, interface: u32) -> Reason {
         if let Some(reason) = no_opening(header) {
             return reason;
         }
-        let reason = self.decide(header, direction);
+        let reason = self.by_rules(header, direction);
         if !reason.denies() || self.is_audit() {
-            if direction == NODE_PORT {
-                self.let_in.insert((source, header.protocol), reason.denies());
-            }
-            self.enter(key, Flow::new(source, direction, reason.denies()));
+            let mut flow = Flow::new(source, direction, &header.content);
+            (flow.audit, flow.interface) = (reason.denies(), interface);
+            self.enter(key, flow);
         }
         reason
+    }
+
+    /// A packet of a pod that no rule restricts.
+    fn follow(&mut self, header: &Header, key: Key, source: End) {
+        if !names_flow(header) {
+            return;
+        }
+        if let Some(flow) = self.usable(&self.half_open, &key)
+            && self.answered(header, &key, flow, source).is_some()
+        {
+            self.remember_fragment(header);
+            return;
+        }
+        let mut flow = Flow::new(source, OUTBOUND, &header.content);
+        (flow.unrestricted, flow.interface) = (true, LAN_INTERFACE);
+        self.enter(key, flow);
+        self.remember_fragment(header);
     }
 
     fn enter(&mut self, key: Key, flow: Flow) {
         self.half_open.insert(key, flow);
         // For TCP, the use of the ports is over when the responder has agreed.
-        if key.protocol != TCP || self.usable(&self.flows, &key).is_none() {
+        if key.protocol() != TCP || self.usable(&self.flows, &key).is_none() {
             self.flows.remove(&key);
         }
     }
 
     /// Returns the verdict of the rules on a new flow.
-    fn decide(&self, header: &Header, direction: u8) -> Reason {
+    fn by_rules(&self, header: &Header, direction: u8) -> Reason {
         let policy = &self.regime().policy;
         let ports = header.ports.unwrap_or_default();
         if direction == NODE_PORT {
             let allowed = policy.node_ports.iter().flat_map(|ports| &ports.allow);
             let allowed = allowed.copied().any(|range| range.contains(ports.1));
             return if allowed { Reason::new_flow } else { Reason::no_rule };
+        }
+        let peer = if direction == INBOUND { header.source } else { header.destination };
+        if self.class(peer) != Class::External {
+            return Reason::no_rule;
         }
         let mut reason = Reason::no_rule;
         for rule in &policy.rules {
@@ -244,17 +456,25 @@ impl Model {
     }
 
     /// A packet of an established flow, and the flow after it. `None`: it is judged as if there were none.
-    fn go_on(&self, header: &Header, key: &Key, mut flow: Flow, source: End) -> Option<Flow> {
+    fn go_on(&mut self, header: &Header, key: &Key, mut flow: Flow, source: End) -> Option<Flow> {
         let from_initiator = source == flow.initiator;
         match &header.content {
-            Content::Tcp { flags, .. } => {
-                let agrees = !from_initiator && flags & (SYN | ACK) == SYN | ACK;
-                let open = flow.state(TCP) == state::ESTABLISHED;
-                if agrees && !open && self.half_open.contains_key(key) {
+            Content::Tcp(segment) => {
+                if segment.is_syn() {
                     return None;
                 }
-                flow.segment(from_initiator, *flags)?;
+                if segment.flags & (SYN | ACK) == SYN | ACK
+                    && let Some(next) = self.usable(&self.half_open, key)
+                    && next.initiator != source
+                    && next.is_acknowledged_by(segment)
+                {
+                    return None;
+                }
+                if flow.segment(from_initiator, segment) {
+                    self.moved = Some(*key);
+                }
             }
+            Content::Sctp { init: true } => return None,
             Content::Icmp { kind: IcmpKind::Query, .. } if !from_initiator => return None,
             Content::Icmp { kind: IcmpKind::Reply, .. } if from_initiator => return None,
             _ => (),
@@ -264,84 +484,60 @@ impl Model {
     }
 
     /// A packet of a flow that waits for a reply. `None`: it is judged as if there were none.
-    fn answered(&mut self, header: &Header, key: &Key, mut flow: Flow, source: End) -> Option<Judgement> {
+    fn answered(&mut self, header: &Header, key: &Key, mut flow: Flow, source: End) -> Option<Answer> {
         let from_initiator = source == flow.initiator;
-        let (direction, audited) = (flow.direction, flow.audit);
+        let mut agreed = false;
         let reason = match &header.content {
-            Content::Tcp { flags, sequence, acknowledgement } => {
-                if !flow.handshake(from_initiator, *flags, *sequence, *acknowledgement)? {
-                    return Some(Judgement { direction, reason: Reason::invalid_state, audited: false });
-                }
-                if !from_initiator && flags & SYN != 0 {
-                    self.flows.remove(key);
-                }
-                Reason::established
+            Content::Tcp(segment) => {
+                let step = flow.handshake(from_initiator, segment)?;
+                agreed = step == Handshake::Agrees;
+                if step == Handshake::Invalid { Reason::invalid_state } else { Reason::established }
             }
+            Content::Sctp { init: true } => return None,
             Content::Icmp { kind: IcmpKind::Query, .. } if !from_initiator => return None,
+            Content::Icmp { kind: IcmpKind::Reply, .. } if from_initiator => Reason::icmp_unsolicited,
             _ if from_initiator => return None,
             _ => {
-                flow.confirmed = true;
+                flow.confirm();
                 Reason::established
             }
         };
-        if flow.confirmed {
+        if agreed {
+            // The earlier connection of these ports has ended.
+            self.flows.remove(key);
+        }
+        if flow.is_confirmed() {
             flow.silent = 0;
             self.half_open.remove(key);
-            self.flows.insert(*key, flow);
+            self.flows.insert(*key, flow.clone());
         } else {
-            self.half_open.insert(*key, flow);
+            self.half_open.insert(*key, flow.clone());
         }
-        Some(Judgement { direction, reason, audited })
+        Some(Answer { reason, flow })
     }
 
-    /// An egress hook: a packet was judged elsewhere, or had another address there.
-    fn observe(&mut self, header: &Header, internal: bool) {
-        match &header.content {
-            Content::Tcp { flags, .. } if header::flags_make_sense(*flags) => (),
-            Content::Udp | Content::Sctp { .. } | Content::Other => (),
-            Content::Icmp { kind: IcmpKind::Query | IcmpKind::Reply, .. } => (),
-            _ => return,
-        }
-        let node_ports = self.regime().policy.node_ports.as_ref().map(|ports| ports.range);
-        let from_node_port =
-            header.ports.zip(node_ports).is_some_and(|((source, _), range)| range.contains(source));
-        if !internal && !from_node_port {
-            return;
-        }
-        let (source, key) = flow_of(header);
-        if let Some(flow) = self.usable(&self.flows, &key)
-            && let Some(flow) = self.go_on(header, &key, flow, source)
-        {
-            self.flows.insert(key, flow);
-            return;
-        }
-        if let Some(flow) = self.usable(&self.half_open, &key) {
-            self.answered(header, &key, flow, source);
-            return;
-        }
-        let inbound = self.scope(header) == Some(INBOUND);
-        if let Some(audit) = self.let_in.get(&(source, header.protocol)).copied()
-            && internal
-            && inbound
-            && no_opening(header).is_none()
-        {
-            self.enter(key, Flow::new(source, INBOUND, audit));
+    fn remember_fragment(&mut self, header: &Header) {
+        let ends = (header.source, header.destination);
+        let intact = names_flow(header) || matches!(header.content, Content::Icmp { kind, .. } if kind != IcmpKind::Unknown);
+        if header.first_fragment && intact && unreadable(header).is_none() {
+            self.fragmented.insert(ends);
         }
     }
 
     /// The entry of a flow, unless it has been silent for too long, or was let in by audit mode alone and that is over.
     fn usable(&self, table: &HashMap<Key, Flow>, key: &Key) -> Option<Flow> {
         let alive = |flow: &&Flow| {
-            flow.silent < self.regime().timeouts[usize::from(flow.state(key.protocol))]
+            flow.silent < self.regime().timeouts[usize::from(flow.state(key.protocol()))]
                 && (!flow.audit || self.is_audit())
         };
         table.get(key).filter(alive).cloned()
     }
 
-    /// Whether an ICMP error quotes a packet that its addressee has sent, in a known flow or out of scope.
-    fn is_related(&self, error: &Header, quoted: &[u8]) -> bool {
+    /// Whether a packet is an ICMP error that quotes a packet of its addressee, in a known flow.
+    fn is_related(&self, error: &Header) -> bool {
+        let Content::Icmp { kind: IcmpKind::Error, quoted, .. } = &error.content else { return false };
         let Some(quoted) = header::quoted(quoted, error.source.is_ipv4()) else { return false };
-        if quoted.source != error.destination {
+        if quoted.source != error.destination || is_mapped(quoted.source) || is_mapped(quoted.destination) {
             return false;
         }
         match quoted.content {
@@ -350,144 +546,72 @@ impl Model {
             _ => return false,
         }
         let (_, key) = flow_of(&quoted);
-        let known = [&self.flows, &self.half_open].iter().any(|table| self.usable(table, &key).is_some());
-        known || self.scope(&quoted).is_none()
-    }
-
-    fn is_node(&self, address: IpAddr) -> bool {
-        self.own.contains(&address) || contains(&self.regime().policy.nodes, address)
-    }
-
-    fn is_pod(&self, address: IpAddr) -> bool {
-        contains(&self.regime().policy.pods, address) && !self.is_node(address)
-    }
-
-    fn is_external(&self, address: IpAddr) -> bool {
-        contains(&self.regime().policy.external, address) && !self.is_node(address)
-    }
-
-    /// The direction whose rules judge a packet.
-    fn scope(&self, header: &Header) -> Option<u8> {
-        let (source, destination) = (header.source, header.destination);
-        if self.is_external(source) && self.is_pod(destination) {
-            return Some(INBOUND);
-        }
-        if self.is_pod(source) && self.is_external(destination) {
-            return Some(OUTBOUND);
-        }
-        let range = self.regime().policy.node_ports.as_ref()?.range;
-        let (_, port) = header.ports?;
-        (self.is_external(source) && self.own.contains(&destination) && range.contains(port))
-            .then_some(NODE_PORT)
+        [&self.flows, &self.half_open].iter().any(|table| self.usable(table, &key).is_some())
     }
 
     /// Returns the action for a denied packet.
     fn answer(&self, header: &Header, reason: Reason) -> Action {
+        let believed = reason != Reason::spoofed;
         let answerable = match header.content {
-            Content::Tcp { flags, .. } => {
+            Content::Tcp(Segment { flags, .. }) => {
                 flags & RST == 0 && !matches!(reason, Reason::invalid_state | Reason::invalid_flags)
             }
             Content::Udp => true,
             _ => false,
         };
         let reject = self.regime().policy.on_deny == OnDeny::Reject;
-        if reject && answerable && header.plain { Action::Answer } else { Action::Drop }
+        if reject && believed && answerable && header.plain { Action::Answer } else { Action::Drop }
     }
 }
 
-impl Flow {
-    fn new(initiator: End, direction: u8, audit: bool) -> Self {
-        Self {
-            initiator,
-            direction,
-            confirmed: false,
-            responder_isn: None,
-            finished: [false; 2],
-            reset: false,
-            audit,
-            silent: 0,
-        }
-    }
-
-    /// Whether this end of it is the LAN host.
-    fn is_of_lan(&self, end: End) -> bool {
-        (end == self.initiator) == (self.direction != OUTBOUND)
-    }
-
-    fn state(&self, protocol: u8) -> u8 {
-        match (protocol, self.confirmed) {
-            (TCP, _) if self.reset => state::RESET,
-            (TCP, false) if self.responder_isn.is_none() => state::SYN_SENT,
-            (TCP, false) => state::SYN_RECEIVED,
-            (TCP, true) => match self.finished {
-                [false, false] => state::ESTABLISHED,
-                [true, true] => state::CLOSING,
-                _ => state::FIN_WAIT,
-            },
-            (UDP, false) => state::UDP_UNREPLIED,
-            (UDP, true) => state::UDP_REPLIED,
-            (ICMP | ICMPV6, false) => state::ICMP_UNREPLIED,
-            (ICMP | ICMPV6, true) => state::ICMP_REPLIED,
-            (_, false) => state::OTHER_UNREPLIED,
-            (_, true) => state::OTHER_REPLIED,
-        }
-    }
-
-    /// A segment of an established connection. `None`: a SYN that is to open another one.
-    fn segment(&mut self, from_initiator: bool, flags: u8) -> Option<()> {
-        if flags & (SYN | ACK) == SYN && (!from_initiator || self.state(TCP) != state::ESTABLISHED) {
-            return None;
-        }
-        self.reset = flags & RST != 0;
-        if flags & FIN != 0 {
-            self.finished[usize::from(!from_initiator)] = true;
-        }
-        Some(())
-    }
-
-    /// Handles a segment of a handshake; returns whether it is one. `None`: a SYN, to be judged again.
-    fn handshake(
-        &mut self,
-        from_initiator: bool,
-        flags: u8,
-        sequence: u32,
-        acknowledgement: u32,
-    ) -> Option<bool> {
-        if flags & (SYN | ACK) == SYN {
-            return None;
-        }
-        if flags & RST != 0 {
-            (self.reset, self.responder_isn, self.silent) = (true, None, 0);
-        } else if !from_initiator {
-            if flags & SYN != 0 {
-                (self.reset, self.responder_isn, self.silent) = (false, Some(sequence), 0);
-            }
-            // Else the responder's answer about an older connection (RFC 5961, 4.2).
-        } else {
-            let isn = self.responder_isn.filter(|_| flags & SYN == 0);
-            let seen = |isn: u32| (1..=HANDSHAKE_WINDOW).contains(&acknowledgement.wrapping_sub(isn));
-            if !isn.is_some_and(seen) {
-                return Some(false);
-            }
-            self.confirmed = true;
-            self.finished[0] = flags & FIN != 0;
-        }
-        Some(true)
-    }
-}
-
-/// A packet that is our business.
-struct Judgement {
-    direction: u8,
+/// The reaction of a half-open flow to a packet.
+struct Answer {
     reason: Reason,
-    /// Of a flow that passes in audit mode only.
-    audited: bool,
+    flow: Flow,
+}
+
+/// Why a packet is denied before its addresses mean anything.
+fn unreadable(header: &Header) -> Option<Reason> {
+    if header.content == Content::Unreadable {
+        Some(Reason::malformed_ip)
+    } else if is_mapped(header.source) || is_mapped(header.destination) {
+        Some(Reason::spoofed)
+    } else {
+        None
+    }
+}
+
+/// Whether it is an IPv6 address that stands for an IPv4 address.
+fn is_mapped(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some())
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
+}
+
+/// Whether packets to an address stay on their link: link-local, multicast, broadcast.
+fn stays_on_link(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_multicast() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_multicast(),
+    }
+}
+
+/// Whether a packet's own ports name its flow.
+fn names_flow(header: &Header) -> bool {
+    match &header.content {
+        Content::Tcp(segment) => header::flags_make_sense(segment.flags),
+        Content::Udp | Content::Sctp { .. } | Content::Other => true,
+        Content::Icmp { kind, .. } => matches!(kind, IcmpKind::Query | IcmpKind::Reply),
+        _ => false,
+    }
 }
 
 /// Why a packet cannot open a flow.
 fn no_opening(header: &Header) -> Option<Reason> {
-    match header.content {
-        Content::Tcp { flags, .. } if flags & (SYN | ACK) != SYN => Some(Reason::not_syn),
+    match &header.content {
+        Content::Tcp(segment) if !segment.is_syn() => Some(Reason::not_syn),
         Content::Sctp { init: false } => Some(Reason::not_init),
         Content::Icmp { kind: IcmpKind::Reply, .. } => Some(Reason::icmp_unsolicited),
         _ => None,
