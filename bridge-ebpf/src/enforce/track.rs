@@ -60,7 +60,13 @@ fn timeout(settings: &Settings, state: u8) -> Option<u64> {
 
 /// A packet of a flow in the established table.
 #[inline(always)]
-pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> TrackVerdict {
+pub(crate) fn established(
+    flow: &mut Flow,
+    packet: &Packet,
+    settings: &Settings,
+    from_initiator: bool,
+    now: u64,
+) -> TrackVerdict {
     match packet.kind {
         // A query in the direction of the replies asks for a flow of its own.
         Kind::Query if !from_initiator => return TrackVerdict::Judge,
@@ -73,10 +79,11 @@ pub(crate) fn established(flow: &mut Flow, packet: &Packet, from_initiator: bool
             return TrackVerdict::Judge;
         }
         if packet.detail & (tcp::SYN | tcp::ACK) == tcp::SYN | tcp::ACK
-            && !from_initiator
-            && let Some(next) = HALF_OPEN.get_ptr(&packet.key)
             // SAFETY: a valid element, only read.
-            && acknowledges_syn(unsafe { &*next }, packet)
+            && let Some(next) = HALF_OPEN.get_ptr(&packet.key).map(|next| unsafe { &*next })
+            && next.initiator != packet.end_of_source
+            && acknowledges_syn(next, packet)
+            && is_usable(next, settings, now)
         {
             // The responder agrees to the ports being reused.
             return TrackVerdict::Judge;
@@ -107,6 +114,9 @@ const FIN_TICKS: u32 = ticks(10_000_000_000);
 fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) {
     let was_settled = flow.is_settled(protocol::TCP);
     let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
+    if flow.flags & flag::FIN_PENDING != 0 && ticks(now).wrapping_sub(flow.pending_fin().1) > FIN_TICKS {
+        withdraw_fin(flow);
+    }
     if packet.detail & tcp::RST != 0 {
         let beyond = packet.sequence.wrapping_sub(flow.expected);
         let counts = !from_lan || (flow.flags & flag::NUMBERED != 0 && beyond < RST_WINDOW);
@@ -136,9 +146,6 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: 
                 withdraw_fin(flow);
                 end(flow, fin_of(!from_initiator));
             }
-        }
-        if flow.flags & flag::FIN_PENDING != 0 && ticks(now).wrapping_sub(flow.pending_fin().1) > FIN_TICKS {
-            withdraw_fin(flow);
         }
     }
     if was_settled && !flow.is_settled(protocol::TCP) {
@@ -202,6 +209,9 @@ fn acknowledges_syn(flow: &Flow, packet: &Packet) -> bool {
 pub(crate) fn half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> TrackVerdict {
     if packet.protocol == protocol::TCP {
         return tcp_half_open(flow, packet, from_initiator, now);
+    }
+    if packet.protocol == protocol::SCTP && packet.opens_sctp() {
+        return TrackVerdict::Judge;
     }
     match packet.kind {
         Kind::Query if !from_initiator => return TrackVerdict::Judge,
