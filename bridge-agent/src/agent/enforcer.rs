@@ -232,6 +232,7 @@ impl Enforcer {
             tracing::warn!(%address, interface, "a pod uses an address that is not its own: denied");
         }
         self.hosted = hosted;
+        self.datapath.set_tunnels(self.snapshot.links.values().filter_map(|link| link.tunnel))?;
         let gone = self.datapath.host(&self.hosted.pods, &self.chosen.targets)?;
         if !gone.is_empty() {
             let flows = self.maps.forget_addresses(&gone)?;

@@ -8,8 +8,8 @@ use std::{
 
 use bridge_common::filter::{
     address::Address,
-    flow::{Flow, FlowKey},
-    interface::family,
+    flow::{Flow, FlowKey, protocol::UDP},
+    interface::{family, tunnel},
 };
 
 use super::{
@@ -19,6 +19,7 @@ use super::{
     maps::Maps,
     target::Target,
 };
+use crate::model::Tunnel;
 
 impl Datapath {
     /// Returns the pods of this node that the kernel side knows: interface index, by address.
@@ -60,6 +61,30 @@ impl Datapath {
         }
         self.bind(pods, targets)?;
         Ok(gone)
+    }
+
+    /// Makes exactly these the tunnels of this node, whose outer packets only nodes of the cluster may send.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn set_tunnels(&mut self, tunnels: impl IntoIterator<Item = Tunnel>) -> Result<()> {
+        let wanted: BTreeSet<u32> = tunnels
+            .into_iter()
+            .map(|outer| match outer {
+                Tunnel::Udp(port) => tunnel(UDP, port),
+                Tunnel::Protocol(protocol) => tunnel(protocol, 0),
+            })
+            .collect();
+        let known: BTreeSet<u32> =
+            self.maps.tunnels.keys().collect::<Result<_, _>>().map_err(Error::aya_map("tunnels"))?;
+        for key in wanted.difference(&known) {
+            self.maps.tunnels.insert(key, 1, 0).map_err(Error::aya_map("tunnels"))?;
+        }
+        for key in known.difference(&wanted) {
+            self.maps.tunnels.remove(key).map_err(Error::aya_map("tunnels"))?;
+        }
+        Ok(())
     }
 
     /// Notes for each port of a bridge which families of addresses it is bound to.

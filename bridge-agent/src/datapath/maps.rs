@@ -89,6 +89,7 @@ pub struct Maps {
     pub(super) event_budget: PerCpuArray<MapData, EventBudget>,
     pub(super) interfaces: HashMap<MapData, u32, Interface>,
     pub(super) hosted: HashMap<MapData, Address, u32>,
+    pub(super) tunnels: HashMap<MapData, u32, u32>,
 }
 
 /// Tables that packets or interfaces fill. Those of a policy are made as large as it needs.
@@ -155,6 +156,7 @@ impl Maps {
             event_budget: typed(pins, "event_budget")?,
             interfaces: typed(pins, "interfaces")?,
             hosted: typed(pins, "hosted")?,
+            tunnels: typed(pins, "tunnels")?,
             pins: pins.clone(),
         })
     }

@@ -181,7 +181,7 @@ impl Selection {
             by_name(&self.external, snapshot, &mut chosen.remarks)
         };
         let internal = if self.internal.is_empty() {
-            self.pod_networks.iter().flat_map(|net| towards_pods(*net, &snapshot.routes)).collect()
+            self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot)).collect()
         } else {
             by_name(&self.internal, snapshot, &mut chosen.remarks)
         };
@@ -267,11 +267,15 @@ fn towards_lan(net: IpNet, routes: &[Route]) -> BTreeSet<u32> {
 }
 
 /// Interfaces behind which pods of `net` are: those of routes that need no gateway. Behind a gateway are the pods of
-/// other nodes, and everything is behind the default route.
-fn towards_pods(net: IpNet, routes: &[Route]) -> BTreeSet<u32> {
-    routes
+/// other nodes, and everything is behind the default route. An own address, such as that of a tunnel, is no pod.
+fn towards_pods(net: IpNet, snapshot: &Snapshot) -> BTreeSet<u32> {
+    let is_own =
+        |to: &IpNet| to.prefix_len() == to.max_prefix_len() && snapshot.addresses.contains(&to.addr());
+    snapshot
+        .routes
         .iter()
         .filter(|route| route.to.prefix_len() > 0 && (net.contains(&route.to) || route.to.contains(&net)))
+        .filter(|route| !is_own(&route.to))
         .flat_map(|route| route.hops.iter().filter(|(_, gateway)| !gateway).map(|(index, _)| *index))
         .collect()
 }

@@ -42,7 +42,7 @@ impl Selection {
             external.iter().any(|other| other == name) || remote.iter().any(|other| other.interface == name)
         };
         let mut internal: Vec<String> = if self.internal.is_empty() {
-            let indexes = self.pod_networks.iter().flat_map(|net| towards_pods(*net, &snapshot.routes));
+            let indexes = self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot));
             let names = indexes.filter_map(|index| name(&index)).filter(|name| !outward(name));
             names.map(|name| by_prefix(name, snapshot, outward)).collect()
         } else {

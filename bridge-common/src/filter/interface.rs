@@ -36,4 +36,12 @@ pub mod role {
     pub const PORT: u32 = 4;
 }
 
+/// Returns the key of the table of tunnels for outer packets of this IP protocol, with this UDP destination port (host byte
+/// order; 0 for protocols without ports).
+#[must_use]
+#[inline(always)]
+pub const fn tunnel(protocol: u8, port: u16) -> u32 {
+    (protocol as u32) << 16 | port as u32
+}
+
 crate::plain_old_data!(Interface: 20);

@@ -57,7 +57,8 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
         if from_lan == (hook == Hook::EXTERNAL_INGRESS)
             && (from_lan || is_of_interface(skb, packet, flow))
             && track::is_usable(flow, active.settings, active.now)
-            && track::established(flow, packet, active.settings, from_initiator, active.now) == TrackVerdict::Pass
+            && track::established(flow, packet, active.settings, from_initiator, active.now)
+                == TrackVerdict::Pass
         {
             fragments::remember(packet, active.now);
             // SAFETY: the context is valid while the program runs.
@@ -179,7 +180,8 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
                     return NEXT;
                 }
                 if follows(hook, flow, active.settings, packet)
-                    && track::established(flow, packet, active.settings, from_initiator, active.now) == TrackVerdict::Pass
+                    && track::established(flow, packet, active.settings, from_initiator, active.now)
+                        == TrackVerdict::Pass
                 {
                     fragments::remember(packet, active.now);
                     fast_path::learn(skb, flow, from_lan.into(), active.now);

@@ -116,6 +116,10 @@ pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new()
 #[btf_map(name = "hosted")]
 pub(crate) static HOSTED: HashMap<Address, u32, 65_536, NO_PREALLOC> = HashMap::new();
 
+/// Outer packets of this node's tunnels, by `bridge_common::filter::interface::tunnel`.
+#[btf_map(name = "tunnels")]
+pub(crate) static TUNNELS: HashMap<u32, u32, 64> = HashMap::new();
+
 /// Interfaces that the programs are attached to, and bridges above them, by index.
 #[btf_map(name = "interfaces")]
 pub(crate) static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();

@@ -7,7 +7,7 @@ use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     flow::flag,
-    interface::{family, role},
+    interface::{family, role, tunnel},
     policy::{AddressInfo, direction, side},
 };
 use bridge_ebpf::protocol;
@@ -16,7 +16,7 @@ use crate::{
     active::Active,
     fib::{FROM_NEXT_HOP, TO_SOURCE, route_of},
     hook::Hook,
-    maps::{ADDRESSES4, ADDRESSES6, HOSTED, INTERFACES, ORIGINS, Scratch, scratch},
+    maps::{ADDRESSES4, ADDRESSES6, HOSTED, INTERFACES, ORIGINS, Scratch, TUNNELS, scratch},
     mark,
     packet::{Kind, Packet},
     sides::Sides,
@@ -158,6 +158,10 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         }
         return JUDGE;
     }
+    if destination.side == side::LOCAL && enters_tunnel(packet) {
+        // The packet inside would be believed.
+        return SPOOFED;
+    }
     if destination.side == side::LOCAL
         && source.side == side::EXTERNAL
         && is_node_port(active.settings, packet, packet.destination_port)
@@ -204,6 +208,18 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
             FOLLOW
         }
     }
+}
+
+/// Whether a packet to this node is for one of its tunnels.
+#[inline(always)]
+fn enters_tunnel(packet: &Packet) -> bool {
+    let port = match packet.protocol {
+        protocol::TCP | protocol::SCTP | protocol::ICMP | protocol::ICMPV6 => return false,
+        protocol::UDP => u16::from_be_bytes(packet.destination_port),
+        _ => 0,
+    };
+    // SAFETY: not read.
+    unsafe { TUNNELS.get(&tunnel(packet.protocol, port)) }.is_some()
 }
 
 /// Who has sent a packet, at an egress hook.
