@@ -56,6 +56,10 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
         let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
         if from_lan == (hook == Hook::EXTERNAL_INGRESS)
             && (from_lan || is_of_interface(skb, packet, flow))
+            // The peer of such a flow may be this node, in whose name no packet comes from the LAN.
+            && (!from_lan
+                || flow.flags & flag::UNRESTRICTED == 0
+                || scope::find(skb, active.slot, hook, mark::NONE) != scope::SPOOFED)
             && track::is_usable(flow, active.settings, active.now)
             && track::established(flow, packet, active.settings, from_initiator, active.now)
                 == TrackVerdict::Pass
@@ -179,7 +183,7 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
                     fast_path::learn(skb, flow, from_lan.into(), active.now);
                     return NEXT;
                 }
-                if follows(hook, flow, active.settings, packet)
+                if follows(hook, input, active.settings, packet)
                     && track::established(flow, packet, active.settings, from_initiator, active.now)
                         == TrackVerdict::Pass
                 {
@@ -194,7 +198,7 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
             let flow = unsafe { &mut *flow };
             let from_initiator = flow.initiator == packet.end_of_source;
             if track::is_usable(flow, active.settings, active.now)
-                && follows(hook, flow, active.settings, packet)
+                && follows(hook, input, active.settings, packet)
                 && track::half_open(flow, packet, from_initiator, active.now) != TrackVerdict::Judge
             {
                 fragments::remember(packet, active.now);
@@ -206,7 +210,7 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
         return NEXT;
     }
     if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
-        return NEXT;
+        found = FLOW_OF_QUOTE;
     }
     if to_pod && mark == mark::ADMITTED {
         // SAFETY: the context is valid while the program runs.
@@ -214,21 +218,22 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
         return NEXT;
     }
     let scope = scope::find(skb, active.slot, hook, mark);
+    if found == FLOW_OF_QUOTE && scope != scope::SPOOFED {
+        return NEXT;
+    }
     judge_unknown(skb, active.slot, hook, active.now, found | scope << 8)
 }
 
-/// Whether a packet at an egress hook is followed there: every packet towards a pod; towards the LAN those of translated
-/// flows, since the others were followed where they came in.
+/// Whether a packet at an egress hook is followed there: all but those that the node itself sends to the LAN, unless from a
+/// NodePort.
 #[inline(always)]
 fn follows(
     hook: u32,
-    flow: &Flow,
+    input: u32,
     settings: &bridge_common::filter::control::Settings,
     packet: &Packet,
 ) -> bool {
-    hook == Hook::INTERNAL_EGRESS
-        || flow.flags & flag::TRANSLATED != 0
-        || scope::is_node_port(settings, packet, packet.source_port)
+    hook == Hook::INTERNAL_EGRESS || input != 0 || scope::is_node_port(settings, packet, packet.source_port)
 }
 
 /// The flow table has an entry for the packet's ports, but the packet does not belong to it.

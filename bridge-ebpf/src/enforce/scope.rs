@@ -58,6 +58,18 @@ fn stays_on_link(address: &Address, version: u8) -> bool {
     if version == 4 { low as u32 == 0 } else { high >> 54 == 0x3fa || (high == 0 && low == 0) }
 }
 
+/// Whether packets to a destination stay on their link: link-local, multicast, broadcast.
+#[inline(always)]
+fn is_for_link(address: &Address, version: u8) -> bool {
+    let (high, low) = address.halves();
+    let first = low as u32;
+    if version == 4 {
+        first >> 28 == 0xe || first >> 16 == 0xa9fe || first == u32::MAX
+    } else {
+        high >> 54 == 0x3fa || high >> 56 == 0xff
+    }
+}
+
 /// Whether the source of the packet of [`scratch`] leads to the interface that it came in by.
 #[inline(always)]
 pub(crate) fn leads_here(skb: *mut __sk_buff, packet: &Packet) -> bool {
@@ -162,7 +174,7 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         // The packet inside would be believed.
         return SPOOFED;
     }
-    if destination.side == side::LOCAL
+    if (destination.side == side::LOCAL || stays_on_link(&packet.destination, packet.version))
         && source.side == side::EXTERNAL
         && is_node_port(active.settings, packet, packet.destination_port)
     {
@@ -202,6 +214,7 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
             sides.mark = mark::of_origin(&source, active.settings.generation);
             PASS
         }
+        _ if is_for_link(&packet.destination, packet.version) => PASS,
         _ => {
             sides.mark = mark::of_origin(&source, active.settings.generation);
             sides.flags = flag::UNRESTRICTED.into();
@@ -229,6 +242,9 @@ enum Sender {
     Pod(AddressInfo),
     /// A LAN host, or with the default properties a foreign source.
     Peer(AddressInfo),
+    /// The source is a pod's, and does not lead to the interface that the packet came in by.
+    Spoofed,
+    /// The source was translated.
     Unknown,
 }
 
@@ -254,7 +270,10 @@ fn sender(skb: *mut __sk_buff, active: &Active, packet: &Packet, input: u32, mar
         side::LOCAL => Sender::Unknown,
         side::POD | side::NODE => {
             // The link layer header is no longer that of the sender.
-            if hosted(&packet.source) != input && route_of(skb, input, TO_SOURCE) != input {
+            let leads_there = hosted(&packet.source) == input || route_of(skb, input, TO_SOURCE) == input;
+            if !leads_there && source.side == side::POD {
+                Sender::Spoofed
+            } else if !leads_there {
                 Sender::Peer(AddressInfo::default())
             } else if source.side == side::NODE {
                 Sender::Cluster
@@ -291,6 +310,7 @@ fn internal_egress(
             sides.external = info;
             JUDGE
         }
+        Sender::Spoofed => SPOOFED,
         Sender::Unknown => UNATTRIBUTED,
     }
 }
@@ -333,6 +353,7 @@ fn external_egress(
                     JUDGE
                 }
                 Sender::Unknown => UNATTRIBUTED,
+                Sender::Spoofed => SPOOFED,
                 Sender::Cluster | Sender::Pod(_) => PASS,
             }
         }
