@@ -72,7 +72,7 @@ fn timeouts(timeouts: &Timeouts) -> [u64; state::COUNT] {
         (state::SYN_SENT, timeouts.tcp_handshake),
         (state::SYN_RECEIVED, timeouts.tcp_handshake),
         (state::ESTABLISHED, timeouts.tcp_established),
-        (state::FIN_WAIT, timeouts.tcp_closing),
+        (state::FIN_WAIT, timeouts.tcp_established),
         (state::CLOSING, timeouts.tcp_closing),
         (state::RESET, timeouts.tcp_reset),
         (state::UDP_UNREPLIED, timeouts.udp_unreplied),
