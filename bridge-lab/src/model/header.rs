@@ -62,8 +62,14 @@ pub(super) struct Header {
 pub(super) enum Content {
     Tcp(Segment),
     Udp,
-    Sctp { init: bool },
-    Icmp { kind: IcmpKind, identifier: u16, quoted: Vec<u8> },
+    Sctp {
+        init: bool,
+    },
+    Icmp {
+        kind: IcmpKind,
+        identifier: u16,
+        quoted: Vec<u8>,
+    },
     Other,
     LaterFragment,
     OverlappingFragment,

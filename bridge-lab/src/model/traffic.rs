@@ -148,7 +148,11 @@ impl Talk {
             masqueraded = true;
         } else if dice.percent(25) {
             let odd = odd_address(dice, policy, flow.source.is_ipv4());
-            if dice.percent(40) { flow.source = odd } else { flow.destination = odd }
+            if dice.percent(40) {
+                flow.source = odd
+            } else {
+                flow.destination = odd
+            }
             masqueraded = dice.percent(20);
         }
         if protocol == Protocol::Icmp {
@@ -581,7 +585,8 @@ fn forged_address(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
             inner.to_ipv6_mapped().into()
         }
         (IpAddr::V6(_), 1) => {
-            let choices = [0xfe80, 0xff02, 0].map(|first| IpAddr::from([first, 0, 0, 0, 0, 0, 0, u16::from(first > 0)]));
+            let choices = [0xfe80, 0xff02, 0]
+                .map(|first| IpAddr::from([first, 0, 0, 0, 0, 0, 0, u16::from(first > 0)]));
             *dice.pick(&choices)
         }
         (IpAddr::V4(_), 1) => {

@@ -254,9 +254,7 @@ impl Model {
         }
         match (self.class(header.source), self.class(header.destination)) {
             // By an interface towards the LAN no pod of this node comes in.
-            (Class::Pod, Class::External)
-                if self.hosts(header.source) == input && input != LAN_INTERFACE =>
-            {
+            (Class::Pod, Class::External) if self.hosts(header.source) == input && input != LAN_INTERFACE => {
                 Row::Judge(OUTBOUND, 0)
             }
             (Class::Local, Class::Pod) => Row::Deny(INBOUND, Reason::unattributed),
@@ -267,7 +265,8 @@ impl Model {
     fn ingress(&mut self, header: &Header, row: Row, from_lan: bool) -> Expected {
         let (source, key) = flow_of(header);
         // A flow of the interface needs no other proof of the source.
-        let of_interface = !from_lan && self.flows.get(&key).is_some_and(|flow| flow.interface == LAN_INTERFACE);
+        let of_interface =
+            !from_lan && self.flows.get(&key).is_some_and(|flow| flow.interface == LAN_INTERFACE);
         let believed = of_interface || !matches!(row, Row::Deny(..));
         if believed
             && names_flow(header)
@@ -518,7 +517,8 @@ impl Model {
 
     fn remember_fragment(&mut self, header: &Header) {
         let ends = (header.source, header.destination);
-        let intact = names_flow(header) || matches!(header.content, Content::Icmp { kind, .. } if kind != IcmpKind::Unknown);
+        let intact = names_flow(header)
+            || matches!(header.content, Content::Icmp { kind, .. } if kind != IcmpKind::Unknown);
         if header.first_fragment && intact && unreadable(header).is_none() {
             self.fragmented.insert(ends);
         }
