@@ -22,7 +22,7 @@ use bridge_common::filter::{
     fast_path::ticks,
     flow::{Flow, FlowKey, FragmentKey, flag, state},
     flow_cache,
-    interface::{Interface, role},
+    interface::{Interface, role, tunnel},
     policy::direction,
 };
 
@@ -37,6 +37,9 @@ pub const LAN_INTERFACE: u32 = 1;
 pub const POD_INTERFACE: u32 = 77_000;
 /// Index of an interface that is not attached, as [`POD_INTERFACE`].
 pub const OTHER_INTERFACE: u32 = 99_000;
+
+/// Outer packets of the node's tunnels: IP protocol and UDP port (VXLAN, GRE).
+pub const TUNNELS: [(u8, u16); 2] = [(17, 8472), (47, 0)];
 
 /// Offset of `ingress_ifindex` in `struct __sk_buff` (linux/bpf.h).
 const INGRESS_IFINDEX: usize = 36;
@@ -144,6 +147,10 @@ impl Node {
         for (index, role) in [(LAN_INTERFACE, role::EXTERNAL), (POD_INTERFACE, role::INTERNAL)] {
             let link_header = u32::try_from(ETHERNET)?;
             interfaces.insert(index, Interface { role, link_header, ..Interface::default() }, 0)?;
+        }
+        let mut tunnels: HashMap<_, u32, u32> = open(&pins, "tunnels")?;
+        for (protocol, port) in TUNNELS {
+            tunnels.insert(tunnel(protocol, port), 1, 0)?;
         }
         publish(&mut datapath, policy, behaviour)?;
         // A second copy of the programs, on the maps of the first: those belong to the datapath.

@@ -2,12 +2,13 @@
 
 use bridge_common::filter::{counters::Reason, event::verdict};
 use bridge_lab::{
-    packet::{Packet, Tcp},
+    packet::Packet,
     prog::{Action, behaviour},
 };
 
 use crate::world::{
-    Connection, ExternalIngress, InternalEgress, InternalIngress, OPEN, SHUT, families, node, usual_policy,
+    Connection, ExternalIngress, InternalEgress, InternalIngress, OPEN, SHUT, families, from_lan, node,
+    usual_policy,
 };
 
 #[test]
@@ -57,23 +58,20 @@ fn what_audit_would_have_denied_is_denied_once_the_mode_is_enforce() {
 }
 
 #[test]
-fn a_node_port_that_audit_mode_alone_let_in_is_shut_behind_the_node_as_well() {
+fn a_flow_that_audit_mode_alone_let_in_behind_the_node_is_shut_afterwards() {
     let mut node = node();
     let mut audit = behaviour();
     audit.audit = true;
     for f in families() {
         node.publish(&usual_policy(), &audit).expect("a policy");
-        let outside = Packet::new(f.lan, f.node).tcp(Tcp::syn(50_000, 30_000));
-        let inside = Connection::inbound(f, SHUT);
-        assert_eq!(
-            node.run(ExternalIngress, &outside.frame()).expect("the program runs").action,
-            Action::Next
-        );
-        node.ignores(InternalEgress, &inside.syn());
-        let reply = node.run(InternalIngress, &inside.syn_ack().frame()).expect("the program runs");
+        let c = Connection::inbound(f, SHUT);
+        let judged = node.run(from_lan(InternalEgress), &c.syn().frame()).expect("the program runs");
+        assert_eq!((judged.action, judged.counted), (Action::Next, None));
+        assert_eq!(judged.audited.map(|(_, reason)| reason), Some(Reason::no_rule));
+        let reply = node.run(InternalIngress, &c.syn_ack().frame()).expect("the program runs");
         assert_eq!(reply.audited.map(|(_, reason)| reason), Some(Reason::established));
         node.publish(&usual_policy(), &behaviour()).expect("a policy");
-        node.denies(InternalIngress, &inside.syn_ack(), Reason::not_syn);
+        node.denies(InternalIngress, &c.syn_ack(), Reason::not_syn);
     }
 }
 

@@ -13,7 +13,7 @@ use bridge_lab::{
 };
 
 use crate::world::{
-    Connection, ExternalIngress, InternalIngress, OPEN, OUT, SHUT, families, node, usual_policy,
+    Connection, ExternalIngress, InternalIngress, OPEN, OUT, SHUT, families, node, node_of, usual_policy,
 };
 
 /// Connections of either direction that packets of both ends have gone through since they were established.
@@ -146,7 +146,7 @@ fn no_other_flow_is_taken_for_one_that_is_known() {
 #[test]
 fn what_passes_in_audit_mode_alone_is_audited_packet_by_packet() {
     stay_on(0).expect("a CPU");
-    let mut node = Node::new(&usual_policy(), &Behaviour { audit: true, ..behaviour() }).expect("it loads");
+    let mut node = node_of(&usual_policy(), &Behaviour { audit: true, ..behaviour() });
     let [v4, _] = families();
     let c = Connection::inbound(v4, SHUT);
     for packet in [c.syn(), c.ack()] {

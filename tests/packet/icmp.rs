@@ -3,7 +3,10 @@
 use bridge_common::filter::{counters::Reason, flow::state};
 use bridge_lab::packet::{Icmp, Packet, Tcp};
 
-use crate::world::{Connection, ExternalEgress, ExternalIngress, InternalIngress, OPEN, families, key, node};
+use crate::world::{
+    Connection, ExternalEgress, ExternalIngress, InternalEgress, InternalIngress, OPEN, families, from_lan,
+    key, node,
+};
 
 #[test]
 fn a_query_is_judged_and_its_replies_pass() {
@@ -55,17 +58,34 @@ fn an_error_passes_if_it_quotes_a_flow_of_its_addressee() {
 }
 
 #[test]
-fn a_router_of_the_lan_may_tell_about_a_flow_that_goes_beyond_it() {
+fn a_router_of_the_lan_may_report_about_a_flow_that_goes_beyond_it() {
     let mut node = node();
     for f in families() {
-        let beyond = |port| Packet::new(f.pod, f.stranger).tcp(Tcp::syn(50_000, port)).ip();
+        let beyond = |port| Packet::new(f.pod, f.stranger).tcp(Tcp::syn(50_000, port));
         let router = |quoted| Packet::new(f.lan, f.pod).icmp(&Icmp::TooBig(1280, quoted));
-        node.passes(ExternalIngress, &router(beyond(443)), Reason::related);
-        // Neither about packets of others, nor about flows that would be known.
-        let others = Packet::new(f.stranger, f.pod).tcp(Tcp::syn(50_000, 443)).ip();
+        node.denies(ExternalIngress, &router(beyond(443).ip()), Reason::icmp_unrelated);
+        node.ignores(InternalIngress, &beyond(443));
+        node.passes(ExternalIngress, &router(beyond(443).ip()), Reason::related);
+        // Neither about packets of others, nor about flows that are not known.
+        let others = Packet::new(f.stranger, f.pod).tcp(Tcp::syn(443, 50_000)).ip();
         node.denies(ExternalIngress, &router(others), Reason::icmp_unrelated);
         let unknown = Packet::new(f.pod, f.lan).tcp(Tcp::syn(50_000, 443)).ip();
         node.denies(ExternalIngress, &router(unknown), Reason::icmp_unrelated);
+    }
+}
+
+#[test]
+fn a_redirect_is_related_to_nothing() {
+    let mut node = node();
+    let [v4, v6] = families();
+    for (f, kind, reason) in [(v4, 5, Reason::icmp_unrelated), (v6, 137, Reason::icmp_type)] {
+        let c = Connection::inbound(f, OPEN);
+        c.establish(&mut node);
+        let redirect = |quoted| Packet::new(f.lan, f.pod).icmp(&Icmp::Other(kind, 1, [0; 4], quoted));
+        node.denies(ExternalIngress, &redirect(c.syn_ack().ip()), reason);
+        node.denies(from_lan(InternalEgress), &redirect(c.syn_ack().ip()), reason);
+        let error = Packet::new(f.lan, f.pod).icmp(&Icmp::Unreachable(1, c.syn_ack().ip()));
+        node.passes(ExternalIngress, &error, Reason::related);
     }
 }
 

@@ -8,6 +8,7 @@ mod node_ports;
 mod ports;
 mod reject;
 mod scope;
+mod sources;
 mod tcp;
 mod transport;
 mod truncation;

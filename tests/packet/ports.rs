@@ -4,10 +4,10 @@ use bridge_agent::model::{Action, Direction, PortRange, Protocol, Rule};
 use bridge_common::filter::{counters::Reason, event::verdict};
 use bridge_lab::{
     packet::{Packet, Tcp},
-    prog::{Node, behaviour},
+    prog::{LAN_INTERFACE, Node, behaviour},
 };
 
-use crate::world::{ExternalIngress, InternalIngress, families, policy, range, rule};
+use crate::world::{ExternalIngress, InternalIngress, families, ip, node_of, policy, range, rule};
 
 const RANGES: [PortRange; 6] = [
     PortRange { first: 1, last: 1 },
@@ -60,7 +60,7 @@ fn destination_ports_of_every_protocol_in_both_directions() {
         for direction in [Direction::Inbound, Direction::Outbound] {
             for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp, Protocol::Any] {
                 let policy = policy(vec![rule("ranges", direction, protocol, &ranges)]);
-                let mut node = Node::new(&policy, &behaviour()).expect("the packet path loads");
+                let mut node = node_of(&policy, &behaviour());
                 if matches!(protocol, Protocol::Tcp | Protocol::Any) {
                     check(&mut node, direction, &|f, port| ends(f, direction).tcp(Tcp::syn(50_000, port)));
                 }
@@ -83,7 +83,7 @@ fn source_ports_in_both_directions() {
                 source_ports: [RANGES.to_vec(), extra.clone()].concat(),
                 ..rule("sources", direction, Protocol::Tcp, &[range(443, 443)])
             };
-            let mut node = Node::new(&policy(vec![rule]), &behaviour()).expect("the packet path loads");
+            let mut node = node_of(&policy(vec![rule]), &behaviour());
             check(&mut node, direction, &|f, port| ends(f, direction).tcp(Tcp::syn(port, 443)));
             for family in families() {
                 let hook = if direction == Direction::Inbound { ExternalIngress } else { InternalIngress };
@@ -104,7 +104,7 @@ fn a_deny_beats_every_allow_and_the_event_names_the_rule() {
         },
         rule("telnet", Direction::Inbound, Protocol::Tcp, &[range(23, 23)]),
     ];
-    let mut node = Node::new(&policy(rules), &behaviour()).expect("the packet path loads");
+    let mut node = node_of(&policy(rules), &behaviour());
     for family in families() {
         let packet = Packet::new(family.lan, family.pod).tcp(Tcp::syn(50_000, 23));
         node.denies(ExternalIngress, &packet, Reason::deny_rule);
@@ -126,7 +126,7 @@ fn rules_count_what_they_decide() {
         rule("second", Direction::Inbound, Protocol::Tcp, &[range(50, 200)]),
         rule("third", Direction::Outbound, Protocol::Tcp, &[range(1, 100)]),
     ];
-    let mut node = Node::new(&policy(rules), &behaviour()).expect("the packet path loads");
+    let mut node = node_of(&policy(rules), &behaviour());
     let [family, _] = families();
     for port in [1, 60, 150, 201] {
         let frame = Packet::new(family.lan, family.pod).tcp(Tcp::syn(50_000, port)).frame();
@@ -152,11 +152,12 @@ fn rules_that_name_one_side_both_or_none_hold_together() {
         named("pod", None, net("10.200.1.91/32"), 3),
         named("both", net("192.168.31.67/32"), net("10.200.1.64/26"), 4),
     ]);
-    let mut node = Node::new(&policy, &behaviour()).expect("the packet path loads");
+    let mut node = node_of(&policy, &behaviour());
+    node.host(ip("10.200.1.20"), LAN_INTERFACE).expect("room for a pod");
     let mut open = |lan: &str, pod: &str| -> Vec<u16> {
         (1..=5)
             .filter(|&port| {
-                let (lan, pod) = (crate::world::ip(lan), crate::world::ip(pod));
+                let (lan, pod) = (ip(lan), ip(pod));
                 let frame = Packet::new(lan, pod).tcp(Tcp::syn(50_000, port)).frame();
                 let judged = node.run(ExternalIngress, &frame).expect("the program runs");
                 judged.counted.is_some_and(|(_, reason)| reason == Reason::new_flow)

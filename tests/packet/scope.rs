@@ -4,24 +4,98 @@ use bridge_common::filter::counters::Reason;
 use bridge_lab::packet::{Packet, Tcp};
 use etherparse::IpNumber;
 
-use crate::world::{ExternalIngress, InternalIngress, OPEN, SHUT, families, ip, node};
+use crate::world::{
+    ExternalEgress, ExternalIngress, InternalEgress, InternalIngress, OPEN, SHUT, families, from_lan,
+    from_pod, ip, key, node,
+};
 
 #[test]
-fn packets_with_at_most_one_side_in_scope_pass_untouched() {
+fn packets_between_others_pass_untouched() {
     let mut node = node();
     for f in families() {
+        let packet = |source, destination| Packet::new(source, destination).tcp(Tcp::syn(50_000, SHUT));
         for (source, destination) in [
-            (f.stranger, f.pod),
-            (f.pod, f.stranger),
             (f.stranger, f.lan),
             (f.lan, f.stranger),
+            (f.lan, f.service),
             (f.lan, f.lan),
-            (f.pod, f.pod),
+            // The other node judges its pods.
+            (f.lan, f.far_pod),
+            (f.stranger, f.far_pod),
         ] {
-            for hook in [ExternalIngress, InternalIngress] {
-                node.ignores(hook, &Packet::new(source, destination).tcp(Tcp::syn(50_000, SHUT)));
+            node.ignores(ExternalIngress, &packet(source, destination));
+            node.ignores(from_lan(ExternalEgress), &packet(source, destination));
+        }
+        for destination in [f.other_pod, f.far_pod, f.other_node] {
+            node.ignores(InternalIngress, &packet(f.pod, destination));
+        }
+        node.ignores(from_pod(InternalEgress), &packet(f.other_pod, f.pod));
+    }
+}
+
+#[test]
+fn a_source_outside_the_external_networks_reaches_no_pod() {
+    let mut node = node();
+    for f in families() {
+        // Nor does another node, whose address is believed of its own link layer address alone.
+        for source in [f.stranger, f.service, f.other_node] {
+            for port in [OPEN, SHUT] {
+                let (syn, datagram) = (
+                    Packet::new(source, f.pod).tcp(Tcp::syn(50_000, port)),
+                    Packet::new(source, f.pod).udp(50_000, port, b"x"),
+                );
+                for packet in [syn, datagram] {
+                    node.denies(ExternalIngress, &packet, Reason::no_rule);
+                    node.denies(from_lan(InternalEgress), &packet, Reason::no_rule);
+                }
             }
         }
+    }
+}
+
+#[test]
+fn a_pod_opens_flows_to_anywhere_else_and_their_answers_pass() {
+    let mut node = node();
+    for f in families() {
+        for peer in [f.stranger, f.service, f.node] {
+            let unasked = if peer == f.node { Reason::unattributed } else { Reason::no_rule };
+            let request = Packet::new(f.pod, peer).udp(50_000, SHUT, b"x");
+            let reply = |port| Packet::new(peer, f.pod).udp(SHUT, port, b"x");
+            node.denies(from_lan(InternalEgress), &reply(50_000), unasked);
+            node.ignores(InternalIngress, &request);
+            node.ignores(from_lan(InternalEgress), &reply(50_000));
+            node.ignores(InternalIngress, &request);
+            node.ignores(from_lan(InternalEgress), &reply(50_000));
+            node.denies(from_lan(InternalEgress), &reply(50_001), unasked);
+            // Of TCP, also a connection that was open before.
+            for first in [Tcp::syn(50_000, SHUT), Tcp::ack(50_000, SHUT, 1001, 5001)] {
+                node.forget_flows().expect("empty tables");
+                node.ignores(InternalIngress, &Packet::new(f.pod, peer).tcp(first));
+                let answer = Packet::new(peer, f.pod).tcp(Tcp::syn_ack(SHUT, 50_000));
+                node.ignores(from_lan(InternalEgress), &answer);
+            }
+            // A peer may not turn round.
+            let back = Packet::new(peer, f.pod).tcp(Tcp::syn(SHUT, 50_000));
+            node.denies(from_lan(InternalEgress), &back, unasked);
+        }
+        // Without translation the answer is known where it comes in.
+        node.ignores(InternalIngress, &Packet::new(f.pod, f.stranger).udp(50_000, SHUT, b"x"));
+        node.ignores(ExternalIngress, &Packet::new(f.stranger, f.pod).udp(SHUT, 50_000, b"x"));
+        node.denies(
+            ExternalIngress,
+            &Packet::new(f.stranger, f.pod).udp(SHUT, 50_001, b"x"),
+            Reason::no_rule,
+        );
+    }
+}
+
+#[test]
+fn multicast_of_a_pod_passes_and_opens_no_flow() {
+    let mut node = node();
+    for (pod, group) in [("10.200.1.91", "224.0.0.251"), ("fd20:1::91", "ff02::fb")] {
+        let packet = Packet::new(ip(pod), ip(group)).udp(5353, 5353, b"x");
+        node.ignores(InternalIngress, &packet);
+        assert_eq!(node.flow(&key(&packet, 17, 5353, 5353)), None);
     }
 }
 
@@ -40,9 +114,10 @@ fn the_node_itself_is_never_cut_off() {
 #[test]
 fn other_nodes_of_the_cluster_are_no_lan_hosts() {
     let mut node = node();
-    let (pod, other) = (ip("10.200.1.91"), ip("192.168.31.18"));
-    node.ignores(ExternalIngress, &Packet::new(other, pod).tcp(Tcp::syn(50_000, SHUT)));
-    node.ignores(InternalIngress, &Packet::new(pod, other).tcp(Tcp::syn(50_000, 6443)));
+    for f in families() {
+        node.ignores(InternalIngress, &Packet::new(f.pod, f.other_node).tcp(Tcp::syn(50_000, 6443)));
+        node.ignores(ExternalIngress, &Packet::new(f.other_node, f.node).tcp(Tcp::syn(50_000, 6443)));
+    }
 }
 
 #[test]
@@ -61,11 +136,32 @@ fn tagged_frames_are_judged_like_others() {
     let mut node = node();
     for f in families() {
         let base = || Packet::new(f.lan, f.pod);
-        let tagged: [fn(Packet) -> Packet; 3] =
-            [|p| p.vlan(31), |p| p.service_vlan(7), |p| p.service_vlan(7).vlan(31)];
+        let tagged: [fn(Packet) -> Packet; 4] = [
+            |p| p.vlan(31),
+            |p| p.service_vlan(7),
+            |p| p.service_vlan(7).vlan(31),
+            |p| (0..8).fold(p, |p, _| p.vlan(0)),
+        ];
         for (i, tag) in (0u16..).zip(tagged) {
             node.passes(ExternalIngress, &tag(base()).tcp(Tcp::syn(50_000 + i, OPEN)), Reason::new_flow);
             node.denies(ExternalIngress, &tag(base()).tcp(Tcp::syn(50_000 + i, SHUT)), Reason::no_rule);
+        }
+    }
+}
+
+#[test]
+fn more_tags_than_are_read_pass_nowhere() {
+    let mut node = node();
+    for f in families() {
+        for tags in [9, 10, 16] {
+            let tagged = |source, destination| {
+                (0..tags).fold(Packet::new(source, destination), |p, _| p.vlan(0)).tcp(Tcp::syn(50_000, OPEN))
+            };
+            for destination in [f.pod, f.node, f.lan] {
+                node.denies(ExternalIngress, &tagged(f.lan, destination), Reason::malformed_ip);
+                node.denies(InternalIngress, &tagged(f.pod, destination), Reason::malformed_ip);
+            }
+            node.denies(from_lan(InternalEgress), &tagged(f.lan, f.pod), Reason::malformed_ip);
         }
     }
 }

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use bridge_agent::datapath::Hook;
 use bridge_common::filter::{counters::Reason, flow::state, policy::direction};
 use bridge_lab::{
-    packet::Tcp,
-    prog::{Action, TIMEOUT, behaviour},
+    packet::{Packet, Tcp},
+    prog::{Action, Node, TIMEOUT, behaviour},
 };
 
 use crate::world::{Connection, ExternalIngress, OPEN, OUT, SHUT, families, node, policy, usual_policy};
@@ -14,6 +15,32 @@ fn connections() -> impl Iterator<Item = Connection> {
     families()
         .into_iter()
         .flat_map(|family| [Connection::inbound(family, OPEN), Connection::outbound(family, OUT)])
+}
+
+fn state_of(node: &Node, c: &Connection) -> Option<u8> {
+    node.flow(&c.key()).map(|(_, flow)| flow.state)
+}
+
+/// Whether the client is the pod.
+fn is_outbound(c: &Connection) -> bool {
+    c.client_hook != ExternalIngress
+}
+
+/// Where packets of the LAN host come in.
+const LAN: Hook = ExternalIngress;
+
+/// A segment of the LAN host; ports in the order of its headers.
+fn lan_sends(c: &Connection, make: impl FnOnce(u16, u16) -> Tcp) -> Packet {
+    if is_outbound(c) { c.server_sends(make) } else { c.client_sends(make) }
+}
+
+fn pod_sends(c: &Connection, make: impl FnOnce(u16, u16) -> Tcp) -> Packet {
+    if is_outbound(c) { c.client_sends(make) } else { c.server_sends(make) }
+}
+
+/// The next sequence numbers of the LAN host and of the pod after the handshake.
+fn numbers(c: &Connection) -> (u32, u32) {
+    if is_outbound(c) { (5001, 1001) } else { (1001, 5001) }
 }
 
 #[test]
@@ -39,11 +66,14 @@ fn a_connection_passes_from_syn_to_fin_and_its_table_entry_follows() {
 
         let fin = c.client_sends(|s, d| Tcp::fin(s, d, 1001, 5001));
         node.passes(c.client_hook, &fin, Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::FIN_WAIT));
+        let ack = c.server_sends(|s, d| Tcp::ack(s, d, 5001, 1002));
+        node.passes(c.server_hook, &ack, Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::FIN_WAIT));
         let fin = c.server_sends(|s, d| Tcp::fin(s, d, 5001, 1002));
         node.passes(c.server_hook, &fin, Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::CLOSING));
-        node.passes(c.client_hook, &c.ack(), Reason::established);
+        let ack = c.client_sends(|s, d| Tcp::ack(s, d, 1002, 5002));
+        node.passes(c.client_hook, &ack, Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::CLOSING));
     }
 }
 
@@ -80,7 +110,7 @@ fn a_server_cannot_open_the_connection_it_is_to_answer() {
 }
 
 #[test]
-fn the_acknowledgement_of_somebody_who_has_not_seen_the_syn_ack_completes_nothing() {
+fn an_acknowledgement_without_the_syn_ack_completes_nothing() {
     let mut node = node();
     for c in connections() {
         node.passes(c.client_hook, &c.syn(), Reason::new_flow);
@@ -109,8 +139,120 @@ fn a_repeated_syn_is_judged_by_the_policy_of_now_until_the_connection_stands() {
         node.publish(&usual_policy(), &behaviour).expect("a policy");
         c.establish(&mut node);
         node.publish(&policy(Vec::new()), &behaviour).expect("a policy");
-        node.passes(c.client_hook, &c.syn(), Reason::established);
+        // Of an established connection as well, which goes on without it.
+        node.denies(c.client_hook, &c.syn(), Reason::no_rule);
         node.passes(c.client_hook, &c.ack(), Reason::established);
+        node.publish(&usual_policy(), &behaviour).expect("a policy");
+        node.passes(c.client_hook, &c.syn(), Reason::new_flow);
+        node.passes(c.server_hook, &c.server_ack(), Reason::established);
+        node.passes(c.client_hook, &c.ack(), Reason::established);
+        assert_eq!(node.flow(&c.key()).map(|(table, _)| table), Some("flows"));
+    }
+}
+
+#[test]
+fn a_syn_ack_that_does_not_acknowledge_the_syn_changes_nothing() {
+    let mut node = node();
+    for c in connections() {
+        node.passes(c.client_hook, &c.syn(), Reason::new_flow);
+        let forged = |acknowledgement| {
+            c.server_sends(|s, d| {
+                let mut tcp = Tcp::ack(s, d, 77_000, acknowledgement);
+                tcp.header.syn = true;
+                tcp
+            })
+        };
+        for acknowledgement in [1000, 1002, 0, 0x8000_0000] {
+            let before = node.flow(&c.key());
+            node.passes(c.server_hook, &forged(acknowledgement), Reason::established);
+            assert_eq!(node.flow(&c.key()), before);
+        }
+        node.passes(c.server_hook, &c.syn_ack(), Reason::established);
+        // Nor after the one that does.
+        node.passes(c.server_hook, &forged(1000), Reason::established);
+        node.passes(c.client_hook, &c.ack(), Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED));
+    }
+}
+
+#[test]
+fn a_reset_in_the_name_of_a_lan_host_counts_by_its_number() {
+    let mut node = node();
+    for c in connections() {
+        c.establish(&mut node);
+        let (lan, _) = numbers(&c);
+        for forged in [0, 77, lan.wrapping_sub(1), lan + (1 << 16), lan.wrapping_add(1 << 31)] {
+            node.passes(LAN, &lan_sends(&c, |s, d| Tcp::rst(s, d, forged)), Reason::established);
+            assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED), "{forged}");
+        }
+        for right in [lan, lan + (1 << 16) - 1] {
+            node.passes(LAN, &lan_sends(&c, |s, d| Tcp::rst(s, d, right)), Reason::established);
+            assert_eq!(state_of(&node, &c), Some(state::RESET), "{right}");
+            node.passes(c.client_hook, &c.ack(), Reason::established);
+            assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED));
+        }
+    }
+}
+
+#[test]
+fn a_fin_in_the_name_of_a_lan_host_counts_when_the_pod_acknowledges_it() {
+    let mut node = node();
+    for c in connections() {
+        c.establish(&mut node);
+        let (lan, pod) = numbers(&c);
+        let pod_hook = if is_outbound(&c) { c.client_hook } else { c.server_hook };
+        let ack = |number| pod_sends(&c, |s, d| Tcp::ack(s, d, pod, number));
+        // Forged; the pod does not move.
+        node.passes(LAN, &lan_sends(&c, |s, d| Tcp::fin(s, d, 99_000, pod)), Reason::established);
+        for number in [lan, 99_000, 99_002] {
+            node.passes(pod_hook, &ack(number), Reason::established);
+            assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED));
+        }
+        // With data.
+        let fin = lan_sends(&c, |s, d| Tcp::fin(s, d, lan, pod).payload(&[7; 30]));
+        node.passes(LAN, &fin, Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED));
+        node.passes(pod_hook, &ack(lan + 30), Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED));
+        node.passes(pod_hook, &ack(lan + 31), Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::FIN_WAIT));
+    }
+}
+
+#[test]
+fn an_acknowledgement_that_comes_late_confirms_no_fin() {
+    let mut node = node();
+    for c in connections() {
+        let (lan, pod) = numbers(&c);
+        let pod_hook = if is_outbound(&c) { c.client_hook } else { c.server_hook };
+        for (seconds, state) in [(11, state::ESTABLISHED), (8, state::FIN_WAIT)] {
+            node.forget_flows().expect("empty tables");
+            c.establish(&mut node);
+            node.passes(LAN, &lan_sends(&c, |s, d| Tcp::fin(s, d, lan, pod)), Reason::established);
+            node.age(&c.key(), Duration::from_secs(seconds));
+            node.passes(pod_hook, &pod_sends(&c, |s, d| Tcp::ack(s, d, pod, lan + 1)), Reason::established);
+            assert_eq!(state_of(&node, &c), Some(state), "{seconds} s");
+        }
+    }
+}
+
+#[test]
+fn a_half_closed_connection_lives_until_the_other_side_ends_it() {
+    let mut node = node();
+    let mut quick = behaviour();
+    quick.timeouts[usize::from(state::CLOSING)] = 5_000_000_000;
+    node.publish(&usual_policy(), &quick).expect("a policy");
+    for c in connections() {
+        c.establish(&mut node);
+        node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::fin(s, d, 1001, 5001)), Reason::established);
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::ack(s, d, 5001, 1002)), Reason::established);
+        node.age(&c.key(), Duration::from_secs(130));
+        let data = c.server_sends(|s, d| Tcp::ack(s, d, 5001, 1002).payload(&[7; 9]));
+        node.passes(c.server_hook, &data, Reason::established);
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::fin(s, d, 5010, 1002)), Reason::established);
+        node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::ack(s, d, 1002, 5011)), Reason::established);
+        node.age(&c.key(), Duration::from_secs(6));
+        node.denies(c.server_hook, &data, Reason::not_syn);
     }
 }
 
@@ -121,7 +263,7 @@ fn ports_used_again_after_a_close_are_judged_anew() {
         node.publish(&usual_policy(), &behaviour()).expect("a policy");
         c.establish(&mut node);
         node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::rst(s, d, 1001)), Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::RESET));
+        assert_eq!(state_of(&node, &c), Some(state::RESET));
         c.establish(&mut node);
         node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::rst(s, d, 1001)), Reason::established);
         node.publish(&policy(Vec::new()), &behaviour()).expect("a policy");
@@ -130,13 +272,13 @@ fn ports_used_again_after_a_close_are_judged_anew() {
 }
 
 #[test]
-fn a_reset_that_nobody_heeds_closes_nothing() {
+fn a_reset_that_its_receiver_ignores_closes_nothing() {
     let mut node = node();
     for c in connections() {
         c.establish(&mut node);
         node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 77)), Reason::established);
         node.passes(c.client_hook, &c.ack(), Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::ESTABLISHED));
+        assert_eq!(state_of(&node, &c), Some(state::ESTABLISHED));
     }
 }
 
@@ -145,7 +287,17 @@ fn a_refused_connection_may_be_tried_again() {
     let mut node = node();
     for c in connections() {
         node.passes(c.client_hook, &c.syn(), Reason::new_flow);
-        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 0)), Reason::established);
+        let refusal = |acknowledgement| {
+            c.server_sends(|s, d| {
+                let mut tcp = Tcp::ack(s, d, 0, acknowledgement);
+                tcp.header.rst = true;
+                tcp
+            })
+        };
+        node.passes(c.server_hook, &refusal(77), Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::SYN_SENT));
+        node.passes(c.server_hook, &refusal(1001), Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::RESET));
         c.establish(&mut node);
     }
 }
@@ -253,15 +405,18 @@ fn a_forged_end_and_a_forged_beginning_do_not_end_a_connection() {
 }
 
 #[test]
-fn a_reset_that_nobody_heeds_leaves_a_half_closed_connection_half_closed() {
+fn a_reset_that_its_receiver_ignores_leaves_a_half_closed_connection_half_closed() {
     let mut node = node();
     for c in connections() {
         c.establish(&mut node);
         node.passes(c.client_hook, &c.client_sends(|s, d| Tcp::fin(s, d, 1001, 5001)), Reason::established);
-        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 77)), Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::RESET));
-        node.passes(c.server_hook, &c.server_ack(), Reason::established);
-        assert_eq!(node.flow(&c.key()).map(|(_, f)| f.state), Some(state::FIN_WAIT));
+        let ack = c.server_sends(|s, d| Tcp::ack(s, d, 5001, 1002));
+        node.passes(c.server_hook, &ack, Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::FIN_WAIT));
+        node.passes(c.server_hook, &c.server_sends(|s, d| Tcp::rst(s, d, 5001)), Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::RESET));
+        node.passes(c.server_hook, &ack, Reason::established);
+        assert_eq!(state_of(&node, &c), Some(state::FIN_WAIT));
     }
 }
 

@@ -9,8 +9,8 @@ use bridge_lab::{
 use etherparse::IpNumber;
 
 use crate::world::{
-    ExternalIngress, InternalEgress, InternalIngress, OPEN, OUT, SHUT, families, key, node, policy, rule,
-    usual_policy,
+    ExternalIngress, InternalEgress, InternalIngress, OPEN, OUT, SHUT, families, from_lan, key, node, policy,
+    rule, usual_policy,
 };
 
 #[test]
@@ -56,7 +56,7 @@ fn a_reply_that_came_in_under_the_nodes_address_is_seen_on_its_way_to_the_pod() 
         let request = Packet::new(f.pod, f.lan).udp(61_001, OUT, b"request");
         let reply = Packet::new(f.lan, f.pod).udp(OUT, 61_001, b"reply");
         node.passes(InternalIngress, &request, Reason::new_flow);
-        node.ignores(InternalEgress, &reply);
+        node.ignores(from_lan(InternalEgress), &reply);
         let flow = node.flow(&key(&request, 17, 61_001, OUT)).map(|(table, flow)| (table, flow.state));
         assert_eq!(flow, Some(("flows", state::UDP_REPLIED)));
         node.passes(InternalIngress, &request, Reason::established);
@@ -73,6 +73,25 @@ fn an_sctp_association_opens_with_init_only() {
         node.passes(ExternalIngress, &Packet::new(f.lan, f.pod).sctp_init(50_000, OPEN), Reason::new_flow);
         let init_ack = Packet::new(f.pod, f.lan).sctp(OPEN, 50_000, 1, &[2, 0, 0, 20, 0, 0, 0, 1]);
         node.passes(InternalIngress, &init_ack, Reason::established);
+        node.passes(ExternalIngress, &data, Reason::established);
+    }
+}
+
+#[test]
+fn an_init_is_judged_whatever_came_before_it() {
+    let mut node = node();
+    for f in families() {
+        node.publish(&usual_policy(), &behaviour()).expect("a policy");
+        let init = Packet::new(f.lan, f.pod).sctp_init(50_000, OPEN);
+        let back = Packet::new(f.pod, f.lan).sctp_init(OPEN, 50_000);
+        let init_ack = Packet::new(f.pod, f.lan).sctp(OPEN, 50_000, 1, &[2, 0, 0, 20, 0, 0, 0, 1]);
+        let data = Packet::new(f.lan, f.pod).sctp(50_000, OPEN, 1, &[0, 3, 0, 17, 0, 0, 0, 1]);
+        node.passes(ExternalIngress, &init, Reason::new_flow);
+        node.denies(InternalIngress, &back, Reason::no_rule);
+        node.passes(InternalIngress, &init_ack, Reason::established);
+        node.denies(InternalIngress, &back, Reason::no_rule);
+        node.publish(&policy(Vec::new()), &behaviour()).expect("a policy");
+        node.denies(ExternalIngress, &init, Reason::no_rule);
         node.passes(ExternalIngress, &data, Reason::established);
     }
 }

@@ -3,13 +3,13 @@
 use std::net::IpAddr;
 
 use bridge_agent::{
-    datapath::Hook,
+    datapath::{Behaviour, Hook},
     model::{Action, Direction, Mode, NodePorts, OnDeny, Policy, PortRange, Protocol, Rule},
 };
 use bridge_common::filter::{counters::Reason, flow::FlowKey};
 use bridge_lab::{
     packet::{Packet, Tcp},
-    prog::{Node, behaviour},
+    prog::{LAN_INTERFACE, Node, POD_INTERFACE, Place, behaviour},
 };
 
 pub(crate) use Hook::{ExternalEgress, ExternalIngress, InternalEgress, InternalIngress};
@@ -25,12 +25,19 @@ pub(crate) fn ip(address: &str) -> IpAddr {
     address.parse().expect("an address")
 }
 
-/// LAN host, pod, node, and a stranger; in both families.
+/// Hosts of one address family.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Family {
     pub(crate) lan: IpAddr,
+    /// Behind the interface that frames come in by.
     pub(crate) pod: IpAddr,
+    /// Behind another interface.
+    pub(crate) other_pod: IpAddr,
+    /// A pod of another node.
+    pub(crate) far_pod: IpAddr,
     pub(crate) node: IpAddr,
+    pub(crate) other_node: IpAddr,
+    pub(crate) service: IpAddr,
     pub(crate) stranger: IpAddr,
 }
 
@@ -39,13 +46,21 @@ pub(crate) fn families() -> [Family; 2] {
         Family {
             lan: ip("192.168.31.67"),
             pod: ip("10.200.1.91"),
+            other_pod: ip("10.200.1.92"),
+            far_pod: ip("10.200.1.200"),
             node: ip("192.168.31.17"),
+            other_node: ip("192.168.31.18"),
+            service: ip("10.96.0.10"),
             stranger: ip("203.0.113.5"),
         },
         Family {
             lan: ip("fd31::67"),
             pod: ip("fd20:1::91"),
+            other_pod: ip("fd20:1::92"),
+            far_pod: ip("fd20:1::200"),
             node: ip("fd31::17"),
+            other_node: ip("fd31::18"),
+            service: ip("fd96::10"),
             stranger: ip("2001:db8::5"),
         },
     ]
@@ -75,7 +90,7 @@ pub(crate) fn policy(rules: Vec<Rule>) -> Policy {
         on_deny: OnDeny::Reject,
         pods: nets(&["10.200.1.0/24", "fd20:1::/64"]),
         external: nets(&["192.168.31.0/24", "fd31::/64"]),
-        nodes: nets(&["192.168.31.18/32"]),
+        nodes: nets(&["192.168.31.18/32", "fd31::18/128"]),
         rules,
         node_ports: Some(NodePorts { range: range(30_000, 32_767), allow: vec![range(30_080, 30_080)] }),
     }
@@ -92,7 +107,27 @@ pub(crate) fn usual_policy() -> Policy {
 }
 
 pub(crate) fn node() -> Node {
-    Node::new(&usual_policy(), &behaviour()).expect("the packet path loads")
+    node_of(&usual_policy(), &behaviour())
+}
+
+/// A node with the pods of [`families`].
+pub(crate) fn node_of(policy: &Policy, behaviour: &Behaviour) -> Node {
+    let mut node = Node::new(policy, behaviour).expect("the packet path loads");
+    for family in families() {
+        node.host(family.pod, LAN_INTERFACE).expect("room for a pod");
+        node.host(family.other_pod, POD_INTERFACE).expect("room for a pod");
+    }
+    node
+}
+
+/// An egress hook, and a packet that came in from the LAN.
+pub(crate) fn from_lan(hook: Hook) -> Place {
+    Place::from(hook, LAN_INTERFACE)
+}
+
+/// An egress hook, and a packet that came in by the interface of [`Family::other_pod`].
+pub(crate) fn from_pod(hook: Hook) -> Place {
+    Place::from(hook, POD_INTERFACE)
 }
 
 pub(crate) fn key(packet: &Packet, protocol: u8, source_port: u16, destination_port: u16) -> FlowKey {

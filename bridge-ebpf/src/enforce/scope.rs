@@ -58,6 +58,12 @@ fn stays_on_link(address: &Address, version: u8) -> bool {
     if version == 4 { low as u32 == 0 } else { high >> 54 == 0x3fa || (high == 0 && low == 0) }
 }
 
+/// Whether an IPv6 address is link-local (RFC 4291, 2.5.6).
+#[inline(always)]
+fn is_link_local(address: &Address, version: u8) -> bool {
+    version == 6 && address.halves().0 >> 54 == 0x3fa
+}
+
 /// Whether packets to a destination stay on their link: link-local, multicast, broadcast.
 #[inline(always)]
 fn is_for_link(address: &Address, version: u8) -> bool {
@@ -170,11 +176,12 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         }
         return JUDGE;
     }
-    if destination.side == side::LOCAL && enters_tunnel(packet) {
+    let to_node = destination.side == side::LOCAL || is_link_local(&packet.destination, packet.version);
+    if to_node && enters_tunnel(packet) {
         // The packet inside would be believed.
         return SPOOFED;
     }
-    if (destination.side == side::LOCAL || stays_on_link(&packet.destination, packet.version))
+    if to_node
         && source.side == side::EXTERNAL
         && is_node_port(active.settings, packet, packet.destination_port)
     {
@@ -227,6 +234,7 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
 #[inline(always)]
 fn enters_tunnel(packet: &Packet) -> bool {
     let port = match packet.protocol {
+        _ if packet.problem as u8 == Reason::malformed_ip as u8 => return false,
         protocol::TCP | protocol::SCTP | protocol::ICMP | protocol::ICMPV6 => return false,
         protocol::UDP => u16::from_be_bytes(packet.destination_port),
         _ => 0,

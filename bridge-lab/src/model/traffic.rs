@@ -154,6 +154,9 @@ impl Talk {
                 flow.destination = odd
             }
             masqueraded = dice.percent(20);
+            if dice.percent(20) {
+                flow.destination_port = 8472;
+            }
         }
         if protocol == Protocol::Icmp {
             flow.destination_port = flow.source_port;

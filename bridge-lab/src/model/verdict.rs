@@ -24,7 +24,7 @@ use super::{
     flow::{End, Flow, Handshake, Key, Segment},
     header::{self, ACK, Content, Header, IcmpKind, RST, SCTP, SYN, TCP, UDP},
 };
-use crate::prog::{Action, LAN_INTERFACE, NODE_ADDRESSES, Place};
+use crate::prog::{Action, LAN_INTERFACE, NODE_ADDRESSES, Place, TUNNELS};
 
 /// Expected result of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -185,11 +185,15 @@ impl Model {
         self.hosted.get(&pod).copied().unwrap_or_default()
     }
 
+    /// Whether a packet from the LAN is for the node itself.
+    fn is_for_node(&self, header: &Header) -> bool {
+        self.class(header.destination) == Class::Local || is_link_local(header.destination)
+    }
+
     /// Whether a packet towards the node is for one of its NodePorts.
     fn is_for_node_port(&self, header: &Header) -> bool {
-        let local = self.class(header.destination) == Class::Local || is_link_local(header.destination);
         let range = self.regime().policy.node_ports.as_ref().map(|ports| ports.range);
-        local && header.ports.zip(range).is_some_and(|((_, port), range)| range.contains(port))
+        header.ports.zip(range).is_some_and(|((_, port), range)| range.contains(port))
     }
 
     fn external_ingress(&self, header: &Header) -> Row {
@@ -206,7 +210,10 @@ impl Model {
                 interface => Row::Judge(INBOUND, interface),
             };
         }
-        if source == Class::External && self.is_for_node_port(header) {
+        if self.is_for_node(header) && is_for_tunnel(header) {
+            return Row::Deny(INBOUND, Reason::spoofed);
+        }
+        if source == Class::External && self.is_for_node(header) && self.is_for_node_port(header) {
             return Row::Judge(NODE_PORT, 0);
         }
         Row::Pass
@@ -579,6 +586,12 @@ fn unreadable(header: &Header) -> Option<Reason> {
     } else {
         None
     }
+}
+
+/// Whether it is an outer packet of a tunnel.
+fn is_for_tunnel(header: &Header) -> bool {
+    let port = header.ports.filter(|_| header.protocol == UDP).map_or(0, |(_, port)| port);
+    header.content != Content::MalformedIp && TUNNELS.contains(&(header.protocol, port))
 }
 
 /// Whether it is an IPv6 address that stands for an IPv4 address.
