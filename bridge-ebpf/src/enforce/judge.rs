@@ -299,12 +299,11 @@ fn follow(found: u32, active: &Active, sides: &mut Sides, packet: &Packet) {
         if track::is_usable(flow, active.settings, active.now) {
             let from_initiator = flow.initiator == packet.end_of_source;
             let verdict = track::half_open(flow, packet, from_initiator, active.now);
-            if !from_initiator {
-                // An answer of the pod in a flow that was let in.
-                sides.mark = mark::ADMITTED;
-                return;
-            }
             if verdict != TrackVerdict::Judge {
+                if !from_initiator {
+                    // An answer of the pod in a flow that was let in.
+                    sides.mark = mark::ADMITTED;
+                }
                 return;
             }
         }
