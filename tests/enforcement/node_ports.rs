@@ -113,9 +113,9 @@ fn a_node_port_is_open_to_datagrams_too() -> Result<()> {
 /// goes from a pod to a LAN host, which is in scope, and belongs to no connection that was let in: it fails closed.
 /// To open NodePorts to the LAN, `nodePorts` must name them.
 #[test]
-fn without_node_ports_in_the_configuration_the_pod_cannot_answer() -> Result<()> {
+fn without_node_ports_in_the_configuration_the_port_of_the_pod_decides() -> Result<()> {
     let lab = lab()?;
-    let agent = Agent::start(&lab, lab.b(), &config("", ""))?;
+    let mut agent = Agent::start(&lab, lab.b(), &config("", ""))?;
     let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
     for family in Family::BOTH {
         let server = tcp::Server::echo(&c1.netns, c1.at(family, ALLOWED_POD))?;
@@ -124,7 +124,7 @@ fn without_node_ports_in_the_configuration_the_pod_cannot_answer() -> Result<()>
         ensure!(attempt.timed_out(), "{attempt}");
         let arrived =
             on_c1.find(SECOND, |frame| frame.endpoints().is_some_and(|(_, to)| to == server.address()))?;
-        ensure!(arrived.is_some(), "the SYN was judged");
+        ensure!(arrived.is_none(), "the SYN was not judged");
         let seen = seen_until_now(&mut on_a, b, a, family)?;
         let from = [b.at(family, ALLOWED), c1.at(family, ALLOWED_POD)];
         let answers =
@@ -134,7 +134,16 @@ fn without_node_ports_in_the_configuration_the_pod_cannot_answer() -> Result<()>
     }
     let denied = json(&agent, &["status"])?["enforcement"]["denied"].clone();
     let mut reasons = denied.as_array().into_iter().flatten();
-    let not_syn = reasons.any(|count| count["direction"] == "outbound" && count["reason"] == "not_syn");
-    ensure!(not_syn, "{denied}");
+    let no_rule = reasons.any(|count| count["direction"] == "inbound" && count["reason"] == "no_rule");
+    ensure!(no_rule, "{denied}");
+
+    // A rule for the pod's own port allows it, by whichever address it is reached.
+    let rule = format!("rules: [{{name: pod, direction: inbound, protocol: tcp, ports: [{ALLOWED_POD}]}}]\n");
+    agent.reload(&config("", &rule))?;
+    for family in Family::BOTH {
+        let _server = tcp::Server::echo(&c1.netns, c1.at(family, ALLOWED_POD))?;
+        let attempt = tcp::Client::new(&a.netns).connect(b.at(family, ALLOWED))?;
+        ensure!(attempt.succeeded(), "{family:?}: {attempt}");
+    }
     Ok(())
 }

@@ -20,8 +20,8 @@ use crate::support::{
 /// The least that IPv6 allows; every other link of the lab takes 1500.
 const MTU: u32 = 1280;
 
-/// Gives `far` an address that is reached from the node through `router` and a link of [`MTU`] behind it. Its own
-/// packets still leave by the wide way, so it promises larger segments than it can get.
+/// Gives `far` an address that is reached from the node through `router` and a link of [`MTU`] behind it, and answers by the
+/// same way: a pod is known by its interface. It promises larger segments than it can get.
 fn narrow_link(lab: &Lab, router: &Host, far: &Host, address: IpAddr, by: &str) -> Result<()> {
     let far_netns = far.netns.name();
     for command in [
@@ -35,7 +35,13 @@ fn narrow_link(lab: &Lab, router: &Host, far: &Host, address: IpAddr, by: &str) 
         }
     }
     far.netns.ip("link set narrow up")?;
+    let (gateway, prefix) = if address.is_ipv4() { ("169.254.77.1", 32) } else { ("fe80::77", 64) };
     let nodad = if address.is_ipv6() { "nodad" } else { "" };
+    router.netns.ip(&format!("address add {gateway}/{prefix} dev narrow {nodad}"))?;
+    let version = if address.is_ipv4() { "-4" } else { "-6" };
+    far.netns.ip(&format!("{version} rule add from {address} lookup 77"))?;
+    far.netns
+        .ip(&format!("{version} route add default via {gateway} dev narrow onlink advmss 1440 table 77"))?;
     far.netns.ip(&format!("address add {address} dev narrow {nodad}"))?;
     router.netns.set_sysctl("ipv4/ip_forward", "1")?;
     router.netns.set_sysctl("ipv6/conf/all/forwarding", "1")?;
