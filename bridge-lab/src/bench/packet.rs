@@ -7,7 +7,7 @@ use bridge_agent::datapath::Hook;
 
 use super::{Measurement, rules};
 use crate::packet::{Packet, Tcp};
-use crate::prog::{Node, behaviour};
+use crate::prog::{LAN_INTERFACE, Node, behaviour};
 
 /// Maps lie at other addresses in each node, so other data shares their cache lines.
 const NODES: usize = 6;
@@ -24,14 +24,16 @@ pub(super) fn measure() -> Result<Vec<Measurement>> {
         (Hook::InternalIngress, Packet::new(pod, device).tcp(Tcp::syn_ack(443, 50_001)).frame()),
         (Hook::ExternalIngress, Packet::new(device, pod).tcp(Tcp::ack(50_001, 443, 1001, 5001)).frame()),
     ];
-    let stranger = Packet::new("203.0.113.5".parse::<IpAddr>()?, pod).tcp(Tcp::syn(1, 2)).frame();
+    let stranger = Packet::new("203.0.113.5".parse::<IpAddr>()?, device).tcp(Tcp::syn(1, 2)).frame();
     let mut figures: Vec<Vec<Vec<f64>>> = vec![vec![Vec::new(); COUNTS.len()]; 3];
     for _ in 0..NODES {
         let mut nodes = Vec::new();
         for count in COUNTS {
             let mut quiet = behaviour();
             quiet.report_allowed = false;
-            nodes.push(Node::new(&rules::policy(0, count), &quiet)?);
+            let mut node = Node::new(&rules::policy(0, count), &quiet)?;
+            node.host(pod, LAN_INTERFACE)?;
+            nodes.push(node);
         }
         for node in &mut nodes {
             for (hook, frame) in &established {
