@@ -24,14 +24,15 @@ pub struct Packet {
     pub destination_port: u16,
 }
 
-/// Which direction's rules judge `packet`, by the tables: one of [`bridge_common::filter::policy::direction`].
-/// `None`: it is out of scope and passes.
+/// Which direction's rules judge `packet`, whose source is believed and whose addresses are final, by the tables: one of
+/// [`bridge_common::filter::policy::direction`]. `None`: no rule restricts it.
 #[must_use]
 pub fn scope_tables(tables: &Tables, packet: &Packet) -> Option<u8> {
-    let has = |address, bit| look_up(tables, address).side & bit != 0;
+    let has = |address, bits| look_up(tables, address).side & bits != 0;
     if packet.source.is_ipv4() != packet.destination.is_ipv4() {
         None
-    } else if has(packet.source, side::EXTERNAL) && has(packet.destination, side::POD) {
+    } else if has(packet.destination, side::POD) && !has(packet.source, side::POD | side::NODE | side::LOCAL)
+    {
         Some(direction::INBOUND)
     } else if has(packet.source, side::POD) && has(packet.destination, side::EXTERNAL) {
         Some(direction::OUTBOUND)
@@ -61,6 +62,9 @@ pub fn evaluate_tables(tables: &Tables, packet: &Packet) -> Option<(u32, Action)
     let (source, destination) = (look_up(tables, packet.source), look_up(tables, packet.destination));
     let (external, pod) =
         if direction == direction::INBOUND { (source, destination) } else { (destination, source) };
+    if external.side & side::EXTERNAL == 0 {
+        return None;
+    }
     let key = PairKey { external: external.class, pod: pod.class };
     let pair = tables.pairs.iter().find(|(other, _)| *other == key);
     let pair = pair.map_or([0; 2], |(_, pair)| pair.sets);
@@ -123,8 +127,9 @@ pub fn scope_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option
     if source.is_ipv4() != destination.is_ipv4() {
         return None;
     }
-    if is_external(source) && is_pod(destination) {
-        return Some(direction::INBOUND);
+    // Traffic inside the cluster is out of scope; every other source is judged.
+    if is_pod(destination) {
+        return (!is_pod(source) && !is_node(source)).then_some(direction::INBOUND);
     }
     if is_pod(source) && is_external(destination) {
         return Some(direction::OUTBOUND);
@@ -150,6 +155,11 @@ pub fn evaluate_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Opt
             return allowed.then_some((index, Action::Allow));
         }
     };
+    // Rules can allow the addresses of `networks.external` only.
+    if local.contains(&external) || contains(&policy.nodes, external) || !contains(&policy.external, external)
+    {
+        return None;
+    }
     let matching: Vec<(u32, Action)> = (0..)
         .zip(&policy.rules)
         .filter(|(_, rule)| {
