@@ -326,7 +326,7 @@ mod tests {
             .iter()
             .map(|(to, index, gateway)| Route { to: to.parse().unwrap(), hops: vec![(*index, *gateway)] })
             .collect();
-        Snapshot { links, addresses: BTreeSet::new(), routes }
+        Snapshot { links, addresses: BTreeSet::new(), routes, stations: Default::default() }
     }
 
     fn selection() -> Selection {

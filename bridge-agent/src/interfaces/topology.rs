@@ -122,6 +122,7 @@ fn by_prefix(name: String, snapshot: &Snapshot, outward: impl Fn(&str) -> bool) 
 mod tests {
     use super::super::{Device, Link};
     use super::*;
+    use crate::interfaces::Route;
 
     fn link(name: &str, tunnel: Option<Tunnel>) -> Link {
         Link {
