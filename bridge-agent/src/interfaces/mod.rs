@@ -131,15 +131,15 @@ impl Selection {
     /// Whether routes matter at all.
     #[must_use]
     pub fn needs_routes(&self) -> bool {
-        self.external.is_empty() || self.internal.is_empty()
+        self.external.is_empty() || !self.pod_networks.is_empty()
     }
 
     /// Returns whether a route to `to` can change the choice.
     #[must_use]
     pub fn concerns(&self, to: IpNet) -> bool {
         let overlaps = |networks: &[IpNet]| networks.iter().any(|net| net.contains(&to) || to.contains(net));
-        self.external.is_empty() && overlaps(&self.external_networks)
-            || self.internal.is_empty() && overlaps(&self.pod_networks)
+        // Routes to pods say which of them this node hosts, also where the interfaces are named.
+        self.external.is_empty() && overlaps(&self.external_networks) || overlaps(&self.pod_networks)
     }
 
     /// As [`Self::choose`]; an interface that was chosen by a name without `*` stays so when it is renamed, as udev does, until
@@ -180,7 +180,7 @@ impl Selection {
         } else {
             by_name(&self.external, snapshot, &mut chosen.remarks)
         };
-        let internal = if self.internal.is_empty() {
+        let internal: BTreeSet<u32> = if self.internal.is_empty() {
             self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot)).collect()
         } else {
             by_name(&self.internal, snapshot, &mut chosen.remarks)
@@ -377,7 +377,8 @@ mod tests {
         let expected = [("eth0", Role::External), ("cali1", Role::Internal), ("cali2", Role::Internal)];
         assert_eq!(choose(&selection, &routes), expected.map(|(name, role)| (name.into(), role, 14)));
         assert!(selection.concerns("192.168.31.0/24".parse().unwrap()));
-        assert!(!selection.concerns("10.200.1.0/24".parse().unwrap()));
+        assert!(selection.concerns("10.200.1.0/24".parse().unwrap()));
+        assert!(!selection.concerns("172.16.0.0/24".parse().unwrap()));
     }
 
     #[test]

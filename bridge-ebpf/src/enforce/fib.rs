@@ -5,6 +5,8 @@ use aya_ebpf::{
     helpers::generated::{bpf_fib_lookup, bpf_skb_load_bytes},
 };
 
+use bridge_common::filter::address::Address;
+
 use crate::{
     maps::{INTERFACES, Scratch, scratch},
     packet::Packet,
@@ -55,13 +57,16 @@ pub(crate) fn lookup<'a>(
     towards: End,
     mtu: u16,
 ) -> (i64, &'a FibLookup) {
+    // Towards the source from no address in particular: the kernel answers nothing to a question from a multicast or
+    // link-local one, to which neighbour discovery sends (`bpf_ipv6_fib_lookup`, net/core/filter.c).
+    let nowhere = Address::from_words([0; 4]);
     let (from, to) = match towards {
         End::Destination => (&packet.source, &packet.destination),
-        End::Source => (&packet.destination, &packet.source),
+        End::Source => (&nowhere, &packet.source),
     };
     (fib.source_port, fib.destination_port) = match towards {
         End::Destination => (packet.source_port, packet.destination_port),
-        End::Source => (packet.destination_port, packet.source_port),
+        End::Source => ([0; 2], [0; 2]),
     };
     fib.l4_protocol = packet.protocol;
     fib.mtu = mtu;
