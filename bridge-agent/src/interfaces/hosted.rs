@@ -10,8 +10,9 @@ use super::{Device, Selection, Snapshot};
 /// IPv6 addresses of one pod, at most.
 const ADDRESSES_V6: usize = 4;
 
-/// Pods behind ports of bridges. The first address that is seen at a port stays bound to it for as long as the port
-/// exists: a pod that takes the link layer address of another one, and with it its place in the forwarding table of the
+/// The pods of this node. An address stays bound to its interface for as long as the interface exists, also while that is
+/// down and has no routes, unless another one gets its route. Of a port of a bridge that is the first address that is seen
+/// there: a pod that takes the link layer address of another one, and with it its place in the forwarding table of the
 /// bridge, gets neither its address nor a second one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bindings(BTreeMap<IpAddr, u32>);
@@ -30,7 +31,8 @@ impl Bindings {
             upper.is_some_and(|upper| upper.device == Device::Bridge)
         };
         let mut refused = BTreeSet::new();
-        self.0.retain(|_, port| is_port(port));
+        self.0.retain(|_, interface| snapshot.links.contains_key(interface));
+        self.0.extend(selection.routed(snapshot));
         for (host, port) in &snapshot.stations {
             let is_pod = selection.pod_networks.iter().any(|network| network.contains(host))
                 && !snapshot.addresses.contains(host);
@@ -64,9 +66,7 @@ impl Selection {
     #[must_use]
     pub fn hosted(&self, snapshot: &Snapshot, bindings: &mut Bindings) -> Hosted {
         let refused = bindings.update(self, snapshot);
-        let mut pods = bindings.0.clone();
-        pods.extend(self.routed(snapshot));
-        Hosted { pods, refused }
+        Hosted { pods: bindings.0.clone(), refused }
     }
 
     /// Returns the addresses of pods that a route of their own leads to, without a gateway, and the interface of each.
@@ -149,6 +149,19 @@ mod tests {
         snapshot.links.remove(&8);
         let hosted = selection().hosted(&snapshot, &mut bindings);
         assert_eq!(hosted.pods.values().filter(|port| **port == 8).count(), 0);
+    }
+
+    #[test]
+    fn an_interface_that_is_down_keeps_its_pod_and_one_that_is_made_anew_does_not() {
+        let (mut snapshot, mut bindings) = (snapshot(), Bindings::default());
+        let mut hosts = |snapshot: &Snapshot| selection().hosted(snapshot, &mut bindings).pods;
+        assert_eq!(hosts(&snapshot), [at("10.200.1.91", 3)].into());
+        let routes = std::mem::take(&mut snapshot.routes);
+        assert_eq!(hosts(&snapshot), [at("10.200.1.91", 3)].into());
+        snapshot.links.remove(&3);
+        assert_eq!(hosts(&snapshot), BTreeMap::new());
+        snapshot.routes = routes;
+        assert_eq!(hosts(&snapshot), [at("10.200.1.91", 3)].into());
     }
 
     #[test]
