@@ -12,8 +12,8 @@ fn targets(lab: &Lab) -> Result<Vec<Target>> {
     Ok(vec![target(lab.b(), "eth0", Role::External)?, target(lab.b(), pod_side, Role::Internal)?])
 }
 
-fn attach(lab: &Lab, datapath: &mut Datapath, targets: &[Target], node_ports: bool) -> Result<Vec<Change>> {
-    let (changes, result) = lab.b().netns.run(|| datapath.attach(targets, node_ports));
+fn attach(lab: &Lab, datapath: &mut Datapath, targets: &[Target]) -> Result<Vec<Change>> {
+    let (changes, result) = lab.b().netns.run(|| datapath.attach(targets));
     result?;
     Ok(changes)
 }
@@ -34,10 +34,10 @@ fn programs_are_attached_where_the_role_says_and_adopted_without_a_gap() -> Resu
     let targets = targets(&lab)?;
     let mut first = load(&lab, &options(&pins))?;
     first.publish(&tables([]), &BEHAVIOUR, None)?;
-    assert_eq!(actions(&attach(&lab, &mut first, &targets, false)?), [Action::Attached; 3]);
-    assert_eq!(names(node, "eth0")?, ["tcx/ingress external_ingress"]);
+    assert_eq!(actions(&attach(&lab, &mut first, &targets)?), [Action::Attached; 4]);
+    assert_eq!(names(node, "eth0")?, ["tcx/ingress external_ingress", "tcx/egress external_egress"]);
     assert_eq!(names(node, pod_side)?, ["tcx/ingress internal_ingress", "tcx/egress internal_egress"]);
-    assert_eq!(actions(&attach(&lab, &mut first, &targets, false)?), []);
+    assert_eq!(actions(&attach(&lab, &mut first, &targets)?), []);
 
     let before = attached(node, "eth0")?;
     let links_before =
@@ -45,18 +45,16 @@ fn programs_are_attached_where_the_role_says_and_adopted_without_a_gap() -> Resu
     drop(first);
     assert_eq!(attached(node, "eth0")?, before, "enforcement ended with the agent");
     let mut second = load(&lab, &options(&pins))?;
-    assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), [Action::Replaced; 3]);
+    assert_eq!(actions(&attach(&lab, &mut second, &targets)?), [Action::Replaced; 4]);
     let after = attached(node, "eth0")?;
-    assert_eq!(after.len(), 1);
+    assert_eq!(after.len(), 2);
     assert_ne!(after[0].2, before[0].2, "the program of the old agent is still there");
     let links_after =
         bpftool(&["link", "show", "pinned"], &pins.directory().join("links/eth0-external_ingress"))?;
     assert_eq!(links_after["id"], links_before["id"], "the link was not updated but made again");
 
-    attach(&lab, &mut second, &targets, true)?;
+    attach(&lab, &mut second, &targets[..1])?;
     assert_eq!(names(node, "eth0")?, ["tcx/ingress external_ingress", "tcx/egress external_egress"]);
-    attach(&lab, &mut second, &targets[..1], false)?;
-    assert_eq!(names(node, "eth0")?, ["tcx/ingress external_ingress"]);
     assert_eq!(names(node, pod_side)?, Vec::<String>::new());
     let known = bpftool(&["map", "dump", "pinned"], &pins.map("interfaces"))?;
     assert_eq!(known.as_array().map(Vec::len), Some(1), "{known}");
@@ -69,11 +67,13 @@ fn ours_runs_before_what_was_there() -> Result<()> {
     let (own, other) = (pins(&lab)?, bridge_agent::datapath::Pins::new(lab.pin_directory()?.join("other")));
     let targets = targets(&lab)?;
     let mut others = load(&lab, &options(&other))?;
-    attach(&lab, &mut others, &targets[..1], false)?;
+    attach(&lab, &mut others, &targets[..1])?;
     let theirs = attached(&lab.b().netns, "eth0")?[0].2;
     let mut ours = load(&lab, &options(&own))?;
-    attach(&lab, &mut ours, &targets[..1], false)?;
-    let ids: Vec<u64> = attached(&lab.b().netns, "eth0")?.into_iter().map(|(_, _, id)| id).collect();
+    attach(&lab, &mut ours, &targets[..1])?;
+    let ingress =
+        attached(&lab.b().netns, "eth0")?.into_iter().filter(|(kind, ..)| kind.ends_with("ingress"));
+    let ids: Vec<u64> = ingress.map(|(_, _, id)| id).collect();
     assert_eq!(ids.len(), 2);
     assert_eq!(ids[1], theirs);
     Ok(())
@@ -87,9 +87,9 @@ fn a_recreated_interface_is_attached_afresh_and_a_renamed_one_keeps_its_link() -
     for attempt in 0..2 {
         node.ip("link add extra.7 type veth peer name extra7")?;
         let targets = [target(lab.b(), "extra.7", Role::External)?];
-        let changes = attach(&lab, &mut datapath, &targets, false)?;
+        let changes = attach(&lab, &mut datapath, &targets)?;
         assert!(actions(&changes).contains(&Action::Attached), "attempt {attempt}: {changes:?}");
-        assert_eq!(names(node, "extra.7")?, ["tcx/ingress external_ingress"]);
+        assert_eq!(names(node, "extra.7")?, ["tcx/ingress external_ingress", "tcx/egress external_egress"]);
         if attempt == 0 {
             node.ip("link delete extra.7")?;
         }
@@ -97,10 +97,10 @@ fn a_recreated_interface_is_attached_afresh_and_a_renamed_one_keeps_its_link() -
     let before = attached(node, "extra.7")?;
     node.ip("link set extra.7 name renamed")?;
     let targets = [target(lab.b(), "renamed", Role::External)?];
-    assert_eq!(actions(&attach(&lab, &mut datapath, &targets, false)?), [Action::Renamed]);
+    assert_eq!(actions(&attach(&lab, &mut datapath, &targets)?), [Action::Renamed; 2]);
     assert_eq!(attached(node, "renamed")?, before);
     node.ip("link delete renamed")?;
-    assert_eq!(actions(&attach(&lab, &mut datapath, &[], false)?), [Action::Removed]);
+    assert_eq!(actions(&attach(&lab, &mut datapath, &[])?), [Action::Removed; 2]);
     assert_eq!(std::fs::read_dir(pins.directory().join("links"))?.count(), 0, "a stale pin");
     Ok(())
 }
@@ -114,18 +114,18 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
     let targets = targets(&lab)?;
     let mut first = load(&lab, &options)?;
     assert!(!first.uses_tcx());
-    assert_eq!(actions(&attach(&lab, &mut first, &targets, false)?), [Action::Attached; 3]);
-    assert_eq!(names(node, "eth0")?, ["clsact/ingress external_ingress"]);
+    assert_eq!(actions(&attach(&lab, &mut first, &targets)?), [Action::Attached; 4]);
+    assert_eq!(names(node, "eth0")?, ["clsact/ingress external_ingress", "clsact/egress external_egress"]);
     let before = attached(node, pod_side)?;
     assert_eq!(before.len(), 2);
     drop(first);
     assert_eq!(attached(node, pod_side)?, before, "enforcement ended with the agent");
     let mut second = load(&lab, &options)?;
-    assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), [Action::Replaced; 3]);
+    assert_eq!(actions(&attach(&lab, &mut second, &targets)?), [Action::Replaced; 4]);
     let after = attached(node, pod_side)?;
     assert_eq!(after.len(), 2, "{after:?}");
     assert_ne!(after[0].2, before[0].2, "the program of the old agent is still there");
-    assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), []);
+    assert_eq!(actions(&attach(&lab, &mut second, &targets)?), []);
 
     // Another program removes the qdisc.
     node.output({
@@ -133,13 +133,13 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
         tc.args(["qdisc", "delete", "dev", "eth0", "clsact"]);
         tc
     })?;
-    assert_eq!(actions(&attach(&lab, &mut second, &targets, false)?), [Action::Attached]);
-    attach(&lab, &mut second, &targets[..1], false)?;
+    assert_eq!(actions(&attach(&lab, &mut second, &targets)?), [Action::Attached; 2]);
+    attach(&lab, &mut second, &targets[..1])?;
     assert_eq!(names(node, pod_side)?, Vec::<String>::new());
     drop(second);
     let (removed, result) = node.run(|| down(&pins, &|_| false));
     result?;
-    assert_eq!(removed.attachments, 1);
+    assert_eq!(removed.attachments, 2);
     let qdiscs = json(node, &["tc", "-json", "qdisc", "show"])?.to_string();
     ensure!(!qdiscs.contains("clsact"), "{qdiscs}");
     Ok(())
@@ -153,17 +153,17 @@ fn another_version_stands_beside_the_one_that_enforces_until_that_goes() -> Resu
     let options = bridge_agent::datapath::Options { mechanism: Mechanism::Clsact, ..options(&pins) };
     let mut old = load(&lab, &options)?;
     old.publish(&tables(["old"]), &BEHAVIOUR, None)?;
-    attach(&lab, &mut old, &targets, false)?;
+    attach(&lab, &mut old, &targets)?;
     let before = attached(node, "eth0")?;
     drop(old);
     std::fs::rename(pins.directory(), bridge_lab::gap::runs::other_directory(&pins))?;
 
     let mut new = load(&lab, &options)?;
     new.publish(&tables(["new"]), &BEHAVIOUR, None)?;
-    assert_eq!(actions(&attach(&lab, &mut new, &targets, false)?), [Action::Attached; 3]);
+    assert_eq!(actions(&attach(&lab, &mut new, &targets)?), [Action::Attached; 4]);
     let both = attached(node, "eth0")?;
     ensure!(both.len() == 2 && both[1] == before[0], "{both:?}, and before {before:?}");
-    assert_eq!(actions(&attach(&lab, &mut new, &targets, false)?), []);
+    assert_eq!(actions(&attach(&lab, &mut new, &targets)?), []);
     assert_eq!(node.run(|| new.remove_other_versions())?, 3);
     assert_eq!(attached(node, "eth0")?, both[..1]);
     drop(new);
@@ -181,7 +181,7 @@ fn down_leaves_nothing_and_may_be_repeated() -> Result<()> {
     let (pins, node) = (pins(&lab)?, &lab.b().netns);
     let mut datapath = load(&lab, &options(&pins))?;
     datapath.publish(&tables(["one"]), &BEHAVIOUR, None)?;
-    attach(&lab, &mut datapath, &targets(&lab)?, true)?;
+    attach(&lab, &mut datapath, &targets(&lab)?)?;
     let id = |value: serde_json::Value| value["id"].as_u64().context("an id");
     let map = id(bpftool(&["map", "show", "pinned"], &pins.map("flows"))?)?;
     let table = id(bpftool(&["map", "show", "pinned"], &pins.table(1, "rule_hits"))?)?;

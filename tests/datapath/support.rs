@@ -40,7 +40,7 @@ pub(crate) fn tables<'a>(names: impl IntoIterator<Item = &'a str>) -> Tables {
         .collect();
     let network = "10.200.1.0/24".parse().expect("a network");
     Tables {
-        addresses: vec![(network, AddressInfo { class: 1, side: side::POD, sets: [0, 0] })],
+        addresses: vec![(network, AddressInfo { class: 1, side: side::POD, sets: [0, 0], origin: 0 })],
         rule_sets: vec![RuleSet::default()],
         rule_count: u32::try_from(rules.len()).expect("few rules"),
         rules,

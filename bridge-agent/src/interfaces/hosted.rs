@@ -139,7 +139,7 @@ mod tests {
     fn the_first_address_of_a_port_stays_until_the_port_goes() {
         let (mut snapshot, mut bindings) = (snapshot(), Bindings::default());
         snapshot.stations = [at("10.200.2.8", 8)].into();
-        selection().hosted(&snapshot, &mut bindings);
+        let _ = selection().hosted(&snapshot, &mut bindings);
         // The pod at port 9 takes the place of the other one, then yet another address.
         snapshot.stations = [at("10.200.2.8", 9), at("10.200.2.9", 9), at("10.200.2.10", 9)].into();
         let hosted = selection().hosted(&snapshot, &mut bindings);

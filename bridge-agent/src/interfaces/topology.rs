@@ -181,13 +181,6 @@ mod tests {
     }
 
     #[test]
-    fn hosted_pods_have_a_route_of_their_own() {
-        let hosted = selection().hosted(&snapshot());
-        let expected = [("10.200.1.91", 3), ("10.200.1.92", 4)];
-        assert_eq!(hosted, expected.map(|(address, index)| (address.parse().unwrap(), index)).into());
-    }
-
-    #[test]
     fn unknown_pods_are_behind_interfaces_without_gateways() {
         let mut snapshot = snapshot();
         let lan = Route { to: "192.168.31.0/24".parse().unwrap(), hops: vec![(2, false)] };

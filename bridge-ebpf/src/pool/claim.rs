@@ -214,8 +214,9 @@ fn pack(result: Result<Seat, Refusal>) -> i64 {
 #[inline(always)]
 fn unpack(packed: i64) -> Result<Seat, Refusal> {
     if packed < 0 {
-        return Err(Refusal(packed.wrapping_neg() as u32));
+        return Err(Refusal(packed.unsigned_abs() as u32));
     }
+    let packed = packed.cast_unsigned();
     Ok(Seat { slot: packed as u32, owner_slot: (packed >> 32) as u32 })
 }
 
@@ -242,6 +243,7 @@ extern "C" fn record(
     destination: &Destination,
 ) {
     let ctx = SockAddrContext::new(context);
+    let seat = seat.cast_unsigned();
     let (slot, owner_slot) = (seat as u32, (seat >> 32) as u32);
     // SAFETY: `lease` is the storage of a socket that is locked by the system call that runs this hook; `state` alone is
     // touched from elsewhere, and as long as LEASE_HELD is not set no one acts on the rest.
