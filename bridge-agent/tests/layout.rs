@@ -37,7 +37,7 @@ const ARROWS: &[(&str, &str)] =
 /// well when a circle has become smaller, so that the list shrinks.
 const CIRCLES: &[(&str, usize)] = &[
     ("bridge-agent/src/agent", 2),
-    ("bridge-agent/src/cli", 15),
+    ("bridge-agent/src/cli", 16),
     ("bridge-agent/src/config", 7),
     ("bridge-agent/src/datapath", 2),
     ("bridge-agent/src/iptables", 2),

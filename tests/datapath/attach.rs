@@ -154,22 +154,26 @@ fn another_version_stands_beside_the_one_that_enforces_until_that_goes() -> Resu
     let mut old = load(&lab, &options)?;
     old.publish(&tables(["old"]), &BEHAVIOUR, None)?;
     attach(&lab, &mut old, &targets)?;
-    let before = attached(node, "eth0")?;
+    let ingress = || -> Result<Vec<_>> {
+        let found = attached(node, "eth0")?.into_iter();
+        Ok(found.filter(|(kind, ..)| kind.ends_with("ingress")).collect())
+    };
+    let before = ingress()?;
     drop(old);
     std::fs::rename(pins.directory(), bridge_lab::gap::runs::other_directory(&pins))?;
 
     let mut new = load(&lab, &options)?;
     new.publish(&tables(["new"]), &BEHAVIOUR, None)?;
     assert_eq!(actions(&attach(&lab, &mut new, &targets)?), [Action::Attached; 4]);
-    let both = attached(node, "eth0")?;
+    let both = ingress()?;
     ensure!(both.len() == 2 && both[1] == before[0], "{both:?}, and before {before:?}");
     assert_eq!(actions(&attach(&lab, &mut new, &targets)?), []);
-    assert_eq!(node.run(|| new.remove_other_versions())?, 3);
-    assert_eq!(attached(node, "eth0")?, both[..1]);
+    assert_eq!(node.run(|| new.remove_other_versions())?, 4);
+    assert_eq!(ingress()?, both[..1]);
     drop(new);
     let (removed, result) = node.run(|| down(&pins, &|_| false));
     result?;
-    assert_eq!(removed.attachments, 3);
+    assert_eq!(removed.attachments, 4);
     let qdiscs = json(node, &["tc", "-json", "qdisc", "show"])?.to_string();
     ensure!(!qdiscs.contains("clsact"), "{qdiscs}");
     Ok(())

@@ -231,7 +231,11 @@ mod tests {
     #[test]
     fn a_masqueraded_connection_is_seeded_with_the_address_of_its_pod() {
         let connection = tcp(tuple(POD, 61_001, LAN, 443), tuple(LAN, 443, NODE, 1_024));
-        assert_eq!(seeded(&connection), [flow(direction::OUTBOUND, POD, 61_001, LAN, 443)]);
+        let expected = [
+            flow(direction::OUTBOUND, POD, 61_001, LAN, 443),
+            flow(direction::OUTBOUND, NODE, 1_024, LAN, 443),
+        ];
+        assert_eq!(seeded(&connection), expected);
     }
 
     #[test]
@@ -243,16 +247,26 @@ mod tests {
         ];
         assert_eq!(seeded(&connection), expected);
         let also_masqueraded = tcp(tuple(LAN, 50_000, NODE, 30_080), tuple(POD, 8_080, NODE, 50_000));
-        assert_eq!(seeded(&also_masqueraded), [flow(direction::NODE_PORT, LAN, 50_000, NODE, 30_080)]);
+        let expected = [
+            flow(direction::NODE_PORT, LAN, 50_000, NODE, 30_080),
+            flow(direction::INBOUND, NODE, 50_000, POD, 8_080),
+        ];
+        assert_eq!(seeded(&also_masqueraded), expected);
     }
 
     #[test]
     fn what_is_out_of_scope_is_left_out() {
-        for (from, to) in
-            [(LAN, "192.168.31.68"), (POD, "10.200.1.92"), (POD, NODE), (LAN, NODE), ("8.8.8.8", POD)]
-        {
+        for (from, to) in [(LAN, "192.168.31.68"), (POD, "10.200.1.92"), (LAN, NODE), (NODE, POD)] {
             let connection = tcp(tuple(from, 50_000, to, 22), tuple(to, 22, from, 50_000));
             assert_eq!(seeded(&connection), [], "{from} to {to}");
+        }
+    }
+
+    #[test]
+    fn connections_of_pods_to_elsewhere_are_seeded_so_that_answers_pass() {
+        for to in [NODE, "8.8.8.8"] {
+            let connection = tcp(tuple(POD, 50_000, to, 22), tuple(to, 22, POD, 50_000));
+            assert_eq!(seeded(&connection), [flow(direction::OUTBOUND, POD, 50_000, to, 22)]);
         }
     }
 

@@ -103,7 +103,8 @@ pub struct Flow {
     pub rule: u32,
     /// Index of the pod's interface; 0: unknown, or the flow is not seen from there.
     pub interface: u32,
-    /// TCP: the next sequence number that the pod expects from the LAN host, by the pod's acknowledgements; may lag
+    /// TCP, half-open table: length of the data that the SYN carried, in bytes. Else the next sequence number that the pod
+    /// expects from the LAN host, by the pod's acknowledgements; may lag
     /// behind. See [`flag::NUMBERED`].
     pub expected: u32,
 }

@@ -133,6 +133,13 @@ impl Packet {
         self.is_intact() && matches!(self.kind, Kind::Plain | Kind::Query | Kind::Reply)
     }
 
+    /// Length of the data of a TCP segment in bytes; 0 where segmentation offload hides it.
+    #[inline(always)]
+    pub(crate) fn tcp_payload(&self) -> u32 {
+        let length = self.end.wrapping_sub(self.l4).wrapping_sub(self.tcp_header);
+        if length > 0xffff { 0 } else { length }
+    }
+
     /// Whether it is the SYN that opens a TCP connection.
     #[inline(always)]
     pub(crate) fn opens_tcp(&self) -> bool {

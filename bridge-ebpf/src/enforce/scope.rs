@@ -93,7 +93,26 @@ pub(crate) fn leads_here(skb: *mut __sk_buff, packet: &Packet) -> bool {
     // A port of a bridge, whose pod the agent does not know yet. The routing table names the bridge only; the neighbour
     // table has the pod's link layer address.
     let family = if packet.version == 4 { family::V4 } else { family::V6 };
-    interface.bound & family == 0 && is_of_next_hop(skb, interface.upper)
+    interface.bound & family == 0 && (is_neighbour_discovery(packet) || is_of_next_hop(skb, interface.upper))
+}
+
+/// Whether a packet is of neighbour discovery (RFC 4861): no router forwards it, and receivers take none that a router has
+/// forwarded.
+#[inline(always)]
+fn is_neighbour_discovery(packet: &Packet) -> bool {
+    let [_, _, _, hop_limit] = packet.head[1].to_ne_bytes();
+    packet.version == 6
+        && packet.protocol == protocol::ICMPV6
+        && packet.kind != Kind::LaterFragment
+        && (133..=136).contains(&packet.detail)
+        && hop_limit == 255
+}
+
+/// Returns the index of the bridge that an interface is a port of; 0: none.
+#[inline(always)]
+fn bridge_of(ifindex: u32) -> u32 {
+    // SAFETY: only read.
+    unsafe { INTERFACES.get(&ifindex) }.map_or(0, |interface| interface.upper)
 }
 
 /// Whether the route to the source of the packet of [`scratch`] leaves by `interface`, and the packet comes from its next
@@ -145,8 +164,7 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     match source.side {
         side::LOCAL => return SPOOFED,
         side::POD | side::NODE => {
-            // SAFETY: only read.
-            let upper = unsafe { INTERFACES.get(&ifindex) }.map_or(0, |interface| interface.upper);
+            let upper = bridge_of(ifindex);
             if is_of_next_hop(skb, if upper == 0 { ifindex } else { upper }) {
                 sides.mark = mark::CLUSTER;
                 return PASS;
@@ -162,6 +180,11 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         _ => {}
     }
     sides.internal = destination;
+    if is_neighbour_discovery(packet) && bridge_of(ifindex) != 0 {
+        // Between a host and a pod on one segment.
+        sides.mark = mark::JUDGED;
+        return PASS;
+    }
     if destination.side == side::POD {
         sides.interface = hosted(&packet.destination);
         if sides.interface == 0 {
@@ -194,6 +217,7 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
 #[inline(always)]
 fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides: &mut Sides) -> u32 {
     sides.direction = u32::from(direction::OUTBOUND);
+    sides.mark = mark::JUDGED;
     if stays_on_link(&packet.source, packet.version) {
         return PASS;
     }
@@ -203,7 +227,10 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     let source = lookup(active.slot, &packet.source, packet.version);
     if source.side != side::POD {
         // Routed to an interface of pods, but not in their networks: out of scope.
-        sides.mark = mark::JUDGED;
+        return PASS;
+    }
+    // SAFETY: the context is valid while the program runs.
+    if is_neighbour_discovery(packet) && bridge_of(unsafe { (*skb).ifindex }) != 0 {
         return PASS;
     }
     let destination = lookup(active.slot, &packet.destination, packet.version);
@@ -213,10 +240,7 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     sides.interface = unsafe { (*skb).ifindex };
     match destination.side {
         side::EXTERNAL => JUDGE,
-        side::POD => {
-            sides.mark = mark::JUDGED;
-            PASS
-        }
+        side::POD => PASS,
         side::NODE => {
             sides.mark = mark::of_origin(&source, active.settings.generation);
             PASS

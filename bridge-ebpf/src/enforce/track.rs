@@ -198,10 +198,16 @@ fn by_fins(flags: u8) -> u8 {
     }
 }
 
-/// Whether a segment acknowledges the SYN of a half-open flow.
+/// Whether a segment acknowledges the SYN of a half-open flow, and no more than the data that it may have carried (RFC 7413).
 #[inline(always)]
 fn acknowledges_syn(flow: &Flow, packet: &Packet) -> bool {
-    packet.acknowledgement == flow.initiator_isn().wrapping_add(1)
+    is_behind_syn(flow, packet.acknowledgement)
+}
+
+/// Whether a number is one that follows the initiator's SYN, or the data in it.
+#[inline(always)]
+fn is_behind_syn(flow: &Flow, number: u32) -> bool {
+    number.wrapping_sub(flow.initiator_isn().wrapping_add(1)) <= flow.expected
 }
 
 /// A packet of a flow in the half-open table.
@@ -258,7 +264,7 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
         return TrackVerdict::Pass;
     }
     if flags & tcp::RST != 0 {
-        if packet.sequence == flow.initiator_isn().wrapping_add(1) {
+        if is_behind_syn(flow, packet.sequence) {
             flow.state = state::RESET;
             flow.last_seen = now;
         }
@@ -373,6 +379,7 @@ pub(crate) fn open(
     };
     if packet.protocol == protocol::TCP {
         flow.set_initiator_isn(packet.sequence);
+        flow.expected = packet.tcp_payload();
     }
     if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);

@@ -85,6 +85,8 @@ pub(super) struct Flow {
     confirmed: bool,
     /// Of TCP, the initiator's SYN; `None`: it was opened by another segment.
     initiator_isn: Option<u32>,
+    /// The data in that.
+    data: u32,
     /// Of TCP, from the responder's SYN on.
     responder_isn: Option<u32>,
     /// Ended by the initiator, and by the responder.
@@ -107,9 +109,11 @@ pub(super) enum Handshake {
 
 impl Flow {
     pub(super) fn new(initiator: End, direction: u8, first: &Content) -> Self {
-        let initiator_isn = match first {
-            Content::Tcp(segment) if segment.is_syn() => Some(segment.sequence),
-            _ => None,
+        let (initiator_isn, data) = match first {
+            Content::Tcp(segment) if segment.is_syn() => {
+                (Some(segment.sequence), segment.payload.unwrap_or(0))
+            }
+            _ => (None, 0),
         };
         Self {
             initiator,
@@ -120,6 +124,7 @@ impl Flow {
             silent: 0,
             confirmed: false,
             initiator_isn,
+            data,
             responder_isn: None,
             ended: [false; 2],
             reset: false,
@@ -207,7 +212,12 @@ impl Flow {
 
     /// Whether a segment acknowledges the SYN that opened the flow.
     pub(super) fn is_acknowledged_by(&self, segment: &Segment) -> bool {
-        self.initiator_isn.is_some_and(|isn| segment.acknowledgement == isn.wrapping_add(1))
+        self.is_behind_syn(segment.acknowledgement)
+    }
+
+    /// Whether a number follows the SYN, or the data in it (RFC 7413).
+    fn is_behind_syn(&self, number: u32) -> bool {
+        self.initiator_isn.is_some_and(|isn| number.wrapping_sub(isn.wrapping_add(1)) <= self.data)
     }
 
     /// A segment before the connection is established. `None`: it is to be judged.
@@ -235,7 +245,7 @@ impl Flow {
             return Some(Handshake::Passes);
         }
         if flags & RST != 0 {
-            if segment.sequence == isn.wrapping_add(1) {
+            if self.is_behind_syn(segment.sequence) {
                 (self.reset, self.responder_isn, self.silent) = (true, None, 0);
             }
             return Some(Handshake::Passes);

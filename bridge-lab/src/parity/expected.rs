@@ -19,13 +19,11 @@ pub enum Difference {
     CrossingQueries,
     /// An IPv6 routing header that leads on to another host.
     SourceRoute,
-    /// A source outside `networks.external` that is neither pod nor node.
-    Foreign,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 8] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
@@ -34,7 +32,6 @@ impl Difference {
         Self::UntrackedError,
         Self::CrossingQueries,
         Self::SourceRoute,
-        Self::Foreign,
     ];
 
     /// As docs/parity.md calls it.
@@ -49,7 +46,6 @@ impl Difference {
             Self::UntrackedError => "error about what is not followed",
             Self::CrossingQueries => "crossing pings",
             Self::SourceRoute => "segments left",
-            Self::Foreign => "foreign source",
         }
     }
 }

@@ -95,7 +95,7 @@ impl Story<'_> {
         };
         let related = known && opens;
         let expected = if foreign {
-            Expected::differing(Difference::Foreign, true, related)
+            related.into()
         } else if unjudged {
             true.into()
         } else {
