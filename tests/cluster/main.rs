@@ -28,14 +28,8 @@ fn bridge_plugin_with_nftables_proxy() -> Result<()> {
     play(
         Options::default(),
         &[
-            ("ClusterIP, routed to the node", "allowed host"),
-            ("LoadBalancer address, externalTrafficPolicy Local", "allowed host"),
             ("NodePort, externalTrafficPolicy Cluster, at another node", "allowed host"),
-            ("NodePort, externalTrafficPolicy Cluster, at the pod's node", "allowed host"),
-            ("NodePort, externalTrafficPolicy Local", "allowed host"),
             ("NodePort, sessionAffinity ClientIP, at another node", "allowed host"),
-            ("NodePort, sessionAffinity ClientIP, at the pod's node", "allowed host"),
-            ("hostPort", "allowed host"),
         ],
     )
 }
@@ -53,11 +47,8 @@ fn ptp_plugin_with_iptables_proxy_masquerade_and_overlay() -> Result<()> {
     play(
         options,
         &[
-            ("LoadBalancer address, externalTrafficPolicy Local", "allowed host"),
             ("NodePort, externalTrafficPolicy Cluster, at another node", "allowed host"),
-            ("NodePort, externalTrafficPolicy Local", "allowed host"),
             ("NodePort, sessionAffinity ClientIP, at another node", "allowed host"),
-            ("hostPort", "allowed host"),
         ],
     )
 }

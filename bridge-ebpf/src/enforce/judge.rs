@@ -166,8 +166,34 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
         return NEXT;
     }
     let Some(active) = Active::get() else { return NEXT };
+    let mut found = follow_out(skb, active.slot, hook | mark << 8, active.now);
     // SAFETY: the context is valid while the program runs.
-    let input = unsafe { (*skb).ingress_ifindex };
+    let is_own = unsafe { (*skb).ingress_ifindex } == 0;
+    if found == FOLLOWED || is_own || mark == mark::LEARN {
+        return NEXT;
+    }
+    if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
+        found = FLOW_OF_QUOTE;
+    }
+    let scope = scope::find(skb, active.slot, hook, mark);
+    if found == FLOW_OF_QUOTE && scope != scope::SPOOFED {
+        return NEXT;
+    }
+    judge_unknown(skb, active.slot, hook, active.now, found | scope << 8)
+}
+
+/// Follows the packet of [`scratch`] at an egress hook. `hook` is a number of [`Hook`], with the packet's mark above its lowest
+/// byte. Returns [`FOLLOWED`]: it belongs to a flow; else [`FLOW_OF_PORTS`] or 0.
+///
+/// A subprogram, as [`judge_unknown`], also for its stack: that of `egress` has room for the answer to a denied packet.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn follow_out(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64) -> u32 {
+    let Some(Scratch { packet, .. }) = scratch() else { return 0 };
+    let Some(active) = Active::of_slot(slot, now) else { return 0 };
+    let (hook, mark) = (hook & 0xff, hook >> 8);
+    // SAFETY: the context is valid while the program runs.
+    let (input, output) = unsafe { ((*skb).ingress_ifindex, (*skb).ifindex) };
     let to_pod = hook == Hook::INTERNAL_EGRESS;
     let mut found = 0;
     if packet.follows_flow() {
@@ -177,19 +203,19 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
             found = FLOW_OF_PORTS;
             let from_initiator = flow.initiator == packet.end_of_source;
             let from_lan = from_initiator == (flow.direction != direction::OUTBOUND);
-            if from_lan == to_pod && track::is_usable(flow, active.settings, active.now) {
+            if from_lan == to_pod && track::is_usable(flow, active.settings, now) {
                 if mark == mark::LEARN {
                     // Only its path matters: the packet was judged, and followed.
-                    fast_path::learn(skb, flow, from_lan.into(), active.now);
-                    return NEXT;
+                    fast_path::learn(skb, flow, from_lan.into(), now);
+                    return FOLLOWED;
                 }
                 if follows(hook, input, active.settings, packet)
-                    && track::established(flow, packet, active.settings, from_initiator, active.now)
+                    && track::established(flow, packet, active.settings, from_initiator, now)
                         == TrackVerdict::Pass
                 {
-                    fragments::remember(packet, active.now);
-                    fast_path::learn(skb, flow, from_lan.into(), active.now);
-                    return NEXT;
+                    fragments::remember(packet, now);
+                    fast_path::learn(skb, flow, from_lan.into(), now);
+                    return FOLLOWED;
                 }
             }
         }
@@ -197,31 +223,20 @@ pub(crate) fn egress(skb: *mut __sk_buff, hook: u32) -> i32 {
             // SAFETY: as for established flows in `ingress`.
             let flow = unsafe { &mut *flow };
             let from_initiator = flow.initiator == packet.end_of_source;
-            if track::is_usable(flow, active.settings, active.now)
+            if track::is_usable(flow, active.settings, now)
                 && follows(hook, input, active.settings, packet)
-                && track::half_open(flow, packet, from_initiator, active.now) != TrackVerdict::Judge
+                && track::half_open(flow, packet, from_initiator, now) != TrackVerdict::Judge
             {
-                fragments::remember(packet, active.now);
-                return NEXT;
+                fragments::remember(packet, now);
+                return FOLLOWED;
             }
         }
     }
-    if input == 0 || mark == mark::LEARN {
-        return NEXT;
+    if to_pod && mark == mark::ADMITTED && input != 0 {
+        track::adopt(packet, active.settings, now, output);
+        return FOLLOWED;
     }
-    if packet.kind == Kind::Error && packet.is_intact() && quotes_flow(skb, active.slot, active.now) != 0 {
-        found = FLOW_OF_QUOTE;
-    }
-    if to_pod && mark == mark::ADMITTED {
-        // SAFETY: the context is valid while the program runs.
-        track::adopt(packet, active.settings, active.now, unsafe { (*skb).ifindex });
-        return NEXT;
-    }
-    let scope = scope::find(skb, active.slot, hook, mark);
-    if found == FLOW_OF_QUOTE && scope != scope::SPOOFED {
-        return NEXT;
-    }
-    judge_unknown(skb, active.slot, hook, active.now, found | scope << 8)
+    found
 }
 
 /// Whether a packet at an egress hook is followed there: all but those that the node itself sends to the LAN, unless from a
@@ -242,6 +257,8 @@ const FLOW_OF_PORTS: u32 = 1;
 const ICMP_REDIRECT: u8 = 5;
 /// The packet is an ICMP error about a known flow: see [`quotes_flow`].
 const FLOW_OF_QUOTE: u32 = 2;
+/// The packet belongs to a flow, and nothing more is to be decided.
+const FOLLOWED: u32 = 3;
 
 /// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`] or 0, with the
 /// result of [`scope::find`] above its lowest byte.
