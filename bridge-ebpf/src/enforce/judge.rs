@@ -64,6 +64,11 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
             && track::established(flow, packet, active.settings, from_initiator, active.now)
                 == TrackVerdict::Pass
         {
+            // SAFETY: the context is valid while the program runs.
+            let ifindex = unsafe { (*skb).ifindex };
+            if !from_lan && flow.interface != ifindex {
+                flow.interface = ifindex;
+            }
             fragments::remember(packet, active.now);
             // SAFETY: the context is valid while the program runs.
             let length = unsafe { (*skb).len };
@@ -108,17 +113,9 @@ fn was_seen_at_port(skb: *mut __sk_buff) -> bool {
 /// Whether a packet from a pod's interface may belong to a flow: it came by the interface of the flow, or its source leads
 /// to the interface that it came by.
 #[inline(always)]
-fn is_of_interface(skb: *mut __sk_buff, packet: &Packet, flow: &mut Flow) -> bool {
+fn is_of_interface(skb: *mut __sk_buff, packet: &Packet, flow: &Flow) -> bool {
     // SAFETY: the context is valid while the program runs.
-    let ifindex = unsafe { (*skb).ifindex };
-    if flow.interface == ifindex {
-        return true;
-    }
-    let leads_here = scope::leads_here(skb, packet);
-    if leads_here {
-        flow.interface = ifindex;
-    }
-    leads_here
+    flow.interface == unsafe { (*skb).ifindex } || scope::leads_here(skb, packet)
 }
 
 /// Passes a packet of an established flow that the node translates, or that no rule restricts. Returns the TC action.

@@ -216,8 +216,9 @@ impl Story<'_> {
         };
         let mut fragments = packet.fragments(size, self.tag);
         let what = if dice.percent(50) {
-            fragments.reverse();
-            "fragments, the last first"
+            // Ahead of the first one, eBPF lets none through.
+            fragments[1..].reverse();
+            "fragments, the later ones in reverse"
         } else {
             "fragments"
         };
