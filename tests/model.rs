@@ -21,7 +21,8 @@ fn programs_and_model_say_the_same_of_every_packet() -> Result<()> {
             eprintln!("\n{difference}");
         }
         ensure!(report.differences.is_empty(), "seed {seed}: model and programs differ");
-        ensure!(report.packets >= CASES * PACKETS_PER_CASE, "{report}");
+        // Some steps are no packets: time passes, pods come and go.
+        ensure!(report.packets >= CASES * PACKETS_PER_CASE * 99 / 100, "{report}");
         if seed == fixed {
             let met: BTreeSet<_> = report.met.keys().map(|(_, reason, _)| *reason).collect();
             // No table is full here.

@@ -80,7 +80,8 @@ impl Story<'_> {
             1 => Icmp::TooBig(1280, quoted),
             _ => Icmp::TimeExceeded(quoted),
         };
-        let from_router = dice.percent(30);
+        // A router behind a pod has to be routed there; those of the LAN may have any address of it.
+        let from_router = !self.to_pod() && dice.percent(30);
         let router =
             if from_router { endpoints::beyond(dice, self.policy, destination) } else { destination };
         let back = Flow { source: router, destination: source, source_port: 0, destination_port: 0 };
@@ -94,13 +95,12 @@ impl Story<'_> {
             (false, true) => "error of a router about an unknown flow",
         };
         let related = known && opens;
-        let expected = if foreign {
-            related.into()
-        } else if unjudged {
+        let expected: Expected = if unjudged && !foreign {
             true.into()
         } else {
-            let untracked = self.is_free(of);
-            Expected::differing(Difference::UntrackedError, untracked || related, related)
+            // Of flows out of scope, eBPF follows those that pods open.
+            let untracked = self.is_free(of) && !self.is_foreign();
+            Expected::differing(Difference::UntrackedError, related && !untracked, related)
         };
         self.send(what, false, Packet::new(router, source).icmp(&error), expected);
     }
