@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::support::{DEADLINE, cluster, is_refused, node_config, open, until_current};
 
 const POLICIES: &str = "/apis/bridge.lan/v1alpha1/bridgepolicies";
-/// One in so many is hostile.
+/// One policy in this number is hostile.
 const HOSTILE: usize = 10;
 /// From the answer of the API server until both engines have the change.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -29,7 +29,7 @@ const CLIENTS: usize = 8;
 /// Ports that no random policy names.
 const PROBED: u16 = 60_001;
 
-/// The policies that must be in force, each with the names of its rules.
+/// The policies that must be active, each with the names of its rules.
 type Expected = BTreeMap<String, BTreeSet<String>>;
 
 fn object(name: &str, rules: &Value) -> Value {

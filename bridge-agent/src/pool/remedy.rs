@@ -27,7 +27,7 @@ pub fn cause(refusal: Refusal) -> &'static str {
         Refusal::TABLE_FULL => "the table of destinations and network namespaces is full",
         Refusal::BIND => "sockets outside the pool have bound every port that was tried",
         Refusal::SHARE => {
-            "this network namespace connects to so many destinations that the rest of the table is for others"
+            "this network namespace connects to more destinations than its share of the table holds"
         }
         Refusal::MEMORY => "the kernel had no memory for the storage of the socket",
         Refusal::RESTING => "every free port is in TIME_WAIT, since the peer does not use TCP timestamps",

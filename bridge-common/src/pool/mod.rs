@@ -323,7 +323,7 @@ pub struct Granted {
 
 const _: () = assert!(size_of::<Granted>() == 16 && align_of::<Granted>() == 8);
 
-/// A port that rests: the kernel would refuse it, so it is given to nobody. Key of map `POOL_RESTING`.
+/// A port that rests: the kernel would refuse it, so no socket gets it. Key of map `POOL_RESTING`.
 ///
 /// It is in no bitmap meanwhile and counts as a live claim of both slots. The hook or the agent ends the rest by removing
 /// the entry; the one whose removal succeeds releases the port.

@@ -74,7 +74,7 @@ pub(crate) fn established(
         _ => {}
     }
     if packet.protocol == protocol::TCP {
-        // A SYN is judged by the active policy, whoever sends it. If it passes, the flow continues until the responder agrees.
+        // A SYN of either end is judged by the active policy. If it passes, the flow continues until the responder agrees.
         if packet.opens_tcp() {
             return TrackVerdict::Judge;
         }

@@ -2,7 +2,7 @@
 //!
 //! A connection that this end closes first stays in TIME_WAIT for a minute. With TCP timestamps the kernel uses its tuple
 //! again at once (`tcp_twsk_unique`, net/ipv4/tcp_ipv4.c); without them `__inet_check_established` refuses it, after the
-//! hook has bound the port. So such a port is given to nobody until the minute is over.
+//! hook has bound the port. So no socket gets such a port until the minute is over.
 
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_loop};
 use bridge_common::pool::{

@@ -45,7 +45,7 @@ pub(crate) fn parse(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
     match ether_type {
         ETH_P_IP => general::parse_ip(skb, l3, 4, packet) != 0,
         ETH_P_IPV6 => general::parse_ip(skb, l3, 6, packet) != 0,
-        // The kernel removes any number of tags. No sender has a use for so many.
+        // The kernel removes any number of tags. No sender needs more than are read.
         ETH_P_8021Q | ETH_P_8021AD => {
             packet.set_unreadable();
             true
