@@ -59,7 +59,7 @@ use crate::{
         state_directory::{StateDirectory, UnusableState},
     },
     kubernetes, pool, routes,
-    state::{Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
+    state::{Event, Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
 };
 
 /// Options of `bridge-agent run`.
@@ -451,8 +451,7 @@ async fn read_events(
                     if let Some(filter) = filter.filter(|_| verdict.generation == generation) {
                         filter.judged_by_ebpf(&verdict);
                     }
-                    // An event without receivers is no error.
-                    drop(shared.verdicts.send(Arc::new(verdict)));
+                    shared.events.publish(Event::Verdict(Arc::new(verdict)));
                 })
                 .await
         }

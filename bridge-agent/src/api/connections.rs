@@ -11,7 +11,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
@@ -29,6 +29,7 @@ use tokio::{
 use tower::Service as _;
 
 use super::Peer;
+use crate::state::Shared;
 
 /// Connections of clients that are no operators.
 const MAX_CONNECTIONS: usize = 512;
@@ -87,13 +88,17 @@ impl Connection {
         idle.then(|| lock(&self.progress).idle_since)
     }
 
+    fn has_request(&self) -> bool {
+        self.in_flight.load(Ordering::Relaxed) > 0
+    }
+
     /// Whether the client is too slow.
     fn is_overdue(&self) -> bool {
         let (idle_since, first, stalled_since) = {
             let progress = lock(&self.progress);
             (progress.idle_since, progress.requests == 0, progress.stalled_since)
         };
-        if self.in_flight.load(Ordering::Relaxed) > 0 {
+        if self.has_request() {
             return stalled_since.is_some_and(|since| since.elapsed() >= STALLED);
         }
         let most = if first { FIRST_REQUEST } else { IDLE };
@@ -135,11 +140,12 @@ impl Default for LargeAnswers {
 }
 
 /// All connections of a socket.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Connections {
     all: Mutex<BTreeMap<u64, Arc<Connection>>>,
     of_operators: LargeAnswers,
     of_others: LargeAnswers,
+    stalled: Arc<AtomicU64>,
 }
 
 /// A connection in the list of all, until it is dropped.
@@ -156,6 +162,16 @@ impl Drop for Listed {
 }
 
 impl Connections {
+    pub(super) fn new(shared: &Shared) -> Self {
+        let stalled = Arc::clone(&shared.stalled_clients);
+        Self {
+            all: Mutex::default(),
+            of_operators: LargeAnswers::default(),
+            of_others: LargeAnswers::default(),
+            stalled,
+        }
+    }
+
     /// Takes a connection in, if there is room for it or room can be made.
     fn admit(self: &Arc<Self>, peer: Option<Peer>) -> Option<Listed> {
         let operator = peer.as_ref().is_some_and(Peer::is_operator);
@@ -212,6 +228,7 @@ impl Connections {
                 Ok::<_, Infallible>(response.map(|body| body.map_frame(move |frame| in_flight.pass(frame))))
             }
         };
+        let stalled = Arc::clone(&self.stalled);
         let stream = Watched { stream, connection: Arc::clone(&listed.connection) };
         tokio::spawn(async move {
             let mut served = std::pin::pin!(
@@ -231,6 +248,9 @@ impl Connections {
                     }
                     () = listed.connection.close.notified() => return,
                     _ = look.tick() => if listed.connection.is_overdue() {
+                        if listed.connection.has_request() {
+                            stalled.fetch_add(1, Ordering::Relaxed);
+                        }
                         return;
                     }
                 }

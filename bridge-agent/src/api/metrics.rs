@@ -1,6 +1,6 @@
 //! Prometheus metrics, read from the kernel at each scrape.
 
-use std::{fmt, io};
+use std::{fmt, io, sync::atomic::Ordering};
 
 use axum::{extract::State, response::Response};
 use prometheus_client::{
@@ -39,14 +39,24 @@ fn registry(shared: &Shared) -> Registry {
     let status = shared.status();
     let build = vec![("version", status.version.clone()), ("abi", status.abi_version.to_string())];
     registry.register("build", "Version of the agent", Info::new(build));
-    registry.register_collector(Box::new(Scrape::new(status, shared.maps().as_deref())));
+    let readers =
+        Readers { missed: shared.events.missed(), stalled: shared.stalled_clients.load(Ordering::Relaxed) };
+    registry.register_collector(Box::new(Scrape::new(status, readers, shared.maps().as_deref())));
     registry
+}
+
+/// Clients of the API that were too slow.
+#[derive(Debug)]
+struct Readers {
+    missed: u64,
+    stalled: u64,
 }
 
 /// Values of one scrape.
 #[derive(Debug)]
 struct Scrape {
     status: Status,
+    readers: Readers,
     reasons: Vec<ReasonCount>,
     rules: Vec<RuleCount>,
     outcomes: Vec<OutcomeCount>,
@@ -54,13 +64,13 @@ struct Scrape {
 }
 
 impl Scrape {
-    fn new(status: Status, maps: Option<&Maps>) -> Self {
+    fn new(status: Status, readers: Readers, maps: Option<&Maps>) -> Self {
         // Unreadable values are left out: the rest of the scrape stays useful.
         let reasons = maps.and_then(|maps| maps.reason_counts().ok()).unwrap_or_default();
         let rules = maps.and_then(|maps| maps.rule_counts().ok()).unwrap_or_default();
         let outcomes = maps.and_then(|maps| maps.outcome_counts().ok()).unwrap_or_default();
         let fills = maps.and_then(|maps| maps.fill().ok()).unwrap_or_default();
-        Self { status, reasons, rules, outcomes, fills }
+        Self { status, readers, reasons, rules, outcomes, fills }
     }
 }
 
@@ -207,6 +217,15 @@ impl Collector for Scrape {
             let failure = ("iptables_failure", "1: the rules cannot be read or put back");
             single(encoder, failure, GAUGE, u64::from(firewall.failure.is_some()))?;
         }
+        let Readers { missed, stalled } = self.readers;
+        let name =
+            ("events_missed", "Events that a reader of the API was too slow to take, over all readers");
+        single(encoder, name, COUNTER, missed)?;
+        let name = (
+            "api_stalled_clients",
+            "Clients that the API disconnected because they took no byte of an answer",
+        );
+        single(encoder, name, COUNTER, stalled)?;
         let left = self.status.trial.as_ref().map_or(0, |trial| trial.seconds_left);
         let name =
             ("trial_seconds_left", "Until a configuration on trial takes itself back; 0: none is on trial");

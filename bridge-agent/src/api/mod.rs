@@ -7,7 +7,7 @@
 //! GET  /v1/rules            active rules with their hits
 //! GET  /v1/counters         packets judged, by direction and reason
 //! GET  /v1/routes           desired routes with their state, and the next hops
-//! GET  /v1/events           verdicts and route events, a JSON object per line; ?verdict= ?address= ?port=
+//! GET  /v1/events           verdicts and route events, see [`events`]; ?verdict= ?address= ?port= ?last=
 //! POST /v1/reload           read the configuration again
 //! POST /v1/apply            apply another configuration, on trial or for good
 //! POST /v1/confirm          make the one on trial the one that counts
@@ -22,6 +22,7 @@
 pub(crate) mod apply;
 pub mod client;
 mod connections;
+mod events;
 mod large;
 pub(crate) mod leases;
 mod metrics;
@@ -46,31 +47,32 @@ use std::{
 
 use axum::{
     Json, Router,
-    body::Body,
     extract::{DefaultBodyLimit, Query, State},
-    http::{StatusCode, header},
+    http::StatusCode,
     middleware,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use bytes::Bytes;
-use futures_util::stream;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{broadcast::error::RecvError, oneshot};
+use tokio::sync::{
+    broadcast::{self, error::RecvError},
+    oneshot,
+};
 
 pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
-pub use self::{apply::Apply, leases::MAX_BODY as MAX_LEASE_BODY};
+pub use self::{apply::Apply, events::Missed, leases::MAX_BODY as MAX_LEASE_BODY};
 use self::{
     connections::Connections,
     large::{Chunks, Turn},
 };
 use crate::{
     config::Api,
-    datapath::{self, FlowFilter, FlowView, Maps, ReasonCount, VerdictFilter},
-    state::{ReloadError, Request, Shared},
+    datapath::{self, FlowFilter, FlowView, Maps, ReasonCount},
+    routes::RouteEvent,
+    state::{Event, Journal, ReloadError, Request, Shared},
 };
 
 /// Why the API cannot be served.
@@ -223,10 +225,11 @@ impl Server {
         let Self { socket: _socket, listener, metrics } = self;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
-        let (api, clients) = (router(shared.clone()), Arc::new(Connections::default()));
+        let (api, clients) = (router(shared.clone()), Arc::new(Connections::new(&shared)));
         let of_metrics = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
         // Scrapers from elsewhere have room of their own.
-        let scrapers = Arc::new(Connections::default());
+        let scrapers = Arc::new(Connections::new(&shared));
+        tokio::spawn(route_events(shared.route_events.subscribe(), shared.events.clone()));
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
@@ -242,6 +245,17 @@ impl Server {
                     Err(error) => pause(&error).await,
                 },
             }
+        }
+    }
+}
+
+/// Enters the events of routes into the journal, until the API ends.
+async fn route_events(mut events: broadcast::Receiver<RouteEvent>, journal: Journal) {
+    loop {
+        match events.recv().await {
+            Ok(event) => journal.publish(Event::Route(Arc::new(event))),
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
         }
     }
 }
@@ -294,7 +308,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/flows", get(flows))
         .route("/v1/rules", get(rules))
         .route("/v1/counters", get(counters))
-        .route("/v1/events", get(events))
+        .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics::serve))
         .merge(routes::router())
         .merge(for_operators)
@@ -385,56 +399,6 @@ async fn rules(State(shared): State<Shared>, turn: Turn) -> Result<Response, Pro
 
 async fn counters(State(shared): State<Shared>) -> Result<Json<Vec<ReasonCount>>, Problem> {
     Ok(Json(shared.maps().ok_or_else(no_ebpf)?.reason_counts()?))
-}
-
-/// Of an event.
-type Line = Result<Vec<u8>, serde_json::Error>;
-
-async fn events(State(shared): State<Shared>, Query(filter): Query<VerdictFilter>) -> Response {
-    if shared.maps().is_none() && shared.routes().is_none() {
-        return no_ebpf().into_response();
-    }
-    // A filter names fields that only verdicts have.
-    let everything = filter == VerdictFilter::default();
-    let receivers = (shared.verdicts.subscribe(), shared.route_events.subscribe());
-    let lines = stream::unfold(
-        (receivers, filter),
-        move |((mut verdicts, mut route_events), filter)| async move {
-            let line = loop {
-                let line = tokio::select! {
-                    verdict = verdicts.recv() => line(verdict, |verdict| filter.matches(verdict).then_some(&**verdict)),
-                    event = route_events.recv(), if everything => line(event, |event| Some(event)),
-                };
-                if let Some(line) = line? {
-                    break line;
-                }
-            };
-            // None of the types can fail to be serialized.
-            let mut line = line.unwrap_or_default();
-            line.push(b'\n');
-            Some((Ok::<_, Infallible>(Bytes::from(line)), ((verdicts, route_events), filter)))
-        },
-    );
-    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
-}
-
-/// Returns the line to send for a received event: `None` at the end, an empty one if it is filtered out.
-fn line<T, S: Serialize>(
-    received: Result<T, RecvError>,
-    wanted: impl FnOnce(&T) -> Option<&S>,
-) -> Option<Option<Line>> {
-    Some(match received {
-        Ok(event) => wanted(&event).map(serde_json::to_vec),
-        Err(RecvError::Lagged(missed)) => Some(serde_json::to_vec(&Missed { missed })),
-        Err(RecvError::Closed) => return None,
-    })
-}
-
-/// In the place of events that a client was too slow to take.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Missed {
-    /// How many.
-    pub missed: u64,
 }
 
 async fn reload(State(shared): State<Shared>) -> Result<StatusCode, Problem> {

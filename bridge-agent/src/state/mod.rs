@@ -1,6 +1,7 @@
 //! The state of the agent that the run loop writes and API clients read, and the requests of clients to the run loop.
 
 mod engines;
+mod journal;
 mod probe;
 mod readiness;
 mod request;
@@ -10,7 +11,7 @@ mod trial;
 
 use std::{
     fmt,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64},
 };
 
 use tokio::{
@@ -19,6 +20,7 @@ use tokio::{
 };
 
 pub use engines::{AttachedInterface, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus};
+pub use journal::{Event, EventId, InvalidEventId, Journal, Reader, Received, Start};
 pub use probe::{InvalidProbe, Probe};
 pub use request::{
     Applied, ApplyError, ApplyRequest, MAX_PROBES, MAX_TRIAL, MIN_TRIAL, ReloadError, Request, WriteError,
@@ -29,13 +31,13 @@ pub(crate) use trial::time_left;
 pub use trial::{ProbeStatus, TrialEnd, TrialOutcome, TrialStatus};
 
 use crate::{
-    datapath::{Maps, Verdict},
+    datapath::Maps,
     kubernetes::{self, Engines},
     pool::service::Service,
     routes::{RouteEvent, View},
 };
 
-/// Events that a slow reader may lag behind before it loses some.
+/// Events of routes that the journal may lag behind before it loses some.
 const BACKLOG: usize = 1024;
 /// Requests that may wait for the run loop.
 const REQUESTS: usize = 16;
@@ -44,8 +46,10 @@ const REQUESTS: usize = 16;
 #[derive(Clone)]
 pub struct Shared {
     inner: Arc<RwLock<Inner>>,
-    /// Verdicts on packets.
-    pub verdicts: broadcast::Sender<Arc<Verdict>>,
+    /// The last events, for readers of the API.
+    pub events: Journal,
+    /// Clients that were disconnected because they took no byte of an answer for too long.
+    pub(crate) stalled_clients: Arc<AtomicU64>,
     /// Changes of routes, next hops and discovered pods.
     pub route_events: broadcast::Sender<RouteEvent>,
     /// Requests to the run loop.
@@ -77,7 +81,8 @@ impl Shared {
         let inner = Inner { status, maps: None, routes: None, pool: None, kubernetes: None };
         let shared = Self {
             inner: Arc::new(RwLock::new(inner)),
-            verdicts: broadcast::Sender::new(BACKLOG),
+            events: Journal::default(),
+            stalled_clients: Arc::default(),
             route_events: broadcast::Sender::new(BACKLOG),
             requests,
             engines: watch::Sender::default(),
