@@ -154,3 +154,44 @@ fn ciliums_networks_count_where_calico_has_none() -> Result<()> {
     server.kubectl(&["delete", "crd", "ciliumnodes.cilium.io"], "")?;
     until_routes(&lab, &OF_NODES)
 }
+
+/// Returns the routes that `routes export` writes, as network and next hop.
+fn exported(agent: &Agent) -> Result<Vec<String>> {
+    let text = agent.run(&["routes", "export", "--format", "frr"])?;
+    let line = |line: &str| line.strip_prefix("ip route ").map(|route| route.replacen(' ', " via ", 1));
+    Ok(text.lines().filter_map(line).collect())
+}
+
+#[test]
+fn an_export_has_the_routes_of_the_cluster_and_follows_them() -> Result<()> {
+    let lab = Lab::builder().nodes(2).without_routes().build()?;
+    let server = ApiServer::start(&lab)?;
+    nodes(&server)?;
+    let mut host = Agent::start(&lab, lab.a(), &host_config(&server, "auto"))?;
+    until_routes(&lab, &OF_NODES)?;
+    ensure!(exported(&host)? == OF_NODES, "{:?}", exported(&host)?);
+    let file = lab.directory().join("frr.conf");
+    let path = file.display().to_string();
+    let export = host.command(&["routes", "export", "--format", "frr", "--watch", "--output", &path]);
+    let mut following = lab.a().netns.spawn_command(export)?;
+    let has = |wanted: &[&str]| {
+        eventually(DEADLINE, || {
+            let text = std::fs::read_to_string(&file).ok()?;
+            let found: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("ip route ")).collect();
+            (found == wanted).then_some(())
+        })
+        .with_context(|| format!("wanted {wanted:?}, found {:?}", std::fs::read_to_string(&file)))
+    };
+    has(&["10.244.1.0/24 192.168.31.17", "10.244.2.0/24 192.168.31.18"])?;
+    server.kubectl(&["delete", "node", "b2"], "")?;
+    has(&["10.244.1.0/24 192.168.31.17"])?;
+    // Without its agent the file stays, and a single export is refused: it would be empty.
+    host.stop()?;
+    server.add_node_as("b2", &["192.168.31.18".into()], &["10.244.2.0/24".into()])?;
+    std::thread::sleep(Duration::from_secs(2));
+    has(&["10.244.1.0/24 192.168.31.17"])?;
+    ensure!(following.wait(Duration::ZERO)?.is_none(), "it keeps running");
+    let refused = exported(&host).err().context("an export without the agent succeeds")?.to_string();
+    ensure!(refused.contains("no agent answers"), "{refused}");
+    Ok(())
+}

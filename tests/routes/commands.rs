@@ -236,3 +236,67 @@ fn sniff_names_the_node() -> Result<()> {
     assert_eq!(seen, serde_json::json!([{ "egress": "192.168.31.17", "connections": 1 }]));
     Ok(())
 }
+
+/// Polls the file until it has this route and not that one.
+#[track_caller]
+fn until_exported(file: &std::path::Path, has: &str, not: &str) {
+    let text = || std::fs::read_to_string(file).unwrap_or_default();
+    let seen = eventually(Duration::from_secs(20), || {
+        let text = text();
+        (text.contains(has) && (not.is_empty() || !text.contains(not))).then_some(())
+    });
+    assert!(seen.is_some(), "wanted {has}, and not {not}:\n{}", text());
+}
+
+#[test]
+fn export_follows_every_file_and_applies_each_change() -> Result<()> {
+    let host = Host::new(Lab::builder().without_routes().build()?, CONFIG, CLUSTER)?;
+    let output = host.file("routes.batch");
+    std::fs::write(&output, "")?;
+    std::fs::set_permissions(&output, PermissionsExt::from_mode(0o644))?;
+    // The first run fails, and is repeated.
+    let mark = host.file("failed-once");
+    let then = format!(
+        "test -e {mark} || {{ touch {mark}; exit 1; }}; ip route flush proto 98; ip -6 route flush proto 98; ip -batch $BRIDGE_ROUTES",
+        mark = mark.display()
+    );
+    let mut command = host.command("routes export --format iproute2 --watch");
+    command.arg("--output").arg(&output).arg("--then").arg(&then);
+    let mut following = host.lab.a().netns.spawn_command(command)?;
+    let reaches = |wanted: (bool, bool)| {
+        let reached = || Ok::<_, anyhow::Error>((host.reaches(Family::V4)?, host.reaches(Family::V6)?));
+        let seen = eventually(Duration::from_secs(20), || (reached().ok()? == wanted).then_some(()));
+        anyhow::ensure!(seen.is_some(), "wanted {wanted:?}, found {:?}", reached()?);
+        Ok(())
+    };
+    until_exported(&output, "10.200.1.0/24", "");
+    reaches((true, true))?;
+    assert_eq!(std::fs::metadata(&output)?.permissions().mode() & 0o777, 0o644, "the mode of the file stays");
+
+    // A file that is not valid, and one that is missing, change nothing; the next good one does.
+    std::fs::write(host.file("cluster.yaml"), "nodes: [{name: b}]")?;
+    std::fs::remove_file(host.file("cluster.yaml"))?;
+    std::fs::write(
+        host.file("bridge.yaml"),
+        CONFIG
+            .replace("DIRECTORY", &host.directory.path().display().to_string())
+            .replace("10.200.1.0/24", "10.200.7.0/24"),
+    )?;
+    std::thread::sleep(Duration::from_millis(300));
+    until_exported(&output, "fd20:1::/64", "10.200.7.0/24");
+    std::fs::write(
+        host.file("cluster.yaml"),
+        "nodes: [{name: b, addresses: ['fd31::18'], podNetworks: ['fd20:1::/64']}]\n",
+    )?;
+    until_exported(&output, "fd20:1::/64 proto 98 metric 1024 table 254 via fd31::18", "10.200.1.0/24");
+    reaches((false, false))?;
+    std::fs::write(host.file("cluster.yaml"), CLUSTER)?;
+    until_exported(&output, "via fd31::17", "via fd31::18");
+    reaches((false, true))?;
+
+    following.signal(Signal::TERM)?;
+    assert!(following.wait(SECONDS)?.is_some());
+    let (code, text) = host.fails("routes export --format iproute2 --watch");
+    assert!(code == Some(2) && text.contains("--output"), "{text}");
+    Ok(())
+}

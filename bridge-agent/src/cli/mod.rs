@@ -8,6 +8,7 @@ mod crds;
 mod discover;
 mod down;
 mod exec;
+mod export;
 mod flows;
 mod generate;
 mod monitor;
@@ -228,6 +229,14 @@ pub enum Error {
     /// Routes that cannot be said in a format.
     #[error(transparent)]
     Export(#[from] crate::routes::export::ExportError),
+    /// The agent has no routes of the cluster yet.
+    #[error("the agent has not read the routes of the cluster yet; `bridge-agent status` names the reason")]
+    NoClusterRoutes,
+    /// Standard input cannot be followed.
+    #[error(
+        "--watch follows a configuration file, and standard input is none; write it to a file and name that by --config"
+    )]
+    WatchesStandardInput,
     /// It would undo the removal.
     #[error(
         "the agent (pid {0}) is running and would put the routes back; stop it before (`systemctl stop bridge-agent`)"
@@ -304,6 +313,8 @@ impl Error {
             | Self::Client(_)
             | Self::Routes(_)
             | Self::Export(_)
+            | Self::NoClusterRoutes
+            | Self::WatchesStandardInput
             | Self::AgentKeepsRoutes(_)
             | Self::Discover(_)
             | Self::Partly(_)

@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 
 use clap::{Args, Subcommand};
 
+use super::export::Export;
 use super::{Error, Global, nobody_keeps_routes, print, print_json, table};
 use crate::config;
-use crate::routes::export::{Format, export};
 use crate::routes::sources::FileError;
-use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, read_once, withdrawal};
+use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, withdrawal};
 
 /// List, plan, apply, withdraw or export the routes to pods.
 #[derive(Debug, Args)]
@@ -36,14 +36,7 @@ enum Action {
         dry_run: bool,
     },
     /// Write the routes as commands or files for a host that cannot run the agent
-    Export {
-        /// The format
-        #[arg(long, value_enum)]
-        format: Format,
-        /// The interface of that host which faces the nodes
-        #[arg(long, value_name = "NAME")]
-        dev: Option<String>,
-    },
+    Export(Export),
 }
 
 impl Routes {
@@ -67,34 +60,18 @@ impl Routes {
                 show_operations(&operations, &[], &observed, global)?;
                 partly(&failures, &observed)
             }
-            Action::Export { format, dev } => {
-                let setup = setup(global)?;
-                let (merged, missing) = read_once(&setup)?;
-                warn(missing.as_ref());
-                let text = export(
-                    *format,
-                    merged.routes.iter().map(AsRef::as_ref),
-                    &setup.settings,
-                    dev.as_deref(),
-                )?;
-                if global.json {
-                    return print_json(
-                        &serde_json::json!({ "ok": true, "format": format.to_string(), "text": text }),
-                    );
-                }
-                print(&text)
-            }
+            Action::Export(export) => export.run(global),
         }
     }
 }
 
-fn setup(global: &Global) -> Result<Setup, Error> {
+pub(super) fn setup(global: &Global) -> Result<Setup, Error> {
     let loaded = config::load(&global.config)?;
     Ok(Setup::offline(&loaded.config, &global.state_directory().boot())?)
 }
 
 /// Says that the routes of a file are missing, and that the others are shown.
-fn warn(missing: Option<&FileError>) {
+pub(super) fn warn(missing: Option<&FileError>) {
     if let Some(error) = missing {
         eprintln!("warning: {error}; its routes are left out");
     }

@@ -10,6 +10,7 @@
 pub mod discovery;
 pub mod event;
 pub mod export;
+mod follow;
 pub mod health;
 pub mod model;
 pub mod netlink;
@@ -27,6 +28,7 @@ mod watchdog;
 
 pub use crate::config::OnWithdraw;
 pub use event::{EventKind, RouteEvent};
+pub use follow::Follower;
 pub use model::{DesiredRoute, NextHop, Observed, PROTOCOL, SourceKind, Target};
 pub use plan::{Operation, Plan, Verdict, plan, withdraw};
 pub use reconciler::Reconciler;

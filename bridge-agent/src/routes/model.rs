@@ -50,12 +50,12 @@ impl fmt::Display for SourceKind {
 }
 
 /// A neighbour that forwards to a pod network.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct NextHop {
     /// Its address. IPv6 may carry an IPv4 network (RFC 8950) where the kernel can.
     pub via: IpAddr,
     /// The interface; `None` finds it from the connected networks. Needed for a link-local address.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dev: Option<String>,
     /// Share of the flows among several next hops, 1 to 256.
     pub weight: u16,
@@ -83,7 +83,7 @@ impl fmt::Display for NextHop {
 }
 
 /// What becomes of packets to a network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Target {
     /// They go to next hops.
@@ -98,7 +98,7 @@ pub enum Target {
 }
 
 /// A route that somebody wants.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DesiredRoute {
     /// The network, host bits zero.
     pub to: IpNet,

@@ -58,10 +58,10 @@ pub struct Change {
 }
 
 /// Ends with its owner.
-struct Task(JoinHandle<Infallible>);
+pub(super) struct Task(JoinHandle<Infallible>);
 
 impl Task {
-    fn spawn(work: impl Future<Output = Infallible> + Send + 'static) -> Self {
+    pub(super) fn spawn(work: impl Future<Output = Infallible> + Send + 'static) -> Self {
         Self(tokio::spawn(work))
     }
 }
@@ -202,7 +202,8 @@ async fn keep(mut reconciler: Reconciler, failed: watch::Sender<Option<String>>)
     }
 }
 
-async fn follow_file(path: PathBuf, publisher: Publisher) -> Infallible {
+/// Publishes the routes of a file at each change of it; begins again if it cannot be watched.
+pub(super) async fn follow_file(path: PathBuf, publisher: Publisher) -> Infallible {
     loop {
         let source = Box::new(FileSource::new(&path));
         if let Err(error) = source.run(publisher.clone()).await {

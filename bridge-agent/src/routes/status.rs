@@ -154,6 +154,12 @@ impl Snapshot {
         decided.chain(shadowed)
     }
 
+    /// Every desired route, those that yield to another source included.
+    pub fn desired(&self) -> impl Iterator<Item = &DesiredRoute> {
+        let shadowed = self.merged.shadowed.iter().map(|lost| &*lost.route);
+        self.merged.routes.iter().map(|route| &**route).chain(shadowed)
+    }
+
     /// How many desired routes are in each state.
     #[must_use]
     pub fn totals(&self) -> BTreeMap<State, usize> {

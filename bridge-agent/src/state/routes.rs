@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::routes::{NextHopStatus, RouteStatus, State, View};
+use crate::routes::{DesiredRoute, NextHopStatus, RouteStatus, SourceKind, State, View};
 
 /// Maximum number of reasons in the status; all of them are in `GET /v1/routes`.
 const PROBLEMS: usize = 20;
@@ -55,6 +55,12 @@ pub struct RouteList {
     pub routes: Vec<RouteStatus>,
     /// A row for each node on the way.
     pub next_hops: Vec<NextHopStatus>,
+    /// The desired routes themselves, of every source, those that yield to another source included.
+    #[serde(default)]
+    pub desired: Vec<DesiredRoute>,
+    /// Sources that have not published yet.
+    #[serde(default)]
+    pub waiting_for: Vec<SourceKind>,
 }
 
 impl RoutesStatus {
@@ -103,6 +109,11 @@ impl RoutesStatus {
 impl RouteList {
     pub(crate) fn of(view: &View) -> Self {
         let snapshot = view.status.borrow().clone();
-        Self { routes: snapshot.rows().collect(), next_hops: snapshot.next_hops().collect() }
+        Self {
+            routes: snapshot.rows().collect(),
+            next_hops: snapshot.next_hops().collect(),
+            desired: snapshot.desired().cloned().collect(),
+            waiting_for: snapshot.silent().to_vec(),
+        }
     }
 }

@@ -156,11 +156,11 @@ pub(super) fn dhcp(lines: &[Line]) -> Result<String, ExportError> {
     ))
 }
 
-/// Refuses a route with weights, with another table unless the format has `tables`, or with another family's next hop unless
-/// the format is FRR's.
+/// Refuses a route with weights, with another family's next hop, or with another table unless the format has `tables`.
 fn check(line: &Line, format: Format, tables: bool) -> Result<(), ExportError> {
+    // FRR takes an IPv6 address in `ip route` for the name of an interface, without an error.
+    line.not_mixed(format)?;
     if !tables {
-        line.not_mixed(format)?;
         main_table(line, format)?;
     }
     if line.via.iter().any(|hop| hop.weight != line.via[0].weight) {

@@ -74,7 +74,16 @@ fn what_a_format_cannot_say_is_an_error() {
         text(Format::Windows, &plain()),
         "error: windows cannot express the blackhole of 10.200.9.0/24; export it in another format, or leave it out"
     );
-    for format in [Format::Netplan, Format::NetworkManager, Format::Windows] {
+    for format in [
+        Format::Netplan,
+        Format::NetworkManager,
+        Format::Windows,
+        Format::Routeros,
+        Format::Ios,
+        Format::Frr,
+        Format::Openwrt,
+        Format::DhcpOption121,
+    ] {
         assert!(
             text(format, &mixed).contains("cannot express the IPv6 next hop of 10.200.1.0/24"),
             "{format}"
