@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod conntrack;
 pub mod datapath;
+pub mod explain;
 mod fault;
 pub mod firewall;
 #[cfg(any(test, fuzzing))]

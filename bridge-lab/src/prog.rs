@@ -23,7 +23,7 @@ use bridge_common::filter::{
     flow::{Flow, FlowKey, FragmentKey, flag, state},
     flow_cache,
     interface::{Interface, role, tunnel},
-    policy::direction,
+    policy::{RuleHits, direction},
 };
 
 use crate::packet::Packet;
@@ -319,6 +319,22 @@ impl Node {
             let map: HashMap<_, FlowKey, Flow> = open(&self.pins, table).expect("a flow table");
             map.get(key, 0).ok().map(|flow| (table, flow))
         })
+    }
+
+    /// One of the two flow tables.
+    ///
+    /// # Errors
+    /// The kernel refused to open it.
+    pub fn flow_table(&self, name: &'static str) -> Result<HashMap<MapData, FlowKey, Flow>> {
+        open(&self.pins, name)
+    }
+
+    /// The hits of the rules of the policy in `slot`, by CPU and rule.
+    ///
+    /// # Errors
+    /// The kernel refused to open the map.
+    pub fn rule_hits(&self, slot: u32) -> Result<Array<MapData, RuleHits>> {
+        Ok(Array::try_from(Map::from_map_data(MapData::from_pin(self.pins.table(slot, "rule_hits"))?)?)?)
     }
 
     /// Makes a flow older.

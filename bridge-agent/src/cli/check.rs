@@ -5,8 +5,12 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::{Error, Global, print, print_diagnostics, print_json};
+use super::{Error, Global, print, print_diagnostics, print_json, table};
 use crate::config::{self, Config, Loaded, Manifests, Role};
+use crate::explain::{
+    Offline,
+    cases::{Cases, Difference},
+};
 use crate::model::{Action, PortRange};
 
 /// Validate a configuration file, or manifests with BridgePolicies, without privileges.
@@ -17,6 +21,12 @@ pub struct Check {
     /// Print the JSON schema of the configuration file instead
     #[arg(long)]
     schema: bool,
+    /// Check that connections get the verdicts that this file expects
+    ///
+    /// A list of connections with verdict and rule, see docs/operations.md. Exit code 1 with a
+    /// table of those that differ.
+    #[arg(long, value_name = "CASES", conflicts_with = "schema")]
+    expect: Option<std::path::PathBuf>,
     /// The file to check, `-` for standard input [default: the file of --config]
     #[arg(value_name = "FILE", conflicts_with = "schema")]
     file: Option<std::path::PathBuf>,
@@ -30,9 +40,17 @@ impl Check {
         let path = self.file.as_deref().unwrap_or(&global.config);
         let (text, name) = read(path)?;
         if config::is_manifest(&text) {
+            if self.expect.is_some() {
+                let text = "--expect needs a configuration file, whose networks say who is a pod: name the bridge.yaml";
+                return Err(Error::Question(text.to_owned()));
+            }
             return show_manifests(&config::manifests(&text, name)?, name, global);
         }
         let Loaded { config, warnings } = config::parse(&text, Some(name))?;
+        if let Some(cases) = &self.expect {
+            print_diagnostics(&warnings)?;
+            return expect(cases, &config, global);
+        }
         let effective = config.effective();
         if global.json {
             return print_json(&serde_json::json!({
@@ -56,6 +74,37 @@ fn read(path: &Path) -> Result<(String, &Path), Error> {
     let read = std::io::stdin().lock().read_to_string(&mut text);
     read.map_err(|source| Error::Stream { action: "cannot read standard input", source })?;
     Ok((text, Path::new("<stdin>")))
+}
+
+/// Compares the verdicts of a configuration with those that a file expects.
+fn expect(path: &Path, config: &Config, global: &Global) -> Result<(), Error> {
+    let failed = |error: &dyn std::fmt::Display| Error::Question(format!("{}: {error}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|error| failed(&format!("cannot be read: {error}")))?;
+    let cases = Cases::parse(&text).map_err(|error| failed(&error))?;
+    let differences = cases.check(&Offline::new(config, Vec::new())).map_err(|error| failed(&error))?;
+    let all = cases.cases.len();
+    if global.json {
+        print_json(
+            &serde_json::json!({ "ok": differences.is_empty(), "cases": all, "differences": differences }),
+        )?;
+        return if differences.is_empty() { Ok(()) } else { Err(Error::Silent) };
+    }
+    if differences.is_empty() {
+        return print(&format!("{}: {all} cases are as expected\n", path.display()));
+    }
+    let mut table = table::table(&["case", "connection", "expected", "found", "why"]);
+    for Difference { number, name, expected, found, explanation } in &differences {
+        let nearly = explanation.nearly.first().map(|nearly| format!("; nearly {}", nearly.rule));
+        table.add_row([
+            name.clone().unwrap_or_else(|| format!("#{number}")),
+            explanation.question.to_string(),
+            expected.clone(),
+            found.clone(),
+            format!("{}{}", explanation.reason.as_deref().unwrap_or("-"), nearly.unwrap_or_default()),
+        ]);
+    }
+    print(&table::render(&table))?;
+    Err(Error::Expectations { differing: differences.len(), all })
 }
 
 fn show_manifests(found: &Manifests, name: &Path, global: &Global) -> Result<(), Error> {

@@ -8,6 +8,7 @@ mod crds;
 mod discover;
 mod down;
 mod exec;
+mod explain;
 mod export;
 mod flows;
 mod generate;
@@ -91,6 +92,8 @@ pub enum Command {
     Revert(apply::Revert),
     /// Show the active enforcement, whether the agent runs or not; exit code 1: nothing is enforced
     Status(status::StatusCommand),
+    /// Explain why a connection passes or does not, and the rule that would allow it
+    Explain(explain::Explain),
     /// List the flows that are known, or forget some
     Flows(flows::Flows),
     /// List the active rules with their hits
@@ -266,6 +269,20 @@ pub enum Error {
     /// Probes did not answer.
     #[error("not confirmed in time, the former configuration is active: {0}")]
     NotConfirmed(String),
+    /// A connection that cannot be explained.
+    #[error("{0}")]
+    Question(String),
+    /// Verdicts are not as a file of cases expects.
+    #[error("{differing} of {all} cases differ")]
+    Expectations {
+        /// How many differ.
+        differing: usize,
+        /// How many there are.
+        all: usize,
+    },
+    /// It failed, and the result on standard output says so.
+    #[error("failed")]
+    Silent,
     /// A value could not be written in the wanted format.
     #[error("cannot write the result: {0}")]
     Format(String),
@@ -284,6 +301,7 @@ impl Cli {
             Command::Confirm(command) => command.run(&self.global),
             Command::Revert(command) => command.run(&self.global),
             Command::Status(command) => command.run(&self.global),
+            Command::Explain(command) => command.run(&self.global),
             Command::Flows(command) => command.run(&self.global),
             Command::Rules(command) => command.run(&self.global),
             Command::Monitor(command) => command.run(&self.global),
@@ -323,7 +341,12 @@ impl Error {
             | Self::NotReady(_)
             | Self::Ports(_)
             | Self::Exec(_)
+            | Self::Question(_)
+            | Self::Silent
             | Self::Format(_) => None,
+            Self::Expectations { .. } => {
+                Some("change the rules or the cases; `bridge-agent explain` has the steps")
+            }
             Self::NotConfirmed(_) => {
                 Some("check that these answer, and that the configuration lets this node reach them")
             }
@@ -333,6 +356,9 @@ impl Error {
 
     /// Shows the error: for people on standard error, with `--json` as an object on standard output.
     pub fn show(&self, global: &Global) {
+        if matches!(self, Self::Silent) {
+            return;
+        }
         // Where neither stream can be written to, the exit code is all that is left.
         let _ = if global.json { print_json(&self.to_json()) } else { self.print() };
     }

@@ -252,6 +252,13 @@ impl Maps {
     }
 }
 
+/// Whether packets may belong to a flow at `now`, in nanoseconds of `CLOCK_MONOTONIC`: it has not expired, and audit mode alone
+/// has not let it in.
+#[must_use]
+pub fn is_usable(flow: &Flow, settings: &Settings, now: u64) -> bool {
+    (flow.flags & flag::AUDIT == 0 || settings.audit != 0) && !is_expired(flow, settings, now)
+}
+
 /// As the kernel side sees it when it looks the flow up.
 fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
     let timeout = settings.timeouts.get(usize::from(flow.state)).copied().unwrap_or(0);

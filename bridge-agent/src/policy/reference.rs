@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use bridge_common::filter::policy::{AddressInfo, PairKey, direction, protocol, reference, side};
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::Tables;
 use crate::model::{Action, Direction, Policy, PortRange, Protocol, Rule};
@@ -160,21 +161,85 @@ pub fn evaluate_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Opt
     {
         return None;
     }
-    let matching: Vec<(u32, Action)> = (0..)
-        .zip(&policy.rules)
-        .filter(|(_, rule)| {
-            rule.direction == direction
-                && rule.external.as_ref().is_none_or(|named| contains(named, external))
-                && rule.pods.as_ref().is_none_or(|named| contains(named, pod))
-                && speaks_of(rule, packet)
-        })
-        .map(|(index, rule)| (index, rule.action))
-        .collect();
-    let deny = matching.iter().find(|(_, action)| *action == Action::Deny);
-    deny.or(matching.first()).copied()
+    winner(&policy.rules, direction, external, pod, packet)
 }
 
-fn speaks_of(rule: &Rule, packet: &Packet) -> bool {
+/// Returns index and action of the rule that decides about `packet` between these two sides: among matching rules a deny
+/// wins, then the first.
+#[must_use]
+pub fn winner(
+    rules: &[Rule],
+    direction: Direction,
+    external: IpAddr,
+    pod: IpAddr,
+    packet: &Packet,
+) -> Option<(u32, Action)> {
+    let mut first = None;
+    for (index, rule) in (0..).zip(rules) {
+        if !misses(rule, direction, external, pod, packet).is_empty() {
+            continue;
+        }
+        if rule.action == Action::Deny {
+            return Some((index, Action::Deny));
+        }
+        first = first.or(Some((index, Action::Allow)));
+    }
+    first
+}
+
+/// A criterion of a rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Criterion {
+    /// [`Rule::direction`].
+    Direction,
+    /// [`Rule::external`].
+    External,
+    /// [`Rule::pods`].
+    Pods,
+    /// [`Rule::protocol`].
+    Protocol,
+    /// [`Rule::ports`].
+    Ports,
+    /// [`Rule::source_ports`].
+    SourcePorts,
+}
+
+/// Criteria of a rule that a packet does not meet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Misses(u8);
+
+impl Misses {
+    const ALL: [Criterion; 6] = [
+        Criterion::Direction,
+        Criterion::External,
+        Criterion::Pods,
+        Criterion::Protocol,
+        Criterion::Ports,
+        Criterion::SourcePorts,
+    ];
+
+    fn note(&mut self, criterion: Criterion, holds: bool) {
+        self.0 |= u8::from(!holds) << criterion as u8;
+    }
+
+    /// Whether the rule matches.
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The criterion, if it is the only one.
+    #[must_use]
+    pub fn only(self) -> Option<Criterion> {
+        let mut missed = Self::ALL.into_iter().filter(|criterion| self.0 & 1 << *criterion as u8 != 0);
+        missed.next().filter(|_| missed.next().is_none())
+    }
+}
+
+/// Returns the criteria of `rule` that `packet` does not meet; none: the rule matches.
+#[must_use]
+pub fn misses(rule: &Rule, direction: Direction, external: IpAddr, pod: IpAddr, packet: &Packet) -> Misses {
     let named =
         |ranges: &[PortRange], port| ranges.is_empty() || ranges.iter().any(|range| range.contains(port));
     let by_port = !rule.ports.is_empty() || !rule.source_ports.is_empty();
@@ -185,10 +250,19 @@ fn speaks_of(rule: &Rule, packet: &Packet) -> bool {
         Protocol::Icmp => packet.protocol == protocol::ICMP,
         Protocol::Any => !by_port || has_ports(packet.protocol),
     };
-    protocol && named(&rule.ports, packet.destination_port) && named(&rule.source_ports, packet.source_port)
+    let mut misses = Misses::default();
+    misses.note(Criterion::Direction, rule.direction == direction);
+    misses.note(Criterion::External, rule.external.as_ref().is_none_or(|named| contains(named, external)));
+    misses.note(Criterion::Pods, rule.pods.as_ref().is_none_or(|named| contains(named, pod)));
+    misses.note(Criterion::Protocol, protocol);
+    misses.note(Criterion::Ports, named(&rule.ports, packet.destination_port));
+    misses.note(Criterion::SourcePorts, named(&rule.source_ports, packet.source_port));
+    misses
 }
 
-fn has_ports(protocol: usize) -> bool {
+/// Whether a protocol, one of [`bridge_common::filter::policy::protocol`], has ports.
+#[must_use]
+pub fn has_ports(protocol: usize) -> bool {
     matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
 }
 

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use bridge_common::filter::{counters::Reason, flow::state, policy::direction};
 
 use super::{
+    explain::Explainer,
     header, traffic,
     traffic::Step,
     verdict::{Expected, Model, Regime},
@@ -39,6 +40,8 @@ type Met = (&'static str, &'static str, &'static str);
 pub struct Report {
     /// Packets sent.
     pub packets: u64,
+    /// Packets that `bridge-agent explain` was asked about as well.
+    pub explained: u64,
     /// Packets by verdict, reason and protocol.
     pub met: BTreeMap<Met, u64>,
     /// Where model and programs disagree: one at most for each thread.
@@ -97,6 +100,7 @@ pub fn compare(seed: u64, packets: u64, progress: impl Fn(u64) + Sync) -> Result
             let Ok(report) = thread.join() else { anyhow::bail!("a thread panicked") };
             let report = report?;
             whole.packets += report.packets;
+            whole.explained += report.explained;
             whole.differences.extend(report.differences);
             for (met, count) in report.met {
                 *whole.met.entry(met).or_default() += count;
@@ -159,6 +163,7 @@ impl Programs {
         self.node.forget_flows()?;
         self.node.host_none()?;
         self.node.put_in_force(self.slots[0])?;
+        let mut explainer = Explainer::new(&mut self.node, &self.slots)?;
         let mut model = Model::new(regimes.to_vec());
         for (index, step) in steps.iter().enumerate() {
             match step {
@@ -169,12 +174,14 @@ impl Programs {
                 Step::Switch(to) => {
                     self.node.put_in_force(self.slots[*to])?;
                     model.activate(*to);
+                    explainer.activate(*to);
                 }
                 Step::Host(pod, interface) => {
                     if *interface != 0 || model.is_hosted(*pod) {
                         self.node.host(*pod, *interface)?;
                     }
                     model.host(*pod, *interface);
+                    explainer.host(*pod, *interface);
                 }
                 Step::Packet(place, frame) => {
                     let expected = model.judge(*place, frame);
@@ -182,6 +189,7 @@ impl Programs {
                         // The flow cache notes no numbers.
                         self.node.forget_cached(&key.of_table());
                     }
+                    let answer = explainer.ask(*place, frame, regimes)?;
                     let judged = self.node.run(*place, frame)?;
                     let seen =
                         Expected { action: judged.action, counted: judged.counted, audited: judged.audited };
@@ -191,6 +199,14 @@ impl Programs {
                     }
                     if seen != expected {
                         return Ok(Some((index, expected.to_string(), seen.to_string())));
+                    }
+                    if let Some(answer) = answer {
+                        if let Some((expected, seen)) = explainer.check(&answer, *place, &judged, regimes)? {
+                            return Ok(Some((index, expected, seen)));
+                        }
+                        if let Some(report) = &mut report {
+                            report.explained += 1;
+                        }
                     }
                     if expected.action == Action::Next && judged.frame != *frame {
                         let seen = format!("passes, changed to {}", hex(&judged.frame));
@@ -299,8 +315,9 @@ impl fmt::Display for Report {
         writeln!(f, "{table}")?;
         write!(
             f,
-            "{} packets in {:.1} s, {:.0} per second, {} differences",
+            "{} packets, {} of them explained, in {:.1} s, {:.0} per second, {} differences",
             self.packets,
+            self.explained,
             self.took.as_secs_f64(),
             self.rate(),
             self.differences.len()
@@ -327,7 +344,7 @@ impl fmt::Display for Difference {
                 Step::Switch(to) => writeln!(f, "policy {to} active")?,
             }
         }
-        writeln!(f, "model:   {}\nprogram: {}", self.expected, self.seen)?;
+        writeln!(f, "expected: {}\nprogram:  {}", self.expected, self.seen)?;
         write!(f, "again: cargo xtask model --seed {} --packets 1", self.seed)
     }
 }

@@ -5,6 +5,7 @@
 //! comparison of engines ([`crate::parity`]) has it.
 
 mod compare;
+mod explain;
 mod flow;
 mod header;
 mod traffic;

@@ -1,0 +1,20 @@
+//! Why a connection passes or does not, and the rule that would let it pass.
+//!
+//! [`judge`] has the verdict at one hook; [`explain`] follows a connection through the hooks of a node. Pure: the facts come from
+//! a configuration file alone, or from a running agent.
+
+pub mod cases;
+mod judge;
+mod nearly;
+mod offline;
+mod path;
+mod text;
+mod types;
+
+pub use self::judge::{
+    Class, FlowTable, Judge, Kind, KnownFlow, Mark, NodeState, Outcome, Packet, Place, is_rejected,
+};
+pub use self::offline::Offline;
+pub use self::path::explain;
+pub use self::text::{Names, ParseError, Protocol, Question, Request, end};
+pub use self::types::{Explanation, Facts, MAX_NEARLY, Nearly, Pool, Remedy, Stage, StageOutcome, Verdict};

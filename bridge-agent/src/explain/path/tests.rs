@@ -1,0 +1,146 @@
+use super::super::{Offline, Request, Verdict};
+use super::*;
+use crate::config;
+
+const FILE: &str = "
+role: node
+networks: {pods: [10.200.1.0/24], external: [192.168.31.0/24], nodes: [192.168.31.17]}
+nodePorts: {range: 30000-32767, allow: [30080]}
+portPool: {ports: [61001-61100], transparent: {cgroups: [/]}}
+rules:
+  - {name: api, direction: inbound, external: [192.168.31.67/32], protocol: tcp, ports: [40002]}
+  - {name: pooled, direction: outbound, protocol: tcp, ports: [502], sourcePorts: 61001-61100}
+  - {name: ssh, direction: outbound, protocol: tcp, ports: [22], sourcePorts: 50000-60000}
+  - {name: no-web, direction: inbound, protocol: tcp, ports: [80], action: deny}
+";
+
+fn ask(file: &str, from: &str, to: &str, change: impl FnOnce(&mut Request)) -> Explanation {
+    let node = Offline::new(&config::parse(file, None).unwrap().config, Vec::new());
+    let mut request =
+        Request { from: from.into(), to: to.into(), protocol: None, source_port: None, backend: None };
+    change(&mut request);
+    let question = request.resolve(&|_, _| None).unwrap();
+    node.with_facts(&question, |facts| explain(facts, &question))
+}
+
+fn verdict(from: &str, to: &str) -> (Verdict, Option<String>) {
+    let explanation = ask(FILE, from, to, |_| ());
+    (explanation.verdict, explanation.rule)
+}
+
+#[test]
+fn rules_decide_by_direction_and_side() {
+    let by = |rule: &str| Some(rule.to_owned());
+    for (from, to, expected) in [
+        ("192.168.31.67", "10.200.1.91:40002", (Verdict::Allow, by("api"))),
+        ("192.168.31.68", "10.200.1.91:40002", (Verdict::Deny, None)),
+        ("192.168.31.67", "10.200.1.91:80", (Verdict::Deny, by("no-web"))),
+        ("10.200.1.91:61001", "192.168.31.67:502", (Verdict::Allow, by("pooled"))),
+        ("10.200.1.91:40000", "192.168.31.67:502", (Verdict::Deny, None)),
+        ("10.200.1.91", "10.200.1.92:80", (Verdict::Unjudged, None)),
+        ("10.200.1.91", "8.8.8.8:53", (Verdict::Unjudged, None)),
+        ("192.168.31.67", "192.168.31.17:30080", (Verdict::Allow, by("nodePorts"))),
+        ("192.168.31.67", "192.168.31.17:30081", (Verdict::Deny, None)),
+        ("192.168.31.67", "192.168.31.17:22", (Verdict::Unjudged, None)),
+        ("8.8.8.8", "10.200.1.91:40002", (Verdict::Deny, None)),
+    ] {
+        assert_eq!(verdict(from, to), expected, "{from} -> {to}");
+    }
+}
+
+#[test]
+fn the_port_of_a_pool_is_the_one_that_counts() {
+    let pooled = ask(FILE, "10.200.1.91", "192.168.31.67:502", |_| ());
+    assert_eq!((pooled.verdict, pooled.rule.as_deref()), (Verdict::Allow, Some("pooled")));
+    let without = FILE.replace("portPool: {ports: [61001-61100], transparent: {cgroups: [/]}}", "");
+    let plain = ask(&without, "10.200.1.91", "192.168.31.67:502", |_| ());
+    assert_eq!(plain.verdict, Verdict::Deny, "no port of 32768-60999 is in 61001-61100");
+    assert_eq!(plain.nearly[0].criterion, crate::policy::reference::Criterion::SourcePorts);
+    let some = ask(&without, "10.200.1.91", "192.168.31.67:22", |_| ());
+    assert_eq!(some.verdict, Verdict::Depends);
+    assert_eq!(some.summary, "DEPENDS on the source port: allowed from 50000-60000");
+}
+
+#[test]
+fn a_rule_that_misses_by_one_criterion_is_named_with_it() {
+    let explanation = ask(FILE, "192.168.31.67", "10.200.1.91:40003", |_| ());
+    let [nearly] = &explanation.nearly[..] else { panic!("{:?}", explanation.nearly) };
+    assert_eq!((nearly.rule.as_str(), nearly.has.as_str(), nearly.asked.as_str()), ("api", "40002", "40003"));
+}
+
+/// The printed rule allows the connection, and neither the next port nor the next address.
+#[test]
+fn the_remedy_allows_the_connection_and_nothing_beside_it() {
+    for (from, to, next_port, next_address) in [
+        ("192.168.31.9", "10.200.1.91:81", "10.200.1.91:82", "10.200.1.92:81"),
+        ("10.200.1.91", "192.168.31.9:81", "192.168.31.9:82", "192.168.31.10:81"),
+        ("192.168.31.9", "192.168.31.17:30081", "192.168.31.17:30082", "192.168.31.17:30083"),
+    ] {
+        let remedy = ask(FILE, from, to, |_| ()).remedy.unwrap();
+        let addition = remedy.config.unwrap();
+        let file = match addition.strip_prefix("rules:\n") {
+            Some(rules) => format!("{FILE}{rules}"),
+            None => FILE.replace("allow: [30080]", addition.lines().nth(1).unwrap().trim()),
+        };
+        assert_eq!(ask(&file, from, to, |_| ()).verdict, Verdict::Allow, "{file}");
+        assert_eq!(ask(&file, from, next_port, |_| ()).verdict, Verdict::Deny, "{file}");
+        assert_eq!(ask(&file, from, next_address, |_| ()).verdict, Verdict::Deny, "{file}");
+        if let Some(policy) = remedy.policy {
+            assert!(config::is_manifest(&policy), "{policy}");
+            assert_eq!(config::manifests(&policy, "p".as_ref()).unwrap().policies[0].1.len(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_service_is_judged_by_the_address_behind_it() {
+    let behind = |backend: &str| {
+        ask(FILE, "192.168.31.67", "172.16.0.10:443", |request| request.backend = Some(backend.into()))
+    };
+    assert_eq!(behind("10.200.1.91:40002").verdict, Verdict::Allow);
+    let denied = behind("10.200.1.91:40003");
+    assert_eq!(
+        (denied.verdict, denied.stages.last().unwrap().seen.as_str()),
+        (Verdict::Deny, "none: dropped")
+    );
+    let to_lan = ask(FILE, "10.200.1.91:61001", "172.16.0.10:443", |request| {
+        request.backend = Some("192.168.31.67:502".into());
+    });
+    assert_eq!((to_lan.verdict, to_lan.rule.as_deref()), (Verdict::Allow, Some("pooled")));
+}
+
+#[test]
+fn audit_mode_is_named() {
+    let audit = FILE.replace("rules:", "enforcement: {mode: audit}\nrules:");
+    assert_eq!(ask(&audit, "192.168.31.68", "10.200.1.91:1", |_| ()).verdict, Verdict::Audit);
+}
+
+#[test]
+fn bad_questions_have_a_remedy() {
+    let question = |from: &str, to: &str| {
+        let request =
+            Request { from: from.into(), to: to.into(), protocol: None, source_port: None, backend: None };
+        request.resolve(&|_, name| match name {
+            "two" => Some(vec!["10.200.1.1".parse().unwrap(), "10.200.1.2".parse().unwrap()]),
+            "dual" => Some(vec!["10.200.1.1".parse().unwrap(), "fd00::1".parse().unwrap()]),
+            "gone" => Some(Vec::new()),
+            _ => None,
+        })
+    };
+    for (from, to, part) in [
+        ("192.168.31.67", "10.200.1.91", "write 10.200.1.91:PORT"),
+        ("192.168.31.67", "10.200.1.91:0", "from 1 to 65535"),
+        ("192.168.31.67", "fd00::1", "different IP versions"),
+        ("here", "10.200.1.91:1", "is no address"),
+        ("pod/a/gone", "10.200.1.91:1", "kubectl get pods"),
+        ("pod/a/two", "192.168.31.1:1", "10.200.1.1, 10.200.1.2"),
+        ("pod/a/offline", "10.200.1.91:1", "write the address"),
+        ("pod/a", "10.200.1.91:1", "pod/NAMESPACE/NAME"),
+        ("service/a/b", "10.200.1.91:1", "--backend"),
+    ] {
+        let error = question(from, to).unwrap_err().to_string();
+        assert!(error.contains(part) && !error.contains('\n'), "{from} -> {to}: {error}");
+    }
+    let question = question("pod/a/dual", "[fd31::1]:80").unwrap();
+    assert_eq!(question.source.to_string(), "fd00::1", "the address of the other end's version");
+}

@@ -1,0 +1,160 @@
+//! The parts of an explanation.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::{NodeState, Question};
+use crate::{
+    model::{Policy, PortRange},
+    policy::reference::Criterion,
+};
+
+/// The facts that an explanation is made of.
+#[derive(Clone, Copy)]
+pub struct Facts<'a> {
+    /// The policy that judges.
+    pub policy: &'a Policy,
+    /// The addresses of the node.
+    pub local: &'a [IpAddr],
+    /// The rest of its state.
+    pub state: &'a dyn NodeState,
+    /// The port pool of the node.
+    pub pool: Option<&'a Pool>,
+    /// Index of an interface that leads to the LAN.
+    pub lan_interface: u32,
+    /// Whether the state is that of a running node.
+    pub live: bool,
+}
+
+/// The port pool of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pool {
+    /// Its ports.
+    pub ports: Vec<PortRange>,
+    /// Connections to these get one.
+    pub destinations: Vec<IpNet>,
+    /// Whether pods get one without asking for it.
+    pub transparent: bool,
+}
+
+/// The verdict on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// A rule allows it, or it belongs to a flow that was let in.
+    Allow,
+    /// It is denied.
+    Deny,
+    /// It passes in audit mode only.
+    Audit,
+    /// No rule restricts it.
+    Unjudged,
+    /// Its source port, or sequence numbers, decide.
+    Depends,
+}
+
+impl Verdict {
+    /// The name, as it is shown and as cases write it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Audit => "audit",
+            Self::Unjudged => "unjudged",
+            Self::Depends => "depends",
+        }
+    }
+}
+
+/// A step on the way of the connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Its name.
+    pub name: String,
+    /// The fact that counts.
+    pub seen: String,
+    /// Where the fact comes from, or its consequence.
+    pub why: String,
+    /// `ok`, `deny`, or `unknown`.
+    pub outcome: StageOutcome,
+}
+
+/// The outcome of a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StageOutcome {
+    /// The connection goes on.
+    Ok,
+    /// The connection ends here.
+    Deny,
+    /// The fact is not known here.
+    Unknown,
+}
+
+impl Stage {
+    pub(crate) fn new(
+        name: &str,
+        outcome: StageOutcome,
+        seen: impl Into<String>,
+        why: impl Into<String>,
+    ) -> Self {
+        Self { name: name.to_owned(), seen: seen.into(), why: why.into(), outcome }
+    }
+}
+
+/// A rule that does not match because of one criterion.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nearly {
+    /// Name of the rule.
+    pub rule: String,
+    /// The criterion.
+    pub criterion: Criterion,
+    /// The values that the rule has.
+    pub has: String,
+    /// The value of the connection.
+    pub asked: String,
+}
+
+/// The change of the configuration that would allow a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Remedy {
+    /// The change, in a sentence.
+    pub text: String,
+    /// Lines for bridge.yaml.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<String>,
+    /// The same as a BridgePolicy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+}
+
+/// The explanation of a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// The connection.
+    pub question: Question,
+    /// The verdict.
+    pub verdict: Verdict,
+    /// `inbound`, `outbound` or `nodeport`; `None`: it is not judged.
+    pub direction: Option<String>,
+    /// Name of a [`bridge_common::filter::counters::Reason`].
+    pub reason: Option<String>,
+    /// The rule that decides.
+    pub rule: Option<String>,
+    /// The verdict in a sentence.
+    pub summary: String,
+    /// The way of the connection.
+    pub stages: Vec<Stage>,
+    /// Rules that miss it by one criterion; at most [`MAX_NEARLY`].
+    pub nearly: Vec<Nearly>,
+    /// The change that would allow it.
+    pub remedy: Option<Remedy>,
+}
+
+/// The most rules that [`Explanation::nearly`] has.
+pub const MAX_NEARLY: usize = 5;
