@@ -156,6 +156,7 @@ impl Layout {
         for slot in pool::FIRST_SLOT..self.config.slots {
             bitmap::free(words, pool::ALLOCATOR, slot);
         }
+        words.store(pool::ALL_SLOTS, u64::from(self.config.slots));
         words.fetch_add(pool::FREE_SLOTS, u64::from(self.config.slots - pool::FIRST_SLOT));
     }
 

@@ -13,7 +13,7 @@
 use std::collections::{HashMap, HashSet};
 
 use bridge_common::pool::{
-    self, Destination, Owner, SLOT_CLOSED, SLOT_OPEN, bitmap,
+    Destination, FREE_SLOTS, Owner, SLOT_OPEN, bitmap,
     slots::{self, Seat, Tables},
 };
 
@@ -46,22 +46,11 @@ pub struct View<'a> {
     pub owners: &'a [(Owner, u32)],
 }
 
-/// Removes entries from the tables, and waits until no hook works with an earlier look-up.
-pub trait Removal {
-    /// Removes a destination.
-    fn remove_destination(&self, destination: &Destination);
-    /// Removes an owner.
-    fn remove_owner(&self, owner: &Owner);
-    /// Every owner and its slot, now.
-    fn current_owners(&self) -> Option<Vec<(Owner, u32)>>;
-    /// Waits until every hook that runs now has ended. `false`: it could not wait.
-    fn grace_period(&self) -> bool;
-}
-
 /// State from one round to the next.
 #[derive(Debug, Default)]
 pub struct Sweeper {
-    missing: HashSet<(u32, u32)>,
+    /// With their destinations: a slot may serve another one by the next round.
+    missing: HashMap<(u32, u32), Destination>,
     /// The owner's slot of ports that were held in an earlier round, as long as they are held or missing.
     holders: HashMap<(u32, u32), u32>,
 }
@@ -69,7 +58,7 @@ pub struct Sweeper {
 impl Sweeper {
     /// One round. `known` says whether conntrack still has the tuple of a destination and a port (host byte order).
     /// Rounds lie at least a second apart, better as much as conntrack remembers a closed connection (120 s).
-    pub fn round<T: Tables + Removal>(
+    pub fn round<T: Tables>(
         &mut self,
         tables: &T,
         layout: &Layout,
@@ -81,7 +70,9 @@ impl Sweeper {
             view.destinations.iter().map(|(d, slot)| (*slot, d)).collect();
         let touched = view.touched;
         for (owner, owner_slot) in view.owners {
-            if let Some(destination) = destinations.get(&owner.slot) {
+            if let Some(destination) = destinations.get(&owner.slot)
+                && let Some(_pins) = Pins::of(tables, destination, owner, *owner_slot)
+            {
                 let mut cooling = Cooling { tables, layout, swept: &mut swept, touched };
                 cooling.owner(owner, *owner_slot, destination, &mut known);
             }
@@ -97,19 +88,24 @@ impl Sweeper {
                     tables.load(layout.geometry().touched(*place) + index / 64) & (1 << (index % 64)) != 0
                 })
             };
-            let lost =
-                self.missing.contains(&(slot, index)) && !touched.contains(&(slot, index)) && !marked();
-            if lost && !known(destinations[&slot], layout.port(index)) {
+            let destination = destinations[&slot];
+            let again = self.missing.get(&(slot, index)) == Some(destination);
+            let lost = again && !touched.contains(&(slot, index)) && !marked();
+            if lost
+                && !known(destination, layout.port(index))
+                && slots::pin(tables, slot, &destination.words())
+            {
                 bitmap::free(tables, layout.geometry().free(slot), index);
                 if let Some(&owner_slot) = self.holders.get(&(slot, index)) {
                     slots::leave(tables, Seat { slot, owner_slot });
                 }
+                slots::unpin(tables, slot);
                 swept.recovered += 1;
             }
         }
         self.holders.retain(|port, _| missing.contains(port));
         self.holders.extend(view.held);
-        self.missing = missing;
+        self.missing = missing.iter().map(|port| (*port, *destinations[&port.0])).collect();
         swept.retired = retire(tables, view);
         swept
     }
@@ -120,12 +116,42 @@ pub fn marks<T: Tables>(tables: &T, owners: &[(Owner, u32)]) -> HashSet<(u32, u3
     let geometry = tables.geometry();
     let mut marks = HashSet::new();
     for (owner, owner_slot) in owners {
+        if !slots::pin(tables, *owner_slot, &slots::owner_key(owner)) {
+            continue;
+        }
         for word in 0..geometry.words {
             let touched = tables.fetch_and(geometry.touched(*owner_slot) + word, 0);
             marks.extend(bits(touched).map(|bit| (owner.slot, word * 64 + bit)));
         }
+        slots::unpin(tables, *owner_slot);
     }
     marks
+}
+
+/// Keeps the slots of an owner and its destination as they are.
+struct Pins<'a, T: Tables> {
+    tables: &'a T,
+    slots: [u32; 2],
+}
+
+impl<'a, T: Tables> Pins<'a, T> {
+    /// `None`: one of them has been taken away.
+    fn of(tables: &'a T, destination: &Destination, owner: &Owner, owner_slot: u32) -> Option<Self> {
+        if !slots::pin(tables, owner.slot, &destination.words()) {
+            return None;
+        }
+        if !slots::pin(tables, owner_slot, &slots::owner_key(owner)) {
+            slots::unpin(tables, owner.slot);
+            return None;
+        }
+        Some(Self { tables, slots: [owner.slot, owner_slot] })
+    }
+}
+
+impl<T: Tables> Drop for Pins<'_, T> {
+    fn drop(&mut self) {
+        self.slots.iter().for_each(|slot| slots::unpin(self.tables, *slot));
+    }
 }
 
 struct Cooling<'a, T> {
@@ -204,62 +230,27 @@ fn missing<T: Tables>(
 }
 
 /// Takes back the slots of owners without a port, and of destinations without an owner.
-fn retire<T: Tables + Removal>(tables: &T, view: &View<'_>) -> u32 {
+fn retire<T: Tables>(tables: &T, view: &View<'_>) -> u32 {
     let geometry = tables.geometry();
-    let mut unused = Vec::new();
-    for (owner, slot) in view.owners {
-        let warm =
-            |slot: u32| (0..geometry.words).any(|word| tables.load(geometry.free(slot).word(word)) != 0);
-        if close(tables, *slot, || !warm(*slot)) {
-            tables.remove_owner(owner);
-            unused.push(*slot);
+    let before = tables.load(FREE_SLOTS);
+    let retire = |slot: u32, key: &[u64; 3], idle: &dyn Fn() -> bool| {
+        if !idle() || !slots::close(tables, slot) {
+            return;
         }
-    }
-    unused.extend(retire_destinations(tables, view));
-    if unused.is_empty() || !tables.grace_period() {
-        // Without a grace period the slots stay unused, closed, and out of every table: safe, but gone.
-        return 0;
-    }
-    for slot in &unused {
-        slots::free_slot(tables, *slot);
-    }
-    u32::try_from(unused.len()).unwrap_or(u32::MAX)
-}
-
-/// Takes destinations without an owner out of the table; returns their slots.
-fn retire_destinations<T: Tables + Removal>(tables: &T, view: &View<'_>) -> Vec<u32> {
-    let busy = || -> Option<HashSet<u32>> {
-        Some(tables.current_owners()?.iter().map(|(owner, _)| owner.slot).collect())
-    };
-    let Some(before) = busy() else { return Vec::new() };
-    let idle = view.destinations.iter().filter(|(_, slot)| !before.contains(slot));
-    let closed: Vec<_> = idle.filter(|(_, slot)| close(tables, *slot, || true)).collect();
-    // A hook that had its seat in a slot before this closed it may have made an owner, and left.
-    let after = busy();
-    let mut unused = Vec::new();
-    for (destination, slot) in closed {
-        if after.as_ref().is_some_and(|after| !after.contains(slot)) {
-            tables.remove_destination(destination);
-            unused.push(*slot);
+        if idle() && slots::has_key(tables, slot, key) {
+            slots::take_away(tables, slot);
         } else {
-            tables.store(tables.geometry().slot(*slot), SLOT_OPEN);
+            slots::reopen(tables, slot);
         }
+    };
+    for (owner, slot) in view.owners {
+        let idle = || (0..geometry.words).all(|word| tables.load(geometry.free(*slot).word(word)) == 0);
+        retire(*slot, &slots::owner_key(owner), &idle);
     }
-    unused
-}
-
-/// Closes a slot, unless it has a seat or is not `idle`.
-fn close<T: Tables>(tables: &T, slot: u32, idle: impl Fn() -> bool) -> bool {
-    let geometry = tables.geometry();
-    if tables.load(geometry.live(slot)) != 0 || !idle() {
-        return false;
+    for (destination, slot) in view.destinations {
+        retire(*slot, &destination.words(), &|| true);
     }
-    tables.store(geometry.slot(slot), SLOT_CLOSED);
-    if tables.load(geometry.live(slot)) == 0 && idle() {
-        return true;
-    }
-    tables.store(geometry.slot(slot), SLOT_OPEN);
-    false
+    u32::try_from(tables.load(FREE_SLOTS).saturating_sub(before)).unwrap_or(u32::MAX)
 }
 
 /// Repairs the leftovers of an earlier agent: slots that are closed and still in a table, since it ended in the middle of a
@@ -275,11 +266,14 @@ pub fn repair<T: Tables>(
         *seats.entry(*slot).or_default() += 1;
         *seats.entry(*owner_slot).or_default() += 1;
     }
+    for (owner, _) in owners {
+        *seats.entry(owner.slot).or_default() += 1;
+    }
     let slots = destinations.iter().map(|(_, slot)| slot).chain(owners.iter().map(|(_, slot)| slot));
     for slot in slots {
         let (state, live) = (tables.geometry().slot(*slot), tables.geometry().live(*slot));
-        if tables.load(state) == pool::SLOT_CLOSED {
-            tables.store(state, SLOT_OPEN);
+        if tables.load(state) & SLOT_OPEN != 0 {
+            tables.fetch_and(state, SLOT_OPEN);
         }
         let count = tables.load(live);
         if count.cast_signed() < 0 {

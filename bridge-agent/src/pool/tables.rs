@@ -9,9 +9,9 @@ use bridge_common::pool::{
     slots::{self, Seat, Tables},
 };
 
-use super::{sweep::Removal, words::Words};
+use super::words::Words;
+use crate::kernel::clock::monotonic_ns;
 pub(super) use crate::kernel::lock::lock;
-use crate::kernel::{bpf, clock::monotonic_ns};
 
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
@@ -83,7 +83,7 @@ impl KernelTables {
         lock(&self.owners).iter().collect()
     }
 
-    /// Corrects the number of destinations of each namespace: the hooks only count up.
+    /// Corrects the number of destinations of each namespace.
     ///
     /// # Errors
     /// A system call fails.
@@ -168,20 +168,13 @@ impl Tables for KernelTables {
         let _ = shares.insert(netns_cookie, share + 1, 0);
     }
 
-    fn random(&self) -> u32 {
-        rand::random()
+    fn reduce_share(&self, netns_cookie: u64) {
+        let mut shares = lock(&self.shares);
+        let share = shares.get(&netns_cookie, 0).unwrap_or(0).saturating_sub(1);
+        // An error can only mean that it is gone.
+        let _ = shares.insert(netns_cookie, share, BPF_EXIST);
     }
 
-    fn now(&self) -> u64 {
-        monotonic_ns()
-    }
-
-    fn processor(&self) -> u32 {
-        slots::NO_PROCESSOR
-    }
-}
-
-impl Removal for KernelTables {
     fn remove_destination(&self, destination: &Destination) {
         // An error can only mean that it is gone.
         let _ = lock(&self.destinations).remove(destination);
@@ -192,12 +185,15 @@ impl Removal for KernelTables {
         let _ = lock(&self.owners).remove(owner);
     }
 
-    fn current_owners(&self) -> Option<Vec<(Owner, u32)>> {
-        self.owners().ok()
+    fn random(&self) -> u32 {
+        rand::random()
     }
 
-    fn grace_period(&self) -> bool {
-        // The hooks run under RCU.
-        bpf::grace_period().is_ok()
+    fn now(&self) -> u64 {
+        monotonic_ns()
+    }
+
+    fn processor(&self) -> u32 {
+        slots::NO_PROCESSOR
     }
 }

@@ -76,6 +76,7 @@ impl Bitmap {
 /// Small enough for the verifier to follow every way through; apart from [`claim`], so that it does so once.
 #[inline(always)]
 pub fn find_word<M: Memory + ?Sized>(memory: &M, map: Bitmap, start: u32) -> Option<u32> {
+    let groups = map.summary.max(1);
     let mut group = start >> 6;
     let mut wanted = u64::MAX << (start & 63);
     // The first group is looked at twice: from `start` on, and at the very end below `start`.
@@ -89,10 +90,8 @@ pub fn find_word<M: Memory + ?Sized>(memory: &M, map: Bitmap, start: u32) -> Opt
             return Some((group << 6) + lowest(candidates));
         }
         wanted = u64::MAX;
-        group += 1;
-        if group >= map.summary {
-            group = 0;
-        }
+        // Not a comparison: the verifier would follow both ways in each round.
+        group = (group + 1) % groups;
         seen += 1;
     }
     None

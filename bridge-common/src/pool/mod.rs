@@ -2,10 +2,12 @@
 //!
 //! The pool lives in one array of 64-bit words that both sides change with atomic operations only, so that a port is
 //! claimed by the kernel (a connect hook) and by the agent (a lease) in the same place. The array begins with the
-//! bitmap of free slots and their number, then come the slots, all alike ([`Geometry::stride`] words each):
+//! bitmap of free slots, their number, the number of all slots and a cursor, then come the slots, all alike
+//! ([`Geometry::stride`] words each):
 //!
 //! ```text
-//! header (10) state, live claims, eight ports that were given back lately, and when (owner slots only)
+//! header (14) state, live claims, eight ports that were given back lately, and when (owner slots only), the key in the
+//!             tables (3), the time of the last use
 //! summary (S) bit w is set while word w of `free` may have a set bit
 //! free (W)    bit i is set while port `base + i` may be taken
 //! touched (W) bit i is set when port `base + i` came back since the last sweep (owner slots only)
@@ -14,6 +16,7 @@
 //! A *destination slot* belongs to a (destination address, destination port, protocol) and holds the ports that
 //! are free. An *owner slot* belongs to a destination slot and a network namespace and holds that namespace's
 //! *warm* ports: closed, but maybe still known to conntrack on this node, and therefore only for the same namespace.
+//! The live claims of a destination slot include one for each of its owner slots.
 
 pub mod bitmap;
 pub mod slots;
@@ -38,10 +41,16 @@ pub const ALLOCATOR_WORDS: u32 = 1024;
 pub const ALLOCATOR_SUMMARY: u32 = ALLOCATOR_WORDS / 64;
 /// Index of the number of free slots.
 pub const FREE_SLOTS: u32 = ALLOCATOR_SUMMARY + ALLOCATOR_WORDS;
+/// Index of the number of all slots, templates included.
+pub const ALL_SLOTS: u32 = FREE_SLOTS + 1;
+/// Index of the slot where the next search for an idle slot begins.
+pub const CURSOR: u32 = ALL_SLOTS + 1;
 /// Most slots there can be.
 pub const MAX_SLOTS: u32 = ALLOCATOR_WORDS * 64;
 /// Words before the summary of a slot.
-pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS;
+pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS + KEY_WORDS + 1;
+/// Words of a slot's key in the tables.
+pub const KEY_WORDS: u32 = 3;
 /// Words of a slot that remember a port that was given back lately.
 pub const CLOSING_WORDS: u32 = 8;
 
@@ -61,8 +70,10 @@ pub const FIRST_SLOT: u32 = 4;
 pub const SLOT_FREE: u64 = 0;
 /// Slot state: ports may be claimed in it.
 pub const SLOT_OPEN: u64 = 1;
-/// Slot state: the agent is taking the slot away.
+/// Slot state, in addition to [`SLOT_OPEN`]: the slot is being taken away by the hook or the agent that set this.
 pub const SLOT_CLOSED: u64 = 2;
+/// Slot state, in addition to [`SLOT_OPEN`]: the agent reads the slot, which is not taken away meanwhile.
+pub const SLOT_PINNED: u64 = 4;
 
 /// [`Lease::state`]: the socket holds its port.
 pub const LEASE_HELD: u64 = 1;
@@ -137,7 +148,7 @@ impl Geometry {
     #[inline(always)]
     #[must_use]
     pub const fn slot(self, slot: u32) -> u32 {
-        FREE_SLOTS + 1 + slot * self.stride()
+        CURSOR + 1 + slot * self.stride()
     }
 
     /// Index of the count of live claims of a slot.
@@ -152,6 +163,20 @@ impl Geometry {
     #[must_use]
     pub const fn closing(self, slot: u32, index: u32) -> u32 {
         self.slot(slot) + 2 + index % CLOSING_WORDS
+    }
+
+    /// Index of the first word of a slot's key.
+    #[inline(always)]
+    #[must_use]
+    pub const fn key(self, slot: u32) -> u32 {
+        self.slot(slot) + 2 + CLOSING_WORDS
+    }
+
+    /// Index of the time (`CLOCK_MONOTONIC`, in nanoseconds) when a port of a slot was last given back, or the slot was made.
+    #[inline(always)]
+    #[must_use]
+    pub const fn used(self, slot: u32) -> u32 {
+        self.key(slot) + KEY_WORDS
     }
 
     /// The bitmap of ports that may be taken from a slot.
@@ -217,6 +242,29 @@ impl Destination {
     #[must_use]
     pub const fn address(&self) -> [u8; 16] {
         self.address
+    }
+
+    /// The destination as three words, the third one below 2^32.
+    #[inline(always)]
+    #[must_use]
+    pub const fn words(&self) -> [u64; 3] {
+        let a = &self.address;
+        [
+            u64::from_ne_bytes([a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]]),
+            u64::from_ne_bytes([a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]]),
+            (self.protocol as u64) << 16 | (self.port[0] as u64) << 8 | self.port[1] as u64,
+        ]
+    }
+
+    /// The inverse of [`Destination::words`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words(words: [u64; 3]) -> Self {
+        let (a, b) = (words[0].to_ne_bytes(), words[1].to_ne_bytes());
+        let address =
+            [a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]];
+        let port = [(words[2] >> 8) as u8, words[2] as u8];
+        Self::from_network(address, port, (words[2] >> 16) as u8)
     }
 
     /// Host byte order.

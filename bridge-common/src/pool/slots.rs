@@ -6,13 +6,23 @@
 
 use super::bitmap::{self, Bitmap, Memory};
 use super::{
-    ALLOCATOR, Destination, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_OPEN, TEMPLATE_EMPTY, TEMPLATE_TCP,
-    TEMPLATE_UDP, TEMPLATE_UDP_ANY, UDP,
+    ALL_SLOTS, ALLOCATOR, CURSOR, Destination, FIRST_SLOT, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_CLOSED,
+    SLOT_OPEN, SLOT_PINNED, TEMPLATE_EMPTY, TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, UDP,
 };
 
-/// How often a claim is tried again when the agent takes a slot away under its hands. Slots are taken away only when
-/// they have been idle for minutes.
-const ENTER_TRIES: u32 = 3;
+/// Number of tries of [`enter`] when a slot is taken away meanwhile.
+const ENTER_TRIES: u32 = 4;
+
+/// With fewer free slots than this, a namespace within its share takes idle slots of any other.
+const RESERVE: u64 = 64;
+
+/// Slots that a search for an idle slot checks if it finds one among them.
+pub const SAMPLE: u32 = 64;
+/// Slots that it checks at most.
+pub const MAX_SAMPLE: u32 = 4096;
+
+/// Marks the third word of the key of an owner slot; that of a destination is below.
+const OWNER_KEY: u64 = 1 << 63;
 
 /// How long, in microseconds, a port that was given back on another processor is passed over if there is another one.
 ///
@@ -48,6 +58,12 @@ pub trait Tables: Memory {
     fn share(&self, netns_cookie: u64) -> u64;
     /// Adds one to [`Tables::share`].
     fn extend_share(&self, netns_cookie: u64);
+    /// Subtracts one from [`Tables::share`].
+    fn reduce_share(&self, netns_cookie: u64);
+    /// Removes a destination from the table.
+    fn remove_destination(&self, destination: &Destination);
+    /// Removes an owner from the table.
+    fn remove_owner(&self, owner: &Owner);
     /// A random number; need not be unpredictable.
     fn random(&self) -> u32;
     /// `CLOCK_MONOTONIC`, in nanoseconds.
@@ -61,8 +77,30 @@ pub trait Tables: Memory {
     }
 
     /// [`new_slot`].
-    fn new_slot(&self, template: u32) -> Option<u32> {
-        new_slot(self, template)
+    fn new_slot(&self, template: u32, key: &[u64; 3]) -> Option<u32> {
+        new_slot(self, template, key)
+    }
+
+    /// [`make_room`].
+    ///
+    /// # Errors
+    /// [`Refusal::SHARE`] or [`Refusal::TABLE_FULL`].
+    fn make_room(&self, netns_cookie: u64) -> Result<(), Refusal> {
+        make_room(self, netns_cookie)
+    }
+
+    /// Checks slots with [`Search::check`] until it ends the search.
+    fn search(&self, search: &mut Search) {
+        for _ in 0..MAX_SAMPLE {
+            if search.check(self) {
+                return;
+            }
+        }
+    }
+
+    /// [`evict`].
+    fn evict(&self, slot: u32) -> bool {
+        evict(self, slot)
     }
 
     /// [`claim_exact`].
@@ -121,10 +159,12 @@ pub fn template(destination: &Destination) -> u32 {
 
 /// Finds or makes the slots of a destination and a namespace, and counts one live claim in both.
 ///
+/// A slot that was looked up may have been taken away, and serve another destination by now. So this first counts a live
+/// claim, which keeps the slot as it is, and then looks it up again.
+///
 /// # Errors
-/// [`Refusal::TABLE_FULL`] if no slot is left, [`Refusal::SHARE`] if the namespace must leave the rest to others (see
-/// [`may_extend`]), [`Refusal::QUOTA`] if the namespace has `quota` live claims already
-/// (0: no limit).
+/// [`Refusal::SHARE`] or [`Refusal::TABLE_FULL`] as [`make_room`], [`Refusal::QUOTA`] if the namespace has `quota` live
+/// claims already (0: no limit).
 #[inline(always)]
 pub fn enter<T: Tables>(
     tables: &T,
@@ -136,50 +176,252 @@ pub fn enter<T: Tables>(
     let mut tries = 0;
     while tries < ENTER_TRIES {
         tries += 1;
-        let known = tables.destination_slot(destination);
-        if known.is_none() {
-            may_extend(tables, netns_cookie)?;
-        }
-        let Some(slot) = known.or_else(|| new_destination(tables, destination)) else { continue };
-        if !tables.arrive(slot) {
-            continue;
-        }
+        let Some(slot) = enter_destination(tables, destination, netns_cookie)? else { continue };
         let owner = Owner { netns_cookie, slot, reserved: 0 };
-        let known = tables.owner_slot(&owner);
-        if known.is_none()
-            && let Err(refusal) = may_extend(tables, netns_cookie)
-        {
-            depart(tables, geometry, slot);
-            return Err(refusal);
-        }
-        if let Some(owner_slot) = known.or_else(|| new_owner(tables, &owner))
-            && tables.arrive(owner_slot)
-        {
-            if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
-                leave(tables, Seat { slot, owner_slot });
-                return Err(Refusal::QUOTA);
+        match enter_owner(tables, &owner) {
+            Ok(Some(owner_slot)) => {
+                if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
+                    leave(tables, Seat { slot, owner_slot });
+                    return Err(Refusal::QUOTA);
+                }
+                return Ok(Seat { slot, owner_slot });
             }
-            return Ok(Seat { slot, owner_slot });
+            Ok(None) => depart(tables, geometry, slot),
+            Err(refusal) => {
+                depart(tables, geometry, slot);
+                return Err(refusal);
+            }
         }
-        depart(tables, geometry, slot);
     }
     Err(Refusal::TABLE_FULL)
 }
 
-/// Whether a namespace may have slots for one more destination.
+/// Finds or makes the slot of a destination, with one more live claim. `None`: another processor was faster.
+#[inline(always)]
+fn enter_destination<T: Tables>(
+    tables: &T,
+    destination: &Destination,
+    netns_cookie: u64,
+) -> Result<Option<u32>, Refusal> {
+    if let Some(slot) = tables.destination_slot(destination) {
+        if !tables.arrive(slot) {
+            return Ok(None);
+        }
+        if tables.destination_slot(destination) == Some(slot) {
+            return Ok(Some(slot));
+        }
+        depart(tables, tables.geometry(), slot);
+        return Ok(None);
+    }
+    tables.make_room(netns_cookie)?;
+    let Some(slot) = tables.new_slot(template(destination), &destination.words()) else { return Ok(None) };
+    if tables.insert_destination(destination, slot) {
+        return Ok(Some(slot));
+    }
+    discard(tables, slot);
+    Ok(None)
+}
+
+/// Finds or makes the slot of an owner, with one more live claim. `None`: another processor was faster.
+#[inline(always)]
+fn enter_owner<T: Tables>(tables: &T, owner: &Owner) -> Result<Option<u32>, Refusal> {
+    if let Some(slot) = tables.owner_slot(owner) {
+        if !tables.arrive(slot) {
+            return Ok(None);
+        }
+        if tables.owner_slot(owner) == Some(slot) {
+            return Ok(Some(slot));
+        }
+        depart(tables, tables.geometry(), slot);
+        return Ok(None);
+    }
+    tables.make_room(owner.netns_cookie)?;
+    let Some(slot) = tables.new_slot(TEMPLATE_EMPTY, &owner_key(owner)) else { return Ok(None) };
+    if tables.insert_owner(owner, slot) {
+        tables.extend_share(owner.netns_cookie);
+        tables.fetch_add(tables.geometry().live(owner.slot), 1);
+        return Ok(Some(slot));
+    }
+    discard(tables, slot);
+    Ok(None)
+}
+
+/// Makes sure that a namespace may take one more slot, if need be by taking an idle one away.
 ///
-/// It may while it has at most half as many destinations as there are free slots. One that takes all it can leaves half of
-/// the table to others, two leave a quarter: however many destinations a pod connects to, another finds slots.
+/// A namespace has its share as long as its destinations use at most three times as many slots as are free: one that takes
+/// all it can leaves a quarter of the table to others, two leave a sixteenth. Beyond its share it takes the place of its
+/// own idle slots. So it is refused only for sockets that it holds itself.
 ///
 /// # Errors
-/// [`Refusal::SHARE`], or [`Refusal::TABLE_FULL`] if there is no free slot.
+/// [`Refusal::SHARE`] beyond the share, if all its slots are in use; [`Refusal::TABLE_FULL`] if all slots are.
 #[inline(always)]
-fn may_extend<T: Tables>(tables: &T, netns_cookie: u64) -> Result<(), Refusal> {
+pub fn make_room<T: Tables + ?Sized>(tables: &T, netns_cookie: u64) -> Result<(), Refusal> {
     let free = tables.load(FREE_SLOTS);
-    if free == 0 {
-        return Err(Refusal::TABLE_FULL);
+    let in_share = 2 * tables.share(netns_cookie) < 3 * free;
+    if in_share && free >= RESERVE {
+        return Ok(());
     }
-    if 2 * tables.share(netns_cookie) < free { Ok(()) } else { Err(Refusal::SHARE) }
+    let any = in_share || free == 0;
+    let start = tables.fetch_add(CURSOR, u64::from(SAMPLE)) as u32;
+    let mut search = Search {
+        netns_cookie,
+        any: u64::from(any),
+        oldest: u64::MAX,
+        start,
+        checked: 0,
+        found: 0,
+        words: tables.geometry().words,
+    };
+    tables.search(&mut search);
+    if search.found() != 0 && tables.evict(search.found()) || in_share && free > 0 {
+        return Ok(());
+    }
+    Err(if any { Refusal::TABLE_FULL } else { Refusal::SHARE })
+}
+
+/// The search for the slot that was idle longest in a sample.
+#[repr(C)]
+#[derive(Debug)]
+pub struct Search {
+    netns_cookie: u64,
+    /// 1: slots of every namespace, not only of this one.
+    any: u64,
+    /// The time when the slot that was found was last used.
+    oldest: u64,
+    start: u32,
+    checked: u32,
+    /// The result; 0: none.
+    found: u32,
+    /// As [`Geometry::words`], for [`Tables::search`] in the kernel.
+    pub words: u32,
+}
+
+impl Search {
+    /// Checks the next slot; returns whether the search ends.
+    #[inline(always)]
+    pub fn check<T: Tables + ?Sized>(&mut self, tables: &T) -> bool {
+        let geometry = tables.geometry();
+        let slots = (tables.load(ALL_SLOTS) as u32).max(FIRST_SLOT + 1) - FIRST_SLOT;
+        let slot = FIRST_SLOT + self.start.wrapping_add(self.checked) % slots;
+        self.checked += 1;
+        if tables.load(geometry.slot(slot)) == SLOT_OPEN && tables.load(geometry.live(slot)) == 0 {
+            let key = geometry.key(slot);
+            let owner = tables.load(key + 2) & OWNER_KEY != 0;
+            // Nothing depends on the slot of a destination without owners.
+            let usable = !owner || self.any != 0 || tables.load(key) == self.netns_cookie;
+            let used = if owner { tables.load(geometry.used(slot)) } else { 0 };
+            if usable && used < self.oldest {
+                self.oldest = used;
+                self.found = slot;
+            }
+        }
+        self.checked >= slots || self.checked >= SAMPLE && self.found != 0
+    }
+
+    /// Volatile: in the kernel, a callback has written it.
+    #[inline(always)]
+    fn found(&self) -> u32 {
+        // SAFETY: an initialised field.
+        unsafe { (&raw const self.found).read_volatile() }
+    }
+}
+
+/// Closes a slot, for the only caller that may take it away then. `false`: it has a live claim, or another one closes it.
+///
+/// This closes the slot before it looks at the count; [`arrive`] counts before it looks at the state: one of them sees the
+/// other.
+#[inline(always)]
+pub fn close<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
+    let (state, live) = (tables.geometry().slot(slot), tables.geometry().live(slot));
+    if tables.load(live) != 0 || tables.load(state) != SLOT_OPEN {
+        return false;
+    }
+    let before = tables.fetch_or(state, SLOT_CLOSED);
+    if before == SLOT_OPEN && tables.load(live) == 0 {
+        return true;
+    }
+    if before & SLOT_CLOSED == 0 {
+        reopen(tables, slot);
+    }
+    false
+}
+
+/// Undoes [`close`].
+#[inline(always)]
+pub fn reopen<T: Tables + ?Sized>(tables: &T, slot: u32) {
+    tables.fetch_and(tables.geometry().slot(slot), !SLOT_CLOSED);
+}
+
+/// Keeps a slot as it is, without a live claim, which would count for the quota. `false`: it is being taken away, or has
+/// another key.
+pub fn pin<T: Tables + ?Sized>(tables: &T, slot: u32, key: &[u64; 3]) -> bool {
+    let before = tables.fetch_or(tables.geometry().slot(slot), SLOT_PINNED);
+    if before & (SLOT_OPEN | SLOT_CLOSED) == SLOT_OPEN && has_key(tables, slot, key) {
+        return true;
+    }
+    unpin(tables, slot);
+    false
+}
+
+/// Undoes [`pin`].
+pub fn unpin<T: Tables + ?Sized>(tables: &T, slot: u32) {
+    tables.fetch_and(tables.geometry().slot(slot), !SLOT_PINNED);
+}
+
+/// Whether a slot, which does not change meanwhile, has this key.
+#[must_use]
+pub fn has_key<T: Tables + ?Sized>(tables: &T, slot: u32, key: &[u64; 3]) -> bool {
+    key_of(tables, slot) == *key
+}
+
+#[inline(always)]
+fn key_of<T: Tables + ?Sized>(tables: &T, slot: u32) -> [u64; 3] {
+    let key = tables.geometry().key(slot);
+    [tables.load(key), tables.load(key + 1), tables.load(key + 2)]
+}
+
+/// The key of an owner's slot.
+#[inline(always)]
+#[must_use]
+pub const fn owner_key(owner: &Owner) -> [u64; 3] {
+    [owner.netns_cookie, owner.slot as u64, OWNER_KEY]
+}
+
+/// Takes an idle slot out of its table and hands it back to the allocator; with an owner its destination, if that has no
+/// other. `false`: it is in use.
+///
+/// Ports that are warm in it become free for every namespace.
+#[inline(always)]
+pub fn evict<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
+    let closed = close(tables, slot);
+    if closed {
+        take_away(tables, slot);
+    }
+    closed
+}
+
+/// [`evict`] for a slot that the caller has closed.
+#[inline(always)]
+pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
+    let key = key_of(tables, slot);
+    if key[2] & OWNER_KEY == 0 {
+        return remove(tables, slot, &Destination::from_words(key));
+    }
+    let (netns_cookie, destination) = (key[0], key[1] as u32);
+    tables.remove_owner(&Owner { netns_cookie, slot: destination, reserved: 0 });
+    tables.reduce_share(netns_cookie);
+    free_slot(tables, slot);
+    depart(tables, tables.geometry(), destination);
+    if close(tables, destination) {
+        remove(tables, destination, &Destination::from_words(key_of(tables, destination)));
+    }
+}
+
+/// Removes a destination whose slot is closed.
+#[inline(always)]
+fn remove<T: Tables + ?Sized>(tables: &T, slot: u32, destination: &Destination) {
+    tables.remove_destination(destination);
+    free_slot(tables, slot);
 }
 
 /// Undoes [`enter`], for a claim that failed.
@@ -294,66 +536,55 @@ pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     if bitmap::is_free(tables, geometry.free(TEMPLATE_TCP), index) {
         bitmap::free(tables, geometry.free(seat.owner_slot), index);
     }
+    tables.store(geometry.used(seat.owner_slot), tables.now());
     leave(tables, seat);
 }
 
 /// Counts one more live claim, unless the slot is being taken away.
-///
-/// The agent closes a slot before it looks at the count; this counts before it looks at the state: one of them sees the
-/// other.
 #[inline(always)]
 pub fn arrive<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
     let geometry = tables.geometry();
     tables.fetch_add(geometry.live(slot), 1);
-    if tables.load(geometry.slot(slot)) == SLOT_OPEN {
+    if tables.load(geometry.slot(slot)) & (SLOT_OPEN | SLOT_CLOSED) == SLOT_OPEN {
         return true;
     }
     depart(tables, geometry, slot);
     false
 }
 
+/// Undoes [`arrive`].
 #[inline(always)]
-fn depart<T: Tables + ?Sized>(tables: &T, geometry: Geometry, slot: u32) {
+pub fn depart<T: Tables + ?Sized>(tables: &T, geometry: Geometry, slot: u32) {
     tables.fetch_add(geometry.live(slot), u64::MAX);
 }
 
+/// Takes an unused slot that begins with the free ports of a template and has one live claim. `None`: there is none.
 #[inline(always)]
-fn new_destination<T: Tables>(tables: &T, destination: &Destination) -> Option<u32> {
-    let slot = tables.new_slot(template(destination))?;
-    if tables.insert_destination(destination, slot) {
-        return Some(slot);
-    }
-    free_slot(tables, slot);
-    tables.destination_slot(destination)
-}
-
-#[inline(always)]
-fn new_owner<T: Tables>(tables: &T, owner: &Owner) -> Option<u32> {
-    let slot = tables.new_slot(TEMPLATE_EMPTY)?;
-    if tables.insert_owner(owner, slot) {
-        tables.extend_share(owner.netns_cookie);
-        return Some(slot);
-    }
-    free_slot(tables, slot);
-    tables.owner_slot(owner)
-}
-
-/// Takes an unused slot that begins with the free ports of a template. `None`: there is none.
-#[inline(always)]
-pub fn new_slot<T: Tables + ?Sized>(tables: &T, template: u32) -> Option<u32> {
+pub fn new_slot<T: Tables + ?Sized>(tables: &T, template: u32, key: &[u64; 3]) -> Option<u32> {
     let geometry = tables.geometry();
     let slot = tables.claim(ALLOCATOR, tables.random())?;
     tables.fetch_add(FREE_SLOTS, u64::MAX);
     tables.fill(slot, template);
-    tables.store(geometry.live(slot), 0);
-    tables.fetch_and(geometry.slot(slot), 0);
+    tables.store(geometry.key(slot), key[0]);
+    tables.store(geometry.key(slot) + 1, key[1]);
+    tables.store(geometry.key(slot) + 2, key[2]);
+    tables.store(geometry.used(slot), tables.now());
+    // Added: a hook with an earlier look-up of this slot may be counting, and finds that it came too late.
+    tables.fetch_add(geometry.live(slot), 1);
     tables.fetch_or(geometry.slot(slot), SLOT_OPEN);
     Some(slot)
 }
 
+/// Hands a slot back that never was in a table, with its live claim.
+#[inline(always)]
+fn discard<T: Tables + ?Sized>(tables: &T, slot: u32) {
+    free_slot(tables, slot);
+    depart(tables, tables.geometry(), slot);
+}
+
 /// Hands a slot that no table mentions back to the allocator.
 #[inline(always)]
-pub fn free_slot<T: Tables>(tables: &T, slot: u32) {
+pub fn free_slot<T: Tables + ?Sized>(tables: &T, slot: u32) {
     tables.fetch_and(tables.geometry().slot(slot), 0);
     if bitmap::free(tables, ALLOCATOR, slot) {
         tables.fetch_add(FREE_SLOTS, 1);

@@ -1,10 +1,14 @@
 //! The tables of the pool, as the hooks see them.
 
-use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns};
+use core::ptr;
+
+use aya_ebpf::helpers::generated::{
+    bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_ns, bpf_loop,
+};
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner, Refusal,
     bitmap::{self, Bitmap, Memory},
-    slots::{self, Claim, Seat, Tables},
+    slots::{self, Claim, MAX_SAMPLE, Search, Seat, Tables},
 };
 
 use bridge_ebpf::atomic::{fetch_add, fetch_and, fetch_or};
@@ -109,6 +113,43 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn reduce_share(&self, netns_cookie: u64) {
+        pool_reduce_share(netns_cookie);
+    }
+
+    #[inline(always)]
+    fn remove_destination(&self, destination: &Destination) {
+        // An error can only mean that it is gone.
+        let _ = POOL_DESTINATIONS.remove(destination);
+    }
+
+    #[inline(always)]
+    fn remove_owner(&self, owner: &Owner) {
+        // As above.
+        let _ = POOL_OWNERS.remove(owner);
+    }
+
+    #[inline(always)]
+    fn make_room(&self, netns_cookie: u64) -> Result<(), Refusal> {
+        match pool_make_room(self.words, netns_cookie) {
+            0 => Ok(()),
+            refusal => Err(Refusal(refusal)),
+        }
+    }
+
+    #[inline(always)]
+    fn search(&self, search: &mut Search) {
+        let turn = search_turn as *const ();
+        // SAFETY: a callback with the arguments that the helper gives it, and memory that outlives the call.
+        unsafe { bpf_loop(MAX_SAMPLE, turn.cast_mut().cast(), ptr::from_mut(search).cast(), 0) };
+    }
+
+    #[inline(always)]
+    fn evict(&self, slot: u32) -> bool {
+        pool_evict(self.words, slot) != 0
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_get_prandom_u32() }
@@ -133,8 +174,14 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn new_slot(&self, template: u32) -> Option<u32> {
-        u32::try_from(pool_new_slot(self.words, template)).ok()
+    fn new_slot(&self, template: u32, key: &[u64; 3]) -> Option<u32> {
+        u32::try_from(pool_new_slot(
+            u64::from(self.words) << 32 | u64::from(template),
+            key[0],
+            key[1],
+            key[2],
+        ))
+        .ok()
     }
 
     #[inline(always)]
@@ -205,12 +252,50 @@ extern "C" fn pool_extend_share(netns_cookie: u64) -> u64 {
     }
 }
 
-/// [`slots::new_slot`]; global for the same reason as [`pool_find`].
-/// Answers -1 if there is none.
+/// [`Tables::reduce_share`]; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_new_slot(words: u32, template: u32) -> i64 {
-    match slots::new_slot(&Maps { words }, template) {
+extern "C" fn pool_reduce_share(netns_cookie: u64) -> u64 {
+    match POOL_SHARES.get_ptr_mut(netns_cookie) {
+        // SAFETY: a pointer to a map's value.
+        Some(share) => unsafe { fetch_add(share, u64::MAX) },
+        None => 0,
+    }
+}
+
+/// [`slots::make_room`]; global for the same reason as [`pool_find`].
+/// Answers a [`Refusal`], or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_make_room(words: u32, netns_cookie: u64) -> u32 {
+    match slots::make_room(&Maps { words }, netns_cookie) {
+        Ok(()) => 0,
+        Err(refusal) => refusal.0,
+    }
+}
+
+/// One step of [`slots::make_room`]'s search.
+#[inline(never)]
+extern "C" fn search_turn(_turn: u64, search: *mut Search) -> i64 {
+    // SAFETY: the memory that [`Tables::search`] gave to `bpf_loop`.
+    let search = unsafe { &mut *search };
+    i64::from(search.check(&Maps { words: search.words }))
+}
+
+/// [`slots::evict`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_evict(words: u32, slot: u32) -> u32 {
+    u32::from(slots::evict(&Maps { words }, slot))
+}
+
+/// [`slots::new_slot`]; global for the same reason as [`pool_find`]. The upper half of `words_and_template` has the words of the pool, the
+/// lower the template. Answers -1 if there is none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_new_slot(words_and_template: u64, first: u64, second: u64, third: u64) -> i64 {
+    let (words, template) = ((words_and_template >> 32) as u32, words_and_template as u32);
+    match slots::new_slot(&Maps { words }, template, &[first, second, third]) {
         Some(slot) => i64::from(slot),
         None => -1,
     }
