@@ -304,11 +304,12 @@ impl KernelPool {
         4 * self.tables.load(pool::FREE_SLOTS) < 3 * u64::from(self.layout.config.slots)
     }
 
+    /// Counts the claims of owners: those of a destination include its owners.
     fn live_claims(&self) -> Result<u64, KernelPoolError> {
-        let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
+        let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let live = |slot| self.tables.load(self.layout.geometry().live(slot));
         // One below zero can only be wrong.
-        Ok(destinations.iter().map(|(_, slot)| live(*slot)).filter(|live| live.cast_signed() > 0).sum())
+        Ok(owners.iter().map(|(_, slot)| live(*slot)).filter(|live| live.cast_signed() > 0).sum())
     }
 
     /// The ring buffer of [`bridge_common::pool::Event`]; can be had once.

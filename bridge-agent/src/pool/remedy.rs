@@ -27,12 +27,15 @@ pub fn cause(refusal: Refusal) -> &'static str {
         Refusal::TABLE_FULL => "the table of destinations and network namespaces is full",
         Refusal::BIND => "sockets outside the pool have bound every port that was tried",
         Refusal::SHARE => {
-            "this network namespace connects to more destinations than its share of the table holds"
+            "this network namespace has open sockets to more destinations than its share of the table holds"
         }
         Refusal::MEMORY => "the kernel had no memory for the storage of the socket",
         Refusal::RESTING => "every free port is in TIME_WAIT, since the peer does not use TCP timestamps",
         Refusal::PROTOCOL => {
             "the pool serves TCP and UDP, and a socket of UDP-Lite would leave from any port"
+        }
+        Refusal::KERNEL => {
+            "the kernel refused the connection after it had a port: there is no route, or the 4-tuple is in TIME_WAIT"
         }
         _ => "the pool has no usable port towards this destination",
     }
@@ -57,6 +60,10 @@ pub fn remedy(refusal: Refusal) -> &'static str {
             "enlarge portPool.ports to the connections of a minute, enable TCP timestamps on the peer, or let it close first"
         }
         Refusal::PROTOCOL => "use UDP, or set portPool.strict to false",
+        Refusal::KERNEL => {
+            "`ip route get` shows whether there is a route; if there is one, enlarge portPool.ports, or enable TCP timestamps \
+             on the peer"
+        }
         _ => "wait, or enlarge portPool.ports",
     }
 }
@@ -88,8 +95,9 @@ impl Recent {
             let refusal = Refusal(*code);
             let Refused { at, destination, command, pid } = refused;
             let to = destination.map(|to| format!(" towards {to}")).unwrap_or_default();
+            let refused = if refusal == Refusal::KERNEL { "was refused" } else { "was refused a port" };
             format!(
-                "{} s ago {command} (pid {pid}) was refused a port{to} ({}): {}; remedy: {}",
+                "{} s ago {command} (pid {pid}) {refused}{to} ({}): {}; remedy: {}",
                 at.elapsed().as_secs(),
                 refusal.name(),
                 cause(refusal),
@@ -114,7 +122,8 @@ mod tests {
         let sentences = recent.sentences();
         assert_eq!(sentences.len(), Refusal::COUNT as usize - 1, "{sentences:#?}");
         for (code, sentence) in (1..).zip(&sentences) {
-            assert!(sentence.contains("wget (pid 8) was refused a port towards 192.0.2.2:443"), "{sentence}");
+            let what = if Refusal(code) == Refusal::KERNEL { "was refused" } else { "was refused a port" };
+            assert!(sentence.contains(&format!("wget (pid 8) {what} towards 192.0.2.2:443")), "{sentence}");
             assert!(sentence.contains(Refusal(code).name()) && sentence.contains("; remedy: "), "{sentence}");
         }
         let causes: std::collections::BTreeSet<_> =

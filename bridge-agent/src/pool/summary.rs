@@ -106,6 +106,8 @@ pub struct Refusals {
     pub resting: u64,
     #[serde(default)]
     pub share: u64,
+    #[serde(default)]
+    pub kernel: u64,
 }
 
 impl Refusals {
@@ -121,6 +123,7 @@ impl Refusals {
             Refusal::PROTOCOL => &mut self.protocol,
             Refusal::RESTING => &mut self.resting,
             Refusal::SHARE => &mut self.share,
+            Refusal::KERNEL => &mut self.kernel,
             _ => return None,
         })
     }

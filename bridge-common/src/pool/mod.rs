@@ -252,7 +252,7 @@ impl Destination {
         [
             u64::from_ne_bytes([a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]]),
             u64::from_ne_bytes([a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15]]),
-            (self.protocol as u64) << 16 | (self.port[0] as u64) << 8 | self.port[1] as u64,
+            u64::from_le_bytes([self.port[0], self.port[1], self.protocol, 0, 0, 0, 0, 0]),
         ]
     }
 
@@ -260,11 +260,10 @@ impl Destination {
     #[inline(always)]
     #[must_use]
     pub const fn from_words(words: [u64; 3]) -> Self {
-        let (a, b) = (words[0].to_ne_bytes(), words[1].to_ne_bytes());
+        let (a, b, c) = (words[0].to_ne_bytes(), words[1].to_ne_bytes(), words[2].to_le_bytes());
         let address =
             [a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]];
-        let port = [(words[2] >> 8) as u8, words[2] as u8];
-        Self::from_network(address, port, (words[2] >> 16) as u8)
+        Self::from_network(address, [c[0], c[1]], c[2])
     }
 
     /// Host byte order.
@@ -400,7 +399,7 @@ pub struct Rest {
 
 const _: () = assert!(size_of::<Rest>() == 16 && align_of::<Rest>() == 8);
 
-/// Why the pool refused a connect (`EADDRNOTAVAIL` to the program).
+/// Why a connect failed for want of a port (`EADDRNOTAVAIL` to the program, except for [`Refusal::KERNEL`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct Refusal(pub u32);
@@ -426,8 +425,10 @@ impl Refusal {
     pub const RESTING: Self = Self(9);
     /// The namespace uses its share of the slots for destinations.
     pub const SHARE: Self = Self(10);
+    /// The kernel refused the connection after it had got a port: no SYN was sent. The program sees the kernel's own error.
+    pub const KERNEL: Self = Self(11);
     /// One above the highest.
-    pub const COUNT: u32 = 11;
+    pub const COUNT: u32 = 12;
 
     /// The name used in metrics and events.
     #[must_use]
@@ -443,6 +444,7 @@ impl Refusal {
             Self::PROTOCOL => "protocol",
             Self::RESTING => "resting",
             Self::SHARE => "share",
+            Self::KERNEL => "kernel",
             _ => "unknown",
         }
     }

@@ -254,6 +254,7 @@ fn enter_owner<T: Tables>(tables: &T, owner: &Owner) -> Result<Option<u32>, Refu
 ///
 /// # Errors
 /// [`Refusal::SHARE`] beyond the share, if all its slots are in use; [`Refusal::TABLE_FULL`] if all slots are.
+#[expect(clippy::cast_possible_truncation, reason = "slots are 32-bit numbers, kept in 64-bit words")]
 #[inline(always)]
 pub fn make_room<T: Tables + ?Sized>(tables: &T, netns_cookie: u64) -> Result<(), Refusal> {
     let free = tables.load(FREE_SLOTS);
@@ -298,6 +299,7 @@ pub struct Search {
 
 impl Search {
     /// Checks the next slot; returns whether the search ends.
+    #[expect(clippy::cast_possible_truncation, reason = "slots are 32-bit numbers, kept in 64-bit words")]
     #[inline(always)]
     pub fn check<T: Tables + ?Sized>(&mut self, tables: &T) -> bool {
         let geometry = tables.geometry();
@@ -401,6 +403,7 @@ pub fn evict<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
 }
 
 /// [`evict`] for a slot that the caller has closed.
+#[expect(clippy::cast_possible_truncation, reason = "slots are 32-bit numbers, kept in 64-bit words")]
 #[inline(always)]
 pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
     let key = key_of(tables, slot);

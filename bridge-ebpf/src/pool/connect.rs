@@ -2,8 +2,8 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use bridge_common::pool::{
-    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_HELD, LEASE_OF_CONNECTION, Lease, Refusal, bitmap,
-    counter,
+    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_CONNECTING, LEASE_HELD, LEASE_OF_CONNECTION, Lease,
+    Refusal, TCP, bitmap, counter,
     slots::{self, Seat, Tables as _},
 };
 use bridge_ebpf::atomic::fetch_and;
@@ -11,7 +11,7 @@ use bridge_ebpf::atomic::fetch_and;
 use crate::{
     claim::{claim_and_bind, enter, note, take_grant},
     maps::{POOL_CONFIG, count},
-    refuse::{PASS, refuse},
+    refuse::{PASS, note_earlier_failure, refuse},
     release::give_back,
     sock::{Family, destination, is_in_networks, lease_or_new, socket},
     tables::Maps,
@@ -52,6 +52,10 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
     // SAFETY: the storage of a socket that is locked by this very `connect`.
     let held = unsafe { (&raw const (*lease).state).read_volatile() };
     if held & LEASE_HELD != 0 {
+        if held & (LEASE_ANY | LEASE_CONNECTING) == 0 && destination.protocol() == TCP {
+            // SAFETY: as above.
+            note_earlier_failure(ctx, unsafe { &(*lease).destination });
+        }
         // SAFETY: as above.
         if held & LEASE_ANY != 0 || unsafe { (*lease).destination } == *destination {
             // The same connection, tried again: the port is still bound and still ours.

@@ -42,6 +42,22 @@ pub(crate) fn refuse_socket(ctx: &SockContext, refusal: Refusal) -> i32 {
     answer(EPROTONOSUPPORT)
 }
 
+/// Counts and reports that the kernel refused a connection after the pool had bound its port.
+#[inline(always)]
+pub(crate) fn note_failure(ctx: &SockContext, destination: &Destination) {
+    count(counter::CONNECT_FAILURES);
+    count(counter::REFUSALS + Refusal::KERNEL.0);
+    report(ctx, destination, Refusal::KERNEL);
+}
+
+/// [`note_failure`], found when the program connects the same socket again.
+#[inline(always)]
+pub(crate) fn note_earlier_failure(ctx: &SockAddrContext, destination: &Destination) {
+    count(counter::CONNECT_FAILURES);
+    count(counter::REFUSALS + Refusal::KERNEL.0);
+    report_connect(ctx.sock_addr, destination, Refusal::KERNEL.0);
+}
+
 #[inline(always)]
 fn answer(error: i32) -> i32 {
     if POOL_HAS_SET_RETVAL.load() != 0 {

@@ -21,6 +21,7 @@ use bridge_ebpf::atomic::{fetch_and, fetch_or};
 
 use crate::{
     maps::{POOL_CONFIG, count},
+    refuse::note_failure,
     rest::rest,
     sock::lease,
     tables::Maps,
@@ -54,7 +55,8 @@ pub(crate) fn pool_release(ctx: SockContext) -> i32 {
             (before, (*ctx.sock).state, (*ctx.sock).protocol)
         };
         if protocol == IPPROTO_TCP && before & LEASE_HELD != 0 && before & LEASE_CONNECTING == 0 {
-            count(counter::CONNECT_FAILURES);
+            // SAFETY: the storage of the socket of the context.
+            note_failure(&ctx, unsafe { &(*lease).destination });
         }
         if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != IPPROTO_TCP {
             give_back(lease);

@@ -1,0 +1,158 @@
+//! Refusals are never silent: each one has a counter, an event and a sentence in `status` with the remedy.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_lab::{
+    agent::Agent,
+    lab::{Host, Lab},
+    pool::{in_cgroup, output, python, serve},
+    wait::eventually,
+};
+use serde_json::Value;
+
+const SOON: Duration = Duration::from_secs(20);
+
+const PRELUDE: &str = r"
+import errno, socket
+def tcp(to, source=None, port=8080):
+    s = socket.socket()
+    s.settimeout(10)
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if source is not None: s.bind(('', source))
+    s.connect((to, port))
+    return s
+def many(n, f):
+    held = []
+    for _ in range(n):
+        try: held.append(f())
+        except OSError as e: print(errno.errorcode[e.errno]); return held
+    print('none')
+    return held
+";
+
+/// A reason, the client, the program that provokes it, and the error that it sees.
+struct Case<'a> {
+    reason: &'static str,
+    client: &'a Host,
+    hooked: bool,
+    script: String,
+    error: &'static str,
+}
+
+#[test]
+fn each_refusal_has_a_counter_an_event_and_a_sentence() -> Result<()> {
+    let lab = Lab::builder().second_host().build()?;
+    let cgroup = lab.cgroup("clients")?;
+    let mount = bridge_agent::pool::attach::mount_point()?;
+    let yaml = |more: &str| {
+        format!(
+            "role: node\nnetworks: {{pods: [10.200.0.0/16], external: [192.168.31.0/24]}}\nenforcement: {{engines: [ebpf]}}\n\
+             rules:\n  - {{name: pool, direction: outbound, protocol: tcp, ports: [\"1-65535\"], sourcePorts: [\"61001-61016\"]}}\n\
+             persistence: {{save: never}}\nportPool:\n  ports: [\"61001-61016\"]\n  transparent: {{cgroups: [/{}]}}\n{more}",
+            cgroup.strip_prefix(&mount).unwrap_or(&cgroup).display()
+        )
+    };
+    let mut agent = Agent::start(&lab, lab.b(), &yaml(""))?;
+    let _servers = [serve(&lab.a().netns, 8080)?, serve(&lab.a2().netns, 8080)?];
+    lab.a2().netns.set_sysctl("ipv4/tcp_timestamps", "0")?;
+    let (a, a2) = (lab.a().v4, lab.a2().v4);
+    for pod in lab.pods() {
+        pod.netns.ip("route add unreachable 192.168.31.250")?;
+    }
+    let closed_first = format!(
+        "def closed():\n    s = tcp('{a2}')\n    s.shutdown(socket.SHUT_WR)\n    s.recv(1)\n    s.close()\nmany(30, closed)"
+    );
+    let foreign = "others = []\nfor p in range(61001, 61017):\n    s = socket.socket(); s.bind(('', p)); others.append(s)\n\
+                   import os, sys\nopen(sys.argv[1] + '/cgroup.procs', 'w').write('0')\n";
+    let case = |reason, client, script: String, error| Case { reason, client, hooked: true, script, error };
+    let cases = [
+        case("exhausted", lab.c1(), format!("many(17, lambda: tcp('{a}'))"), "EADDRNOTAVAIL"),
+        case("outside", lab.c1(), format!("many(1, lambda: tcp('{a}', 40000))"), "EADDRNOTAVAIL"),
+        // Warm with the first pod.
+        case("taken", lab.c2(), format!("many(1, lambda: tcp('{a}', 61001))"), "EADDRNOTAVAIL"),
+        case("resting", lab.c1(), closed_first, "EADDRNOTAVAIL"),
+        case("kernel", lab.c1(), "many(1, lambda: tcp('192.168.31.250'))".into(), "EHOSTUNREACH"),
+        case(
+            "protocol",
+            lab.c1(),
+            "many(1, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 136))".into(),
+            "EPROTONOSUPPORT",
+        ),
+        Case {
+            reason: "bind",
+            client: lab.c2(),
+            hooked: false,
+            script: format!("{foreign}many(1, lambda: tcp('{a}', None, 8081))"),
+            error: "EADDRNOTAVAIL",
+        },
+    ];
+    for case in &cases {
+        refuse(&agent, lab.b(), &cgroup, case)?;
+    }
+    agent.reload(&yaml("  quota: 4\n"))?;
+    let udp = format!(
+        "def udp():\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.connect(('{a}', 53))\n    return s\n\
+         many(5, udp)"
+    );
+    refuse(&agent, lab.b(), &cgroup, &case("quota", lab.c2(), udp, "EADDRNOTAVAIL"))?;
+    // All of them stay in sight.
+    let text = agent.run(&["status"])?;
+    for case in &cases {
+        ensure!(text.contains(&format!("({})", case.reason)), "{}: {text}", case.reason);
+    }
+    Ok(())
+}
+
+/// Provokes a refusal and finds its traces.
+fn refuse(agent: &Agent, node: &Host, cgroup: &Path, case: &Case<'_>) -> Result<()> {
+    let Case { reason, client, hooked, script, error } = case;
+    let metric = || -> Result<u64> {
+        let (text, name) =
+            (agent.metrics()?, format!("bridge_pool_refusals_total{{by=\"hook\",reason=\"{reason}\"}} "));
+        let value = text.lines().find_map(|line| line.strip_prefix(&name)).context(reason.to_owned())?;
+        Ok(value.parse()?)
+    };
+    let before = metric()?;
+    let mut watch = agent.command(&["ports", "watch"]);
+    watch.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut watch = node.netns.spawn_command(watch)?;
+    let events: Arc<Mutex<Vec<String>>> = Arc::default();
+    let pipe = BufReader::new(watch.child().stdout.take().context("a pipe")?);
+    let seen = Arc::clone(&events);
+    std::thread::spawn(move || {
+        for line in pipe.lines().map_while(Result::ok) {
+            seen.lock().expect("a lock").push(line);
+        }
+    });
+    let command = || {
+        let mut command = python(&format!("{PRELUDE}{script}"));
+        command.arg(cgroup);
+        if *hooked { in_cgroup(cgroup, command) } else { command }
+    };
+    // A watcher that has not subscribed yet sees nothing: try again until it has.
+    let event = || {
+        let text = output(&client.netns, command(), SOON).ok()?;
+        (text.trim() == *error).then_some(())?;
+        let event = || {
+            let events = events.lock().expect("a lock");
+            events.iter().any(|line| line.contains(reason) && line.contains("python3")).then_some(())
+        };
+        eventually(Duration::from_secs(2), event)
+    };
+    eventually(SOON, event).with_context(|| format!("{reason}: no event in {:?}", events.lock().unwrap()))?;
+    watch.kill()?;
+    ensure!(metric()? > before, "{reason} is not counted");
+    let text = agent.run(&["status"])?;
+    let sentence = text.lines().find(|line| line.contains(&format!("({reason})"))).unwrap_or_default();
+    ensure!(sentence.contains("python3") && sentence.contains("; remedy: "), "{reason}: {text}");
+    let status: Value = serde_json::from_str(&agent.run(&["status", "--json"])?)?;
+    ensure!(status["agent"]["pool"]["counters"]["refusals"][reason].as_u64() > Some(0), "{status}");
+    Ok(())
+}
