@@ -29,6 +29,8 @@ mod agent;
 #[cfg(feature = "tokio")]
 pub mod aio;
 mod http;
+#[cfg(feature = "hyper")]
+pub mod hyper;
 mod stream;
 
 use std::{
