@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::{
-    abi, build, cmd, prose,
+    abi, build, cmd, docs, prose,
     setup::{self, Checks, Ready, Scope},
     steps::Steps,
     workspace,
@@ -44,6 +44,7 @@ pub(crate) fn check(steps: &mut Steps, ready: &Ready, checks: &Checks) {
     advisories(steps, checks);
     steps.step("ABI", abi::check);
     steps.step("words", prose::check_words);
+    steps.step("links of the documentation", docs::check);
     // A release archive has no history.
     steps.step_or_not_run("commit subjects", workspace::root().join(".git").exists(), prose::check_subjects);
 }

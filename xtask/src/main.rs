@@ -6,6 +6,7 @@ mod cluster;
 mod cmd;
 mod crds;
 mod dist;
+mod docs;
 mod fuzz;
 mod image;
 mod lint;
@@ -54,7 +55,7 @@ enum Command {
         /// Part of the name of a test
         filter: Option<String>,
     },
-    /// Check formatting, lints, licences, the ABI, the words of the prose and commit subjects
+    /// Check formatting, lints, licences, the ABI, the words and links of the pages, and commit subjects
     Lint,
     /// Count the words that the style avoids, or list the lines with one of them
     Words {
@@ -70,7 +71,7 @@ enum Command {
         #[arg(long)]
         bless: bool,
     },
-    /// Write the custom resource definitions into deploy/kubernetes/crds, and their reference into docs/kubernetes.md
+    /// Write the custom resource definitions and their reference, and the schema of the configuration, from the agent's types
     Crds,
     /// Build kube-apiserver, etcd and kubectl for the tests, as `cluster` does, unless they exist
     KubeAssets,
@@ -112,6 +113,8 @@ enum Command {
     },
     /// Build static binaries for x86_64 and aarch64, packages, bill of materials and checksums into target/dist/out
     Dist(dist::Options),
+    /// Build the documentation as a site into target/docs/site, and check its links
+    Docs,
     /// Attack a node from the LAN, and count the legitimate connections that suffer
     Attack {
         /// For instance --packets 5000000 --rate 200000
@@ -179,6 +182,7 @@ fn main() -> ExitCode {
         Command::Image { base, test } => image::main(base.as_deref(), test),
         Command::Cluster { build, arguments } => cluster::main(build, &arguments),
         Command::Dist(options) => dist::main(options),
+        Command::Docs => docs::main(),
         Command::Fuzz { target, seconds } => fuzz::main(target, seconds),
         Command::Model { arguments } => run::tool("model", &arguments),
         Command::Parity { arguments } => run::tool("parity", &arguments),

@@ -5,6 +5,7 @@
 
 mod apt;
 pub(crate) mod kube_assets;
+pub(crate) mod pypi;
 mod rust_tools;
 pub(crate) mod toolchain;
 
