@@ -1,12 +1,18 @@
-//! `cargo xtask crds`: writes the custom resource definitions and their reference, which the agent makes from its types.
+//! `cargo xtask crds`: writes the custom resource definitions, their reference, and the schema of the configuration file, which
+//! the agent makes from its types.
 
-use anyhow::Result;
+use std::fs;
+
+use anyhow::{Context, Result};
 
 use crate::{
     build, cmd,
     setup::{self, Scope},
     workspace,
 };
+
+/// Schema of the configuration file, for editors.
+const SCHEMA: &str = "deploy/bridge.schema.json";
 
 /// `cargo xtask crds`. A unit test of the agent fails where they are out of date.
 ///
@@ -15,11 +21,16 @@ use crate::{
 pub(crate) fn main() -> Result<()> {
     let ready = setup::ensure(Scope::Build)?;
     build::objects(&ready.ebpf)?;
-    for target in [["--directory", "deploy/kubernetes/crds"], ["--reference", "docs/kubernetes.md"]] {
+    let agent = || {
         let mut agent = cmd::cargo();
         agent.args(["run", "--quiet", "--package", "bridge-agent", "--bin", "bridge-agent", "--"]);
-        agent.arg("crds").args(target);
-        cmd::run(agent.current_dir(workspace::root()))?;
+        agent.current_dir(workspace::root());
+        agent
+    };
+    for target in [["--directory", "deploy/kubernetes/crds"], ["--reference", "docs/kubernetes.md"]] {
+        cmd::run(agent().arg("crds").args(target))?;
     }
+    let schema = cmd::output(agent().args(["check", "--schema"]))?;
+    fs::write(workspace::root().join(SCHEMA), schema).context(SCHEMA)?;
     Ok(())
 }

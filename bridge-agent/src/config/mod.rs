@@ -174,12 +174,16 @@ pub fn parse(text: &str, file: Option<&FilePath>) -> Result<Loaded, ConfigErrors
     }
 }
 
+/// Identifies the JSON schema of the configuration; `deploy/bridge.schema.json` is a copy for editors.
+const SCHEMA_ID: &str = "https://bridge.lan/schemas/bridge.schema.json";
+
 /// The JSON schema of the configuration file (draft 2020-12).
 #[must_use]
 pub fn schema() -> serde_json::Value {
     let mut schema = shape::schema_of::<Config>(false);
     shape::remove_marks(&mut schema);
     schema["title"] = "bridge-agent configuration".into();
+    schema["$id"] = SCHEMA_ID.into();
     schema
 }
 

@@ -95,12 +95,14 @@ fn tree(dist: &Dist, architecture: Architecture, generated: &Path) -> Result<()>
     for (folder, to, ending) in [("deploy/examples", "examples", "yaml"), ("docs", "docs", "md")] {
         for file in fs::read_dir(source(folder))? {
             let path = file?.path();
-            if path.extension().is_some_and(|extension| extension == ending) {
+            if path.extension().is_some_and(|extension| extension == ending) && !path.ends_with("SUMMARY.md")
+            {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 install(&path, &format!("{documentation}/{to}/{name}"), 0o644)?;
             }
         }
     }
+    install(&source("deploy/bridge.schema.json"), &format!("{documentation}/bridge.schema.json"), 0o644)?;
     for licence in ["LICENSE-APACHE", "LICENSE-MIT"] {
         install(&source(licence), &format!("{documentation}/{licence}"), 0o644)?;
     }

@@ -156,3 +156,18 @@ portPool: {{ports: 61001-61100{more}}}\n"
     assert_eq!(pool("host", ""), ["10.200.1.0/24"]);
     assert_eq!(pool("host", ", destinations: [10.0.0.0/8]"), ["10.0.0.0/8"]);
 }
+
+#[test]
+fn editors_find_the_schema_from_each_example() {
+    let deploy = FilePath::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+    let written = std::fs::read_to_string(deploy.join("bridge.schema.json")).unwrap();
+    assert!(
+        written == format!("{:#}\n", schema()),
+        "deploy/bridge.schema.json is out of date: run `cargo xtask crds`"
+    );
+    assert_eq!(schema()["$id"], "https://bridge.lan/schemas/bridge.schema.json");
+    for example in ["node.yaml", "host.yaml"] {
+        let text = std::fs::read_to_string(deploy.join("examples").join(example)).unwrap();
+        assert!(text.starts_with("# yaml-language-server: $schema=../bridge.schema.json\n"), "{text}");
+    }
+}
