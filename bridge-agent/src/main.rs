@@ -1,8 +1,9 @@
 //! The `bridge-agent` command.
 
+use std::path::Path;
 use std::process::ExitCode;
 
-use bridge_agent::cli::Cli;
+use bridge_agent::cli::{Cli, kubectl};
 use bridge_agent::log;
 use clap::Parser;
 
@@ -10,6 +11,10 @@ use clap::Parser;
 const WRONG_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    let name = std::env::args_os().next().unwrap_or_default();
+    if Path::new(&name).file_stem().is_some_and(|name| name == kubectl::NAME) {
+        return kubectl::main();
+    }
     let cli = Cli::parse();
     if let Err(error) = log::init(cli.global.log_format, &cli.global.log_level) {
         eprintln!("error: {error}");

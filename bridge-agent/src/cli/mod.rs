@@ -12,6 +12,7 @@ mod explain;
 mod export;
 mod flows;
 mod generate;
+pub mod kubectl;
 mod monitor;
 mod nodeport_range;
 mod ports;
