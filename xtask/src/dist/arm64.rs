@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Architecture, Dist};
+use super::{Architecture, Dist, debian::unpack};
 use crate::{
     cmd,
     setup::{self, Program, cache, program},
@@ -65,42 +65,13 @@ fn fetch() -> Result<PathBuf> {
     if root.exists() {
         return Ok(root);
     }
-    let part = root.with_extension("part");
-    drop(fs::remove_dir_all(&part));
-    for folder in ["lists/partial", "cache/archives/partial", "root"] {
-        fs::create_dir_all(part.join(folder))?;
-    }
-    // Lists of their own: this machine's apt stays without a foreign architecture.
-    let options = [
-        "APT::Architecture=arm64".to_owned(),
-        "APT::Architectures=arm64".to_owned(),
-        "APT::Sandbox::User=root".to_owned(),
-        "Dir::State::status=/dev/null".to_owned(),
-        format!("Dir::State::lists={}", part.join("lists").display()),
-        format!("Dir::Cache={}", part.join("cache").display()),
-    ];
-    let apt = |program: &str, arguments: &[&str]| {
-        let mut apt = cmd::command(program);
-        apt.args(options.iter().flat_map(|option| ["-o", option])).args(arguments).current_dir(&part);
-        cmd::output(apt.env("LC_ALL", "C"))
-    };
-    apt("apt-get", &["update", "-q"])?;
-    let depends = apt("apt-cache", &["depends", META_PACKAGE])?;
-    let kernel = depends.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
-    let kernel = kernel.with_context(|| format!("{META_PACKAGE} depends on no kernel"))?;
-    eprintln!("setup: fetching {kernel} and busybox-static for arm64: the aarch64 binary is tested on them");
-    apt("apt-get", &["download", "-q", kernel, "busybox-static"])?;
-    for file in fs::read_dir(&part)? {
-        let path = file?.path();
-        if path.extension().is_some_and(|extension| extension == "deb") {
-            cmd::run(cmd::command("dpkg-deb").arg("-x").arg(&path).arg(part.join("root")))?;
-        }
-    }
-    let modules = entry(&part.join("root/lib/modules"), "")?;
+    eprintln!(
+        "setup: fetching {META_PACKAGE} and busybox-static for arm64: the aarch64 binary is tested on them"
+    );
+    unpack(Architecture::Aarch64, &[META_PACKAGE, "busybox-static"], &root)?;
+    let modules = entry(&root.join("lib/modules"), "")?;
     let release = modules.file_name().context("a kernel without a release")?;
-    cmd::run(cmd::command("busybox").arg("depmod").arg("-b").arg(part.join("root")).arg(release))?;
-    fs::rename(part.join("root"), &root)?;
-    fs::remove_dir_all(&part)?;
+    cmd::run(cmd::command("busybox").arg("depmod").arg("-b").arg(&root).arg(release))?;
     Ok(root)
 }
 

@@ -144,6 +144,20 @@ pub(super) fn chart() -> Result<()> {
     run_test("chart", &[("BRIDGE_HELM", &cluster::helm()?)])
 }
 
+/// Runs the agent from the root of an image, in a container of the DaemonSet.
+pub(super) fn image(root: &Path) -> Result<()> {
+    setup::programs(&[setup::program("crun", "crun", "runs the agent as a container")])?;
+    let result = run_test("image", &[("BRIDGE_IMAGE", root)]);
+    as_root("rm", &["-rf".into(), "--one-file-system".into(), root.into()])?;
+    result
+}
+
+/// Installs the chart in a cluster of this machine, and runs `kubectl bridge` in it.
+pub(super) fn in_cluster() -> Result<()> {
+    cluster::ensure(None)?;
+    run_test("cluster", &[("BRIDGE_HELM", &cluster::helm()?)])
+}
+
 /// Builds bridge-client from its archive as crates.io would receive it.
 pub(super) fn publish() -> Result<()> {
     let arguments = ["publish", "--dry-run", "--locked", "--allow-dirty", "--package", "bridge-client"];

@@ -8,8 +8,11 @@
 mod again;
 mod arm64;
 mod binaries;
+mod debian;
+mod image;
 mod install;
 mod packages;
+mod plugin;
 mod zig;
 
 use std::{
@@ -22,7 +25,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::{
-    build, cmd, image,
+    build, cmd,
     setup::{self, Program, Scope, program, toolchain::EbpfToolchain},
     steps::Steps,
     workspace::{self, Metadata},
@@ -55,6 +58,9 @@ pub(crate) struct Options {
     /// Test the artefacts of the last build
     #[arg(long, conflicts_with = "test")]
     test_only: bool,
+    /// Make packages, plugin and image of the binaries of the last build
+    #[arg(long, conflicts_with = "test_only")]
+    package_only: bool,
     /// Build this architecture only; may be repeated
     #[arg(long, value_enum, value_name = "ARCHITECTURE")]
     only: Vec<Architecture>,
@@ -117,7 +123,7 @@ impl Dist {
         let version = metadata.version("bridge-agent").context("cargo metadata names no version")?;
         let work = metadata.target_directory()?.join("dist");
         let out = work.join("out");
-        Ok(Self { architectures, version, epoch: image::epoch()?, out, work })
+        Ok(Self { architectures, version, epoch: crate::image::epoch()?, out, work })
     }
 
     /// Returns the path of the static binary of `architecture`, as it is shipped.
@@ -164,8 +170,8 @@ pub(crate) fn main(options: Options) -> Result<()> {
     }
     let dist = Dist::new(architectures)?;
     let mut steps = Steps::default();
-    if !options.test_only {
-        build_all(&dist, &ready.ebpf, &mut steps);
+    if !options.test_only && (options.package_only || build_binaries(&dist, &ready.ebpf, &mut steps)) {
+        package(&dist, &mut steps);
     }
     if test {
         steps.step("the binaries are static, small, complete and run in an empty root", || {
@@ -175,6 +181,12 @@ pub(crate) fn main(options: Options) -> Result<()> {
         steps.step("the .rpm installs by rpm's own tools", || install::rpm(&dist));
         steps.step("the commands of the README install as printed", || install::readme(&dist));
         steps.step("the Helm chart makes the objects of kustomize", install::chart);
+        steps.step("the image of each architecture runs, and this one's enforces", || {
+            install::image(&image::test(&dist)?)
+        });
+        steps.step("krew's manifest names the archives of kubectl bridge", || plugin::test(&dist));
+        steps
+            .step("the chart enforces in a cluster, and kubectl bridge shows its nodes", install::in_cluster);
         steps.step("bridge-client builds as crates.io would receive it", install::publish);
         steps.step("the static binary in the lab", || in_lab(&dist));
         steps.step("the aarch64 binary judges traffic on Debian's arm64 kernel", || arm64::test(&dist));
@@ -189,19 +201,24 @@ pub(crate) fn main(options: Options) -> Result<()> {
     Ok(())
 }
 
-/// Builds every artefact.
-fn build_all(dist: &Dist, toolchain: &EbpfToolchain, steps: &mut Steps) {
+/// Builds the binary of each architecture; returns whether that succeeded.
+fn build_binaries(dist: &Dist, toolchain: &EbpfToolchain, steps: &mut Steps) -> bool {
     let built = steps.step("eBPF objects", || build::objects(toolchain)).and_then(|()| {
         steps.step("static binaries", || {
             fs::create_dir_all(&dist.out).with_context(|| dist.out.display().to_string())?;
             binaries::build(dist, toolchain)
         })
     });
-    if built.is_some() {
-        steps.step("packages", || packages::build(dist));
-        steps.step("bill of materials", || binaries::bill_of_materials(dist));
-        steps.step("checksums", || checksums(dist));
-    }
+    built.is_some()
+}
+
+/// Makes every other artefact of the binaries.
+fn package(dist: &Dist, steps: &mut Steps) {
+    steps.step("packages", || packages::build(dist));
+    steps.step("kubectl plugin", || plugin::build(dist));
+    steps.step("image", || image::build(dist));
+    steps.step("bill of materials", || binaries::bill_of_materials(dist));
+    steps.step("checksums", || checksums(dist));
 }
 
 /// The names of all files in `out`, sorted.
