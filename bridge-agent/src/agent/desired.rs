@@ -1,11 +1,11 @@
 //! The packet path as a configuration wants it: compiled, and not yet written.
 
-use std::{io, net::IpAddr};
+use std::{io, net::IpAddr, sync::Arc};
 
 use bridge_common::filter::flow::state;
 
 use crate::{
-    config::{Config, FastPath, Timeouts},
+    config::{Config, FastPath, PoolScope, Timeouts},
     datapath::{self, Behaviour},
     interfaces::{Observer, Selection, Snapshot},
     model::{Mode, OnDeny, Policy},
@@ -29,7 +29,8 @@ pub enum Error {
 /// Settings of the packet path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Desired {
-    pub(super) policy: Policy,
+    pub(super) policy: Arc<Policy>,
+    pub(super) pool: Option<PoolScope>,
     pub(super) behaviour: Behaviour,
     pub(super) selection: Selection,
     pub(super) fast_path: bool,
@@ -54,7 +55,7 @@ impl Desired {
         };
         // Audit mode leaves the path of packets as it is without bridge.
         let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
-        Self { policy, behaviour, selection, fast_path }
+        Self { policy: Arc::new(policy), pool: config.pool_scope(), behaviour, selection, fast_path }
     }
 
     /// Whether connections may be in scope that were not with `before`.

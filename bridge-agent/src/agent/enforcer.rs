@@ -24,7 +24,7 @@ use crate::{
     interfaces::{Bindings, Chosen, Device, Hosted, Observer, Selection, Snapshot},
     kernel::backoff::Backoff,
     policy::{Tables, TablesStats},
-    state::{AttachedInterface, Enforcement, FastPathStatus},
+    state::{ActivePolicy, AttachedInterface, Enforcement, FastPathStatus},
 };
 
 /// Target of log lines from the programs: `--log-level enforce=debug` enables them.
@@ -515,6 +515,15 @@ impl Enforcer {
     pub(super) fn bridges(&self) -> BTreeSet<u32> {
         let bridges = self.snapshot.links.iter().filter(|(_, link)| link.device == Device::Bridge);
         bridges.map(|(index, _)| *index).collect()
+    }
+
+    /// Returns the policy that judges, and the addresses that it is for.
+    pub(super) fn active(&self) -> ActivePolicy {
+        ActivePolicy {
+            policy: Arc::clone(&self.desired.policy),
+            pool: self.desired.pool.clone(),
+            local: self.snapshot.addresses.iter().copied().collect(),
+        }
     }
 
     pub(super) fn maps(&self) -> &Arc<Maps> {

@@ -59,7 +59,7 @@ use crate::{
         state_directory::{StateDirectory, UnusableState},
     },
     kubernetes, pool, routes,
-    state::{Event, Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
+    state::{Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
 };
 
 /// Options of `bridge-agent run`.
@@ -355,6 +355,7 @@ impl Agent {
     fn show_enforcement(&self) {
         let enforcement = self.enforcer.as_ref().map(Enforcer::status);
         let firewall = self.filter.as_ref().map(PacketFilter::status);
+        self.shared.set_active(self.enforcer.as_ref().map(Enforcer::active));
         self.shared.update(|status| {
             status.enforcement = enforcement;
             status.firewall = firewall;
@@ -451,7 +452,7 @@ async fn read_events(
                     if let Some(filter) = filter.filter(|_| verdict.generation == generation) {
                         filter.judged_by_ebpf(&verdict);
                     }
-                    shared.events.publish(Event::Verdict(Arc::new(verdict)));
+                    shared.publish_verdict(verdict);
                 })
                 .await
         }

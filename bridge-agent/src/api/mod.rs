@@ -8,6 +8,7 @@
 //! GET  /v1/counters         packets judged, by direction and reason
 //! GET  /v1/routes           desired routes with their state, and the next hops
 //! GET  /v1/events           verdicts and route events, see [`events`]; ?verdict= ?address= ?port= ?last=
+//! POST /v1/explain          why a connection passes or not, by the state of this node
 //! POST /v1/reload           read the configuration again
 //! POST /v1/apply            apply another configuration, on trial or for good
 //! POST /v1/confirm          make the one on trial the one that counts
@@ -23,6 +24,7 @@ pub(crate) mod apply;
 pub mod client;
 mod connections;
 mod events;
+mod explain;
 mod large;
 pub(crate) mod leases;
 mod metrics;
@@ -63,7 +65,7 @@ use tokio::sync::{
 pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
-pub use self::{apply::Apply, events::Missed, leases::MAX_BODY as MAX_LEASE_BODY};
+pub use self::{apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as MAX_LEASE_BODY};
 use self::{
     connections::Connections,
     large::{Chunks, Turn},
@@ -309,6 +311,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/rules", get(rules))
         .route("/v1/counters", get(counters))
         .route("/v1/events", get(events::events))
+        .route("/v1/explain", post(explain::explain))
         .route("/metrics", get(metrics::serve))
         .merge(routes::router())
         .merge(for_operators)

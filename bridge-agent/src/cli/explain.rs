@@ -1,11 +1,17 @@
 //! `bridge-agent explain`: why a connection passes or does not, and the rule that would allow it.
 
 use std::fmt::Write as _;
+use std::io::BufRead as _;
 use std::net::IpAddr;
+use std::path::Path;
 
 use clap::Args;
 
-use super::{Error, Global, print, print_json};
+use super::{Error, Global, block_on, print, print_json};
+use crate::api::{
+    Ask,
+    client::{self, Client},
+};
 use crate::config;
 use crate::explain::{Explanation, Nearly, Offline, ParseError, Protocol, Request, StageOutcome, explain};
 
@@ -16,15 +22,24 @@ use crate::explain::{Explanation, Nearly, Offline, ParseError, Protocol, Request
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   bridge-agent explain 192.168.31.67 10.200.1.91:8080
-  bridge-agent explain 10.200.1.91:61001 192.168.31.67:502 --json
+  bridge-agent explain pod/shop/web 192.168.31.67:502 --json
+  bridge-agent explain --last-denied
+  bridge-agent monitor --json --count 1 | bridge-agent explain -
   bridge-agent explain 192.168.31.67 172.16.0.10:443 --backend 10.200.1.91:8443")]
 pub struct Explain {
-    /// The end that opens it: ADDRESS or ADDRESS:PORT
-    #[arg(value_name = "FROM")]
-    from: String,
-    /// The end it is opened to: ADDRESS:PORT; for ICMP, ADDRESS
+    /// The end that opens it: ADDRESS[:PORT] or pod/NAMESPACE/NAME[:PORT]; or
+    /// alone a line of `monitor --json`, `-` to read it from standard input
+    #[arg(value_name = "FROM", required_unless_present = "last_denied")]
+    from: Option<String>,
+    /// The end it is opened to: as FROM, with a port where there are ports
     #[arg(value_name = "TO")]
-    to: String,
+    to: Option<String>,
+    /// Explain the latest denied packet of the running agent
+    #[arg(long, conflicts_with_all = ["from", "to", "backend", "source_port"])]
+    last_denied: bool,
+    /// Ask no agent: the configuration file alone
+    #[arg(long, conflicts_with = "last_denied")]
+    offline: bool,
     /// The protocol: tcp, udp, sctp, icmp, icmpv6, or a number
     #[arg(long, value_name = "NAME", default_value = "tcp")]
     protocol: Protocol,
@@ -47,22 +62,83 @@ impl From<ParseError> for Error {
 
 impl Explain {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
-        let request = Request {
-            from: self.from.clone(),
-            to: self.to.clone(),
+        let ask = self.ask()?;
+        let socket = global.agent_socket();
+        let live = if self.offline { None } else { block_on(live(&socket, &ask))? };
+        let (explanation, origin) = match live {
+            Some(explanation) => (explanation, format!("by the agent on {}", socket.display())),
+            None => (self.of_file(&ask, global)?, {
+                format!("by {}, without a running agent", global.config.display())
+            }),
+        };
+        if global.json {
+            return print_json(&explanation);
+        }
+        print(&text(&explanation, &origin))
+    }
+
+    /// Reads the arguments.
+    fn ask(&self) -> Result<Ask, Error> {
+        let (from, to) = match (&self.from, &self.to) {
+            (Some(from), Some(to)) => (from.clone(), to.clone()),
+            (Some(line), None) => return event(line),
+            _ => return Ok(Ask { last_denied: true, ..Ask::default() }),
+        };
+        let connection = Request {
+            from,
+            to,
             protocol: Some(self.protocol),
             source_port: self.source_port,
             backend: self.backend.clone(),
         };
+        Ok(Ask { connection: Some(connection), ..Ask::default() })
+    }
+
+    fn of_file(&self, ask: &Ask, global: &Global) -> Result<Explanation, Error> {
+        let request = match (&ask.connection, &ask.event) {
+            (Some(request), _) => request.clone(),
+            (None, Some(event)) => Request::of_event(event)?,
+            (None, None) => {
+                let text = format!(
+                    "no agent answers on {}, and only a running agent knows the latest denied packet: start it, or name \
+                     its --socket",
+                    global.agent_socket().display()
+                );
+                return Err(Error::Question(text));
+            }
+        };
         let question = request.resolve(&|_, _| None)?;
         let config = config::load(&global.config)?.config;
         let node = Offline::new(&config, self.local.clone());
-        let explanation = node.with_facts(&question, |facts| explain(facts, &question));
-        if global.json {
-            return print_json(&explanation);
+        let mut explanation = node.with_facts(&question, |facts| explain(facts, &question));
+        if let Some(event) = &ask.event {
+            explanation.note_event(event);
         }
-        let from = format!("by {}; the state of a node is not asked", global.config.display());
-        print(&text(&explanation, &from))
+        Ok(explanation)
+    }
+}
+
+/// Reads a line of `monitor --json`.
+fn event(line: &str) -> Result<Ask, Error> {
+    let mut text = line.to_owned();
+    if line == "-" {
+        text.clear();
+        let read = std::io::stdin().lock().read_line(&mut text);
+        read.map_err(|source| Error::Stream { action: "cannot read standard input", source })?;
+    }
+    let event = serde_json::from_str(&text).map_err(|error| {
+        let help = "write FROM and TO, or a line of `bridge-agent monitor --json`";
+        Error::Question(format!("`{}` is no event ({error}): {help}", text.trim()))
+    })?;
+    Ok(Ask { event: Some(event), ..Ask::default() })
+}
+
+/// Asks the agent; `None`: none runs, or this user may not ask it.
+async fn live(socket: &Path, ask: &Ask) -> Result<Option<Explanation>, Error> {
+    match Client::connect(socket).await {
+        Ok(mut client) => Ok(Some(client.post("/v1/explain", ask).await?)),
+        Err(client::Error::NotRunning { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

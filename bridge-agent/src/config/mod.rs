@@ -52,7 +52,7 @@ pub use networks::Networks;
 pub(crate) use networks::family_without_external;
 pub use node_ports::NodePorts;
 pub use persistence::{Persistence, Save};
-pub use port_pool::{CgroupPath, PortPool, Transparent};
+pub use port_pool::{CgroupPath, PoolScope, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
 pub use resource::{GROUP, check_policy};
@@ -270,6 +270,20 @@ impl Config {
             None if self.role == Role::Node => self.networks.external_nets(),
             None => self.networks.pod_nets(),
         }
+    }
+}
+
+impl Config {
+    /// Returns the pool, if there is one.
+    #[must_use]
+    pub fn pool_scope(&self) -> Option<PoolScope> {
+        let pool = self.port_pool.as_ref()?;
+        let cgroups = pool.transparent.iter().flat_map(|transparent| &transparent.cgroups);
+        Some(PoolScope {
+            ports: pool.available(),
+            destinations: self.pool_destinations(),
+            cgroups: cgroups.map(ToString::to_string).collect(),
+        })
     }
 }
 

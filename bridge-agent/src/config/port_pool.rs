@@ -49,6 +49,17 @@ pub struct PortPool {
     pub masquerade: bool,
 }
 
+/// The pool as an explanation of a connection needs it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PoolScope {
+    /// Its ports.
+    pub ports: Vec<PortRange>,
+    /// Connections to these get one.
+    pub destinations: Vec<ipnet::IpNet>,
+    /// The control groups whose connections get one without asking for it.
+    pub cgroups: Vec<String>,
+}
+
 fn yes() -> bool {
     true
 }

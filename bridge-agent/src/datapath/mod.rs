@@ -10,6 +10,7 @@ mod counters;
 mod down;
 mod error;
 mod events;
+mod facts;
 mod fast_path;
 mod flows;
 mod foreign;

@@ -4,8 +4,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Facts, FlowTable, KnownFlow, NodeState, Packet, Pool, Question};
-use crate::{config::Config, model::Policy};
+use super::{Facts, FlowTable, KnownFlow, NodeState, Packet, Question};
+use crate::{
+    config::{Config, PoolScope},
+    model::Policy,
+};
 
 /// Index that stands for the interface towards the LAN.
 const LAN: u32 = 1;
@@ -16,7 +19,7 @@ const PODS: u32 = 2;
 #[derive(Clone, Debug)]
 pub struct Offline {
     policy: Policy,
-    pool: Option<Pool>,
+    pool: Option<PoolScope>,
     local: Vec<IpAddr>,
 }
 
@@ -27,7 +30,7 @@ impl Offline {
     /// `local`: addresses of the node, which no file has.
     #[must_use]
     pub fn new(config: &Config, local: Vec<IpAddr>) -> Self {
-        Self { policy: config.policy(), pool: Pool::of(config), local }
+        Self { policy: config.policy(), pool: config.pool_scope(), local }
     }
 
     /// The policy of the file.
@@ -50,16 +53,6 @@ impl Offline {
             lan_interface: LAN,
             live: false,
         })
-    }
-}
-
-impl Pool {
-    /// Returns the pool of a configuration.
-    #[must_use]
-    pub fn of(config: &Config) -> Option<Self> {
-        let pool = config.port_pool.as_ref()?;
-        let destinations = config.pool_destinations();
-        Some(Self { ports: pool.available(), destinations, transparent: pool.transparent.is_some() })
     }
 }
 

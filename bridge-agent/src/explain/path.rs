@@ -10,6 +10,7 @@ use super::{
     nearly::{self, Sides},
 };
 use crate::{
+    config::PoolScope,
     datapath::Hook,
     model::{Direction, Mode, OnDeny, PortRange},
     policy::NODE_PORTS_RULE,
@@ -116,9 +117,9 @@ fn source_ports(facts: &Facts<'_>, question: &Question, judge: &Judge<'_>) -> (V
         return (vec![PortRange { first: port, last: port }], "as given");
     }
     let of_pod = judge.class(question.source) == Class::Pod;
-    let served = |pool: &&super::Pool| {
+    let served = |pool: &&PoolScope| {
         let to = question.backend.map_or(question.destination, |(address, _)| address);
-        pool.transparent && pool.destinations.iter().any(|network| network.contains(&to))
+        !pool.cgroups.is_empty() && pool.destinations.iter().any(|network| network.contains(&to))
     };
     match facts.pool.filter(|_| of_pod).filter(served) {
         Some(pool) if !pool.ports.is_empty() => {
@@ -339,6 +340,9 @@ fn rules_stage(judge: &Judge<'_>, decisions: &[(PortRange, Decision)]) -> Stage 
 fn unjudged(judge: &Judge<'_>, packet: &Packet) -> &'static str {
     match (judge.class(packet.source), judge.class(packet.destination)) {
         (Class::Local, _) => "the node itself sends it",
+        (Class::Pod, _) if judge.state.hosted(packet.source).is_none() => {
+            "it comes from a pod of another node, which judges it"
+        }
         (Class::Node, _) => "traffic inside the cluster is not judged",
         (Class::Pod, Class::Pod | Class::Node) => "traffic inside the cluster is not judged",
         (Class::Pod, _) => {

@@ -1,8 +1,14 @@
 //! The notation of connections.
 
-use std::{fmt, net::IpAddr, str::FromStr};
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::datapath::Verdict;
 
 /// A connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -289,6 +295,25 @@ impl<'a> End<'a> {
 }
 
 impl Request {
+    /// Returns the connection that the packet of an event belongs to, from the packet's source.
+    ///
+    /// # Errors
+    /// The event names no protocol.
+    pub fn of_event(event: &Verdict) -> Result<Self, ParseError> {
+        let protocol: Protocol = event.protocol.parse()?;
+        let end = |address: IpAddr, port: u16| match protocol.has_ports() && port != 0 {
+            true => SocketAddr::new(address, port).to_string(),
+            false => address.to_string(),
+        };
+        Ok(Self {
+            from: end(event.source, event.source_port),
+            to: end(event.destination, event.destination_port),
+            protocol: Some(protocol),
+            source_port: None,
+            backend: None,
+        })
+    }
+
     /// Resolves names and checks that the parts fit together.
     ///
     /// # Errors

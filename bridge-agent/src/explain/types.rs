@@ -2,14 +2,11 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use bridge_common::filter::counters::Reason;
 use serde::{Deserialize, Serialize};
 
 use super::{NodeState, Question};
-use crate::{
-    model::{Policy, PortRange},
-    policy::reference::Criterion,
-};
+use crate::{config::PoolScope, datapath::Verdict as Event, model::Policy, policy::reference::Criterion};
 
 /// The facts that an explanation is made of.
 #[derive(Clone, Copy)]
@@ -21,22 +18,11 @@ pub struct Facts<'a> {
     /// The rest of its state.
     pub state: &'a dyn NodeState,
     /// The port pool of the node.
-    pub pool: Option<&'a Pool>,
+    pub pool: Option<&'a PoolScope>,
     /// Index of an interface that leads to the LAN.
     pub lan_interface: u32,
     /// Whether the state is that of a running node.
     pub live: bool,
-}
-
-/// The port pool of a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pool {
-    /// Its ports.
-    pub ports: Vec<PortRange>,
-    /// Connections to these get one.
-    pub destinations: Vec<IpNet>,
-    /// Whether pods get one without asking for it.
-    pub transparent: bool,
 }
 
 /// The verdict on a connection.
@@ -158,3 +144,34 @@ pub struct Explanation {
 
 /// The most rules that [`Explanation::nearly`] has.
 pub const MAX_NEARLY: usize = 5;
+
+impl Explanation {
+    /// Adds a stage of the node, before the answer.
+    pub(crate) fn add(&mut self, stage: Stage) {
+        let answer = self.stages.iter().position(|stage| stage.name == "answer").unwrap_or(self.stages.len());
+        self.stages.insert(answer, stage);
+    }
+
+    /// Notes that another program drops the connection.
+    pub(crate) fn dropped_elsewhere(&mut self, rule: &str) {
+        self.summary += &format!("\nDROPPED by another firewall: {rule}");
+    }
+
+    /// Notes the event that the question comes from: its packet may have been denied for another reason.
+    pub(crate) fn note_event(&mut self, event: &Event) {
+        let reason = Reason::ALL.iter().find(|reason| reason.name() == event.reason);
+        let text = reason.map_or("", |reason| reason.text());
+        let seen = format!("{} at {} on {}: {}", event.verdict, event.time, event.interface, event.reason);
+        let outcome = match event.verdict.as_str() {
+            "allow" | "audit" => StageOutcome::Ok,
+            _ => StageOutcome::Deny,
+        };
+        self.stages.insert(0, Stage::new("event", outcome, seen, text));
+        let by_rules = matches!(event.reason.as_str(), "no_rule" | "deny_rule" | "new_flow");
+        if !by_rules {
+            let now = std::mem::take(&mut self.summary);
+            self.summary =
+                format!("The packet of the event was not judged by rules: {text}\nA new connection: {now}");
+        }
+    }
+}

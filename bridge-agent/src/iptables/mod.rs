@@ -8,6 +8,7 @@ mod driver;
 mod error;
 mod kernel;
 pub mod observe;
+pub mod others;
 pub mod plan;
 mod programs;
 mod question;

@@ -31,6 +31,15 @@ pub struct Packet {
     pub to_node: bool,
 }
 
+/// Interfaces of a packet; `None`: unknown.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Interfaces<'a> {
+    /// The one that it comes in by.
+    pub input: Option<&'a str>,
+    /// The one that it leaves by.
+    pub output: Option<&'a str>,
+}
+
 /// The verdict of bridge on a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -165,6 +174,43 @@ fn read<'r>(rule: &'r str, packet: &Packet, marked: bool) -> (Option<bool>, Acti
         };
     }
     (matches, Action::None)
+}
+
+/// Whether a rule of another program matches a packet at these interfaces; `None` if it has conditions that are not known here.
+pub(super) fn matches(rule: &str, packet: &Packet, interfaces: Interfaces<'_>) -> Option<bool> {
+    let is_named = |interface: Option<&str>, name: &str| {
+        let interface = interface?;
+        Some(name.strip_suffix('+').map_or(interface == name, |prefix| interface.starts_with(prefix)))
+    };
+    let (mut words, mut result, mut negated) = (Words(rule), Some(true), false);
+    while let Some(word) = words.next() {
+        let holds = match word {
+            "!" => {
+                negated = true;
+                continue;
+            }
+            "-m" | "--comment" => {
+                words.next();
+                continue;
+            }
+            // Options after the target are the target's.
+            "-j" | "-g" => break,
+            "-i" => is_named(interfaces.input, words.next().unwrap_or_default()),
+            "-o" => is_named(interfaces.output, words.next().unwrap_or_default()),
+            // Marks of others are not known.
+            "--mark" | "--ctdir" => None,
+            _ => holds(word, &mut words, packet, false),
+        };
+        match holds.map(|holds| holds != std::mem::take(&mut negated)) {
+            Some(false) => return Some(false),
+            Some(true) => {}
+            None => {
+                negated = false;
+                result = None;
+            }
+        }
+    }
+    result
 }
 
 fn target(name: &str) -> Action<'_> {

@@ -1,6 +1,7 @@
 //! Follows a cluster for as long as it is wanted, and publishes its known state.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -62,6 +63,14 @@ impl View {
     #[must_use]
     pub fn status(&self) -> KubernetesStatus {
         self.0.status()
+    }
+
+    /// Returns the addresses of a pod of this node; none if it is not known.
+    #[must_use]
+    pub(crate) fn pod_addresses(&self, namespace: &str, name: &str) -> Vec<IpAddr> {
+        let cluster = self.0.cluster();
+        let pod = cluster.pods.get(&format!("{namespace}/{name}"));
+        pod.map(|pod| pod.addresses.to_vec()).unwrap_or_default()
     }
 }
 

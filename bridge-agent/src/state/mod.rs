@@ -11,9 +11,11 @@ mod trial;
 
 use std::{
     fmt,
+    net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64},
 };
 
+use bridge_common::filter::event::verdict;
 use tokio::{
     runtime::Handle,
     sync::{broadcast, mpsc, watch},
@@ -31,8 +33,10 @@ pub(crate) use trial::time_left;
 pub use trial::{ProbeStatus, TrialEnd, TrialOutcome, TrialStatus};
 
 use crate::{
-    datapath::Maps,
+    config::PoolScope,
+    datapath::{Maps, Verdict},
     kubernetes::{self, Engines},
+    model::Policy,
     pool::service::Service,
     routes::{RouteEvent, View},
 };
@@ -59,8 +63,21 @@ pub struct Shared {
     main: Option<Handle>,
 }
 
+/// The policy that judges packets, by eBPF.
+#[derive(Clone, Debug)]
+pub struct ActivePolicy {
+    /// The rules and networks.
+    pub policy: Arc<Policy>,
+    /// The port pool of the same configuration.
+    pub pool: Option<PoolScope>,
+    /// The addresses of this node.
+    pub local: Vec<IpAddr>,
+}
+
 struct Inner {
     status: Status,
+    active: Option<ActivePolicy>,
+    last_denied: Option<Arc<Verdict>>,
     maps: Option<Arc<Maps>>,
     routes: Option<View>,
     pool: Option<Arc<Service>>,
@@ -78,7 +95,15 @@ impl Shared {
     #[must_use]
     pub fn new(status: Status) -> (Self, mpsc::Receiver<Request>) {
         let (requests, receiver) = mpsc::channel(REQUESTS);
-        let inner = Inner { status, maps: None, routes: None, pool: None, kubernetes: None };
+        let inner = Inner {
+            status,
+            active: None,
+            last_denied: None,
+            maps: None,
+            routes: None,
+            pool: None,
+            kubernetes: None,
+        };
         let shared = Self {
             inner: Arc::new(RwLock::new(inner)),
             events: Journal::default(),
@@ -113,6 +138,37 @@ impl Shared {
         let mut inner = self.write();
         change(&mut inner.status);
         self.publish_engines(&inner);
+    }
+
+    /// Publishes a verdict, and keeps it if it denies.
+    pub(crate) fn publish_verdict(&self, verdict: Verdict) {
+        let verdict = Arc::new(verdict);
+        if verdict.verdict != verdict::NAMES[usize::from(verdict::ALLOW)] {
+            self.write().last_denied = Some(Arc::clone(&verdict));
+        }
+        self.events.publish(Event::Verdict(verdict));
+    }
+
+    /// The latest verdict that denied a packet, or would have.
+    #[must_use]
+    pub fn last_denied(&self) -> Option<Arc<Verdict>> {
+        self.read().last_denied.clone()
+    }
+
+    pub(crate) fn set_active(&self, active: Option<ActivePolicy>) {
+        self.write().active = active;
+    }
+
+    /// The policy that judges packets, if eBPF enforces.
+    #[must_use]
+    pub fn active(&self) -> Option<ActivePolicy> {
+        self.read().active.clone()
+    }
+
+    /// Returns the addresses of a pod of this node, none if it is not known; `None`: no cluster is followed.
+    #[must_use]
+    pub fn pod_addresses(&self, namespace: &str, name: &str) -> Option<Vec<IpAddr>> {
+        self.read().kubernetes.as_ref().map(|cluster| cluster.pod_addresses(namespace, name))
     }
 
     pub(crate) fn set_maps(&self, maps: Option<Arc<Maps>>) {

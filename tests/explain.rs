@@ -1,0 +1,179 @@
+//! `bridge-agent explain` on a live node: each way in which a connection does not pass is found with one command. Needs
+//! root.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_lab::agent::Agent;
+use bridge_lab::lab::{Family, Host, Lab};
+use bridge_lab::traffic::tcp;
+use serde_json::Value;
+
+const CONFIG: &str = r#"role: node
+networks:
+  pods: [10.200.1.0/24, "fd20:1::/64"]
+  external: [192.168.31.0/24, "fd31::/64"]
+enforcement: {engines: [ebpf], interfaces: {external: [eth0], internal: ["cali*"]}}
+persistence: {save: never}
+nodePorts: {range: "30000-32767", allow: [30080]}
+rules:
+  - {name: api, direction: inbound, protocol: tcp, ports: [40002]}
+  - {name: pooled, direction: outbound, protocol: tcp, ports: [8443], sourcePorts: 61001-61100}
+"#;
+
+fn explain(agent: &Agent, arguments: &[&str]) -> Result<Value> {
+    let text = agent.run(&[&["explain", "--json"], arguments].concat())?;
+    serde_json::from_str(&text).context(text)
+}
+
+fn stage<'a>(explanation: &'a Value, name: &str) -> Result<&'a str> {
+    let stages = explanation["stages"].as_array().context("stages")?;
+    let stage = stages.iter().find(|stage| stage["name"] == name);
+    stage.and_then(|stage| stage["seen"].as_str()).with_context(|| format!("no stage {name}: {explanation}"))
+}
+
+fn connects(client: &Host, from: u16, to: std::net::SocketAddr) -> Result<bool> {
+    let client = tcp::Client::new(&client.netns);
+    let client = if from == 0 { client } else { client.source_port(from) };
+    Ok(client.connect(to)?.reached().is_ok())
+}
+
+fn iptables(node: &Host, arguments: &[&str]) -> Result<()> {
+    let mut command = Command::new("iptables");
+    command.args(arguments);
+    node.netns.output(command).map(drop)
+}
+
+#[test]
+fn the_cause_of_each_failure_is_found_with_one_command() -> Result<()> {
+    let lab = Lab::builder().conntrack().build()?;
+    let agent = Agent::start(&lab, lab.b(), CONFIG)?;
+    let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
+    let (lan, pod) = (a.ip(Family::V4).to_string(), c1.ip(Family::V4).to_string());
+    let _inside = tcp::Server::echo(&c1.netns, c1.at(Family::V4, 40002))?;
+    let _outside = tcp::Server::echo(&a.netns, a.at(Family::V4, 8443))?;
+    let show = |arguments: &[&str]| -> Result<()> {
+        println!(
+            "$ bridge-agent explain {}\n{}",
+            arguments.join(" "),
+            agent.run(&[&["explain"], arguments].concat())?
+        );
+        Ok(())
+    };
+
+    // All is well.
+    ensure!(connects(a, 0, c1.at(Family::V4, 40002))?);
+    let good = explain(&agent, &[&lan, &format!("{pod}:40002")])?;
+    assert_eq!((&good["verdict"], &good["rule"]), (&"allow".into(), &"api".into()), "{good}");
+    assert!(stage(&good, "hook")?.contains("external_ingress on eth0"), "{good}");
+
+    // No rule.
+    ensure!(!connects(a, 0, c1.at(Family::V4, 40003))?);
+    let to = format!("{pod}:40003");
+    let denied = explain(&agent, &[&lan, &to])?;
+    assert_eq!((&denied["verdict"], &denied["reason"]), (&"deny".into(), &"no_rule".into()));
+    assert_eq!(
+        (&denied["nearly"][0]["rule"], &denied["nearly"][0]["criterion"]),
+        (&"api".into(), &"ports".into())
+    );
+    show(&[&lan, &to])?;
+    // The same from the event.
+    let last = explain(&agent, &["--last-denied"])?;
+    assert!(stage(&last, "event")?.contains("no_rule"), "{last}");
+    assert_eq!(last["question"]["destinationPort"], 40003);
+
+    // No port of the pool.
+    let to = format!("{lan}:8443");
+    ensure!(!connects(c1, 0, a.at(Family::V4, 8443))? && connects(c1, 61001, a.at(Family::V4, 8443))?);
+    let denied = explain(&agent, &[&pod, &to])?;
+    assert_eq!(
+        (&denied["verdict"], &denied["nearly"][0]["criterion"]),
+        (&"deny".into(), &"sourcePorts".into())
+    );
+    assert_eq!(denied["nearly"][0]["has"], "61001-61100");
+    show(&[&pod, &to])?;
+
+    // A NodePort that is not allowed.
+    let node = format!("{}:30081", b.ip(Family::V4));
+    let denied = explain(&agent, &[&lan, &node])?;
+    assert_eq!((&denied["verdict"], &denied["direction"]), (&"deny".into(), &"nodeport".into()), "{denied}");
+    assert!(
+        denied["remedy"]["config"].as_str().is_some_and(|text| text.contains("[30080, 30081]")),
+        "{denied}"
+    );
+    show(&[&lan, &node])?;
+
+    // A firewall of others.
+    iptables(
+        b,
+        &[
+            "-I",
+            "FORWARD",
+            "-p",
+            "tcp",
+            "--dport",
+            "40002",
+            "-m",
+            "comment",
+            "--comment",
+            "site",
+            "-j",
+            "DROP",
+        ],
+    )?;
+    let to = format!("{pod}:40002");
+    let dropped = explain(&agent, &[&lan, &to])?;
+    assert!(stage(&dropped, "firewall")?.starts_with("filter FORWARD -p tcp"), "{dropped}");
+    assert!(
+        dropped["summary"].as_str().is_some_and(|text| text.contains("DROPPED by another firewall")),
+        "{dropped}"
+    );
+    show(&[&lan, &to])?;
+    iptables(b, &["-F", "FORWARD"])?;
+
+    // A masquerade.
+    iptables(
+        b,
+        &["-t", "nat", "-A", "POSTROUTING", "-s", "10.200.1.0/24", "-o", "eth0", "-j", "MASQUERADE"],
+    )?;
+    let (from, to) = (format!("{pod}:61002"), format!("{lan}:8443"));
+    let masqueraded = explain(&agent, &[&from, &to])?;
+    assert_eq!(masqueraded["verdict"], "allow");
+    assert!(stage(&masqueraded, "masquerade")?.contains("MASQUERADE"), "{masqueraded}");
+    show(&[&from, &to])
+}
+
+#[test]
+fn a_line_of_monitor_and_a_known_flow_are_explained() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let agent = Agent::start(&lab, lab.b(), CONFIG)?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let _server = tcp::Server::echo(&c1.netns, c1.at(Family::V6, 40002))?;
+    let connection = tcp::Client::new(&a.netns).connect(c1.at(Family::V6, 40002))?.reached()?;
+    let (from, to) = (connection.source()?.to_string(), c1.at(Family::V6, 40002).to_string());
+    let known = explain(&agent, &[&from, &to])?;
+    assert!(stage(&known, "flow")?.starts_with("known"), "{known}");
+
+    let line = format!(
+        r#"{{"time":"2026-01-01T00:00:00Z","verdict":"drop","reason":"not_syn","direction":"inbound","protocol":"tcp","source":"{}","sourcePort":1000,"destination":"{}","destinationPort":40002,"rule":null,"interface":"eth0","length":60,"detail":16,"generation":1,"suppressed":0}}"#,
+        a.ip(Family::V6),
+        c1.ip(Family::V6)
+    );
+    let explained = explain(&agent, &[&line])?;
+    let summary = explained["summary"].as_str().unwrap_or_default();
+    assert!(
+        summary.contains("was not judged by rules") && summary.contains("ALLOWED by rule api"),
+        "{summary}"
+    );
+    // The same on standard input.
+    let mut command = agent.command(&["explain", "--json", "-"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    std::io::Write::write_all(&mut child.stdin.take().context("stdin")?, line.as_bytes())?;
+    let output = child.wait_with_output()?;
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout)?["summary"], explained["summary"]);
+
+    // A pod that no cluster knows.
+    let error = agent.run(&["explain", "pod/shop/web", "192.168.31.67:8443"]).unwrap_err().to_string();
+    assert!(error.contains("write the address"), "{error}");
+    Ok(())
+}
