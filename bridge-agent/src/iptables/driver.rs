@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::backend;
+use super::edit::{self, Fingerprints};
 use super::error::Error;
 use super::kernel::{self, Nft};
 use super::observe::{ObservedTable, OwnRules, parse};
@@ -35,6 +36,18 @@ pub struct Iptables {
     choice: backend::Choice,
     /// The rules read back right after the last apply.
     written: BTreeMap<(Family, Table), OwnRules>,
+    /// The same, as they were rendered.
+    rendered: BTreeMap<(Family, Table), Fingerprints>,
+    /// The tables at a generation of nf_tables: as long as that stays, they need not be read.
+    seen: Option<Seen>,
+}
+
+/// Tables at a generation of nf_tables.
+#[derive(Debug)]
+struct Seen {
+    generation: u32,
+    /// Without the rules of own chains.
+    tables: BTreeMap<(Family, Table), ObservedTable>,
 }
 
 /// See [`Firewall::Observed`].
@@ -68,7 +81,7 @@ impl Iptables {
         if let Some(warning) = &choice.warning {
             tracing::warn!("{warning}");
         }
-        Ok(Self { config, choice, written: BTreeMap::new() })
+        Ok(Self { config, choice, written: BTreeMap::new(), rendered: BTreeMap::new(), seen: None })
     }
 
     /// Returns the back end in use, with a warning for the operator, if there is one.
@@ -167,12 +180,89 @@ impl Iptables {
         }
         self.apply(&plan)?;
         let rulesets = self.rulesets(policy);
+        self.seen = None;
         for (family, table) in changed.tables.keys() {
             let there = self.read(self.backend(), *family, *table)?;
             let wanted = rulesets.iter().find(|r| r.family == *family).and_then(|r| r.table(*table));
             self.accept(*family, *table, wanted, &there)?;
         }
         Ok(rewritten)
+    }
+
+    /// Returns whether the rules were read back at this generation of nf_tables and are as wanted.
+    pub(super) fn is_verified_at(&self, generation: u32) -> bool {
+        self.seen.as_ref().is_some_and(|seen| seen.generation == generation)
+    }
+
+    /// Returns the generation of nf_tables; `None` with the other back end, which has none.
+    fn generation(&self) -> Option<u32> {
+        let asked = || Nft::open().and_then(|mut nft| nft.generation()).ok();
+        (self.backend() == Backend::Nft).then(asked).flatten()
+    }
+
+    /// Writes the difference to the rules in the kernel, and reads back the tables that were written.
+    fn write(&mut self, rulesets: &[Ruleset; 2], reduced: bool) -> Result<(), Error> {
+        let before = self.generation();
+        let known = self.seen.take().filter(|seen| Some(seen.generation) == before);
+        let (observed, known) = match known {
+            Some(seen) => (Observed { tables: seen.tables, other: BTreeMap::new() }, true),
+            None => (self.observe()?, false),
+        };
+        let mut plan = plan_of(rulesets, &observed);
+        if reduced {
+            plan.restores.retain_mut(|restore| {
+                let key = (restore.family, restore.table);
+                let Some(wanted) = wanted_of(rulesets, key) else { return true };
+                let rendered = self.rendered.get(&key).cloned().unwrap_or_default();
+                let as_written = |name: &str| {
+                    known
+                        || observed
+                            .tables
+                            .get(&key)
+                            .zip(self.written.get(&key))
+                            .is_some_and(|(there, written)| written.has_chain(name, there))
+                };
+                let rendered = rendered.into_iter().filter(|(name, _)| as_written(name)).collect();
+                restore.reduce(wanted, &rendered)
+            });
+        }
+        // What is written next is unknown until it has been read back.
+        let written: BTreeSet<_> =
+            plan.restores.iter().map(|restore| (restore.family, restore.table)).collect();
+        written.iter().for_each(|key| drop(self.rendered.remove(key)));
+        self.apply(&plan)?;
+        let generation = self.generation();
+        // Another program may have written meanwhile: then nothing is known of any table.
+        let commits = u32::try_from(plan.restores.len()).ok();
+        let alone = known
+            && plan.removals.is_empty()
+            && before.zip(commits).map(|(before, commits)| before.wrapping_add(commits)) == generation;
+        if alone {
+            let mut tables = observed.tables;
+            for key in &written {
+                let there = self.read(self.backend(), key.0, key.1)?;
+                self.accept(key.0, key.1, wanted_of(rulesets, *key), &there)?;
+                tables.insert(*key, there.without_own_rules());
+            }
+            self.seen = generation.map(|generation| Seen { generation, tables });
+            return Ok(());
+        }
+        self.accept_all(rulesets, generation)
+    }
+
+    /// Reads back all tables. `generation`: of nf_tables, before.
+    fn accept_all(&mut self, rulesets: &[Ruleset; 2], generation: Option<u32>) -> Result<(), Error> {
+        let mut observed = self.read_all(self.backend())?;
+        let absent = ObservedTable::default();
+        for ruleset in rulesets {
+            for table in Table::ALL {
+                let there = observed.get(&(ruleset.family, table)).unwrap_or(&absent);
+                self.accept(ruleset.family, table, ruleset.table(table), there)?;
+            }
+        }
+        observed.values_mut().for_each(|there| *there = std::mem::take(there).without_own_rules());
+        self.seen = generation.map(|generation| Seen { generation, tables: observed });
+        Ok(())
     }
 
     /// Keeps the rules as read back, to compare later states with, if they are as wanted.
@@ -187,6 +277,7 @@ impl Iptables {
             return Err(Error::NotAsWritten { family, found });
         }
         self.written.insert((family, table), there.own());
+        self.rendered.insert((family, table), wanted.map(edit::fingerprints).unwrap_or_default());
         Ok(())
     }
 
@@ -230,6 +321,26 @@ impl Iptables {
     }
 }
 
+fn wanted_of(rulesets: &[Ruleset], (family, table): (Family, Table)) -> Option<&TableRules> {
+    rulesets.iter().find(|ruleset| ruleset.family == family).and_then(|ruleset| ruleset.table(table))
+}
+
+/// Plans the change from the observed rules to the wanted ones.
+fn plan_of(rulesets: &[Ruleset; 2], observed: &Observed) -> Plan {
+    let mut plan = Plan::default();
+    let absent = ObservedTable::default();
+    for ruleset in rulesets {
+        for table in Table::ALL {
+            let there = observed.tables.get(&(ruleset.family, table)).unwrap_or(&absent);
+            plan.restores.extend(plan::restore(ruleset.family, table, ruleset.table(table), there));
+        }
+    }
+    for ((family, table), there) in &observed.other {
+        plan.removals.extend(plan::restore(*family, *table, None, there));
+    }
+    plan
+}
+
 impl Firewall for Iptables {
     type Error = Error;
     type Observed = Observed;
@@ -244,19 +355,7 @@ impl Firewall for Iptables {
     }
 
     fn plan(&self, policy: &Policy, observed: &Observed) -> Plan {
-        let rulesets = self.rulesets(policy);
-        let mut plan = Plan::default();
-        for ruleset in &rulesets {
-            for table in Table::ALL {
-                let absent = ObservedTable::default();
-                let there = observed.tables.get(&(ruleset.family, table)).unwrap_or(&absent);
-                plan.restores.extend(plan::restore(ruleset.family, table, ruleset.table(table), there));
-            }
-        }
-        for ((family, table), there) in &observed.other {
-            plan.removals.extend(plan::restore(*family, *table, None, there));
-        }
-        plan
+        plan_of(&self.rulesets(policy), observed)
     }
 
     fn apply(&mut self, plan: &Plan) -> Result<(), Error> {
@@ -272,15 +371,25 @@ impl Firewall for Iptables {
     }
 
     fn verify(&mut self, policy: &Policy) -> Result<(), Error> {
-        let observed = self.read_all(self.backend())?;
-        let absent = ObservedTable::default();
-        for ruleset in self.rulesets(policy) {
-            for table in Table::ALL {
-                let there = observed.get(&(ruleset.family, table)).unwrap_or(&absent);
-                self.accept(ruleset.family, table, ruleset.table(table), there)?;
+        let generation = self.generation();
+        self.accept_all(&self.rulesets(policy), generation)
+    }
+
+    fn converge(&mut self, policy: &Policy) -> Result<(), Error> {
+        const TIMES: u32 = 3;
+        let rulesets = self.rulesets(policy);
+        let mut reduced = true;
+        let mut more = 1..TIMES;
+        loop {
+            let result = self.write(&rulesets, reduced);
+            match result {
+                Err(Error::NotAsWritten { .. }) if more.next().is_some() => {}
+                // An edit may have met a chain that another program changed in the same moment.
+                Err(Error::Refused { .. } | Error::Failed { .. }) if reduced => {}
+                result => return result,
             }
+            reduced = false;
         }
-        Ok(())
     }
 
     fn drift(&self) -> Result<Option<(String, Observed)>, Error> {
@@ -301,6 +410,10 @@ impl Firewall for Iptables {
     }
 
     fn save(&self, policy: &Policy) -> Result<Vec<PathBuf>, Error> {
+        // Rendering takes time that is spent in vain where nothing is saved.
+        if self.config.saving.places().is_empty() {
+            return Ok(Vec::new());
+        }
         self.config.saving.save(&self.rulesets(policy))
     }
 
@@ -340,6 +453,8 @@ impl Firewall for Iptables {
             remains.errors.push(error);
         }
         self.written.clear();
+        self.rendered.clear();
+        self.seen = None;
         remains
     }
 }

@@ -5,6 +5,7 @@ pub mod backend;
 mod budget;
 pub mod divergence;
 mod driver;
+mod edit;
 mod error;
 mod kernel;
 pub mod observe;

@@ -106,6 +106,14 @@ impl ObservedTable {
         }
     }
 
+    /// Leaves out the rules of own chains: a plan does not depend on them.
+    pub(super) fn without_own_rules(mut self) -> Self {
+        for chain in self.chains.iter_mut().filter(|chain| is_own(&chain.name)) {
+            chain.rules = Vec::new();
+        }
+        self
+    }
+
     /// Packets and bytes of each rule of own chains, added up by the name in its comment.
     #[must_use]
     pub fn hits(&self) -> BTreeMap<String, Hits> {
@@ -174,6 +182,14 @@ impl OwnRules {
     /// The rules of an own chain, in order.
     pub(super) fn chain(&self, name: &str) -> Option<impl Iterator<Item = &str>> {
         self.chains.get(name).map(|rules| rules.iter().map(String::as_str))
+    }
+
+    /// Returns whether a chain is in `table` as it is here.
+    pub(super) fn has_chain(&self, name: &str, table: &ObservedTable) -> bool {
+        let there = table.chains.iter().find(|chain| chain.name == name);
+        there
+            .zip(self.chains.get(name))
+            .is_some_and(|(there, rules)| there.rules.iter().map(|rule| &rule.rule).eq(rules))
     }
 
     /// Chains that are here as they are there.

@@ -7,6 +7,7 @@ pub(crate) mod file;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use super::error::Error;
 use super::ruleset::{Family, Ruleset};
@@ -81,22 +82,30 @@ impl Saving {
     /// If a file cannot be read or replaced; it is as before then.
     pub fn save(&self, rulesets: &[Ruleset]) -> Result<Vec<PathBuf>, Error> {
         let mut replaced = Vec::new();
-        if !self.enabled {
-            return Ok(replaced);
-        }
-        let services = self.services();
-        if services.is_empty() {
-            tracing::info!(
-                "rules are not saved: neither iptables-services nor iptables-persistent is installed; until \
-                 bridge-agent runs, a reboot leaves pods open"
-            );
-        }
-        for service in services {
+        for service in self.places() {
             for ruleset in rulesets {
                 replaced.extend(self.update(service, ruleset.family, |old| file::with(old, ruleset))?);
             }
         }
         Ok(replaced)
+    }
+
+    /// Returns the services that rules are saved for.
+    pub(super) fn places(&self) -> Vec<Service> {
+        if !self.enabled {
+            return Vec::new();
+        }
+        let services = self.services();
+        if services.is_empty() {
+            static ONCE: Once = Once::new();
+            ONCE.call_once(|| {
+                tracing::info!(
+                    "rules are not saved: neither iptables-services nor iptables-persistent is installed; until \
+                     bridge-agent runs, a reboot leaves pods open"
+                );
+            });
+        }
+        services
     }
 
     /// Removes the rules of bridge from all saved files, also if saving is disabled.

@@ -38,6 +38,10 @@ const AT_A_TIME: usize = 16;
 /// Another program that insists on the first place keeps it for this long, after [`PATIENCE`] repairs in a row.
 const TRUCE: Duration = Duration::from_secs(30);
 const PATIENCE: u32 = 5;
+/// With less time than this between policies, [`MANY`] times in a row, the thread saves the rules and begins to compare the
+/// engines after a pause of this length: a change waits for neither.
+const LULL: Duration = Duration::from_secs(1);
+const MANY: u32 = 3;
 
 /// The findings of the watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,10 +94,18 @@ struct State {
     firewall: Iptables,
     policy: Policy,
     peace: Peace,
+    /// When the policy was last changed.
+    changed: Instant,
+    /// Number of changes in a row, each soon after the one before.
+    in_a_row: u32,
+    /// The rules are to be saved then.
+    save_at: Option<Instant>,
     /// Saving has failed.
     unsaved: Backoff,
     /// With eBPF beside it.
     comparison: Option<Comparison>,
+    /// The comparison is to begin then.
+    compare_at: Option<Instant>,
 }
 
 impl Guard {
@@ -125,8 +137,12 @@ impl Guard {
             firewall,
             policy,
             peace: Peace::default(),
+            changed: Instant::now(),
+            in_a_row: 0,
+            save_at: None,
             unsaved: Backoff::default(),
             comparison: None,
+            compare_at: None,
         };
         state.save();
         let state = Mutex::new(state);
@@ -174,7 +190,13 @@ impl Guard {
             return Err(error);
         }
         state.policy = policy;
-        state.save();
+        state.in_a_row = if state.changed.elapsed() < LULL { state.in_a_row + 1 } else { 0 };
+        if state.is_busy() {
+            state.save_at.get_or_insert_with(|| Instant::now() + LULL);
+        } else {
+            state.save();
+        }
+        state.changed = Instant::now();
         Ok(())
     }
 
@@ -209,14 +231,15 @@ impl Guard {
         let mut state = self.shared.state();
         self.shared.mail().denied.clear();
         self.shared.count(&mut state);
-        state.comparison = None;
-        if begin {
-            match state.firewall.read_back() {
-                Ok(tables) => state.comparison = Some(Comparison::begin(&tables)),
-                Err(error) => tracing::warn!("iptables cannot be compared with eBPF: {error}"),
-            }
+        (state.comparison, state.compare_at) = (None, None);
+        if !begin {
+            return false;
         }
-        state.comparison.is_some()
+        if state.is_busy() {
+            state.compare_at = Some(Instant::now() + LULL);
+            return true;
+        }
+        state.begin_comparison()
     }
 
     /// Takes in the first packet of a flow, which eBPF has denied (in audit mode: would have).
@@ -260,6 +283,10 @@ impl Guard {
             && thread.join().is_err()
         {
             tracing::error!("the watch over iptables had panicked");
+        }
+        let mut state = self.shared.state();
+        if state.save_at.is_some() {
+            state.save();
         }
     }
 }
@@ -308,6 +335,7 @@ impl Shared {
 impl State {
     /// Saves the rules for the next boot; after a failure the watch tries again.
     fn save(&mut self) {
+        self.save_at = None;
         let saved = self.firewall.save(&self.policy);
         let again = self.unsaved != Backoff::default();
         self.unsaved.note(saved.is_ok());
@@ -315,6 +343,34 @@ impl State {
             Ok(files) => files.iter().for_each(|file| tracing::info!(file = %file.display(), "rules saved")),
             Err(error) if again => tracing::debug!(%error, "the rules still cannot be saved"),
             Err(error) => tracing::error!(%error, "the rules are not saved; the agent tries again"),
+        }
+    }
+}
+
+impl State {
+    /// Whether one change follows another.
+    fn is_busy(&self) -> bool {
+        self.in_a_row >= MANY
+    }
+
+    /// Begins to compare with the counters of now. Returns whether they can be read.
+    fn begin_comparison(&mut self) -> bool {
+        self.compare_at = None;
+        match self.firewall.read_back() {
+            Ok(tables) => self.comparison = Some(Comparison::begin(&tables)),
+            Err(error) => tracing::warn!(%error, "iptables cannot be compared with eBPF"),
+        }
+        self.comparison.is_some()
+    }
+
+    /// Does the work that changes have put off.
+    fn catch_up(&mut self) {
+        let is_due = |at: Option<Instant>| at.is_some_and(|at| Instant::now() >= at);
+        if is_due(self.save_at) || self.unsaved.is_due() {
+            self.save();
+        }
+        if is_due(self.compare_at) {
+            self.begin_comparison();
         }
     }
 }
@@ -347,7 +403,7 @@ fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -
     // Asked before the rules are read, so that a change in between is seen in the next round.
     match question.ask() {
         Ok(answer) if known.as_ref() == Some(&answer) => {}
-        Ok(answer) => match shared.check(begun) {
+        Ok(answer) => match shared.check(begun, &answer) {
             Seen::Unharmed => *known = Some(answer),
             // The other program may not have finished: look again soon.
             Seen::Repaired => return INTERVAL,
@@ -355,11 +411,7 @@ fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -
         },
         Err(error) => shared.status().failed(&format!("cannot ask the kernel for changes: {error}")),
     }
-    let mut state = shared.state();
-    if state.unsaved.is_due() {
-        state.save();
-    }
-    drop(state);
+    shared.state().catch_up();
     let pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     shared.count_now_and_then();
     pause
@@ -430,8 +482,13 @@ enum Seen {
 
 impl Shared {
     /// Checks the rules, and repairs them.
-    fn check(&self, now: Instant) -> Seen {
+    fn check(&self, now: Instant, answer: &Answer) -> Seen {
         let State { firewall, policy, peace, comparison, .. } = &mut *self.state();
+        // Its own change: the rules have just been read back.
+        if matches!(answer, Answer::Generation(generation) if firewall.is_verified_at(*generation)) {
+            self.status().failure = None;
+            return Seen::Unharmed;
+        }
         let (drift, changed) = match firewall.drift() {
             Ok(None) => {
                 self.status().failure = None;
