@@ -119,6 +119,10 @@ impl<T: PartialEq> Table<T> {
         self.items.get(key)
     }
 
+    pub(super) fn get_mut(&mut self, key: &str) -> Option<&mut T> {
+        self.items.get_mut(key)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.items.len()
     }

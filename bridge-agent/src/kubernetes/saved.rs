@@ -2,6 +2,7 @@
 //! state directory and survives a reboot, so that a node that boots without the API server is closed from the start.
 
 use std::io::{self, BufReader};
+use std::ops::Deref;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -73,10 +74,12 @@ impl Saved {
         }
     }
 
-    /// In one step: a reader never finds half of it.
-    pub(super) fn save(&self, cluster: &Cluster) -> io::Result<()> {
+    /// In one step: a reader never finds half of it. `cluster` is locked while it is written, and not while the disk is waited
+    /// for.
+    pub(super) fn save<C: Deref<Target = Cluster>>(&self, cluster: impl FnOnce() -> C) -> io::Result<()> {
         files::replace_with(&self.place, Ownership::Private, |file| {
-            let out = Out { node: &self.node, section: &self.section, cluster };
+            let cluster = cluster();
+            let out = Out { node: &self.node, section: &self.section, cluster: &cluster };
             serde_json::to_writer(file, &out).map_err(io::Error::from)
         })
     }
@@ -114,7 +117,7 @@ mod tests {
             .policies
             .apply("good".into(), Some(policy(crate::config::policy_rules(json).map_err(|_| refusal()))));
         cluster.policies.apply("bad".into(), Some(policy(Err(refusal()))));
-        here.save(&cluster).unwrap();
+        here.save(|| &cluster).unwrap();
         assert_eq!(here.load(), Some(cluster));
         assert_eq!(saved("b2", Kubernetes::default()).load(), None);
         let other = Kubernetes { context: Some("other".into()), ..Kubernetes::default() };

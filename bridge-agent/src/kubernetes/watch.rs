@@ -136,7 +136,11 @@ fn take_in<T: Followed>(event: Event<T>, state: &State) {
                 false
             }
             Event::InitDone => table.complete(),
-            Event::Apply(object) => table.apply(key(&object), object.keep()),
+            Event::Apply(mut object) => {
+                let key = key(&object);
+                let refreshed = table.get_mut(&key).is_some_and(|known| object.refresh(known));
+                !refreshed && table.apply(key, object.keep())
+            }
             Event::Delete(object) => table.apply(key(&object), None),
         }
     });

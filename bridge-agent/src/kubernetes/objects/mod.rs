@@ -31,6 +31,11 @@ pub(super) trait Followed:
     /// Returns the used fields; `None` if the object counts for nothing.
     fn keep(self) -> Option<Self::PinGuard>;
 
+    /// Takes over what may have changed without a change of `known`. Returns false if the object must be read as a whole.
+    fn refresh(&mut self, _known: &mut Self::PinGuard) -> bool {
+        false
+    }
+
     /// Where it is kept.
     fn table(cluster: &mut Cluster) -> &mut Table<Self::PinGuard>;
 }
@@ -322,6 +327,15 @@ impl Followed for PolicyObject {
                 .map_err(|errors| Refusal { reason: "Invalid".to_owned(), message: one_line(&errors) }),
             reported: self.status.conditions,
         })
+    }
+
+    /// The conditions of a policy change far more often than its rules, which may take long to read.
+    fn refresh(&mut self, known: &mut Policy) -> bool {
+        let same = self.metadata.generation == Some(known.generation);
+        if same {
+            known.reported = std::mem::take(&mut self.status.conditions);
+        }
+        same
     }
 
     fn table(cluster: &mut Cluster) -> &mut Table<Policy> {

@@ -31,6 +31,9 @@ const MANAGER: &str = "bridge-agent";
 const COALESCE: Duration = Duration::from_millis(50);
 /// The use of the port pool is checked this often.
 const CHECK: Duration = Duration::from_secs(15);
+/// Pause after the cluster was saved: this many times the time that it took, within these bounds.
+const SAVING_SHARE: u32 = 20;
+const SAVING: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 /// Time between two attempts to write.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -63,7 +66,8 @@ async fn save(saved: Option<Saved>, state: &State) {
         if !state.is_synced() || on_disk == Some(version) {
             continue;
         }
-        let saved = saved.save(&state.cluster());
+        let start = Instant::now();
+        let saved = saved.save(|| state.cluster());
         let first = again == Backoff::default();
         again.note(saved.is_ok());
         match saved {
@@ -73,6 +77,8 @@ async fn save(saved: Option<Saved>, state: &State) {
             }
             Err(error) => tracing::debug!(%error, "the agent still cannot save the cluster"),
         }
+        // Changes within this time become one file: writing all of a large cluster after each would take most of the time.
+        tokio::time::sleep((start.elapsed() * SAVING_SHARE).clamp(SAVING.0, SAVING.1)).await;
     }
 }
 
