@@ -268,14 +268,19 @@ impl Agent {
             return;
         }
         let status = trial.status();
-        if let Err(error) = trial.files.write(&trial.record) {
-            tracing::warn!(%error, "an agent that is killed and restarted now rolls the trial back");
-        }
+        trial.write_record();
         self.shared.update(|shown| {
             if let Some(trial) = &mut shown.trial {
                 trial.in_kernel = status.in_kernel;
             }
         });
+    }
+
+    /// Writes the record of the trial, if that failed and it is time for another attempt.
+    pub(super) fn write_record(&mut self) {
+        if let Some(trial) = self.trial.as_mut().filter(|trial| trial.unwritten.is_due()) {
+            trial.write_record();
+        }
     }
 
     fn files(&self) -> Files {

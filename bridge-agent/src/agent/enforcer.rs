@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     io,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -15,11 +16,12 @@ use bridge_common::filter::{
 use super::{
     desired::{Desired, Error, Prepared, compile},
     fast_path::{self, Keeper, Tracking},
+    named::Named,
     term::Term,
 };
 use crate::{
     config::Config,
-    conntrack,
+    conntrack::{self, Forgetting},
     datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
     interfaces::{Bindings, Chosen, Device, Hosted, Observer, Selection, Snapshot},
     kernel::backoff::Backoff,
@@ -42,6 +44,7 @@ pub(super) struct Enforcer {
     published: Option<Published>,
     stats: Option<TablesStats>,
     chosen: Chosen,
+    named: Named,
     bindings: Bindings,
     hosted: Hosted,
     /// While a policy is on trial: the one before it, to which the kernel may go back by itself, and until when.
@@ -53,6 +56,8 @@ pub(super) struct Enforcer {
     pins_restored: u64,
     /// Why pins are missing.
     unpinned: Option<String>,
+    /// Pods whose connections conntrack is to forget.
+    forgetting: Forgetting,
     again: Again,
 }
 
@@ -73,6 +78,7 @@ impl Enforcer {
     /// Brings enforcement up, or takes it over.
     pub(super) fn start(
         pins: &Pins,
+        state: &Path,
         config: &Config,
         prepared: Prepared,
         term: Term<'_>,
@@ -88,7 +94,9 @@ impl Enforcer {
         })?;
         let maps = Arc::new(Maps::open(pins)?);
         let bindings = Bindings::resume(datapath.hosted()?);
-        let (seeded, published, stats, chosen) = (None, None, None, Chosen::default());
+        let named = Named::load(state);
+        let chosen = Chosen::by_name(named.known().clone());
+        let (seeded, published, stats) = (None, None, None);
         let (abilities, keeper, fast_path) = (Vec::new(), None, FastPathStatus::default());
         let mut enforcer = Self {
             datapath,
@@ -100,6 +108,7 @@ impl Enforcer {
             published,
             stats,
             chosen,
+            named,
             bindings,
             hosted: Hosted::default(),
             former: None,
@@ -108,6 +117,7 @@ impl Enforcer {
             fast_path,
             pins_restored: 0,
             unpinned: None,
+            forgetting: Forgetting::default(),
             again: Again::default(),
         };
         match (former, term) {
@@ -217,6 +227,7 @@ impl Enforcer {
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
         }
+        self.named.set(chosen.names());
         self.chosen = chosen;
         let hosted = self.host();
         self.allow_fast_path();
@@ -237,8 +248,9 @@ impl Enforcer {
         if !gone.is_empty() {
             let flows = self.maps.forget_addresses(&gone)?;
             tracing::debug!(pods = gone.len(), flows, "flows of pods that have gone are forgotten");
-            conntrack::forget_pods(&gone);
+            self.forgetting.add(gone);
         }
+        self.forgetting.try_again();
         Ok(())
     }
 
@@ -405,6 +417,8 @@ impl Enforcer {
                 Err(error) => tracing::debug!(%error, "the agent still cannot follow the interfaces"),
             }
         }
+        self.forgetting.try_again();
+        self.named.try_again();
         if self.again.attach.is_due() {
             self.attach_as_far_as_possible();
         }

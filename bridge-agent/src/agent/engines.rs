@@ -6,7 +6,7 @@ use super::{
     Agent, Error,
     desired::{Error as EnforcerError, Prepared},
     enforcer::Enforcer,
-    packet_filter::{self, PacketFilter},
+    packet_filter::{self, Leftovers, PacketFilter},
     term::Term,
 };
 use crate::{
@@ -47,7 +47,7 @@ impl Agent {
             && !enforcing_before
             && let Some(filter) = self.filter.take()
         {
-            filter.take_down();
+            self.leftovers = filter.take_down();
         }
         self.compare(true);
         result
@@ -56,7 +56,7 @@ impl Agent {
     /// Starts to enforce, if that is wanted, or takes enforcement down that is no longer wanted.
     fn bring_up(&mut self, config: &Config, prepared: Option<Prepared>, term: Term<'_>) -> Result<(), Error> {
         if let Some(prepared) = prepared {
-            let enforcer = Enforcer::start(&self.pins, config, prepared, term)?;
+            let enforcer = Enforcer::start(&self.pins, &self.state.boot(), config, prepared, term)?;
             self.shared.set_maps(Some(Arc::clone(enforcer.maps())));
             self.enforcer = Some(enforcer);
             self.open_events();
@@ -88,7 +88,10 @@ impl Agent {
         let before = self.filter.as_ref().map(PacketFilter::in_force);
         match (&mut self.filter, packet_filter::is_wanted(config)) {
             (Some(filter), true) => filter.reload(config, on_trial)?,
-            (filter @ None, true) => *filter = Some(PacketFilter::start(config, on_trial)?),
+            (filter @ None, true) => {
+                *filter = Some(PacketFilter::start(config, on_trial)?);
+                self.leftovers = Leftovers::default();
+            }
             (_, false) => {}
         }
         crate::fault::point("reload:iptables");
@@ -98,7 +101,7 @@ impl Agent {
                     filter.restore(before);
                     self.filter = Some(filter);
                 }
-                (None, Some(filter)) => filter.take_down(),
+                (None, Some(filter)) => self.leftovers = filter.take_down(),
                 (_, None) => {}
             }
             return Err(error);
@@ -106,7 +109,7 @@ impl Agent {
         if !packet_filter::is_wanted(config)
             && let Some(filter) = self.filter.take()
         {
-            filter.take_down();
+            self.leftovers = filter.take_down();
         }
         Ok(())
     }

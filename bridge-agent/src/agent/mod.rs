@@ -10,6 +10,7 @@ mod divergence;
 mod enforcer;
 mod engines;
 mod fast_path;
+mod named;
 mod packet_filter;
 mod port_pool;
 mod port_ranges;
@@ -40,7 +41,7 @@ pub(crate) use trial::forget as forget_trial;
 use self::{
     cluster::Following,
     enforcer::Enforcer,
-    packet_filter::PacketFilter,
+    packet_filter::{Leftovers, PacketFilter},
     port_pool::PortPool,
     routing::Routing,
     term::Term,
@@ -132,6 +133,8 @@ pub struct Agent {
     api: Api,
     enforcer: Option<Enforcer>,
     filter: Option<PacketFilter>,
+    /// Rules of iptables that could not be removed.
+    leftovers: Leftovers,
     routing: Routing,
     pool: PortPool,
     /// The cluster, if it is followed.
@@ -185,6 +188,7 @@ impl Agent {
             api: config.api.clone(),
             enforcer: None,
             filter: None,
+            leftovers: Leftovers::default(),
             routing: Routing::default(),
             pool: PortPool::new(port_pool::places(&options.pin_root, &options.state), shared.clone()),
             cluster: None,
@@ -305,7 +309,7 @@ impl Agent {
                         Ok((warn(config::load_content(content, &path)?), Some(known)))
                     }));
                 }
-                _ = look.tick(), if self.filter.is_some() || self.enforcer.is_some() => self.look(),
+                _ = look.tick() => self.look(),
                 // When the time of a trial is over, the former configuration comes first.
                 () = cluster::changed(self.cluster.as_mut()),
                     if self.trial.as_ref().is_none_or(|trial| !trial.left().is_zero()) => self.cluster_changed(),
@@ -365,6 +369,10 @@ impl Agent {
     /// Polls for changes that the kernel sends no notification for.
     fn look(&mut self) {
         self.report_divergence();
+        self.leftovers.try_again();
+        self.routing.try_again();
+        self.pool.try_again();
+        self.write_record();
         if self.events_again.is_due() {
             self.open_events();
         }

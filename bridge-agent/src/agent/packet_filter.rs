@@ -10,8 +10,9 @@ use std::{
 use super::divergence::{self, Reporter};
 use crate::{
     config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
-    conntrack,
+    conntrack::Forgetting,
     datapath::{Maps, Verdict},
+    firewall::{Firewall as _, Remains},
     interfaces::{Bindings, Observer, Selection},
     iptables::{
         self, Error, Iptables, Programs,
@@ -19,7 +20,7 @@ use crate::{
         save::Saving,
         watch::{self, Guard, Surveyor},
     },
-    kernel::clock,
+    kernel::{backoff::Backoff, clock},
     model::Policy,
     state::FirewallStatus,
 };
@@ -79,6 +80,7 @@ impl Settings {
         // Routes to pods are wanted, also where the interfaces are named.
         let by_route = Selection { internal: Vec::new(), ..selection.clone() };
         let (mut hosted, mut bindings) = (BTreeMap::new(), Bindings::default());
+        let mut forgetting = Forgetting::default();
         Ok(Box::new(move || {
             let snapshot = observer.snapshot(&by_route)?;
             let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot, &mut bindings).pods);
@@ -87,7 +89,8 @@ impl Settings {
                 .filter(|(address, interface)| hosted.get(address) != Some(interface))
                 .map(|(address, _)| *address)
                 .collect();
-            conntrack::forget_pods(&gone);
+            forgetting.add(gone);
+            forgetting.try_again();
             Ok(selection.topology(&snapshot))
         }))
     }
@@ -226,14 +229,49 @@ impl PacketFilter {
         }
     }
 
-    /// Removes every rule. Failures are logged: nothing else prevents the agent from continuing.
-    pub(super) fn take_down(self) {
-        let remains = self.guard.teardown();
+    /// Removes every rule. Failures are logged; the remains are to be removed later.
+    pub(super) fn take_down(self) -> Leftovers {
+        let mut left = Leftovers { settings: Some(self.settings), again: Backoff::default() };
+        left.note(self.guard.teardown());
+        left
+    }
+}
+
+/// Rules of an engine that is no longer wanted.
+#[derive(Debug, Default)]
+pub(super) struct Leftovers {
+    settings: Option<Settings>,
+    again: Backoff,
+}
+
+impl Leftovers {
+    fn note(&mut self, remains: Remains<Error>) {
         for note in remains.notes {
             tracing::info!("{note}");
         }
+        let first = self.again == Backoff::default();
+        self.again.note(remains.errors.is_empty());
         for error in remains.errors {
-            tracing::error!(%error, "iptables rules are left");
+            if first {
+                tracing::error!(%error, "iptables rules are left; the agent tries again");
+            } else {
+                tracing::debug!(%error, "iptables rules are still left");
+            }
+        }
+        if self.again == Backoff::default() {
+            self.settings = None;
+        }
+    }
+
+    /// Removes them, if it is time for another attempt.
+    pub(super) fn try_again(&mut self) {
+        let Some(settings) = self.settings.as_ref().filter(|_| self.again.is_due()) else { return };
+        match Iptables::new(settings.driver(false)) {
+            Ok(mut firewall) => self.note(firewall.teardown()),
+            Err(error) => self.note(Remains { notes: Vec::new(), errors: vec![error] }),
+        }
+        if self.settings.is_none() {
+            tracing::info!("removed the iptables rules that were left");
         }
     }
 }

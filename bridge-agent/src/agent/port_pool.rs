@@ -7,7 +7,10 @@ use tokio::{sync::watch, task::JoinHandle};
 use crate::{
     config::Config,
     datapath::object,
-    kernel::state_directory::{self, StateDirectory},
+    kernel::{
+        backoff::Backoff,
+        state_directory::{self, StateDirectory},
+    },
     pool::{
         Settings,
         pods::OptedIn,
@@ -27,6 +30,8 @@ pub(super) struct PortPool {
     shared: Shared,
     running: Option<Running>,
     pods: watch::Sender<OptedIn>,
+    /// Something of a pool that is no longer wanted could not be removed.
+    left: Backoff,
 }
 
 struct Running {
@@ -42,7 +47,7 @@ pub(super) struct Before(Option<Settings>);
 impl PortPool {
     /// No pool yet.
     pub(super) fn new(places: Places, shared: Shared) -> Self {
-        Self { places, shared, running: None, pods: watch::channel(None).0 }
+        Self { places, shared, running: None, pods: watch::channel(None).0, left: Backoff::default() }
     }
 
     /// Takes over the note of reserved ports that an agent before version 0.2 has written beside its socket; otherwise they
@@ -86,6 +91,7 @@ impl PortPool {
                 let adopted = self.places.is_pinned();
                 let mut started = run::start(object::POOL, settings, &self.places)?;
                 self.shared.set_pool(Some(started.service.clone()));
+                self.left = Backoff::default();
                 let keeper = tokio::spawn(started.keep(self.pods.subscribe()));
                 self.running = Some(Running { started, keeper, adopted });
             }
@@ -120,6 +126,13 @@ impl PortPool {
         }
     }
 
+    /// Removes the remains of a pool that is no longer wanted, if it is time for another attempt.
+    pub(super) fn try_again(&mut self) {
+        if self.running.is_none() && self.left.is_due() {
+            self.withdraw();
+        }
+    }
+
     fn withdraw(&mut self) {
         self.shared.set_pool(None);
         let result = match self.running.take() {
@@ -129,9 +142,13 @@ impl PortPool {
             }
             None => run::stop(&self.places),
         };
+        let done = result.is_ok();
         match result {
             Ok(()) => tracing::info!("port pool withdrawn"),
-            Err(error) => tracing::error!(%error, "something of the port pool is left"),
+            Err(error) => {
+                tracing::error!(%error, "something of the port pool is left; the agent tries again")
+            }
         }
+        self.left.note(done);
     }
 }

@@ -7,6 +7,7 @@ use std::path::Path;
 use tokio::sync::broadcast;
 
 use crate::config::Config;
+use crate::kernel::backoff::Backoff;
 use crate::routes::{
     Change, DesiredRoute, Error, RouteEvent, Service, Setup, SourceKind, View, carry_out, withdrawal,
 };
@@ -15,6 +16,8 @@ use crate::routes::{
 #[derive(Default)]
 pub(super) struct Routing {
     service: Option<Service>,
+    /// Routes of an earlier configuration could not be withdrawn.
+    left: Backoff,
 }
 
 /// A configuration of which everything has been done that can fail.
@@ -52,11 +55,20 @@ impl Routing {
             (Prepared::Unwanted, service) => {
                 // Its tasks end with it, so that nothing is put back.
                 *service = None;
-                withdraw();
+                self.left.note(withdraw());
+                return;
             }
             (Prepared::Changed(change), Some(service)) => service.commit(*change),
             (Prepared::Started(service), _) => self.service = Some(*service),
             (Prepared::Changed(_), None) => unreachable!("a change is prepared by a service that is there"),
+        }
+        self.left = Backoff::default();
+    }
+
+    /// Withdraws routes that are left, if it is time for another attempt.
+    pub(super) fn try_again(&mut self) {
+        if self.left.is_due() {
+            self.left.note(withdraw());
         }
     }
 
@@ -72,19 +84,26 @@ impl Routing {
     }
 }
 
-/// Removes every route with bridge's protocol number, of an earlier configuration or an earlier run. Failures are
-/// logged: nothing else prevents the agent from continuing.
-fn withdraw() {
+/// Removes every route with bridge's protocol number, of an earlier configuration or an earlier run. Returns whether none is
+/// left; failures are logged.
+fn withdraw() -> bool {
     let done = withdrawal().and_then(|(observed, operations)| {
         let failures = carry_out(&operations)?;
         for (operation, reason) in &failures {
             tracing::error!(reason, "a route is left: {}", operation.show(&observed));
         }
-        Ok(operations.len() - failures.len())
+        Ok((operations.len() - failures.len(), failures.is_empty()))
     });
     match done {
-        Ok(0) => {}
-        Ok(count) => tracing::info!(count, "withdrew the routes: the configuration has no `routes`"),
-        Err(error) => tracing::error!(%error, "cannot look for routes of an earlier configuration"),
+        Ok((count, complete)) => {
+            if count > 0 {
+                tracing::info!(count, "withdrew the routes: the configuration has no `routes`");
+            }
+            complete
+        }
+        Err(error) => {
+            tracing::error!(%error, "cannot look for routes of an earlier configuration; the agent tries again");
+            false
+        }
     }
 }

@@ -23,6 +23,7 @@ use crate::{
     config::{self, Config, ConfigErrors, Loaded},
     datapath::{self, Maps, Pins},
     kernel::{
+        backoff::Backoff,
         file_watch::{Hash, hash_of},
         files::{self, Ownership},
         state_directory::StateDirectory,
@@ -58,6 +59,8 @@ pub(super) struct Trial {
     pub(super) task: Option<JoinHandle<()>>,
     /// Time of the next attempt to restore the former configuration.
     pub(super) again: Option<tokio::time::Instant>,
+    /// The record could not be written.
+    pub(super) unwritten: Backoff,
 }
 
 impl Drop for Trial {
@@ -98,7 +101,14 @@ impl Record {
 
 impl Trial {
     pub(super) fn new(files: Files, record: Record, before: Config) -> Self {
-        Self { files, record, before: Arc::new(before), task: None, again: None }
+        Self {
+            files,
+            record,
+            before: Arc::new(before),
+            task: None,
+            again: None,
+            unwritten: Backoff::default(),
+        }
     }
 
     /// Takes over the deadline that the kernel keeps, if it does. Returns whether the record has to be written.
@@ -108,6 +118,15 @@ impl Trial {
         let known = (self.record.in_kernel, self.record.deadline) == (true, deadline);
         (self.record.in_kernel, self.record.deadline) = (true, deadline);
         !known
+    }
+
+    /// Writes the record; tried again later if that fails.
+    pub(super) fn write_record(&mut self) {
+        let written = self.files.write(&self.record);
+        self.unwritten.note(written.is_ok());
+        if let Err(error) = written {
+            tracing::warn!(%error, "an agent that is killed and restarted now rolls the trial back; the agent tries again");
+        }
     }
 
     pub(super) fn left(&self) -> Duration {

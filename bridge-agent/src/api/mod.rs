@@ -120,7 +120,7 @@ pub enum Error {
 /// Listening, but not serving yet.
 #[derive(Debug)]
 pub struct Server {
-    socket: Socket,
+    _socket: Socket,
     listener: UnixListener,
     metrics: Option<std::net::TcpListener>,
 }
@@ -192,7 +192,7 @@ impl Server {
         }
         fs::rename(&staging, path).map_err(failed)?;
         let metrics = config.metrics.as_ref().map(|address| listen(address.0)).transpose()?;
-        Ok(Self { socket, listener, metrics })
+        Ok(Self { _socket: socket, listener, metrics })
     }
 
     /// Begins to serve.
@@ -207,9 +207,7 @@ impl Server {
         let serve = move || {
             runtime.block_on(async {
                 tokio::select! {
-                    served = self.serve(shared) => if let Err(error) = served {
-                        tracing::error!(%error, "the API is no longer served");
-                    },
+                    () = self.serve_always(&shared) => {}
                     // Nothing is ever sent.
                     _ = stopped => {}
                 }
@@ -219,13 +217,28 @@ impl Server {
         Ok(Served { stop: Some(stop), thread: Some(thread) })
     }
 
+    /// Serves, and begins again after a failure.
+    async fn serve_always(self, shared: &Shared) {
+        const PAUSE: Duration = Duration::from_secs(1);
+        loop {
+            if let Err(error) = self.serve_once(shared.clone()).await {
+                tracing::error!(%error, "the API cannot be served; the agent tries again");
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
     /// Serves until it is dropped, inside a tokio runtime.
     ///
     /// # Errors
     /// The sockets cannot be used with the runtime.
     pub async fn serve(self, shared: Shared) -> io::Result<()> {
-        let Self { socket: _socket, listener, metrics } = self;
-        let listener = tokio::net::UnixListener::from_std(listener)?;
+        self.serve_once(shared).await
+    }
+
+    async fn serve_once(&self, shared: Shared) -> io::Result<()> {
+        let listener = tokio::net::UnixListener::from_std(self.listener.try_clone()?)?;
+        let metrics = self.metrics.as_ref().map(std::net::TcpListener::try_clone).transpose()?;
         let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
         let (api, clients) = (router(shared.clone()), Arc::new(Connections::new(&shared)));
         let of_metrics = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());

@@ -42,6 +42,9 @@ impl Run {
 /// Time from SIGTERM or SIGINT to the end of the process, whatever the agent is doing.
 const TIME_TO_END: Duration = Duration::from_millis(1500);
 
+/// Time for the last line of the log.
+const TIME_TO_LOG: Duration = Duration::from_millis(100);
+
 /// Ends the process when it does not end by itself in time after a signal. The kernel then keeps the last policy that was
 /// complete, as after SIGKILL: each engine is switched in one step.
 fn end_in_time() -> io::Result<()> {
@@ -56,8 +59,15 @@ fn end_in_time() -> io::Result<()> {
             _ = interrupt.recv() => {}
         }
         tokio::time::sleep(TIME_TO_END).await;
-        tracing::warn!("the agent ends in the middle of its work; the policy of before stays enforced");
-        std::process::exit(0);
+        // The reader of the log may have stopped.
+        let warn = || {
+            tracing::warn!("the agent ends in the middle of its work; the policy of before stays enforced")
+        };
+        if thread::Builder::new().spawn(warn).is_ok() {
+            tokio::time::sleep(TIME_TO_LOG).await;
+        }
+        // SAFETY: it runs nothing of this process any more: neither destructors nor a flush, which could wait for the log.
+        unsafe { libc::_exit(0) };
     };
     thread::Builder::new().name("signals".to_owned()).spawn(move || runtime.block_on(wait)).map(drop)
 }

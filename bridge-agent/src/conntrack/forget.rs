@@ -5,7 +5,10 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::{Connection, IPPROTO_ICMP, IPPROTO_ICMPV6, Tuple, for_each};
-use crate::kernel::netlink::{Socket, encode_attribute as attribute};
+use crate::kernel::{
+    backoff::Backoff,
+    netlink::{Socket, encode_attribute as attribute},
+};
 
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`.
 const CT_DELETE: u16 = 1 << 8 | 2;
@@ -37,17 +40,47 @@ pub fn forget(addresses: &BTreeSet<IpAddr>) -> io::Result<usize> {
     Ok(deleted)
 }
 
-/// Deletes the connections of pods that have gone: their addresses may soon be those of others. Failures are logged.
-pub fn forget_pods(gone: &BTreeSet<IpAddr>) {
-    if gone.is_empty() {
-        return;
-    }
-    match forget(gone) {
-        Ok(connections) => {
-            tracing::debug!(pods = gone.len(), connections, "conntrack forgets pods that have gone");
+/// Deletes the connections of pods that have gone: their addresses may soon be those of others.
+#[derive(Debug, Default)]
+pub struct Forgetting {
+    gone: BTreeSet<IpAddr>,
+    again: Backoff,
+}
+
+impl Forgetting {
+    /// Adds pods that have gone, and makes the next attempt due.
+    pub fn add(&mut self, gone: impl IntoIterator<Item = IpAddr>) {
+        let before = self.gone.len();
+        self.gone.extend(gone);
+        if self.gone.len() > before {
+            self.again = Backoff::default();
         }
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-        Err(error) => tracing::warn!(%error, "connections of pods that have gone stay in conntrack"),
+    }
+
+    /// Deletes their connections; after a failure when it is time for another attempt.
+    pub fn try_again(&mut self) {
+        self.try_with(forget);
+    }
+
+    fn try_with(&mut self, forget: impl FnOnce(&BTreeSet<IpAddr>) -> io::Result<usize>) {
+        let first = self.again == Backoff::default();
+        if self.gone.is_empty() || !(first || self.again.is_due()) {
+            return;
+        }
+        let pods = self.gone.len();
+        match forget(&self.gone) {
+            Ok(connections) => {
+                tracing::debug!(pods, connections, "conntrack forgets pods that have gone");
+                *self = Self::default();
+            }
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => *self = Self::default(),
+            Err(error) => {
+                self.again.note(false);
+                if first {
+                    tracing::warn!(%error, pods, "connections of pods that have gone stay in conntrack; the agent tries again");
+                }
+            }
+        }
     }
 }
 
@@ -78,5 +111,27 @@ fn octets(address: IpAddr) -> [u8; 16] {
     match address {
         IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
         IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_deletion_is_repeated_until_it_works() {
+        let pods: BTreeSet<IpAddr> = ["10.200.1.91".parse().unwrap()].into();
+        let mut forgetting = Forgetting::default();
+        forgetting.add(pods.clone());
+        forgetting.try_with(|_| Err(io::ErrorKind::OutOfMemory.into()));
+        forgetting.try_with(|_| panic!("not before a pause"));
+        std::thread::sleep(forgetting.again.pause());
+        let mut seen = None;
+        forgetting.try_with(|gone| {
+            seen = Some(gone.clone());
+            Ok(1)
+        });
+        assert_eq!(seen, Some(pods));
+        forgetting.try_with(|_| panic!("nothing is left to do"));
     }
 }

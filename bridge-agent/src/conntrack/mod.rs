@@ -11,7 +11,7 @@ use bridge_common::filter::{
 };
 use ipnet::IpNet;
 
-pub use forget::{forget, forget_pods};
+pub use forget::{Forgetting, forget};
 
 pub use crate::kernel::conntrack::{Connection, Tuple, for_each};
 use crate::policy::Tables;

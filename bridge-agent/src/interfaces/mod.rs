@@ -127,6 +127,20 @@ pub struct Chosen {
     named: BTreeMap<u32, String>,
 }
 
+impl Chosen {
+    /// Interfaces that an earlier agent has chosen by these names.
+    #[must_use]
+    pub fn by_name(named: BTreeMap<u32, String>) -> Self {
+        Self { named, ..Self::default() }
+    }
+
+    /// Returns the configured name of each interface that was chosen by name, by index.
+    #[must_use]
+    pub const fn names(&self) -> &BTreeMap<u32, String> {
+        &self.named
+    }
+}
+
 impl Selection {
     /// Whether routes matter at all.
     #[must_use]
