@@ -2,6 +2,7 @@
 
 mod crowd;
 mod follow;
+mod limits;
 mod networks;
 mod outage;
 mod pool;

@@ -1,0 +1,177 @@
+//! Hanging neighbours of the agent: it ends in time nevertheless.
+
+use std::any::Any;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::net::TcpListener;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_lab::agent::Agent;
+use bridge_lab::lab::{Host, Lab};
+use bridge_lab::wait::{eventually, patience};
+
+use crate::support::DEADLINE;
+
+/// From SIGTERM to the end of the process.
+const TIME_TO_END: Duration = Duration::from_secs(2);
+
+const NODE: &str = "role: node\nnetworks: {pods: [10.200.1.0/24], external: [192.168.31.0/24]}\npersistence: {save: never}\n";
+const ALLOW: &str = "{name: in, direction: inbound, protocol: tcp, ports: [8080]}";
+
+fn config(engines: &str, more: &str, rules: usize) -> String {
+    let mut text = format!("{NODE}{more}enforcement: {{engines: [{engines}]}}\nrules:\n- {ALLOW}\n");
+    for number in 0..rules {
+        let (host, port) = (number % 250, 1 + number % 60_000);
+        text += &format!(
+            "- {{name: rule-{number}, direction: inbound, external: [192.168.31.{host}/32], protocol: tcp, ports: [{port}]}}\n"
+        );
+    }
+    text
+}
+
+fn kubeconfig(directory: &Path, server: &str, user: &str) -> Result<PathBuf> {
+    let path = directory.join("kubeconfig");
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: lab\nclusters: [{{name: lab, cluster: {{server: \"{server}\"}}}}]\n\
+         contexts: [{{name: lab, context: {{cluster: lab, user: u}}}}]\nusers: [{{name: u, user: {user}}}]\n"
+    );
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn script(path: &Path, text: &str) -> Result<()> {
+    // Not written in place: a script that a child of another test has open for writing cannot be run.
+    let new = path.with_extension("new");
+    fs::write(&new, text)?;
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755))?;
+    Ok(fs::rename(new, path)?)
+}
+
+/// Replaces the configuration file, and waits until the agent begins to apply it.
+fn begin_reload(agent: &Agent, config: &str) -> Result<()> {
+    let before = agent.log().matches("reloads its configuration").count();
+    let new = agent.config().with_extension("other");
+    fs::write(&new, format!("{config}\napi: {{socket: {}}}\n", agent.socket().display()))?;
+    fs::rename(new, agent.config())?;
+    let begun = || (agent.log().matches("reloads its configuration").count() > before).then_some(());
+    eventually(DEADLINE, begun).with_context(|| agent.log())
+}
+
+/// The work during which the agent is asked to end.
+enum Work {
+    Plugin,
+    ApiServer,
+    ManyRules,
+    IptablesHangs,
+    Readers,
+    LogReaderStopped,
+}
+
+/// Starts an agent that is at `work`. The second value keeps that so.
+fn busy(work: &Work, lab: &Lab, host: &Host) -> Result<(Agent, Box<dyn Any>)> {
+    let directory = &lab.directory();
+    let program = bridge_lab::agent::program()?;
+    let wrapper = directory.join("wrapper");
+    let section = |path: &Path| format!("kubernetes: {{kubeconfig: {}, nodeName: b}}\n", path.display());
+    let plugin = "{exec: {apiVersion: client.authentication.k8s.io/v1beta1, command: sleep, args: [\"30\"], interactiveMode: Never}}";
+    Ok(match work {
+        Work::Plugin => {
+            let path = kubeconfig(directory, "https://192.168.31.67:6443", plugin)?;
+            (Agent::start(lab, host, &config("ebpf", &section(&path), 0))?, Box::new(()))
+        }
+        Work::ApiServer => {
+            // Connections come about, and no byte is ever read.
+            let silent = lab.a().netns.run(|| TcpListener::bind("192.168.31.67:6443"))?;
+            let path = kubeconfig(directory, "http://192.168.31.67:6443", "{token: x}")?;
+            (Agent::start(lab, host, &config("ebpf", &section(&path), 0))?, Box::new(silent))
+        }
+        Work::ManyRules => {
+            let agent = Agent::start(lab, host, &config("ebpf, iptables", "", 0))?;
+            begin_reload(&agent, &config("ebpf, iptables", "", 10_000))?;
+            (agent, Box::new(()))
+        }
+        Work::IptablesHangs => {
+            let programs = directory.join("programs");
+            fs::create_dir_all(&programs)?;
+            let path = format!("PATH={}:$PATH", programs.display());
+            script(&wrapper, &format!("#!/bin/sh\n{path} exec {} \"$@\"\n", program.display()))?;
+            let agent = Agent::start_program(wrapper, lab, host, &config("ebpf, iptables", "", 0))?;
+            // As one that waits for a lock that is never released.
+            for name in ["iptables-nft-restore", "iptables-legacy-restore"] {
+                script(
+                    &programs.join(name),
+                    &format!("#!/bin/sh\ntouch {}/hangs\nexec sleep 30\n", programs.display()),
+                )?;
+            }
+            begin_reload(&agent, &config("ebpf, iptables", "", 1))?;
+            let hangs = programs.join("hangs");
+            eventually(DEADLINE, || hangs.exists().then_some(())).with_context(|| agent.log())?;
+            (agent, Box::new(()))
+        }
+        Work::Readers => {
+            let agent = Agent::start(lab, host, &config("ebpf", "", 10_000))?;
+            let readers = readers(&agent, 60)?;
+            (agent, Box::new(readers))
+        }
+        Work::LogReaderStopped => {
+            let fifo = directory.join("log");
+            rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0)?;
+            // Both ends, so that nothing that writes gets an error.
+            let mut ends =
+                OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&fifo)?;
+            let line = format!(
+                "#!/bin/sh\nexec {} \"$@\" > {fifo} 2>&1\n",
+                program.display(),
+                fifo = fifo.display()
+            );
+            script(&wrapper, &line)?;
+            let agent = Agent::start_program(wrapper, lab, host, &config("ebpf", "", 0))?;
+            while ends.write(&[b'x'; 4096]).is_ok() {}
+            while ends.write(b"x").is_ok() {}
+            let file = agent.config();
+            fs::write(file, fs::read_to_string(file)?.replace("8080", "8081"))?;
+            // The agent waits for the log now, or will.
+            (agent, Box::new(ends))
+        }
+    })
+}
+
+/// Clients that ask for the largest answers and read none of them.
+fn readers(agent: &Agent, count: usize) -> Result<Vec<UnixStream>> {
+    (0..count)
+        .map(|number| {
+            let mut stream = UnixStream::connect(agent.socket())?;
+            let path = ["/metrics", "/v1/flows?limit=10000000", "/v1/rules", "/v1/events"][number % 4];
+            write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n")?;
+            Ok(stream)
+        })
+        .collect::<io::Result<_>>()
+        .context("connect to the agent")
+}
+
+#[test]
+fn sigterm_ends_the_agent_in_time_whatever_it_is_doing() -> Result<()> {
+    for (name, work) in [
+        ("a credential plugin hangs", Work::Plugin),
+        ("the API server accepts and never answers", Work::ApiServer),
+        ("10,000 rules are being applied", Work::ManyRules),
+        ("iptables hangs", Work::IptablesHangs),
+        ("60 clients read nothing", Work::Readers),
+        ("the log is not read", Work::LogReaderStopped),
+    ] {
+        let lab = Lab::builder().build()?;
+        let (mut agent, kept) = busy(&work, &lab, lab.b()).context(name)?;
+        let start = Instant::now();
+        let status = agent.stop().context(name)?;
+        let took = start.elapsed();
+        println!("{name}: ended after {took:?}");
+        ensure!(took < patience(TIME_TO_END), "{name}: ended after {took:?}\n{}", agent.log());
+        ensure!(status.success(), "{name}: {status}");
+        drop(kept);
+    }
+    Ok(())
+}
