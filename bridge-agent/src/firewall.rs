@@ -2,10 +2,14 @@
 //!
 //! A driver plans from a policy and the observed rules (pure), applies the plan, and verifies the result.
 
+pub(crate) mod survey;
+
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
 
 use serde::Serialize;
+
+pub use survey::Surveyor;
 
 use crate::model::Policy;
 

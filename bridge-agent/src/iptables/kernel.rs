@@ -91,6 +91,12 @@ pub(super) fn legacy_tables(family: Family) -> Vec<String> {
     std::fs::read_to_string(file).unwrap_or_default().lines().map(str::to_owned).collect()
 }
 
+/// Whether iptables-legacy has tables in this network namespace.
+#[must_use]
+pub fn uses_legacy() -> bool {
+    Family::ALL.into_iter().any(|family| !legacy_tables(family).is_empty())
+}
+
 /// A socket to the tables of x_tables in the network namespace it was opened in.
 #[derive(Debug)]
 pub(super) struct Legacy {

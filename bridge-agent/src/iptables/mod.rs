@@ -22,4 +22,5 @@ pub mod watch;
 pub use budget::{MAX_LINES, check};
 pub use driver::{Config, Iptables, Observed, Plan};
 pub use error::Error;
+pub use kernel::uses_legacy;
 pub use programs::{Backend, Programs};

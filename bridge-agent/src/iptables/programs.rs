@@ -1,18 +1,13 @@
 //! Running iptables-save and iptables-restore.
 
 use std::ffi::OsStr;
-use std::io::{self, Seek, Write};
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::mpsc;
+use std::process::{Command, Output};
 use std::time::Duration;
-
-use rustix::fs::MemfdFlags;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::error::Error;
 use super::ruleset::Family;
+use crate::kernel::program;
 
 /// How long a program may work once it has the lock. 50,000 rules take some seconds.
 const WORK: Duration = Duration::from_secs(60);
@@ -59,14 +54,7 @@ pub struct Programs {
 
 impl Default for Programs {
     fn default() -> Self {
-        let path = std::env::var_os("PATH").unwrap_or_default();
-        // A service's PATH often lacks the directories of root's programs.
-        let usual = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from);
-        Self {
-            search: std::env::split_paths(&path).chain(usual).collect(),
-            lock_wait: Duration::from_secs(5),
-            lock_file: None,
-        }
+        Self { search: program::search_path(), lock_wait: Duration::from_secs(5), lock_file: None }
     }
 }
 
@@ -116,45 +104,17 @@ impl Programs {
         I: IntoIterator<Item = S>,
         S: AsRef<OsStr>,
     {
-        let failed = |source: io::Error| Error::Run { program: program.display().to_string(), source };
         let mut command = Command::new(program);
-        command.args(arguments).env("LC_ALL", "C").stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.args(arguments);
         if let Some(lock) = &self.lock_file {
             command.env("XTABLES_LOCKFILE", lock);
         }
-        command.stdin(match input {
-            Some(input) => file_of(input).map_err(failed)?,
-            None => Stdio::null(),
-        });
-        let child = command.spawn().map_err(failed)?;
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let pidfd =
-            pid.map(|pid| pidfd_open(pid, PidfdFlags::empty())).transpose().map_err(|e| failed(e.into()))?;
-
-        let limit = self.lock_wait + WORK;
-        let (ended, wait) = mpsc::channel::<()>();
-        let killer = std::thread::spawn(move || {
-            let late = matches!(wait.recv_timeout(limit), Err(mpsc::RecvTimeoutError::Timeout));
-            if let (true, Some(pidfd)) = (late, pidfd) {
-                return pidfd_send_signal(pidfd.as_fd(), Signal::KILL).is_ok();
-            }
-            false
-        });
-        let output = child.wait_with_output().map_err(failed);
-        drop(ended);
-        if killer.join().unwrap_or(false) {
-            return Err(Error::Hung { program: program.display().to_string(), after: limit });
-        }
-        output
+        let program = || program.display().to_string();
+        program::run(command, input, self.lock_wait + WORK).map_err(|error| match error {
+            program::Error::Run(source) => Error::Run { program: program(), source },
+            program::Error::Hung(after) => Error::Hung { program: program(), after },
+        })
     }
-}
-
-/// An input that need not be fed while output is read.
-fn file_of(input: &str) -> io::Result<Stdio> {
-    let mut file = std::fs::File::from(rustix::fs::memfd_create("iptables-restore", MemfdFlags::CLOEXEC)?);
-    file.write_all(input.as_bytes())?;
-    file.rewind()?;
-    Ok(file.into())
 }
 
 /// Versions before 1.8 know no other back end than the legacy one, and do not name it.

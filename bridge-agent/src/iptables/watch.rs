@@ -9,7 +9,6 @@
 mod comparison;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -20,7 +19,8 @@ use super::driver::Iptables;
 use super::error::Error;
 use super::question::{Answer, Question};
 use super::walk::{self, Packet, Verdict};
-use crate::firewall::{Firewall, Hits, Remains};
+use crate::firewall::survey::Survey;
+use crate::firewall::{Firewall, Hits, Remains, Surveyor};
 use crate::kernel::backoff::Backoff;
 use crate::model::{Mode, Policy, Topology};
 
@@ -29,9 +29,6 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// Rounds must leave this many times their own duration free, up to [`LONGEST`].
 const IDLE_SHARE: u32 = 19;
 const LONGEST: Duration = Duration::from_millis(700);
-/// Between two readings of the interfaces, and how many times its own duration a reading must leave free.
-const SURVEY: Duration = Duration::from_millis(400);
-const SURVEY_SHARE: u32 = 50;
 /// Denied packets that wait to be held against the rules, and how many are at a time.
 const WAITING: usize = 256;
 const AT_A_TIME: usize = 16;
@@ -415,31 +412,6 @@ fn round(shared: &Shared, question: &mut Question, known: &mut Option<Answer>) -
     let pause = (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST);
     shared.count_now_and_then();
     pause
-}
-
-/// Reads the interfaces of this node.
-pub type Surveyor = Box<dyn FnMut() -> io::Result<Topology> + Send>;
-
-/// Asks a [`Surveyor`] in intervals that leave it idle most of the time.
-struct Survey {
-    surveyor: Surveyor,
-    next: Option<Instant>,
-}
-
-impl Survey {
-    const fn new(surveyor: Surveyor) -> Self {
-        Self { surveyor, next: None }
-    }
-
-    /// Returns the topology, if it is time to read it and it can be read.
-    fn take(&mut self, now: Instant) -> Option<Topology> {
-        if self.next.is_some_and(|next| now < next) {
-            return None;
-        }
-        let read = (self.surveyor)();
-        self.next = Some(Instant::now() + (now.elapsed() * SURVEY_SHARE).max(SURVEY));
-        read.inspect_err(|error| tracing::warn!(%error, "iptables rules do not follow the interfaces")).ok()
-    }
 }
 
 impl Shared {

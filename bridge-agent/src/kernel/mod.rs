@@ -12,5 +12,6 @@ pub mod mapping;
 pub mod memory;
 pub mod netlink;
 pub mod nftables;
+pub(crate) mod program;
 pub mod state_directory;
 pub(crate) mod sysctl;

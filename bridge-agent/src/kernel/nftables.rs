@@ -1,10 +1,11 @@
-//! The generation of the nf_tables ruleset: one small question that shows whether any program changed a rule.
+//! Changes of the nf_tables ruleset: its generation, one small question that shows whether any program changed a rule, and
+//! the kernel's notifications, which name the tables that changed.
 
 use std::io;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::netlink::{Socket, attribute};
+use super::netlink::{self, Error, RECEIVE_BUFFER, Socket, attribute, messages, receive};
 
 /// `NFNL_SUBSYS_NFTABLES` and `NFT_MSG_GETGEN` (linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h).
 const GET_GENERATION: u16 = (10 << 8) | 16;
@@ -47,4 +48,57 @@ pub(crate) fn generation(socket: &mut Socket) -> io::Result<u32> {
         .first()
         .copied()
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the kernel's answer has no generation"))
+}
+
+/// `NFNLGRP_NFTABLES` (linux/netfilter/nfnetlink.h).
+const GROUP: u32 = 7;
+/// The name of the table in messages about tables, chains, rules, sets, elements and objects alike.
+const TABLE_NAME: u16 = 1;
+
+/// Notifications of changes, from the time it was opened, in the network namespace of the thread that opens it.
+pub struct Changes {
+    socket: netlink_sys::Socket,
+    buffer: Vec<u8>,
+}
+
+impl std::fmt::Debug for Changes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Changes").finish_non_exhaustive()
+    }
+}
+
+impl Changes {
+    /// Subscribes to the changes of every table.
+    ///
+    /// # Errors
+    /// Of `socket(2)` and `setsockopt(2)`.
+    pub fn open() -> io::Result<Self> {
+        let socket = netlink::subscribe_to(NETLINK_NETFILTER, &[GROUP])?;
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+    }
+
+    /// Returns whether a table of this name may have changed since the last call; does not wait.
+    ///
+    /// Other programs may write more at once than the socket holds: then every table may have.
+    ///
+    /// # Errors
+    /// Of `recv(2)`.
+    pub fn touched(&mut self, table: &str) -> io::Result<bool> {
+        let mut touched = false;
+        loop {
+            match receive(&self.socket, &mut self.buffer) {
+                Ok(()) => touched |= messages(&self.buffer).any(|message| names(message, table)),
+                Err(Error::Overrun | Error::Malformed(_)) => touched = true,
+                Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(touched),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Whether a notification is about this table, or cannot be read.
+fn names(message: Result<(netlink::Header, &[u8]), Error>, table: &str) -> bool {
+    let Ok((_, body)) = message else { return true };
+    let name = body.get(NFGEN_HEADER..).and_then(|attributes| attribute(attributes, TABLE_NAME));
+    name.and_then(|name| name.strip_suffix(&[0])) == Some(table.as_bytes())
 }

@@ -69,7 +69,12 @@ pub struct KernelError {
 ///
 /// Of `socket(2)` and `setsockopt(2)`.
 pub(crate) fn subscribe(groups: &[u32]) -> io::Result<netlink_sys::Socket> {
-    let mut socket = netlink_sys::Socket::new(NETLINK_ROUTE)?;
+    subscribe_to(NETLINK_ROUTE, groups)
+}
+
+/// As [`subscribe`], of a `NETLINK_*` protocol.
+pub(crate) fn subscribe_to(protocol: isize, groups: &[u32]) -> io::Result<netlink_sys::Socket> {
+    let mut socket = netlink_sys::Socket::new(protocol)?;
     socket.bind_auto()?;
     for group in groups {
         socket.add_membership(*group)?;
