@@ -6,7 +6,8 @@ use bridge_lab::mediation::{ATTEMPTS, Row, Setting};
 /// Attempts that do not hold yet: engines, name. An entry that begins to hold fails the test, and is to be removed.
 ///
 /// With both engines, the fast path makes conntrack liberal: then a forged FIN shortens the life of its entry.
-const NOT_YET: &[(&str, &str)] = &[("ebpf, iptables", "forged RSTs and FINs")];
+const NOT_YET: &[(&str, &str)] =
+    &[("ebpf, iptables", "forged RSTs and FINs"), ("ebpf, nftables", "forged RSTs and FINs")];
 
 fn play(engines: &'static str) -> Result<()> {
     let mut wrong = Vec::new();
@@ -37,8 +38,18 @@ fn no_attempt_passes_iptables() -> Result<()> {
 }
 
 #[test]
-fn no_attempt_passes_both_engines() -> Result<()> {
+fn no_attempt_passes_nftables() -> Result<()> {
+    play("nftables")
+}
+
+#[test]
+fn no_attempt_passes_ebpf_and_iptables() -> Result<()> {
     play("ebpf, iptables")
+}
+
+#[test]
+fn no_attempt_passes_ebpf_and_nftables() -> Result<()> {
+    play("ebpf, nftables")
 }
 
 #[test]

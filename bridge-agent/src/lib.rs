@@ -20,6 +20,7 @@ pub mod kernel;
 pub mod kubernetes;
 pub mod log;
 pub mod model;
+pub mod nftables;
 pub mod nodeport_range;
 pub mod policy;
 pub mod pool;

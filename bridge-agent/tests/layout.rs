@@ -22,7 +22,7 @@ const LAYERS: &[&[&str]] = &[
     &["explain"],
     &["state"],
     &["kubernetes"],
-    &["conntrack", "datapath", "interfaces", "iptables", "nodeport_range", "pool", "routes"],
+    &["conntrack", "datapath", "interfaces", "iptables", "nftables", "nodeport_range", "pool", "routes"],
     &["firewall"],
     &["config", "policy"],
     &["model"],

@@ -15,7 +15,7 @@ use super::{
     trial::{Files, Record, Trial},
 };
 use crate::{
-    config::{self, Config, Loaded},
+    config::{self, Config, Engine, Loaded},
     datapath,
     kernel::{
         clock,
@@ -88,7 +88,10 @@ impl Agent {
         if config.role != before.role {
             return Err(ApplyError::NoWayBack("role"));
         }
-        let engines = |config: &Config| (wants_ebpf(config), super::packet_filter::is_wanted(config));
+        let engines = |config: &Config| {
+            let filter = config.enforcement.engines.iter().copied().find(|engine| *engine != Engine::Ebpf);
+            (wants_ebpf(config), filter)
+        };
         if engines(config) != engines(&before) {
             return Err(ApplyError::NoWayBack("enforcement.engines"));
         }

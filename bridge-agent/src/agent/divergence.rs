@@ -12,7 +12,14 @@ use crate::state::DivergenceStatus;
 pub(super) fn status(seen: Divergence) -> DivergenceStatus {
     let Divergence { denied_by_iptables, denied_by_ebpf, last, compared, not_compared } = seen;
     let last_denied_by_ebpf = last.as_ref().map(five_tuple);
-    DivergenceStatus { denied_by_iptables, denied_by_ebpf, last_denied_by_ebpf, compared, not_compared }
+    DivergenceStatus {
+        denied_by_iptables,
+        denied_by_ebpf,
+        last_denied_by_ebpf,
+        compared,
+        not_compared,
+        ..DivergenceStatus::default()
+    }
 }
 
 /// A packet that eBPF has denied, if it was the first of its flow and the policy was the reason. (A packet that is

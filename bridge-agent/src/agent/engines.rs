@@ -39,7 +39,7 @@ impl Agent {
             drop(self.pins.lock().map_err(EnforcerError::from)?);
         }
         if packet_filter::is_wanted(config) {
-            self.filter = Some(PacketFilter::start(config, term.on_trial())?);
+            self.filter = PacketFilter::start(config, term.on_trial())?;
         }
         let enforcing_before = self.pins.exist_of_any_version();
         let result = self.bring_up(config, prepared, term);
@@ -48,6 +48,9 @@ impl Agent {
             && let Some(filter) = self.filter.take()
         {
             self.leftovers = filter.take_down();
+        }
+        if let (Ok(()), Some(filter)) = (&result, &self.filter) {
+            self.leftovers = filter.remove_other(config);
         }
         self.compare(true);
         result
@@ -84,18 +87,28 @@ impl Agent {
     pub(super) fn reload_engines(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         let prepared = prepare(config, term)?;
         let on_trial = term.on_trial();
-        // iptables first: it refuses a change as a whole, and can be rolled back.
+        // The packet filter first: it refuses a change as a whole, and can be rolled back.
         let before = self.filter.as_ref().map(PacketFilter::in_force);
-        match (&mut self.filter, packet_filter::is_wanted(config)) {
-            (Some(filter), true) => filter.reload(config, on_trial)?,
-            (filter @ None, true) => {
-                *filter = Some(PacketFilter::start(config, on_trial)?);
+        // Another one takes over before this one goes, so that no packet passes in between.
+        let mut replaced = None;
+        match &mut self.filter {
+            Some(filter) if filter.is_of(config) => filter.reload(config, on_trial)?,
+            filter if packet_filter::is_wanted(config) => {
+                let next = PacketFilter::start(config, on_trial)?;
+                replaced = std::mem::replace(filter, next);
                 self.leftovers = Leftovers::default();
             }
-            (_, false) => {}
+            _ => {}
         }
         crate::fault::point("reload:iptables");
         if let Err(error) = self.reload_ebpf(config, prepared, term) {
+            if replaced.is_some() {
+                let next = std::mem::replace(&mut self.filter, replaced);
+                if let Some(next) = next {
+                    self.leftovers = next.take_down();
+                }
+                return Err(error);
+            }
             match (before, self.filter.take()) {
                 (Some(before), Some(mut filter)) => {
                     filter.restore(before);
@@ -105,6 +118,9 @@ impl Agent {
                 (_, None) => {}
             }
             return Err(error);
+        }
+        if let Some(replaced) = replaced {
+            self.leftovers = replaced.take_down();
         }
         if !packet_filter::is_wanted(config)
             && let Some(filter) = self.filter.take()

@@ -34,7 +34,7 @@ use tokio::{
 };
 
 pub use desired::Error as EnforcerError;
-pub use packet_filter::settings as firewall_settings;
+pub use packet_filter::{Kind as PacketFilterKind, nftables_settings, settings as firewall_settings};
 pub(crate) use port_pool::places as pool_places;
 pub(crate) use trial::forget as forget_trial;
 
@@ -51,7 +51,6 @@ use crate::{
     config::{self, Api, Config, ConfigErrors, Loaded, Role},
     datapath::{EventReader, Pins},
     interfaces::Watch,
-    iptables,
     kernel::{
         backoff::Backoff,
         clock,
@@ -85,9 +84,9 @@ pub enum Error {
     /// The packet path is not as it should be.
     #[error(transparent)]
     Enforcer(#[from] EnforcerError),
-    /// The iptables rules are not as they should be.
+    /// The rules of the packet filter are not as they should be.
     #[error(transparent)]
-    Firewall(#[from] iptables::Error),
+    Firewall(#[from] packet_filter::Error),
     /// The routes cannot be looked after.
     #[error(transparent)]
     Routes(#[from] routes::Error),

@@ -195,26 +195,35 @@ impl Collector for Scrape {
             encode_pool(encoder, pool)?;
         }
         if let Some(firewall) = &self.status.firewall {
-            let repairs =
-                ("iptables_repairs", "How often rules that another program had changed were put back");
+            let nftables = firewall.engine == "nftables";
+            let engine = if nftables { "nftables" } else { "iptables" };
+            let repairs = (
+                if nftables { "nftables_repairs" } else { "iptables_repairs" },
+                "How often rules that another program had changed were put back",
+            );
             single(encoder, repairs, COUNTER, firewall.repairs)?;
             if let Some(divergence) = &firewall.divergence {
-                let by_iptables = divergence.denied_by_iptables.iter().map(|(cause, packets)| {
-                    ([("denied_by", "iptables"), ("reason", cause.trim_start_matches("bridge:"))], *packets)
+                let denied =
+                    if nftables { &divergence.denied_by_nftables } else { &divergence.denied_by_iptables };
+                let by_filter = denied.iter().map(|(cause, packets)| {
+                    ([("denied_by", engine), ("reason", cause.trim_start_matches("bridge:"))], *packets)
                 });
                 let by_ebpf = ([("denied_by", "ebpf"), ("reason", "policy")], divergence.denied_by_ebpf);
                 let name = (
                     "divergence",
                     "Packets that one engine has denied and the other let through or would have",
                 );
-                family(encoder, name, COUNTER, by_iptables.chain([by_ebpf]))?;
+                family(encoder, name, COUNTER, by_filter.chain([by_ebpf]))?;
                 let name =
                     ("divergence_compared", "Packets that eBPF has denied: whether iptables was asked too");
                 let compared = [("yes", divergence.compared), ("no", divergence.not_compared)];
                 let compared = compared.map(|(asked, packets)| ([("asked", asked)], packets));
                 family(encoder, name, COUNTER, compared)?;
             }
-            let failure = ("iptables_failure", "1: the rules cannot be read or put back");
+            let failure = (
+                if nftables { "nftables_failure" } else { "iptables_failure" },
+                "1: the rules cannot be read or put back",
+            );
             single(encoder, failure, GAUGE, u64::from(firewall.failure.is_some()))?;
         }
         let Readers { missed, stalled } = self.readers;

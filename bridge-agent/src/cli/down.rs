@@ -9,7 +9,7 @@ use crate::datapath;
 use crate::pool::kernel;
 use crate::pool::run::{self, StopError};
 use crate::routes::{carry_out, withdrawal};
-use crate::{firewall::Firewall as _, iptables};
+use crate::{firewall::Firewall as _, iptables, nftables};
 
 /// Stop enforcing: remove every program, map, rule and route of bridge.
 #[derive(Debug, Args)]
@@ -34,11 +34,15 @@ impl Down {
         agent::forget_trial(&global.config, &global.state_directory());
         // Teardown continues after an error, and reports all errors.
         let (notes, errors) = remove_iptables(global);
+        let of_nftables = remove_nftables(global);
         let routes = remove_routes();
         result?;
         pool?;
         of_exec.map_err(|error| StopError::Left(vec![error.to_string()]))?;
         if let Some(error) = errors.into_iter().next() {
+            return Err(error.into());
+        }
+        if let Some(error) = of_nftables.into_iter().next() {
             return Err(error.into());
         }
         let routes = routes?;
@@ -67,6 +71,19 @@ fn remove_routes() -> Result<usize, Error> {
     let (observed, operations) = withdrawal()?;
     super::routes::partly(&carry_out(&operations)?, &observed)?;
     Ok(operations.len())
+}
+
+/// Removes the table of nftables and the file of saved rules; returns every failure.
+fn remove_nftables(global: &Global) -> Vec<nftables::Error> {
+    let settings = config::load(&global.config).map(|loaded| agent::nftables_settings(&loaded.config));
+    match nftables::Nftables::new(settings.unwrap_or_default()) {
+        Ok(mut firewall) => firewall.teardown().errors,
+        // Without nft there is no table of its.
+        Err(error) => {
+            tracing::debug!(%error, "no nftables");
+            Vec::new()
+        }
+    }
 }
 
 /// Removes the iptables rules. The configuration may be gone or invalid: it only says whether saved files are touched.

@@ -196,6 +196,9 @@ pub enum Error {
     /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
+    /// The nftables rules could not be read or removed.
+    #[error(transparent)]
+    Nftables(#[from] crate::nftables::Error),
     /// The iptables rules could not be read or removed.
     #[error(transparent)]
     Iptables(#[from] crate::iptables::Error),
@@ -325,6 +328,7 @@ impl Error {
             // These say so.
             Self::Config(_)
             | Self::Iptables(_)
+            | Self::Nftables(_)
             | Self::Process { .. }
             | Self::Agent(_)
             | Self::Api(_)

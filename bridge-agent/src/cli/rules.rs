@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{Error, Global, print, print_json, table};
-use crate::agent;
+use crate::agent::{self, PacketFilterKind};
 use crate::config;
 use crate::datapath::{self, Maps, RuleCount};
 use crate::firewall::{Firewall as _, Hits};
 use crate::iptables::{Iptables, render, ruleset::Family};
 use crate::model::{Policy, Rule};
+use crate::nftables::{self, Nftables};
 
 /// List the active rules with their hits.
 #[derive(Debug, Args)]
@@ -40,6 +41,8 @@ enum Action {
 enum Format {
     /// Input of `iptables-restore --noflush`, or with --ipv6 of `ip6tables-restore --noflush`
     Iptables,
+    /// Input of `nft -f`, for both families
+    Nftables,
 }
 
 /// A rule, with the counters of each engine.
@@ -59,38 +62,66 @@ struct Row {
     /// Packets that the rule matched in iptables; absent without that engine.
     #[serde(skip_serializing_if = "Option::is_none")]
     iptables: Option<Hits>,
+    /// Packets that the rule matched in nftables; absent without that engine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nftables: Option<Hits>,
+}
+
+/// The hits that the packet filter counted by rule.
+struct FilterHits {
+    kind: PacketFilterKind,
+    hits: BTreeMap<String, Hits>,
+}
+
+impl FilterHits {
+    /// Returns the columns of iptables and of nftables.
+    fn columns(&self, hits: Hits) -> [Option<Hits>; 2] {
+        match self.kind {
+            PacketFilterKind::Iptables => [Some(hits), None],
+            PacketFilterKind::Nftables => [None, Some(hits)],
+        }
+    }
 }
 
 impl Rules {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
-        if let Some(Action::Render { format: Format::Iptables, ipv6 }) = self.action {
-            return render_iptables(global, ipv6);
+        match self.action {
+            Some(Action::Render { format: Format::Iptables, ipv6 }) => return render_iptables(global, ipv6),
+            Some(Action::Render { format: Format::Nftables, .. }) => return render_nftables(global),
+            None => {}
         }
-        let iptables = iptables_hits(global);
-        let mut rows = match (Maps::open(&global.pins()), iptables) {
-            (Ok(maps), iptables) => of_ebpf(maps.rule_counts()?, iptables.as_ref()),
-            (Err(datapath::Error::NotRunning(_)), Some(hits)) => {
-                of_iptables(&config::load(&global.config)?.policy(), &hits)
+        let filter = filter_hits(global);
+        let mut rows = match (Maps::open(&global.pins()), filter) {
+            (Ok(maps), filter) => of_ebpf(maps.rule_counts()?, filter.as_ref()),
+            (Err(datapath::Error::NotRunning(_)), Some(filter)) => {
+                of_filter(&config::load(&global.config)?.policy(), &filter)
             }
             (Err(error), _) => return Err(error.into()),
         };
         let was_hit = |row: &Row| {
-            row.packets.or(row.iptables.map(|hits| hits.packets)).is_some_and(|packets| packets > 0)
+            row.packets
+                .or(row.iptables.or(row.nftables).map(|hits| hits.packets))
+                .is_some_and(|packets| packets > 0)
         };
         rows.retain(|row| !self.hit || was_hit(row));
         if global.json {
             return print_json(&rows);
         }
-        let (ebpf, iptables) =
-            (rows.iter().any(|row| row.packets.is_some()), rows.iter().any(|row| row.iptables.is_some()));
+        let any = |has: fn(&Row) -> bool| rows.iter().any(has);
+        let (ebpf, iptables, nftables) = (
+            any(|row| row.packets.is_some()),
+            any(|row| row.iptables.is_some()),
+            any(|row| row.nftables.is_some()),
+        );
         let mut header = vec!["rule", "direction", "action"];
         header.extend(["new flows", "bytes"].into_iter().filter(|_| ebpf));
         header.extend(iptables.then_some("iptables packets"));
+        header.extend(nftables.then_some("nftables packets"));
         let mut table = table::table(&header);
         for row in rows {
             let mut cells = vec![row.name, row.direction, row.action];
             cells.extend([row.packets, row.bytes].into_iter().flatten().map(|count| count.to_string()));
-            cells.extend(row.iptables.map(|hits| hits.packets.to_string()));
+            cells.extend(row.iptables.or(row.nftables).map(|hits| hits.packets.to_string()));
             table.add_row(cells);
         }
         print(&table::render(&table))
@@ -98,31 +129,40 @@ impl Rules {
 }
 
 /// The rules as eBPF has them.
-fn of_ebpf(rules: Vec<RuleCount>, iptables: Option<&BTreeMap<String, Hits>>) -> Vec<Row> {
-    let hits = |name: &str| iptables.map(|all| all.get(name).copied().unwrap_or_default());
-    let row = |rule: RuleCount| Row {
-        index: Some(rule.index),
-        iptables: hits(&rule.name),
-        name: rule.name,
-        direction: rule.direction,
-        action: rule.action,
-        packets: Some(rule.packets),
-        bytes: Some(rule.bytes),
+fn of_ebpf(rules: Vec<RuleCount>, filter: Option<&FilterHits>) -> Vec<Row> {
+    let row = |rule: RuleCount| {
+        let hits =
+            |filter: &FilterHits| filter.columns(filter.hits.get(&rule.name).copied().unwrap_or_default());
+        let [iptables, nftables] = filter.map_or([None, None], hits);
+        Row {
+            index: Some(rule.index),
+            name: rule.name,
+            direction: rule.direction,
+            action: rule.action,
+            packets: Some(rule.packets),
+            bytes: Some(rule.bytes),
+            iptables,
+            nftables,
+        }
     };
     rules.into_iter().map(row).collect()
 }
 
-/// The rules of the configuration that stand in iptables.
-fn of_iptables(policy: &Policy, hits: &BTreeMap<String, Hits>) -> Vec<Row> {
-    let in_force = policy.rules.iter().filter_map(|rule| Some((rule, *hits.get(&rule.name)?)));
-    let row = |(rule, hits): (&Rule, Hits)| Row {
-        index: None,
-        name: rule.name.clone(),
-        direction: format!("{:?}", rule.direction).to_lowercase(),
-        action: format!("{:?}", rule.action).to_lowercase(),
-        packets: None,
-        bytes: None,
-        iptables: Some(hits),
+/// The rules of the configuration that stand in the packet filter.
+fn of_filter(policy: &Policy, filter: &FilterHits) -> Vec<Row> {
+    let in_force = policy.rules.iter().filter_map(|rule| Some((rule, *filter.hits.get(&rule.name)?)));
+    let row = |(rule, hits): (&Rule, Hits)| {
+        let [iptables, nftables] = filter.columns(hits);
+        Row {
+            index: None,
+            name: rule.name.clone(),
+            direction: format!("{:?}", rule.direction).to_lowercase(),
+            action: format!("{:?}", rule.action).to_lowercase(),
+            packets: None,
+            bytes: None,
+            iptables,
+            nftables,
+        }
     };
     in_force.map(row).collect()
 }
@@ -132,6 +172,25 @@ fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {
     let family = if ipv6 { Family::V6 } else { Family::V4 };
     let options = agent::firewall_settings(&loaded.config).options;
     print(&render::restore_input(&loaded.policy(), &options, family))
+}
+
+fn render_nftables(global: &Global) -> Result<(), Error> {
+    let loaded = config::load(&global.config)?;
+    let options = agent::nftables_settings(&loaded.config).options;
+    print(&nftables::script(&nftables::render::ruleset(&loaded.policy(), &options)))
+}
+
+/// Returns the hits of the packet filter that has rules of bridge.
+fn filter_hits(global: &Global) -> Option<FilterHits> {
+    let of = |kind| move |hits| FilterHits { kind, hits };
+    let nftables = || nftables_hits().map(of(PacketFilterKind::Nftables));
+    nftables().or_else(|| iptables_hits(global).map(of(PacketFilterKind::Iptables)))
+}
+
+/// Returns the hits that nftables counted by rule; `None` if there is no table of bridge.
+fn nftables_hits() -> Option<BTreeMap<String, Hits>> {
+    let firewall = Nftables::new(nftables::Config::default()).ok()?;
+    firewall.hits().ok().filter(|hits| !hits.is_empty())
 }
 
 /// Returns the hits that iptables counted by rule; `None` if it has no rules of bridge. The configuration only names

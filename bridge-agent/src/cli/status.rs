@@ -155,14 +155,17 @@ impl Report {
             if let Some(TrialEnd { time, outcome }) = &status.last_trial {
                 line("last trial", format!("{time}, {}", ended(*outcome)));
             }
-            if let Some(FirewallStatus { backend, repairs, last_repair, failure, .. }) = &status.firewall {
+            if let Some(FirewallStatus { engine, backend, repairs, last_repair, failure, .. }) =
+                &status.firewall
+            {
+                let engine = if engine == "nftables" { "nftables" } else { "iptables" };
                 let last = last_repair.as_ref().map(|why| format!(", last: {why}")).unwrap_or_default();
-                line("iptables", format!("active ({backend}), restored {repairs} times{last}"));
+                line(engine, format!("active ({backend}), restored {repairs} times{last}"));
                 if let Some(divergence) = &status.firewall.as_ref().and_then(|f| f.divergence.as_ref()) {
                     line("divergence", self::divergence(divergence));
                 }
                 if let Some(failure) = failure {
-                    line("iptables", failure.clone());
+                    line(engine, failure.clone());
                 }
             }
             if let Some(pool) = &status.pool {
@@ -307,15 +310,25 @@ fn show_cluster(cluster: &KubernetesStatus, line: &mut impl FnMut(&str, String))
 }
 
 fn divergence(of: &DivergenceStatus) -> String {
-    let DivergenceStatus { denied_by_iptables, denied_by_ebpf, last_denied_by_ebpf, compared, not_compared } =
-        of;
-    let causes: Vec<_> =
-        denied_by_iptables.iter().map(|(cause, packets)| format!("{cause} {packets}")).collect();
+    let DivergenceStatus {
+        denied_by_iptables,
+        denied_by_nftables,
+        denied_by_ebpf,
+        last_denied_by_ebpf,
+        compared,
+        not_compared,
+    } = of;
+    let (engine, denied) = if denied_by_nftables.is_empty() {
+        ("iptables", denied_by_iptables)
+    } else {
+        ("nftables", denied_by_nftables)
+    };
+    let causes: Vec<_> = denied.iter().map(|(cause, packets)| format!("{cause} {packets}")).collect();
     let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
     let last = last_denied_by_ebpf.as_ref().map(|last| format!(", last {last}")).unwrap_or_default();
     format!(
-        "{} packets denied by iptables alone{causes}, at least {denied_by_ebpf} by eBPF alone{last}; {compared} compared, \
+        "{} packets denied by {engine} alone{causes}, at least {denied_by_ebpf} by eBPF alone{last}; {compared} compared, \
          {not_compared} not",
-        denied_by_iptables.values().sum::<u64>()
+        denied.values().sum::<u64>()
     )
 }

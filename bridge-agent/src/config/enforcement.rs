@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::interface::InterfacePattern;
 use super::iptables::Iptables;
 use super::leaf::Problem;
+use super::nftables::Nftables;
 use super::report::{Path, Report};
 use super::time_span::TimeSpan;
 use crate::model::{Mode, OnDeny};
@@ -16,15 +17,17 @@ use crate::model::{Mode, OnDeny};
 pub struct Enforcement {
     /// Whether denied packets are stopped, or only counted and reported.
     pub mode: Mode,
-    /// The engines that enforce the rules, side by side.
+    /// The engines that enforce the rules, side by side: ebpf, and one packet filter of the kernel.
     #[serde(serialize_with = "super::flow")]
     pub engines: Vec<Engine>,
     /// The answer to the sender of a denied packet.
     pub on_deny: OnDeny,
-    /// Traffic that iptables refuses besides that between pods and LAN hosts.
+    /// Traffic that the packet filter refuses besides that between pods and LAN hosts.
     pub scope: Scope,
     /// Settings of the iptables engine alone.
     pub iptables: Iptables,
+    /// Settings of the nftables engine alone.
+    pub nftables: Nftables,
     /// The network interfaces that packets are judged on. Left out, they are found from the routing table.
     pub interfaces: Interfaces,
     /// Whether packets of established flows go from interface to interface past the network stack.
@@ -45,6 +48,7 @@ impl Default for Enforcement {
             on_deny: OnDeny::default(),
             scope: Scope::default(),
             iptables: Iptables::default(),
+            nftables: Nftables::default(),
             interfaces: Interfaces::default(),
             fast_path: FastPath::default(),
             timeouts: Timeouts::default(),
@@ -62,9 +66,13 @@ pub enum Engine {
     Ebpf,
     /// The chain BRIDGE-FORWARD of iptables and ip6tables.
     Iptables,
+    /// The table bridge-agent of nftables.
+    Nftables,
+    /// nftables, if the node has it and no rules of iptables-legacy; else iptables.
+    Auto,
 }
 
-/// Traffic that iptables refuses besides that between pods and LAN hosts.
+/// Traffic that the packet filter refuses besides that between pods and LAN hosts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
@@ -187,6 +195,17 @@ impl Enforcement {
                 let problem = Problem::new("this engine is in the list twice", "remove one of them");
                 report.error(&engines.index(index), problem);
             }
+        }
+        let filters = |engine: &Engine| matches!(engine, Engine::Iptables | Engine::Nftables | Engine::Auto);
+        let mut filters = self.engines.iter().enumerate().filter(|(_, engine)| filters(engine));
+        if let (Some((_, first)), Some((index, second))) = (filters.next(), filters.next())
+            && first != second
+        {
+            let problem = Problem::new(
+                "both would write the same rules into the kernel's packet filter, and each packet would pass them twice",
+                "write [ebpf, nftables] or [ebpf, iptables]; auto stands for one of them",
+            );
+            report.error(&engines.index(index), problem);
         }
         self.iptables.check(&path.key("iptables"), report);
         let interfaces = path.key("interfaces");

@@ -235,7 +235,8 @@ impl Planned {
 
     /// The limits of all policies together: the file comes first.
     fn shared_limits(&self) -> budget::Shared {
-        if !self.config.enforcement.engines.contains(&Engine::Iptables) {
+        // Elements of nftables are fewer than the rules of iptables, but for lists of single ports.
+        if self.config.enforcement.engines.iter().all(|engine| *engine == Engine::Ebpf) {
             return budget::Shared::EBPF;
         }
         let policy = self.config.policy();

@@ -59,11 +59,14 @@ pub struct FastPathStatus {
     pub remarks: Vec<String>,
 }
 
-/// The iptables engine.
+/// The packet filter beside eBPF, or in its place.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FirewallStatus {
-    /// `nft` or `legacy`.
+    /// `iptables` or `nftables`.
+    #[serde(default)]
+    pub engine: String,
+    /// Of iptables `nft` or `legacy`, of nftables the family and name of its table.
     pub backend: String,
     /// How often the agent repaired rules that another program had changed.
     pub repairs: u64,
@@ -83,6 +86,9 @@ pub struct FirewallStatus {
 pub struct DivergenceStatus {
     /// Denied by iptables, passed or not seen by eBPF: packets by denying rule. Not counted in audit mode.
     pub denied_by_iptables: BTreeMap<String, u64>,
+    /// As much for nftables, by reason.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub denied_by_nftables: BTreeMap<String, u64>,
     /// Denied by eBPF, and allowed by the rules of iptables; a lower bound.
     pub denied_by_ebpf: u64,
     /// The last of these.
@@ -97,8 +103,11 @@ impl DivergenceStatus {
     /// Describes the difference between the engines, if there is one.
     pub(crate) fn summary(&self) -> Option<String> {
         let by_iptables: u64 = self.denied_by_iptables.values().sum();
-        (by_iptables + self.denied_by_ebpf > 0).then(|| {
-            format!("packets denied by iptables alone: {by_iptables}, by eBPF alone: {}", self.denied_by_ebpf)
+        let by_nftables: u64 = self.denied_by_nftables.values().sum();
+        let (filter, by_filter) =
+            if by_nftables > 0 { ("nftables", by_nftables) } else { ("iptables", by_iptables) };
+        (by_filter + self.denied_by_ebpf > 0).then(|| {
+            format!("packets denied by {filter} alone: {by_filter}, by eBPF alone: {}", self.denied_by_ebpf)
         })
     }
 }

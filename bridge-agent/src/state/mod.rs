@@ -251,9 +251,9 @@ fn engines(Inner { status, pool, .. }: &Inner) -> Engines {
         engines.generation = ebpf.generation;
         engines.interfaces = ebpf.interfaces.iter().map(|interface| interface.name.clone()).collect();
     }
-    if let Some(iptables) = &status.firewall {
-        engines.names.push("iptables");
-        engines.errors.extend(iptables.failure.clone());
+    if let Some(filter) = &status.firewall {
+        engines.names.push(if filter.engine == "nftables" { "nftables" } else { "iptables" });
+        engines.errors.extend(filter.failure.clone());
     }
     engines.errors.extend(status.enforcement.iter().flat_map(|ebpf| ebpf.remarks.iter().cloned()));
     engines.unready = status.unready();

@@ -56,7 +56,8 @@ pub struct Setting {
 
 impl Setting {
     /// Every combination of engines.
-    pub const ENGINES: [&'static str; 3] = ["ebpf", "iptables", "ebpf, iptables"];
+    pub const ENGINES: [&'static str; 5] =
+        ["ebpf", "iptables", "nftables", "ebpf, iptables", "ebpf, nftables"];
 }
 
 /// One way to get past the default deny.

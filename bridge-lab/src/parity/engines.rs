@@ -1,4 +1,4 @@
-//! The two engines, as the agent uses them.
+//! The engines, as the agent uses them.
 
 use std::process::Command;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use bridge_agent::datapath::{Behaviour, Datapath, FlowFilter, Mechanism, Options
 use bridge_agent::firewall::Firewall as _;
 use bridge_agent::iptables::{Config, Iptables, save::Saving};
 use bridge_agent::model::{OnDeny, Policy};
+use bridge_agent::nftables::{self, Nftables};
 use bridge_agent::policy;
 use bridge_common::filter::fast_path::{ability, protocols};
 use bridge_common::filter::flow::state;
@@ -39,12 +40,34 @@ impl ByIptables {
 impl Engine for ByIptables {
     fn enforce(&mut self, policy: &Policy) -> Result<()> {
         self.0.converge(policy)?;
-        let output = Command::new("conntrack").arg("--flush").output().context("start conntrack")?;
-        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let left = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
-        ensure!(left.trim() == "0", "conntrack still knows {} flows", left.trim());
-        Ok(())
+        forget_flows()
     }
+}
+
+/// nftables alone.
+pub(super) struct ByNftables(Nftables);
+
+impl ByNftables {
+    pub(super) fn new() -> Result<Self> {
+        let saving = nftables::save::Saving { enabled: false, ..Default::default() };
+        Ok(Self(Nftables::new(nftables::Config { saving, ..Default::default() })?))
+    }
+}
+
+impl Engine for ByNftables {
+    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+        nftables::check(policy)?;
+        self.0.converge(policy)?;
+        forget_flows()
+    }
+}
+
+fn forget_flows() -> Result<()> {
+    let output = Command::new("conntrack").arg("--flush").output().context("start conntrack")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let left = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
+    ensure!(left.trim() == "0", "conntrack still knows {} flows", left.trim());
+    Ok(())
 }
 
 /// eBPF alone, with the fast path.

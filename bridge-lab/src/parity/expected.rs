@@ -55,7 +55,7 @@ impl Difference {
 pub struct Expected {
     /// By eBPF alone.
     pub ebpf: bool,
-    /// By iptables alone.
+    /// By iptables alone, and by nftables alone: both rely on connection tracking.
     pub iptables: bool,
     reason: Option<Difference>,
 }
@@ -64,6 +64,12 @@ impl Expected {
     /// Where `reason` may make a difference.
     pub(super) const fn differing(reason: Difference, ebpf: bool, iptables: bool) -> Self {
         Self { ebpf, iptables, reason: Some(reason) }
+    }
+
+    /// Whether the packet passes eBPF, iptables and nftables, each alone.
+    #[must_use]
+    pub const fn by_engine(&self) -> [bool; 3] {
+        [self.ebpf, self.iptables, self.iptables]
     }
 
     /// Why the engines differ over this packet; `None`: they agree.

@@ -1,4 +1,4 @@
-//! The same packets through both engines, and their verdicts.
+//! The same packets through every engine, and their verdicts.
 
 use std::collections::BTreeMap;
 use std::fmt::{self, Write as _};
@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use bridge_agent::datapath::{Maps, Pins};
 use bridge_common::filter::fast_path::Outcome;
 
-use super::engines::{ByEbpf, ByIptables, Engine};
+use super::engines::{ByEbpf, ByIptables, ByNftables, Engine};
 use super::node::Node;
 use super::{Case, Difference, Sent};
 use crate::cpu::stay_on;
@@ -34,12 +34,13 @@ const AHEAD: usize = 2;
 /// Maximum number of differences that are printed in full; the others are only counted.
 const MAX_SHOWN: usize = 20;
 
-/// Two nodes that never hear of each other: one enforces by eBPF, the other by iptables.
+/// Three nodes that never hear of each other: one enforces by eBPF, one by iptables, one by nftables.
 ///
-/// Needs root, iproute2, ethtool, iptables and conntrack.
+/// Needs root, iproute2, ethtool, iptables, nftables and conntrack.
 pub struct Nodes {
     ebpf: Worker,
     iptables: Worker,
+    nftables: Worker,
     /// Of the eBPF programs.
     pins: Pins,
     /// Its pins go with it, also after a crash.
@@ -51,9 +52,9 @@ pub struct Nodes {
 pub struct Report {
     /// Policies that were applied.
     pub policies: usize,
-    /// Packets (datagrams, if they were sent in fragments) that went through both engines.
+    /// Packets (datagrams, if they were sent in fragments) that went through every engine.
     pub packets: usize,
-    /// How many of them came out of both.
+    /// How many of them came out of all.
     pub passed: usize,
     /// How many of the node that enforces by eBPF took the fast path.
     pub fast: u64,
@@ -79,7 +80,7 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{} policies", self.policies)?;
         let passed = 100 * self.passed / self.packets.max(1);
-        writeln!(f, "{} packets through each engine, {passed} % passed both", self.packets)?;
+        writeln!(f, "{} packets through each engine, {passed} % passed all", self.packets)?;
         writeln!(f, "{} took the fast path of eBPF", self.fast)?;
         writeln!(f, "{:.0} packets per second ({:.0} s)", self.rate(), self.took.as_secs_f64())?;
         for difference in Difference::ALL {
@@ -142,7 +143,7 @@ impl Drop for Worker {
 }
 
 impl Nodes {
-    /// Makes both nodes, and starts the engines.
+    /// Makes the nodes, and starts the engines.
     ///
     /// # Errors
     /// A prerequisite is missing.
@@ -152,10 +153,11 @@ impl Nodes {
         let own = pins.clone();
         let ebpf = Worker::start(0, move |node| ByEbpf::new(node, own))?;
         let iptables = Worker::start(1, |_| ByIptables::new())?;
-        Ok(Self { ebpf, iptables, pins, _lab: lab })
+        let nftables = Worker::start(1, |_| ByNftables::new())?;
+        Ok(Self { ebpf, iptables, nftables, pins, _lab: lab })
     }
 
-    /// The case of each seed, through both engines.
+    /// The case of each seed, through every engine.
     ///
     /// # Errors
     /// An engine refuses a policy, or a node falls silent.
@@ -164,7 +166,7 @@ impl Nodes {
         let mut report = Report::default();
         thread::scope(|scope| {
             let (sender, cases) = sync_channel::<Arc<Case>>(AHEAD);
-            let workers = [&self.ebpf, &self.iptables].map(|worker| worker.cases.clone());
+            let workers = [&self.ebpf, &self.iptables, &self.nftables].map(|worker| worker.cases.clone());
             scope.spawn(move || {
                 for seed in seeds {
                     let case = Arc::new(Case::new(*seed, PACKETS_PER_POLICY));
@@ -179,7 +181,8 @@ impl Nodes {
             for case in cases {
                 let ebpf = self.ebpf.next().context("eBPF")?;
                 let iptables = self.iptables.next().context("iptables")?;
-                report.add(&case, &ebpf, &iptables);
+                let nftables = self.nftables.next().context("nftables")?;
+                report.add(&case, [&ebpf, &iptables, &nftables]);
                 report.took = start.elapsed();
                 progress(&report);
             }
@@ -192,19 +195,20 @@ impl Nodes {
 }
 
 impl Report {
-    fn add(&mut self, case: &Case, ebpf: &[bool], iptables: &[bool]) {
+    /// Adds the verdicts of eBPF, iptables and nftables.
+    fn add(&mut self, case: &Case, verdicts: [&[bool]; 3]) {
         self.policies += 1;
         self.packets += case.sent.len();
-        for (number, (sent, seen)) in case.sent.iter().zip(ebpf.iter().zip(iptables)).enumerate() {
-            let seen = (*seen.0, *seen.1);
-            if seen != (sent.expected.ebpf, sent.expected.iptables) {
+        for (number, sent) in case.sent.iter().enumerate() {
+            let seen = verdicts.map(|of| of.get(number).copied().unwrap_or_default());
+            if seen != sent.expected.by_engine() {
                 self.unexplained += 1;
                 if self.shown.len() < MAX_SHOWN {
                     self.shown.push(describe(case, number, seen));
                 }
             } else if let Some(difference) = sent.expected.difference() {
                 *self.intended.entry(difference).or_default() += 1;
-            } else if seen == (true, true) {
+            } else if seen == [true; 3] {
                 self.passed += 1;
             }
         }
@@ -212,15 +216,16 @@ impl Report {
 }
 
 /// Everything about one packet, and those before it that may have mattered.
-fn describe(case: &Case, number: usize, seen: (bool, bool)) -> String {
+fn describe(case: &Case, number: usize, seen: [bool; 3]) -> String {
     let sent = &case.sent[number];
     let word = |passes: bool| if passes { "passes" } else { "is denied" };
     let mut text = format!("seed {}, packet {number}, {}\n", case.seed, sent.label);
-    let mut row = |name: &str, ebpf, iptables| {
-        let _ = writeln!(text, "  {name:9} eBPF: {}, iptables: {}", word(ebpf), word(iptables));
+    let mut row = |name: &str, by_engine: [bool; 3]| {
+        let [ebpf, iptables, nftables] = by_engine.map(word);
+        let _ = writeln!(text, "  {name:9} eBPF: {ebpf}, iptables: {iptables}, nftables: {nftables}");
     };
-    row("expected", sent.expected.ebpf, sent.expected.iptables);
-    row("seen", seen.0, seen.1);
+    row("expected", sent.expected.by_engine());
+    row("seen", seen);
     let addresses = |sent: &Sent| {
         let (source, destination) = sent.packets[0].addresses();
         [source.min(destination), source.max(destination)]

@@ -64,7 +64,7 @@ fn unknown_keys_get_a_suggestion() {
     assert_snapshot!(findings(&format!("{MINIMAL}rule: []\nenforcement: {{ondeny: drop, colour: red}}\nmode: audit\nnode-ports: {{}}\n")), @r"
     3:1 rule: unknown key `rule`; did you mean `rules`?
     4:15 ondeny: unknown key `ondeny`; did you mean `onDeny`?
-    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, fastPath, flows, interfaces, iptables, mode, onDeny, scope, timeouts
+    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, fastPath, flows, interfaces, iptables, mode, nftables, onDeny, scope, timeouts
     5:1 mode: unknown key `mode`; write it under `api` or `enforcement`
     6:1 node-ports: unknown key `node-ports`; did you mean `nodePorts`?
     ");
@@ -72,11 +72,11 @@ fn unknown_keys_get_a_suggestion() {
 
 #[test]
 fn unknown_values_get_a_suggestion() {
-    assert_snapshot!(findings("role: nod\nenforcement: {mode: audited, engines: [ebpf, nftables], onDeny: []}\n"), @r"
+    assert_snapshot!(findings("role: nod\nenforcement: {mode: audited, engines: [ebpf, nftable], onDeny: []}\n"), @r"
     1:7 nod: `nod` is not known here; did you mean `node`?
     2:21 audited: `audited` is not known here; write one of: enforce, audit
-    2:46 nftables: `nftables` is not known here; did you mean `iptables`?
-    2:65 []: `onDeny` should be a single value, not a list; write reject
+    2:46 nftable: `nftable` is not known here; did you mean `nftables`?
+    2:64 []: `onDeny` should be a single value, not a list; write reject
     ");
 }
 
@@ -362,6 +362,9 @@ fn enforcement_that_contradicts_itself() {
     8:24 10: 10 is out of bounds; write a whole number from 1024 to 16777216
     8:38 "65536": "65536" in quotes is a text; write 65536 without quotes
     "#);
+    assert_snapshot!(findings(&format!("{MINIMAL}enforcement: {{engines: [nftables, ebpf, iptables]}}\n")), @r"
+    3:41 iptables: both would write the same rules into the kernel's packet filter, and each packet would pass them twice; write [ebpf, nftables] or [ebpf, iptables]; auto stands for one of them
+    ");
     assert_snapshot!(findings(&format!("{MINIMAL}enforcement: {{engines: []}}\n")), @r"
     3:24 []: no engine is given, so nothing would enforce the rules; write [ebpf, iptables], one of them, or remove the key for both
     ");

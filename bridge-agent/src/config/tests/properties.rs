@@ -12,8 +12,8 @@ use super::{FilePath, parse};
 use crate::config::leaf::Leaf;
 use crate::config::{
     Backend, Config, Enforcement, Engine, Events, FastPath, Flows, InterfacePattern, Interfaces, Iptables,
-    Network, Networks, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName, Scope,
-    TimeSpan, Timeouts,
+    Network, Networks, Nftables, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName,
+    Scope, TimeSpan, Timeouts,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 
@@ -104,7 +104,7 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                 |list: Vec<String>| list.iter().map(|text| InterfacePattern::parse(text).unwrap()).collect();
             Enforcement {
                 mode: if audit { Mode::Audit } else { Mode::Enforce },
-                engines: if one { vec![Engine::Iptables] } else { vec![Engine::Ebpf, Engine::Iptables] },
+                engines: if one { vec![Engine::Iptables] } else { vec![Engine::Ebpf, Engine::Nftables] },
                 on_deny: if drop { OnDeny::Drop } else { OnDeny::Reject },
                 scope: if strict { Scope::Strict } else { Scope::Scoped },
                 iptables: Iptables {
@@ -112,6 +112,10 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                     mark: PacketMark::parse(&format!("{:#x}", 1_u32 << (rate % 32))).unwrap(),
                     log_rate: rate % 10_001,
                     lock_wait: TimeSpan::seconds(seconds % 60 + 1),
+                },
+                nftables: Nftables {
+                    mark: PacketMark::parse(&format!("{:#x}", 1_u32 << (seconds % 32))).unwrap(),
+                    log_rate: rate % 10_001,
                 },
                 interfaces: Interfaces { external: patterns(external), internal: patterns(internal) },
                 timeouts: Timeouts { tcp_established: TimeSpan::seconds(seconds), ..Timeouts::default() },

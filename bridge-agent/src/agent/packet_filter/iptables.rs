@@ -1,24 +1,19 @@
 //! The iptables engine as the run loop keeps it: started, updated and taken down with the configuration.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io,
-    net::IpAddr,
-    num::NonZeroU32,
-};
+use std::num::NonZeroU32;
 
-use super::divergence::{self, Reporter};
+use super::surroundings;
 use crate::{
-    config::{self, Backend, Config, Enforcement, Engine, Role, Save, Scope},
-    conntrack::Forgetting,
+    agent::divergence::{self, Reporter},
+    config::{self, Backend, Config, Enforcement, Save, Scope},
     datapath::{Maps, Verdict},
     firewall::{Firewall as _, Remains},
-    interfaces::{Bindings, Observer, Selection},
+    interfaces::Selection,
     iptables::{
         self, Error, Iptables, Programs,
         render::Options,
         save::Saving,
-        watch::{self, Guard, Surveyor},
+        watch::{self, Guard},
     },
     kernel::{backoff::Backoff, clock},
     model::Policy,
@@ -27,7 +22,7 @@ use crate::{
 
 /// The engine, while it is wanted.
 #[derive(Debug)]
-pub(super) struct PacketFilter {
+pub(in crate::agent) struct Filter {
     guard: Guard,
     backend: String,
     /// Settings of the driver.
@@ -39,7 +34,7 @@ pub(super) struct PacketFilter {
 
 /// State to which a failed reload returns.
 #[derive(Debug)]
-pub(super) struct InForce {
+pub(in crate::agent) struct InForce {
     policy: Policy,
     settings: Settings,
 }
@@ -62,37 +57,9 @@ impl Settings {
     }
 
     fn of(config: &Config) -> Self {
-        let Enforcement { scope, iptables: section, interfaces, .. } = &config.enforcement;
-        let policy = config.policy();
-        let selection = Selection {
-            external: interfaces.external.clone(),
-            internal: interfaces.internal.clone(),
-            external_networks: policy.external,
-            pod_networks: policy.pods,
-        };
+        let Enforcement { scope, iptables: section, .. } = &config.enforcement;
+        let selection = surroundings::selection(config);
         Self { scope: *scope, selection, save: config.persistence.save, section: *section }
-    }
-
-    /// Returns a reader of the interfaces in the network namespace of this thread.
-    fn surveyor(&self) -> io::Result<Surveyor> {
-        let mut observer = Observer::open()?;
-        let selection = self.selection.clone();
-        // Routes to pods are wanted, also where the interfaces are named.
-        let by_route = Selection { internal: Vec::new(), ..selection.clone() };
-        let (mut hosted, mut bindings) = (BTreeMap::new(), Bindings::default());
-        let mut forgetting = Forgetting::default();
-        Ok(Box::new(move || {
-            let snapshot = observer.snapshot(&by_route)?;
-            let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot, &mut bindings).pods);
-            let gone: BTreeSet<IpAddr> = before
-                .iter()
-                .filter(|(address, interface)| hosted.get(address) != Some(interface))
-                .map(|(address, _)| *address)
-                .collect();
-            forgetting.add(gone);
-            forgetting.try_again();
-            Ok(selection.topology(&snapshot))
-        }))
     }
 
     fn driver(&self, on_trial: bool) -> iptables::Config {
@@ -115,21 +82,23 @@ impl Settings {
     }
 }
 
-pub(super) fn is_wanted(config: &Config) -> bool {
-    config.role == Role::Node && config.enforcement.engines.contains(&Engine::Iptables)
-}
-
-/// Checks the size of the policy, if the engine is wanted, before anything is written.
-pub(super) fn check(config: &Config) -> Result<(), Error> {
-    if is_wanted(config) { iptables::check(&config.policy()) } else { Ok(()) }
-}
-
 /// The driver as the configuration has it.
 pub fn settings(config: &Config) -> iptables::Config {
     Settings::of(config).driver(false)
 }
 
-impl PacketFilter {
+/// Removes rules that an earlier run has left.
+pub(super) fn remove_leftovers(config: &Config) -> Leftovers {
+    let mut left = Leftovers { settings: Some(Settings::of(config)), again: Backoff::default() };
+    match Iptables::new(settings(config)) {
+        Ok(mut firewall) => left.note(firewall.teardown()),
+        // Without iptables nothing was ever written.
+        Err(_) => left.settings = None,
+    }
+    left
+}
+
+impl Filter {
     pub(super) fn start(config: &Config, on_trial: bool) -> Result<Self, Error> {
         Self::enforce(Settings::of(config), config.policy(), watch::Status::default(), on_trial)
     }
@@ -142,8 +111,7 @@ impl PacketFilter {
     ) -> Result<Self, Error> {
         let firewall = Iptables::new(settings.driver(on_trial))?;
         let backend = firewall.choice().backend.name().to_owned();
-        let surveyor = settings
-            .surveyor()
+        let surveyor = surroundings::surveyor(&settings.selection)
             .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
         let guard = Guard::start_with(firewall, policy, Some(surveyor))?.after(before);
         tracing::info!(backend, "iptables rules active");
@@ -220,6 +188,7 @@ impl PacketFilter {
         let seen = self.guard.status();
         let (repaired, last_repair) = seen.last_repair.unzip();
         FirewallStatus {
+            engine: "iptables".into(),
             backend: self.backend.clone(),
             repairs: seen.repairs,
             last_repair,
@@ -239,7 +208,7 @@ impl PacketFilter {
 
 /// Rules of an engine that is no longer wanted.
 #[derive(Debug, Default)]
-pub(super) struct Leftovers {
+pub(in crate::agent) struct Leftovers {
     settings: Option<Settings>,
     again: Backoff,
 }
@@ -264,7 +233,7 @@ impl Leftovers {
     }
 
     /// Removes them, if it is time for another attempt.
-    pub(super) fn try_again(&mut self) {
+    pub(in crate::agent) fn try_again(&mut self) {
         let Some(settings) = self.settings.as_ref().filter(|_| self.again.is_due()) else { return };
         match Iptables::new(settings.driver(false)) {
             Ok(mut firewall) => self.note(firewall.teardown()),

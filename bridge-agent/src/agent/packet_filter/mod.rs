@@ -1,0 +1,198 @@
+//! The engine beside eBPF, or in its place: the kernel's own packet filter, by iptables or by nftables.
+
+mod iptables;
+mod nftables;
+mod surroundings;
+
+use crate::{
+    config::{Config, Engine, Role},
+    datapath::{Maps, Verdict},
+    iptables as by_iptables, nftables as by_nftables,
+    state::FirewallStatus,
+};
+
+pub(super) use iptables::Leftovers;
+pub use iptables::settings;
+pub use nftables::settings as nftables_settings;
+
+/// Why an engine cannot do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// iptables.
+    #[error(transparent)]
+    Iptables(#[from] by_iptables::Error),
+    /// nftables.
+    #[error(transparent)]
+    Nftables(#[from] by_nftables::Error),
+}
+
+/// A packet filter of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// iptables and ip6tables.
+    Iptables,
+    /// nftables.
+    Nftables,
+}
+
+impl Kind {
+    /// As the configuration names it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+        }
+    }
+
+    /// Returns the packet filter that a configuration wants on this host; `None` without one.
+    #[must_use]
+    pub fn of(config: &Config) -> Option<Self> {
+        if config.role != Role::Node {
+            return None;
+        }
+        config.enforcement.engines.iter().find_map(|engine| match engine {
+            Engine::Ebpf => None,
+            Engine::Iptables => Some(Self::Iptables),
+            Engine::Nftables => Some(Self::Nftables),
+            Engine::Auto => Some(Self::of_this_host()),
+        })
+    }
+
+    /// nftables, if it is installed and no table of iptables-legacy stands beside it: rules of one system are easier to
+    /// understand than those of two.
+    fn of_this_host() -> Self {
+        let has_nft = by_nftables::Programs::default().nft().is_ok();
+        if has_nft && !by_iptables::uses_legacy() { Self::Nftables } else { Self::Iptables }
+    }
+}
+
+/// The engine, while it is wanted.
+#[derive(Debug)]
+pub(super) enum PacketFilter {
+    Iptables(iptables::Filter),
+    Nftables(nftables::Filter),
+}
+
+/// State to which a failed reload returns.
+#[derive(Debug)]
+pub(super) enum InForce {
+    Iptables(iptables::InForce),
+    Nftables(nftables::InForce),
+}
+
+pub(super) fn is_wanted(config: &Config) -> bool {
+    config.role == Role::Node && config.enforcement.engines.iter().any(|engine| *engine != Engine::Ebpf)
+}
+
+/// Checks the size of the policy, if an engine is wanted, before anything is written.
+pub(super) fn check(config: &Config) -> Result<(), Error> {
+    match Kind::of(config) {
+        None => {}
+        Some(Kind::Iptables) => by_iptables::check(&config.policy())?,
+        Some(Kind::Nftables) => by_nftables::check(&config.policy())?,
+    }
+    Ok(())
+}
+
+impl PacketFilter {
+    /// Applies the rules; `None` if the configuration wants none.
+    pub(super) fn start(config: &Config, on_trial: bool) -> Result<Option<Self>, Error> {
+        Ok(match Kind::of(config) {
+            None => None,
+            Some(Kind::Iptables) => Some(Self::Iptables(iptables::Filter::start(config, on_trial)?)),
+            Some(Kind::Nftables) => Some(Self::Nftables(nftables::Filter::start(config, on_trial)?)),
+        })
+    }
+
+    const fn kind(&self) -> Kind {
+        match self {
+            Self::Iptables(_) => Kind::Iptables,
+            Self::Nftables(_) => Kind::Nftables,
+        }
+    }
+
+    /// Whether a configuration wants this packet filter. `auto` keeps the present one.
+    pub(super) fn is_of(&self, config: &Config) -> bool {
+        let engines = &config.enforcement.engines;
+        is_wanted(config) && (engines.contains(&Engine::Auto) || Kind::of(config) == Some(self.kind()))
+    }
+
+    /// Applies another configuration; the former one stays active if it is refused.
+    pub(super) fn reload(&mut self, config: &Config, on_trial: bool) -> Result<(), Error> {
+        match self {
+            Self::Iptables(filter) => filter.reload(config, on_trial)?,
+            Self::Nftables(filter) => filter.reload(config, on_trial)?,
+        }
+        Ok(())
+    }
+
+    /// Returns the active state, for a roll-back.
+    pub(super) fn in_force(&self) -> InForce {
+        match self {
+            Self::Iptables(filter) => InForce::Iptables(filter.in_force()),
+            Self::Nftables(filter) => InForce::Nftables(filter.in_force()),
+        }
+    }
+
+    /// Rolls back to a former state of the same engine.
+    pub(super) fn restore(&mut self, before: InForce) {
+        match (self, before) {
+            (Self::Iptables(filter), InForce::Iptables(before)) => filter.restore(before),
+            (Self::Nftables(filter), InForce::Nftables(before)) => filter.restore(before),
+            _ => tracing::error!("the rules are not those of the active configuration"),
+        }
+    }
+
+    /// Begins, or ends, to compare with eBPF.
+    pub(super) fn compare(&mut self, begin: bool) {
+        match self {
+            Self::Iptables(filter) => filter.compare(begin),
+            Self::Nftables(filter) => filter.compare(begin),
+        }
+    }
+
+    /// Records the verdict of eBPF on a packet.
+    pub(super) fn judged_by_ebpf(&self, verdict: &Verdict) {
+        if let Self::Iptables(filter) = self {
+            filter.judged_by_ebpf(verdict);
+        }
+    }
+
+    /// Logs the result of the comparison.
+    pub(super) fn report(&mut self, maps: Option<&Maps>) {
+        match self {
+            Self::Iptables(filter) => filter.report(maps),
+            Self::Nftables(filter) => filter.report(),
+        }
+    }
+
+    pub(super) fn status(&self) -> FirewallStatus {
+        match self {
+            Self::Iptables(filter) => filter.status(),
+            Self::Nftables(filter) => filter.status(),
+        }
+    }
+
+    /// Removes every rule. Failures are logged; the remains are to be removed later.
+    pub(super) fn take_down(self) -> Leftovers {
+        match self {
+            Self::Iptables(filter) => filter.take_down(),
+            Self::Nftables(filter) => {
+                filter.take_down();
+                Leftovers::default()
+            }
+        }
+    }
+
+    /// Removes the rules that an earlier run has left in the other packet filter, now that these hold.
+    pub(super) fn remove_other(&self, config: &Config) -> Leftovers {
+        match self {
+            Self::Iptables(_) => {
+                nftables::remove_leftovers(config);
+                Leftovers::default()
+            }
+            Self::Nftables(_) => iptables::remove_leftovers(config),
+        }
+    }
+}

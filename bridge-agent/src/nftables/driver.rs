@@ -1,0 +1,205 @@
+//! The driver: the pure parts put together with nft.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::error::Error;
+use super::programs::Programs;
+use super::render::{self, Options};
+use super::ruleset::Ruleset;
+use super::{read, save, script};
+use crate::firewall::{Firewall, Hits, Remains};
+use crate::kernel::nftables::Ruleset as Generation;
+use crate::model::{Policy, Topology};
+
+/// How the driver works.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Settings of the rules beside the policy.
+    pub options: Options,
+    /// Where nft is.
+    pub programs: Programs,
+    /// Whether and where rules are saved.
+    pub saving: save::Saving,
+}
+
+/// The table of bridge in nf_tables.
+#[derive(Debug)]
+pub struct Nftables {
+    config: Config,
+    /// The last rules that the kernel took.
+    written: Option<Written>,
+}
+
+#[derive(Debug)]
+struct Written {
+    rules: Ruleset,
+    /// The generation of the kernel's ruleset right after, if no other program wrote at the same time.
+    generation: Option<u32>,
+    /// As read back; `None`: not read back yet.
+    fingerprint: Option<Option<u64>>,
+}
+
+/// See [`Firewall::Observed`]: a hash of the table, if there is one.
+pub type Observed = Option<u64>;
+
+/// See [`Firewall::Plan`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    rules: Ruleset,
+    /// One transaction; empty if nothing changes.
+    script: String,
+}
+
+impl Nftables {
+    /// Looks for nft.
+    ///
+    /// # Errors
+    /// If it is not installed.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        config.programs.nft()?;
+        Ok(Self { config, written: None })
+    }
+
+    pub(super) const fn topology(&self) -> &Topology {
+        &self.config.options.topology
+    }
+
+    pub(super) fn set_topology(&mut self, topology: Topology) {
+        self.config.options.topology = topology;
+    }
+
+    pub(super) fn set_saving(&mut self, enabled: bool) {
+        self.config.saving.enabled = enabled;
+    }
+
+    /// Returns whether the rules were read back since they were written.
+    pub(super) fn is_verified(&self) -> bool {
+        self.written.as_ref().is_some_and(|written| written.fingerprint.is_some())
+    }
+
+    fn rules(&self, policy: &Policy) -> Ruleset {
+        render::ruleset(policy, &self.config.options)
+    }
+
+    /// Writes the whole table, whatever stands there.
+    pub(super) fn rewrite(&mut self, policy: &Policy) -> Result<(), Error> {
+        let rules = self.rules(policy);
+        let script = whole(&rules);
+        self.apply(&Plan { rules, script })
+    }
+
+    /// Reads the counters that say why packets were denied, by `bridge:REASON`.
+    pub(super) fn counters(&self) -> Result<BTreeMap<String, Hits>, Error> {
+        Ok(read::counters(&self.config.programs)?.unwrap_or_default())
+    }
+}
+
+fn whole(rules: &Ruleset) -> String {
+    if *rules == Ruleset::default() { script::removal() } else { script::full(rules) }
+}
+
+fn generation() -> Result<u32, Error> {
+    let asked = Generation::open().and_then(|mut ruleset| ruleset.generation());
+    asked.map_err(|source| Error::Kernel { request: "ask nf_tables for its generation".into(), source })
+}
+
+impl Firewall for Nftables {
+    type Error = Error;
+    type Observed = Observed;
+    type Plan = Plan;
+
+    fn observe(&self) -> Result<Observed, Error> {
+        read::fingerprint(&self.config.programs)
+    }
+
+    fn plan(&self, policy: &Policy, observed: &Observed) -> Plan {
+        let rules = self.rules(policy);
+        let script = match &self.written {
+            Some(written) if written.fingerprint == Some(*observed) => script::change(&written.rules, &rules),
+            _ => whole(&rules),
+        };
+        Plan { rules, script }
+    }
+
+    fn apply(&mut self, plan: &Plan) -> Result<(), Error> {
+        if plan.script.is_empty() {
+            return Ok(());
+        }
+        crate::fault::point("nftables:apply");
+        let before = generation()?;
+        self.config.programs.apply(&plan.script)?;
+        // One transaction counts as one.
+        let generation = Some(generation()?).filter(|now| *now == before.wrapping_add(1));
+        self.written = Some(Written { rules: plan.rules.clone(), generation, fingerprint: None });
+        Ok(())
+    }
+
+    fn verify(&mut self, _policy: &Policy) -> Result<(), Error> {
+        let Some(written) = &mut self.written else { return Ok(()) };
+        let fingerprint = read::fingerprint(&self.config.programs)?;
+        // Nobody has written since: this is exactly the own transaction.
+        if written.generation.is_none_or(|own| generation().ok() != Some(own)) {
+            let there = read::content(&self.config.programs)?.unwrap_or_default();
+            let wanted = &written.rules;
+            let sizes = (wanted.elements(), wanted.rules(), wanted.chains.len());
+            if (there.elements, there.rules, there.chains) != sizes {
+                return Err(Error::NotAsWritten {
+                    found: format!(
+                        "{} elements, {} rules and {} chains instead of {}, {} and {}",
+                        there.elements, there.rules, there.chains, sizes.0, sizes.1, sizes.2
+                    ),
+                });
+            }
+        }
+        written.fingerprint = Some(fingerprint);
+        Ok(())
+    }
+
+    fn drift(&self) -> Result<Option<(String, Observed)>, Error> {
+        let Some(Written { fingerprint: Some(known), .. }) = &self.written else { return Ok(None) };
+        let now = self.observe()?;
+        let drift = match (known, now) {
+            (known, now) if *known == now => return Ok(None),
+            (_, None) => "was removed",
+            _ => "was changed by another program",
+        };
+        Ok(Some((format!("table inet {} {drift}", super::TABLE), now)))
+    }
+
+    fn save(&self, policy: &Policy) -> Result<Vec<PathBuf>, Error> {
+        Ok(self.config.saving.save(&self.rules(policy))?.into_iter().collect())
+    }
+
+    fn hits(&self) -> Result<BTreeMap<String, Hits>, Error> {
+        Ok(read::content(&self.config.programs)?.unwrap_or_default().hits)
+    }
+
+    fn teardown(&mut self) -> Remains<Error> {
+        let mut remains = Remains::default();
+        crate::fault::point("nftables:teardown");
+        match self.config.programs.apply(&script::removal()) {
+            // Without nft nothing was ever written.
+            Ok(()) | Err(Error::ProgramMissing) => {}
+            Err(error) => remains.errors.push(error),
+        }
+        remains.errors.extend(self.config.saving.remove().err());
+        self.written = None;
+        remains
+    }
+
+    /// Writes the difference to the last rules; the whole table, if the kernel does not take that. The rules are read back
+    /// later: see [`Firewall::verify`].
+    fn converge(&mut self, policy: &Policy) -> Result<(), Error> {
+        if let Some(Written { rules, .. }) = &self.written {
+            let wanted = self.rules(policy);
+            let script = script::change(rules, &wanted);
+            match self.apply(&Plan { rules: wanted, script }) {
+                Ok(()) => return Ok(()),
+                // Another program has changed the table.
+                Err(error) => tracing::debug!(%error, "the whole table is written"),
+            }
+        }
+        self.rewrite(policy)
+    }
+}

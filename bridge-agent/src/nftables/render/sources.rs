@@ -1,0 +1,84 @@
+//! Sources that cannot be true, refused before connection tracking: a forged packet neither creates an entry nor changes one.
+//!
+//! `fib saddr . iif oif 0` is true where no route leads back to the source by the interface of the packet, for IPv4 and IPv6
+//! alike, whatever the `rp_filter` sysctls say.
+
+use super::parts::{Family, Networks, Renderer, list, quoted, select};
+use crate::model::{Mode, RemotePods, Tunnel};
+
+const RAW: i32 = -300;
+const ENTRY: &str = "prerouting-raw";
+const SPOOFED: &str = "spoofed";
+/// No route leads back to the source by this interface.
+const NO_WAY_BACK: &str = "fib saddr . iif oif 0";
+/// IPv4 addresses in IPv6 form (RFC 4291, 2.5.5.2) never appear on a link.
+const MAPPED: &str = "::ffff:0.0.0.0/96";
+
+impl Renderer<'_> {
+    pub(super) fn sources(&mut self, families: &[(Family, Networks); 2]) {
+        self.rules.base(ENTRY, "prerouting", RAW);
+        for (family, of) in families.iter().filter(|(_, of)| !of.pods.is_empty()) {
+            let chain = family.of("sources");
+            let number = if *family == Family::V4 { "ipv4" } else { "ipv6" };
+            self.rules.rule(ENTRY, format!("meta nfproto {number} goto {chain}"));
+            self.sources_of(*family, of, &chain);
+        }
+        self.rules.chains.entry(SPOOFED.into()).or_default();
+        self.log(SPOOFED);
+        self.rules.counters.insert("spoofed");
+        let verdict = match self.policy.mode {
+            Mode::Enforce => "drop",
+            Mode::Audit => "accept",
+        };
+        self.rules.rule(SPOOFED, format!("counter name spoofed {verdict}"));
+    }
+
+    fn sources_of(&mut self, family: Family, of: &Networks, chain: &str) {
+        let options = self.options;
+        let topology = &options.topology;
+        let (protocol, pods, nodes) = (family.protocol(), family.of("pods"), family.of("nodes"));
+        let rules = &mut self.rules;
+        let mut spoofed = |matches: &str| rules.rule(chain, format!("{matches} goto {SPOOFED}"));
+        if family == Family::V6 {
+            for side in ["saddr", "daddr"] {
+                spoofed(&format!("ip6 {side} {MAPPED}"));
+            }
+        }
+        spoofed(&format!("fib saddr type local {NO_WAY_BACK}"));
+        spoofed(&format!("{protocol} saddr @{pods} {NO_WAY_BACK}"));
+        // A pod address without a route of its own leads where the default route leads: that proves nothing.
+        for RemotePods { interface, pods } in &topology.remote {
+            let prefixes = select(pods, family);
+            if !prefixes.is_empty() {
+                let from = format!("iifname {} {protocol} saddr {}", quoted(interface), list(&prefixes));
+                self.rules.rule(chain, format!("{from} accept"));
+            }
+        }
+        for interface in &topology.external {
+            let from = format!("iifname {} {protocol} saddr @{pods}", quoted(interface));
+            self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
+        }
+        if !of.nodes.is_empty() {
+            let node = family.of("node");
+            self.rules.rule(chain, format!("{protocol} saddr @{nodes} goto {node}"));
+            // Towards the node itself, an address of another node by another way is not bridge's business.
+            self.rules.rule(node, format!("{protocol} daddr @{pods} {NO_WAY_BACK} goto {SPOOFED}"));
+        }
+        for interface in &topology.internal {
+            // Duplicate address detection; the kernel forwards none of it.
+            let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
+            let from = format!("iifname {} {unspecified}{NO_WAY_BACK}", quoted(interface));
+            self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
+        }
+        // Without a list of the nodes, any host may be the other end of a tunnel.
+        if !of.nodes.is_empty() {
+            for tunnel in &topology.tunnels {
+                let outer = match tunnel {
+                    Tunnel::Udp(port) => format!("udp dport {port}"),
+                    Tunnel::Protocol(number) => format!("meta l4proto {number}"),
+                };
+                self.rules.rule(chain, format!("{outer} fib daddr type local goto {SPOOFED}"));
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! What starts, reloads, trials and damage make of the rules.
+
+use std::fs;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use bridge_lab::lab::Family;
+use bridge_lab::wait::eventually;
+
+use crate::node::{ALLOWED, DEADLINE, DENIED, MORE, Node, RULES, config, firewall, hits};
+
+#[test]
+fn nftables_alone_enforces_and_counts() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("nftables", RULES))?;
+    node.holds()?;
+    ensure!(hits(&agent, "api")? == 2, "{}", agent.run(&["rules"])?);
+    let counters = node.run("nft list counter inet bridge-agent no-rule")?;
+    ensure!(counters.contains("packets 2 "), "{counters}");
+    ensure!(agent.run(&["status"])?.contains("active (inet bridge-agent)"));
+    ensure!(firewall(&agent)?["engine"] == "nftables");
+    // Enforcement goes on without the agent, and a restart keeps it.
+    agent.stop()?;
+    node.holds()?;
+    agent.run(&["down"])?;
+    ensure!(!node.has_table()?, "{}", node.dump()?);
+    node.is_open()
+}
+
+#[test]
+fn a_changed_rule_leaves_the_counters_of_others() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("ebpf, nftables", RULES))?;
+    node.holds()?;
+    ensure!(hits(&agent, "api")? == 2);
+    agent.reload(&config("ebpf, nftables", &format!("{RULES}{MORE}")))?;
+    for family in Family::BOTH {
+        let opened = node.connect(family, DENIED)?;
+        ensure!(opened.succeeded(), "{family:?}: {opened}");
+    }
+    ensure!((hits(&agent, "api")?, hits(&agent, "more")?) == (2, 2), "{}", agent.run(&["rules"])?);
+    agent.reload(&config("ebpf, nftables", RULES))?;
+    node.holds()?;
+    ensure!(hits(&agent, "api")? == 4, "{}", agent.run(&["rules"])?);
+    Ok(())
+}
+
+#[test]
+fn damage_is_repaired_within_a_second() -> Result<()> {
+    let node = Node::new()?;
+    let agent = node.start(&config("nftables", RULES))?;
+    let repaired = |times: u64| -> Result<Option<()>> {
+        Ok((firewall(&agent)?["repairs"].as_u64() == Some(times)).then_some(()))
+    };
+    let rules = node.dump()?;
+    let foreign = "nft insert rule inet bridge-agent forward accept";
+    let element = "nft delete element inet bridge-agent pods4 { 10.200.1.0/24 }";
+    for (damage, times) in [("nft flush ruleset", 1), (foreign, 2), (element, 3)] {
+        // The agent has read its rules back.
+        std::thread::sleep(std::time::Duration::from_secs(2));
+        let begun = Instant::now();
+        node.run(damage)?;
+        ensure!(node.dump()? != rules, "{damage} did nothing");
+        let same = || (node.dump().ok()? == rules).then_some(());
+        ensure!(eventually(DEADLINE, same).is_some(), "{damage}:\n{}\n{}", node.dump()?, agent.log());
+        let took = begun.elapsed();
+        eprintln!("{damage}: repaired after {took:?}");
+        ensure!(took.as_secs_f64() < 2.0, "{damage}: {took:?}");
+        ensure!(eventually(DEADLINE, || repaired(times).ok().flatten()).is_some(), "{}", firewall(&agent)?);
+        node.holds()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn the_engine_changes_and_one_alone_is_left() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("iptables", RULES))?;
+    ensure!(node.dump()?.contains("BRIDGE-FORWARD"));
+    agent.reload(&config("nftables", RULES))?;
+    node.holds()?;
+    ensure!(node.has_table()? && !node.dump()?.contains("BRIDGE-"), "{}", node.dump()?);
+    agent.reload(&config("iptables", RULES))?;
+    node.holds()?;
+    ensure!(!node.has_table()? && node.dump()?.contains("BRIDGE-FORWARD"), "{}", node.dump()?);
+    // A refused one leaves the former engine.
+    agent.reload(&config("iptables, nftables", RULES))?;
+    ensure!(agent.log().contains("both would write the same rules"), "{}", agent.log());
+    ensure!(!node.has_table()? && node.dump()?.contains("BRIDGE-FORWARD"), "{}", node.dump()?);
+    node.holds()?;
+    // A file that was changed while no agent ran.
+    agent.stop()?;
+    let agent = node.start(&config("nftables", RULES))?;
+    node.holds()?;
+    ensure!(node.has_table()? && !node.dump()?.contains("BRIDGE-"), "{}", node.dump()?);
+    drop(agent);
+    Ok(())
+}
+
+#[test]
+fn auto_takes_nftables_unless_legacy_tables_are_there() -> Result<()> {
+    let node = Node::new()?;
+    let agent = node.start(&config("auto", RULES))?;
+    node.holds()?;
+    ensure!(firewall(&agent)?["engine"] == "nftables");
+    drop(agent);
+    let node = Node::new()?;
+    node.run("iptables-legacy -A INPUT -p tcp --dport 22 -j ACCEPT")?;
+    let agent = node.start(&config("auto", RULES))?;
+    node.holds()?;
+    ensure!(firewall(&agent)?["engine"] == "iptables");
+    Ok(())
+}
+
+#[test]
+fn saved_rules_hold_after_a_reboot() -> Result<()> {
+    let node = Node::new()?;
+    let file = node.etc().join("bridge/rules.nft");
+    let mut agent = node.start(&config("nftables", RULES))?;
+    ensure!(!file.exists(), "nothing loads the file at boot");
+    agent.stop()?;
+    fs::write(
+        node.etc().join("systemd/system/bridge-nftables.service"),
+        include_str!("../../deploy/systemd/bridge-nftables.service"),
+    )?;
+    let others = fs::read(node.etc().join("nftables.conf")).ok();
+    let mut agent = node.start(&config("nftables", RULES))?;
+    node.holds()?;
+    agent.reload(&config("nftables", &format!("{RULES}{MORE}")))?;
+    node.is_open()?;
+    agent.reload(&config("nftables", RULES))?;
+    agent.stop()?;
+    // A boot: no rules, then the unit.
+    node.run("nft flush ruleset")?;
+    node.is_open()?;
+    node.run(&format!("nft -f {}", file.display()))?;
+    node.holds()?;
+    ensure!(fs::read(node.etc().join("nftables.conf")).ok() == others);
+    agent.run(&["down"])?;
+    ensure!(!file.exists() && !node.has_table()?);
+    Ok(())
+}
+
+#[test]
+fn a_trial_that_expires_restores_the_rules() -> Result<()> {
+    let node = Node::new()?;
+    let agent = node.start(&config("ebpf, nftables", RULES))?;
+    node.holds()?;
+    let before = node.dump()?;
+    let candidate = node.lab.directory().join("try.yaml");
+    let api = format!("api: {{socket: {}}}\n", agent.socket().display());
+    fs::write(&candidate, config("ebpf, nftables", &format!("{RULES}{MORE}{api}")))?;
+    agent.run(&["apply", &candidate.to_string_lossy(), "--confirm", "2s"])?;
+    for port in [ALLOWED, DENIED] {
+        let attempt = node.connect(Family::V4, port)?;
+        ensure!(attempt.succeeded(), "{port}: {attempt}");
+    }
+    let same = || (node.dump().ok()? == before).then_some(());
+    ensure!(eventually(DEADLINE, same).is_some(), "{}", node.dump()?);
+    node.holds()
+}

@@ -1,0 +1,5 @@
+//! The nftables engine as `bridge-agent run` has it, alone and beside eBPF, with the rules of others around it. Needs root.
+
+mod agent;
+mod node;
+mod others;
