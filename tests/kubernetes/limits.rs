@@ -1,8 +1,8 @@
-//! Hanging neighbours of the agent: it ends in time nevertheless.
+//! Hostile and hanging neighbours of the agent: it ends in time, answers in time, and stays small.
 
 use std::any::Any;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::TcpListener;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use bridge_agent::datapath::{Maps, Pins};
+use bridge_common::filter::flow::{Flow, FlowKey, state};
 use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Host, Lab};
 use bridge_lab::wait::{eventually, patience};
@@ -18,6 +20,10 @@ use crate::support::DEADLINE;
 
 /// From SIGTERM to the end of the process.
 const TIME_TO_END: Duration = Duration::from_secs(2);
+/// From a request to the whole answer, whatever other clients do.
+const ANSWER: Duration = Duration::from_millis(100);
+/// Resident memory while clients are hostile.
+const MEMORY_KIB: u64 = 64 * 1024;
 
 const NODE: &str = "role: node\nnetworks: {pods: [10.200.1.0/24], external: [192.168.31.0/24]}\npersistence: {save: never}\n";
 const ALLOW: &str = "{name: in, direction: inbound, protocol: tcp, ports: [8080]}";
@@ -173,5 +179,84 @@ fn sigterm_ends_the_agent_in_time_whatever_it_is_doing() -> Result<()> {
         ensure!(status.success(), "{name}: {status}");
         drop(kept);
     }
+    Ok(())
+}
+
+/// Returns the time until the whole answer is there.
+fn ask(agent: &Agent, path: &str) -> Result<Duration> {
+    let start = Instant::now();
+    let mut stream = UnixStream::connect(agent.socket())?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    ensure!(answer.starts_with("HTTP/1.1 200"), "{}", answer.chars().take(200).collect::<String>());
+    Ok(start.elapsed())
+}
+
+fn peak_kib(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
+    peak.context("VmHWM")
+}
+
+/// Fills the flow table, as many clients do.
+fn fill(maps: &Maps, count: u32) -> Result<()> {
+    let flows: Vec<(FlowKey, Flow)> = (0..count)
+        .map(|number| {
+            let mut key = FlowKey::default();
+            let port = u16::try_from(number % 60_000).unwrap_or(0).to_be_bytes();
+            let host = u8::try_from(number / 60_000 % 200).unwrap_or(0);
+            let from = std::net::IpAddr::from([192, 168, 31, 1 + host]);
+            let to = std::net::IpAddr::from([10, 200, 1, 91]);
+            key.set(&from.into(), port, &to.into(), 8080_u16.to_be_bytes(), 6);
+            (key, Flow { state: state::ESTABLISHED, ..Flow::default() })
+        })
+        .collect();
+    maps.seed_flows(&flows)?;
+    Ok(())
+}
+
+#[test]
+fn hostile_clients_cost_the_agent_neither_memory_nor_time() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let agent = Agent::start(&lab, lab.b(), &config("ebpf", "", 10_000))?;
+    fill(&Maps::open(&Pins::new(agent.pins()))?, 100_000)?;
+    // Starting with so many rules takes memory of its own, which is given back.
+    fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5")?;
+    let before = peak_kib(agent.pid())?;
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        let slow = readers(&agent, 120)?;
+        let idle: Vec<UnixStream> =
+            (0..600).filter_map(|_| UnixStream::connect(agent.socket()).ok()).collect();
+        let garbage: Vec<UnixStream> = (0..100)
+            .filter_map(|_| {
+                let mut stream = UnixStream::connect(agent.socket()).ok()?;
+                stream.set_nonblocking(true).ok()?;
+                // An endless head.
+                while stream.write(&[b'a'; 8192]).is_ok() {}
+                Some(stream)
+            })
+            .collect();
+        // The best of a few: this machine has other work.
+        let asked: Vec<Duration> = (0..10).map(|_| ask(&agent, "/v1/status")).collect::<Result<_>>()?;
+        let fastest = asked.into_iter().min().unwrap_or_default();
+        times.push(fastest);
+        drop((slow, idle, garbage));
+    }
+    let peak = peak_kib(agent.pid())?;
+    println!(
+        "resident at most: {before} KiB before, {peak} KiB with hostile clients; status after {times:?}"
+    );
+    ensure!(peak < MEMORY_KIB, "{peak} KiB, {before} KiB before");
+    // The median: this machine has other work.
+    times.sort_unstable();
+    ensure!(times[times.len() / 2] < patience(ANSWER), "status after {times:?}");
+    // A client that reads gets everything.
+    eventually(patience(DEADLINE * 3), || ask(&agent, "/metrics").ok()).context("metrics")?;
+    let peak = peak_kib(agent.pid())?;
+    ensure!(peak < MEMORY_KIB, "{peak} KiB after a scrape");
     Ok(())
 }
