@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use jiff::Timestamp;
-use rustix::time::{ClockId, clock_gettime};
+use rustix::time::{ClockId, clock_getres, clock_gettime};
 
 /// Returns `CLOCK_MONOTONIC`.
 #[must_use]
@@ -16,6 +16,12 @@ pub fn monotonic() -> Duration {
 #[must_use]
 pub fn monotonic_ns() -> u64 {
     u64::try_from(monotonic().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Returns the length of the kernel's timer tick, in nanoseconds.
+#[must_use]
+pub(crate) fn tick_ns() -> u64 {
+    u64::try_from(clock_getres(ClockId::MonotonicCoarse).tv_nsec).unwrap_or(0)
 }
 
 /// Returns the current time as RFC 3339 in UTC.

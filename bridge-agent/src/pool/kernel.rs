@@ -31,7 +31,10 @@ use super::{
     walk::Walker,
     words::Words,
 };
-use crate::datapath::{self, Lock, PinGuard, Pins};
+use crate::{
+    datapath::{self, Lock, PinGuard, Pins},
+    kernel::clock,
+};
 
 /// The pool in the kernel.
 pub struct KernelPool {
@@ -119,6 +122,8 @@ impl KernelPool {
         loader.override_global("POOL_HAS_SET_RETVAL", &has_set_retval, true);
         let has_mptcp = u8::from(has_mptcp());
         loader.override_global("POOL_HAS_MPTCP", &has_mptcp, true);
+        let rest = time_wait_ns(clock::tick_ns());
+        loader.override_global("POOL_REST_NS", &rest, true);
         let mut ebpf = loader.load(object)?;
         hooks::load_programs(&mut ebpf)?;
         let words = match ebpf.take_map("POOL_WORDS") {
@@ -434,6 +439,20 @@ fn has_mptcp() -> bool {
     helper.unwrap_or(false) && Path::new("/proc/sys/net/mptcp").exists()
 }
 
+/// Returns how long the kernel may keep a tuple in TIME_WAIT, for a timer tick of this length.
+///
+/// Its timer wheel rounds a timeout up to a multiple of 8^n ticks, the coarser the longer it is (kernel/time/timer.c): 60 s
+/// become up to 62 s at 250 Hz, and 65 s at 100 Hz.
+fn time_wait_ns(tick_ns: u64) -> u64 {
+    let ticks = pool::TIME_WAIT_NS / tick_ns.max(1);
+    let mut granule = 1;
+    while ticks >= 63 * granule {
+        granule *= 8;
+    }
+    // One tick for the begin of the timer, some for the work that removes the tuple.
+    pool::TIME_WAIT_NS + (granule + 1) * tick_ns + 50_000_000
+}
+
 /// For `map_err`.
 fn map(name: &'static str) -> impl Fn(MapError) -> KernelPoolError {
     move |source| KernelPoolError::Map { name, source }
@@ -466,5 +485,17 @@ fn network_key(network: &IpNet) -> Key<[u8; 16]> {
     match network {
         IpNet::V4(net) => Key::new(96 + u32::from(net.prefix_len()), net.network().to_ipv6_mapped().octets()),
         IpNet::V6(net) => Key::new(u32::from(net.prefix_len()), net.network().octets()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_wait_lasts_until_the_timer_wheel_reaches_it() {
+        let seconds = |hz: u64| time_wait_ns(1_000_000_000 / hz) / 1_000_000;
+        // 512 ticks at 100, 250 and 300 Hz, 4,096 at 1,000 Hz.
+        assert_eq!([100, 250, 300, 1000].map(seconds), [65_180, 62_102, 61_759, 64_147]);
     }
 }

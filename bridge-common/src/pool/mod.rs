@@ -94,9 +94,8 @@ pub const LEASE_TIME_WAIT: u64 = 64;
 pub const LEASE_OF_CONNECTION: u64 =
     LEASE_FILE_CLOSED | LEASE_TCP_CLOSED | LEASE_CONNECTING | LEASE_TIMESTAMPS | LEASE_TIME_WAIT;
 
-/// How long, in nanoseconds, the kernel keeps a tuple in TIME_WAIT (`TCP_TIMEWAIT_LEN`, include/net/tcp.h), and one more
-/// timer tick.
-pub const TIME_WAIT_NS: u64 = 60_100_000_000;
+/// Shortest time, in nanoseconds, that the kernel keeps a tuple in TIME_WAIT (`TCP_TIMEWAIT_LEN`, include/net/tcp.h).
+pub const TIME_WAIT_NS: u64 = 60_000_000_000;
 /// [`Config::flags`]: a socket that is bound outside the pool must not connect to a destination of the pool.
 pub const FLAG_STRICT: u32 = 1;
 /// [`Config::flags`]: UDP sockets that bind port 0 get a port of the pool.

@@ -14,7 +14,7 @@ use aya_ebpf::{
 };
 use bridge_common::pool::{
     LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT, LEASE_TIMESTAMPS,
-    Lease, TIME_WAIT_NS, counter,
+    Lease, counter,
     slots::{self, Seat},
 };
 use bridge_ebpf::atomic::{fetch_and, fetch_or};
@@ -43,6 +43,10 @@ const BPF_SOCK_OPS_STATE_CB_FLAG: i32 = 1 << 2;
 /// Whether the kernel has MPTCP and `bpf_skc_to_mptcp_sock` (Linux 5.19). Set by the loader.
 #[unsafe(no_mangle)]
 static POOL_HAS_MPTCP: Global<u8> = Global::new(0);
+
+/// How long, in nanoseconds, the kernel may keep a tuple in TIME_WAIT. Set by the loader, which knows the tick.
+#[unsafe(no_mangle)]
+static POOL_REST_NS: Global<u64> = Global::new(0);
 
 /// The last descriptor of a socket is closed.
 #[cgroup_sock(sock_release)]
@@ -119,7 +123,7 @@ pub(crate) extern "C" fn give_back(lease: *mut Lease) {
     }
     if let Some(config) = POOL_CONFIG.get(0) {
         let waits = before & (LEASE_TIME_WAIT | LEASE_TIMESTAMPS) == LEASE_TIME_WAIT;
-        if waits && rest(seat, index, TIME_WAIT_NS) {
+        if waits && rest(seat, index, POOL_REST_NS.load()) {
             return count(counter::RELEASES);
         }
         slots::release(&Maps { words: config.words }, seat, index);
