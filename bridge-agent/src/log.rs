@@ -4,7 +4,7 @@ use std::io::{IsTerminal, stderr};
 
 use clap::ValueEnum;
 use tracing::Subscriber;
-use tracing_subscriber::filter::{EnvFilter, ParseError};
+use tracing_subscriber::filter::{EnvFilter, LevelFilter, ParseError};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::Registry;
@@ -33,6 +33,9 @@ pub enum Error {
         /// The fault.
         source: ParseError,
     },
+    /// A word that tracing would take for a target, which silences every other one.
+    #[error("`{0}` is no log level; write error, warn, info, debug or trace, or target=level,...")]
+    Level(String),
     /// Something else in this process logs already.
     #[error("logging is already set up: {0}")]
     Taken(#[from] TryInitError),
@@ -45,9 +48,15 @@ pub enum Error {
 pub fn init(format: Format, filter: &str) -> Result<(), Error> {
     // The journal has a time for every line and shows no colours.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
-    let style = Style { colours: stderr().is_terminal() && !journal, time: !journal };
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let style = Style { colours: stderr().is_terminal() && !journal && !plain, time: !journal };
     // Users of the log crate (the log of the eBPF programs is one) are included.
     Ok(subscriber(format, filter, style, stderr)?.try_init()?)
+}
+
+/// Whether a part of a filter is a level, or names a target or span and its level.
+fn is_directive(part: &str) -> bool {
+    part.contains('=') || !part.is_empty() && part.parse::<LevelFilter>().is_ok()
 }
 
 #[derive(Clone, Copy)]
@@ -65,6 +74,9 @@ fn subscriber<W>(
 where
     W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
 {
+    if let Some(word) = filter.split(',').map(str::trim).find(|part| !is_directive(part)) {
+        return Err(Error::Level(word.to_owned()));
+    }
     let filter =
         EnvFilter::try_new(filter).map_err(|source| Error::Filter { filter: filter.to_owned(), source })?;
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(style.colours);
@@ -127,7 +139,14 @@ mod tests {
     #[test]
     fn a_wrong_filter_says_what_to_write() {
         let style = Style { colours: false, time: false };
-        let error = subscriber(Format::Text, "bridge_agent=loud", style, io::sink).err().unwrap();
-        assert!(error.to_string().contains("write error, warn, info, debug or trace"), "{error}");
+        for wrong in
+            ["bridge_agent=loud", "loud", "", "info,loud", "bridge_agent", "warn,bridge_agent=info,x"]
+        {
+            let error = subscriber(Format::Text, wrong, style, io::sink).err().unwrap();
+            assert!(error.to_string().contains("write error, warn, info, debug or trace"), "{error}");
+        }
+        for right in ["info", "WARN", "off", "warn,bridge_agent=debug", "bridge_agent=trace"] {
+            assert!(subscriber(Format::Text, right, style, io::sink).is_ok(), "{right}");
+        }
     }
 }

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use bridge_agent::cli::{Cli, kubectl};
 use bridge_agent::log;
-use clap::Parser;
 
 /// As clap's own exit code for wrong usage.
 const WRONG_USAGE: u8 = 2;
@@ -15,7 +14,7 @@ fn main() -> ExitCode {
     if Path::new(&name).file_stem().is_some_and(|name| name == kubectl::NAME) {
         return kubectl::main();
     }
-    let cli = Cli::parse();
+    let cli = Cli::read();
     if let Err(error) = log::init(cli.global.log_format, &cli.global.log_level) {
         eprintln!("error: {error}");
         return ExitCode::from(WRONG_USAGE);
@@ -24,7 +23,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error.show(&cli.global);
-            ExitCode::FAILURE
+            ExitCode::from(error.exit_code())
         }
     }
 }

@@ -23,6 +23,9 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// How long to wait for a notification before looking whether the agent still runs.
 const GLANCE: Duration = Duration::from_millis(20);
 
+/// Exit code of `status` with a report, when no agent runs.
+const NOT_RUNNING: i32 = 3;
+
 /// An agent. Dropping it kills it; its enforcement stays active until the lab is removed or `bridge-agent down` runs.
 #[derive(Debug)]
 pub struct Agent {
@@ -176,10 +179,13 @@ impl Agent {
         drop(settle());
     }
 
-    /// Runs a command of `bridge-agent` against this agent, and returns its output.
+    /// Runs a command of `bridge-agent` against this agent, and returns its output; also that of `status` after the agent has
+    /// ended.
     pub fn run(&self, arguments: &[&str]) -> Result<String> {
         self.settle();
-        self.host.netns.output(self.command(arguments))
+        let reports = arguments.first() == Some(&"status") && !arguments.contains(&"--ready");
+        let fine: &[i32] = if reports { &[NOT_RUNNING] } else { &[] };
+        self.host.netns.output_with(self.command(arguments), fine)
     }
 
     /// Returns a scrape of its metrics.

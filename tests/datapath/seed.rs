@@ -30,7 +30,7 @@ fn connect(client: &Client<'_>, to: std::net::SocketAddr) -> Result<Connection> 
 
 fn seeded(agent: &Agent) -> Result<Vec<(String, String)>> {
     let flows: Value = serde_json::from_str(&agent.run(&["flows", "--json", "--protocol", "tcp"])?)?;
-    let mut seeded: Vec<_> = flows
+    let mut seeded: Vec<_> = flows["flows"]
         .as_array()
         .context("flows")?
         .iter()

@@ -197,7 +197,7 @@ fn a_reload_changes_discovery_and_forgets_only_what_it_no_longer_believes() -> R
             "probe",
             &to,
             "--lifetime",
-            "600",
+            "10m",
             "--key-file",
             key,
         ]))

@@ -221,7 +221,7 @@ fn discover_from_listen_to_withdrawal() -> Result<()> {
 fn sniff_names_the_node() -> Result<()> {
     let host = Host::new(Lab::builder().without_routes().masquerade().build()?, CONFIG, CLUSTER)?;
     let output = std::thread::scope(|scope| {
-        let sniffing = scope.spawn(|| host.run("discover sniff --port 7000 --count 1 --seconds 20 --json"));
+        let sniffing = scope.spawn(|| host.run("discover sniff --port 7000 --count 1 --for 20s --json"));
         // Nothing listens, and the sniffer needs a moment to start.
         while !sniffing.is_finished() {
             let pod = &host.lab.c1().netns;

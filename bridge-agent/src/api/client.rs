@@ -82,6 +82,15 @@ impl Client {
         Ok(serde_json::from_slice(&body)?)
     }
 
+    /// Ends something; the answer has no body.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub async fn delete(&mut self, path: &str) -> Result<(), Error> {
+        self.send(Method::DELETE, path, Bytes::new()).await.map(drop)
+    }
+
     /// Asks for something that goes on, a line at a time. `visit` returns whether to go on.
     ///
     /// # Errors

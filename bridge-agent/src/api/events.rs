@@ -6,7 +6,7 @@ use std::{convert::Infallible, time::Duration};
 
 use axum::{
     body::Body,
-    extract::{Query, State},
+    extract::State,
     http::{HeaderMap, StatusCode, header},
     response::{
         IntoResponse as _, Response, Sse,
@@ -18,7 +18,7 @@ use futures_util::{Stream, StreamExt as _, stream};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, no_ebpf};
+use super::{Problem, no_ebpf, query::Query};
 use crate::{
     datapath::VerdictFilter,
     state::{Event, EventId, Received, Shared, Start},
@@ -57,7 +57,7 @@ pub(super) async fn events(
         return Err(no_ebpf());
     }
     let EventQuery { verdict, address, port, last } = query;
-    let filter = VerdictFilter { verdict, address, port };
+    let filter = VerdictFilter { verdict, address, port }.checked()?;
     let mut start = Start::Last(last.unwrap_or(0));
     if let Some(id) = headers.get(LAST_EVENT_ID) {
         start = Start::After(resume(id.to_str().unwrap_or_default())?);

@@ -138,7 +138,7 @@ impl Collector for Scrape {
             labels.map(|(name, value)| (name, value.clone()))
         };
         let hits = ("rule_hits", "New flows that a rule has decided about");
-        family(encoder, hits, COUNTER, self.rules.iter().map(|count| (rule(count), count.packets)))?;
+        family(encoder, hits, COUNTER, self.rules.iter().map(|count| (rule(count), count.hits)))?;
 
         let outcome = |count: &OutcomeCount| {
             [("direction", count.direction.clone()), ("outcome", count.outcome.clone())]

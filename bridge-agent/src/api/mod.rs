@@ -30,6 +30,7 @@ pub(crate) mod leases;
 mod metrics;
 mod peer;
 mod problem;
+mod query;
 mod routes;
 
 use std::{
@@ -49,7 +50,7 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{DefaultBodyLimit, Query, State},
+    extract::{DefaultBodyLimit, State},
     http::StatusCode,
     middleware,
     response::{IntoResponse, Response},
@@ -69,6 +70,7 @@ pub use self::{apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as M
 use self::{
     connections::Connections,
     large::{Chunks, Turn},
+    query::Query,
 };
 use crate::{
     config::Api,
@@ -365,6 +367,7 @@ async fn settled(State(shared): State<Shared>) -> StatusCode {
 const FLOW_LIMIT: usize = 1000;
 
 #[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct FlowQuery {
     #[serde(default)]
     limit: Option<usize>,
@@ -390,7 +393,7 @@ async fn flows(
 ) -> Result<Response, Problem> {
     let maps = shared.maps().ok_or_else(no_ebpf)?;
     let FlowQuery { limit, address, port, state, protocol } = query;
-    let filter = FlowFilter { address, port, state, protocol };
+    let filter = FlowFilter { address, port, state, protocol }.checked()?;
     let limit = limit.unwrap_or(FLOW_LIMIT);
     let write = move |(maps, filter): (Arc<Maps>, FlowFilter), chunks: &mut Chunks| {
         let (mut total, mut result) = (0, chunks.write_all(b"{\"flows\":["));

@@ -9,9 +9,9 @@ use std::{
 use clap::Args;
 use serde_json::json;
 
-use super::{Error, Global, block_on, print, print_diagnostics, print_json};
+use super::{Error, Global, block_on, print, print_diagnostics, print_json, time};
 use crate::api::{Apply as Body, client::Client};
-use crate::config::{self, Loaded, TimeSpan, leaf::Leaf as _};
+use crate::config::{self, Loaded};
 use crate::state::{Applied, Probe, ProbeStatus, Status, TrialOutcome};
 
 /// Between two looks at a trial that confirms itself.
@@ -39,12 +39,6 @@ pub struct Confirm {}
 /// Go back from the configuration on trial to the one before it, now.
 #[derive(Debug, Args)]
 pub struct Revert {}
-
-fn time(text: &str) -> Result<Duration, String> {
-    TimeSpan::parse(text)
-        .map(TimeSpan::duration)
-        .map_err(|problem| format!("{}; {}", problem.message, problem.help))
-}
 
 impl Apply {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {

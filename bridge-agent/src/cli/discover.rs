@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use serde_json::json;
 use tokio::sync::broadcast::{self, error::RecvError};
 
-use super::{Error, Global, block_on, print, print_json};
+use super::{Error, Global, block_on, print, print_json, time};
 use crate::api::client::{self, Client};
 use crate::config;
 use crate::routes::discovery::listen;
@@ -69,31 +69,31 @@ struct Probe {
     /// Where to wait for the host to connect back; 0 is any free port
     #[arg(long, value_name = "PORT", default_value_t = 0)]
     check_port: u16,
-    /// How long the host shall remember, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
-    lifetime: u32,
+    /// How long the host remembers it
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = time)]
+    lifetime: Duration,
     /// A name for people; left out, the name of the host this runs on, which in a pod is the pod's
     #[arg(long)]
     name: Option<String>,
-    /// Announce again every SECONDS seconds, until interrupted
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..))]
-    every: Option<u32>,
-    /// How long one announcement may take, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
-    timeout: u32,
+    /// Announce again after this time, such as 60s, until interrupted
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    every: Option<Duration>,
+    /// How long one announcement may take
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = time)]
+    timeout: Duration,
 }
 
 #[derive(Debug, Args)]
 struct Sniff {
     /// The TCP port that a client in a pod connects to; nothing needs to listen on it
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
     /// End after NUMBER connections
     #[arg(long, value_name = "NUMBER")]
     count: Option<u64>,
-    /// End after SECONDS seconds
-    #[arg(long, value_name = "SECONDS")]
-    seconds: Option<u32>,
+    /// End after this time, such as 20s
+    #[arg(long = "for", value_name = "TIME", value_parser = time)]
+    duration: Option<Duration>,
 }
 
 /// Why nothing was discovered.
@@ -229,7 +229,7 @@ impl Probe {
                     }
                 }
             }
-            let pause = Duration::from_secs(self.every.unwrap_or(1).into());
+            let pause = self.every.unwrap_or(Duration::from_secs(1));
             tokio::select! {
                 () = interrupted() => return Ok(()),
                 () = tokio::time::sleep(pause) => {}
@@ -244,12 +244,12 @@ impl Probe {
             key: key.clone(),
             address: self.address,
             check_port: self.check_port,
-            lifetime: Duration::from_secs(self.lifetime.into()),
+            lifetime: self.lifetime,
             name: self
                 .name
                 .clone()
                 .unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned()),
-            timeout: Duration::from_secs(self.timeout.into()),
+            timeout: self.timeout,
         };
         let answer = probe(&options).await.map_err(Failure::from)?;
         if answer.status == Status::Refused {
@@ -283,8 +283,8 @@ impl Sniff {
         let mut sniffer = Sniffer::open(self.port).map_err(Failure::Sniff)?;
         let mut seen = BTreeMap::<IpAddr, u64>::new();
         let end = async {
-            match self.seconds {
-                Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
+            match self.duration {
+                Some(duration) => tokio::time::sleep(duration).await,
                 None => interrupted().await,
             }
         };

@@ -1,11 +1,16 @@
 //! `bridge-agent down`: remove every trace.
 
+use std::{fs, path::Path};
+
 use clap::Args;
 
-use super::{Error, Global, nobody_keeps_routes, print, print_json};
+use super::{
+    Error, Global, nobody_keeps_routes,
+    output::{confirmed, print, print_json},
+};
 use crate::agent;
 use crate::config;
-use crate::datapath;
+use crate::datapath::{self, Maps};
 use crate::pool::kernel;
 use crate::pool::run::{self, StopError};
 use crate::routes::{carry_out, withdrawal};
@@ -13,11 +18,91 @@ use crate::{firewall::Firewall as _, iptables, nftables};
 
 /// Stop enforcing: remove every program, map, rule and route of bridge.
 #[derive(Debug, Args)]
-pub struct Down {}
+pub struct Down {
+    /// Show the parts to remove, and remove nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Do not ask on a terminal
+    #[arg(long)]
+    yes: bool,
+}
+
+/// Traces of bridge that `down` removes.
+#[derive(Debug, Default, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Traces {
+    /// Interfaces with programs.
+    interfaces: Vec<String>,
+    /// Rules of the eBPF policy.
+    rules: u32,
+    /// Pins below the pin root.
+    pins: Vec<String>,
+    /// Rules with hits in iptables.
+    iptables_rules: usize,
+    /// Routes.
+    routes: Vec<String>,
+}
+
+impl Traces {
+    fn find(global: &Global) -> Result<Self, Error> {
+        let (observed, operations) = withdrawal()?;
+        let mut traces = Self {
+            routes: operations.iter().map(|operation| operation.show(&observed)).collect(),
+            iptables_rules: super::rules::iptables_hits(global).map_or(0, |hits| hits.len()),
+            pins: pins(&global.pin_root),
+            ..Self::default()
+        };
+        if let Ok(maps) = Maps::open(&global.pins()) {
+            traces.interfaces = maps.attached_interfaces()?;
+            traces.rules = maps.active_settings()?.rule_count;
+        }
+        Ok(traces)
+    }
+
+    fn show(&self) -> String {
+        let Self { interfaces, rules, pins, iptables_rules, routes } = self;
+        let mut text = String::new();
+        for interface in interfaces {
+            text += &format!("- programs on {interface}\n");
+        }
+        if *rules > 0 {
+            text += &format!("- eBPF policy with {rules} rules\n");
+        }
+        if !pins.is_empty() {
+            text += &format!("- {} pinned maps and links\n", pins.len());
+        }
+        if *iptables_rules > 0 {
+            text += &format!("- {iptables_rules} rules in iptables\n");
+        }
+        for route in routes {
+            text += &format!("{route}\n");
+        }
+        if text.is_empty() { "Nothing to remove.\n".to_owned() } else { text }
+    }
+}
+
+/// Paths of all files below a directory.
+fn pins(directory: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() => found.extend(pins(&entry.path())),
+            _ => found.push(entry.path().display().to_string()),
+        }
+    }
+    found.sort();
+    found
+}
 
 impl Down {
-    #[expect(clippy::unused_self, reason = "as every command")]
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        if self.dry_run {
+            let traces = Traces::find(global)?;
+            return if global.json { print_json(&traces) } else { print(&traces.show()) };
+        }
+        if !self.yes {
+            confirmed("Stop enforcing, and remove every program, map, rule and route of bridge?")?;
+        }
         nobody_keeps_routes(global)?;
         let places = agent::pool_places(&global.pin_root, &global.state_directory());
         // First: without enforcement, only the pool shows that an agent runs.

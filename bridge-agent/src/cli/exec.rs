@@ -27,7 +27,7 @@ use crate::{
 #[derive(Debug, Args)]
 pub struct Exec {
     /// Networks that the program reaches from ports of the pool; left out: those of the running agent
-    #[arg(long, value_name = "EXEC_PREFIX")]
+    #[arg(long, value_name = "NETWORK")]
     destination: Vec<IpNet>,
     /// Without an agent: the ports, such as 61001-61100; needs --destination
     #[arg(long, value_name = "RANGES", requires = "destination", value_parser = ranges)]

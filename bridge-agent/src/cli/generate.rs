@@ -9,7 +9,7 @@ use std::{
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
 
-use super::{Cli, Error};
+use super::{Cli, Error, Global, print, print_json};
 
 /// Write man pages and shell completions into a directory; needs no privilege
 #[derive(Debug, Args)]
@@ -20,9 +20,13 @@ pub struct Generate {
 }
 
 impl Generate {
-    pub(super) fn run(&self) -> Result<(), Error> {
+    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         write_all(&self.directory)
-            .map_err(|source| Error::Process { action: "cannot write man pages and completions", source })
+            .map_err(|source| Error::Process { action: "cannot write man pages and completions", source })?;
+        if global.json {
+            return print_json(&serde_json::json!({ "ok": true, "directory": self.directory }));
+        }
+        print(&format!("wrote man pages and completions into {}\n", self.directory.display()))
     }
 }
 

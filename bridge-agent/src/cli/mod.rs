@@ -6,6 +6,7 @@ mod apply;
 mod check;
 mod crds;
 mod discover;
+mod doctor;
 mod down;
 mod exec;
 mod explain;
@@ -15,22 +16,26 @@ mod generate;
 pub mod kubectl;
 mod monitor;
 mod nodeport_range;
+mod output;
 mod ports;
+mod progress;
 mod routes;
 mod rules;
 mod run;
 mod status;
 mod table;
 
-use std::io::{self, IsTerminal, Write};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use annotate_snippets::{Level, Renderer};
-use clap::{Args, Parser, Subcommand};
-use serde::{Deserialize, Serialize};
+use annotate_snippets::Level;
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use serde::Deserialize;
 
+use self::output::{Output, print, print_diagnostics, print_json, renderer, to_stderr};
 use crate::api::client::{self, Client};
-use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics};
+use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics, TimeSpan, leaf::Leaf as _};
 use crate::datapath::{self, Pins};
 use crate::kernel::state_directory::StateDirectory;
 use crate::state::Status;
@@ -39,9 +44,21 @@ use crate::{agent, api, log};
 /// Default path of the configuration.
 const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
 
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no agent runs, 4 changes are due \
+                          (routes plan --exit-code).";
+
+/// Ends the help of each command: it does not list the options that all of them have.
+const SHARED_OPTIONS: &str =
+    "Options of all commands, such as --json, -o, --config and --socket: bridge-agent --help";
+
+/// Exit code of `status` when no agent runs, as that of systemctl.
+const NOT_RUNNING: u8 = 3;
+/// Exit code of `routes plan --exit-code` when the kernel differs.
+const CHANGES_DUE: u8 = 4;
+
 /// Direct, safe TCP between LAN hosts and the pods of a Kubernetes cluster.
 #[derive(Debug, Parser)]
-#[command(name = "bridge-agent", version, after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage.")]
+#[command(name = "bridge-agent", version, max_term_width = 80, after_help = EXIT_CODES)]
 pub struct Cli {
     /// Global options.
     #[command(flatten)]
@@ -58,6 +75,10 @@ pub struct Global {
     /// Print JSON instead of text
     #[arg(long, global = true)]
     pub json: bool,
+    /// Format of the result: json, yaml, or wide for every column
+    #[arg(short, id = "format-of-result", global = true, value_name = "FORMAT", value_parser = output::output,
+        conflicts_with = "json")]
+    pub output: Option<Output>,
     /// The configuration file; `-` is standard input
     #[arg(long, short, global = true, value_name = "FILE", default_value = DEFAULT_CONFIG)]
     pub config: PathBuf,
@@ -91,7 +112,7 @@ pub enum Command {
     Confirm(apply::Confirm),
     /// Go back from the configuration on trial to the one before it
     Revert(apply::Revert),
-    /// Show the active enforcement, whether the agent runs or not; exit code 1: nothing is enforced
+    /// Show the active enforcement, whether the agent runs or not; exit code 3: no agent runs
     Status(status::StatusCommand),
     /// Explain why a connection passes or does not, and the rule that would allow it
     Explain(explain::Explain),
@@ -103,6 +124,8 @@ pub enum Command {
     Monitor(monitor::Monitor),
     /// List, plan, apply, withdraw or export the routes to pods
     Routes(routes::Routes),
+    /// Find settings of this machine that keep bridge from working
+    Doctor(doctor::Doctor),
     /// Learn behind which node a pod is
     Discover(discover::Discover),
     /// Lease source ports, give them back, list them, watch them
@@ -120,7 +143,25 @@ pub enum Command {
     Down(down::Down),
 }
 
+/// Returns the command line, with the help of each sub-command reduced to its own options.
+fn command() -> clap::Command {
+    let mut command = Cli::command();
+    // Hands the global options down.
+    command.build();
+    command.mut_subcommands(own_options_only)
+}
+
+fn own_options_only(command: clap::Command) -> clap::Command {
+    let own = |argument: clap::Arg| if argument.is_global_set() { argument.hide(true) } else { argument };
+    command.mut_args(own).after_help(SHARED_OPTIONS).mut_subcommands(own_options_only)
+}
+
 impl Global {
+    /// Whether tables have every column.
+    const fn wide(&self) -> bool {
+        matches!(self.output, Some(Output::Wide))
+    }
+
     /// Where maps are pinned.
     fn pins(&self) -> Pins {
         Pins::new(&self.pin_root)
@@ -181,6 +222,13 @@ fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
             Err(error) => Err(error.into()),
         }
     })
+}
+
+/// Reads a duration of an option.
+fn time(text: &str) -> Result<Duration, String> {
+    TimeSpan::parse(text)
+        .map(TimeSpan::duration)
+        .map_err(|problem| format!("{}; {}", problem.message, problem.help))
 }
 
 /// Waits for the answer of an agent.
@@ -264,12 +312,18 @@ pub enum Error {
     /// The range of NodePorts.
     #[error(transparent)]
     NodeportRange(#[from] crate::nodeport_range::Error),
-    /// The agent did not do it.
-    #[error("{0}")]
-    Ports(String),
     /// The program could not be run as asked.
     #[error("{0}")]
     Exec(String),
+    /// The user did not confirm it.
+    #[error("nothing was done")]
+    NotDone,
+    /// `status` has printed its report: no agent runs.
+    #[error("no agent runs")]
+    NoAgent,
+    /// `routes plan --exit-code` has printed its operations.
+    #[error("changes are due")]
+    ChangesDue,
     /// Probes did not answer.
     #[error("not confirmed in time, the former configuration is active: {0}")]
     NotConfirmed(String),
@@ -293,11 +347,54 @@ pub enum Error {
 }
 
 impl Cli {
+    /// Reads the command line; ends the process on `--help`, `--version` and wrong usage.
+    #[must_use]
+    pub fn read() -> Self {
+        let matches = command().get_matches();
+        let mut cli = Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+        match &cli.global.output {
+            Some(Output::Json) => cli.global.json = true,
+            Some(Output::Yaml) => {
+                cli.global.json = true;
+                output::choose_yaml();
+            }
+            _ => {}
+        }
+        cli
+    }
+
+    /// Name of a command that ends by itself, for its progress line.
+    const fn task(&self) -> Option<&'static str> {
+        match self.command {
+            Command::Apply(_) => Some("apply"),
+            Command::Confirm(_) => Some("confirm"),
+            Command::Revert(_) => Some("revert"),
+            Command::Check(_) => Some("check"),
+            Command::Status(_) => Some("status"),
+            Command::Flows(_) => Some("flows"),
+            Command::Rules(_) => Some("rules"),
+            Command::Routes(_) => Some("routes"),
+            Command::Ports(_) => Some("ports"),
+            Command::Doctor(_) => Some("doctor"),
+            Command::Down(_) => Some("down"),
+            _ => None,
+        }
+    }
+
     /// Runs the command.
     ///
     /// # Errors
     /// Whatever made it fail, to be shown by [`Error::show`].
     pub fn run(&self) -> Result<(), Error> {
+        if let Some(task) = self.task() {
+            progress::start(task);
+        }
+        let result = self.dispatch();
+        progress::end();
+        result
+    }
+
+    fn dispatch(&self) -> Result<(), Error> {
         match &self.command {
             Command::Check(command) => command.run(&self.global),
             Command::Run(command) => command.run(&self.global),
@@ -310,9 +407,10 @@ impl Cli {
             Command::Rules(command) => command.run(&self.global),
             Command::Monitor(command) => command.run(&self.global),
             Command::Routes(command) => command.run(&self.global),
+            Command::Doctor(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
             Command::Crds(command) => command.run(&self.global),
-            Command::Generate(command) => command.run(),
+            Command::Generate(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
             Command::NodeportRange(command) => command.run(&self.global),
             Command::Ports(command) => command.run(&self.global),
@@ -344,7 +442,9 @@ impl Error {
             | Self::Pool(_)
             | Self::NodeportRange(_)
             | Self::NotReady(_)
-            | Self::Ports(_)
+            | Self::NotDone
+            | Self::NoAgent
+            | Self::ChangesDue
             | Self::Exec(_)
             | Self::Question(_)
             | Self::Silent
@@ -359,9 +459,20 @@ impl Error {
         }
     }
 
+    /// Exit code of the process.
+    #[must_use]
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoAgent | Self::Client(client::Error::NotRunning { .. }) => NOT_RUNNING,
+            Self::ChangesDue => CHANGES_DUE,
+            _ => 1,
+        }
+    }
+
     /// Shows the error: for people on standard error, with `--json` as an object on standard output.
     pub fn show(&self, global: &Global) {
-        if matches!(self, Self::Silent) {
+        if matches!(self, Self::Silent | Self::NoAgent | Self::ChangesDue) {
+            // The result is printed already.
             return;
         }
         // Where neither stream can be written to, the exit code is all that is left.
@@ -394,44 +505,44 @@ impl Error {
     }
 }
 
-/// With colours where they are seen.
-fn renderer() -> Renderer {
-    let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    if colours { Renderer::styled() } else { Renderer::plain() }
-}
-
-/// Shows findings in a configuration to people.
-fn print_diagnostics(diagnostics: &Diagnostics) -> Result<(), Error> {
-    to_stderr(&diagnostics.render(&renderer()))
-}
-
-fn to_stderr(text: &str) -> Result<(), Error> {
-    let written = io::stderr().lock().write_all(text.as_bytes());
-    written.map_err(|source| Error::Stream { action: "cannot write to standard error", source })
-}
-
-/// Prints a result as JSON.
-fn print_json<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Error::Format(error.to_string()))?;
-    print(&format!("{text}\n"))
-}
-
-/// Prints a result. A reader that has seen enough (`| head`) is no failure.
-fn print(text: &str) -> Result<(), Error> {
-    let mut stdout = io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-            Err(Error::Stream { action: "cannot write to standard output", source: error })
-        }
-        _ => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
+
+    /// Visits a command and all below it.
+    fn each(command: &mut clap::Command, visit: &mut impl FnMut(&mut clap::Command)) {
+        visit(command);
+        for below in command.get_subcommands_mut() {
+            each(below, visit);
+        }
+    }
+
+    #[test]
+    fn every_help_fits_80_columns_and_lists_only_own_options() {
+        let mut commands = 0;
+        each(&mut command(), &mut |command| {
+            commands += 1;
+            let name = command.get_bin_name().unwrap_or("bridge-agent").to_owned();
+            for help in [command.render_help().to_string(), command.render_long_help().to_string()] {
+                for line in help.lines() {
+                    assert!(line.chars().count() <= 80, "{name} --help: {line:?}");
+                }
+                assert!(!help.contains("EXEC_PREFIX"), "{name}: a constant's name");
+                assert_eq!(help.contains("--pin-root"), name == "bridge-agent", "{name}: {help}");
+            }
+        });
+        assert!(commands > 25, "only {commands} commands were looked at");
+    }
+
+    #[test]
+    fn hidden_options_still_work_after_the_command() {
+        let matches = command()
+            .try_get_matches_from(["bridge-agent", "routes", "list", "--json", "--pin-root", "/x"])
+            .unwrap();
+        let cli = Cli::from_arg_matches(&matches).unwrap();
+        assert!(cli.global.json);
+        assert_eq!(cli.global.pin_root, PathBuf::from("/x"));
+    }
 
     #[test]
     fn the_definition_is_consistent() {

@@ -7,7 +7,10 @@ use clap::{Args, builder::PossibleValuesParser};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::{Error, Global, block_on, flows, print};
+use super::{
+    Error, Global, block_on, flows,
+    output::{print, reader_left},
+};
 use crate::api::client::{self, Client};
 use crate::datapath::{EventReader, Maps, Verdict, VerdictFilter};
 use crate::routes::RouteEvent;
@@ -25,7 +28,7 @@ pub struct Monitor {
     #[arg(long, value_name = "ADDRESS", value_parser = flows::address)]
     address: Option<IpNet>,
     /// One side has this port
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
     /// End after N events
     #[arg(long, value_name = "N")]
@@ -48,7 +51,7 @@ impl Printer {
         };
         print(&format!("{line}\n"))?;
         self.left = self.left.map(|left| left.saturating_sub(1));
-        Ok(self.left != Some(0))
+        Ok(self.left != Some(0) && !reader_left())
     }
 }
 

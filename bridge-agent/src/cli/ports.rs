@@ -1,18 +1,21 @@
 //! `bridge-agent ports`: leases by hand, and who holds which port.
 
 use std::{
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
-    net::SocketAddr,
-    os::unix::net::UnixStream,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
 };
 
 use clap::{Args, Subcommand, ValueEnum};
-use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
-use super::{Error, Global, print, print_json};
+use super::{
+    Error, Global, block_on,
+    output::{Watch, print, print_json, reader_left},
+    table, time,
+};
+use crate::api::client::{self, Client};
 
-/// Source ports: lease, give back, list, watch
+/// Lease source ports, give them back, list them, watch them.
 #[derive(Debug, Args)]
 pub struct Ports {
     #[command(subcommand)]
@@ -29,7 +32,7 @@ enum Action {
         id: u64,
     },
     /// Print every port in use, and who has it
-    List,
+    List(Watch),
     /// Print leases and refusals as they happen, until interrupted
     Watch,
 }
@@ -37,19 +40,20 @@ enum Action {
 #[derive(Debug, Args)]
 struct Acquire {
     /// Where the ports will lead to, such as 192.168.31.67:443
+    #[arg(value_parser = destination)]
     destination: SocketAddr,
     /// The protocol
     #[arg(long, value_enum, default_value_t)]
     protocol: Protocol,
     /// How many; all or none
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     count: u32,
     /// How long to wait for them, such as 500ms or 5s
-    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = time)]
-    wait: u64,
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    wait: Option<Duration>,
     /// How long to hold them, at most 24h
     #[arg(long = "for", value_name = "TIME", default_value = "60s", value_parser = time)]
-    hold: u64,
+    hold: Duration,
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -59,18 +63,22 @@ enum Protocol {
     Udp,
 }
 
-/// Milliseconds.
-fn time(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let unit = match &text[split..] {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err("write a number and ms, s, m or h, such as 500ms".into()),
-    };
-    let number: u64 = text[..split].parse().map_err(|_| "write a number and a unit, such as 500ms")?;
-    number.checked_mul(unit).ok_or_else(|| "that is longer than anything lasts".into())
+/// Reads an address and a port.
+fn destination(text: &str) -> Result<SocketAddr, String> {
+    const EXAMPLE: &str = "write an address and a port, such as 192.168.31.67:443 or [fd31::67]:443";
+    match (text.parse::<SocketAddr>(), text.parse::<IpAddr>()) {
+        (Ok(address), _) if address.port() == 0 => Err("write a port from 1 to 65535".to_owned()),
+        (Ok(address), _) => Ok(address),
+        (_, Ok(address)) => {
+            Err(format!("the port is missing: write for example {}", SocketAddr::new(address, 443)))
+        }
+        _ => Err(EXAMPLE.to_owned()),
+    }
+}
+
+/// Milliseconds, as the API takes them.
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Ports {
@@ -78,14 +86,18 @@ impl Ports {
         match &self.action {
             Action::Acquire(acquire) => acquire.run(global),
             Action::Release { id } => {
-                ask(global, "DELETE", &format!("/v1/leases/{id}"), None)?;
-                if global.json { print_json(&json!({ "released": id })) } else { Ok(()) }
+                ask(global, async |client| client.delete(&format!("/v1/leases/{id}")).await)?;
+                if global.json {
+                    print_json(&json!({ "released": id }))
+                } else {
+                    print(&format!("Released lease {id}.\n"))
+                }
             }
-            Action::List => {
-                let answer = ask(global, "GET", "/v1/leases", None)?;
-                if global.json { print_json(&answer) } else { print(&table(&answer)) }
-            }
-            Action::Watch => watch(global),
+            Action::List(watch) => watch.repeat(|| {
+                let answer: Value = ask(global, async |client| client.get("/v1/leases").await)?;
+                if global.json { print_json(&answer) } else { print(&table(&answer, global.wide())) }
+            }),
+            Action::Watch => block_on(watch(global)),
         }
     }
 }
@@ -96,10 +108,10 @@ impl Acquire {
             "destination": self.destination,
             "protocol": match self.protocol { Protocol::Tcp => "tcp", Protocol::Udp => "udp" },
             "count": self.count,
-            "waitMs": self.wait,
-            "ttlMs": self.hold,
+            "waitMs": self.wait.map_or(0, milliseconds),
+            "ttlMs": milliseconds(self.hold),
         });
-        let answer = ask(global, "POST", "/v1/leases", Some(&body))?;
+        let answer: Value = ask(global, async |client| client.post("/v1/leases", &body).await)?;
         if global.json {
             return print_json(&answer);
         }
@@ -108,10 +120,12 @@ impl Acquire {
     }
 }
 
-fn table(answer: &Value) -> String {
-    let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
-    table.set_header(["PORT", "DESTINATION", "KIND", "PID", "COMMAND", "CGROUP OR POD", "AGE"]);
+fn table(answer: &Value, wide: bool) -> String {
+    let mut columns = vec!["port", "destination", "kind", "pid", "command", "cgroup or pod", "age"];
+    if wide {
+        columns.extend(["uid", "lease", "cgroup"]);
+    }
+    let mut table = table::table(&columns);
     for port in answer["ports"].as_array().into_iter().flatten() {
         let text = |name: &str| match &port[name] {
             Value::String(text) => text.clone(),
@@ -122,60 +136,48 @@ fn table(answer: &Value) -> String {
         let kind = if port["id"].is_u64() { format!("lease {}", text("id")) } else { text("kind") };
         let place = if port["pod"].is_string() { format!("pod {}", text("pod")) } else { text("cgroup") };
         let age = format!("{:.1} s", port["ageMs"].as_f64().unwrap_or_default() / 1000.0);
-        table.add_row([text("port"), destination, kind, text("pid"), text("command"), place, age]);
+        let mut row = vec![text("port"), destination, kind, text("pid"), text("command"), place, age];
+        if wide {
+            row.extend([text("uid"), text("id"), text("cgroup")]);
+        }
+        table.add_row(row);
     }
-    format!("{table}\n")
+    table::render(&table)
 }
 
-fn watch(global: &Global) -> Result<(), Error> {
-    let mut reader = BufReader::new(send(global, "GET", "/v1/leases/watch", None)?);
-    head(global, &mut reader)?;
-    for line in reader.lines() {
-        let line = line.map_err(|source| gone(global, source))?;
-        print(&format!("{line}\n"))?;
+async fn watch(global: &Global) -> Result<(), Error> {
+    let mut client = Client::connect(&global.agent_socket()).await?;
+    client
+        .lines("/v1/leases/watch", |line| {
+            let line = String::from_utf8_lossy(line);
+            match (global.json, serde_json::from_str::<Value>(&line)) {
+                (false, Ok(event)) => print(&format!("{}\n", sentence(&event)))?,
+                _ => print(&format!("{line}\n"))?,
+            }
+            Ok::<_, Error>(!reader_left())
+        })
+        .await
+}
+
+/// A change of a lease for people: its kind, then its fields.
+fn sentence(event: &Value) -> String {
+    let mut text = event["event"].as_str().unwrap_or("event").to_owned();
+    for (name, value) in event.as_object().into_iter().flatten().filter(|(name, _)| *name != "event") {
+        text += &match value {
+            Value::String(value) => format!(" {name}={value}"),
+            Value::Null => continue,
+            value => format!(" {name}={value}"),
+        };
     }
-    Err(gone(global, io::ErrorKind::UnexpectedEof.into()))
+    text
 }
 
-/// Asks the agent, and answers with the JSON of a success.
-fn ask(global: &Global, method: &str, path: &str, body: Option<&Value>) -> Result<Value, Error> {
-    let mut reader = BufReader::new(send(global, method, path, body)?);
-    let status = head(global, &mut reader)?;
-    let mut text = String::new();
-    reader.read_to_string(&mut text).map_err(|source| gone(global, source))?;
-    let answer: Value = serde_json::from_str(&text).unwrap_or_default();
-    if (200..300).contains(&status) {
-        return Ok(answer);
-    }
-    let reason = answer["error"].as_str().map_or_else(|| format!("status {status}"), str::to_owned);
-    Err(Error::Ports(reason))
-}
-
-/// Version 1.0: the agent ends the connection after the answer, and does not send it in chunks.
-fn send(global: &Global, method: &str, path: &str, body: Option<&Value>) -> Result<UnixStream, Error> {
-    let body = body.map(ToString::to_string).unwrap_or_default();
-    let mut stream = UnixStream::connect(global.agent_socket()).map_err(|source| gone(global, source))?;
-    let length = body.len();
-    // In one write: an agent that refuses a request by its head does not wait for the rest.
-    let request = format!("{method} {path} HTTP/1.0\r\nContent-Length: {length}\r\n\r\n{body}");
-    stream.write_all(request.as_bytes()).map_err(|source| gone(global, source))?;
-    Ok(stream)
-}
-
-/// Reads the head of an answer; its status.
-fn head(global: &Global, reader: &mut BufReader<UnixStream>) -> Result<u16, Error> {
-    let mut lines = reader.lines().map_while(Result::ok);
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok());
-    lines.find(String::is_empty);
-    status.ok_or_else(|| gone(global, io::ErrorKind::InvalidData.into()))
-}
-
-fn gone(global: &Global, source: io::Error) -> Error {
-    Error::Ports(format!(
-        "no agent answers on {}: {source}; is it running (`systemctl status bridge-agent`), has its configuration a \
-         portPool, and may this user open the socket?",
-        global.agent_socket().display()
-    ))
+/// Asks the agent once.
+fn ask<T>(
+    global: &Global,
+    question: impl AsyncFnOnce(&mut Client) -> Result<T, client::Error>,
+) -> Result<T, Error> {
+    block_on(async { Ok(question(&mut Client::connect(&global.agent_socket()).await?).await?) })
 }
 
 #[cfg(test)]
@@ -183,11 +185,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_time_has_a_unit() {
-        assert_eq!(time("500ms"), Ok(500));
-        assert_eq!(time("2h"), Ok(7_200_000));
-        for bad in ["", "5", "s", "-1s", "1.5s", "99999999999999999h"] {
-            assert!(time(bad).is_err(), "{bad}");
+    fn a_destination_without_a_port_is_refused_with_one_that_has_it() {
+        assert_eq!(destination("192.168.31.67:443"), Ok("192.168.31.67:443".parse().unwrap()));
+        for (wrong, right) in [
+            ("192.168.31.67", "192.168.31.67:443"),
+            ("fd31::67", "[fd31::67]:443"),
+            ("192.168.31.67:0", "port from 1 to 65535"),
+            ("plc.example:502", "192.168.31.67:443"),
+            ("", "192.168.31.67:443"),
+        ] {
+            let said = destination(wrong).unwrap_err();
+            assert!(said.contains(right), "{wrong}: {said}");
+            assert_eq!(said.lines().count(), 1, "{said}");
         }
+    }
+
+    #[test]
+    fn a_change_of_a_lease_reads_as_a_line() {
+        let event = json!({ "event": "acquired", "id": 7, "port": 61001, "pod": null, "destination": "192.168.31.67:443" });
+        assert_eq!(sentence(&event), "acquired destination=192.168.31.67:443 id=7 port=61001");
     }
 }

@@ -5,7 +5,11 @@ use std::fmt::Write as _;
 use clap::{Args, Subcommand};
 
 use super::export::Export;
-use super::{Error, Global, nobody_keeps_routes, print, print_json, table};
+use super::{
+    Error, Global, nobody_keeps_routes,
+    output::{Watch, print, print_json},
+    table,
+};
 use crate::config;
 use crate::routes::sources::FileError;
 use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, withdrawal};
@@ -20,9 +24,13 @@ pub struct Routes {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Show every route that is wanted, where it comes from, and whether the kernel has it
-    List,
+    List(Watch),
     /// Show the operations that are due
-    Plan,
+    Plan {
+        /// Exit with 4 when an operation is due or a route is refused
+        #[arg(long)]
+        exit_code: bool,
+    },
     /// Bring the kernel into line, once; `bridge-agent run` does it for good
     Apply {
         /// Show the operations, and do nothing
@@ -42,8 +50,14 @@ enum Action {
 impl Routes {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         match &self.action {
-            Action::List => list(global),
-            Action::Plan => show_plan(&compare(global)?, global),
+            Action::List(watch) => watch.repeat(|| list(global)),
+            Action::Plan { exit_code } => {
+                let comparison = compare(global)?;
+                show_plan(&comparison, global)?;
+                let plan = &comparison.plan;
+                let due = !plan.operations.is_empty() || plan.verdicts.iter().any(|v| v.refusal().is_some());
+                if *exit_code && due { Err(Error::ChangesDue) } else { Ok(()) }
+            }
             Action::Apply { dry_run: true } => show_plan(&compare(global)?, global),
             Action::Apply { dry_run: false } => {
                 let mut comparison = compare(global)?;

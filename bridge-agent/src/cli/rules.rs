@@ -4,7 +4,11 @@ use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::{Error, Global, print, print_json, table};
+use super::{
+    Error, Global,
+    output::{Watch, print, print_json},
+    table,
+};
 use crate::agent::{self, PacketFilterKind};
 use crate::config;
 use crate::datapath::{self, Maps, RuleCount};
@@ -20,6 +24,8 @@ pub struct Rules {
     /// Only rules that have decided about a flow
     #[arg(long)]
     hit: bool,
+    #[command(flatten)]
+    watch: Watch,
     #[command(subcommand)]
     action: Option<Action>,
 }
@@ -55,7 +61,7 @@ struct Row {
     action: String,
     /// Flows that the rule decided about in eBPF; absent without that engine.
     #[serde(skip_serializing_if = "Option::is_none")]
-    packets: Option<u64>,
+    hits: Option<u64>,
     /// Length of their first packets.
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes: Option<u64>,
@@ -90,6 +96,10 @@ impl Rules {
             Some(Action::Render { format: Format::Nftables, .. }) => return render_nftables(global),
             None => {}
         }
+        self.watch.repeat(|| self.show(global))
+    }
+
+    fn show(&self, global: &Global) -> Result<(), Error> {
         let filter = filter_hits(global);
         let mut rows = match (Maps::open(&global.pins()), filter) {
             (Ok(maps), filter) => of_ebpf(maps.rule_counts()?, filter.as_ref()),
@@ -99,7 +109,7 @@ impl Rules {
             (Err(error), _) => return Err(error.into()),
         };
         let was_hit = |row: &Row| {
-            row.packets
+            row.hits
                 .or(row.iptables.or(row.nftables).map(|hits| hits.packets))
                 .is_some_and(|packets| packets > 0)
         };
@@ -109,18 +119,21 @@ impl Rules {
         }
         let any = |has: fn(&Row) -> bool| rows.iter().any(has);
         let (ebpf, iptables, nftables) = (
-            any(|row| row.packets.is_some()),
+            any(|row| row.hits.is_some()),
             any(|row| row.iptables.is_some()),
             any(|row| row.nftables.is_some()),
         );
-        let mut header = vec!["rule", "direction", "action"];
-        header.extend(["new flows", "bytes"].into_iter().filter(|_| ebpf));
-        header.extend(iptables.then_some("iptables packets"));
-        header.extend(nftables.then_some("nftables packets"));
+        let mut header = Vec::from_iter(global.wide().then_some("index"));
+        header.extend(["rule", "direction", "action"]);
+        header.extend(["hits", "bytes"].into_iter().filter(|_| ebpf));
+        header.extend(iptables.then_some("iptables hits"));
+        header.extend(nftables.then_some("nftables hits"));
         let mut table = table::table(&header);
         for row in rows {
-            let mut cells = vec![row.name, row.direction, row.action];
-            cells.extend([row.packets, row.bytes].into_iter().flatten().map(|count| count.to_string()));
+            let index = row.index.map(|index| index.to_string()).unwrap_or_default();
+            let mut cells = Vec::from_iter(global.wide().then_some(index));
+            cells.extend([row.name, row.direction, row.action]);
+            cells.extend([row.hits, row.bytes].into_iter().flatten().map(|count| count.to_string()));
             cells.extend(row.iptables.or(row.nftables).map(|hits| hits.packets.to_string()));
             table.add_row(cells);
         }
@@ -139,7 +152,7 @@ fn of_ebpf(rules: Vec<RuleCount>, filter: Option<&FilterHits>) -> Vec<Row> {
             name: rule.name,
             direction: rule.direction,
             action: rule.action,
-            packets: Some(rule.packets),
+            hits: Some(rule.hits),
             bytes: Some(rule.bytes),
             iptables,
             nftables,
@@ -158,7 +171,7 @@ fn of_filter(policy: &Policy, filter: &FilterHits) -> Vec<Row> {
             name: rule.name.clone(),
             direction: format!("{:?}", rule.direction).to_lowercase(),
             action: format!("{:?}", rule.action).to_lowercase(),
-            packets: None,
+            hits: None,
             bytes: None,
             iptables,
             nftables,
@@ -171,13 +184,25 @@ fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {
     let loaded = config::load(&global.config)?;
     let family = if ipv6 { Family::V6 } else { Family::V4 };
     let options = agent::firewall_settings(&loaded.config).options;
-    print(&render::restore_input(&loaded.policy(), &options, family))
+    let program = if ipv6 { "ip6tables-restore" } else { "iptables-restore" };
+    print_rules(global, "iptables", program, &render::restore_input(&loaded.policy(), &options, family))
 }
 
 fn render_nftables(global: &Global) -> Result<(), Error> {
     let loaded = config::load(&global.config)?;
     let options = agent::nftables_settings(&loaded.config).options;
-    print(&nftables::script(&nftables::render::ruleset(&loaded.policy(), &options)))
+    let text = nftables::script(&nftables::render::ruleset(&loaded.policy(), &options));
+    print_rules(global, "nftables", "nft", &text)
+}
+
+/// Prints rules in the format of another program.
+fn print_rules(global: &Global, format: &str, program: &str, text: &str) -> Result<(), Error> {
+    if global.json {
+        return print_json(
+            &serde_json::json!({ "ok": true, "format": format, "program": program, "text": text }),
+        );
+    }
+    print(text)
 }
 
 /// Returns the hits of the packet filter that has rules of bridge.
@@ -195,7 +220,7 @@ fn nftables_hits() -> Option<BTreeMap<String, Hits>> {
 
 /// Returns the hits that iptables counted by rule; `None` if it has no rules of bridge. The configuration only names
 /// the back end.
-fn iptables_hits(global: &Global) -> Option<BTreeMap<String, Hits>> {
+pub(super) fn iptables_hits(global: &Global) -> Option<BTreeMap<String, Hits>> {
     let settings = config::load(&global.config).map(|loaded| agent::firewall_settings(&loaded.config));
     let firewall = Iptables::new(settings.unwrap_or_default()).ok()?;
     firewall.hits().ok().filter(|hits| !hits.is_empty())

@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Error, Global, block_on, print, print_json};
+use super::{
+    Error, Global, block_on,
+    output::{Watch, print, print_json},
+};
 use crate::api::client::{self, Client};
 use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
@@ -15,12 +18,14 @@ use crate::state::{
     RoutesStatus, Status, TrialEnd, TrialOutcome, TrialStatus,
 };
 
-/// Show the active enforcement, whether the agent runs or not; exit code 1: nothing is enforced.
+/// Show the active enforcement, whether the agent runs or not; exit code 3: no agent runs.
 #[derive(Debug, Args)]
 pub struct StatusCommand {
     /// Only ask whether the agent runs and its whole configuration is applied; exit code 1: it is not
     #[arg(long)]
     ready: bool,
+    #[command(flatten)]
+    watch: Watch,
 }
 
 /// State found in the pins, of whichever agent made them.
@@ -53,20 +58,33 @@ impl StatusCommand {
         if self.ready {
             return ready(global);
         }
-        let agent = match block_on(ask(global)) {
-            Ok(status) => Some(status),
-            Err(Error::Client(client::Error::NotRunning { .. })) => None,
-            Err(error) => return Err(error),
-        };
-        let enforcement = match Maps::open(&global.pins()) {
-            Ok(maps) => Some(Kernel::read(&maps)?),
-            // A host has an agent and no enforcement.
-            Err(datapath::Error::NotRunning(_)) if agent.is_some() => None,
-            Err(error) => return Err(error.into()),
-        };
-        let report = Report { running: agent.is_some(), agent, enforcement };
-        if global.json { print_json(&report) } else { print(&report.text()) }
+        self.watch.repeat(|| match show(global) {
+            // It runs when it is started: the next look shows it.
+            Err(Error::NoAgent) if self.watch.is_on() => Ok(()),
+            shown => shown,
+        })
     }
+}
+
+fn show(global: &Global) -> Result<(), Error> {
+    let agent = match block_on(ask(global)) {
+        Ok(status) => Some(status),
+        Err(Error::Client(client::Error::NotRunning { .. })) => None,
+        Err(error) => return Err(error),
+    };
+    let enforcement = match Maps::open(&global.pins()) {
+        Ok(maps) => Some(Kernel::read(&maps)?),
+        // A host has an agent and no enforcement.
+        Err(datapath::Error::NotRunning(_)) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let report = Report { running: agent.is_some(), agent, enforcement };
+    if global.json {
+        print_json(&report)?
+    } else {
+        print(&report.text())?
+    }
+    if report.running { Ok(()) } else { Err(Error::NoAgent) }
 }
 
 /// For a readiness probe: nothing but the agent is asked.
@@ -114,7 +132,10 @@ impl Report {
                     format!("running, pid {pid}, version {version}, role {role}, since {started}, {config}"),
                 );
             }
-            None => line("agent", "not running; enforcement stays active".into()),
+            None if self.enforcement.is_some() => {
+                line("agent", "not running; enforcement stays active".into())
+            }
+            None => line("agent", "not running".into()),
         }
         if let Some(kernel) = &self.enforcement {
             let Kernel { generation, mode, rules, interfaces, flows, trial, denied, fast_path } = kernel;

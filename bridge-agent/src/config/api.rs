@@ -19,6 +19,7 @@ const MAX_SOCKET_PATH: usize = 107;
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Api {
     /// The unix socket of the HTTP API.
+    #[schemars(extend("examples" = ["/run/bridge/agent.sock"]))]
     pub socket: AbsolutePath,
     /// The permission bits of the socket, in octal.
     pub mode: FileMode,

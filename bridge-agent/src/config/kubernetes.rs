@@ -12,6 +12,7 @@ use super::report::{Path, Report};
 pub struct Kubernetes {
     /// The kubeconfig file to connect with, outside a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["/etc/bridge/kubeconfig"]))]
     pub kubeconfig: Option<AbsolutePath>,
     /// The context of the kubeconfig. Left out: its current context.
     #[serde(skip_serializing_if = "Option::is_none")]

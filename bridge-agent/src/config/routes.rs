@@ -28,6 +28,7 @@ pub struct Routes {
     pub fixed: Vec<StaticRoute>,
     /// A file that describes the nodes of the cluster and their pod networks, read again whenever it changes.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["/etc/bridge/cluster.yaml"]))]
     pub file: Option<AbsolutePath>,
     /// The routing table the routes are put in. 254 is the main table.
     #[schemars(range(min = 1))]

@@ -44,9 +44,9 @@ pub struct RuleCount {
     pub direction: String,
     /// `allow` or `deny`.
     pub action: String,
-    /// First packets of flows.
-    pub packets: u64,
-    /// Their lengths from the link layer header on, in bytes.
+    /// New flows that the rule decided about.
+    pub hits: u64,
+    /// Lengths of their first packets from the link layer header on, in bytes.
     pub bytes: u64,
 }
 
@@ -92,7 +92,7 @@ impl Maps {
                 name: rule_name(rule),
                 direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
                 action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
-                packets: hits.packets,
+                hits: hits.packets,
                 bytes: hits.bytes,
             })
             .collect())

@@ -194,10 +194,9 @@ pub(super) fn load_error(error: EbpfError) -> Error {
                 Some(libc::EPERM) => {
                     Error::Capability { missing: "CAP_BPF, or a larger `ulimit -l` below Linux 5.11".into() }
                 }
-                Some(libc::EINVAL) if name == "events" => Error::Kernel {
-                    feature: "BPF ring buffers",
-                    remedy: "Linux 5.8 has them; the floor of bridge is 5.15",
-                },
+                Some(libc::EINVAL) if name == "events" => {
+                    Error::Kernel { feature: "BPF ring buffers", remedy: "bridge needs Linux 6.1 or later" }
+                }
                 _ => Error::Load(Box::new(error)),
             }
         }

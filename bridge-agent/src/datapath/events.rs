@@ -21,7 +21,7 @@ use crate::kernel::clock;
 
 use super::{
     error::{Error, Result},
-    flows::{RuleNames, protocol_name},
+    flows::{InvalidFilter, RuleNames, known, protocol_name},
     maps::{Maps, now},
 };
 
@@ -74,6 +74,16 @@ pub struct VerdictFilter {
 }
 
 impl VerdictFilter {
+    /// Refuses values that no verdict has.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidFilter`].
+    pub fn checked(self) -> std::result::Result<Self, InvalidFilter> {
+        known(self.verdict.as_ref(), &verdict::NAMES)?;
+        if self.port == Some(0) { Err(InvalidFilter::Port) } else { Ok(self) }
+    }
+
     /// Whether the verdict is meant.
     #[must_use]
     pub fn matches(&self, verdict: &Verdict) -> bool {

@@ -135,6 +135,56 @@ pub fn protocol_name(number: u8) -> String {
     }
 }
 
+/// Returns the shown form of a protocol that is given by name or number.
+#[must_use]
+pub fn protocol_of(text: &str) -> Option<String> {
+    const NAMES: [&str; 5] = ["icmp", "tcp", "udp", "icmpv6", "sctp"];
+    let text = text.to_ascii_lowercase();
+    match text.parse::<u8>() {
+        Ok(number) => Some(protocol_name(number)),
+        Err(_) => NAMES.contains(&text.as_str()).then_some(text),
+    }
+}
+
+/// A value of a filter that no flow can have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidFilter {
+    #[error("{0:?} is no protocol; write tcp, udp, sctp, icmp, icmpv6, or a number from 0 to 255")]
+    Protocol(String),
+    #[error("{given:?} is none of {}", .known.join(", "))]
+    Name { given: String, known: &'static [&'static str] },
+    #[error("port 0 is no port; write one from 1 to 65535")]
+    Port,
+}
+
+impl FlowFilter {
+    /// Brings the filter into the form in which flows show these values.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidFilter`].
+    pub fn checked(mut self) -> std::result::Result<Self, InvalidFilter> {
+        if let Some(text) = self.protocol.take() {
+            self.protocol = Some(protocol_of(&text).ok_or(InvalidFilter::Protocol(text))?);
+        }
+        known(self.state.as_ref(), &state::NAMES[1..])?;
+        if self.port == Some(0) { Err(InvalidFilter::Port) } else { Ok(self) }
+    }
+}
+
+/// Refuses a name that is not one of these.
+pub(super) fn known(
+    given: Option<&String>,
+    known: &'static [&'static str],
+) -> std::result::Result<(), InvalidFilter> {
+    match given {
+        Some(given) if !known.contains(&given.as_str()) => {
+            Err(InvalidFilter::Name { given: given.clone(), known })
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Maps {
     /// The names of all rules that are still held.
     ///

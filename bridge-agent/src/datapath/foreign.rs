@@ -4,15 +4,17 @@
 //! to the other end of an interface, any of those where it would go out.
 
 use crate::kernel::bpf;
-use std::io;
+use std::{io, os::fd::AsFd as _};
 
 use bridge_common::filter::fast_path::ability;
+use netlink_packet_route::tc::TcMessage;
 
 use super::{
     clsact,
     error::{Error, Result},
     hook::{Hook, Role},
     load::Datapath,
+    pins::Pins,
     target::Target,
 };
 
@@ -87,6 +89,35 @@ impl Datapath {
         }
         Ok(foreign)
     }
+}
+
+/// Counts programs of others that see packets before bridge's own, over the hooks of an interface. None of them counts where
+/// bridge is not attached: it attaches itself before them.
+///
+/// # Errors
+///
+/// Of `bpf(2)` and netlink.
+pub fn programs_before(pins: &Pins, target: &Target) -> io::Result<usize> {
+    let mut before = 0;
+    for hook in target.role.hooks() {
+        let own = match bpf::obj_get(&pins.link(&target.name, *hook)) {
+            Ok(link) => Some(bpf::tcx_link_info(link.as_fd())?.0),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        before += match own {
+            Some(own) => {
+                let ids = bpf::tcx_programs(target.index, hook.tcx())?;
+                ids.iter().position(|id| *id == own).unwrap_or(0)
+            }
+            None => {
+                let filters = clsact::filters(target.index, hook.attach_type())?;
+                let own = |filter: &&TcMessage| clsact::is_own(filter.header.handle.into());
+                filters.iter().position(|filter| own(&filter)).unwrap_or(0)
+            }
+        };
+    }
+    Ok(before)
 }
 
 /// Whether there are programs of others at a hook.

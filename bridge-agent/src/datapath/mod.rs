@@ -31,7 +31,10 @@ pub use down::{Removed, down, undo};
 pub use error::{Error, Result};
 pub use events::{EventReader, Verdict, VerdictFilter};
 pub use fast_path::{FastPath, OutcomeCount};
-pub use flows::{FlowCounts, FlowFilter, FlowView, RuleNames, is_usable, protocol_name};
+pub use flows::{
+    FlowCounts, FlowFilter, FlowView, InvalidFilter, RuleNames, is_usable, protocol_name, protocol_of,
+};
+pub use foreign::programs_before;
 pub use hook::{Hook, Role};
 pub use load::{CacheSize, Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};

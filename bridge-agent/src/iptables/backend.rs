@@ -60,6 +60,17 @@ fn decide(wanted: Option<Backend>, default: Backend, nft: Usage, legacy: Usage) 
     Choice { backend, warning }
 }
 
+/// Returns the rules of x_tables as iptables-legacy-save prints them; `None` if there are none, or no program to print them.
+pub(crate) fn legacy_rules(programs: &Programs, family: Family) -> Option<String> {
+    // Asking iptables-legacy for tables would make them.
+    if kernel::legacy_tables(family).is_empty() {
+        return None;
+    }
+    let save = programs.tool(family, Backend::Legacy, "-save").ok()?;
+    let output = programs.run(&save, [""; 0], None).ok()?;
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
 fn usage(programs: &Programs, backend: Backend) -> Result<Usage, Error> {
     let mut usage = Usage::default();
     for family in Family::ALL {

@@ -12,6 +12,7 @@ mod budgets;
 mod cluster;
 mod connect;
 mod engines;
+pub(crate) mod examine;
 mod follow;
 mod networks;
 mod objects;

@@ -69,12 +69,17 @@ impl Netns {
 
     /// Runs `command` inside the namespace to its end and returns its standard output. A failure is an error with its
     /// standard error.
-    pub fn output(&self, mut command: Command) -> Result<String> {
+    pub fn output(&self, command: Command) -> Result<String> {
+        self.output_with(command, &[])
+    }
+
+    /// As [`Netns::output`], with the exit codes that are no failure where there is output.
+    pub fn output_with(&self, mut command: Command, fine: &[i32]) -> Result<String> {
         let shown = format!("{command:?}");
         let output =
             self.run(|| command.output()).with_context(|| format!("start {shown} (is it installed?)"))?;
         anyhow::ensure!(
-            output.status.success(),
+            output.status.success() || output.status.code().is_some_and(|code| fine.contains(&code)),
             "{shown} in {}: {}: {}",
             self.name,
             output.status,

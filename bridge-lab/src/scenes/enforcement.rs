@@ -230,7 +230,7 @@ fn counts(stage: &mut Stage) -> Result<(u64, u64)> {
         .find(|rule| rule["rule"] == "lan-to-pod" || rule["name"] == "lan-to-pod");
     let rule = rule.with_context(|| format!("the rule lan-to-pod in {rules}"))?;
     Ok((
-        rule["packets"].as_u64().context("packets")?,
+        rule["hits"].as_u64().context("hits")?,
         rule["iptables"]["packets"].as_u64().context("packets in iptables")?,
     ))
 }

@@ -116,7 +116,7 @@ fn by_discovery(_: &mut Stage) -> Result<Seen> {
     let agent = Agent::start(&lab, a, &config(&discovery))?;
     for family in Family::BOTH {
         let to = a.at(family, DISCOVERY).to_string();
-        let mut probe = agent.command(&["discover", "probe", &to, "--lifetime", "5"]);
+        let mut probe = agent.command(&["discover", "probe", &to, "--lifetime", "5s"]);
         probe.arg("--key-file").arg(&key);
         c1.netns.output(probe).with_context(|| format!("announce the pod to {to}:\n{}", agent.log()))?;
     }

@@ -19,7 +19,7 @@ const ROUNDS: usize = 20;
 fn said_of(agent: &Agent, port: u16) -> Result<Vec<String>> {
     let flows = json(agent, &["flows", "--port", &port.to_string()])?;
     let of = |flow: &Value| flow["fastPath"].as_str().map(ToOwned::to_owned).context("fastPath");
-    flows.as_array().context("flows")?.iter().map(of).collect()
+    flows["flows"].as_array().context("flows")?.iter().map(of).collect()
 }
 
 #[test]

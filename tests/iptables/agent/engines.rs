@@ -26,11 +26,7 @@ fn both_engines_hold_the_same_rules_and_count_the_same_packets() -> Result<()> {
         let rules = json(&agent, &["rules"])?;
         let api = rule(&rules, "api")?;
         // A flow in each family; iptables sees its first packet, then connection tracking knows it.
-        assert_eq!(
-            (api["packets"].as_u64(), api["iptables"]["packets"].as_u64()),
-            (Some(2), Some(2)),
-            "{api}"
-        );
+        assert_eq!((api["hits"].as_u64(), api["iptables"]["packets"].as_u64()), (Some(2), Some(2)), "{api}");
         // What eBPF refuses does not come as far as iptables.
         let saved = node.run("iptables-save -c -t filter")?;
         let denies = saved.lines().filter(|line| line.contains("-A BRIDGE-DENY"));
@@ -96,7 +92,7 @@ fn a_reload_switches_both_engines() -> Result<()> {
         }
         let opened = rule(&json(&agent, &["rules"])?, "more")?;
         assert_eq!(
-            (opened["packets"].as_u64(), opened["iptables"]["packets"].as_u64()),
+            (opened["hits"].as_u64(), opened["iptables"]["packets"].as_u64()),
             (Some(2), Some(2)),
             "{opened}"
         );

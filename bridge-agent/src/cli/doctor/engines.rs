@@ -1,0 +1,90 @@
+//! Back ends of iptables, programs of others, pins of other versions, and the interfaces.
+
+use super::{Context, Finding};
+use crate::{
+    agent::firewall_settings,
+    datapath::{self, Role},
+    iptables::{Programs, backend},
+};
+
+pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
+    if context.node().is_none() {
+        return vec![Finding::not_run("engines", "this is no node: a LAN host enforces nothing")];
+    }
+    vec![backends(context), interfaces(context), programs(context), pins(context)]
+}
+
+fn backends(context: &Context<'_>) -> Finding {
+    const CHECK: &str = "engines.iptables-backends";
+    let wanted = context.config.as_ref().and_then(|config| firewall_settings(config).backend);
+    match backend::choose(&Programs::default(), wanted) {
+        Ok(backend::Choice { backend, warning: None }) => {
+            Finding::ok(CHECK, format!("rules are in iptables-{} only", backend.name()))
+        }
+        Ok(backend::Choice { warning: Some(warning), .. }) => {
+            let (seen, remedy) = warning.split_once(". ").unwrap_or((&warning, "see docs/iptables.md"));
+            Finding::warn(CHECK, seen, remedy)
+        }
+        Err(error) => Finding::not_run(CHECK, error.to_string()),
+    }
+}
+
+fn interfaces(context: &Context<'_>) -> Finding {
+    const CHECK: &str = "engines.interfaces";
+    let names = |external: bool| {
+        let side =
+            context.chosen.targets.iter().filter(move |target| (target.role == Role::External) == external);
+        side.map(|target| target.name.as_str()).collect::<Vec<_>>()
+    };
+    let (lan, pods) = (names(true), names(false));
+    if lan.is_empty() {
+        return Finding::fail(
+            CHECK,
+            "no interface leads to networks.external",
+            "nothing from the LAN would be judged: name it in enforcement.interfaces.external, or add the route",
+        );
+    }
+    if pods.is_empty() {
+        return Finding::warn(
+            CHECK,
+            format!("LAN: {}; none leads to networks.pods", lan.join(", ")),
+            "as long as no pod runs here this is expected; else name them in enforcement.interfaces.internal",
+        );
+    }
+    Finding::ok(CHECK, format!("LAN: {}; pods: {}", lan.join(", "), pods.join(", ")))
+}
+
+fn programs(context: &Context<'_>) -> Finding {
+    const CHECK: &str = "engines.foreign-programs";
+    let mut alien = Vec::new();
+    for target in &context.chosen.targets {
+        match datapath::programs_before(&context.global.pins(), target) {
+            Ok(0) => {}
+            Ok(count) => alien.push(format!("{count} on {}", target.name)),
+            Err(error) => return Finding::not_run(CHECK, format!("hooks of {}: {error}", target.name)),
+        }
+    }
+    if alien.is_empty() {
+        return Finding::ok(CHECK, "no program of others is before bridge's own");
+    }
+    Finding::warn(
+        CHECK,
+        format!("programs of others are first: {}", alien.join(", ")),
+        "they may pass packets before bridge judges them: `bpftool net show dev NAME` names them; restart the agent to move \
+         bridge's to the front",
+    )
+}
+
+fn pins(context: &Context<'_>) -> Finding {
+    const CHECK: &str = "engines.pins";
+    let pins = context.global.pins();
+    match (pins.exist(), pins.exist_of_any_version()) {
+        (true, _) => Finding::ok(CHECK, format!("{} is of this version", pins.directory().display())),
+        (false, false) => Finding::ok(CHECK, format!("nothing is pinned below {}", pins.root().display())),
+        (false, true) => Finding::warn(
+            CHECK,
+            format!("{} has pins of another version", pins.root().display()),
+            "that version enforces until an agent of this one starts and takes them over",
+        ),
+    }
+}

@@ -1,0 +1,238 @@
+//! `bridge-agent doctor`: finds settings of this machine that keep bridge from working, without a running agent.
+
+mod agent;
+mod cluster;
+mod engines;
+mod forwarding;
+mod host;
+mod kernel;
+mod netfilter;
+mod ports;
+
+use std::fmt::Write as _;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::{
+    Error, Global,
+    output::{print, print_json},
+    progress,
+};
+use crate::{
+    config::{self, Config, Role},
+    interfaces::{Chosen, Observer, Selection, Snapshot},
+};
+
+/// Find settings of this machine that keep bridge from working.
+///
+/// Needs no running agent; as root it sees everything. Exit code 1: a check failed.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Only these checks; `node` is kernel, forwarding, engines and ports
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Scope>,
+}
+
+/// A group of checks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Scope {
+    /// Everything but the cluster, the routes of a LAN host and the agent.
+    Node,
+    /// eBPF, file systems, capabilities.
+    Kernel,
+    /// Settings and rules that drop or change forwarded packets.
+    Forwarding,
+    /// Back ends of iptables, programs of others, pins, interfaces.
+    Engines,
+    /// The port pool.
+    Ports,
+    /// The API server.
+    Cluster,
+    /// Routes of a LAN host.
+    Host,
+    /// The running agent.
+    Agent,
+}
+
+/// Result of a check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Outcome {
+    Ok,
+    Warn,
+    Fail,
+    NotRun,
+}
+
+impl Outcome {
+    const fn shown(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Fail => "FAIL",
+            Self::NotRun => "NOT RUN",
+        }
+    }
+}
+
+/// A check and its result.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Finding {
+    /// Its name, such as `forwarding.ip-forward`.
+    pub(super) check: &'static str,
+    pub(super) outcome: Outcome,
+    /// Facts that were found, or the reason why the check was not run.
+    pub(super) seen: String,
+    /// One line: the consequence and the remedy.
+    #[serde(rename = "do", skip_serializing_if = "Option::is_none")]
+    pub(super) remedy: Option<String>,
+}
+
+impl Finding {
+    fn ok(check: &'static str, seen: impl Into<String>) -> Self {
+        Self { check, outcome: Outcome::Ok, seen: seen.into(), remedy: None }
+    }
+
+    fn not_run(check: &'static str, reason: impl Into<String>) -> Self {
+        Self { check, outcome: Outcome::NotRun, seen: reason.into(), remedy: None }
+    }
+
+    fn warn(check: &'static str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, outcome: Outcome::Warn, seen: seen.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn fail(check: &'static str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { check, outcome: Outcome::Fail, seen: seen.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+/// Facts that several checks need.
+struct Context<'a> {
+    global: &'a Global,
+    /// The configuration, where it is valid.
+    config: Option<Config>,
+    /// Links, addresses and routes.
+    snapshot: Snapshot,
+    /// Interfaces towards LAN and pods.
+    chosen: Chosen,
+}
+
+impl<'a> Context<'a> {
+    fn new(global: &'a Global, config: Option<Config>) -> Self {
+        let selection = config.as_ref().map(selection).unwrap_or_default();
+        // Without names, so that routes to the LAN are read as well.
+        let by_route = Selection { external: Vec::new(), internal: Vec::new(), ..selection.clone() };
+        let read = Observer::open().and_then(|mut observer| observer.snapshot(&by_route));
+        let snapshot = read.unwrap_or_default();
+        let chosen = selection.choose(&snapshot);
+        Self { global, config, snapshot, chosen }
+    }
+
+    /// The configuration of a node; `None` on a LAN host.
+    fn node(&self) -> Option<&Config> {
+        self.config.as_ref().filter(|config| config.role == Role::Node)
+    }
+}
+
+fn selection(config: &Config) -> Selection {
+    let interfaces = config.enforcement.interfaces.clone();
+    let networks = |list: &[config::Network]| list.iter().map(|network| network.net()).collect();
+    Selection {
+        external: interfaces.external,
+        internal: interfaces.internal,
+        external_networks: networks(&config.networks.external),
+        pod_networks: networks(&config.networks.pods),
+    }
+}
+
+impl Doctor {
+    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+        let findings = examine(global, |scope| self.wants(scope));
+        progress::end();
+        if global.json {
+            print_json(&serde_json::json!({ "ok": !failed(&findings), "checks": findings }))?;
+        } else {
+            print(&text(&findings))?;
+        }
+        if failed(&findings) { Err(Error::Silent) } else { Ok(()) }
+    }
+
+    fn wants(&self, scope: Scope) -> bool {
+        const NODE: [Scope; 4] = [Scope::Kernel, Scope::Forwarding, Scope::Engines, Scope::Ports];
+        let all = self.only.is_empty();
+        all || self.only.contains(&scope) || self.only.contains(&Scope::Node) && NODE.contains(&scope)
+    }
+}
+
+fn failed(findings: &[Finding]) -> bool {
+    findings.iter().any(|finding| finding.outcome == Outcome::Fail)
+}
+
+fn examine(global: &Global, wants: impl Fn(Scope) -> bool) -> Vec<Finding> {
+    let (config, finding) = configuration(global);
+    let context = Context::new(global, config);
+    let mut findings = vec![finding];
+    let groups: [(Scope, fn(&Context<'_>) -> Vec<Finding>); 7] = [
+        (Scope::Kernel, kernel::check),
+        (Scope::Forwarding, forwarding::check),
+        (Scope::Engines, engines::check),
+        (Scope::Ports, ports::check),
+        (Scope::Host, host::check),
+        (Scope::Cluster, cluster::check),
+        (Scope::Agent, agent::check),
+    ];
+    for (scope, check) in groups {
+        if wants(scope) {
+            findings.extend(check(&context));
+        }
+    }
+    findings
+}
+
+fn configuration(global: &Global) -> (Option<Config>, Finding) {
+    const CHECK: &str = "config";
+    let path = global.config.display();
+    match config::load(&global.config) {
+        Ok(loaded) => {
+            let role = if loaded.config.role == Role::Node { "node" } else { "host" };
+            let found = format!("{path} is valid, role {role}");
+            (Some(loaded.config), Finding::ok(CHECK, found))
+        }
+        Err(_) if !global.config.exists() => {
+            let reason = format!("there is no {path}; checks that depend on it are not run");
+            (None, Finding::not_run(CHECK, reason))
+        }
+        Err(errors) => {
+            let count = errors.0.list.len();
+            let remedy = format!("`bridge-agent check {path}` shows the errors with their lines");
+            (None, Finding::fail(CHECK, format!("{path} has {count} errors"), remedy))
+        }
+    }
+}
+
+fn text(findings: &[Finding]) -> String {
+    let mut text = String::new();
+    for Finding { check, outcome, seen, remedy } in findings {
+        // Writing to a string does not fail.
+        _ = writeln!(text, "{:7} {check}: {seen}", outcome.shown());
+        if let Some(remedy) = remedy {
+            _ = writeln!(text, "        do: {remedy}");
+        }
+    }
+    let count = |wanted| findings.iter().filter(|finding| finding.outcome == wanted).count();
+    _ = writeln!(
+        text,
+        "{} ok, {} warn, {} failed, {} not run",
+        count(Outcome::Ok),
+        count(Outcome::Warn),
+        count(Outcome::Fail),
+        count(Outcome::NotRun)
+    );
+    text
+}
+
+/// Reads a file of the kernel, without the newline at its end.
+fn read(path: &str) -> Option<String> {
+    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
+}

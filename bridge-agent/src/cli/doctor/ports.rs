@@ -1,0 +1,49 @@
+//! The port pool against other users of ports.
+
+use super::{Context, Finding};
+use crate::{
+    nodeport_range::listeners,
+    pool::{checks, ports::PortSet},
+};
+
+pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
+    const CHECK: &str = "ports";
+    let Some(pool) = context.config.as_ref().and_then(|config| config.port_pool.as_ref()) else {
+        return vec![Finding::not_run(CHECK, "no portPool is configured")];
+    };
+    let ports: PortSet = pool.available().into_iter().collect();
+    let mut findings: Vec<Finding> = checks::look(&ports)
+        .into_iter()
+        .filter(|warning| !(warning.masquerade && pool.masquerade))
+        .map(|warning| Finding::warn(name(&warning.problem), warning.problem, warning.remedy))
+        .collect();
+    if findings.is_empty() {
+        findings.push(Finding::ok("ports.settings", "no port of the pool is given to other programs"));
+    }
+    findings.push(occupied(&ports));
+    findings
+}
+
+/// Name of the check that a problem belongs to.
+fn name(problem: &str) -> &'static str {
+    match problem {
+        text if text.contains("tcp_timestamps") => "ports.timestamps",
+        text if text.contains("ip_local_port_range") => "ports.ephemeral",
+        _ => "ports.masquerade",
+    }
+}
+
+fn occupied(ports: &PortSet) -> Finding {
+    const CHECK: &str = "ports.listeners";
+    match listeners::read(|port| ports.contains(port)) {
+        Err(error) => Finding::not_run(CHECK, format!("sockets cannot be listed: {error}")),
+        Ok(listeners) => match listeners.first() {
+            None => Finding::ok(CHECK, "no program listens on a port of the pool"),
+            Some(first) => Finding::warn(
+                CHECK,
+                format!("{} sockets on ports of the pool, such as {first}", listeners.len()),
+                "the pool cannot give these ports: move the program to another port, or take the port out of portPool.ports",
+            ),
+        },
+    }
+}

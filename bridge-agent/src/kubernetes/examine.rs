@@ -1,0 +1,179 @@
+//! Examines the connection to the API server once, for `bridge-agent doctor`.
+
+use std::{fs, path::Path, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::api::authorization::v1::{
+    ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
+};
+use kube::{Api, Client, api::PostParams, client::Body, config::Kubeconfig};
+use serde_json::Value;
+
+use super::connect;
+use crate::config::{GROUP, Kubernetes};
+
+/// Time for all questions together.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// The token of a pod's service account.
+const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+
+/// Requests that the agent makes: group, resource, verbs (deploy/kubernetes/rbac.yaml).
+const NEEDED: [(&str, &str, &[&str]); 5] = [
+    ("", "nodes", &["list", "watch"]),
+    ("", "pods", &["list", "watch"]),
+    ("", "namespaces", &["list", "watch"]),
+    (GROUP, "bridgepolicies", &["list", "watch"]),
+    (GROUP, "bridgenodes", &["list", "watch"]),
+];
+
+/// Facts about the connection to a cluster.
+#[derive(Debug)]
+pub(crate) struct Examination {
+    /// The address of the API server.
+    pub(crate) server: Option<String>,
+    /// Seconds until the token expires; negative: since.
+    pub(crate) token_left: Option<i64>,
+    /// Facts that need an answer, or the reason why there is none.
+    pub(crate) answer: Result<Answer, String>,
+}
+
+/// Facts that the API server has given.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// Its version.
+    pub(crate) version: String,
+    /// Seconds that its clock is ahead of this machine's.
+    pub(crate) skew: Option<i64>,
+    /// Requests that it would refuse.
+    pub(crate) denied: Vec<String>,
+    /// Custom resources that are not defined.
+    pub(crate) missing_definitions: Vec<String>,
+}
+
+/// Examines the cluster of a configuration.
+pub(crate) async fn examine(section: &Kubernetes) -> Examination {
+    let token_left = token(section).and_then(|token| seconds_left(&token));
+    let (client, server) = match connect::connect(section).await {
+        Ok(found) => found,
+        Err(error) => return Examination { server: None, token_left, answer: Err(error.to_string()) },
+    };
+    let answer = match tokio::time::timeout(DEADLINE, ask(client)).await {
+        Ok(answer) => answer,
+        Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+    };
+    Examination { server: Some(server), token_left, answer }
+}
+
+async fn ask(client: Client) -> Result<Answer, String> {
+    let request =
+        |path: &str| hyper::Request::get(path).body(Body::empty()).map_err(|error| error.to_string());
+    let response = client.send(request("/version")?).await.map_err(|error| error.to_string())?;
+    let date =
+        response.headers().get(hyper::header::DATE).and_then(|date| date.to_str().ok()).map(str::to_owned);
+    let skew = date.and_then(|date| {
+        let theirs = jiff::fmt::rfc2822::parse(&date).ok()?.timestamp();
+        Some(theirs.as_second() - Timestamp::now().as_second())
+    });
+    let status = response.status();
+    let body = response.into_body().collect_bytes().await.map_err(|error| error.to_string())?;
+    let version: Value = serde_json::from_slice(&body).unwrap_or_default();
+    if !status.is_success() {
+        return Err(format!("{status}: {}", version["message"].as_str().unwrap_or("no reason given")));
+    }
+    let version = version["gitVersion"].as_str().unwrap_or("unknown").to_owned();
+    let mut denied = Vec::new();
+    let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
+    for (group, resource, verbs) in NEEDED {
+        for verb in verbs {
+            let attributes = ResourceAttributes {
+                group: Some(group.to_owned()),
+                resource: Some(resource.to_owned()),
+                verb: Some((*verb).to_owned()),
+                ..ResourceAttributes::default()
+            };
+            let spec = SelfSubjectAccessReviewSpec {
+                resource_attributes: Some(attributes),
+                ..SelfSubjectAccessReviewSpec::default()
+            };
+            let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
+            let answer =
+                reviews.create(&PostParams::default(), &review).await.map_err(|error| error.to_string())?;
+            if !answer.status.is_some_and(|status| status.allowed) {
+                denied.push(format!("{verb} {resource}"));
+            }
+        }
+    }
+    let groups = client.list_api_groups().await.map_err(|error| error.to_string())?;
+    let mut missing_definitions = vec!["bridgepolicies".to_owned(), "bridgenodes".to_owned()];
+    if let Some(version) =
+        groups.groups.iter().find(|group| group.name == GROUP).and_then(|group| group.versions.first())
+    {
+        let found = client
+            .list_api_group_resources(&version.group_version)
+            .await
+            .map_err(|error| error.to_string())?;
+        missing_definitions.retain(|name| !found.resources.iter().any(|resource| resource.name == *name));
+    }
+    Ok(Answer { version, skew, denied, missing_definitions })
+}
+
+/// The token that the agent sends.
+fn token(section: &Kubernetes) -> Option<String> {
+    let read = |path: &Path| Some(fs::read_to_string(path).ok()?.trim().to_owned());
+    let Some(path) = &section.kubeconfig else { return read(Path::new(SERVICE_ACCOUNT_TOKEN)) };
+    let file = Kubeconfig::read_from(&path.0).ok()?;
+    let wanted = section.context.as_ref().or(file.current_context.as_ref())?;
+    let context = file.contexts.iter().find(|context| context.name == *wanted)?.context.as_ref()?;
+    let user = context.user.as_ref()?;
+    let user = file.auth_infos.iter().find(|info| info.name == *user)?.auth_info.as_ref()?;
+    match &user.token_file {
+        Some(path) => read(Path::new(path)),
+        None => serde_json::to_value(user).ok()?["token"].as_str().map(str::to_owned),
+    }
+}
+
+/// Seconds until a JSON Web Token expires (RFC 7519, 4.1.4).
+fn seconds_left(token: &str) -> Option<i64> {
+    let payload = base64url(token.split('.').nth(1)?)?;
+    let claims: Value = serde_json::from_slice(&payload).ok()?;
+    Some(claims["exp"].as_i64()? - Timestamp::now().as_second())
+}
+
+/// Decodes base64url without padding (RFC 4648, 5).
+fn base64url(text: &str) -> Option<Vec<u8>> {
+    let value = |byte: u8| {
+        Some(match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'-' => 62,
+            b'_' => 63,
+            _ => return None,
+        })
+    };
+    let mut bytes = Vec::with_capacity(text.len() * 3 / 4);
+    let (mut buffer, mut bits) = (0u32, 0);
+    for byte in text.trim_end_matches('=').bytes() {
+        buffer = buffer << 6 | u32::from(value(byte)?);
+        bits += 6;
+        if bits >= 8 {
+            bits -= 8;
+            bytes.push((buffer >> bits).to_le_bytes()[0]);
+        }
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_token_is_read() {
+        // {"exp":1000000000}: 2001.
+        let left = seconds_left("e30.eyJleHAiOjEwMDAwMDAwMDB9.c2ln").unwrap();
+        assert!(left < -700_000_000, "{left}");
+        assert_eq!(seconds_left("opaque"), None);
+        assert_eq!(seconds_left("a.b.c"), None);
+    }
+}
