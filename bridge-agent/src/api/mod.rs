@@ -66,6 +66,7 @@ use tokio::sync::{
 pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
+use self::problem::no_ebpf;
 pub use self::{apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as MAX_LEASE_BODY};
 use self::{
     connections::Connections,
@@ -346,12 +347,6 @@ impl From<datapath::Error> for Problem {
     fn from(error: datapath::Error) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string())
     }
-}
-
-/// The answer of an agent that does not enforce by eBPF.
-fn no_ebpf() -> Problem {
-    let text = "this agent does not enforce by eBPF: role is host, or engines leave it out";
-    Problem::new(StatusCode::CONFLICT, "no-ebpf", text)
 }
 
 async fn status(State(shared): State<Shared>) -> Response {

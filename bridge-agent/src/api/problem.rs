@@ -38,6 +38,12 @@ impl Problem {
     }
 }
 
+/// The answer of an agent that does not enforce by eBPF.
+pub(super) fn no_ebpf() -> Problem {
+    let text = "this agent does not enforce by eBPF: role is host, or engines leave it out";
+    Problem::new(StatusCode::CONFLICT, "no-ebpf", text)
+}
+
 impl From<ServiceError> for Problem {
     fn from(error: ServiceError) -> Self {
         let (status, code) = match error {
