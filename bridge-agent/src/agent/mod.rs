@@ -350,6 +350,7 @@ impl Agent {
         self.pool.settle(config);
         let warnings = port_ranges::look(config);
         self.shared.update(|status| status.warnings = warnings);
+        self.shared.set_names(&config.names);
         self.routing.commit(routes);
         self.shared.set_routes(self.routing.view());
         Ok(())

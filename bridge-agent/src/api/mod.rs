@@ -7,6 +7,7 @@
 //! GET  /v1/rules            active rules with their hits
 //! GET  /v1/counters         packets judged, by direction and reason
 //! GET  /v1/routes           desired routes with their state, and the next hops
+//! GET  /v1/names            names of addresses, from the configuration and the cluster
 //! GET  /v1/events           verdicts and route events, see [`events`]; ?verdict= ?address= ?port= ?last=
 //! POST /v1/explain          why a connection passes or not, by the state of this node
 //! POST /v1/reload           read the configuration again
@@ -28,6 +29,7 @@ mod explain;
 mod large;
 pub(crate) mod leases;
 mod metrics;
+mod names;
 mod peer;
 mod problem;
 mod query;
@@ -63,6 +65,7 @@ use tokio::sync::{
     oneshot,
 };
 
+pub use self::names::NameList;
 pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
@@ -329,6 +332,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/events", get(events::events))
         .route("/v1/explain", post(explain::explain))
         .route("/metrics", get(metrics::serve))
+        .merge(names::router())
         .merge(routes::router())
         .merge(for_operators)
         .merge(leases::router())

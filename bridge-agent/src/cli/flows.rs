@@ -8,10 +8,10 @@ use ipnet::IpNet;
 
 use super::{
     Error, Global,
+    names::NoNames,
     output::{Watch, confirmed, print, print_json},
     table,
 };
-use crate::api::FlowList;
 use crate::datapath::{FlowFilter, FlowView, Maps, protocol_of};
 
 /// List the flows that are known, or forget some.
@@ -40,6 +40,8 @@ pub struct Flows {
     yes: bool,
     #[command(flatten)]
     watch: Watch,
+    #[command(flatten)]
+    names: NoNames,
 }
 
 /// A protocol as flows show it.
@@ -74,20 +76,23 @@ impl Flows {
                 print(&format!("Forgot {deleted} flows.\n"))
             };
         }
-        self.watch.repeat(|| list(global, &filter))
+        self.watch.repeat(|| list(global, &filter, self.names))
     }
 }
 
 /// Prints the flows that match.
-fn list(global: &Global, filter: &FlowFilter) -> Result<(), Error> {
+fn list(global: &Global, filter: &FlowFilter, names: NoNames) -> Result<(), Error> {
     let maps = Maps::open(&global.pins())?;
     let mut flows = Vec::new();
     maps.for_each_flow(filter, |flow| flows.push(flow))?;
     flows.sort_by_key(|flow| {
         (flow.source, flow.source_port, flow.destination, flow.destination_port, flow.protocol.clone())
     });
+    let names = names.names(global);
     if global.json {
-        return print_json(&FlowList { total: flows.len(), flows });
+        let named = flows.iter().map(|flow| names.annotate(flow)).collect::<Result<Vec<_>, _>>();
+        let named = named.map_err(|error| Error::Format(error.to_string()))?;
+        return print_json(&serde_json::json!({ "total": named.len(), "flows": named }));
     }
     let mut columns =
         vec!["proto", "source", "destination", "direction", "state", "idle", "age", "fast path", "rule"];
@@ -98,8 +103,8 @@ fn list(global: &Global, filter: &FlowFilter) -> Result<(), Error> {
     for flow in &flows {
         let mut row = vec![
             flow.protocol.clone(),
-            SocketAddr::new(flow.source, flow.source_port).to_string(),
-            SocketAddr::new(flow.destination, flow.destination_port).to_string(),
+            names.show(SocketAddr::new(flow.source, flow.source_port)),
+            names.show(SocketAddr::new(flow.destination, flow.destination_port)),
             flow.direction.clone(),
             flow.state.clone(),
             format!("{}s", flow.idle_seconds),

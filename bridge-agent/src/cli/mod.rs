@@ -3,18 +3,23 @@
 //! One file per command; code that all of them share is here.
 
 mod apply;
+mod ask;
+mod bugreport;
 mod check;
 mod crds;
 mod discover;
 mod doctor;
 mod down;
+mod error;
 mod exec;
 mod explain;
 mod export;
 mod flows;
 mod generate;
+mod global;
 pub mod kubectl;
 mod monitor;
+mod names;
 mod nodeport_range;
 mod output;
 mod ports;
@@ -25,24 +30,14 @@ mod run;
 mod status;
 mod table;
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
-use annotate_snippets::Level;
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
-use serde::Deserialize;
-
-use self::output::{Output, print, print_diagnostics, print_json, renderer, to_stderr};
-use crate::api::client::{self, Client};
-use crate::config::{ConfigErrors, DEFAULT_SOCKET, Diagnostics, TimeSpan, leaf::Leaf as _};
-use crate::datapath::{self, Pins};
-use crate::kernel::state_directory::StateDirectory;
-use crate::state::Status;
-use crate::{agent, api, log};
-
-/// Default path of the configuration.
-const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
+use self::{
+    ask::{block_on, nobody_keeps_routes, time},
+    global::DEFAULT_CONFIG,
+    output::{Output, print, print_diagnostics, print_json},
+};
+pub use self::{error::Error, global::Global};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no agent runs, 4 changes are due \
                           (routes plan --exit-code).";
@@ -50,11 +45,6 @@ const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no agen
 /// Ends the help of each command: it does not list the options that all of them have.
 const SHARED_OPTIONS: &str =
     "Options of all commands, such as --json, -o, --config and --socket: bridge-agent --help";
-
-/// Exit code of `status` when no agent runs, as that of systemctl.
-const NOT_RUNNING: u8 = 3;
-/// Exit code of `routes plan --exit-code` when the kernel differs.
-const CHANGES_DUE: u8 = 4;
 
 /// Direct, safe TCP between LAN hosts and the pods of a Kubernetes cluster.
 #[derive(Debug, Parser)]
@@ -66,37 +56,6 @@ pub struct Cli {
     /// The command.
     #[command(subcommand)]
     pub command: Command,
-}
-
-/// Options that all commands share.
-#[derive(Debug, Args)]
-#[command(next_help_heading = "Global options")]
-pub struct Global {
-    /// Print JSON instead of text
-    #[arg(long, global = true)]
-    pub json: bool,
-    /// Format of the result: json, yaml, or wide for every column
-    #[arg(short, id = "format-of-result", global = true, value_name = "FORMAT", value_parser = output::output,
-        conflicts_with = "json")]
-    pub output: Option<Output>,
-    /// The configuration file; `-` is standard input
-    #[arg(long, short, global = true, value_name = "FILE", default_value = DEFAULT_CONFIG)]
-    pub config: PathBuf,
-    /// The unix socket of the running agent; left out, that of the configuration, or /run/bridge/agent.sock
-    #[arg(long, global = true, value_name = "PATH")]
-    pub socket: Option<PathBuf>,
-    /// The directory of state across restarts; left out, $STATE_DIRECTORY, or a directory of the socket's agent below /var/lib/bridge
-    #[arg(long, global = true, value_name = "DIR")]
-    pub state_dir: Option<PathBuf>,
-    /// The directory of pinned maps and links, on a BPF file system
-    #[arg(long, global = true, value_name = "DIR", default_value = "/sys/fs/bpf/bridge")]
-    pub pin_root: PathBuf,
-    /// How log lines are written to standard error
-    #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]
-    pub log_format: log::Format,
-    /// The least level that is logged: error, warn, info, debug or trace; or target=level,...
-    #[arg(long, global = true, value_name = "LEVEL", default_value = "info")]
-    pub log_level: String,
 }
 
 /// The commands.
@@ -126,6 +85,8 @@ pub enum Command {
     Routes(routes::Routes),
     /// Find settings of this machine that keep bridge from working
     Doctor(doctor::Doctor),
+    /// Collect all that a maintainer asks for in one file
+    Bugreport(bugreport::Bugreport),
     /// Learn behind which node a pod is
     Discover(discover::Discover),
     /// Lease source ports, give them back, list them, watch them
@@ -153,197 +114,11 @@ fn command() -> clap::Command {
 
 fn own_options_only(command: clap::Command) -> clap::Command {
     let own = |argument: clap::Arg| if argument.is_global_set() { argument.hide(true) } else { argument };
-    command.mut_args(own).after_help(SHARED_OPTIONS).mut_subcommands(own_options_only)
-}
-
-impl Global {
-    /// Whether tables have every column.
-    const fn wide(&self) -> bool {
-        matches!(self.output, Some(Output::Wide))
-    }
-
-    /// Where maps are pinned.
-    fn pins(&self) -> Pins {
-        Pins::new(&self.pin_root)
-    }
-
-    /// The state directory: as given, else as the service manager names it (systemd.exec(5)), else that of the agent with this
-    /// socket.
-    fn state_directory(&self) -> StateDirectory {
-        let named = || std::env::var("STATE_DIRECTORY").ok().filter(|value| !value.is_empty());
-        match (&self.state_dir, named()) {
-            (Some(directory), _) => StateDirectory::new(directory),
-            (None, Some(named)) => StateDirectory::new(named.split(':').next().unwrap_or_default()),
-            (None, None) => StateDirectory::of_socket(&self.agent_socket(), Path::new(DEFAULT_SOCKET)),
-        }
-    }
-
-    /// The socket of the agent: as given, else as the agent that has the same configuration has it.
-    fn agent_socket(&self) -> PathBuf {
-        self.socket
-            .clone()
-            .or_else(|| configured_socket(&self.config))
-            .unwrap_or_else(|| DEFAULT_SOCKET.into())
-    }
-}
-
-/// `api.socket` of a configuration, which need not be valid beside that: when it is not, one wants to ask the agent.
-fn configured_socket(path: &Path) -> Option<PathBuf> {
-    #[derive(Deserialize)]
-    struct Sketch {
-        api: Option<ApiSketch>,
-    }
-    #[derive(Deserialize)]
-    struct ApiSketch {
-        socket: Option<PathBuf>,
-    }
-    let text = std::fs::read_to_string(path).ok()?;
-    let socket = |text: &str| serde_saphyr::from_str::<Sketch>(text).ok()?.api?.socket;
-    socket(&text).or_else(|| socket(&section(&text, "api:")))
-}
-
-/// The lines of a section, of a text that as a whole may be no YAML.
-fn section(text: &str, key: &str) -> String {
-    let from_key = text.lines().skip_while(|line| !line.starts_with(key));
-    let belongs =
-        |(index, line): &(usize, &str)| *index == 0 || line.starts_with([' ', '#']) || line.is_empty();
-    from_key.enumerate().take_while(belongs).map(|(_, line)| format!("{line}\n")).collect()
-}
-
-/// Refuses to go on if an agent runs that would put back the routes that are about to be removed.
-fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
-    block_on(async {
-        match Client::connect(&global.agent_socket()).await {
-            Ok(mut agent) => match agent.get::<Status>("/v1/status").await? {
-                Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
-                _ => Ok(()),
-            },
-            Err(client::Error::NotRunning { .. }) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    })
-}
-
-/// Reads a duration of an option.
-fn time(text: &str) -> Result<Duration, String> {
-    TimeSpan::parse(text)
-        .map(TimeSpan::duration)
-        .map_err(|problem| format!("{}; {}", problem.message, problem.help))
-}
-
-/// Waits for the answer of an agent.
-fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let failed = |source| Error::Process { action: "cannot start the runtime", source };
-    runtime.map_err(failed)?.block_on(work)
-}
-
-/// Why a command failed.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The configuration is not valid.
-    #[error(transparent)]
-    Config(#[from] ConfigErrors),
-    /// The nftables rules could not be read or removed.
-    #[error(transparent)]
-    Nftables(#[from] crate::nftables::Error),
-    /// The iptables rules could not be read or removed.
-    #[error(transparent)]
-    Iptables(#[from] crate::iptables::Error),
-    /// Standard output or input failed.
-    #[error("{action}: {source}")]
-    Stream {
-        /// The action that failed.
-        action: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// This process cannot run as it should.
-    #[error("{action}: {source}")]
-    Process {
-        /// The action that failed.
-        action: &'static str,
-        /// Why it failed.
-        source: io::Error,
-    },
-    /// The agent could not start, or ended.
-    #[error(transparent)]
-    Agent(#[from] agent::Error),
-    /// The API could not be served.
-    #[error(transparent)]
-    Api(#[from] api::Error),
-    /// The packet path is not as it should be.
-    #[error(transparent)]
-    Datapath(#[from] datapath::Error),
-    /// The agent did not answer.
-    #[error(transparent)]
-    Client(#[from] client::Error),
-    /// Routes.
-    #[error(transparent)]
-    Routes(#[from] crate::routes::Error),
-    /// Routes that cannot be said in a format.
-    #[error(transparent)]
-    Export(#[from] crate::routes::export::ExportError),
-    /// The agent has no routes of the cluster yet.
-    #[error("the agent has not read the routes of the cluster yet; `bridge-agent status` names the reason")]
-    NoClusterRoutes,
-    /// Standard input cannot be followed.
-    #[error(
-        "--watch follows a configuration file, and standard input is none; write it to a file and name that by --config"
-    )]
-    WatchesStandardInput,
-    /// It would undo the removal.
-    #[error(
-        "the agent (pid {0}) is running and would put the routes back; stop it before (`systemctl stop bridge-agent`)"
-    )]
-    AgentKeepsRoutes(u32),
-    /// Discovery of pods.
-    #[error(transparent)]
-    Discover(#[from] discover::Failure),
-    /// The kernel refused a part.
-    #[error("{}", .0.join("\n"))]
-    Partly(Vec<String>),
-    /// Something of the port pool could not be removed.
-    #[error(transparent)]
-    Pool(#[from] crate::pool::run::StopError),
-    /// A part of the configuration is not applied.
-    #[error("not ready: {}", .0.join("\n"))]
-    NotReady(Vec<String>),
-    /// The range of NodePorts.
-    #[error(transparent)]
-    NodeportRange(#[from] crate::nodeport_range::Error),
-    /// The program could not be run as asked.
-    #[error("{0}")]
-    Exec(String),
-    /// The user did not confirm it.
-    #[error("nothing was done")]
-    NotDone,
-    /// `status` has printed its report: no agent runs.
-    #[error("no agent runs")]
-    NoAgent,
-    /// `routes plan --exit-code` has printed its operations.
-    #[error("changes are due")]
-    ChangesDue,
-    /// Probes did not answer.
-    #[error("not confirmed in time, the former configuration is active: {0}")]
-    NotConfirmed(String),
-    /// A connection that cannot be explained.
-    #[error("{0}")]
-    Question(String),
-    /// Verdicts are not as a file of cases expects.
-    #[error("{differing} of {all} cases differ")]
-    Expectations {
-        /// How many differ.
-        differing: usize,
-        /// How many there are.
-        all: usize,
-    },
-    /// It failed, and the result on standard output says so.
-    #[error("failed")]
-    Silent,
-    /// A value could not be written in the wanted format.
-    #[error("cannot write the result: {0}")]
-    Format(String),
+    let help = match command.get_after_help() {
+        Some(help) => format!("{help}\n\n{SHARED_OPTIONS}"),
+        None => SHARED_OPTIONS.to_owned(),
+    };
+    command.mut_args(own).after_help(help).mut_subcommands(own_options_only)
 }
 
 impl Cli {
@@ -376,6 +151,7 @@ impl Cli {
             Command::Routes(_) => Some("routes"),
             Command::Ports(_) => Some("ports"),
             Command::Doctor(_) => Some("doctor"),
+            Command::Bugreport(_) => Some("bugreport"),
             Command::Down(_) => Some("down"),
             _ => None,
         }
@@ -408,6 +184,7 @@ impl Cli {
             Command::Monitor(command) => command.run(&self.global),
             Command::Routes(command) => command.run(&self.global),
             Command::Doctor(command) => command.run(&self.global),
+            Command::Bugreport(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
             Command::Crds(command) => command.run(&self.global),
             Command::Generate(command) => command.run(&self.global),
@@ -419,95 +196,12 @@ impl Cli {
     }
 }
 
-impl Error {
-    /// Returns a remedy, where the message does not name one.
-    fn help(&self) -> Option<&'static str> {
-        match self {
-            // These say so.
-            Self::Config(_)
-            | Self::Iptables(_)
-            | Self::Nftables(_)
-            | Self::Process { .. }
-            | Self::Agent(_)
-            | Self::Api(_)
-            | Self::Datapath(_)
-            | Self::Client(_)
-            | Self::Routes(_)
-            | Self::Export(_)
-            | Self::NoClusterRoutes
-            | Self::WatchesStandardInput
-            | Self::AgentKeepsRoutes(_)
-            | Self::Discover(_)
-            | Self::Partly(_)
-            | Self::Pool(_)
-            | Self::NodeportRange(_)
-            | Self::NotReady(_)
-            | Self::NotDone
-            | Self::NoAgent
-            | Self::ChangesDue
-            | Self::Exec(_)
-            | Self::Question(_)
-            | Self::Silent
-            | Self::Format(_) => None,
-            Self::Expectations { .. } => {
-                Some("change the rules or the cases; `bridge-agent explain` has the steps")
-            }
-            Self::NotConfirmed(_) => {
-                Some("check that these answer, and that the configuration lets this node reach them")
-            }
-            Self::Stream { .. } => Some("check the ends of standard input and output"),
-        }
-    }
-
-    /// Exit code of the process.
-    #[must_use]
-    pub const fn exit_code(&self) -> u8 {
-        match self {
-            Self::NoAgent | Self::Client(client::Error::NotRunning { .. }) => NOT_RUNNING,
-            Self::ChangesDue => CHANGES_DUE,
-            _ => 1,
-        }
-    }
-
-    /// Shows the error: for people on standard error, with `--json` as an object on standard output.
-    pub fn show(&self, global: &Global) {
-        if matches!(self, Self::Silent | Self::NoAgent | Self::ChangesDue) {
-            // The result is printed already.
-            return;
-        }
-        // Where neither stream can be written to, the exit code is all that is left.
-        let _ = if global.json { print_json(&self.to_json()) } else { self.print() };
-    }
-
-    fn to_json(&self) -> serde_json::Value {
-        match self {
-            Self::Config(ConfigErrors(Diagnostics { list, left_off }))
-            | Self::Agent(agent::Error::Config(ConfigErrors(Diagnostics { list, left_off }))) => {
-                serde_json::json!({ "ok": false, "diagnostics": list, "leftOff": left_off })
-            }
-            other => serde_json::json!({ "ok": false, "error": other.to_string(), "help": other.help() }),
-        }
-    }
-
-    fn print(&self) -> Result<(), Error> {
-        match self {
-            Self::Config(errors) | Self::Agent(agent::Error::Config(errors)) => print_diagnostics(&errors.0),
-            other => {
-                let message = other.to_string();
-                let title = Level::ERROR.primary_title(&message);
-                let group = match other.help() {
-                    Some(help) => title.element(Level::HELP.message(help)),
-                    None => annotate_snippets::Group::with_title(title),
-                };
-                to_stderr(&format!("{}\n", renderer().render(&[group])))
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::path::PathBuf;
+
+    use super::{global::configured_socket, *};
+    use crate::config::DEFAULT_SOCKET;
 
     /// Visits a command and all below it.
     fn each(command: &mut clap::Command, visit: &mut impl FnMut(&mut clap::Command)) {

@@ -1,6 +1,9 @@
 //! `bridge-agent monitor`: verdicts and route events, live.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
 
 use bridge_common::filter::event::verdict;
 use clap::{Args, builder::PossibleValuesParser};
@@ -9,10 +12,12 @@ use serde::Serialize;
 
 use super::{
     Error, Global, block_on, flows,
+    names::{Names, NoNames},
     output::{print, reader_left},
 };
 use crate::api::client::{self, Client};
 use crate::datapath::{EventReader, Maps, Verdict, VerdictFilter};
+use crate::kernel::lock::lock;
 use crate::routes::RouteEvent;
 
 /// Show verdicts on packets and route events, live.
@@ -33,19 +38,23 @@ pub struct Monitor {
     /// End after N events
     #[arg(long, value_name = "N")]
     count: Option<u64>,
+    #[command(flatten)]
+    names: NoNames,
 }
 
 /// Prints verdicts until there were enough.
 struct Printer {
     json: bool,
     left: Option<u64>,
+    names: Arc<Mutex<Names>>,
 }
 
 impl Printer {
     /// Returns whether to go on.
     fn show<T: Serialize>(&mut self, event: &T, text: impl Fn(&T) -> String) -> Result<bool, Error> {
         let line = if self.json {
-            serde_json::to_string(event).map_err(|error| Error::Format(error.to_string()))?
+            let named = lock(&self.names).annotate(event);
+            named.map_err(|error| Error::Format(error.to_string()))?.to_string()
         } else {
             text(event)
         };
@@ -58,8 +67,9 @@ impl Printer {
 impl Monitor {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
         let filter = VerdictFilter { verdict: self.verdict.clone(), address: self.address, port: self.port };
-        let mut printer = Printer { json: global.json, left: self.count };
         block_on(async {
+            let names = self.names.followed(global).await;
+            let mut printer = Printer { json: global.json, left: self.count, names };
             match Client::connect(&global.agent_socket()).await {
                 Ok(mut client) => from_agent(&mut client, &filter, &mut printer).await,
                 Err(client::Error::NotRunning { .. }) => {
@@ -75,7 +85,8 @@ async fn from_agent(client: &mut Client, filter: &VerdictFilter, printer: &mut P
     client
         .lines(&format!("/v1/events?{}", query(filter)), |line| {
             if let Ok(verdict) = serde_json::from_slice(line) {
-                return printer.show(&verdict, text);
+                let names = Arc::clone(&printer.names);
+                return printer.show(&verdict, |verdict| text(verdict, &lock(&names)));
             }
             if let Ok(happening) = serde_json::from_slice(line) {
                 return printer
@@ -108,7 +119,8 @@ async fn from_kernel(maps: &Maps, filter: &VerdictFilter, printer: &mut Printer)
         let read = events
             .read(maps, |verdict| {
                 if matches!(go_on, Ok(true)) && filter.matches(&verdict) {
-                    go_on = printer.show(&verdict, text);
+                    let names = Arc::clone(&printer.names);
+                    go_on = printer.show(&verdict, |verdict| text(verdict, &lock(&names)));
                 }
             })
             .await;
@@ -117,10 +129,10 @@ async fn from_kernel(maps: &Maps, filter: &VerdictFilter, printer: &mut Printer)
     go_on.map(drop)
 }
 
-fn text(verdict: &Verdict) -> String {
+fn text(verdict: &Verdict, names: &Names) -> String {
     let Verdict { time, direction, protocol, interface, reason, length, .. } = verdict;
-    let source = SocketAddr::new(verdict.source, verdict.source_port);
-    let destination = SocketAddr::new(verdict.destination, verdict.destination_port);
+    let source = names.show(SocketAddr::new(verdict.source, verdict.source_port));
+    let destination = names.show(SocketAddr::new(verdict.destination, verdict.destination_port));
     let by = verdict.rule.as_ref().map(|rule| format!(" rule {rule}")).unwrap_or_default();
     let suppressed = match verdict.suppressed {
         0 => String::new(),

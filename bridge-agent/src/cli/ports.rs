@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::{
     Error, Global, block_on,
+    names::NoNames,
     output::{Watch, print, print_json, reader_left},
     table, time,
 };
@@ -32,9 +33,17 @@ enum Action {
         id: u64,
     },
     /// Print every port in use, and who has it
-    List(Watch),
+    List(List),
     /// Print leases and refusals as they happen, until interrupted
     Watch,
+}
+
+#[derive(Debug, Args)]
+struct List {
+    #[command(flatten)]
+    watch: Watch,
+    #[command(flatten)]
+    names: NoNames,
 }
 
 #[derive(Debug, Args)]
@@ -93,8 +102,17 @@ impl Ports {
                     print(&format!("Released lease {id}.\n"))
                 }
             }
-            Action::List(watch) => watch.repeat(|| {
-                let answer: Value = ask(global, async |client| client.get("/v1/leases").await)?;
+            Action::List(list) => list.watch.repeat(|| {
+                let mut answer: Value = ask(global, async |client| client.get("/v1/leases").await)?;
+                let names = list.names.names(global);
+                for port in answer["ports"].as_array_mut().into_iter().flatten() {
+                    let named = names.annotate(port).map_err(|error| Error::Format(error.to_string()))?;
+                    *port = named;
+                    let pod = port["pod"].as_str().and_then(|uid| names.pod(uid)).map(str::to_owned);
+                    if let (Some(pod), Some(fields)) = (pod, port.as_object_mut()) {
+                        fields.insert("podName".to_owned(), pod.into());
+                    }
+                }
                 if global.json { print_json(&answer) } else { print(&table(&answer, global.wide())) }
             }),
             Action::Watch => block_on(watch(global)),
@@ -132,9 +150,14 @@ fn table(answer: &Value, wide: bool) -> String {
             Value::Null => String::new(),
             other => other.to_string(),
         };
-        let destination = format!("{} {}", text("protocol"), text("destination"));
+        let named = port["destinationName"].as_str().map(|name| format!(" ({name})")).unwrap_or_default();
+        let destination = format!("{} {}{named}", text("protocol"), text("destination"));
         let kind = if port["id"].is_u64() { format!("lease {}", text("id")) } else { text("kind") };
-        let place = if port["pod"].is_string() { format!("pod {}", text("pod")) } else { text("cgroup") };
+        let place = match (&port["podName"], &port["pod"]) {
+            (Value::String(name), _) => format!("pod {name}"),
+            (_, Value::String(uid)) => format!("pod {uid}"),
+            _ => text("cgroup"),
+        };
         let age = format!("{:.1} s", port["ageMs"].as_f64().unwrap_or_default() / 1000.0);
         let mut row = vec![text("port"), destination, kind, text("pid"), text("command"), place, age];
         if wide {

@@ -12,6 +12,7 @@ mod iptables;
 mod kubernetes;
 pub(crate) mod labels;
 pub mod leaf;
+mod names;
 mod network;
 mod networks;
 mod nftables;
@@ -32,6 +33,7 @@ mod tests;
 mod time_span;
 pub(crate) mod yaml;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path as FilePath;
@@ -101,6 +103,9 @@ pub struct Config {
     /// Learns pods, nodes and rules from a cluster. Left out: nothing is asked of a cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kubernetes: Option<Kubernetes>,
+    /// Names of LAN hosts and networks, for tables and events, such as `{192.168.31.67: plc-7}`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub names: BTreeMap<String, String>,
     /// State that outlives a reboot.
     #[serde(default)]
     pub persistence: Persistence,
@@ -232,6 +237,7 @@ impl Config {
         if let Some(section) = &self.kubernetes {
             section.check(&root.key("kubernetes"), report);
         }
+        names::check(&self.names, &root.key("names"), report);
         self.api.check(&root.key("api"), report);
         if self.role == Role::Host {
             for (key, there) in [("rules", !self.rules.is_empty()), ("nodePorts", self.node_ports.is_some())]

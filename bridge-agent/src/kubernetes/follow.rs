@@ -59,6 +59,13 @@ pub(crate) struct Follower {
 pub struct View(State);
 
 impl View {
+    /// Visits the pods of this node: namespace and name, addresses, and the UID of one that takes part in the port pool.
+    pub(crate) fn visit_pods(&self, mut visit: impl FnMut(&str, &[IpAddr], Option<&str>)) {
+        for (name, pod) in self.0.cluster().pods.iter() {
+            visit(name, &pod.addresses, pod.pool_uid.as_deref());
+        }
+    }
+
     /// Returns the known state of the cluster, and of the connection.
     #[must_use]
     pub fn status(&self) -> KubernetesStatus {

@@ -10,6 +10,7 @@ mod status;
 mod trial;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64},
@@ -82,6 +83,7 @@ struct Inner {
     routes: Option<View>,
     pool: Option<Arc<Service>>,
     kubernetes: Option<kubernetes::View>,
+    names: Arc<BTreeMap<String, String>>,
 }
 
 impl fmt::Debug for Shared {
@@ -103,6 +105,7 @@ impl Shared {
             routes: None,
             pool: None,
             kubernetes: None,
+            names: Arc::default(),
         };
         let shared = Self {
             inner: Arc::new(RwLock::new(inner)),
@@ -181,6 +184,20 @@ impl Shared {
 
     pub(crate) fn set_kubernetes(&self, cluster: Option<kubernetes::View>) {
         self.write().kubernetes = cluster;
+    }
+
+    /// The cluster, if one is followed.
+    pub(crate) fn cluster(&self) -> Option<kubernetes::View> {
+        self.read().kubernetes.clone()
+    }
+
+    /// Names of the configuration, by address or network.
+    pub(crate) fn names(&self) -> Arc<BTreeMap<String, String>> {
+        Arc::clone(&self.read().names)
+    }
+
+    pub(crate) fn set_names(&self, names: &BTreeMap<String, String>) {
+        self.write().names = Arc::new(names.clone());
     }
 
     /// Makes `pool` the pool from which clients lease ports.

@@ -169,6 +169,11 @@ fn failed(findings: &[Finding]) -> bool {
     findings.iter().any(|finding| finding.outcome == Outcome::Fail)
 }
 
+/// Runs every check.
+pub(super) fn examine_all(global: &Global) -> Vec<Finding> {
+    examine(global, |_| true)
+}
+
 fn examine(global: &Global, wants: impl Fn(Scope) -> bool) -> Vec<Finding> {
     let (config, finding) = configuration(global);
     let context = Context::new(global, config);

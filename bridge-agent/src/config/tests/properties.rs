@@ -138,6 +138,7 @@ fn config() -> impl Strategy<Value = Config> {
             rules.sort_by(|a, b| a.name.cmp(&b.name));
             rules.dedup_by(|a, b| a.name == b.name);
             Config {
+                names: [("192.168.31.67".to_owned(), "plc-7".to_owned())].into(),
                 role: Role::Node,
                 networks: Networks { pods: all(0), external: all(1), nodes: vec![] },
                 enforcement,

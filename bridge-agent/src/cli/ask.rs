@@ -1,0 +1,38 @@
+//! Reads durations, and asks a running agent.
+
+use std::time::Duration;
+
+use super::{error::Error, global::Global};
+use crate::{
+    api::client::{self, Client},
+    config::{TimeSpan, leaf::Leaf as _},
+    state::Status,
+};
+
+/// Refuses to go on if an agent runs that would put back the routes that are about to be removed.
+pub(super) fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
+    block_on(async {
+        match Client::connect(&global.agent_socket()).await {
+            Ok(mut agent) => match agent.get::<Status>("/v1/status").await? {
+                Status { routes: Some(_), pid, .. } => Err(Error::AgentKeepsRoutes(pid)),
+                _ => Ok(()),
+            },
+            Err(client::Error::NotRunning { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+/// Reads a duration of an option.
+pub(super) fn time(text: &str) -> Result<Duration, String> {
+    TimeSpan::parse(text)
+        .map(TimeSpan::duration)
+        .map_err(|problem| format!("{}; {}", problem.message, problem.help))
+}
+
+/// Waits for the answer of an agent.
+pub(super) fn block_on<T>(work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let failed = |source| Error::Process { action: "cannot start the runtime", source };
+    runtime.map_err(failed)?.block_on(work)
+}
