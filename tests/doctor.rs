@@ -267,7 +267,7 @@ fn pins_of_another_version_are_named() -> Result<()> {
     let lab = Lab::builder().build()?;
     let station = Station::node(&lab)?;
     station.expect("engines.pins", "ok", "nothing is pinned")?;
-    fs::create_dir_all(lab.pin_directory()?.join("doctor/v1"))?;
+    fs::create_dir_all(lab.pin_directory()?.join("doctor/v1/control"))?;
     station.expect("engines.pins", "warn", "another version")
 }
 

@@ -38,7 +38,7 @@ const ARROWS: &[(&str, &str)] =
 /// well when a circle has become smaller, so that the list shrinks.
 const CIRCLES: &[(&str, usize)] = &[
     ("bridge-agent/src/agent", 2),
-    ("bridge-agent/src/cli", 18),
+    ("bridge-agent/src/cli", 8),
     ("bridge-agent/src/config", 7),
     ("bridge-agent/src/datapath", 2),
     ("bridge-agent/src/iptables", 2),

@@ -45,9 +45,9 @@ pub(crate) struct Answer {
     /// Seconds that its clock is ahead of this machine's.
     pub(crate) skew: Option<i64>,
     /// Requests that it would refuse.
-    pub(crate) denied: Vec<String>,
+    pub(crate) denied: Result<Vec<String>, String>,
     /// Custom resources that are not defined.
-    pub(crate) missing_definitions: Vec<String>,
+    pub(crate) missing_definitions: Result<Vec<String>, String>,
 }
 
 /// Examines the cluster of a configuration.
@@ -81,6 +81,18 @@ async fn ask(client: Client) -> Result<Answer, String> {
         return Err(format!("{status}: {}", version["message"].as_str().unwrap_or("no reason given")));
     }
     let version = version["gitVersion"].as_str().unwrap_or("unknown").to_owned();
+    let (denied, missing_definitions) = (denied(&client).await, missing_definitions(&client).await);
+    let text = |error: kube::Error| error.to_string();
+    Ok(Answer {
+        version,
+        skew,
+        denied: denied.map_err(text),
+        missing_definitions: missing_definitions.map_err(text),
+    })
+}
+
+/// Requests of the agent that the server would refuse.
+async fn denied(client: &Client) -> Result<Vec<String>, kube::Error> {
     let mut denied = Vec::new();
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
     for (group, resource, verbs) in NEEDED {
@@ -96,25 +108,26 @@ async fn ask(client: Client) -> Result<Answer, String> {
                 ..SelfSubjectAccessReviewSpec::default()
             };
             let review = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
-            let answer =
-                reviews.create(&PostParams::default(), &review).await.map_err(|error| error.to_string())?;
+            let answer = reviews.create(&PostParams::default(), &review).await?;
             if !answer.status.is_some_and(|status| status.allowed) {
                 denied.push(format!("{verb} {resource}"));
             }
         }
     }
-    let groups = client.list_api_groups().await.map_err(|error| error.to_string())?;
+    Ok(denied)
+}
+
+/// Custom resources of bridge that the server does not have.
+async fn missing_definitions(client: &Client) -> Result<Vec<String>, kube::Error> {
+    let groups = client.list_api_groups().await?;
     let mut missing_definitions = vec!["bridgepolicies".to_owned(), "bridgenodes".to_owned()];
     if let Some(version) =
         groups.groups.iter().find(|group| group.name == GROUP).and_then(|group| group.versions.first())
     {
-        let found = client
-            .list_api_group_resources(&version.group_version)
-            .await
-            .map_err(|error| error.to_string())?;
+        let found = client.list_api_group_resources(&version.group_version).await?;
         missing_definitions.retain(|name| !found.resources.iter().any(|resource| resource.name == *name));
     }
-    Ok(Answer { version, skew, denied, missing_definitions })
+    Ok(missing_definitions)
 }
 
 /// The token that the agent sends.

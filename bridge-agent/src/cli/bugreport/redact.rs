@@ -72,7 +72,10 @@ impl Redactor {
         let key = Hmac::new_from_slice(&random).map_err(io::Error::other)?;
         let mut this = Self { key, all, names: BTreeMap::new(), addresses: BTreeMap::new() };
         let uname = rustix::system::uname();
-        this.add_name(&uname.nodename().to_string_lossy());
+        let host = uname.nodename().to_string_lossy();
+        if all && !COMMON.contains(&&*host) {
+            this.names.insert(host.into_owned(), "host-0".to_owned());
+        }
         Ok(this)
     }
 
@@ -161,8 +164,12 @@ impl Redactor {
         if is_id(word) {
             return format!("id-{}", hex(&self.digest(word.as_bytes())[..6]));
         }
-        // An address with a port, a name with a port, a name with a domain, an identifier inside a name.
-        for sign in [':', '=', '_', '.', '-'] {
+        if let Some((start, name, pseudonym)) = self.inside(word) {
+            let (head, tail) = (&word[..start], &word[start + name..]);
+            return self.word(head) + &pseudonym + &self.word(tail);
+        }
+        // A range of addresses, an address with a port, an identifier inside a name.
+        for sign in ['=', '-', '_', ':', '.'] {
             if let Some((head, tail)) = word.rsplit_once(sign)
                 && !head.is_empty()
                 && (sign == ':' || sign == '=' || self.concerns(head) || self.concerns(tail))
@@ -171,6 +178,18 @@ impl Redactor {
             }
         }
         word.to_owned()
+    }
+
+    /// A known name between other signs in a word: its place, its length and its pseudonym.
+    fn inside(&self, word: &str) -> Option<(usize, usize, String)> {
+        let found = self.names.iter().filter_map(|(name, pseudonym)| {
+            let start = word.find(name.as_str())?;
+            let joined = |letter: Option<char>| letter.is_some_and(|letter| letter.is_ascii_alphanumeric());
+            let (before, after) = (&word[..start], &word[start + name.len()..]);
+            let whole = !joined(before.chars().next_back()) && !joined(after.chars().next());
+            whole.then(|| (start, name.len(), pseudonym.clone()))
+        });
+        found.max_by_key(|(_, length, _)| *length)
     }
 
     /// Whether a part of a word is replaced.
@@ -358,7 +377,7 @@ mod tests {
 
     #[test]
     fn names_and_ids_are_replaced_everywhere() {
-        let text = "\"pod\": \"shop/warehouse-7\"\nserver: https://api.plant.example:6443\nsaid warehouse-7 of shop\n\
+        let text = "\"pod\": \"shop/warehouse-7\"\nserver: https://api.plant.example:6443\nsaid warehouse-7 of shop, x-warehouse-7.svc\n\
                     /kubepods-burstable-podb8a9c7de_1111_2222_3333_444455556666.slice/\n";
         let found = redacted(text);
         for secret in ["warehouse", "shop", "plant", "b8a9c7de"] {

@@ -55,17 +55,23 @@ fn findings(found: &Examination) -> Vec<Finding> {
         ),
         Some(skew) => Finding::ok("cluster.clock", format!("the clocks differ by {skew} s")),
     });
-    findings.push(match answer.denied.as_slice() {
-        [] => Finding::ok("cluster.rights", "the agent may do all that it needs"),
-        denied => Finding::fail(
+    findings.push(match &answer.denied {
+        Err(error) => Finding::not_run("cluster.rights", error),
+        Ok(denied) if denied.is_empty() => {
+            Finding::ok("cluster.rights", "the agent may do all that it needs")
+        }
+        Ok(denied) => Finding::fail(
             "cluster.rights",
             format!("denied: {}", denied.join(", ")),
             "apply deploy/kubernetes/rbac.yaml, or bind its roles to this user",
         ),
     });
-    findings.push(match answer.missing_definitions.as_slice() {
-        [] => Finding::ok("cluster.definitions", "bridgepolicies and bridgenodes are defined"),
-        missing => Finding::fail(
+    findings.push(match &answer.missing_definitions {
+        Err(error) => Finding::not_run("cluster.definitions", error),
+        Ok(missing) if missing.is_empty() => {
+            Finding::ok("cluster.definitions", "bridgepolicies and bridgenodes are defined")
+        }
+        Ok(missing) => Finding::fail(
             "cluster.definitions",
             format!("not defined: {}", missing.join(", ")),
             "no BridgePolicy can exist: bridge-agent crds | kubectl apply --server-side -f -",

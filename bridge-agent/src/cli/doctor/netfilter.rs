@@ -216,9 +216,7 @@ pub(super) fn legacy_drops() -> Vec<Drop> {
         let tables = observe::parse(&save);
         for (table, found) in &tables {
             for chain in found.chains.iter().filter(|chain| chain.name == "FORWARD") {
-                let all = |rule: &str| {
-                    ["-A FORWARD -j DROP", "-A FORWARD -j REJECT"].iter().any(|start| rule.starts_with(start))
-                };
+                let all = |rule: &str| ["-j DROP", "-j REJECT"].iter().any(|start| rule.starts_with(start));
                 let how = match (chain.policy == "DROP", chain.rules.last()) {
                     (true, _) => "policy DROP",
                     (false, Some(last)) if all(&last.rule) => "its last rule drops or rejects every packet",
