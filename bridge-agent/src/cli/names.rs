@@ -50,13 +50,15 @@ impl NoNames {
         let (socket, config) = (global.agent_socket(), global.config.clone());
         let names = Arc::new(Mutex::new(self.fetch(&socket, &config).await));
         let shared = Arc::clone(&names);
-        tokio::spawn(async move {
-            while !self.no_names {
-                tokio::time::sleep(REFRESH).await;
-                let fresh = self.fetch(&socket, &config).await;
-                *lock(&shared) = fresh;
-            }
-        });
+        if !self.no_names {
+            tokio::spawn(async move {
+                loop {
+                    tokio::time::sleep(REFRESH).await;
+                    let fresh = self.fetch(&socket, &config).await;
+                    *lock(&shared) = fresh;
+                }
+            });
+        }
         names
     }
 

@@ -84,7 +84,7 @@ fn bpffs(pin_root: &Path) -> Finding {
     const CHECK: &str = "kernel.bpffs";
     let existing = pin_root.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
     match rustix::fs::statfs(existing) {
-        Ok(found) if i64::from(found.f_type) == BPF_FS_MAGIC => {
+        Ok(found) if found.f_type == BPF_FS_MAGIC => {
             Finding::ok(CHECK, format!("{} is on a BPF file system", pin_root.display()))
         }
         _ => Finding::fail(

@@ -107,6 +107,9 @@ impl Finding {
     }
 }
 
+/// Runs the checks of a scope.
+type Group = fn(&Context<'_>) -> Vec<Finding>;
+
 /// Facts that several checks need.
 struct Context<'a> {
     global: &'a Global,
@@ -178,7 +181,7 @@ fn examine(global: &Global, wants: impl Fn(Scope) -> bool) -> Vec<Finding> {
     let (config, finding) = configuration(global);
     let context = Context::new(global, config);
     let mut findings = vec![finding];
-    let groups: [(Scope, fn(&Context<'_>) -> Vec<Finding>); 7] = [
+    let groups: [(Scope, Group); 7] = [
         (Scope::Kernel, kernel::check),
         (Scope::Forwarding, forwarding::check),
         (Scope::Engines, engines::check),
