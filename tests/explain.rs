@@ -2,11 +2,13 @@
 //! root.
 
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Family, Host, Lab};
 use bridge_lab::traffic::tcp;
+use bridge_lab::wait::eventually;
 use serde_json::Value;
 
 const CONFIG: &str = r#"role: node
@@ -175,5 +177,60 @@ fn a_line_of_monitor_and_a_known_flow_are_explained() -> Result<()> {
     // A pod that no cluster knows.
     let error = agent.run(&["explain", "pod/shop/web", "192.168.31.67:8443"]).unwrap_err().to_string();
     assert!(error.contains("write the address"), "{error}");
+    Ok(())
+}
+
+/// Audit mode, traffic, `suggest`, `apply --confirm`, enforce: all that was seen passes, and no neighbour of it.
+#[test]
+fn suggested_rules_allow_exactly_the_traffic_that_was_seen() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let audit = CONFIG.replace("engines: [ebpf]", "mode: audit, engines: [ebpf]");
+    let agent = Agent::start(&lab, lab.b(), &audit)?;
+    let (a, c1, c2) = (lab.a(), lab.c1(), lab.c2());
+    let mut servers = Vec::new();
+    for family in Family::BOTH {
+        for port in [5001, 5002, 5003] {
+            for pod in [c1, c2] {
+                servers.push(tcp::Server::echo(&pod.netns, pod.at(family, port))?);
+            }
+            servers.push(tcp::Server::echo(&a.netns, a.at(family, port))?);
+        }
+    }
+    let seen = |check: &dyn Fn(&Host, std::net::SocketAddr) -> Result<bool>| -> Result<bool> {
+        let mut all = true;
+        for family in Family::BOTH {
+            all &= check(a, c1.at(family, 5001))? && check(a, c1.at(family, 5002))?;
+            all &= check(c2, a.at(family, 5003))?;
+        }
+        Ok(all)
+    };
+    let passes = |from: &Host, to| connects(from, 0, to);
+    ensure!(seen(&passes)?, "audit mode lets all pass");
+    let complete = || {
+        let text = agent.run(&["suggest", "--json"]).ok()?;
+        let answer: Value = serde_json::from_str(&text).ok()?;
+        let pairs = answer["rules"].as_array()?.iter().filter_map(|one| one["pairs"].as_u64()).sum::<u64>();
+        (pairs == 6).then_some(())
+    };
+    eventually(Duration::from_secs(10), complete).context("not all connections are in it")?;
+    let text = agent.run(&["suggest"])?;
+    println!("{text}");
+    let rules = text.split_once("rules:\n").context("rules")?.1;
+    let file = agent.config().with_file_name("enforced.yaml");
+    std::fs::write(&file, format!("{CONFIG}{rules}"))?;
+    agent.run(&["apply", "--confirm", "60s", file.to_str().context("a path")?])?;
+    agent.run(&["confirm"])?;
+    agent.run(&["flows", "--delete"])?;
+    ensure!(seen(&passes)?, "a connection that was seen does not pass");
+    for family in Family::BOTH {
+        for (from, to) in [
+            (a, c1.at(family, 5003)),
+            (a, c2.at(family, 5001)),
+            (c2, a.at(family, 5002)),
+            (c1, a.at(family, 5003)),
+        ] {
+            ensure!(!passes(from, to)?, "{} reaches {to}", from.name);
+        }
+    }
     Ok(())
 }

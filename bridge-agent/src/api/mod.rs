@@ -10,6 +10,7 @@
 //! GET  /v1/names            names of addresses, from the configuration and the cluster
 //! GET  /v1/events           verdicts and route events, see [`events`]; ?verdict= ?address= ?port= ?last=
 //! POST /v1/explain          why a connection passes or not, by the state of this node
+//! GET  /v1/suggest          rules for connections that were denied; ?includeDenied= ?includeEphemeral= ?sinceSeconds=
 //! POST /v1/reload           read the configuration again
 //! POST /v1/apply            apply another configuration, on trial or for good
 //! POST /v1/confirm          make the one on trial the one that counts
@@ -34,6 +35,7 @@ mod peer;
 mod problem;
 mod query;
 mod routes;
+mod suggest;
 
 use std::{
     convert::Infallible,
@@ -70,7 +72,9 @@ pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
 use self::problem::no_ebpf;
-pub use self::{apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as MAX_LEASE_BODY};
+pub use self::{
+    apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as MAX_LEASE_BODY, suggest::SuggestAnswer,
+};
 use self::{
     connections::Connections,
     large::{Chunks, Turn},
@@ -331,6 +335,7 @@ fn router(shared: Shared) -> Router {
         .route("/v1/counters", get(counters))
         .route("/v1/events", get(events::events))
         .route("/v1/explain", post(explain::explain))
+        .route("/v1/suggest", get(suggest::suggest))
         .route("/metrics", get(metrics::serve))
         .merge(names::router())
         .merge(routes::router())

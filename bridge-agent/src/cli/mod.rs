@@ -28,6 +28,7 @@ mod routes;
 mod rules;
 mod run;
 mod status;
+mod suggest;
 mod table;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
@@ -75,6 +76,8 @@ pub enum Command {
     Status(status::StatusCommand),
     /// Explain why a connection passes or does not, and the rule that would allow it
     Explain(explain::Explain),
+    /// Suggest rules for connections that were denied, or would have been
+    Suggest(suggest::Suggest),
     /// List the flows that are known, or forget some
     Flows(flows::Flows),
     /// List the active rules with their hits
@@ -179,6 +182,7 @@ impl Cli {
             Command::Revert(command) => command.run(&self.global),
             Command::Status(command) => command.run(&self.global),
             Command::Explain(command) => command.run(&self.global),
+            Command::Suggest(command) => command.run(&self.global),
             Command::Flows(command) => command.run(&self.global),
             Command::Rules(command) => command.run(&self.global),
             Command::Monitor(command) => command.run(&self.global),

@@ -9,6 +9,7 @@ mod nearly;
 mod nft;
 mod offline;
 mod path;
+mod suggest;
 mod text;
 mod types;
 
@@ -18,5 +19,6 @@ pub use self::judge::{
 pub use self::nft::NftRules;
 pub use self::offline::Offline;
 pub use self::path::explain;
+pub use self::suggest::{Choice, Reported, Suggested, Suggestion, suggest};
 pub use self::text::{Names, ParseError, Protocol, Question, Request, end};
 pub use self::types::{Explanation, Facts, MAX_NEARLY, Nearly, Remedy, Stage, StageOutcome, Verdict};

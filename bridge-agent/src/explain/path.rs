@@ -13,7 +13,7 @@ use crate::{
     config::PoolScope,
     datapath::Hook,
     model::{Direction, Mode, OnDeny, PortRange},
-    policy::NODE_PORTS_RULE,
+    policy::{NODE_PORTS_RULE, reference::Criterion},
 };
 
 /// The ports that Linux gives to clients unless it is told otherwise (`net.ipv4.ip_local_port_range`).
@@ -400,7 +400,17 @@ fn remedy(judge: &Judge<'_>, question: &Question, decision: &Decision) -> Option
             }
             let rule = nearly::rule(judge, sides, &decision.packet)?;
             let name = rule.name.as_str().to_owned();
-            let text = "add a rule to bridge.yaml, or apply the same as a BridgePolicy".to_owned();
+            let rule_text = "add a rule to bridge.yaml, or apply the same as a BridgePolicy";
+            let by_port = nearly::nearly(judge, sides, &decision.packet)
+                .into_iter()
+                .find(|one| one.criterion == Criterion::SourcePorts);
+            let text = match by_port {
+                Some(nearly) => format!(
+                    "let the client take a source port of {} (`bridge-agent exec`, docs/port-pool.md), or {rule_text}",
+                    nearly.has
+                ),
+                None => rule_text.to_owned(),
+            };
             Some(Remedy::of_rules(text, &name, &[rule]))
         }
         _ => None,

@@ -1,5 +1,6 @@
 //! The state of the agent that the run loop writes and API clients read, and the requests of clients to the run loop.
 
+mod denials;
 mod engines;
 mod journal;
 mod probe;
@@ -14,6 +15,7 @@ use std::{
     fmt,
     net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64},
+    time::Duration,
 };
 
 use bridge_common::filter::event::verdict;
@@ -22,6 +24,7 @@ use tokio::{
     sync::{broadcast, mpsc, watch},
 };
 
+pub use denials::{Denial, DenialClass, MAX_CLASSES};
 pub use engines::{AttachedInterface, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus};
 pub use journal::{Event, EventId, InvalidEventId, Journal, Reader, Received, Start};
 pub use probe::{InvalidProbe, Probe};
@@ -33,6 +36,7 @@ pub use status::{Reload, Reloads, Status};
 pub(crate) use trial::time_left;
 pub use trial::{ProbeStatus, TrialEnd, TrialOutcome, TrialStatus};
 
+use self::denials::Denials;
 use crate::{
     config::PoolScope,
     datapath::{Maps, Verdict},
@@ -79,6 +83,7 @@ struct Inner {
     status: Status,
     active: Option<ActivePolicy>,
     last_denied: Option<Arc<Verdict>>,
+    denials: Denials,
     maps: Option<Arc<Maps>>,
     routes: Option<View>,
     pool: Option<Arc<Service>>,
@@ -101,6 +106,7 @@ impl Shared {
             status,
             active: None,
             last_denied: None,
+            denials: Denials::default(),
             maps: None,
             routes: None,
             pool: None,
@@ -147,7 +153,9 @@ impl Shared {
     pub(crate) fn publish_verdict(&self, verdict: Verdict) {
         let verdict = Arc::new(verdict);
         if verdict.verdict != verdict::NAMES[usize::from(verdict::ALLOW)] {
-            self.write().last_denied = Some(Arc::clone(&verdict));
+            let mut inner = self.write();
+            inner.denials.note(&verdict);
+            inner.last_denied = Some(Arc::clone(&verdict));
         }
         self.events.publish(Event::Verdict(verdict));
     }
@@ -156,6 +164,13 @@ impl Shared {
     #[must_use]
     pub fn last_denied(&self) -> Option<Arc<Verdict>> {
         self.read().last_denied.clone()
+    }
+
+    /// Returns the classes of connections that were denied within `since`, and the number of those that made room.
+    #[must_use]
+    pub fn denials(&self, since: Option<Duration>) -> (Vec<Denial>, u64) {
+        let inner = self.read();
+        (inner.denials.list(since), inner.denials.evicted())
     }
 
     pub(crate) fn set_active(&self, active: Option<ActivePolicy>) {
