@@ -26,3 +26,4 @@ pub mod policy;
 pub mod pool;
 pub mod routes;
 pub mod state;
+pub mod ui;

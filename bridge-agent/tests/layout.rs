@@ -18,6 +18,7 @@ use syn::{Attribute, Item, UseTree, Visibility};
 const LAYERS: &[&[&str]] = &[
     &["fuzzing"],
     &["cli"],
+    &["ui"],
     &["agent", "api"],
     &["explain"],
     &["state"],

@@ -49,7 +49,7 @@ struct Files {
 impl Agent {
     /// Starts the agent on a station, at most one at a time on each, and waits until it says that it is ready.
     ///
-    /// `config` is the YAML without `api`: the lab names the socket. The program is `$BRIDGE_AGENT`, else the
+    /// `config` is the YAML without `api.socket`: the lab names it. The program is `$BRIDGE_AGENT`, else the
     /// one built beside this one.
     ///
     /// # Errors
@@ -227,7 +227,11 @@ pub fn state_directory(socket: &Path) -> PathBuf {
 impl Files {
     /// In one step: a watcher never sees half of it.
     fn write_config(&self, config: &str) -> Result<()> {
-        let whole = format!("{}\napi: {{socket: {}}}\n", config.trim_end(), self.socket.display());
+        let socket = format!("socket: {}", self.socket.display());
+        let whole = match config.split_once("\napi: {") {
+            Some((before, after)) => format!("{before}\napi: {{{socket}, {after}"),
+            None => format!("{}\napi: {{{socket}}}\n", config.trim_end()),
+        };
         let new = self.config.with_extension("new");
         fs::write(&new, whole)
             .and_then(|()| fs::rename(&new, &self.config))

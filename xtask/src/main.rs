@@ -115,6 +115,8 @@ enum Command {
     Dist(dist::Options),
     /// Build the documentation as a site into target/docs/site, and check its links
     Docs,
+    /// Play the story of the README in the lab, and write it to docs/demo.cast and docs/demo.svg
+    Record,
     /// Attack a node from the LAN, and count the legitimate connections that suffer
     Attack {
         /// For instance --packets 5000000 --rate 200000
@@ -175,6 +177,7 @@ fn main() -> ExitCode {
         Command::Crds => crds::main(),
         Command::KubeAssets => setup::kube_assets::main(),
         Command::Bench { arguments } => run::bench(&arguments),
+        Command::Record => run::record(),
         Command::Attack { arguments } => run::tool("attack", &arguments),
         Command::Mediation { arguments } => run::tool("mediation", &arguments),
         Command::Gap { arguments } => run::tool("gap", &arguments),

@@ -41,6 +41,14 @@ pub(crate) fn tool(name: &str, arguments: &[OsString]) -> Result<()> {
     built(name != "parity", "bridge-lab", name, arguments)
 }
 
+/// `cargo xtask record`.
+///
+/// # Errors
+/// Setup or the build fails, or the program cannot be started.
+pub(crate) fn record() -> Result<()> {
+    built(false, "bridge-lab", "record", &[crate::workspace::root().join("docs").into()])
+}
+
 /// Builds binary `bin` of `package`, and the agent beside it, and becomes it.
 fn built(release: bool, package: &str, bin: &str, arguments: &[OsString]) -> Result<()> {
     let ready = setup::ensure(Scope::Lab)?;

@@ -5,6 +5,7 @@
 
 mod apply;
 mod cluster;
+mod denial_log;
 mod desired;
 mod divergence;
 mod enforcer;
@@ -25,7 +26,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -40,6 +41,7 @@ pub(crate) use trial::forget as forget_trial;
 
 use self::{
     cluster::Following,
+    denial_log::DenialLog,
     enforcer::Enforcer,
     packet_filter::{Leftovers, PacketFilter},
     port_pool::PortPool,
@@ -139,6 +141,8 @@ pub struct Agent {
     /// The cluster, if it is followed.
     cluster: Option<Following>,
     events: Option<EventReader>,
+    /// The system log, if denied packets go there.
+    denials: Option<DenialLog>,
     /// Events could not be read.
     events_again: Backoff,
     shared: Shared,
@@ -192,6 +196,7 @@ impl Agent {
             pool: PortPool::new(port_pool::places(&options.pin_root, &options.state), shared.clone()),
             cluster: None,
             events: None,
+            denials: None,
             events_again: Backoff::default(),
             shared,
             socket,
@@ -324,7 +329,7 @@ impl Agent {
                         }
                     }
                 },
-                read = read_events(self.events.as_mut(), &self.shared, self.filter.as_ref(), generation) => {
+                read = read_events(self.events.as_mut(), &self.shared, self.filter.as_ref(), self.denials.as_mut(), generation) => {
                     if let Err(error) = read {
                         tracing::error!(%error, "events can no longer be read; the agent tries again");
                         self.events = None;
@@ -341,6 +346,7 @@ impl Agent {
         config: &Config,
         engines: impl FnOnce(&mut Self, &Config) -> Result<(), Error>,
     ) -> Result<(), Error> {
+        let start = Instant::now();
         let routes = self.routing.prepare(config, &self.state.boot(), &self.shared.route_events)?;
         let before = self.pool.prepare(config)?;
         if let Err(error) = engines(self, config) {
@@ -353,6 +359,8 @@ impl Agent {
         self.shared.set_names(&config.names);
         self.routing.commit(routes);
         self.shared.set_routes(self.routing.view());
+        self.denials = DenialLog::following(self.denials.take(), config.enforcement.syslog.as_ref());
+        self.shared.apply_time.observe(start.elapsed().as_secs_f64());
         Ok(())
     }
 
@@ -451,6 +459,7 @@ async fn read_events(
     events: Option<&mut EventReader>,
     shared: &Shared,
     filter: Option<&PacketFilter>,
+    mut denials: Option<&mut DenialLog>,
     generation: u32,
 ) -> io::Result<()> {
     match (events, shared.maps()) {
@@ -459,6 +468,9 @@ async fn read_events(
                 .read(&maps, |verdict| {
                     if let Some(filter) = filter.filter(|_| verdict.generation == generation) {
                         filter.judged_by_ebpf(&verdict);
+                    }
+                    if let Some(denials) = &mut denials {
+                        denials.note(&verdict);
                     }
                     shared.publish_verdict(verdict);
                 })

@@ -117,6 +117,17 @@ impl Client {
         Ok(())
     }
 
+    /// Sends a request and returns the answer, also one that refuses.
+    ///
+    /// # Errors
+    /// [`Error::Connection`].
+    pub(crate) async fn request(
+        &mut self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Incoming>, Error> {
+        Ok(self.sender.send_request(request).await?)
+    }
+
     async fn send(&mut self, method: Method, path: &str, body: Bytes) -> Result<Response<Incoming>, Error> {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;

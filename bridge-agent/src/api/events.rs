@@ -18,7 +18,8 @@ use futures_util::{Stream, StreamExt as _, stream};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, no_ebpf, query::Query};
+use super::problem::{Problem, no_ebpf};
+use super::query::Query;
 use crate::{
     datapath::VerdictFilter,
     state::{Event, EventId, Received, Shared, Start},

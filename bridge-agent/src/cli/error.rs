@@ -71,6 +71,9 @@ pub enum Error {
     /// The agent did not answer.
     #[error(transparent)]
     Client(#[from] client::Error),
+    /// The page could not be served.
+    #[error(transparent)]
+    Ui(#[from] crate::ui::Error),
     /// Routes.
     #[error(transparent)]
     Routes(#[from] crate::routes::Error),
@@ -153,6 +156,7 @@ impl Error {
             | Self::Api(_)
             | Self::Datapath(_)
             | Self::Client(_)
+            | Self::Ui(_)
             | Self::Routes(_)
             | Self::Export(_)
             | Self::NoClusterRoutes

@@ -30,6 +30,7 @@ mod run;
 mod status;
 mod suggest;
 mod table;
+mod ui;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
@@ -84,6 +85,8 @@ pub enum Command {
     Rules(rules::Rules),
     /// Show verdicts on packets and route events, live
     Monitor(monitor::Monitor),
+    /// Serve a page that shows flows, denied packets, rules, routes and the port pool, until Ctrl-C
+    Ui(ui::Ui),
     /// List, plan, apply, withdraw or export the routes to pods
     Routes(routes::Routes),
     /// Find settings of this machine that keep bridge from working
@@ -186,6 +189,7 @@ impl Cli {
             Command::Flows(command) => command.run(&self.global),
             Command::Rules(command) => command.run(&self.global),
             Command::Monitor(command) => command.run(&self.global),
+            Command::Ui(command) => command.run(&self.global),
             Command::Routes(command) => command.run(&self.global),
             Command::Doctor(command) => command.run(&self.global),
             Command::Bugreport(command) => command.run(&self.global),

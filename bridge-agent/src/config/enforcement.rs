@@ -8,6 +8,7 @@ use super::iptables::Iptables;
 use super::leaf::Problem;
 use super::nftables::Nftables;
 use super::report::{Path, Report};
+use super::syslog::Syslog;
 use super::time_span::TimeSpan;
 use crate::model::{Mode, OnDeny};
 
@@ -36,6 +37,9 @@ pub struct Enforcement {
     pub timeouts: Timeouts,
     /// Which events are reported, and how many.
     pub events: Events,
+    /// Denied packets as lines of the system log. Left out: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub syslog: Option<Syslog>,
     /// How many flows are remembered.
     pub flows: Flows,
 }
@@ -53,6 +57,7 @@ impl Default for Enforcement {
             fast_path: FastPath::default(),
             timeouts: Timeouts::default(),
             events: Events::default(),
+            syslog: None,
             flows: Flows::default(),
         }
     }
@@ -208,6 +213,9 @@ impl Enforcement {
             report.error(&engines.index(index), problem);
         }
         self.iptables.check(&path.key("iptables"), report);
+        if let Some(syslog) = &self.syslog {
+            syslog.check(&path.key("syslog"), report);
+        }
         let interfaces = path.key("interfaces");
         let internal = interfaces.key("internal");
         for (index, pattern) in self.interfaces.internal.iter().enumerate() {

@@ -28,6 +28,7 @@ pub(crate) mod rules;
 mod shadow;
 mod shape;
 mod static_route;
+mod syslog;
 #[cfg(test)]
 mod tests;
 mod time_span;
@@ -50,6 +51,7 @@ pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
 pub use kubernetes::{Kubernetes, PodNetworks};
 pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
+pub use leaf::AbsolutePath;
 pub use network::{HostOrNetwork, Network};
 pub use networks::Networks;
 pub(crate) use networks::family_without_external;
@@ -65,6 +67,7 @@ pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_LO
 pub use rules::{MAX_RULES, Rule, RuleName};
 pub(crate) use shape::inlined_schema_of as schema_of;
 pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};
+pub use syslog::Syslog;
 pub use time_span::TimeSpan;
 
 use self::leaf::Problem;

@@ -19,6 +19,7 @@ use std::{
 };
 
 use bridge_common::filter::event::verdict;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use tokio::{
     runtime::Handle,
     sync::{broadcast, mpsc, watch},
@@ -59,6 +60,10 @@ pub struct Shared {
     pub events: Journal,
     /// Clients that were disconnected because they took no byte of an answer for too long.
     pub(crate) stalled_clients: Arc<AtomicU64>,
+    /// Parts of scrapes of the metrics that could not be read.
+    pub(crate) scrape_errors: Arc<AtomicU64>,
+    /// Seconds that each change of the configuration took.
+    pub(crate) apply_time: Histogram,
     /// Changes of routes, next hops and discovered pods.
     pub route_events: broadcast::Sender<RouteEvent>,
     /// Requests to the run loop.
@@ -117,6 +122,9 @@ impl Shared {
             inner: Arc::new(RwLock::new(inner)),
             events: Journal::default(),
             stalled_clients: Arc::default(),
+            scrape_errors: Arc::default(),
+            // From 5 ms to 41 s.
+            apply_time: Histogram::new(exponential_buckets(0.005, 2.0, 14)),
             route_events: broadcast::Sender::new(BACKLOG),
             requests,
             engines: watch::Sender::default(),

@@ -45,11 +45,14 @@ const LAB: [Program; 11] = [
 ];
 
 /// Programs that only tests need.
-const TEST: [Program; 8] = [
+const TEST: [Program; 11] = [
     program("bird", "bird2", "the test of routes exported for BIRD asks BIRD itself"),
     program("vtysh", "frr", "the test of routes exported for FRR asks FRR itself"),
     program("dnsmasq", "dnsmasq-base", "the test of routes exported for DHCP serves them"),
     program("busybox", "busybox-static", "its DHCP client reads the routes that were served"),
+    program("chromium", "chromium", "the tests of the page open it in a browser"),
+    program("chromedriver", "chromium-driver", "the tests of the page steer the browser"),
+    program("promtool", "prometheus", "the tests of alerts, metrics and the dashboard"),
     program("crun", "crun", "the tests of the DaemonSet run the agent as a container"),
     program("setpriv", "util-linux", "the tests of privileges run the agent as another user"),
     program("systemd-analyze", "systemd", "to check how much the systemd unit leaves the agent"),

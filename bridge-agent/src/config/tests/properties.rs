@@ -13,7 +13,7 @@ use crate::config::leaf::Leaf;
 use crate::config::{
     Backend, Config, Enforcement, Engine, Events, FastPath, Flows, InterfacePattern, Interfaces, Iptables,
     Network, Networks, Nftables, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName,
-    Scope, TimeSpan, Timeouts,
+    Scope, Syslog, TimeSpan, Timeouts,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 
@@ -120,6 +120,7 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                 interfaces: Interfaces { external: patterns(external), internal: patterns(internal) },
                 timeouts: Timeouts { tcp_established: TimeSpan::seconds(seconds), ..Timeouts::default() },
                 events: Events { rate, allowed },
+                syslog: allowed.then(|| Syslog { rate: rate.clamp(1, 10_000), ..Syslog::default() }),
                 flows: Flows { established: flows, half_open: flows },
                 fast_path: if one { FastPath::Off } else { FastPath::Auto },
             }

@@ -1,25 +1,33 @@
 //! Prometheus metrics, read from the kernel at each scrape.
 
-use std::{fmt, io, sync::atomic::Ordering};
+mod process;
+#[cfg(test)]
+mod tests;
+
+use std::{cmp::Reverse, fmt, io, sync::atomic::Ordering};
 
 use axum::{extract::State, response::Response};
+use jiff::Timestamp;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, MetricEncoder, text::encode},
-    metrics::{MetricType, TypedMetric, counter::ConstCounter, gauge::ConstGauge, info::Info},
-    registry::Registry,
+    metrics::{
+        MetricType, TypedMetric, counter::ConstCounter, gauge::ConstGauge, histogram::Histogram, info::Info,
+    },
+    registry::{Registry, Unit},
 };
 
+use self::process::{Process, ProcessCollector};
 use super::{
     Problem,
     large::{Chunks, Turn},
 };
 use crate::{
-    datapath::{Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
+    datapath::{self, Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
     kernel::memory,
     kubernetes::KubernetesStatus,
     pool::Summary,
-    state::{RoutesStatus, Shared, Status},
+    state::{Reload, RoutesStatus, Shared, Status},
 };
 
 pub(super) async fn serve(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
@@ -33,45 +41,96 @@ pub(super) async fn serve(State(shared): State<Shared>, turn: Turn) -> Result<Re
     turn.answer("application/openmetrics-text; version=1.0.0; charset=utf-8", read, write).await
 }
 
+/// Series of rules: each node of a cluster has its own.
+const MAX_RULES: usize = 1000;
+
 /// Reads everything that a scrape shows.
 fn registry(shared: &Shared) -> Registry {
-    let mut registry = Registry::with_prefix("bridge");
-    let status = shared.status();
-    let build = vec![("version", status.version.clone()), ("abi", status.abi_version.to_string())];
-    registry.register("build", "Version of the agent", Info::new(build));
-    let readers =
-        Readers { missed: shared.events.missed(), stalled: shared.stalled_clients.load(Ordering::Relaxed) };
-    registry.register_collector(Box::new(Scrape::new(status, readers, shared.maps().as_deref())));
+    let scrape = Scrape::read(shared);
+    let mut registry = Registry::default();
+    register(&mut registry, scrape, shared.apply_time.clone(), Process::read());
     registry
 }
 
-/// Clients of the API that were too slow.
-#[derive(Debug)]
-struct Readers {
-    missed: u64,
-    stalled: u64,
+fn register(registry: &mut Registry, scrape: Scrape, apply_time: Histogram, process: Option<Process>) {
+    let bridge = registry.sub_registry_with_prefix("bridge");
+    let status = &scrape.status;
+    let build = vec![("version", status.version.clone()), ("abi", status.abi_version.to_string())];
+    bridge.register("build", "Version of the agent", Info::new(build));
+    let help = "Time that the agent took to apply a configuration or a change of the cluster";
+    bridge.register_with_unit("apply_duration", help, Unit::Seconds, apply_time);
+    bridge.register_collector(Box::new(scrape));
+    registry.register_collector(Box::new(ProcessCollector(process)));
 }
 
 /// Values of one scrape.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Scrape {
     status: Status,
-    readers: Readers,
     reasons: Vec<ReasonCount>,
     rules: Vec<RuleCount>,
+    /// Rules beyond the last series.
+    rules_omitted: u64,
     outcomes: Vec<OutcomeCount>,
     fills: Vec<Fill>,
+    events_missed: u64,
+    stalled_clients: u64,
+    /// Parts of scrapes that could not be read, since the agent started.
+    errors: u64,
 }
 
 impl Scrape {
-    fn new(status: Status, readers: Readers, maps: Option<&Maps>) -> Self {
-        // Unreadable values are left out: the rest of the scrape stays useful.
-        let reasons = maps.and_then(|maps| maps.reason_counts().ok()).unwrap_or_default();
-        let rules = maps.and_then(|maps| maps.rule_counts().ok()).unwrap_or_default();
-        let outcomes = maps.and_then(|maps| maps.outcome_counts().ok()).unwrap_or_default();
-        let fills = maps.and_then(|maps| maps.fill().ok()).unwrap_or_default();
-        Self { status, readers, reasons, rules, outcomes, fills }
+    /// Reads the values. Unreadable ones are left out and counted: the rest of the scrape stays useful.
+    fn read(shared: &Shared) -> Self {
+        let maps = shared.maps();
+        let mut errors = 0;
+        fn part<T: Default>(
+            maps: Option<&Maps>,
+            errors: &mut u64,
+            read: impl FnOnce(&Maps) -> datapath::Result<T>,
+        ) -> T {
+            maps.map_or_else(T::default, |maps| {
+                read(maps).unwrap_or_else(|error| {
+                    tracing::debug!(%error, "a part of the metrics is unreadable");
+                    *errors += 1;
+                    T::default()
+                })
+            })
+        }
+        let maps = maps.as_deref();
+        let reasons = part(maps, &mut errors, Maps::reason_counts);
+        let (rules, rules_omitted) = most_hit(part(maps, &mut errors, Maps::rule_counts));
+        let outcomes = part(maps, &mut errors, Maps::outcome_counts);
+        let fills = part(maps, &mut errors, Maps::fill);
+        let status = shared.status();
+        errors += u64::from(maps.is_some() && (status.flows.is_none() || status.suppressed_events.is_none()));
+        let errors = shared.scrape_errors.fetch_add(errors, Ordering::Relaxed) + errors;
+        let events_missed = shared.events.missed();
+        let stalled_clients = shared.stalled_clients.load(Ordering::Relaxed);
+        Self {
+            status,
+            reasons,
+            rules,
+            rules_omitted,
+            outcomes,
+            fills,
+            events_missed,
+            stalled_clients,
+            errors,
+        }
     }
+}
+
+/// The rules that decided about a flow, those with most flows if there are too many; and the number of the others.
+fn most_hit(mut rules: Vec<RuleCount>) -> (Vec<RuleCount>, u64) {
+    rules.retain(|rule| rule.hits > 0);
+    let omitted = rules.len().saturating_sub(MAX_RULES);
+    if omitted > 0 {
+        rules.sort_unstable_by_key(|rule| (Reverse(rule.hits), rule.index));
+        rules.truncate(MAX_RULES);
+        rules.sort_unstable_by_key(|rule| rule.index);
+    }
+    (rules, omitted as u64)
 }
 
 /// Writes a family of counters or gauges.
@@ -124,7 +183,7 @@ impl Collector for Scrape {
         family(encoder, packets, COUNTER, reasons().map(|count| (reason(count), count.packets)))?;
         let bytes = ("bytes", "Length of the packets judged, from the link layer header on");
         family(encoder, bytes, COUNTER, reasons().map(|count| (reason(count), count.bytes)))?;
-        let audited = ("audited_packets", "Packets let through in audit mode that would have been denied");
+        let audited = ("packets_audited", "Packets let through in audit mode that would have been denied");
         let would_be_denied = reasons().filter(|count| count.denies);
         family(
             encoder,
@@ -137,8 +196,13 @@ impl Collector for Scrape {
             let labels = [("rule", &count.name), ("direction", &count.direction), ("action", &count.action)];
             labels.map(|(name, value)| (name, value.clone()))
         };
-        let hits = ("rule_hits", "New flows that a rule has decided about");
+        let hits = ("rule_hits", "New flows that a rule decided about; rules without any are left out");
         family(encoder, hits, COUNTER, self.rules.iter().map(|count| (rule(count), count.hits)))?;
+        let name = (
+            "rule_hits_omitted",
+            "Rules with hits that have no series: only the 1000 with most hits have one",
+        );
+        single(encoder, name, GAUGE, self.rules_omitted)?;
 
         let outcome = |count: &OutcomeCount| {
             [("direction", count.direction.clone()), ("outcome", count.outcome.clone())]
@@ -169,7 +233,7 @@ impl Collector for Scrape {
         let room = self.fills.iter().map(|fill| ([("map", fill.map)], u64::from(fill.capacity)));
         family(encoder, ("map_capacity", "Entries that a map has room for"), GAUGE, room)?;
         if let Some(suppressed) = self.status.suppressed_events {
-            let name = ("suppressed_events", "Events kept back by the rate limit or for want of a reader");
+            let name = ("events_suppressed", "Events kept back by the rate limit or for want of a reader");
             single(encoder, name, COUNTER, suppressed)?;
         }
         if let Some(enforcement) = &self.status.enforcement {
@@ -226,23 +290,42 @@ impl Collector for Scrape {
             );
             single(encoder, failure, GAUGE, u64::from(firewall.failure.is_some()))?;
         }
-        let Readers { missed, stalled } = self.readers;
         let name =
             ("events_missed", "Events that a reader of the API was too slow to take, over all readers");
-        single(encoder, name, COUNTER, missed)?;
+        single(encoder, name, COUNTER, self.events_missed)?;
         let name = (
             "api_stalled_clients",
             "Clients that the API disconnected because they took no byte of an answer",
         );
-        single(encoder, name, COUNTER, stalled)?;
+        single(encoder, name, COUNTER, self.stalled_clients)?;
         let left = self.status.trial.as_ref().map_or(0, |trial| trial.seconds_left);
-        let name =
-            ("trial_seconds_left", "Until a configuration on trial takes itself back; 0: none is on trial");
+        let name = (
+            "trial_remaining_seconds",
+            "Until a configuration on trial takes itself back; 0: none is on trial",
+        );
         single(encoder, name, GAUGE, left)?;
         let reloads = &self.status.reloads;
         let results = [("success", reloads.succeeded), ("failure", reloads.failed)];
         let results = results.map(|(result, count)| ([("result", result)], count));
-        family(encoder, ("reloads", "Reloads of the configuration"), COUNTER, results)
+        family(encoder, ("reloads", "Reloads of the configuration"), COUNTER, results)?;
+        if let Some(Reload { time, error }) = &reloads.last {
+            let name = (
+                "config_last_reload_successful",
+                "1: the last reload succeeded; 0: the former configuration is active",
+            );
+            single(encoder, name, GAUGE, u64::from(error.is_none()))?;
+            if let Ok(time) = time.parse::<Timestamp>() {
+                let name = ("config_last_reload_timestamp_seconds", "Time of the last reload, since 1970");
+                single(encoder, name, GAUGE, time.as_second().unsigned_abs())?;
+            }
+        }
+        let name = (
+            "ready",
+            "1: the whole configuration is applied; 0: `bridge-agent status --ready` names the missing parts",
+        );
+        single(encoder, name, GAUGE, u64::from(self.status.unready().is_empty()))?;
+        let name = ("scrape_errors", "Parts of a scrape that could not be read and are missing in it");
+        single(encoder, name, COUNTER, self.errors)
     }
 }
 
@@ -307,7 +390,7 @@ fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Resu
         refusals.iter().map(move |(reason, count)| ([("by", by), ("reason", reason)], count))
     });
     family(encoder, ("pool_refusals", "Connects and requests that got no port"), COUNTER, refusals)?;
-    let lost = ("pool_lost_events", "Refusals that were counted only, and not reported");
+    let lost = ("pool_events_lost", "Refusals that were counted only, and not reported");
     single(encoder, lost, COUNTER, counters.events_lost)?;
     let repairs = ("pool_masquerade_repairs", "Times that the masquerade table was installed again");
     single(encoder, repairs, COUNTER, *masquerade_repairs)
