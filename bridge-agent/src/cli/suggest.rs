@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::{SuggestAnswer, client::Client};
@@ -30,17 +30,9 @@ pub struct Suggest {
     /// Also destination ports of 32768 and more, which look like those of clients
     #[arg(long)]
     include_ephemeral: bool,
-    /// Rules for bridge.yaml, or a BridgePolicy
-    #[arg(long, short, value_enum, value_name = "FORM", default_value_t)]
-    output: Form,
-}
-
-/// The form of the rules.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Form {
-    #[default]
-    Yaml,
-    Policy,
+    /// Print a BridgePolicy instead of rules for bridge.yaml
+    #[arg(long)]
+    policy: bool,
 }
 
 fn time(text: &str) -> Result<Duration, String> {
@@ -87,18 +79,15 @@ impl Suggest {
         if suggestion.rules.is_empty() {
             return Ok(text);
         }
-        let indent = match self.output {
-            Form::Yaml => {
-                text += "rules:\n";
-                "  "
-            }
-            Form::Policy => {
-                let _ = write!(
-                    text,
-                    "apiVersion: {GROUP}/v1alpha1\nkind: BridgePolicy\nmetadata:\n  name: seen\nspec:\n  rules:\n"
-                );
-                "    "
-            }
+        let indent = if self.policy {
+            let _ = write!(
+                text,
+                "apiVersion: {GROUP}/v1alpha1\nkind: BridgePolicy\nmetadata:\n  name: seen\nspec:\n  rules:\n"
+            );
+            "    "
+        } else {
+            text += "rules:\n";
+            "  "
         };
         for Suggested { rule, pairs, count, first, last } in &suggestion.rules {
             let _ = writeln!(
