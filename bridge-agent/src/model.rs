@@ -165,6 +165,8 @@ pub struct Topology {
     pub remote: Vec<RemotePods>,
     /// Tunnels that end here.
     pub tunnels: Vec<Tunnel>,
+    /// Their interfaces.
+    pub tunnel_interfaces: Vec<String>,
 }
 
 /// Pods of other nodes behind one interface.

@@ -22,6 +22,22 @@ pub struct Kubernetes {
     pub node_name: Option<String>,
     /// Who says which pod networks a node has.
     pub pod_networks: PodNetworks,
+    /// Which pods a node follows.
+    pub pods: FollowedPods,
+}
+
+/// Which pods a node follows, so that rules can select them by labels.
+///
+/// A NodePort, LoadBalancer or ClusterIP connection from the LAN may enter the cluster at a node that does not host the pod. That
+/// node hides the peer from the pod's own node, so it has to decide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum FollowedPods {
+    /// Those of every node. Each node then hears of every pod of the cluster.
+    #[default]
+    All,
+    /// Those of this node. What the node translates to pods of other nodes is denied to LAN hosts.
+    Own,
 }
 
 /// Who says which pod networks a node has.

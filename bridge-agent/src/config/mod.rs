@@ -49,7 +49,7 @@ pub use api::{Api, DEFAULT_SOCKET};
 pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts};
 pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
-pub use kubernetes::{Kubernetes, PodNetworks};
+pub use kubernetes::{FollowedPods, Kubernetes, PodNetworks};
 pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
 pub use leaf::AbsolutePath;
 pub use network::{HostOrNetwork, Network};

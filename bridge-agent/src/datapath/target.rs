@@ -20,6 +20,8 @@ pub struct Target {
     pub fast_path: u32,
     /// Index of the bridge that it is a port of; 0: none.
     pub upper: u32,
+    /// Whether it is a tunnel of this node.
+    pub tunnel: bool,
 }
 
 impl Target {
@@ -31,6 +33,7 @@ impl Target {
             fast_path,
             upper: self.upper,
             bound,
+            tunnel: self.tunnel as u32,
         }
     }
 }

@@ -231,8 +231,8 @@ impl Selection {
                         // LAN hosts are beyond the other end.
                         fast_path &= !ability::PEER;
                     }
-                    let upper = link.upper;
-                    chosen.targets.push(Target { index, name, role, link_header, fast_path, upper });
+                    let (upper, tunnel) = (link.upper, link.tunnel.is_some());
+                    chosen.targets.push(Target { index, name, role, link_header, fast_path, upper, tunnel });
                 }
                 None => chosen.remarks.push(format!(
                     "{}: link type {} is neither Ethernet nor plain IP, its packets cannot be judged",

@@ -61,7 +61,10 @@ impl Selection {
         let mut tunnels: Vec<Tunnel> = snapshot.links.values().filter_map(|link| link.tunnel).collect();
         tunnels.sort_unstable();
         tunnels.dedup();
-        Topology { external, internal, remote, tunnels }
+        let mut tunnel_interfaces: Vec<String> =
+            snapshot.links.values().filter(|link| link.tunnel.is_some()).map(|link| link.name.clone()).collect();
+        tunnel_interfaces.sort_unstable();
+        Topology { external, internal, remote, tunnels, tunnel_interfaces }
     }
 }
 
@@ -176,6 +179,7 @@ mod tests {
                 internal: vec!["cali+".into()],
                 remote: vec![remote("eth0", "10.200.3.0/24"), remote("flannel.1", "10.200.2.0/24")],
                 tunnels: vec![Tunnel::Udp(8472)],
+                tunnel_interfaces: vec!["flannel.1".into()],
             }
         );
     }

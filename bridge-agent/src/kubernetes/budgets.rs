@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use ipnet::IpNet;
 
 use super::cluster::Cluster;
+use super::selector::Reach;
 use crate::config::Rule;
 use crate::model::{self, Mode, OnDeny, Policy};
 use crate::policy::budget::{self, Cost, Exceeded};
@@ -17,27 +18,28 @@ const OTHER_POD: Ipv6Addr = Ipv6Addr::new(0x100, 0, 0, 0, 0, 0, 0, 2);
 
 /// The outcome of earlier checks by policy, with a hash of the rules.
 #[derive(Debug, Default)]
-pub(super) struct Budgets(HashMap<String, (u64, Result<Cost, Exceeded>)>);
+pub(super) struct Budgets(HashMap<(String, Reach), (u64, Result<Cost, Exceeded>)>);
 
 impl Budgets {
     /// Checks the rules of one policy, whose selectors are resolved, by themselves. The outcome depends on nothing else, so
     /// that a new node or pod does not have all policies compiled.
-    pub(super) fn check(&mut self, name: &str, rules: &[Rule]) -> Result<Cost, Exceeded> {
+    pub(super) fn check(&mut self, name: &str, reach: Reach, rules: &[Rule]) -> Result<Cost, Exceeded> {
+        let key = (name.to_owned(), reach);
         let rules: Vec<model::Rule> = rules.iter().map(Rule::to_model).collect();
         let hash = hash(&rules);
-        if let Some((known, outcome)) = self.0.get(name)
+        if let Some((known, outcome)) = self.0.get(&key)
             && *known == hash
         {
             return outcome.clone();
         }
         let outcome = budget::check(&policy(rules), &[]);
-        self.0.insert(name.to_owned(), (hash, outcome.clone()));
+        self.0.insert(key, (hash, outcome.clone()));
         outcome
     }
 
     /// Forgets policies that no longer exist.
     pub(super) fn retain(&mut self, cluster: &Cluster) {
-        self.0.retain(|name, _| cluster.policies.get(name).is_some());
+        self.0.retain(|(name, _), _| cluster.policies.get(name).is_some());
     }
 }
 

@@ -123,6 +123,11 @@ impl<T: PartialEq> Table<T> {
         self.items.get_mut(key)
     }
 
+    /// Whether all objects were listed, now or by an earlier run.
+    pub(super) const fn is_known(&self) -> bool {
+        self.known
+    }
+
     pub(super) fn len(&self) -> usize {
         self.items.len()
     }
@@ -175,6 +180,8 @@ pub(crate) struct Cluster {
     pub(super) nodes: Table<Node>,
     /// Those of this node.
     pub(super) pods: Table<Pod>,
+    /// Those of other nodes.
+    pub(super) remote_pods: Table<Pod>,
     pub(super) namespaces: Table<Labels>,
     pub(super) policies: Table<Policy>,
     pub(super) blocks: Table<Block>,

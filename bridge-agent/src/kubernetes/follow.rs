@@ -14,7 +14,8 @@ use super::budgets::Budgets;
 use super::connect::{self, Error};
 use super::engines::Engines;
 use super::objects::{
-    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject, PolicyObject,
+    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject,
+    PolicyObject, RemotePodObject,
 };
 use super::plan::{Planned, plan_with};
 use super::quarantine::Quarantine;
@@ -24,7 +25,7 @@ use super::state::State;
 use super::status::KubernetesStatus;
 use super::thread::{ClusterThread, PLUGIN_DEADLINE};
 use super::watch::{Query, follow};
-use crate::config::{Config, Kubernetes, PodNetworks, Role};
+use crate::config::{Config, FollowedPods, Kubernetes, PodNetworks, Role};
 
 /// Name of a failed connection among the failures.
 const CONNECTION: &str = "connection";
@@ -108,7 +109,7 @@ impl Follower {
                 "cluster as last known"
             );
         }
-        let state = State::new(before, expected(config.role, section.pod_networks));
+        let state = State::new(before, expected(config.role, section));
         let seen = state.versions();
         let follow = supervise(section.clone(), node.clone(), state.clone());
         let report = report::run(section.clone(), node.clone(), state.clone(), engines, saved);
@@ -206,12 +207,13 @@ const fn asks(wanted: PodNetworks) -> (bool, bool) {
     (calico, cilium)
 }
 
-fn expected(role: Role, networks: PodNetworks) -> Vec<&'static str> {
-    let (calico, cilium) = asks(networks);
+fn expected(role: Role, section: &Kubernetes) -> Vec<&'static str> {
+    let (calico, cilium) = asks(section.pod_networks);
     let on_node = role == Role::Node;
     [
         (true, NodeObject::NAME),
         (on_node, PodObject::NAME),
+        (on_node && section.pods == FollowedPods::All, RemotePodObject::NAME),
         (on_node, NamespaceObject::NAME),
         (on_node, PolicyObject::NAME),
         (calico, AffinityObject::NAME),
@@ -256,6 +258,8 @@ fn begin(client: &Client, node: Option<&str>, state: &State) -> JoinSet<()> {
     if let Some(node) = node {
         let field_selector = Some(format!("spec.nodeName={node}"));
         add.kind::<PodObject>(Query { field_selector, from_cache: true, absent: None });
+        let field_selector = Some(format!("spec.nodeName!={node}"));
+        add.kind::<RemotePodObject>(Query { field_selector, ..Query::default() });
     }
     kinds
 }

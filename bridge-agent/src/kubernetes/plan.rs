@@ -12,11 +12,13 @@ use super::cluster::Cluster;
 use super::networks::{self, Origin};
 use super::quarantine::Quarantine;
 use super::resources::{ObservedPolicy, RefusedPolicy};
-use super::selector;
+use super::selector::{self, Reach};
 use crate::config::{
-    Config, Engine, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName, family_without_external,
+    Config, Engine, FollowedPods, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName,
+    family_without_external,
 };
 use crate::iptables::{self, render, ruleset::Family};
+use crate::model::{Action, Direction, Protocol};
 use crate::policy::budget::{self, Cost};
 use crate::routes::{DesiredRoute, SourceKind};
 
@@ -81,9 +83,18 @@ pub(super) fn plan_with(
     planned.leave_pods_out(cluster, node);
     planned.add_networks(cluster);
     if file.role == Role::Node {
-        planned.add_rules(cluster, budgets, quarantine);
+        planned.add_rules(cluster, node, budgets, quarantine);
     }
     planned
+}
+
+/// A policy that this node enforces.
+struct AcceptedPolicy {
+    policy: ObservedPolicy,
+    /// As written, inside the external networks of this node.
+    unresolved: Vec<Rule>,
+    /// With the pods of this node in place of selectors.
+    rules: Vec<Rule>,
 }
 
 /// Remarks of one kind; more are not made.
@@ -166,12 +177,46 @@ impl Planned {
     }
 
     /// Labels become addresses; policies become rules behind those of the file.
-    fn add_rules(&mut self, cluster: &Cluster, budgets: &mut Budgets, quarantine: &Quarantine) {
+    fn add_rules(
+        &mut self,
+        cluster: &Cluster,
+        node: Option<&str>,
+        budgets: &mut Budgets,
+        quarantine: &Quarantine,
+    ) {
+        let wanted = self.config.kubernetes.as_ref().map(|section| section.pods).unwrap_or_default();
+        let file = self.config.rules.clone();
+        for rule in &mut self.config.rules {
+            resolve(rule, cluster, Reach::Own);
+        }
+        let accepted = self.accept(cluster, budgets, quarantine);
+        budgets.retain(cluster);
+        let remote = match wanted {
+            FollowedPods::Own => Err("`kubernetes.pods` is `own`".to_owned()),
+            FollowedPods::All if !cluster.remote_pods.is_known() => Err("they are not known yet".to_owned()),
+            FollowedPods::All => self.with_remote_pods(&file, &accepted, cluster, budgets),
+        };
+        self.policies.extend(accepted.iter().map(|accepted| accepted.policy.clone()));
+        match remote {
+            Ok(rules) => self.config.rules = rules,
+            Err(reason) => {
+                self.config.rules.extend(accepted.into_iter().flat_map(|accepted| accepted.rules));
+                self.deny_remote_pods(cluster, node, &reason);
+            }
+        }
+        self.refused.sort_by(|a, b| a.name.cmp(&b.name));
+    }
+
+    /// Returns the policies that are valid and within the limits, their selectors resolved among the pods of this node: pods of
+    /// other nodes keep no policy of this node from being accepted.
+    fn accept(
+        &mut self,
+        cluster: &Cluster,
+        budgets: &mut Budgets,
+        quarantine: &Quarantine,
+    ) -> Vec<AcceptedPolicy> {
         let external = self.config.networks.external_nets();
         let pods = self.config.networks.pod_nets();
-        for rule in &mut self.config.rules {
-            resolve(rule, cluster);
-        }
         let mut names: HashSet<String> =
             self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
         let mut outside = 0;
@@ -188,16 +233,15 @@ impl Planned {
                 self.refused.push(RefusedPolicy::new(policy, content.generation, reason));
                 continue;
             }
+            let mut unresolved = Vec::with_capacity(rules.len());
             let mut resolved = Vec::with_capacity(rules.len());
             for rule in rules {
                 let mut rule = rule.clone();
                 let name = unique(&format!("{policy}.{}", rule.name), &mut names);
                 rule.name = name;
-                resolve(&mut rule, cluster);
                 // Other nodes may have networks that this node does not judge.
                 let named = rule.external.as_ref().is_some_and(|list| !list.is_empty());
                 restrict(&mut rule.external, &external);
-                restrict(&mut rule.pods, &pods);
                 if named && rule.external.as_ref().is_some_and(Vec::is_empty) {
                     outside += 1;
                     if outside <= REMARKS {
@@ -207,30 +251,106 @@ impl Planned {
                         ));
                     }
                 }
+                unresolved.push(rule.clone());
+                resolve(&mut rule, cluster, Reach::Own);
+                restrict(&mut rule.pods, &pods);
                 resolved.push(rule);
             }
-            match budgets.check(policy, &resolved) {
-                Ok(cost) => candidates.push((policy, content.generation, resolved, cost)),
-                Err(exceeded) => {
-                    self.refused.push(RefusedPolicy::new(policy, content.generation, &exceeded.to_string()));
-                }
+            let policy = ObservedPolicy { name: policy.to_owned(), observed_generation: content.generation };
+            match budgets.check(&policy.name, Reach::Own, &resolved) {
+                Ok(cost) => candidates.push((AcceptedPolicy { policy, unresolved, rules: resolved }, cost)),
+                Err(exceeded) => self.refuse(&policy, &exceeded),
             }
         }
-        budgets.retain(cluster);
-        let costs: Vec<Cost> = candidates.iter().map(|(.., cost)| *cost).collect();
+        let costs: Vec<Cost> = candidates.iter().map(|(_, cost)| *cost).collect();
         let chosen = self.shared_limits().choose(&costs);
-        for ((policy, observed_generation, mut rules, _), chosen) in candidates.into_iter().zip(chosen) {
+        let mut accepted = Vec::with_capacity(candidates.len());
+        for ((candidate, _), chosen) in candidates.into_iter().zip(chosen) {
             match chosen {
-                Ok(()) => {
-                    self.config.rules.append(&mut rules);
-                    self.policies.push(ObservedPolicy { name: policy.to_owned(), observed_generation });
-                }
-                Err(exceeded) => {
-                    self.refused.push(RefusedPolicy::new(policy, observed_generation, &exceeded.to_string()));
-                }
+                Ok(()) => accepted.push(candidate),
+                Err(exceeded) => self.refuse(&candidate.policy, &exceeded),
             }
         }
-        self.refused.sort_by(|a, b| a.name.cmp(&b.name));
+        accepted
+    }
+
+    fn refuse(&mut self, policy: &ObservedPolicy, exceeded: &budget::Exceeded) {
+        let reason = exceeded.to_string();
+        self.refused.push(RefusedPolicy::new(&policy.name, policy.observed_generation, &reason));
+    }
+
+    /// Returns the rules of the file and of the accepted policies with the pods of every node, or why that is too much. All of
+    /// them or none: a rule that denies must not be missing where one that allows is there.
+    fn with_remote_pods(
+        &self,
+        file: &[Rule],
+        accepted: &[AcceptedPolicy],
+        cluster: &Cluster,
+        budgets: &mut Budgets,
+    ) -> Result<Vec<Rule>, String> {
+        let pods = self.config.networks.pod_nets();
+        let mut rules = file.to_vec();
+        for rule in &mut rules {
+            resolve(rule, cluster, Reach::All);
+        }
+        let mut whole = self.clone();
+        whole.config.rules.clone_from(&rules);
+        let mut costs = Vec::with_capacity(accepted.len());
+        for accepted in accepted {
+            let mut resolved = accepted.unresolved.clone();
+            for rule in &mut resolved {
+                resolve(rule, cluster, Reach::All);
+                restrict(&mut rule.pods, &pods);
+            }
+            let checked = budgets.check(&accepted.policy.name, Reach::All, &resolved);
+            costs.push(checked.map_err(|exceeded| format!("policy {}: {exceeded}", accepted.policy.name))?);
+            rules.append(&mut resolved);
+        }
+        let limits = whole.shared_limits();
+        if limits.lines == 0 && !file.is_empty() {
+            return Err(
+                "the rules of the configuration file need too many iptables rules with them".to_owned()
+            );
+        }
+        match limits.choose(&costs).into_iter().find_map(Result::err) {
+            Some(exceeded) => Err(exceeded.to_string()),
+            None => Ok(rules),
+        }
+    }
+
+    /// Denies what this node translates to pods of other nodes: nothing in the rules tells one such pod from another, and their
+    /// own node sees this node as the peer.
+    fn deny_remote_pods(&mut self, cluster: &Cluster, node: Option<&str>, reason: &str) {
+        let own: Vec<IpNet> =
+            cluster.pods.iter().flat_map(|(_, pod)| &pod.addresses).map(|address| host(*address)).collect();
+        let judged = self.config.networks.pod_nets();
+        let others: Vec<IpNet> = networks::by_node(self.origin, cluster)
+            .into_iter()
+            .filter(|(name, _)| Some(*name) != node)
+            .flat_map(|(_, networks)| networks)
+            .filter(|network| judged.iter().any(|judged| judged.contains(network)))
+            .flat_map(|network| without(network, &own))
+            .collect();
+        if others.is_empty() || self.config.rules.is_empty() {
+            return;
+        }
+        self.remarks.push(format!(
+            "LAN hosts reach pods of other nodes by their own nodes only, not through a NodePort or Service of this one: {reason}"
+        ));
+        let mut names = self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
+        let deny = Rule {
+            name: unique("pods-of-other-nodes", &mut names),
+            direction: Direction::Inbound,
+            external: None,
+            pods: Some(IpNet::aggregate(&others).into_iter().map(Network::from).collect()),
+            pod_selector: None,
+            namespace_selector: None,
+            protocol: Protocol::Any,
+            ports: None,
+            source_ports: None,
+            action: Action::Deny,
+        };
+        self.config.rules.insert(0, deny);
     }
 
     /// The limits of all policies together: the file comes first.
@@ -285,11 +405,11 @@ fn covered(net: &IpNet, sorted: &[IpNet]) -> bool {
 }
 
 /// The pods that a rule selects take the place of its selectors; none, if none is known: it matches nothing then.
-fn resolve(rule: &mut Rule, cluster: &Cluster) {
+fn resolve(rule: &mut Rule, cluster: &Cluster, reach: Reach) {
     if !rule.selects() {
         return;
     }
-    let addresses = selector::pods(rule, cluster).flat_map(|pod| &pod.addresses);
+    let addresses = selector::pods(rule, cluster, reach).flat_map(|pod| &pod.addresses);
     let mut pods: Vec<Network> = addresses.map(|address| host(*address).into()).collect();
     pods.sort_unstable();
     pods.dedup();

@@ -41,6 +41,7 @@ fn cluster() -> Cluster {
     cluster.namespaces.apply("shop".into(), Some(labels(&[("tier", "gold")])));
     cluster.pods.apply("shop/web".into(), pod("web", "10.200.2.91"));
     cluster.pods.apply("shop/api".into(), pod("api", "10.200.2.92"));
+    cluster.remote_pods.absent();
     cluster
 }
 
@@ -217,4 +218,72 @@ fn a_host_has_routes_and_a_node_those_to_others() {
     insta::assert_snapshot!(routes(&format!("{FILE}routes: {{}}\n"), Some("b")), @r"
     10.200.3.0/24 via 192.168.31.3 backup 10.9.9.3 (kubernetes b2)
     ");
+}
+
+/// Denies `web` at the pods with the label, allows all pods.
+const DENY_AND_ALLOW: &str = r#"{"rules": [
+    {"name": "no", "direction": "inbound", "protocol": "tcp", "ports": [80], "action": "deny", "podSelector": {"matchLabels": {"app": "api"}}},
+    {"name": "yes", "direction": "inbound", "protocol": "tcp", "ports": [80]}]}"#;
+
+#[test]
+fn rules_select_pods_of_other_nodes_too() {
+    let mut cluster = cluster();
+    cluster.policies.apply("p".into(), policy(DENY_AND_ALLOW));
+    cluster.remote_pods.apply("shop/web-2".into(), pod("web", "10.200.3.91"));
+    cluster.remote_pods.apply("shop/api-2".into(), pod("api", "10.200.3.92"));
+    let planned = with(FILE, &cluster);
+    assert_eq!(
+        rules(&planned),
+        "web: [10.200.2.91/32 10.200.3.91/32]\np.no: [10.200.2.92/32 10.200.3.92/32]\np.yes: all"
+    );
+    assert_eq!(planned.remarks, Vec::<String>::new());
+}
+
+#[test]
+fn pods_of_other_nodes_that_are_not_followed_are_denied() {
+    let mut cluster = cluster();
+    cluster.policies.apply("p".into(), policy(DENY_AND_ALLOW));
+    // An address that the other node's network has, and a pod of this node.
+    cluster.pods.apply("shop/lent".into(), pod("web", "10.200.3.1"));
+    let denied = "pods-of-other-nodes: [10.200.3.0/32 10.200.3.2/31 10.200.3.4/30 10.200.3.8/29 10.200.3.16/28 10.200.3.32/27 \
+                  10.200.3.64/26 10.200.3.128/25]";
+    let own = with(&FILE.replace("nodeName: b", "nodeName: b, pods: own"), &cluster);
+    assert!(rules(&own).starts_with(denied), "{}", rules(&own));
+    assert!(own.remarks[0].contains("`kubernetes.pods` is `own`"), "{:?}", own.remarks);
+    let mut saved = cluster.clone();
+    saved.remote_pods = Default::default();
+    let unknown = with(FILE, &saved);
+    assert!(rules(&unknown).starts_with(denied), "{}", rules(&unknown));
+}
+
+#[test]
+fn too_many_pods_of_other_nodes_cost_no_policy_of_this_node() {
+    let mut cluster = cluster();
+    let ports: Vec<String> = (1..60).map(|port| (2 * port).to_string()).collect();
+    let rules_of_policy = format!(
+        r#"{{"rules": [{{"name": "r", "direction": "inbound", "protocol": "tcp", "ports": [{}], "podSelector": {{"matchLabels": {{"app": "web"}}}}}}]}}"#,
+        ports.join(", ")
+    );
+    cluster.policies.apply("p".into(), policy(&rules_of_policy));
+    for number in 0..3000_u32 {
+        let address = format!("10.200.3.{}", number % 250);
+        let name = format!("shop/web-{number}");
+        let one = pod("web", &address).unwrap();
+        let addresses = [
+            IpAddr::from([10, 200, 3, (number % 250) as u8]),
+            IpAddr::from([10, 201, (number / 250) as u8, (number % 250) as u8]),
+        ];
+        cluster.remote_pods.apply(name.into(), Some(Pod { addresses: addresses.into(), ..one }));
+    }
+    let other = Some(Node {
+        addresses: [IpAddr::from([192, 168, 31, 9])].into(),
+        networks: ["10.201.0.0/16".parse().unwrap()].into(),
+    });
+    cluster.nodes.apply("b9".into(), other);
+    let planned = with(FILE, &cluster);
+    assert_eq!(planned.refused, []);
+    let rules = rules(&planned);
+    assert!(rules.starts_with("pods-of-other-nodes: [10.200.3.0/24 10.201.0.0/16]"), "{rules:.200}");
+    assert!(rules.ends_with("p.r: [10.200.2.91/32]"), "{rules:.200}");
+    assert!(planned.remarks[0].contains("iptables rules"), "{:?}", planned.remarks);
 }

@@ -4,9 +4,19 @@
 use super::cluster::{Cluster, Labels, Pod};
 use crate::config::{LabelOperator, LabelRequirement, LabelSelector, Rule};
 
-/// The pods of this node that `rule` selects.
-pub(super) fn pods<'c>(rule: &Rule, cluster: &'c Cluster) -> impl Iterator<Item = &'c Pod> {
-    cluster.pods.iter().map(|(_, pod)| pod).filter(move |pod| {
+/// Whose pods are selected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Reach {
+    /// This node's.
+    Own,
+    /// Every node's.
+    All,
+}
+
+/// The pods that `rule` selects.
+pub(super) fn pods<'c>(rule: &Rule, cluster: &'c Cluster, reach: Reach) -> impl Iterator<Item = &'c Pod> {
+    let remote = cluster.remote_pods.iter().filter(move |_| reach == Reach::All);
+    cluster.pods.iter().chain(remote).map(|(_, pod)| pod).filter(move |pod| {
         let of_namespace = match &rule.namespace_selector {
             None => true,
             // Of a namespace that is not known yet nothing is: not even that a label is not there.
@@ -78,7 +88,7 @@ mod tests {
         );
         let rules = crate::config::policy_rules(&json).unwrap();
         let cluster = cluster();
-        let found: Vec<_> = pods(&rules[0], &cluster).collect();
+        let found: Vec<_> = pods(&rules[0], &cluster, Reach::Own).collect();
         let names = cluster.pods.iter().filter(|(_, pod)| found.contains(pod)).map(|(name, _)| name);
         names.collect::<Vec<_>>().join(" ")
     }

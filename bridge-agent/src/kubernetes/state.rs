@@ -8,7 +8,8 @@ use tokio::sync::watch;
 
 use super::cluster::Cluster;
 use super::objects::{
-    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject, PolicyObject,
+    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject,
+    PolicyObject, RemotePodObject,
 };
 use super::status::{Applied, KubernetesStatus};
 use crate::kernel::clock;
@@ -212,10 +213,11 @@ impl Health {
 }
 
 /// The number of known objects of each resource.
-fn counts(cluster: &Cluster) -> [(&'static str, usize); 7] {
+fn counts(cluster: &Cluster) -> [(&'static str, usize); 8] {
     [
         (NodeObject::NAME, cluster.nodes.len()),
         (PodObject::NAME, cluster.pods.len()),
+        (RemotePodObject::NAME, cluster.remote_pods.len()),
         (NamespaceObject::NAME, cluster.namespaces.len()),
         (PolicyObject::NAME, cluster.policies.len()),
         (AffinityObject::NAME, cluster.affinities.len()),

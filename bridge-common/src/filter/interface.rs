@@ -14,6 +14,8 @@ pub struct Interface {
     pub upper: u32,
     /// Of a port of a bridge, bits of [`family`]: the pod's addresses of this family are in the table of hosted addresses.
     pub bound: u32,
+    /// 1: the inner side of a tunnel, whose outer packets come from believed nodes only. 0: not.
+    pub tunnel: u32,
 }
 
 /// Bits of [`Interface::bound`].
@@ -44,4 +46,4 @@ pub const fn tunnel(protocol: u8, port: u16) -> u32 {
     (protocol as u32) << 16 | port as u32
 }
 
-crate::plain_old_data!(Interface: 20);
+crate::plain_old_data!(Interface: 24);

@@ -115,6 +115,13 @@ fn bridge_of(ifindex: u32) -> u32 {
     unsafe { INTERFACES.get(&ifindex) }.map_or(0, |interface| interface.upper)
 }
 
+/// Whether an interface is the inner side of a tunnel.
+#[inline(always)]
+fn is_tunnel(ifindex: u32) -> bool {
+    // SAFETY: only read.
+    unsafe { INTERFACES.get(&ifindex) }.is_some_and(|interface| interface.tunnel != 0)
+}
+
 /// Whether the route to the source of the packet of [`scratch`] leaves by `interface`, and the packet comes from its next
 /// hop.
 #[inline(always)]
@@ -165,6 +172,11 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         side::LOCAL => return SPOOFED,
         side::POD | side::NODE => {
             let upper = bridge_of(ifindex);
+            // A node may send through a tunnel with its LAN address. Who may send into the tunnel was checked outside of it.
+            if source.side == side::NODE && is_tunnel(ifindex) {
+                sides.mark = mark::CLUSTER;
+                return PASS;
+            }
             if is_of_next_hop(skb, if upper == 0 { ifindex } else { upper }) {
                 sides.mark = mark::CLUSTER;
                 return PASS;
@@ -302,7 +314,9 @@ fn sender(skb: *mut __sk_buff, active: &Active, packet: &Packet, input: u32, mar
         side::LOCAL => Sender::Unknown,
         side::POD | side::NODE => {
             // The link layer header is no longer that of the sender.
-            let leads_there = hosted(&packet.source) == input || route_of(skb, input, TO_SOURCE) == input;
+            let leads_there = hosted(&packet.source) == input
+                || route_of(skb, input, TO_SOURCE) == input
+                || (source.side == side::NODE && is_tunnel(input));
             if !leads_there && source.side == side::POD {
                 Sender::Spoofed
             } else if !leads_there {

@@ -99,7 +99,15 @@ mod tests {
     const NEW: u32 = 9;
 
     fn target(index: u32, name: &str) -> Target {
-        Target { index, name: name.to_owned(), role: Role::External, link_header: 14, fast_path: 0, upper: 0 }
+        Target {
+            index,
+            name: name.to_owned(),
+            role: Role::External,
+            link_header: 14,
+            fast_path: 0,
+            upper: 0,
+            tunnel: false,
+        }
     }
 
     fn link(name: &str, index: u32, program: u32) -> Link {

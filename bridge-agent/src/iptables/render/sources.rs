@@ -50,7 +50,10 @@ pub(super) fn table(policy: &Policy, options: &Options, family: Family, of: &Net
     if !of.nodes.is_empty() {
         // Towards the node itself, an address of another node by another way is not bridge's business.
         let unbelieved = |prefix| spoofed(&format!(" -d {prefix} -m rpfilter --invert"));
-        chains.push(chain(NODE, of.pods.iter().map(unbelieved).collect()));
+        // A node may send through a tunnel with its LAN address: the outer packets are checked.
+        let inside = topology.tunnel_interfaces.iter();
+        let inside = inside.map(|name| line(&format!(" -i {name}"), "bridge:tunnel", "-j RETURN"));
+        chains.push(chain(NODE, inside.chain(of.pods.iter().map(unbelieved)).collect()));
     }
     chains.push(spoofed_chain(policy.mode, options));
     TableRules { table: Table::Raw, jumps: vec![jump("PREROUTING", ENTRY)], chains }

@@ -115,6 +115,7 @@ fn interfaces_decide_who_is_believed() {
             },
         ],
         tunnels: vec![Tunnel::Udp(8472), Tunnel::Protocol(4)],
+        tunnel_interfaces: vec!["flannel.1".into()],
     };
     let options = Options { topology, ..Options::default() };
     insta::assert_snapshot!("topology_v4", restore_input(&policy(), &options, Family::V4));

@@ -24,12 +24,12 @@ pub(super) trait Followed:
     Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static
 {
     /// The used fields.
-    type PinGuard: PartialEq + Debug + Send;
+    type Kept: PartialEq + Debug + Send;
     /// The resource, as `kubectl` names it.
     const NAME: &'static str;
 
     /// Returns the used fields; `None` if the object counts for nothing.
-    fn keep(self) -> Option<Self::PinGuard>;
+    fn keep(self) -> Option<Self::Kept>;
 
     /// Takes over what may have changed without a change of `known`. Returns false if the object must be read as a whole.
     fn refresh(&mut self, _known: &mut Self::PinGuard) -> bool {
@@ -37,7 +37,7 @@ pub(super) trait Followed:
     }
 
     /// Where it is kept.
-    fn table(cluster: &mut Cluster) -> &mut Table<Self::PinGuard>;
+    fn table(cluster: &mut Cluster) -> &mut Table<Self::Kept>;
 }
 
 /// The name of an object, with its namespace if it has one.
@@ -139,6 +139,10 @@ object! {
     PodObject: "", "v1", "Pod", "pods", NamespaceResourceScope { spec: PodSpec, status: PodStatus }
 }
 object! {
+    /// `v1` Pod of another node.
+    RemotePodObject: "", "v1", "Pod", "pods", NamespaceResourceScope { spec: PodSpec, status: PodStatus }
+}
+object! {
     /// `v1` Namespace.
     NamespaceObject: "", "v1", "Namespace", "namespaces", ClusterResourceScope {}
 }
@@ -215,7 +219,7 @@ fn networks<'a>(texts: impl IntoIterator<Item = &'a String>) -> Box<[IpNet]> {
 }
 
 impl Followed for NodeObject {
-    type PinGuard = Node;
+    type Kept = Node;
     const NAME: &'static str = "nodes";
 
     fn keep(self) -> Option<Node> {
@@ -255,7 +259,7 @@ struct PodIp {
 }
 
 impl Followed for PodObject {
-    type PinGuard = Pod;
+    type Kept = Pod;
     const NAME: &'static str = "pods";
 
     fn keep(self) -> Option<Pod> {
@@ -291,12 +295,28 @@ impl Followed for PodObject {
     }
 }
 
+impl Followed for RemotePodObject {
+    type Kept = Pod;
+    const NAME: &'static str = "pods of other nodes";
+
+    fn keep(self) -> Option<Pod> {
+        let Self { metadata, spec, status } = self;
+        let pod = PodObject { metadata, spec, status }.keep()?;
+        // The port pool is the matter of the pod's own node.
+        (!pod.addresses.is_empty()).then_some(Pod { pool_uid: None, ..pod })
+    }
+
+    fn table(cluster: &mut Cluster) -> &mut Table<Pod> {
+        &mut cluster.remote_pods
+    }
+}
+
 fn labels(of: Option<BTreeMap<String, String>>) -> Labels {
     of.into_iter().flatten().map(|(key, value)| (key.into(), value.into())).collect()
 }
 
 impl Followed for NamespaceObject {
-    type PinGuard = Labels;
+    type Kept = Labels;
     const NAME: &'static str = "namespaces";
 
     fn keep(self) -> Option<Labels> {
@@ -316,7 +336,7 @@ struct PolicyStatus {
 }
 
 impl Followed for PolicyObject {
-    type PinGuard = Policy;
+    type Kept = Policy;
     const NAME: &'static str = "bridgepolicies";
 
     fn keep(self) -> Option<Policy> {
@@ -370,7 +390,7 @@ fn one_line(errors: &crate::config::ConfigErrors) -> String {
 mod tests {
     use super::*;
 
-    pub(super) fn kept<T: Followed>(json: &str) -> Option<T::PinGuard> {
+    pub(super) fn kept<T: Followed>(json: &str) -> Option<T::Kept> {
         serde_json::from_str::<T>(json).expect("it is read").keep()
     }
 

@@ -55,7 +55,7 @@ const OF_HOST: &str = "host:";
 const MOST_ADDRESSES: usize = 1 << 16;
 
 impl Followed for BlockObject {
-    type PinGuard = Block;
+    type Kept = Block;
     const NAME: &'static str = "ipamblocks.crd.projectcalico.org";
 
     fn keep(self) -> Option<Block> {
@@ -103,7 +103,7 @@ struct AffinitySpec {
 }
 
 impl Followed for AffinityObject {
-    type PinGuard = Affinity;
+    type Kept = Affinity;
     const NAME: &'static str = "blockaffinities.crd.projectcalico.org";
 
     fn keep(self) -> Option<Affinity> {
@@ -151,7 +151,7 @@ struct CiliumPool {
 }
 
 impl Followed for CiliumObject {
-    type PinGuard = Node;
+    type Kept = Node;
     const NAME: &'static str = "ciliumnodes.cilium.io";
 
     fn keep(self) -> Option<Node> {
