@@ -4,10 +4,7 @@ use anyhow::{Result, ensure};
 use bridge_lab::mediation::{ATTEMPTS, Row, Setting};
 
 /// Attempts that do not hold yet: engines, name. An entry that begins to hold fails the test, and is to be removed.
-///
-/// With both engines, the fast path makes conntrack liberal: then a forged FIN shortens the life of its entry.
-const NOT_YET: &[(&str, &str)] =
-    &[("ebpf, iptables", "forged RSTs and FINs"), ("ebpf, nftables", "forged RSTs and FINs")];
+const NOT_YET: &[(&str, &str)] = &[];
 
 fn play(engines: &'static str) -> Result<()> {
     let mut wrong = Vec::new();

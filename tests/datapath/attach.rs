@@ -1,7 +1,7 @@
 //! Attaching, adopting, detaching.
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_agent::datapath::{Action, Change, Datapath, Mechanism, Role, Target, down};
+use bridge_agent::datapath::{Action, Change, Datapath, Displacement, Mechanism, Role, Target, down};
 use bridge_lab::lab::{Lab, Netns};
 
 use crate::support::{BEHAVIOUR, attached, bpftool, json, load, options, pins, tables, target};
@@ -76,6 +76,46 @@ fn ours_runs_before_what_was_there() -> Result<()> {
     let ids: Vec<u64> = ingress.map(|(_, _, id)| id).collect();
     assert_eq!(ids.len(), 2);
     assert_eq!(ids[1], theirs);
+    Ok(())
+}
+
+#[test]
+fn a_program_that_others_detach_or_precede_is_put_first_again() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let (own, other) = (pins(&lab)?, bridge_agent::datapath::Pins::new(lab.pin_directory()?.join("other")));
+    let node = &lab.b().netns;
+    let targets = [target(lab.b(), "eth0", Role::External)?];
+    let mut ours = load(&lab, &options(&own))?;
+    attach(&lab, &mut ours, &targets)?;
+    let displaced = |ours: &mut Datapath| -> Result<Vec<Displacement>> {
+        let displaced = node.run(|| ours.displaced(&targets))?;
+        Ok(displaced.into_iter().map(|displaced| displaced.how).collect())
+    };
+    assert_eq!(displaced(&mut ours)?, []);
+    let first = |at: usize| -> Result<u64> { Ok(attached(node, "eth0")?[at].2) };
+    let (ingress, egress) = (first(0)?, first(1)?);
+
+    let link = own.directory().join("links/eth0-external_ingress");
+    let status =
+        std::process::Command::new("bpftool").args(["link", "detach", "pinned"]).arg(&link).status()?;
+    ensure!(status.success(), "bpftool: {status}");
+    assert_eq!(displaced(&mut ours)?, [Displacement::Missing]);
+    attach(&lab, &mut ours, &targets)?;
+    assert_eq!(displaced(&mut ours)?, []);
+    assert_eq!(first(0)?, ingress);
+
+    let mut others = load(&lab, &options(&other))?;
+    attach(&lab, &mut others, &targets)?;
+    assert_ne!(first(0)?, ingress, "the others are not the first ones");
+    assert_eq!(displaced(&mut ours)?, [Displacement::Behind; 2]);
+    node.run(|| -> Result<()> {
+        let found = ours.displaced(&targets)?;
+        Ok(ours.give_way(&found)?)
+    })?;
+    attach(&lab, &mut ours, &targets)?;
+    assert_eq!(displaced(&mut ours)?, []);
+    // Two at each hook, ingress first.
+    assert_eq!((first(0)?, first(2)?), (ingress, egress));
     Ok(())
 }
 

@@ -51,7 +51,15 @@ pub(crate) fn tables<'a>(names: impl IntoIterator<Item = &'a str>) -> Tables {
 /// An interface of the node, as a target.
 pub(crate) fn target(host: &Host, interface: &str, role: Role) -> Result<Target> {
     let index = index(&host.netns, interface)?;
-    Ok(Target { index, name: interface.to_owned(), role, link_header: 14, fast_path: 0, upper: 0, tunnel: false })
+    Ok(Target {
+        index,
+        name: interface.to_owned(),
+        role,
+        link_header: 14,
+        fast_path: 0,
+        upper: 0,
+        tunnel: false,
+    })
 }
 
 pub(crate) fn index(netns: &Netns, interface: &str) -> Result<u32> {

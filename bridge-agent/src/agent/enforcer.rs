@@ -22,7 +22,9 @@ use super::{
 use crate::{
     config::Config,
     conntrack::{self, Forgetting},
-    datapath::{self, Behaviour, Change, Datapath, Maps, Mechanism, Options, Pins, Published},
+    datapath::{
+        self, Behaviour, Change, Datapath, Displaced, Displacement, Maps, Mechanism, Options, Pins, Published,
+    },
     interfaces::{Bindings, Chosen, Device, Hosted, Observer, Selection, Snapshot},
     kernel::backoff::Backoff,
     policy::{Tables, TablesStats},
@@ -54,6 +56,9 @@ pub(super) struct Enforcer {
     keeper: Option<Keeper>,
     fast_path: FastPathStatus,
     pins_restored: u64,
+    programs_restored: u64,
+    /// Programs that are not where they should be.
+    displaced: Vec<Displaced>,
     /// Why pins are missing.
     unpinned: Option<String>,
     /// Pods whose connections conntrack is to forget.
@@ -72,6 +77,8 @@ struct Again {
     remove: Backoff,
     /// To begin to keep the fast path.
     keep: Backoff,
+    /// To put the programs of bridge before those of others.
+    order: Backoff,
 }
 
 impl Enforcer {
@@ -116,6 +123,8 @@ impl Enforcer {
             keeper,
             fast_path,
             pins_restored: 0,
+            programs_restored: 0,
+            displaced: Vec::new(),
             unpinned: None,
             forgetting: Forgetting::default(),
             again: Again::default(),
@@ -403,6 +412,7 @@ impl Enforcer {
     pub(super) fn look(&mut self) {
         drop(self.restore_pins());
         self.try_again();
+        self.restore_order();
         if self.keeper.is_some() {
             self.allow_fast_path();
             self.judge_conntrack(false);
@@ -447,6 +457,41 @@ impl Enforcer {
             self.unpinned = unpinned;
         }
         Ok(result?)
+    }
+
+    /// Attaches programs again that others have detached, and puts them first again. Another program that insists on the first
+    /// place gets less and less of an argument.
+    fn restore_order(&mut self) {
+        let displaced = match self.datapath.displaced(&self.chosen.targets) {
+            Ok(displaced) => displaced,
+            Err(error) => return tracing::debug!(%error, "cannot compare the attached programs"),
+        };
+        let before = std::mem::replace(&mut self.displaced, displaced);
+        if self.displaced.is_empty() {
+            // A quiet time makes the next displacement the first one.
+            if before.is_empty() && self.again.order.is_due() {
+                self.again.order.note(true);
+            }
+            return;
+        }
+        if self.again.order != Backoff::default() && !self.again.order.is_due() {
+            return;
+        }
+        for Displaced { interface, hook, how } in &self.displaced {
+            let problem = match how {
+                Displacement::Missing => "another program has detached bridge",
+                Displacement::Behind => "another program has put itself before bridge",
+            };
+            tracing::warn!(interface, hook = hook.name(), problem, "restoring the order of programs");
+        }
+        self.again.order.note(false);
+        if let Err(error) = self.datapath.give_way(&self.displaced) {
+            tracing::error!(%error, "a program keeps its place behind others");
+        }
+        self.attach_as_far_as_possible();
+        let left = self.datapath.displaced(&self.chosen.targets).unwrap_or_else(|_| self.displaced.clone());
+        self.programs_restored += self.displaced.iter().filter(|one| !left.contains(one)).count() as u64;
+        self.displaced = left;
     }
 
     /// Allows the fast path on those interfaces where no other program must see the packets.
@@ -558,7 +603,11 @@ impl Enforcer {
             .map(|(target, abilities)| AttachedInterface {
                 name: target.name.clone(),
                 index: target.index,
-                role: format!("{:?}", target.role).to_lowercase(),
+                role: if target.tunnel {
+                    "tunnel".to_owned()
+                } else {
+                    format!("{:?}", target.role).to_lowercase()
+                },
                 fast_path: names(*abilities),
             })
             .collect();
@@ -576,6 +625,8 @@ impl Enforcer {
             interfaces,
             fast_path: self.fast_path.clone(),
             pins_restored: self.pins_restored,
+            programs_restored: self.programs_restored,
+            displaced: self.displaced.iter().map(ToString::to_string).collect(),
             remarks: self.unpinned.iter().chain(&self.chosen.remarks).cloned().collect(),
         }
     }

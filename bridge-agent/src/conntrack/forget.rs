@@ -86,7 +86,16 @@ impl Forgetting {
 
 /// Encodes the body of `IPCTNL_MSG_CT_DELETE` with the tuple of the first packet.
 fn body(original: &Tuple) -> Vec<u8> {
-    const NESTED: u16 = 1 << 15;
+    let (header, tuple) = tuple(original);
+    // CTA_TUPLE_ORIG.
+    [header.to_vec(), attribute(1 | NESTED, &tuple)].concat()
+}
+
+/// Flag of attributes that contain attributes (linux/netlink.h).
+const NESTED: u16 = 1 << 15;
+
+/// Encodes struct nfgenmsg and the content of a tuple attribute (linux/netfilter/nfnetlink_conntrack.h).
+pub(super) fn tuple(original: &Tuple) -> ([u8; 4], Vec<u8>) {
     let (family, ip) = match (original.source, original.destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => {
             (libc::AF_INET, [attribute(1, &source.octets()), attribute(2, &destination.octets())].concat())
@@ -103,8 +112,7 @@ fn body(original: &Tuple) -> Vec<u8> {
     .concat();
     let tuple = [attribute(1 | NESTED, &ip), attribute(2 | NESTED, &protocol)].concat();
     let family = u8::try_from(family).unwrap_or_default();
-    // struct nfgenmsg, and CTA_TUPLE_ORIG.
-    [vec![family, 0, 0, 0], attribute(1 | NESTED, &tuple)].concat()
+    ([family, 0, 0, 0], tuple)
 }
 
 fn octets(address: IpAddr) -> [u8; 16] {

@@ -1,6 +1,7 @@
 //! Seeds the flow table from conntrack, so that the first start of enforcement interrupts no connection.
 
 mod forget;
+mod restore;
 
 use std::{collections::HashMap, net::IpAddr};
 
@@ -12,6 +13,7 @@ use bridge_common::filter::{
 use ipnet::IpNet;
 
 pub use forget::{Forgetting, forget};
+pub use restore::{Direction, restore};
 
 pub use crate::kernel::conntrack::{Connection, Tuple, for_each};
 use crate::policy::Tables;

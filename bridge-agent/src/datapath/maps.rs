@@ -74,7 +74,7 @@ pub(super) type Digest = [u8; 32];
 
 /// The pinned maps.
 pub struct Maps {
-    pins: Pins,
+    pub(super) pins: Pins,
     control: SharedWord,
     pub(super) settings: Array<MapData, Settings>,
     pub(super) digests: Array<MapData, Digest>,
@@ -350,6 +350,6 @@ fn data(pins: &Pins, name: &'static str) -> Result<MapData> {
     MapData::from_pin(pins.map(name)).map_err(Error::aya_map(name))
 }
 
-fn typed<T: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<T> {
+pub(super) fn typed<T: TryFrom<Map, Error = MapError>>(pins: &Pins, name: &'static str) -> Result<T> {
     Map::from_map_data(data(pins, name)?).and_then(T::try_from).map_err(Error::aya_map(name))
 }

@@ -8,6 +8,7 @@ mod attach;
 mod clsact;
 mod counters;
 mod down;
+mod ends;
 mod error;
 mod events;
 mod facts;
@@ -26,8 +27,10 @@ mod pins;
 mod tables;
 mod target;
 
+pub use attach::order::{Displaced, Displacement};
 pub use counters::{ReasonCount, RuleCount};
 pub use down::{Removed, down, undo};
+pub use ends::{End, EndReader, Ended, Unended};
 pub use error::{Error, Result};
 pub use events::{EventReader, Verdict, VerdictFilter};
 pub use fast_path::{FastPath, OutcomeCount};

@@ -125,6 +125,8 @@ pub struct Chosen {
     pub remarks: Vec<String>,
     /// The configured name of each interface that was chosen by name, by index.
     named: BTreeMap<u32, String>,
+    /// The selection that chose them.
+    by: Option<Selection>,
 }
 
 impl Chosen {
@@ -156,10 +158,39 @@ impl Selection {
         self.external.is_empty() && overlaps(&self.external_networks) || overlaps(&self.pod_networks)
     }
 
-    /// As [`Self::choose`]; an interface that was chosen by a name without `*` stays so when it is renamed, as udev does, until
-    /// another one has that name: otherwise its packets would no longer be judged.
+    /// As [`Self::choose`], but an interface that was chosen by its routes stays so as long as it exists: a network card that goes
+    /// down and up again has its programs before its first packet. One that was chosen by a name without `*`
+    /// stays so when it is renamed, as udev does, until another one has that name.
     #[must_use]
     pub fn choose_after(&self, snapshot: &Snapshot, before: &Chosen) -> Chosen {
+        let mut chosen = self.choose_renamed(snapshot, before);
+        if before.by.as_ref().is_some_and(|by| by.chooses_alike(self)) {
+            let known: BTreeSet<u32> = chosen.targets.iter().map(|target| target.index).collect();
+            let by_routes = |target: &&Target| match target.role {
+                Role::External => self.external.is_empty(),
+                _ => self.internal.is_empty(),
+            };
+            let missing = before.targets.iter().filter(|target| !known.contains(&target.index));
+            for target in missing.filter(by_routes) {
+                if let Some(link) = snapshot.links.get(&target.index) {
+                    chosen.targets.push(Target {
+                        name: link.name.clone(),
+                        upper: link.upper,
+                        ..target.clone()
+                    });
+                }
+            }
+        }
+        chosen
+    }
+
+    /// Whether both choose the same interfaces but for the networks of pods: those grow with the cluster.
+    fn chooses_alike(&self, other: &Self) -> bool {
+        (&self.external, &self.internal, &self.external_networks)
+            == (&other.external, &other.internal, &other.external_networks)
+    }
+
+    fn choose_renamed(&self, snapshot: &Snapshot, before: &Chosen) -> Chosen {
         let mut present = snapshot.clone();
         let mut renamed = Vec::new();
         for (index, name) in &before.named {
@@ -188,7 +219,7 @@ impl Selection {
     /// Chooses.
     #[must_use]
     pub fn choose(&self, snapshot: &Snapshot) -> Chosen {
-        let mut chosen = Chosen::default();
+        let mut chosen = Chosen { by: Some(self.clone()), ..Chosen::default() };
         let external = if self.external.is_empty() {
             self.external_networks.iter().flat_map(|net| towards_lan(*net, &snapshot.routes)).collect()
         } else {
@@ -222,6 +253,9 @@ impl Selection {
         }
         // An interface that leads to both is the LAN's: its pods are on other nodes, or at ports of their own.
         roles.extend(external.iter().map(|index| (*index, Role::External)));
+        for index in self.tunnels_to_pods(snapshot) {
+            roles.entry(index).or_insert(Role::External);
+        }
         for (index, role) in roles {
             let Some(link) = snapshot.links.get(&index).filter(|link| !link.loopback) else { continue };
             match link_header(link.kind) {
@@ -241,6 +275,20 @@ impl Selection {
             }
         }
         chosen
+    }
+}
+
+impl Selection {
+    /// Returns the tunnels that lead to pods of other nodes.
+    fn tunnels_to_pods(&self, snapshot: &Snapshot) -> BTreeSet<u32> {
+        let is_tunnel = |index: &u32| snapshot.links.get(index).is_some_and(|link| link.tunnel.is_some());
+        snapshot
+            .routes
+            .iter()
+            .filter(|route| self.pod_networks.iter().any(|net| net.contains(&route.to)))
+            .flat_map(|route| route.hops.iter().map(|(index, _)| *index))
+            .filter(is_tunnel)
+            .collect()
     }
 }
 
@@ -416,6 +464,34 @@ mod tests {
         assert_eq!(names(&selection.choose_after(&links, &after)), [(5, "eth0".into())]);
         // Gone.
         assert!(selection.choose_after(&Snapshot::default(), &before).targets.is_empty());
+    }
+
+    #[test]
+    fn an_interface_stays_chosen_while_it_exists() {
+        let routes = [("192.168.31.0/24", 2, false), ("10.200.1.91/32", 3, false)];
+        let before = selection().choose(&snapshot(&routes));
+        let mut down = snapshot(&[]);
+        assert_eq!(selection().choose_after(&down, &before).targets, before.targets);
+        // More pods in the cluster change nothing; other LAN networks are another choice.
+        let mut more = selection();
+        more.pod_networks.push("10.201.0.0/16".parse().unwrap());
+        assert_eq!(more.choose_after(&down, &before).targets, before.targets);
+        let other = Selection { external_networks: vec!["192.168.32.0/24".parse().unwrap()], ..selection() };
+        assert!(other.choose_after(&down, &before).targets.is_empty());
+        down.links.remove(&3);
+        assert_eq!(selection().choose_after(&down, &before).targets, before.targets[..1]);
+        // A route that shows another role decides.
+        let after = selection().choose_after(&snapshot(&[("10.200.1.91/32", 2, false)]), &before);
+        assert_eq!(after.targets.iter().find(|target| target.index == 2).unwrap().role, Role::Internal);
+    }
+
+    #[test]
+    fn a_tunnel_to_pods_of_other_nodes_is_external() {
+        let mut links = snapshot(&[("192.168.31.0/24", 2, false), ("10.200.2.0/24", 5, true)]);
+        assert_eq!(selection().choose(&links).targets.len(), 1);
+        links.links.get_mut(&5).unwrap().tunnel = Some(Tunnel::Udp(8472));
+        let targets = selection().choose(&links).targets;
+        assert_eq!((targets[1].index, targets[1].role, targets[1].tunnel), (5, Role::External, true));
     }
 
     #[test]

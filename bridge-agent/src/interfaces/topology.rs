@@ -61,8 +61,12 @@ impl Selection {
         let mut tunnels: Vec<Tunnel> = snapshot.links.values().filter_map(|link| link.tunnel).collect();
         tunnels.sort_unstable();
         tunnels.dedup();
-        let mut tunnel_interfaces: Vec<String> =
-            snapshot.links.values().filter(|link| link.tunnel.is_some()).map(|link| link.name.clone()).collect();
+        let mut tunnel_interfaces: Vec<String> = snapshot
+            .links
+            .values()
+            .filter(|link| link.tunnel.is_some())
+            .map(|link| link.name.clone())
+            .collect();
         tunnel_interfaces.sort_unstable();
         Topology { external, internal, remote, tunnels, tunnel_interfaces }
     }

@@ -32,6 +32,12 @@ pub struct Enforcement {
     /// Pins that another program had removed and the agent restored.
     #[serde(default)]
     pub pins_restored: u64,
+    /// Programs that others had detached or moved and the agent restored.
+    #[serde(default)]
+    pub programs_restored: u64,
+    /// Programs that are not attached, or not the first ones, at this moment.
+    #[serde(default)]
+    pub displaced: Vec<String>,
     /// Problems that the operator should know.
     pub remarks: Vec<String>,
 }
@@ -42,7 +48,7 @@ pub struct Enforcement {
 pub struct AttachedInterface {
     pub name: String,
     pub index: u32,
-    /// `external` or `internal`.
+    /// `external`, `internal`, `bridge`, `port`, or `tunnel` to pods of other nodes.
     pub role: String,
     /// Use of the interface by the fast path: `in`, `out`, `peer` (straight to its other end).
     #[serde(default)]

@@ -1,6 +1,6 @@
 //! Whether the whole configuration is applied (pure).
 
-use super::Status;
+use super::{Enforcement, Status};
 
 impl Status {
     /// Returns the parts of the configuration that are not applied; none: the agent is ready. A refused reload is no
@@ -22,6 +22,14 @@ impl Status {
                         .to_owned(),
                 );
             }
+        }
+        if let Some(Enforcement { displaced, .. }) = &self.enforcement
+            && !displaced.is_empty()
+        {
+            reasons.push(format!(
+                "eBPF: another program stands before bridge or has detached it: {}; see `bpftool net`",
+                displaced.join(", ")
+            ));
         }
         // While the API server is away, the last known state of the cluster is applied: that is as it should be.
         if let Some(cluster) = self.kubernetes.as_ref().filter(|cluster| !cluster.known) {
@@ -45,7 +53,7 @@ impl Status {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{AttachedInterface, Enforcement, FirewallStatus};
+    use super::super::{AttachedInterface, FirewallStatus};
     use super::*;
     use crate::kubernetes::KubernetesStatus;
 

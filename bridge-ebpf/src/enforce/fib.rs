@@ -96,9 +96,12 @@ pub(crate) fn lookup<'a>(
 pub(crate) const TO_SOURCE: u32 = 1;
 /// The packet must also come from the next hop's link layer address.
 pub(crate) const FROM_NEXT_HOP: u32 = 2;
+/// Only a route without a gateway counts.
+pub(crate) const DIRECT: u32 = 4;
 
 /// Returns the index of the interface that the route to the source, or the destination, of the packet of [`scratch`] leads
-/// out by; 0: there is no such route, or, with [`FROM_NEXT_HOP`], the packet does not come from its next hop.
+/// out by; 0: there is no such route, or, with [`FROM_NEXT_HOP`], the packet does not come from its next hop, or, with
+/// [`DIRECT`], the route has a gateway.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn route_of(skb: *mut __sk_buff, input: u32, question: u32) -> u32 {
@@ -110,6 +113,18 @@ pub(crate) extern "C" fn route_of(skb: *mut __sk_buff, input: u32, question: u32
     };
     if answer != 0 && (answer != NO_NEIGHBOUR || question & FROM_NEXT_HOP != 0) {
         return 0;
+    }
+    if question & DIRECT != 0 {
+        // The helper puts the gateway in place of the destination.
+        let [a, b, c, d, ..] = route.destination;
+        let direct = if packet.version == 4 {
+            [a, b, c, d] == packet.destination.v4()
+        } else {
+            route.destination == packet.destination.octets
+        };
+        if !direct {
+            return 0;
+        }
     }
     if question & FROM_NEXT_HOP != 0 {
         // SAFETY: only copied.

@@ -108,6 +108,9 @@ pub(crate) static OUTCOMES: PerCpuArray<fast_path::Outcomes, { direction::COUNT 
 /// Sampled verdicts.
 #[btf_map(name = "events")]
 pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
+/// Connections with a FIN of a LAN host that the pod has not acknowledged yet.
+#[btf_map(name = "ends")]
+pub(crate) static ENDS: RingBuf<FlowKey, { 1 << 18 }> = RingBuf::new();
 /// The rate limit of events.
 #[btf_map(name = "event_budget")]
 pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();

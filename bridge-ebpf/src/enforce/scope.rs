@@ -14,7 +14,7 @@ use bridge_ebpf::protocol;
 
 use crate::{
     active::Active,
-    fib::{FROM_NEXT_HOP, TO_SOURCE, route_of},
+    fib::{DIRECT, FROM_NEXT_HOP, TO_SOURCE, route_of},
     hook::Hook,
     maps::{ADDRESSES4, ADDRESSES6, HOSTED, INTERFACES, ORIGINS, Scratch, TUNNELS, scratch},
     mark,
@@ -202,8 +202,11 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         if sides.interface == 0 {
             let out = route_of(skb, ifindex, 0);
             // SAFETY: only copied.
-            let leads_to_pods =
-                unsafe { INTERFACES.get(&out) }.is_some_and(|interface| interface.role != role::EXTERNAL);
+            let leads_to_pods = match unsafe { INTERFACES.get(&out) } {
+                Some(interface) => interface.role != role::EXTERNAL,
+                // A new pod of this node, whose interface has no programs yet.
+                None => out != 0 && route_of(skb, ifindex, DIRECT) == out,
+            };
             if !leads_to_pods {
                 return PASS;
             }

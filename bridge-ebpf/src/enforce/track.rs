@@ -12,7 +12,7 @@ use bridge_ebpf::protocol;
 
 use crate::{
     cache,
-    maps::{FLOWS, HALF_OPEN, Scratch, scratch},
+    maps::{ENDS, FLOWS, HALF_OPEN, Scratch, scratch},
     packet::{Kind, Packet, tcp},
 };
 
@@ -135,6 +135,7 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: 
                 if flow.flags & fin_of(from_initiator) == 0 {
                     flow.flags |= flag::FIN_PENDING;
                     flow.set_pending_fin(end, ticks(now));
+                    note_end(&packet.key);
                 }
             }
         } else {
@@ -150,6 +151,15 @@ fn tcp_established(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: 
     }
     if was_settled && !flow.is_settled(protocol::TCP) {
         cache::forget(&packet.key);
+    }
+}
+
+/// Notes a FIN for the agent.
+#[inline(always)]
+fn note_end(key: &FlowKey) {
+    if let Some(mut entry) = ENDS.reserve(0) {
+        entry.write(*key);
+        entry.submit(0);
     }
 }
 

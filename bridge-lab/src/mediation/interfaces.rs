@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use aya::programs::{SchedClassifier, TcAttachType};
 
 use super::{CLOSED, Finding, Ground, OPEN, RULES, SECOND, SILENCE, Setting, arrives, config, connects};
 use crate::lab::{Family, Host};
@@ -167,6 +168,13 @@ pub(super) fn detached(setting: Setting) -> Result<Finding> {
     }
     // Twice a second the agent looks.
     thread::sleep(SECOND * 2);
+    if setting.engines.contains("ebpf") {
+        let query = || SchedClassifier::query_tcx("eth0", TcAttachType::Ingress);
+        let (_, programs) = ground.b().netns.run(query)?;
+        finding.legitimate("the program is attached again", !programs.is_empty());
+        let counted = ground.agent.metrics()?.contains("bridge_programs_restored_total 1\n");
+        finding.legitimate("the agent counts it", counted);
+    }
     let server = udp::Server::echo(&c1.netns, c1.at(family, CLOSED))?;
     ground.send_from_lan(x, Packet::new(x.ip(family), c1.ip(family)).udp(5000, CLOSED, b"detached"))?;
     finding.attack("a denied datagram two seconds later", arrives(&server, b"detached"));

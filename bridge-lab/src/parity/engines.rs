@@ -84,7 +84,15 @@ impl ByEbpf {
         let through = ability::INPUT | ability::OUTPUT;
         let target = |side, role, fast_path| -> Result<Target> {
             let (index, name) = node.interface(side)?;
-            Ok(Target { index, name: name.to_owned(), role, link_header: ETHERNET, fast_path, upper: 0, tunnel: false })
+            Ok(Target {
+                index,
+                name: name.to_owned(),
+                role,
+                link_header: ETHERNET,
+                fast_path,
+                upper: 0,
+                tunnel: false,
+            })
         };
         let targets = [
             target(Side::Lan, Role::External, through)?,

@@ -4,6 +4,7 @@
 //! permission runs out within [`LEASE`], and every packet takes the normal path.
 
 mod conntrack;
+mod ends;
 mod neighbours;
 
 use std::{
@@ -14,7 +15,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bridge_common::filter::fast_path::protocols;
@@ -23,13 +24,13 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 pub(super) use conntrack::Tracking;
 
-use self::neighbours::Neighbours;
+use self::{ends::Ends, neighbours::Neighbours};
 use crate::{datapath::Maps, kernel::netlink, state::FastPathStatus};
 
 /// How long flows may take the fast path without a word from the agent.
 const LEASE: Duration = Duration::from_secs(3);
 /// How often the agent says so.
-const RENEWAL: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
+const RENEWAL: Duration = Duration::from_millis(500);
 
 /// Returns the status for protocols that may take the fast path, and remarks why others may not.
 pub(super) fn status(allowed: u32, remarks: Vec<String>) -> FastPathStatus {
@@ -82,6 +83,7 @@ impl Keeper {
             socket,
             buffer: Vec::with_capacity(netlink::RECEIVE_BUFFER),
             neighbours,
+            ends: Ends::open(&maps)?,
             maps: Arc::clone(&maps),
             allowed: Arc::clone(&allowed),
             wake: Arc::clone(&wake),
@@ -111,6 +113,7 @@ struct Watch {
     socket: Socket,
     buffer: Vec<u8>,
     neighbours: Neighbours,
+    ends: Ends,
     maps: Arc<Maps>,
     allowed: Arc<AtomicU32>,
     wake: Arc<OwnedFd>,
@@ -130,12 +133,15 @@ impl Watch {
 
     /// Until it is woken.
     fn watch(&mut self) -> io::Result<()> {
+        let mut renewed = Instant::now();
         loop {
+            let pause = self.ends.pause().map_or(RENEWAL, |pause| pause.min(RENEWAL));
             let mut sources = [
                 PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(self.wake.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.ends.as_fd(), PollFlags::IN),
             ];
-            match poll(&mut sources, Some(&RENEWAL)) {
+            match poll(&mut sources, Some(&timespec(pause))) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -145,7 +151,11 @@ impl Watch {
             if self.has_changed()? {
                 self.maps.fast_path().forget_paths();
             }
-            self.renew();
+            self.ends.look(&self.maps);
+            if renewed.elapsed() >= RENEWAL / 2 {
+                self.renew();
+                renewed = Instant::now();
+            }
         }
     }
 
@@ -176,4 +186,10 @@ impl Watch {
             }
         }
     }
+}
+
+/// At least a millisecond, so that a pause that is nearly over is no busy loop.
+fn timespec(pause: Duration) -> Timespec {
+    let pause = pause.max(Duration::from_millis(1));
+    Timespec { tv_sec: pause.as_secs().cast_signed(), tv_nsec: pause.subsec_nanos().into() }
 }

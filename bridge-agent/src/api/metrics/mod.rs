@@ -248,6 +248,8 @@ impl Collector for Scrape {
             family(encoder, ("interfaces", "Interfaces that packets are judged on"), GAUGE, roles)?;
             let name = ("pins_restored", "Pins that another program removed and the agent restored");
             single(encoder, name, COUNTER, enforcement.pins_restored)?;
+            let name = ("programs_restored", "Programs that others detached or moved and the agent restored");
+            single(encoder, name, COUNTER, enforcement.programs_restored)?;
         }
         if let Some(cluster) = &self.status.kubernetes {
             encode_cluster(encoder, cluster)?;

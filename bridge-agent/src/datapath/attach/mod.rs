@@ -3,6 +3,7 @@
 //! Attached programs live on without the agent: a TCX link by its pin, a clsact filter by itself. A start adopts them
 //! and replaces the program inside, so there is no moment without enforcement.
 
+pub(super) mod order;
 mod plan;
 
 use crate::kernel::bpf;

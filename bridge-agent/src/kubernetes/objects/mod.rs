@@ -32,7 +32,7 @@ pub(super) trait Followed:
     fn keep(self) -> Option<Self::Kept>;
 
     /// Takes over what may have changed without a change of `known`. Returns false if the object must be read as a whole.
-    fn refresh(&mut self, _known: &mut Self::PinGuard) -> bool {
+    fn refresh(&mut self, _known: &mut Self::Kept) -> bool {
         false
     }
 
