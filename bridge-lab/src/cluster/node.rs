@@ -156,7 +156,9 @@ fn network(plan: &Plan<'_>, index: usize, host: &Host) -> Result<()> {
     host.netns
         .ip(&format!("link add {device} type vxlan id 1 local {v4} dev eth0 dstport {port} nolearning"))?;
     host.netns.ip(&format!("link set {device} address {} up", overlay_mac(index)))?;
+    // The first address of the node's pod network, as flannel has it: what the node masquerades leaves with it.
     host.netns.ip(&format!("address add 10.200.{}.0/32 dev {device}", index + 1))?;
+    host.netns.ip(&format!("address add fd20:{}::/128 dev {device} nodad", index + 1))?;
     for (other, peer) in plan.lab.nodes().iter().enumerate().filter(|(other, _)| *other != index) {
         let mac = overlay_mac(other);
         let mut fdb = Command::new("bridge");
@@ -165,10 +167,12 @@ fn network(plan: &Plan<'_>, index: usize, host: &Host) -> Result<()> {
         let number = u8::try_from(other)?;
         for (family, gateway) in [
             (Family::V4, format!("10.200.{}.0", other + 1)),
-            (Family::V6, format!("fe80::200:{}", other + 1)),
+            (Family::V6, format!("fd20:{}::", other + 1)),
         ] {
             let network = plan.lab.pod_network(number, family);
             host.netns.ip(&format!("neigh replace {gateway} lladdr {mac} dev {device} nud permanent"))?;
+            // The kernel takes no gateway that a route leads to by another device.
+            host.netns.ip(&format!("route delete {network}"))?;
             host.netns.ip(&format!("route replace {network} via {gateway} dev {device} onlink"))?;
         }
     }
