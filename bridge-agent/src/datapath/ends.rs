@@ -47,9 +47,13 @@ impl EndReader {
     pub fn new(maps: &Maps) -> Result<Self> {
         typed(&maps.pins, "ends").map(Self)
     }
+}
 
-    /// Returns the next FIN that was noted, if there is one.
-    pub fn next(&mut self) -> Option<Ended> {
+/// The FINs that were noted and not yet taken.
+impl Iterator for EndReader {
+    type Item = Ended;
+
+    fn next(&mut self) -> Option<Ended> {
         let record = self.0.next()?;
         // SAFETY: the length is checked; any bit pattern is a `FlowKey`.
         (record.len() >= size_of::<FlowKey>())

@@ -165,10 +165,9 @@ fn network(plan: &Plan<'_>, index: usize, host: &Host) -> Result<()> {
         fdb.args(["fdb", "append", &mac, "dev", device, "dst", &peer.v4.to_string()]);
         host.netns.output(fdb)?;
         let number = u8::try_from(other)?;
-        for (family, gateway) in [
-            (Family::V4, format!("10.200.{}.0", other + 1)),
-            (Family::V6, format!("fd20:{}::", other + 1)),
-        ] {
+        for (family, gateway) in
+            [(Family::V4, format!("10.200.{}.0", other + 1)), (Family::V6, format!("fd20:{}::", other + 1))]
+        {
             let network = plan.lab.pod_network(number, family);
             host.netns.ip(&format!("neigh replace {gateway} lladdr {mac} dev {device} nud permanent"))?;
             // The kernel takes no gateway that a route leads to by another device.

@@ -42,7 +42,7 @@ impl Ends {
     /// Takes in new FINs, and restores the connections whose time is over.
     pub(super) fn look(&mut self, maps: &Maps) {
         let due = Instant::now() + PATIENCE;
-        while let Some(ended) = self.reader.next() {
+        for ended in &mut self.reader {
             if self.waiting.len() < MOST {
                 self.waiting.push_back((due, ended));
             }
