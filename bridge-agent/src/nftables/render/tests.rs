@@ -112,6 +112,7 @@ fn in_audit_mode_no_packet_is_stopped() {
         internal: vec!["cali+".into()],
         remote: vec![RemotePods { interface: "vxlan0".into(), pods: nets(&["10.200.1.128/25"]) }],
         tunnels: vec![Tunnel::Udp(4789), Tunnel::Protocol(47)],
+        tunnel_interfaces: vec!["vxlan0".into()],
     };
     let rules = ruleset(&audited, &Options { topology, ..Options::default() });
     for (name, chain) in &rules.chains {
