@@ -265,15 +265,10 @@ fn too_many_pods_of_other_nodes_cost_no_policy_of_this_node() {
         ports.join(", ")
     );
     cluster.policies.apply("p".into(), policy(&rules_of_policy));
-    for number in 0..3000_u32 {
-        let address = format!("10.200.3.{}", number % 250);
-        let name = format!("shop/web-{number}");
-        let one = pod("web", &address).unwrap();
-        let addresses = [
-            IpAddr::from([10, 200, 3, (number % 250) as u8]),
-            IpAddr::from([10, 201, (number / 250) as u8, (number % 250) as u8]),
-        ];
-        cluster.remote_pods.apply(name.into(), Some(Pod { addresses: addresses.into(), ..one }));
+    let addresses = (0..12_u8).flat_map(|block| (0..250_u8).map(move |host| [10, 201, block, host]));
+    for (number, address) in addresses.enumerate() {
+        let address = IpAddr::from(address).to_string();
+        cluster.remote_pods.apply(format!("shop/web-{number}").into(), pod("web", &address));
     }
     let other = Some(Node {
         addresses: [IpAddr::from([192, 168, 31, 9])].into(),

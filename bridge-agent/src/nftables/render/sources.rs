@@ -63,7 +63,7 @@ impl Renderer<'_> {
             self.rules.rule(chain, format!("{protocol} saddr @{nodes} goto {node}"));
             // A node may send through a tunnel with its LAN address: the outer packets are checked.
             for interface in &topology.tunnel_interfaces {
-                self.rules.rule(node, format!("iifname {} accept", quoted(interface)));
+                self.rules.rule(node.clone(), format!("iifname {} accept", quoted(interface)));
             }
             // Towards the node itself, an address of another node by another way is not bridge's business.
             self.rules.rule(node, format!("{protocol} daddr @{pods} {NO_WAY_BACK} goto {SPOOFED}"));
