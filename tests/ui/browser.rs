@@ -159,7 +159,7 @@ impl Browser {
         self.devtools("Emulation.setDeviceMetricsOverride", &metrics)?;
         let theme = if dark { "dark" } else { "light" };
         let script = format!(
-            "if (document.documentElement.dataset.theme !== '{theme}') document.getElementById('theme').click()"
+            "if (document.documentElement.dataset.theme !== '{theme}') document.getElementById('theme')?.click()"
         );
         self.run(&script).map(drop)
     }

@@ -147,7 +147,7 @@ function draw() {
   const filter = parse(state.filter);
   $("filter").setAttribute("aria-invalid", String(filter.unknown.length > 0));
   $("filter").title = filter.unknown.length ? `Unknown: ${filter.unknown.join(", ")}` : "";
-  if (Date.now() - (draw.mapAt ?? 0) > 1000) {
+  if (Date.now() - (draw.mapAt ?? 0) > 400) {
     draw.mapAt = Date.now();
     map.draw(map.pairs(state.flows, rows()).filter((pair) => state.connected !== null || pair), (address) => search(toggle(state.filter, `host:${address}`)));
   }
