@@ -207,6 +207,16 @@ impl Node {
         }
     }
 
+    /// Makes an interface the inner side of a tunnel.
+    ///
+    /// # Errors
+    /// The kernel refused to write the entry.
+    pub fn make_tunnel(&mut self, interface: u32) -> Result<()> {
+        let mut interfaces: HashMap<_, u32, Interface> = open(&self.pins, "interfaces")?;
+        let known = interfaces.get(&interface, 0)?;
+        Ok(interfaces.insert(interface, Interface { tunnel: 1, ..known }, 0)?)
+    }
+
     /// Makes the node one without pods.
     ///
     /// # Errors

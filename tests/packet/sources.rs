@@ -84,6 +84,25 @@ fn a_lan_host_sends_nothing_into_a_tunnel_of_the_node() {
 }
 
 #[test]
+fn a_node_is_believed_behind_a_tunnel_and_a_pod_is_not() {
+    let mut node = node();
+    for f in families() {
+        let packet = Packet::new(f.other_node, f.pod).tcp(Tcp::syn(50_000, OPEN + 1));
+        node.denies(ExternalIngress, &packet, Reason::no_rule);
+    }
+    node.make_tunnel(LAN_INTERFACE).expect("an entry");
+    for f in families() {
+        node.ignores(ExternalIngress, &Packet::new(f.other_node, f.pod).tcp(Tcp::syn(50_000, OPEN + 1)));
+        for source in [f.node, f.pod, f.other_pod] {
+            let packet = Packet::new(source, f.pod).tcp(Tcp::syn(50_000, OPEN));
+            node.denies(ExternalIngress, &packet, Reason::spoofed);
+        }
+        let packet = Packet::new(f.stranger, f.pod).tcp(Tcp::syn(50_000, OPEN));
+        node.denies(ExternalIngress, &packet, Reason::no_rule);
+    }
+}
+
+#[test]
 fn an_ipv4_mapped_address_passes_no_hook() {
     let mut node = node();
     let [v4, v6] = families();
