@@ -20,6 +20,10 @@ mod tests {
         let mut count = 0;
         for file in fs::read_dir(&folder).unwrap() {
             let path = file.unwrap().path();
+            // Cases of `check --expect`: no configuration.
+            if path.ends_with("cases.yaml") {
+                continue;
+            }
             let accepted = target(&fs::read(&path).unwrap());
             let refused = path.file_name().unwrap().to_string_lossy().starts_with("refused");
             assert_ne!(accepted, refused, "{}", path.display());
