@@ -48,7 +48,8 @@ impl Redirected {
         };
         // Debian's rpm asks for confirmation by an option, and Debian's shell is none of its packages.
         let rpm = format!("exec /usr/bin/rpm --root {name} --nodeps --force-debian \"$@\"");
-        for (program, script) in [("dpkg", in_root("dpkg")), ("install", in_root("install")), ("rpm", rpm)] {
+        let programs = ["dpkg", "install", "tar"].map(|program| (program, in_root(program)));
+        for (program, script) in programs.into_iter().chain([("rpm", rpm)]) {
             fs::write(bin.join(program), format!("#!/bin/sh\n{script}\n"))?;
             fs::set_permissions(bin.join(program), fs::Permissions::from_mode(0o755))?;
         }
@@ -102,6 +103,11 @@ fn every_way_of_the_readme_installs_as_printed() -> Result<()> {
                     redirected.run("rpm --erase bridge-agent", &artefacts)?;
                 }
             }
+            ("#", "tar") => {
+                redirected.run(command, &artefacts)?;
+                let version = redirected.inside("kubectl-bridge --version")?;
+                ensure!(version == concat!("kubectl bridge ", env!("CARGO_PKG_VERSION"), "\n"), "{version}");
+            }
             ("$", "kubectl") => {
                 let server = ApiServer::start(&lab)?;
                 let folder = words.last().with_context(|| line.clone())?;
@@ -126,6 +132,6 @@ fn every_way_of_the_readme_installs_as_printed() -> Result<()> {
             _ => bail!("a way that this test does not know: {line}"),
         }
     }
-    ensure!(ways == ["dpkg", "rpm", "install", "kubectl", "pip"], "{ways:?}");
+    ensure!(ways == ["dpkg", "rpm", "install", "tar", "kubectl", "pip"], "{ways:?}");
     Ok(())
 }

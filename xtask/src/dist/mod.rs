@@ -58,6 +58,9 @@ pub(crate) struct Options {
     /// Test the artefacts of the last build
     #[arg(long, conflicts_with = "test")]
     test_only: bool,
+    /// Build a second time in another folder, and compare every artefact; --test does so, too
+    #[arg(long)]
+    reproducible: bool,
     /// Make packages, plugin and image of the binaries of the last build
     #[arg(long, conflicts_with = "test_only")]
     package_only: bool,
@@ -190,6 +193,8 @@ pub(crate) fn main(options: Options) -> Result<()> {
         steps.step("bridge-client builds as crates.io would receive it", install::publish);
         steps.step("the static binary in the lab", || in_lab(&dist));
         steps.step("the aarch64 binary judges traffic on Debian's arm64 kernel", || arm64::test(&dist));
+    }
+    if test || options.reproducible {
         steps.step("a build in another folder is equal", || again::compare(&dist));
     }
     steps.finish()?;
