@@ -321,7 +321,7 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
     // Those whose time is over must make room for others in time.
     let lease = r#"{"destination": "192.168.31.67:443", "ttlMs": 1}"#;
     let questions: [(&[&str], &str); 4] = [
-        (&["http://bridge/metrics"], r#"bridge_rule_hits_total{rule="r9999",direction="inbound""#),
+        (&["http://bridge/metrics"], "bridge_policy_generation "),
         (&["http://bridge/v1/status"], r#""abiVersion""#),
         (&["http://bridge/v1/rules"], r#""r9999""#),
         (&["http://bridge/v1/leases", "--data", lease], r#""port""#),

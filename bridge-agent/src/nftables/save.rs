@@ -71,6 +71,10 @@ impl Saving {
     /// If it cannot be removed.
     pub fn remove(&self) -> Result<(), Error> {
         let path = self.file();
+        // A file system that is read-only, as in a container, refuses the removal of a file that is not there.
+        if std::fs::symlink_metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Ok(());
+        }
         match std::fs::remove_file(&path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Save { path, source }),
             _ => Ok(()),
