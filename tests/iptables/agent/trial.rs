@@ -138,6 +138,8 @@ fn the_kernel_takes_it_back_with_the_agent_dead_and_the_next_agent_does_the_rest
         trial.agent.kill()?;
         let back = || (trial.status().ok()?["enforcement"]["generation"] == generation).then_some(());
         eventually(DEADLINE, back).context("the kernel did not take it back")?;
+        // The programs read a coarse clock, at most a tick behind the one of the status.
+        std::thread::sleep(Duration::from_millis(20));
         trial.node.holds()?;
         ensure!(trial.node.dump()? != trial.before, "who has changed iptables?");
         trial.agent.restart()?;
