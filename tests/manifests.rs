@@ -34,7 +34,9 @@ fn every_manifest_is_in_the_kustomization_and_in_the_namespace() -> Result<()> {
         entries.map(|entry| Ok(format!("{below}{}", entry?.file_name().to_string_lossy()))).collect()
     };
     let mut there: BTreeSet<String> = names("")?.into_iter().chain(names("crds/")?).collect();
-    for other in ["kustomization.yaml", "agent.yaml", "crds", "components", "examples", "lan-host-kubeconfig.sh"] {
+    for other in
+        ["kustomization.yaml", "agent.yaml", "crds", "components", "examples", "lan-host-kubeconfig.sh"]
+    {
         there.remove(other);
     }
     ensure!(listed == there, "{listed:?} {there:?}");
