@@ -130,8 +130,13 @@ fn ten_thousand_flows_and_a_hundred_events_a_second_cost_no_frame() -> Result<()
     let browser = Browser::start()?;
     browser.open(&stage.url.replace("/#", "/?view=flows#"))?;
     browser.shows("#count", "10,000 rows", Duration::from_secs(20))?;
-    let rows = browser.run("return document.querySelectorAll('.grid .body .row').length")?;
-    ensure!(rows.as_u64().is_some_and(|rows| (10..100).contains(&rows)), "{rows} rows are drawn");
+    // The rows are drawn in the frame after the count.
+    let drawn = || {
+        let rows = browser.run("return document.querySelectorAll('.grid .body .row').length").ok()?;
+        rows.as_u64().filter(|rows| *rows >= 10)
+    };
+    let rows = eventually(Duration::from_secs(5), drawn).context("no rows are drawn")?;
+    ensure!(rows < 100, "{rows} rows are drawn");
     let fastest = (0..3).map(|_| slow_frames(&stage, &browser)).collect::<Result<Vec<_>>>()?;
     println!("95th percentile and longest frame, in ms: {fastest:?}");
     // This machine has other work: the best of three.
