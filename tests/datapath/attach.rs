@@ -166,6 +166,11 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
     assert_eq!(after.len(), 2, "{after:?}");
     assert_ne!(after[0].2, before[0].2, "the program of the old agent is still there");
     assert_eq!(actions(&attach(&lab, &mut second, &targets)?), []);
+    let displaced = |second: &mut Datapath| -> Result<Vec<Displacement>> {
+        let displaced = node.run(|| second.displaced(&targets))?;
+        Ok(displaced.into_iter().map(|displaced| displaced.how).collect())
+    };
+    assert_eq!(displaced(&mut second)?, []);
 
     // Another program removes the qdisc.
     node.output({
@@ -173,7 +178,9 @@ fn clsact_takes_the_place_of_tcx() -> Result<()> {
         tc.args(["qdisc", "delete", "dev", "eth0", "clsact"]);
         tc
     })?;
+    assert_eq!(displaced(&mut second)?, [Displacement::Missing; 2]);
     assert_eq!(actions(&attach(&lab, &mut second, &targets)?), [Action::Attached; 2]);
+    assert_eq!(displaced(&mut second)?, []);
     attach(&lab, &mut second, &targets[..1])?;
     assert_eq!(names(node, pod_side)?, Vec::<String>::new());
     drop(second);
