@@ -133,6 +133,23 @@ impl PortRange {
     pub fn count(&self) -> u32 {
         u32::from(self.last - self.first) + 1
     }
+
+    /// Returns the same ports in ascending ranges that neither overlap nor touch.
+    #[must_use]
+    pub fn join(ranges: &[Self]) -> Vec<Self> {
+        let mut sorted = ranges.to_vec();
+        sorted.sort_unstable();
+        let mut joined: Vec<Self> = Vec::with_capacity(sorted.len());
+        for range in sorted {
+            match joined.last_mut() {
+                Some(last) if u32::from(range.first) <= u32::from(last.last) + 1 => {
+                    last.last = last.last.max(range.last);
+                }
+                _ => joined.push(range),
+            }
+        }
+        joined
+    }
 }
 
 impl fmt::Display for PortRange {

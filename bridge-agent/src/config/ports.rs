@@ -182,18 +182,7 @@ impl Ports {
     /// The ranges, sorted, adjacent ones joined.
     #[must_use]
     pub fn normalised(&self) -> Vec<PortRange> {
-        let mut sorted: Vec<PortRange> = self.ranges().collect();
-        sorted.sort_unstable();
-        let mut joined: Vec<PortRange> = Vec::with_capacity(sorted.len());
-        for range in sorted {
-            match joined.last_mut() {
-                Some(last) if u32::from(range.first) <= u32::from(last.last) + 1 => {
-                    last.last = last.last.max(range.last);
-                }
-                _ => joined.push(range),
-            }
-        }
-        joined
+        PortRange::join(&self.ranges().collect::<Vec<_>>())
     }
 
     /// How many ports there are, 0 to 65535, if no two ranges overlap.

@@ -295,18 +295,7 @@ fn normalise(ranges: &[PortRange]) -> Cow<'_, [PortRange]> {
     if ranges.windows(2).all(apart) {
         return Cow::Borrowed(ranges);
     }
-    let mut sorted = ranges.to_vec();
-    sorted.sort_unstable();
-    let mut merged: Vec<PortRange> = Vec::with_capacity(sorted.len());
-    for range in sorted {
-        match merged.last_mut() {
-            Some(last) if u32::from(range.first) <= u32::from(last.last) + 1 => {
-                last.last = last.last.max(range.last);
-            }
-            _ => merged.push(range),
-        }
-    }
-    Cow::Owned(merged)
+    Cow::Owned(PortRange::join(ranges))
 }
 
 /// Appends an interval, unless it continues the one before.

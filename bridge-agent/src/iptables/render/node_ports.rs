@@ -10,7 +10,6 @@
 use super::parts::{
     DENY, Networks, Options, chain, each, established, jump, line, log, openers, opening, silent_deny,
 };
-use super::ports::join;
 use crate::iptables::ruleset::{Chain, Line, Table, TableRules};
 use crate::model::{Mode, NodePorts, Policy, PortRange};
 
@@ -61,7 +60,7 @@ pub(super) fn judged(node_ports: &NodePorts, options: &Options) -> Line {
 pub(super) fn judge(node_ports: &NodePorts) -> Chain {
     let mut lines = Vec::from(openers());
     lines.extend(
-        join(&node_ports.allow)
+        PortRange::join(&node_ports.allow)
             .into_iter()
             .map(|range| line(&original_port(range), "bridge:nodeport-allowed", "-j RETURN")),
     );

@@ -12,7 +12,7 @@ const SLOTS: usize = 15;
 /// Overlapping and adjacent ranges are joined first. A list that covers every port (as the empty one does) needs
 /// no match at all: the result is empty.
 pub(super) fn split(ports: &[PortRange]) -> Vec<Vec<PortRange>> {
-    let joined = join(ports);
+    let joined = PortRange::join(ports);
     if joined.is_empty() || joined == [PortRange::ALL] {
         return Vec::new();
     }
@@ -29,22 +29,6 @@ pub(super) fn split(ports: &[PortRange]) -> Vec<Vec<PortRange>> {
         }
     }
     lists
-}
-
-/// Sorts ranges and joins those that overlap or touch.
-pub(super) fn join(ports: &[PortRange]) -> Vec<PortRange> {
-    let mut sorted = ports.to_vec();
-    sorted.sort_unstable();
-    let mut joined: Vec<PortRange> = Vec::with_capacity(sorted.len());
-    for range in sorted {
-        match joined.last_mut() {
-            Some(last) if u32::from(range.first) <= u32::from(last.last) + 1 => {
-                last.last = last.last.max(range.last);
-            }
-            _ => joined.push(range),
-        }
-    }
-    joined
 }
 
 const fn slots(range: PortRange) -> usize {

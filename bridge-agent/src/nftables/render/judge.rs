@@ -38,7 +38,7 @@ impl<'a> Selected<'a> {
 
     /// Combinations of port ranges; a rule without ports has one.
     fn ports(&self) -> usize {
-        let count = |ports: &[PortRange]| join(ports).len().max(1);
+        let count = |ports: &[PortRange]| PortRange::join(ports).len().max(1);
         count(&self.rule.ports).saturating_mul(count(&self.rule.source_ports))
     }
 
@@ -50,22 +50,6 @@ impl<'a> Selected<'a> {
     fn is_wide(&self) -> bool {
         self.external.len().saturating_mul(self.pods.len()) > self.external.len() + self.pods.len()
     }
-}
-
-/// Joins ranges that overlap or touch, ascending.
-pub(super) fn join(ports: &[PortRange]) -> Vec<PortRange> {
-    let mut sorted = ports.to_vec();
-    sorted.sort_unstable();
-    let mut joined: Vec<PortRange> = Vec::with_capacity(sorted.len());
-    for range in sorted {
-        match joined.last_mut() {
-            Some(last) if u32::from(range.first) <= u32::from(last.last) + 1 => {
-                last.last = last.last.max(range.last);
-            }
-            _ => joined.push(range),
-        }
-    }
-    joined
 }
 
 fn selected(rules: &[Rule], family: Family, direction: Direction, action: Action) -> Vec<Selected<'_>> {
@@ -380,7 +364,8 @@ fn by_ports(
         // Other protocols are not looked up in these maps.
         Protocol::Any => Some((0, u8::MAX)),
     };
-    let ranges = |ports: &[PortRange]| if ports.is_empty() { vec![PortRange::ALL] } else { join(ports) };
+    let ranges =
+        |ports: &[PortRange]| if ports.is_empty() { vec![PortRange::ALL] } else { PortRange::join(ports) };
     let (sources, ports) = (ranges(&rule.source_ports), ranges(&rule.ports));
     let mut cubes = Vec::new();
     if let Some(protocols) = protocols {

@@ -43,7 +43,7 @@ impl Renderer<'_> {
         self.rules.base(INPUT, "input", FILTER);
         self.judged_node_ports(INPUT);
         self.openers(JUDGE);
-        for range in super::judge::join(&node_ports.allow) {
+        for range in PortRange::join(&node_ports.allow) {
             self.rules.counters.insert("nodeport-allowed");
             for matches in original_port(range) {
                 self.rules.rule(JUDGE, format!("{matches} counter name nodeport-allowed accept"));
