@@ -2,6 +2,7 @@
 //!
 //! A driver plans from a policy and the observed rules (pure), applies the plan, and verifies the result.
 
+mod options;
 pub(crate) mod survey;
 
 use std::collections::BTreeMap;
@@ -9,6 +10,7 @@ use std::ops::AddAssign;
 
 use serde::Serialize;
 
+pub use options::Options;
 pub use survey::Surveyor;
 
 use crate::model::Policy;

@@ -27,12 +27,12 @@ mod ports;
 mod sources;
 
 pub(super) use self::parts::DENY;
-pub use self::parts::Options;
 use self::parts::{
     Networks, Selected, chain, each, established, jump, line, log, openers, opening, select, silent_deny,
 };
 use super::ruleset::{Chain, Family, Line, Ruleset, Table, TableRules};
 use crate::config::Scope;
+pub use crate::firewall::Options;
 use crate::model::{Action, Direction, Mode, NodePorts, OnDeny, Policy, RemotePods};
 
 /// Entry from FORWARD of table filter.

@@ -8,8 +8,9 @@
 //! rules for the pod it is translated to. REJECT exists in table filter only; connection tracking translates the answer.
 
 use super::parts::{
-    DENY, Networks, Options, chain, each, established, jump, line, log, openers, opening, silent_deny,
+    DENY, Networks, chain, each, established, jump, line, log, openers, opening, silent_deny,
 };
+use crate::firewall::Options;
 use crate::iptables::ruleset::{Chain, Line, Table, TableRules};
 use crate::model::{Mode, NodePorts, Policy, PortRange};
 

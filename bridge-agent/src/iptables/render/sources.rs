@@ -4,7 +4,8 @@
 //! compares the interface of a packet with the route back to its source, for IPv4 and IPv6 alike, whatever the
 //! `rp_filter` sysctls say.
 
-use super::parts::{Networks, Options, chain, each, jump, line, log, select};
+use super::parts::{Networks, chain, each, jump, line, log, select};
+use crate::firewall::Options;
 use crate::iptables::ruleset::{Chain, Family, Line, Table, TableRules};
 use crate::model::{Mode, Policy, RemotePods, Tunnel};
 

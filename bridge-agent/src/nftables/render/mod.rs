@@ -25,12 +25,12 @@ mod parts;
 mod sources;
 
 pub(super) use self::judge::count;
-pub use self::parts::Options;
 use self::parts::{
     DENY, FILTER, FORWARD, Family, Networks, REJECTS, Renderer, SCOPE, joined, list, quoted, select, text,
 };
 use super::ruleset::{Collection, Element, Ruleset};
 use crate::config::Scope;
+pub use crate::firewall::Options;
 use crate::model::{Direction, Mode, OnDeny, Policy, RemotePods};
 
 /// Returns the rules that enforce `policy`; empty if the policy has nothing to judge.

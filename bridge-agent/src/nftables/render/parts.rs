@@ -1,11 +1,9 @@
 //! The pieces that the table is made of.
 
-use std::num::NonZeroU32;
-
 use ipnet::IpNet;
 
-use crate::config::{PacketMark, Scope};
-use crate::model::{Mode, Policy, Topology};
+use crate::firewall::Options;
+use crate::model::{Mode, Policy};
 use crate::nftables::ruleset::Ruleset;
 
 /// Before the other filters of the host, so that reasons are counted also where those deny as well.
@@ -16,31 +14,6 @@ pub(super) const REJECTS: u32 = 1_000;
 pub(super) const FORWARD: &str = "forward";
 pub(super) const SCOPE: &str = "scope";
 pub(super) const DENY: &str = "deny";
-
-/// Settings beside the policy.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Whether forwarded traffic out of scope passes.
-    pub scope: Scope,
-    /// One bit of the packet mark: set between mangle and filter on packets from the LAN to a NodePort, since their first
-    /// destination is only known before DNAT. No other program may use that bit.
-    pub mark: NonZeroU32,
-    /// Denied packets (in audit mode: those that would be) logged per second; `None`: none.
-    pub log_per_second: Option<NonZeroU32>,
-    /// The interfaces of this node.
-    pub topology: Topology,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            scope: Scope::Scoped,
-            mark: PacketMark::default().get(),
-            log_per_second: None,
-            topology: Topology::default(),
-        }
-    }
-}
 
 /// An address family, by its number in names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
