@@ -95,6 +95,8 @@ struct AcceptedPolicy {
     unresolved: Vec<Rule>,
     /// With the pods of this node in place of selectors.
     rules: Vec<Rule>,
+    /// Of `rules`.
+    cost: Cost,
 }
 
 /// Remarks of one kind; more are not made.
@@ -258,14 +260,14 @@ impl Planned {
             }
             let policy = ObservedPolicy { name: policy.to_owned(), observed_generation: content.generation };
             match budgets.check(&policy.name, Reach::Own, &resolved) {
-                Ok(cost) => candidates.push((AcceptedPolicy { policy, unresolved, rules: resolved }, cost)),
+                Ok(cost) => candidates.push(AcceptedPolicy { policy, unresolved, rules: resolved, cost }),
                 Err(exceeded) => self.refuse(&policy, &exceeded),
             }
         }
-        let costs: Vec<Cost> = candidates.iter().map(|(_, cost)| *cost).collect();
-        let chosen = self.shared_limits().choose(&costs);
+        let costs: Vec<Cost> = candidates.iter().map(|candidate| candidate.cost).collect();
+        let chosen = shared_limits(&self.config).choose(&costs);
         let mut accepted = Vec::with_capacity(candidates.len());
-        for ((candidate, _), chosen) in candidates.into_iter().zip(chosen) {
+        for (candidate, chosen) in candidates.into_iter().zip(chosen) {
             match chosen {
                 Ok(()) => accepted.push(candidate),
                 Err(exceeded) => self.refuse(&candidate.policy, &exceeded),
@@ -293,10 +295,14 @@ impl Planned {
         for rule in &mut rules {
             resolve(rule, cluster, Reach::All);
         }
-        let mut whole = self.clone();
-        whole.config.rules.clone_from(&rules);
+        let limits = shared_limits(&Config { rules: rules.clone(), ..self.config.clone() });
         let mut costs = Vec::with_capacity(accepted.len());
         for accepted in accepted {
+            if !accepted.unresolved.iter().any(Rule::selects) {
+                costs.push(accepted.cost);
+                rules.extend(accepted.rules.iter().cloned());
+                continue;
+            }
             let mut resolved = accepted.unresolved.clone();
             for rule in &mut resolved {
                 resolve(rule, cluster, Reach::All);
@@ -306,7 +312,6 @@ impl Planned {
             costs.push(checked.map_err(|exceeded| format!("policy {}: {exceeded}", accepted.policy.name))?);
             rules.append(&mut resolved);
         }
-        let limits = whole.shared_limits();
         if limits.lines == 0 && !file.is_empty() {
             return Err(
                 "the rules of the configuration file need too many iptables rules with them".to_owned()
@@ -352,18 +357,18 @@ impl Planned {
         };
         self.config.rules.insert(0, deny);
     }
+}
 
-    /// The limits of all policies together: the file comes first.
-    fn shared_limits(&self) -> budget::Shared {
-        // Elements of nftables are fewer than the rules of iptables, but for lists of single ports.
-        if self.config.enforcement.engines.iter().all(|engine| *engine == Engine::Ebpf) {
-            return budget::Shared::EBPF;
-        }
-        let policy = self.config.policy();
-        let file = Family::ALL.map(|family| render::line_count(&policy, family)).into_iter().max();
-        let left = iptables::MAX_LINES.saturating_sub(file.unwrap_or_default()) as u64;
-        budget::Shared { lines: left.min(budget::Shared::LINES), ..budget::Shared::EBPF }
+/// The limits of all policies together: the file comes first.
+fn shared_limits(config: &Config) -> budget::Shared {
+    // Elements of nftables are fewer than the rules of iptables, but for lists of single ports.
+    if config.enforcement.engines.iter().all(|engine| *engine == Engine::Ebpf) {
+        return budget::Shared::EBPF;
     }
+    let policy = config.policy();
+    let file = Family::ALL.map(|family| render::line_count(&policy, family)).into_iter().max();
+    let left = iptables::MAX_LINES.saturating_sub(file.unwrap_or_default()) as u64;
+    budget::Shared { lines: left.min(budget::Shared::LINES), ..budget::Shared::EBPF }
 }
 
 /// Hashes names and generations of policies. Agents of all versions come to the same hash.
