@@ -32,8 +32,11 @@ impl Datapath {
         let mut errors = Vec::new();
         let mut changed = false;
         let mut abilities = Vec::with_capacity(targets.len());
+        let own = if self.tcx { self.program_ids() } else { Ok(Vec::new()) };
+        let own = own.map_err(|error| errors.push(error)).ok();
         for target in targets {
-            let fast_path = self.ability(target).unwrap_or_else(|error| {
+            let ability = own.as_ref().map_or(Ok(0), |own| self.ability(target, own));
+            let fast_path = ability.unwrap_or_else(|error| {
                 errors.push(error);
                 0
             });
@@ -55,7 +58,7 @@ impl Datapath {
         (abilities, Error::collect(errors))
     }
 
-    fn ability(&mut self, target: &Target) -> Result<u32> {
+    fn ability(&self, target: &Target, own: &[(Hook, u32)]) -> Result<u32> {
         if target.fast_path == 0 {
             return Ok(0);
         }
@@ -66,21 +69,21 @@ impl Datapath {
             Role::Port => (Hook::InternalIngress, Hook::InternalIngress),
         };
         let mut fast_path = target.fast_path;
-        if self.foreign(target, ingress)?.behind {
+        if self.foreign(target, ingress, own)?.behind {
             fast_path &= !ability::INPUT;
         }
-        if fast_path & ability::PEER != 0 && self.foreign(target, egress)?.any {
+        if fast_path & ability::PEER != 0 && self.foreign(target, egress, own)?.any {
             fast_path &= !ability::PEER;
         }
         Ok(fast_path)
     }
 
-    fn foreign(&mut self, target: &Target, hook: Hook) -> Result<Foreign> {
+    fn foreign(&self, target: &Target, hook: Hook, own: &[(Hook, u32)]) -> Result<Foreign> {
         let failed = |error: io::Error| Error::attach(&target.name, hook.name(), error);
         let filters = foreign_filters(target.index, hook).map_err(failed)?;
         let mut foreign = Foreign { behind: filters, any: filters };
         if self.tcx {
-            let own = self.program_ids()?.into_iter().find(|(of, _)| *of == hook).map(|(_, id)| id);
+            let own = own.iter().find(|(of, _)| *of == hook).map(|(_, id)| *id);
             let ids = bpf::tcx_programs(target.index, hook.tcx()).map_err(failed)?;
             let place = ids.iter().position(|id| Some(*id) == own);
             foreign.any |= ids.len() > 1;
