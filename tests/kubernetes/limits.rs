@@ -223,7 +223,7 @@ fn hostile_clients_cost_the_agent_neither_memory_nor_time() -> Result<()> {
     let lab = Lab::builder().build()?;
     let agent = Agent::start(&lab, lab.b(), &config("ebpf", "", 10_000))?;
     fill(&Maps::open(&Pins::new(agent.pins()))?, 100_000)?;
-    // Starting with so many rules takes memory of its own, which is given back.
+    // The start with 10,000 rules takes more memory, and gives it back.
     fs::write(format!("/proc/{}/clear_refs", agent.pid()), "5")?;
     let before = peak_kib(agent.pid())?;
     let mut times = Vec::new();

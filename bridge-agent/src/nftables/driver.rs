@@ -138,7 +138,7 @@ impl Firewall for Nftables {
     fn verify(&mut self, _policy: &Policy) -> Result<(), Error> {
         let Some(written) = &mut self.written else { return Ok(()) };
         let fingerprint = read::fingerprint(&self.config.programs)?;
-        // Nobody has written since: this is exactly the own transaction.
+        // Without another transaction since, the content is that of the own one.
         if written.generation.is_none_or(|own| generation().ok() != Some(own)) {
             let there = read::content(&self.config.programs)?.unwrap_or_default();
             let wanted = &written.rules;
