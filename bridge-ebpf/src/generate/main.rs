@@ -3,6 +3,7 @@
 //! `generate` runs by `BPF_PROG_TEST_RUN` with `BPF_F_TEST_XDP_LIVE_FRAMES`: each run makes a frame and sends it by an
 //! interface, whose other end takes it for one that came in by a wire. The kernel uses a frame's page again as the last
 //! receiver left it, so every frame is written whole. `sink` at an interface counts packets that arrive, and drops them.
+//! `drop_tc` and `drop_xdp` are the cheapest firewalls there can be: they drop the packets to one address.
 
 #![no_std]
 #![no_main]
@@ -19,6 +20,7 @@
 mod plan;
 
 use aya_ebpf::{
+    Global,
     bindings::xdp_action,
     btf_maps::{Array, PerCpuArray},
     helpers::generated::{bpf_map_lookup_percpu_elem, bpf_redirect, bpf_skb_load_bytes},
@@ -162,6 +164,35 @@ pub fn sink(ctx: TcContext) -> i32 {
         }
     }
     NEXT
+}
+
+/// The address whose packets [`drop_tc`] and [`drop_xdp`] drop, as it lies in the header. Set by the loader.
+#[unsafe(no_mangle)]
+static DROPPED: Global<u32> = Global::new(0);
+
+#[classifier]
+pub fn drop_tc(ctx: TcContext) -> i32 {
+    if is_dropped(ctx.data(), ctx.data_end()) { DROP } else { NEXT }
+}
+
+#[xdp]
+pub fn drop_xdp(ctx: XdpContext) -> u32 {
+    if is_dropped(ctx.data(), ctx.data_end()) { xdp_action::XDP_DROP } else { xdp_action::XDP_PASS }
+}
+
+/// Whether a frame is an IPv4 packet to [`DROPPED`].
+#[inline(always)]
+fn is_dropped(data: usize, end: usize) -> bool {
+    if data + IP_DESTINATION + 4 > end {
+        return false;
+    }
+    // SAFETY: within the frame, by the comparison above; for the alignment see `try_generate`.
+    let (ether_type, halves) = unsafe {
+        let frame = data as *const u8;
+        (*frame.add(12).cast::<u16>(), *frame.add(IP_DESTINATION).cast::<[u16; 2]>())
+    };
+    let destination = u32::from(halves[1]) << 16 | u32::from(halves[0]);
+    ether_type == ETH_P_IP.to_be() && destination == DROPPED.load()
 }
 
 bridge_ebpf::license!();

@@ -73,10 +73,7 @@ impl Measurement {
 /// A group of measurements, by name.
 pub type Group = (&'static str, fn() -> Result<Vec<Measurement>>);
 
-/// The group that compares ([`forward::Comparison`]), and has more to show than measurements.
-pub const COMPARISON: &str = "forward";
-
-/// Every other group, in the order they run.
+/// Every group but the comparisons ([`forward::Work`]), in the order they run.
 pub const GROUPS: &[Group] = &[
     ("policy", policy::measure),
     ("agent", agent::measure),

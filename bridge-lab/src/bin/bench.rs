@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use bridge_lab::bench::{
-    COMPARISON, GROUPS, Limit, Measurement,
-    forward::{Comparison, Part},
+    GROUPS, Limit, Measurement,
+    forward::{Comparison, Part, Work},
     kube, pool,
 };
 use clap::Parser;
@@ -46,7 +46,8 @@ fn main() -> Result<ExitCode> {
         return pool::client(job).map(|()| ExitCode::SUCCESS);
     }
     let arguments = Arguments::parse();
-    let known: Vec<_> = [COMPARISON].into_iter().chain(GROUPS.iter().map(|(name, _)| *name)).collect();
+    let known: Vec<_> =
+        Work::ALL.map(Work::name).into_iter().chain(GROUPS.iter().map(|(name, _)| *name)).collect();
     if let Some(unknown) = arguments.groups.iter().find(|name| !known.contains(&name.as_str())) {
         bail!("there is no group {unknown}: write one of {}", known.join(", "));
     }
@@ -54,9 +55,12 @@ fn main() -> Result<ExitCode> {
     let output = &arguments.output;
     fs::create_dir_all(output).with_context(|| format!("make {}", output.display()))?;
 
-    let comparison = (!arguments.kube && wanted(COMPARISON))
-        .then(|| Comparison::run(arguments.quick, &arguments.part))
-        .transpose()?;
+    let mut comparisons = Vec::new();
+    // New flows are a part of forwarding, and measured by themselves only on request.
+    let is_wanted = |work: Work| wanted(work.name()) && !(work == Work::New && arguments.groups.is_empty());
+    for work in Work::ALL.into_iter().filter(|work| !arguments.kube && is_wanted(*work)) {
+        comparisons.push(Comparison::run(work, arguments.quick, &arguments.part)?);
+    }
     let mut measurements = Vec::new();
     let cluster = [kube::GROUP];
     for (name, measure) in if arguments.kube { &cluster[..] } else { GROUPS } {
@@ -68,7 +72,7 @@ fn main() -> Result<ExitCode> {
 
     let mut records = Vec::new();
     let mut limits = Vec::new();
-    if let Some(comparison) = &comparison {
+    for comparison in &comparisons {
         comparison.write(output)?;
         if arguments.publish {
             comparison.publish(Path::new("."))?;
@@ -76,6 +80,7 @@ fn main() -> Result<ExitCode> {
         for record in comparison.records() {
             records.push(serde_json::to_value(record)?);
         }
+        records.extend(comparison.besides());
         limits.extend(comparison.limits());
     }
     for measurement in &measurements {
@@ -91,7 +96,7 @@ fn main() -> Result<ExitCode> {
             println!("{record}");
         }
     } else {
-        if let Some(comparison) = &comparison {
+        for comparison in &comparisons {
             println!("{}", comparison.markdown());
         }
         if !measurements.is_empty() {

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
+use super::packets::{DropAt, Packets};
 use super::ruleset;
 use crate::agent::{self, Agent};
 use crate::lab::Lab;
@@ -19,6 +20,9 @@ pub(super) enum Contender {
     Ebpf,
     EbpfIptables,
     FastPath,
+    IptablesRaw,
+    TcDrop,
+    XdpDrop,
 }
 
 /// Rules at most for those that go through them one by one.
@@ -27,8 +31,21 @@ const LONGEST_LIST: u32 = 10_000;
 const FAST_PATH: &str = "fastPath";
 
 impl Contender {
-    /// In the order of display; the first is the reference of the others.
-    pub(super) const ALL: [Self; 7] = [
+    /// In the order of display.
+    pub(super) const ALL: [Self; 10] = [
+        Self::None,
+        Self::TcDrop,
+        Self::XdpDrop,
+        Self::IptablesRaw,
+        Self::IptablesLegacy,
+        Self::IptablesNft,
+        Self::NftablesSet,
+        Self::Ebpf,
+        Self::EbpfIptables,
+        Self::FastPath,
+    ];
+    /// Those that forward by a policy; the first is the reference of the others.
+    pub(super) const FORWARD: [Self; 7] = [
         Self::None,
         Self::IptablesLegacy,
         Self::IptablesNft,
@@ -36,6 +53,17 @@ impl Contender {
         Self::Ebpf,
         Self::EbpfIptables,
         Self::FastPath,
+    ];
+    /// Those that deny; the first is the reference of the others.
+    pub(super) const DENIED: [Self; 8] = [
+        Self::TcDrop,
+        Self::XdpDrop,
+        Self::None,
+        Self::IptablesRaw,
+        Self::IptablesLegacy,
+        Self::IptablesNft,
+        Self::NftablesSet,
+        Self::Ebpf,
     ];
 
     /// As it is written in names of measurements.
@@ -48,6 +76,9 @@ impl Contender {
             Self::Ebpf => "ebpf",
             Self::EbpfIptables => "ebpf-iptables",
             Self::FastPath => "fastpath",
+            Self::IptablesRaw => "iptables-raw",
+            Self::TcDrop => "tc-drop",
+            Self::XdpDrop => "xdp-drop",
         }
     }
 
@@ -61,6 +92,9 @@ impl Contender {
             Self::Ebpf => "bridge, eBPF",
             Self::EbpfIptables => "bridge, eBPF and iptables",
             Self::FastPath => "bridge, fast path",
+            Self::IptablesRaw => "iptables-legacy, drop in raw",
+            Self::TcDrop => "bare drop at TC",
+            Self::XdpDrop => "bare drop at XDP",
         }
     }
 
@@ -71,8 +105,8 @@ impl Contender {
             return Ok(Some(format!("a list of {rules} rules takes milliseconds for each new flow")));
         }
         let tool = match self {
-            Self::None | Self::Ebpf => return Ok(None),
-            Self::IptablesLegacy => "iptables-legacy-restore",
+            Self::None | Self::Ebpf | Self::TcDrop | Self::XdpDrop => return Ok(None),
+            Self::IptablesLegacy | Self::IptablesRaw => "iptables-legacy-restore",
             Self::IptablesNft => "iptables-nft-restore",
             Self::NftablesSet => "nft",
             Self::EbpfIptables => "iptables-restore",
@@ -87,12 +121,20 @@ impl Contender {
     ///
     /// # Errors
     /// The tool or the agent fails.
-    pub(super) fn enforce(self, lab: &Lab, rules: u32) -> Result<Option<Agent>> {
+    pub(super) fn enforce(self, lab: &Lab, packets: &mut Packets, rules: u32) -> Result<Option<Agent>> {
         let fast_path = |on: &str| -> Result<String> {
             Ok(if knows_fast_path()? { format!(", {FAST_PATH}: {on}") } else { String::new() })
         };
         let engines = match self {
             Self::None => return Ok(None),
+            Self::TcDrop | Self::XdpDrop => {
+                let at = if self == Self::TcDrop { DropAt::Tc } else { DropAt::Xdp };
+                return packets.drop_at(at, lab.c2().v4, &lab.b().netns, "eth0").map(|()| None);
+            }
+            Self::IptablesRaw => {
+                let text = ruleset::iptables_raw(lab.c2().v4);
+                return load(lab, "iptables-legacy-restore", &["--wait=5"], &text).map(|()| None);
+            }
             Self::IptablesLegacy | Self::IptablesNft => {
                 let tool = format!("{}-restore", self.key());
                 return load(lab, &tool, &["--wait=5"], &ruleset::iptables(rules)).map(|()| None);

@@ -51,7 +51,7 @@ pub(super) struct Figure {
     pub(super) rules: u32,
     /// Rates, in the order of the rounds; or why there are none.
     pub(super) runs: Result<Vec<f64>, String>,
-    /// Each divided by that of no firewall in the same round.
+    /// Each divided by that of the reference in the same round.
     pub(super) ratios: Vec<f64>,
 }
 
@@ -76,12 +76,14 @@ impl Figure {
     /// As it is written to a file.
     pub(super) fn record(&self) -> Record {
         let (rate, ratio) = (self.rate(), self.ratio());
+        let denied = Traffic::DENIED.contains(&self.traffic);
         Record {
             name: self.name(),
             contender: self.contender.key(),
             value: rate.map(|rate| rate.median),
             unit: self.traffic.unit(),
-            ratio_to_no_firewall: ratio.map(|ratio| ratio.median),
+            ratio_to_no_firewall: ratio.filter(|_| !denied).map(|ratio| ratio.median),
+            ratio_to_tc_drop: ratio.filter(|_| denied).map(|ratio| ratio.median),
             ratio_least: ratio.map(|ratio| ratio.least),
             ratio_most: ratio.map(|ratio| ratio.most),
             least: rate.map(|rate| rate.least),
@@ -102,6 +104,9 @@ pub struct Record {
     unit: &'static str,
     /// Median of the ratios of single rounds, not the ratio of the medians: a disturbed round is disturbed for both.
     ratio_to_no_firewall: Option<f64>,
+    /// The same of denied traffic, whose reference is the bare drop at TC.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ratio_to_tc_drop: Option<f64>,
     ratio_least: Option<f64>,
     ratio_most: Option<f64>,
     least: Option<f64>,

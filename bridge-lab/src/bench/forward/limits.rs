@@ -54,7 +54,7 @@ impl Limit {
 
 /// Those that a comparison can show.
 pub(super) fn limits(figures: &Figures) -> Vec<Limit> {
-    use Contender::{Ebpf, FastPath, IptablesLegacy, NftablesSet, None as NoFirewall};
+    use Contender::{Ebpf, FastPath, None as NoFirewall};
     const MANY: u32 = 10_000;
     let ratio = |contender, traffic, rules| figures.get(contender, traffic, rules)?.ratio();
     let median = |spread: Option<Spread>| spread.map(|spread| spread.median);
@@ -86,13 +86,36 @@ pub(super) fn limits(figures: &Figures) -> Vec<Limit> {
             0.9,
         );
     }
+    limits.extend(new_flows(figures));
+    limits
+}
+
+/// Those of new flows.
+pub(super) fn new_flows(figures: &Figures) -> Vec<Limit> {
+    use Contender::{Ebpf, FastPath, IptablesLegacy, NftablesSet};
+    let mut limits = Vec::new();
     for (other, limit) in [(IptablesLegacy, 4.0), (NftablesSet, 1.3)] {
         for own in [FastPath, Ebpf] {
-            at_least(
-                format!("new flows at 1000 rules, {} to {}", own.title(), other.title()),
-                median(figures.between(own, other, Traffic::NewFlows, 1000)),
-                limit,
-            );
+            limits.push(Limit {
+                promise: format!("new flows at 1000 rules, {} to {}", own.title(), other.title()),
+                measured: figures.between(own, other, Traffic::NewFlows, 1000).map(|ratio| ratio.median),
+                limit: Bound::AtLeast(limit),
+            });
+        }
+    }
+    limits
+}
+
+/// Those of denied packets.
+pub(super) fn denied(figures: &Figures) -> Vec<Limit> {
+    let mut limits = Vec::new();
+    for traffic in [Traffic::DeniedUdp, Traffic::DeniedSyn] {
+        for (base, limit) in [(Contender::TcDrop, 0.9), (Contender::IptablesRaw, 1.0)] {
+            limits.push(Limit {
+                promise: format!("1000 rules, bridge, eBPF to {}, {}", base.title(), traffic.title()),
+                measured: figures.between(Contender::Ebpf, base, traffic, 1000).map(|ratio| ratio.median),
+                limit: Bound::AtLeast(limit),
+            });
         }
     }
     limits

@@ -4,6 +4,7 @@
 //! them; those that reach the pod are counted. Their rate is by the time that the forwarding CPU was at it, so other
 //! work on the machine disturbs it little. Real sockets are measured by wall-clock time.
 
+mod beside;
 mod clock;
 mod compare;
 mod contender;
@@ -25,6 +26,7 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Args, builder::PossibleValuesParser};
 use rustix::system::uname;
 
+use self::beside::Beside;
 use self::compare::{Scope, compare};
 use self::contender::Contender;
 pub use self::figures::Record;
@@ -60,7 +62,9 @@ impl Part {
             contenders: whole
                 .contenders
                 .into_iter()
-                .filter(|contender| *contender == Contender::None || chosen(&self.contender, contender.key()))
+                .enumerate()
+                .filter(|(index, contender)| *index == 0 || chosen(&self.contender, contender.key()))
+                .map(|(_, contender)| contender)
                 .collect(),
             traffic: whole.traffic.into_iter().filter(|kind| chosen(&self.traffic, kind.key())).collect(),
             rounds: self.rounds.map_or(whole.rounds, usize::from),
@@ -69,26 +73,74 @@ impl Part {
     }
 }
 
-/// Result of the comparison.
+/// A comparison.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Traffic that rules allow.
+    Forward,
+    /// New flows alone.
+    New,
+    /// Floods of packets that no rule allows, and legitimate connections beside them.
+    Denied,
+}
+
+impl Work {
+    /// All of them; [`Work::New`] is a part of [`Work::Forward`].
+    pub const ALL: [Self; 3] = [Self::Forward, Self::New, Self::Denied];
+
+    /// Its name in commands.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::New => "new",
+            Self::Denied => "denied",
+        }
+    }
+
+    fn scope(self, quick: bool) -> Scope {
+        let whole = if quick { quick_scope() } else { thorough_scope() };
+        let sizes = vec![1, 1000, 10_000];
+        match self {
+            Self::Forward => whole,
+            Self::New => Scope { sizes, traffic: vec![Traffic::NewFlows], ..whole },
+            Self::Denied => Scope {
+                sizes,
+                traffic: Traffic::DENIED.to_vec(),
+                contenders: Contender::DENIED.to_vec(),
+                beside: true,
+                ..whole
+            },
+        }
+    }
+}
+
+/// Result of a comparison.
 pub struct Comparison {
+    work: Work,
+    base: Contender,
+    besides: Vec<Beside>,
     figures: Figures,
     machine: String,
     how: String,
 }
 
 impl Comparison {
-    /// Compares `part`: thoroughly, in about ten minutes for all of it, or `quick`, in five.
+    /// Compares `part`: thoroughly, in about ten minutes for all of forwarding, or `quick`, in five.
     ///
     /// # Errors
     /// Not root, fewer than two CPUs, no lab, or traffic that does not arrive without a firewall. A fault of a single
     /// contender is not an error; the table reports it.
-    pub fn run(quick: bool, part: &Part) -> Result<Self> {
+    pub fn run(work: Work, quick: bool, part: &Part) -> Result<Self> {
         let cpus = available_parallelism()?.get();
         ensure!(cpus >= 2, "one CPU makes packets and another forwards them: {cpus} is too few");
         let _alone = alone()?;
-        let scope = part.of(if quick { quick_scope() } else { thorough_scope() });
+        let scope = part.of(work.scope(quick));
         let how = format!("medians of {} rounds, contenders in turn", scope.rounds);
-        Ok(Self { figures: compare(&scope)?, machine: machine()?, how })
+        eprintln!("comparing: {}", work.name());
+        let (figures, besides) = compare(&scope)?;
+        let base = scope.contenders[0];
+        Ok(Self { work, base, besides, figures, machine: machine()?, how })
     }
 
     /// One for each measurement.
@@ -97,10 +149,17 @@ impl Comparison {
         self.figures.0.iter().map(Figure::record).collect()
     }
 
+    /// One for each contender with legitimate connections beside a flood.
+    #[must_use]
+    pub fn besides(&self) -> Vec<serde_json::Value> {
+        self.besides.iter().filter_map(|beside| serde_json::to_value(beside).ok()).collect()
+    }
+
     /// Tables in Markdown.
     #[must_use]
     pub fn markdown(&self) -> String {
-        table::markdown(&self.figures, &self.machine, &self.how)
+        let table = table::markdown(&self.figures, self.base, &self.machine, &self.how);
+        table + &beside::markdown(&self.besides)
     }
 
     /// Shows the tables in the documents that have a place for them: a summary in README.md, all of them in
@@ -110,11 +169,17 @@ impl Comparison {
     /// A document cannot be read or written, or has no such place.
     pub fn publish(&self, root: &Path) -> Result<()> {
         let summary = table::summary(&self.figures, &self.machine, &self.how);
-        for (name, text) in [("README.md", summary), ("docs/benchmark.md", self.markdown())] {
+        let (readme, benchmark) = (("README.md", summary), ("docs/benchmark.md", self.markdown()));
+        let (begin, documents) = match self.work {
+            Work::Forward => (table::BEGIN, vec![readme, benchmark]),
+            Work::Denied => (table::BEGIN_DENIED, vec![benchmark]),
+            Work::New => return Ok(()),
+        };
+        for (name, text) in documents {
             let file = root.join(name);
             let document = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
-            let document = table::replace(&document, &text)
-                .with_context(|| format!("{name} has no lines {} and {}", table::BEGIN, table::END))?;
+            let document = table::replace(&document, begin, &text)
+                .with_context(|| format!("{name} has no lines {begin} and {}", table::END))?;
             fs::write(&file, document).with_context(|| format!("write {}", file.display()))?;
         }
         Ok(())
@@ -123,21 +188,27 @@ impl Comparison {
     /// Returns the limits of these figures.
     #[must_use]
     pub fn limits(&self) -> Vec<Limit> {
-        limits::limits(&self.figures)
+        match self.work {
+            Work::Forward => limits::limits(&self.figures),
+            Work::New => limits::new_flows(&self.figures),
+            Work::Denied => limits::denied(&self.figures),
+        }
     }
 
-    /// Writes `table.md` and `plot.svg`.
+    /// Writes `table.md` and `plot.svg`, or `table-denied.md` or `table-new.md`.
     ///
     /// # Errors
     /// The directory cannot be written to.
     pub fn write(&self, directory: &Path) -> Result<()> {
-        for (name, text) in
-            [("table.md", self.markdown()), ("plot.svg", plot::svg(&self.figures, &self.machine))]
-        {
+        let write = |name: String, text: String| {
             let file = directory.join(name);
-            fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+            fs::write(&file, text).with_context(|| format!("write {}", file.display()))
+        };
+        if self.work != Work::Forward {
+            return write(format!("table-{}.md", self.work.name()), self.markdown());
         }
-        Ok(())
+        write("table.md".to_owned(), self.markdown())?;
+        write("plot.svg".to_owned(), plot::svg(&self.figures, &self.machine))
     }
 }
 
@@ -154,9 +225,10 @@ fn alone() -> Result<File> {
 fn thorough_scope() -> Scope {
     Scope {
         sizes: vec![1, 100, 1000, 10_000, 100_000],
-        contenders: Contender::ALL.to_vec(),
-        traffic: Traffic::ALL.to_vec(),
+        contenders: Contender::FORWARD.to_vec(),
+        traffic: Traffic::ALLOWED.to_vec(),
         rounds: 7,
+        beside: false,
         effort: Effort {
             packets: Duration::from_millis(150),
             sockets: Duration::from_millis(300),

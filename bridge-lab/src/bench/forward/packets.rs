@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::{Array, MapData, PerCpuArray};
 use aya::programs::tc::{SchedClassifier, TcAttachType};
-use aya::programs::{TestRun as _, Xdp};
-use aya::{Ebpf, TestRunAttrs, TestRunOptions};
-use etherparse::Ethernet2Header;
+use aya::programs::{TestRun as _, Xdp, XdpMode};
+use aya::{Ebpf, EbpfLoader, TestRunAttrs, TestRunOptions};
+use etherparse::{Ethernet2Header, IpNumber};
 use rustix::net::netdevice::name_to_index;
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
@@ -49,7 +49,7 @@ pub(super) const FORWARDING: usize = 0;
 /// SCHED_RR priorities of the threads that send and receive, that forward, and that watch both.
 pub(super) const SENDING: libc::c_int = 1;
 pub(super) const PASSING: libc::c_int = 2;
-const WATCHING: libc::c_int = 3;
+pub(super) const WATCHING: libc::c_int = 3;
 
 /// Data in a frame, in bytes.
 pub(super) const DATA: usize = FRAME - Ethernet2Header::LEN - 40;
@@ -79,8 +79,18 @@ pub(super) struct Stream {
     pub(super) pod_port: u16,
     /// Flows to go round in.
     pub(super) flows: u32,
+    pub(super) load: Load,
+}
+
+/// The part of a packet behind its IP header.
+#[derive(Clone, Debug)]
+pub(super) enum Load {
     /// Flags, sequence numbers and data.
-    pub(super) tcp: Tcp,
+    Tcp(Tcp),
+    /// A datagram without a checksum.
+    Udp,
+    /// A later fragment of a datagram whose first one never comes.
+    Fragment,
 }
 
 impl Stream {
@@ -91,19 +101,38 @@ impl Stream {
     }
 
     fn plan_by(&self, interface: u32, macs: ([u8; 6], [u8; 6])) -> Result<Plan> {
-        let mut tcp = self.tcp.clone();
         let zero = Ipv4Addr::UNSPECIFIED;
         let (source, destination) = if self.from_lan { (zero, self.pod) } else { (self.pod, zero) };
-        (tcp.header.source_port, tcp.header.destination_port) =
-            if self.from_lan { (0, self.pod_port) } else { (self.pod_port, 0) };
-        let mut frame = Packet::new(source, destination).macs(macs.0, macs.1).tcp(tcp).frame();
+        let ports = if self.from_lan { (0, self.pod_port) } else { (self.pod_port, 0) };
+        let packet = Packet::new(source, destination).macs(macs.0, macs.1);
+        let packet = match &self.load {
+            Load::Tcp(tcp) => {
+                let mut tcp = tcp.clone();
+                (tcp.header.source_port, tcp.header.destination_port) = ports;
+                packet.tcp(tcp)
+            }
+            // No checksum (RFC 768). The source writes that of TCP into the data.
+            Load::Udp => {
+                const LENGTH: usize = FRAME - Ethernet2Header::LEN - 20;
+                let mut datagram = [0; LENGTH];
+                datagram[2..4].copy_from_slice(&ports.1.to_be_bytes());
+                datagram[4..6].copy_from_slice(&u16::try_from(LENGTH)?.to_be_bytes());
+                packet.raw(IpNumber::UDP, &datagram)
+            }
+            Load::Fragment => {
+                packet.raw(IpNumber::UDP, &[0; FRAME - Ethernet2Header::LEN - 20]).fragment(100, true, 1)
+            }
+        };
+        let mut frame = packet.frame();
         let length = frame.len();
         ensure!(length <= FRAME, "a frame of {length} bytes");
         // Shorter ones are padded, as on a wire; the IP header has the length that counts.
         frame.resize(FRAME, 0);
         let (ip, segment) = frame[Ethernet2Header::LEN..].split_at_mut(20);
         ip[10..12].fill(0);
-        segment[16..18].fill(0);
+        if let Load::Tcp(_) = self.load {
+            segment[16..18].fill(0);
+        }
         // RFC 9293, 3.1: the pseudo header has the addresses, the protocol and the length.
         let tcp_length = u32::try_from(length - Ethernet2Header::LEN - 20)?;
         let pseudo = sum(&ip[12..20]) + libc::IPPROTO_TCP.unsigned_abs() + tcp_length;
@@ -136,9 +165,18 @@ fn sum(bytes: &[u8]) -> u32 {
     bytes.as_chunks::<2>().0.iter().map(|pair| u32::from(u16::from_be_bytes(*pair))).sum()
 }
 
+/// Where [`Packets::drop_at`] drops.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum DropAt {
+    Tc,
+    Xdp,
+}
+
 /// The programs, loaded once for each lab.
 pub(super) struct Packets {
     ebpf: Ebpf,
+    /// Attached while it lives.
+    drop: Option<Ebpf>,
     plan: Array<MapData, Plan>,
     counts: Counts,
 }
@@ -188,7 +226,36 @@ impl Packets {
                 .with_context(|| format!("attach the sink to {interface} in {}", netns.name()))?;
         }
         let sinks = sinks.iter().map(|(address, ..)| *address).collect();
-        Ok(Self { ebpf, plan, counts: Counts { serial, arrived, sinks } })
+        Ok(Self { ebpf, drop: None, plan, counts: Counts { serial, arrived, sinks } })
+    }
+
+    /// Drops the packets to an address that come in by an interface.
+    pub(super) fn drop_at(
+        &mut self,
+        at: DropAt,
+        address: Ipv4Addr,
+        netns: &Netns,
+        interface: &str,
+    ) -> Result<()> {
+        let mut loader = EbpfLoader::new();
+        let address = u32::from_ne_bytes(address.octets());
+        let mut ebpf =
+            loader.override_global("DROPPED", &address, true).load(OBJECT).context("load a drop")?;
+        match at {
+            DropAt::Tc => {
+                let program: &mut SchedClassifier =
+                    ebpf.program_mut("drop_tc").context("a drop")?.try_into()?;
+                program.load()?;
+                netns.run(|| program.attach(interface, TcAttachType::Ingress).map(drop))?;
+            }
+            DropAt::Xdp => {
+                let program: &mut Xdp = ebpf.program_mut("drop_xdp").context("a drop")?.try_into()?;
+                program.load()?;
+                netns.run(|| program.attach(interface, XdpMode::Driver).map(drop))?;
+            }
+        }
+        self.drop = Some(ebpf);
+        Ok(())
     }
 
     /// See [`Counts::arrived`].
@@ -322,7 +389,7 @@ mod tests {
                     pod,
                     pod_port: 40_000,
                     flows: 1,
-                    tcp: tcp.clone(),
+                    load: Load::Tcp(tcp.clone()),
                 };
                 let plan = stream.plan_by(1, ([2; 6], [4; 6]))?;
                 let varied = (plan.first_address >> 16) + (plan.first_address & 0xffff);

@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 
 use super::contender::Contender;
-use super::packets::{Cable, DATA, FORWARDING, PASSING, Packets, Stream, claim};
+use super::packets::{Cable, DATA, FORWARDING, Load, PASSING, Packets, Stream, claim};
 use super::ruleset::ALLOWED;
 use crate::agent::Agent;
 use crate::lab::Lab;
@@ -26,6 +26,18 @@ const FIRST_PORT: u16 = 2000;
 const PORTS: u16 = 60_000;
 /// From [`STRANGERS`] up to the end of the /24.
 const NEW_FLOWS: u32 = 120 * 60_000;
+
+/// The first of the pods in whose name spoofed packets come.
+const PODS: Ipv4Addr = Ipv4Addr::new(10, 200, 1, 91);
+
+/// A kind of packets that no rule allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Denied {
+    Udp,
+    Syn,
+    Spoofed,
+    Fragment,
+}
 
 /// A lab with a contender in it.
 pub(super) struct Place {
@@ -59,9 +71,10 @@ impl Place {
         }
         let mut forwarding = vec![own_thread(&lab)?];
         forwarding.extend(thread_ids(&format!("ksoftirqd/{FORWARDING}"))?);
-        let packets = Packets::new(&[(pod.v4, &pod.netns, "eth0"), (PEER, lab.lan(), &node.peer_interface)])?;
+        let mut packets =
+            Packets::new(&[(pod.v4, &pod.netns, "eth0"), (PEER, lab.lan(), &node.peer_interface)])?;
         let agent = contender
-            .enforce(&lab, rules)
+            .enforce(&lab, &mut packets, rules)
             .with_context(|| format!("{} with {rules} rules", contender.title()))?;
         let cable = Cable {
             netns: lab.lan().clone(),
@@ -93,6 +106,18 @@ impl Place {
         Stream { lan: STRANGERS, ..self.stream(true, NEW_FLOWS, Tcp::syn(0, 0)) }
     }
 
+    /// Packets that no rule allows.
+    pub(super) fn denied(&self, kind: Denied) -> Stream {
+        let of = |load| Stream { pod_port: ALLOWED.1 + 1, load, ..self.new_flows() };
+        match kind {
+            Denied::Udp => of(Load::Udp),
+            Denied::Syn => of(Load::Tcp(Tcp::syn(0, 0))),
+            // In the name of pods of this node.
+            Denied::Spoofed => Stream { lan: PODS, flows: 2 * u32::from(PORTS), ..of(Load::Udp) },
+            Denied::Fragment => of(Load::Fragment),
+        }
+    }
+
     fn stream(&self, from_lan: bool, flows: u32, tcp: Tcp) -> Stream {
         Stream {
             from_lan,
@@ -102,7 +127,7 @@ impl Place {
             pod: self.sink(),
             pod_port: ALLOWED.0,
             flows,
-            tcp,
+            load: Load::Tcp(tcp),
         }
     }
 
@@ -134,10 +159,9 @@ impl Place {
     fn deliver(&mut self, stream: &Stream) -> Result<()> {
         let (cable, to) =
             if stream.from_lan { (&self.cable, stream.pod) } else { (&self.pod_cable, stream.lan) };
-        self.packets.deliver(stream, cable, to, stream.flows).with_context(|| {
-            let flags = &stream.tcp.header;
-            format!("{}: {} flows, {flags:?}", self.contender.title(), stream.flows)
-        })
+        self.packets
+            .deliver(stream, cable, to, stream.flows)
+            .with_context(|| format!("{}: {} flows, {:?}", self.contender.title(), stream.flows, stream.load))
     }
 
     /// Connection tracking forgets; without it, nothing happens.
@@ -223,7 +247,7 @@ mod tests {
     #[test]
     fn each_contender_allows_the_traffic_of_its_last_rule_and_sees_flows_established() -> Result<()> {
         let _alone = alone()?;
-        for contender in Contender::ALL {
+        for contender in Contender::FORWARD {
             if contender.missing(3)?.is_some() {
                 continue;
             }

@@ -24,12 +24,13 @@ fn colour(contender: Contender) -> &'static str {
         Contender::Ebpf => "#56b4e9",
         Contender::EbpfIptables => "#0072b2",
         Contender::FastPath => "#009e73",
+        Contender::IptablesRaw | Contender::TcDrop | Contender::XdpDrop => "#999999",
     }
 }
 
 /// An SVG document.
 pub(super) fn svg(figures: &Figures, machine: &str) -> String {
-    let rows = Traffic::ALL.len().div_ceil(COLUMNS);
+    let rows = Traffic::ALLOWED.len().div_ceil(COLUMNS);
     let (width, height) = (PANEL.0 * COLUMNS as f64, LEGEND + PANEL.1 * rows as f64);
     let mut text = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
@@ -38,7 +39,7 @@ pub(super) fn svg(figures: &Figures, machine: &str) -> String {
          <text x=\"10\" y=\"16\">Ratio to no firewall, by number of rules; {}</text>\n",
         escaped(machine)
     );
-    for (index, contender) in Contender::ALL.into_iter().enumerate() {
+    for (index, contender) in Contender::FORWARD.into_iter().enumerate() {
         let x = 10.0 + 122.0 * index as f64;
         let colour = colour(contender);
         writeln!(
@@ -50,7 +51,7 @@ pub(super) fn svg(figures: &Figures, machine: &str) -> String {
         )
         .expect("writing to a string");
     }
-    for (index, traffic) in Traffic::ALL.into_iter().enumerate() {
+    for (index, traffic) in Traffic::ALLOWED.into_iter().enumerate() {
         let (column, row) = (index % COLUMNS, index / COLUMNS);
         let (x, y) = (PANEL.0 * column as f64, LEGEND + PANEL.1 * row as f64);
         write!(text, "<g transform=\"translate({x} {y})\">\n{}</g>\n", panel(figures, traffic))
@@ -67,7 +68,7 @@ fn panel(figures: &Figures, traffic: Traffic) -> String {
         };
         sizes.iter().enumerate().filter_map(point).collect::<Vec<_>>()
     };
-    let all = Contender::ALL.into_iter().flat_map(ratios);
+    let all = Contender::FORWARD.into_iter().flat_map(ratios);
     // Up to the next half above whatever is there.
     let top = (all.map(|(_, ratio)| ratio.most).fold(1.2, f64::max) * 2.0).ceil() / 2.0;
     let (left, above, right, below) = MARGIN;
@@ -99,7 +100,7 @@ fn panel(figures: &Figures, traffic: Traffic) -> String {
         let rules = grouped(f64::from(*rules));
         line(format_args!("<text x=\"{x:.1}\" y=\"{y}\" text-anchor=\"middle\">{rules}</text>"));
     }
-    for contender in Contender::ALL.into_iter().filter(|contender| *contender != Contender::None) {
+    for contender in Contender::FORWARD.into_iter().filter(|contender| *contender != Contender::None) {
         let (points, colour) = (ratios(contender), colour(contender));
         let path: Vec<_> = points.iter().map(|(i, r)| format!("{:.1},{:.1}", x(*i), y(r.median))).collect();
         if path.is_empty() {

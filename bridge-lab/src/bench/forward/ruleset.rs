@@ -35,6 +35,11 @@ pub(super) fn iptables(count: u32) -> String {
     text + "COMMIT\n"
 }
 
+/// Input of `iptables-restore`: the packets to an address are dropped before connection tracking, whatever they are.
+pub(super) fn iptables_raw(address: Ipv4Addr) -> String {
+    format!("*raw\n-A PREROUTING -d {address}/32 -j DROP\nCOMMIT\n")
+}
+
 /// Input of `nft -f`: one lookup in a set of addresses and intervals of ports.
 pub(super) fn nftables(count: u32) -> String {
     let mut text = String::from(

@@ -6,8 +6,8 @@ use super::contender::Contender;
 use super::figures::{Figure, Figures};
 use super::traffic::Traffic;
 
-/// A table for each kind of traffic: ratios to no firewall, and the rate that they are ratios to.
-pub(super) fn markdown(figures: &Figures, machine: &str, how: &str) -> String {
+/// A table for each kind of traffic: ratios to `base`, and the rate that they are ratios to.
+pub(super) fn markdown(figures: &Figures, base: Contender, machine: &str, how: &str) -> String {
     let sizes = figures.sizes();
     let mut text = format!("{machine}; {how}\n");
     for traffic in Traffic::ALL {
@@ -16,9 +16,9 @@ pub(super) fn markdown(figures: &Figures, machine: &str, how: &str) -> String {
         if contenders.is_empty() {
             continue;
         }
-        let mut rows = vec![header(&sizes)];
+        let mut rows = vec![header(&sizes, base)];
         for contender in contenders {
-            let cells = sizes.iter().map(|rules| cell(figures, contender, traffic, *rules));
+            let cells = sizes.iter().map(|rules| cell(figures, base, contender, traffic, *rules));
             rows.push([contender.title().to_owned()].into_iter().chain(cells).collect());
         }
         write!(text, "\n**{}**\n\n{}", traffic.title(), aligned(&rows)).expect("writing to a string");
@@ -61,18 +61,18 @@ pub(super) fn summary(figures: &Figures, machine: &str, how: &str) -> String {
     format!("{}\n{machine}; {how}, ± half the distance of the quartiles.\n", aligned(&rows))
 }
 
-fn header(sizes: &[u32]) -> Vec<String> {
+fn header(sizes: &[u32], base: Contender) -> Vec<String> {
     let columns = sizes.iter().map(|rules| match rules {
         1 => "1 rule".to_owned(),
         rules => format!("{} rules", grouped(f64::from(*rules))),
     });
-    ["ratio to no firewall (range)".to_owned()].into_iter().chain(columns).collect()
+    [format!("ratio to {} (range)", base.title())].into_iter().chain(columns).collect()
 }
 
-fn cell(figures: &Figures, contender: Contender, traffic: Traffic, rules: u32) -> String {
+fn cell(figures: &Figures, base: Contender, contender: Contender, traffic: Traffic, rules: u32) -> String {
     let Some(figure) = figures.get(contender, traffic, rules) else { return String::new() };
     match (figure.rate(), figure.ratio()) {
-        (Some(rate), _) if contender == Contender::None => {
+        (Some(rate), _) if contender == base => {
             format!("{} {}", grouped(rate.median), traffic.unit())
         }
         (_, Some(ratio)) => format!("**{:.2}** ({:.2}–{:.2})", ratio.median, ratio.least, ratio.most),
@@ -93,7 +93,7 @@ pub(super) fn grouped(number: f64) -> String {
     text
 }
 
-fn aligned(rows: &[Vec<String>]) -> String {
+pub(super) fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<_> = (0..columns).map(width).collect();
@@ -107,15 +107,16 @@ fn aligned(rows: &[Vec<String>]) -> String {
     head + &line(rule) + &lines.collect::<String>()
 }
 
-/// Lines between which a document has the figures.
+/// Lines between which a document has the figures of forwarding, and of denying.
 pub(super) const BEGIN: &str = "<!-- cargo xtask bench --publish -->";
+pub(super) const BEGIN_DENIED: &str = "<!-- cargo xtask bench denied --publish -->";
 pub(super) const END: &str = "<!-- end of the figures -->";
 
 /// Replaces the lines between the markers of `document` by `text`; `None` if it has no markers.
-pub(super) fn replace(document: &str, text: &str) -> Option<String> {
-    let (before, rest) = document.split_once(BEGIN)?;
+pub(super) fn replace(document: &str, begin: &str, text: &str) -> Option<String> {
+    let (before, rest) = document.split_once(begin)?;
     let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n\n{text}\n{END}{after}"))
+    Some(format!("{before}{begin}\n\n{text}\n{END}{after}"))
 }
 
 /// Why something is missing, each reason once.
@@ -142,10 +143,10 @@ mod tests {
     #[test]
     fn text_between_the_markers_is_replaced_and_other_text_is_kept() {
         let document = format!("# bridge\n{BEGIN}\nold\n{END}\nmore\n");
-        let once = replace(&document, "new\n").unwrap();
+        let once = replace(&document, BEGIN, "new\n").unwrap();
         assert_eq!(once, format!("# bridge\n{BEGIN}\n\nnew\n\n{END}\nmore\n"));
-        assert_eq!(replace(&once, "new\n"), Some(once));
-        assert_eq!(replace("# bridge\n", "new\n"), None);
+        assert_eq!(replace(&once, BEGIN, "new\n"), Some(once));
+        assert_eq!(replace("# bridge\n", BEGIN, "new\n"), None);
     }
 
     #[test]
@@ -182,7 +183,7 @@ mod tests {
         ]);
         figures.0[2].runs = Err("no such key\nand more".into());
         figures.0[2].ratios.clear();
-        let text = markdown(&figures, "2 CPUs", "3 rounds");
+        let text = markdown(&figures, Contender::None, "2 CPUs", "3 rounds");
         assert!(text.contains("| bridge, eBPF                 | **0.85** (0.80–0.90)"), "{text}");
         assert!(text.contains("1,100 packets per CPU second"), "{text}");
         assert!(text.ends_with("Missing: bridge, fast path at 1 rules: no such key.\n"), "{text}");

@@ -1,5 +1,6 @@
 //! The traffic that is sent through the node, and how its rate is measured.
 
+use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,9 +11,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 use socket2::SockRef;
 
 use super::clock::cpu_time;
+use super::contender::Contender;
 use super::packets::{Counts, FORWARDING, GENERATING, SENDING, Stream, claim};
-use super::place::Place;
+use super::place::{Denied, Place};
 use super::ruleset::ALLOWED;
+use crate::lab::Netns;
 
 /// A kind of traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +26,10 @@ pub(super) enum Traffic {
     Bulk,
     RequestResponse,
     Connect,
+    DeniedUdp,
+    DeniedSyn,
+    Spoofed,
+    Fragments,
 }
 
 /// How long to look.
@@ -41,6 +48,8 @@ pub(super) struct Effort {
 pub(super) const MANY: u32 = 10_000;
 /// Part of the time that the node must be at it for a figure to be one; else packets wait more than they are forwarded.
 const LEAST_SHARE: f64 = 0.2;
+/// As much for packets that it denies.
+const FEWEST: u64 = 1000;
 /// How often to try for that.
 const ATTEMPTS: usize = 4;
 /// Until caches are warm, and queues full: of 10,000 flows, a few packets of each.
@@ -55,7 +64,20 @@ const MESSAGE: usize = 64;
 const CHUNK: usize = 128 << 10;
 
 impl Traffic {
-    pub(super) const ALL: [Self; 6] = [
+    pub(super) const ALL: [Self; 10] = [
+        Self::Established,
+        Self::EstablishedMany,
+        Self::NewFlows,
+        Self::Bulk,
+        Self::RequestResponse,
+        Self::Connect,
+        Self::DeniedUdp,
+        Self::DeniedSyn,
+        Self::Spoofed,
+        Self::Fragments,
+    ];
+    /// Traffic that rules allow.
+    pub(super) const ALLOWED: [Self; 6] = [
         Self::Established,
         Self::EstablishedMany,
         Self::NewFlows,
@@ -63,6 +85,8 @@ impl Traffic {
         Self::RequestResponse,
         Self::Connect,
     ];
+    /// Traffic that no rule allows.
+    pub(super) const DENIED: [Self; 4] = [Self::DeniedUdp, Self::DeniedSyn, Self::Spoofed, Self::Fragments];
 
     /// As it is written in names of measurements.
     pub(super) fn key(self) -> &'static str {
@@ -73,6 +97,10 @@ impl Traffic {
             Self::Bulk => "tcp-bulk",
             Self::RequestResponse => "tcp-request-response",
             Self::Connect => "tcp-connect",
+            Self::DeniedUdp => "denied-udp",
+            Self::DeniedSyn => "denied-syn",
+            Self::Spoofed => "denied-spoofed",
+            Self::Fragments => "denied-fragments",
         }
     }
 
@@ -85,6 +113,10 @@ impl Traffic {
             Self::Bulk => "TCP bulk, one connection",
             Self::RequestResponse => "TCP request and response, 64 bytes each",
             Self::Connect => "TCP connects, one after the other",
+            Self::DeniedUdp => "denied: UDP flood, each packet of another port",
+            Self::DeniedSyn => "denied: SYN flood, each packet of another port",
+            Self::Spoofed => "denied: UDP flood in the name of pods",
+            Self::Fragments => "denied: flood of later fragments",
         }
     }
 
@@ -92,11 +124,17 @@ impl Traffic {
         match self {
             // CPU time of the forwarding CPU; time that other processes take is not counted.
             Self::Established | Self::EstablishedMany => "packets per CPU second",
+            Self::DeniedUdp | Self::DeniedSyn | Self::Spoofed | Self::Fragments => "packets per CPU second",
             Self::NewFlows => "flows per CPU second",
             Self::Bulk => "Mbit/s",
             Self::RequestResponse => "transactions/s",
             Self::Connect => "connections/s",
         }
+    }
+
+    /// Whether the flows of its place must be established.
+    pub(super) fn needs_flows(self) -> bool {
+        matches!(self, Self::Established | Self::EstablishedMany)
     }
 
     /// A rate. The flows of `place` are established.
@@ -111,6 +149,10 @@ impl Traffic {
             Self::Bulk => over_tcp(place, effort.sockets, bulk),
             Self::RequestResponse => over_tcp(place, effort.sockets, request_response),
             Self::Connect => over_tcp(place, effort.sockets, connect),
+            Self::DeniedUdp => denied(place, Denied::Udp, effort.packets),
+            Self::DeniedSyn => denied(place, Denied::Syn, effort.packets),
+            Self::Spoofed => denied(place, Denied::Spoofed, effort.packets),
+            Self::Fragments => denied(place, Denied::Fragment, effort.packets),
         };
         rate.with_context(|| format!("{}: {}", place.contender.title(), self.title()))
     }
@@ -119,6 +161,41 @@ impl Traffic {
 fn established(place: &mut Place, flows: u32, window: Duration) -> Result<f64> {
     place.speak(flows)?;
     packets(place, &place.established(flows), window, u64::MAX)
+}
+
+/// Packets of which none may arrive that the node takes off the cable in a second of the forwarding CPU.
+fn denied(place: &mut Place, kind: Denied, window: Duration) -> Result<f64> {
+    let stream = place.denied(kind);
+    let (node, sink) = (place.lab.b().netns.clone(), place.sink());
+    let firewall = place.contender != Contender::None;
+    for _ in 0..ATTEMPTS {
+        let (threads, first) = (place.forwarding.clone(), place.next_packet);
+        let observe = |counts: &Counts| {
+            let arrived = counts.arrived(sink)?;
+            thread::sleep(WARM_UP);
+            let (before, cpu_before) = (received(&node)?, cpu_time(&threads)?);
+            thread::sleep(window);
+            let (after, cpu) = (received(&node)?, cpu_time(&threads)? - cpu_before);
+            Ok((after - before, cpu, counts.arrived(sink)? - arrived, counts.made()?))
+        };
+        let (taken, cpu, through, next) = place.packets.flood(&stream, &place.cable, first, observe)?;
+        place.next_packet = next;
+        ensure!(!firewall || through == 0, "{through} denied packets have arrived in the pod");
+        // Few: the threads of the source still waited for RCU.
+        if taken > FEWEST && !cpu.is_zero() {
+            ensure!(firewall || through > 0, "without a firewall, nothing arrives that could be denied");
+            return Ok(taken as f64 / cpu.as_secs_f64());
+        }
+    }
+    bail!("the node takes no packet off the cable")
+}
+
+/// Packets that the node has taken off the cable of its LAN interface so far, those that XDP drops included.
+pub(super) fn received(node: &Netns) -> Result<u64> {
+    let table = node.run(|| fs::read_to_string("/proc/thread-self/net/dev"))?;
+    let counts = table.lines().find_map(|line| line.trim().strip_prefix("eth0:"));
+    let packets = counts.and_then(|counts| counts.split_ascii_whitespace().nth(1)?.parse().ok());
+    packets.context("no count of packets received at eth0")
 }
 
 /// Packets that arrive in a second of the forwarding CPU.
