@@ -1,5 +1,5 @@
-//! `cargo xtask crds`: writes the custom resource definitions, their reference, and the schema of the configuration file, which
-//! the agent makes from its types.
+//! `cargo xtask crds`: writes the custom resource definitions, their reference, the schema of the configuration file, and the
+//! description of the API, which the agent makes from its types.
 
 use std::fs;
 
@@ -13,6 +13,9 @@ use crate::{
 
 /// Schema of the configuration file, for editors.
 const SCHEMA: &str = "deploy/bridge.schema.json";
+
+/// Description of the API.
+const API: &str = "docs/openapi.json";
 
 /// `cargo xtask crds`. A unit test of the agent fails where they are out of date.
 ///
@@ -32,5 +35,7 @@ pub(crate) fn main() -> Result<()> {
     }
     let schema = cmd::output(agent().args(["check", "--schema"]))?;
     fs::write(workspace::root().join(SCHEMA), schema).context(SCHEMA)?;
+    let api = cmd::output(agent().args(["generate", "--openapi"]))?;
+    fs::write(workspace::root().join(API), api).context(API)?;
     Ok(())
 }

@@ -71,7 +71,7 @@ enum Command {
         #[arg(long)]
         bless: bool,
     },
-    /// Write the custom resource definitions and their reference, and the schema of the configuration, from the agent's types
+    /// Write files made of the types of the agent: custom resource definitions, schema of the configuration, description of the API
     Crds,
     /// Build kube-apiserver, etcd and kubectl for the tests, as `cluster` does, unless they exist
     KubeAssets,

@@ -3,15 +3,20 @@
 use std::time::Duration;
 
 use axum::{
-    Json, Router,
+    Json,
     extract::{DefaultBodyLimit, State},
     http::StatusCode,
     routing::post,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use super::{Problem, large::Payload};
+use super::{
+    Problem,
+    large::Payload,
+    openapi::{Method, Operation, Routes},
+};
 use crate::state::{
     Applied, ApplyError, ApplyRequest, InvalidProbe, MAX_PROBES, MAX_TRIAL, MIN_TRIAL, Probe, Request, Shared,
 };
@@ -20,7 +25,7 @@ use crate::state::{
 const MAX_BODY: usize = 512 << 20;
 
 /// The body of `POST /v1/apply`.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Apply {
     /// The text of a configuration file.
@@ -33,11 +38,26 @@ pub struct Apply {
     pub probes: Vec<String>,
 }
 
-pub(super) fn router() -> Router<Shared> {
-    Router::new()
-        .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_BODY)))
-        .route("/v1/confirm", post(async |State(shared)| ask(&shared, Request::Confirm).await))
-        .route("/v1/revert", post(async |State(shared)| ask(&shared, Request::Revert).await))
+/// Returns the routes of trials.
+pub(super) fn routes() -> Routes {
+    let operation = |id, summary| {
+        Operation::new(Method::Post, id, summary)
+            .answers::<Applied>(StatusCode::OK)
+            .error(StatusCode::CONFLICT, "There is a trial, or none, or the file has changed")
+            .error(StatusCode::INTERNAL_SERVER_ERROR, "The kernel refuses, or the file cannot be written")
+            .error(StatusCode::SERVICE_UNAVAILABLE, "The agent is stopping")
+    };
+    let apply_text = "Applies a configuration and makes it the agent's configuration file. With confirmMs it is on trial: \
+                      the former one comes back after that time unless it is confirmed, in eBPF by the kernel itself";
+    let applied = operation("apply", apply_text)
+        .body::<Apply>()
+        .error(StatusCode::UNPROCESSABLE_ENTITY, "The configuration is refused");
+    let confirmed = operation("confirm", "Makes the configuration on trial permanent");
+    let reverted = operation("revert", "Goes back to the configuration before the trial");
+    Routes::default()
+        .add("/v1/apply", applied, post(apply).layer(DefaultBodyLimit::max(MAX_BODY)))
+        .add("/v1/confirm", confirmed, post(async |State(shared)| ask(&shared, Request::Confirm).await))
+        .add("/v1/revert", reverted, post(async |State(shared)| ask(&shared, Request::Revert).await))
 }
 
 async fn apply(State(shared): State<Shared>, Payload(body): Payload) -> Result<Json<Applied>, Problem> {

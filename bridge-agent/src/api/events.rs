@@ -16,12 +16,15 @@ use axum::{
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::openapi::{Method, Operation};
 use super::problem::{Problem, no_ebpf};
 use super::query::Query;
 use crate::{
-    datapath::VerdictFilter,
+    datapath::{Verdict, VerdictFilter},
+    routes::RouteEvent,
     state::{Event, EventId, Received, Shared, Start},
 };
 
@@ -32,21 +35,48 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Time without an event after which a comment is sent: the client notices a dead agent, and the agent a dead client.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EventQuery {
+    /// Only verdicts of this kind
     verdict: Option<String>,
+    /// Only packets with an end in this network
+    #[schemars(with = "Option<String>")]
     address: Option<IpNet>,
+    /// Only packets with this port
     port: Option<u16>,
     /// Start with the last events that the agent still has, at most this many.
     last: Option<usize>,
 }
 
 /// In the place of events that a client was too slow to take.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Missed {
     /// Number of these events.
     pub missed: u64,
+}
+
+/// A line of `GET /v1/events`, or the data of a server-sent event.
+#[derive(JsonSchema)]
+#[schemars(untagged)]
+#[expect(dead_code, reason = "for its schema")]
+enum EventLine {
+    Verdict(Box<Verdict>),
+    Route(RouteEvent),
+    Missed(Missed),
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::new(
+        Method::Get,
+        "events",
+        "Sends verdicts and route events as they happen, a JSON object a line; with `Accept: text/event-stream` as \
+         server-sent events, which a client resumes with Last-Event-ID",
+    )
+    .sends::<EventLine>(StatusCode::OK, "application/x-ndjson")
+    .sends::<EventLine>(StatusCode::OK, "text/event-stream")
+    .query::<EventQuery>()
+    .error(StatusCode::CONFLICT, "The agent neither enforces by eBPF nor looks after routes")
 }
 
 pub(super) async fn events(

@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use axum::{extract::State, http::StatusCode, response::Response};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Problem,
     large::{Payload, Turn},
     no_ebpf,
+    openapi::{Method, Operation},
 };
 use crate::{
     datapath::{Maps, Verdict},
@@ -28,7 +30,7 @@ use crate::{
 };
 
 /// The body of `POST /v1/explain`: one of the three.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Ask {
     /// A connection.
@@ -80,6 +82,19 @@ impl NodeState for Live<'_> {
         let flow = self.maps.usable_flow(table == FlowTable::HalfOpen, &key).ok()??;
         Some(KnownFlow::new(&flow, source))
     }
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::new(
+        Method::Post,
+        "explain",
+        "Explains why a connection passes or not, by the state of this node",
+    )
+    .answers::<Explanation>(StatusCode::OK)
+    .body::<Ask>()
+    .error(StatusCode::NOT_FOUND, "No packet was denied since the agent started")
+    .needs_ebpf()
+    .large()
 }
 
 pub(super) async fn explain(

@@ -1,19 +1,10 @@
 //! The pool over HTTP/1.1 and JSON, on the agent's unix socket.
 //!
-//! ```text
-//! POST   /v1/leases        {"destination": "192.168.31.67:443", "count": 1, "waitMs": 0, "ttlMs": 60000}
-//! DELETE /v1/leases/{id}
-//! GET    /v1/leases        ports in use, of all clients
-//! GET    /v1/leases/watch  changes of leases, one JSON object a line
-//! GET    /v1/pool          ports, destinations, counters
-//! ```
 //! A lease without `ttlMs` ends with the connection that asked for it, also when its client is killed.
-//! docs/openapi.json describes all of it, and is tested against this server.
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
 use axum::{
-    Router,
     body::Body,
     extract::{ConnectInfo, FromRequestParts, Path},
     http::{StatusCode, header, request::Parts},
@@ -21,16 +12,21 @@ use axum::{
     routing::{delete, get, post},
 };
 use futures_util::stream;
-use serde::Deserialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::broadcast::error::RecvError;
 
 use super::{
     Peer, Problem,
     large::{Payload, Turn},
+    openapi::{Method, Operation, Routes},
 };
 use crate::{
-    pool::service::{LeaseRequest, Service, Transport},
+    pool::{
+        Summary,
+        service::{Holding, LeaseRequest, LeasedPort, PoolEvent, Service, Transport},
+    },
     state::Shared,
 };
 
@@ -44,16 +40,23 @@ pub(super) const MAX_WAIT: Duration = Duration::from_secs(60);
 pub(super) const MAX_TIME: Duration = Duration::from_secs(24 * 3600);
 
 /// Body of `POST /v1/leases`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Acquire {
+    /// Address and port, such as `192.168.31.67:443` or `[fd00::1]:443`.
     destination: String,
     #[serde(default)]
     protocol: Transport,
+    /// Number of ports.
     #[serde(default = "one")]
+    #[schemars(range(min = 1, max = MAX_COUNT))]
     count: u32,
+    /// Milliseconds to wait for free ports.
     #[serde(default)]
+    #[schemars(range(max = 60_000))]
     wait_ms: u64,
+    /// Milliseconds until the lease ends; left out: when the connection to the agent does.
+    #[schemars(range(min = 1, max = 86_400_000))]
     ttl_ms: Option<u64>,
 }
 
@@ -61,13 +64,62 @@ fn one() -> u32 {
     1
 }
 
-/// The routes. The pool may come and go with the configuration: it is looked up with each request.
-pub(super) fn router() -> Router<Shared> {
-    Router::new()
-        .route("/v1/leases", post(acquire).get(list))
-        .route("/v1/leases/watch", get(watch))
-        .route("/v1/leases/{id}", delete(release))
-        .route("/v1/pool", get(summary))
+/// Returns the routes. The pool may come and go with the configuration: it is looked up with each request.
+pub(super) fn routes() -> Routes {
+    let acquired = Operation::new(
+        Method::Post,
+        "acquire",
+        "Leases source ports towards one destination: all that are asked for, or none. Without ttlMs a lease ends with \
+         the connection that asked for it",
+    )
+    .answers::<Leased>(StatusCode::CREATED)
+    .body::<Acquire>()
+    .error(StatusCode::FORBIDDEN, "The client's network namespace is not known")
+    .error(StatusCode::CONFLICT, "No port is free, or the pool refuses for another reason")
+    .error(StatusCode::TOO_MANY_REQUESTS, "The quota or the share of the client is used up");
+    let released = Operation::new(Method::Delete, "release", "Ends a lease; only its own user and root may")
+        .parameter::<LeaseNumber>("id")
+        .error(StatusCode::BAD_REQUEST, "The path has no number of a lease")
+        .error(StatusCode::FORBIDDEN, "The lease is another user's");
+    Routes::default()
+        .add("/v1/leases", acquired, post(acquire))
+        .add(
+            "/v1/leases",
+            Operation::get::<HeldPorts>("list", "Lists the ports in use, of all clients").large(),
+            get(list),
+        )
+        .add(
+            "/v1/leases/watch",
+            Operation::new(Method::Get, "watch", "Sends changes of leases, a JSON object a line")
+                .sends::<PoolEvent>(StatusCode::OK, "application/x-ndjson"),
+            get(watch),
+        )
+        .add("/v1/leases/{id}", released, delete(release))
+        .add(
+            "/v1/pool",
+            Operation::get::<Summary>("pool", "Returns ports, destinations and counters of the pool")
+                .error(StatusCode::INTERNAL_SERVER_ERROR, "The kernel refuses"),
+            get(summary),
+        )
+        .each_fails(StatusCode::NOT_FOUND, "The agent has no port pool, or the lease is not known")
+}
+
+/// The number of a lease.
+#[derive(JsonSchema)]
+#[schemars(inline, transparent)]
+#[expect(dead_code, reason = "for its schema")]
+struct LeaseNumber(#[schemars(range(min = 1))] u64);
+
+/// Answer of `POST /v1/leases`.
+#[derive(Serialize, JsonSchema)]
+struct Leased {
+    leases: Vec<LeasedPort>,
+}
+
+/// Answer of `GET /v1/leases`.
+#[derive(Serialize, JsonSchema)]
+struct HeldPorts {
+    ports: Vec<Holding>,
 }
 
 /// The pool, for as long as a request takes.
@@ -89,7 +141,7 @@ async fn acquire(
 ) -> Result<Response, Problem> {
     let request = lease_request(&body)?;
     let leases = service.acquire(peer.client(), &request).await?;
-    Ok((StatusCode::CREATED, axum::Json(json!({ "leases": leases }))).into_response())
+    Ok((StatusCode::CREATED, axum::Json(Leased { leases })).into_response())
 }
 
 pub(crate) fn lease_request(body: &[u8]) -> Result<LeaseRequest, Problem> {
@@ -134,7 +186,7 @@ async fn release(
 async fn list(Pool(service): Pool, turn: Turn) -> Result<Response, Problem> {
     let failed =
         |error: io::Error| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", error.to_string());
-    turn.json(move || Ok(json!({ "ports": service.list().map_err(failed)? }))).await
+    turn.json(move || Ok(HeldPorts { ports: service.list().map_err(failed)? })).await
 }
 
 async fn watch(Pool(service): Pool) -> Response {

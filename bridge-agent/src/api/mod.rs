@@ -1,22 +1,7 @@
 //! The HTTP API on the unix socket, and Prometheus metrics.
 //!
-//! ```text
-//! GET  /v1/status           state of the agent
-//! GET  /v1/settled          answers when the agent has finished its current work, for instance a reload
-//! GET  /v1/flows            known flows; ?address= ?port= ?state= ?protocol= ?limit=
-//! GET  /v1/rules            active rules with their hits
-//! GET  /v1/counters         packets judged, by direction and reason
-//! GET  /v1/routes           desired routes with their state, and the next hops
-//! GET  /v1/names            names of addresses, from the configuration and the cluster
-//! GET  /v1/events           verdicts and route events, see [`events`]; ?verdict= ?address= ?port= ?last=
-//! POST /v1/explain          why a connection passes or not, by the state of this node
-//! GET  /v1/suggest          rules for connections that were denied; ?includeDenied= ?includeEphemeral= ?sinceSeconds=
-//! POST /v1/reload           read the configuration again
-//! POST /v1/apply            apply another configuration, on trial or for good
-//! POST /v1/confirm          make the one on trial the one that counts
-//! POST /v1/revert           go back to the one before it
-//! GET  /metrics             Prometheus text format
-//! ```
+//! `docs/openapi.json` describes every route; it is made of [`routes`], by `bridge-agent generate --openapi`.
+//!
 //! POST requests are for the operator: root, or the agent's own user, in the agent's own network namespace. A pod that
 //! has the socket to lease ports cannot change enforcement.
 //!
@@ -31,6 +16,7 @@ mod large;
 pub(crate) mod leases;
 mod metrics;
 mod names;
+mod openapi;
 mod peer;
 mod problem;
 mod query;
@@ -61,6 +47,7 @@ use axum::{
     routing::{get, post},
 };
 use rustix::io::Errno;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{
     broadcast::{self, error::RecvError},
@@ -78,13 +65,14 @@ pub use self::{
 use self::{
     connections::Connections,
     large::{Chunks, Turn},
+    openapi::{Method, Operation, Routes},
     query::Query,
 };
 use crate::{
     config::Api,
-    datapath::{self, FlowFilter, FlowView, Maps, ReasonCount},
+    datapath::{self, FlowFilter, FlowView, Maps, ReasonCount, RuleCount},
     routes::RouteEvent,
-    state::{Event, Journal, ReloadError, Request, Shared},
+    state::{Event, Journal, ReloadError, Request, Shared, Status},
 };
 
 /// Why the API cannot be served.
@@ -322,25 +310,70 @@ fn group_id(group: &str) -> Result<u32, Error> {
     }
 }
 
-fn router(shared: Shared) -> Router {
-    let for_operators = Router::new()
-        .route("/v1/reload", post(reload))
-        .merge(apply::router())
-        .layer(middleware::from_fn(peer::operators_only));
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/settled", get(settled))
-        .route("/v1/flows", get(flows))
-        .route("/v1/rules", get(rules))
-        .route("/v1/counters", get(counters))
-        .route("/v1/events", get(events::events))
-        .route("/v1/explain", post(explain::explain))
-        .route("/v1/suggest", get(suggest::suggest))
-        .route("/metrics", get(metrics::serve))
-        .merge(names::router())
-        .merge(routes::router())
+/// Returns all routes with their documentation.
+fn routes() -> Routes {
+    let reloaded = Operation::new(Method::Post, "reload", "Reads the configuration file again")
+        .error(StatusCode::CONFLICT, "A configuration is on trial")
+        .error(StatusCode::UNPROCESSABLE_ENTITY, "The configuration is refused")
+        .error(StatusCode::SERVICE_UNAVAILABLE, "The agent is stopping");
+    let for_operators = Routes::default()
+        .add("/v1/reload", reloaded, post(reload))
+        .merge(apply::routes())
+        .map(|router| router.layer(middleware::from_fn(peer::operators_only)))
+        .each_fails(StatusCode::FORBIDDEN, "Only for root and the agent's own user");
+    Routes::default()
+        .add("/v1/status", Operation::get::<Status>("status", "Returns the state of the agent"), get(status))
+        .add(
+            "/v1/settled",
+            Operation::new(Method::Get, "settled", "Answers when the agent has finished its current work"),
+            get(settled),
+        )
+        .add(
+            "/v1/flows",
+            Operation::get::<FlowList>("flows", "Lists known flows")
+                .query::<FlowQuery>()
+                .needs_ebpf()
+                .large(),
+            get(flows),
+        )
+        .add(
+            "/v1/rules",
+            Operation::get::<Vec<RuleCount>>("rules", "Lists the active rules with their hits")
+                .needs_ebpf()
+                .large(),
+            get(rules),
+        )
+        .add(
+            "/v1/counters",
+            Operation::get::<Vec<ReasonCount>>("counters", "Counts packets by direction and reason")
+                .needs_ebpf()
+                .error(StatusCode::INTERNAL_SERVER_ERROR, "The kernel refuses"),
+            get(counters),
+        )
+        .add("/v1/events", events::operation(), get(events::events))
+        .add("/v1/explain", explain::operation(), post(explain::explain))
+        .add("/v1/suggest", suggest::operation(), get(suggest::suggest))
+        .add(
+            "/metrics",
+            Operation::new(Method::Get, "metrics", "Returns metrics for Prometheus")
+                .sends::<String>(StatusCode::OK, "application/openmetrics-text"),
+            get(metrics::serve),
+        )
+        .merge(names::routes())
+        .merge(routes::routes())
         .merge(for_operators)
-        .merge(leases::router())
+        .merge(leases::routes())
+}
+
+/// Returns the OpenAPI document of this API.
+#[must_use]
+pub fn document() -> serde_json::Value {
+    routes().document()
+}
+
+fn router(shared: Shared) -> Router {
+    routes()
+        .into_router()
         .method_not_allowed_fallback(async || {
             let text = "this path does not take this method; see docs/openapi.json";
             Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method", text)
@@ -370,19 +403,25 @@ async fn settled(State(shared): State<Shared>) -> StatusCode {
 /// How many flows are sent if no limit is given.
 const FLOW_LIMIT: usize = 1000;
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct FlowQuery {
+    /// The most flows to send; left out: 1000
     #[serde(default)]
     limit: Option<usize>,
+    /// Only flows with an end in this network
+    #[schemars(with = "Option<String>")]
     address: Option<ipnet::IpNet>,
+    /// Only flows with this port
     port: Option<u16>,
+    /// Only flows in this state
     state: Option<String>,
+    /// Only flows of this protocol
     protocol: Option<String>,
 }
 
 /// Flows, and whether there are more.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct FlowList {
     /// As many as asked for.
     pub flows: Vec<FlowView>,

@@ -2,14 +2,19 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
-use axum::{Router, extract::State, response::Response, routing::get};
+use axum::{extract::State, response::Response, routing::get};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, large::Turn};
+use super::{
+    Problem,
+    large::Turn,
+    openapi::{Operation, Routes},
+};
 use crate::state::Shared;
 
 /// Names of addresses and pods. Made for each request: the agent keeps no second copy of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NameList {
     /// Names of LAN hosts and networks, as configured; by address or network.
     pub configured: BTreeMap<String, String>,
@@ -19,8 +24,12 @@ pub struct NameList {
     pub uids: BTreeMap<String, String>,
 }
 
-pub(super) fn router() -> Router<Shared> {
-    Router::new().route("/v1/names", get(names))
+pub(super) fn routes() -> Routes {
+    let operation = Operation::get::<NameList>(
+        "names",
+        "Lists names of addresses, from the configuration and the cluster",
+    );
+    Routes::default().add("/v1/names", operation.large(), get(names))
 }
 
 async fn names(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {

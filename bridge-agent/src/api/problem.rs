@@ -6,6 +6,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bridge_common::pool::Refusal;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::pool::service::ServiceError;
@@ -19,7 +20,7 @@ pub(crate) struct Problem {
 }
 
 /// The body of an error.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ErrorBody {
     /// For programs; stable.
     pub code: String,

@@ -3,16 +3,17 @@
 use std::time::Duration;
 
 use axum::{extract::State, http::StatusCode, response::Response};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, large::Turn, no_ebpf, query::Query};
+use super::{Problem, large::Turn, no_ebpf, openapi::Operation, query::Query};
 use crate::{
     explain::{Choice, Suggestion, suggest as suggested},
     state::Shared,
 };
 
 /// The query of `GET /v1/suggest`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct SuggestQuery {
     /// See [`Choice::include_denied`].
@@ -24,7 +25,7 @@ pub(super) struct SuggestQuery {
 }
 
 /// The answer of `GET /v1/suggest`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SuggestAnswer {
     /// Rules, and connections without one.
@@ -34,6 +35,16 @@ pub struct SuggestAnswer {
     pub suppressed_events: u64,
     /// Classes of connections that made room for others, since the agent started.
     pub evicted: u64,
+}
+
+pub(super) fn operation() -> Operation {
+    Operation::get::<SuggestAnswer>("suggest", "Suggests rules for connections that were denied")
+        .query::<SuggestQuery>()
+        .error(
+            StatusCode::CONFLICT,
+            "The agent does not enforce by eBPF, or a rule of the policy denies the connections",
+        )
+        .large()
 }
 
 pub(super) async fn suggest(

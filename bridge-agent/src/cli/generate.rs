@@ -1,4 +1,4 @@
-//! `bridge-agent generate`: man pages and shell completions, for packages.
+//! `bridge-agent generate`: man pages and shell completions, for packages, and the description of the API.
 
 use std::{
     fs::{self, File},
@@ -11,22 +11,26 @@ use clap_complete::Shell;
 
 use super::{Cli, Error, Global, print, print_json};
 
-/// Write man pages and shell completions into a directory; needs no privilege
+/// Write man pages and shell completions into a directory, or print the description of the API; needs no privilege
 #[derive(Debug, Args)]
 pub struct Generate {
     /// The directory; it is created
-    #[arg(long, value_name = "DIR")]
-    directory: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "openapi")]
+    directory: Option<PathBuf>,
+    /// Print the OpenAPI document of the API instead
+    #[arg(long, conflicts_with = "directory")]
+    openapi: bool,
 }
 
 impl Generate {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
-        write_all(&self.directory)
+        let Some(directory) = &self.directory else { return print_json(&crate::api::document()) };
+        write_all(directory)
             .map_err(|source| Error::Process { action: "cannot write man pages and completions", source })?;
         if global.json {
-            return print_json(&serde_json::json!({ "ok": true, "directory": self.directory }));
+            return print_json(&serde_json::json!({ "ok": true, "directory": directory }));
         }
-        print(&format!("wrote man pages and completions into {}\n", self.directory.display()))
+        print(&format!("wrote man pages and completions into {}\n", directory.display()))
     }
 }
 

@@ -4,6 +4,7 @@ use bridge_common::filter::{
     counters::{Counter, Counters, Reason},
     policy::direction,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -13,7 +14,7 @@ use super::{
 };
 
 /// Packets of one direction that were judged alike.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ReasonCount {
     /// `inbound`, `outbound` or `nodeport`.
@@ -33,7 +34,7 @@ pub struct ReasonCount {
 }
 
 /// A rule, and how often it decided about a new flow.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RuleCount {
     /// Index in the policy.

@@ -14,6 +14,7 @@ use bridge_common::filter::{
     policy::direction,
 };
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
@@ -26,8 +27,9 @@ use super::{
 };
 
 /// The verdict on a packet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "VerdictEvent")]
 pub struct Verdict {
     /// When; RFC 3339, UTC.
     pub time: String,
@@ -62,12 +64,13 @@ pub struct Verdict {
 }
 
 /// Selects verdicts; a `None` matches all.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct VerdictFilter {
     /// As shown.
     pub verdict: Option<String>,
     /// One side is in this network.
+    #[schemars(with = "Option<String>")]
     pub address: Option<IpNet>,
     /// One side has this port.
     pub port: Option<u16>,

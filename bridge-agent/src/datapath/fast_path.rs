@@ -8,6 +8,7 @@ use bridge_common::filter::{
     fast_path::{Control, Outcome, Outcomes},
     policy::direction,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -69,7 +70,7 @@ fn join([epoch, protocols]: [u32; 2]) -> u64 {
 }
 
 /// Packets of established flows of one direction that fared alike.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct OutcomeCount {
     /// `inbound`, `outbound` or `nodeport`.

@@ -12,6 +12,7 @@ use bridge_common::filter::{
     policy::{RuleInfo, direction},
 };
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -20,7 +21,7 @@ use super::{
 };
 
 /// A flow, from the side that opened it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlowView {
     /// `tcp`, `udp`, `sctp`, `icmp`, `icmpv6`, or a number.
@@ -56,10 +57,11 @@ pub struct FlowView {
 }
 
 /// Selects flows; a `None` matches all.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct FlowFilter {
     /// One side is in this network.
+    #[schemars(with = "Option<String>")]
     pub address: Option<IpNet>,
     /// One side has this port.
     pub port: Option<u16>,
@@ -81,7 +83,7 @@ impl FlowFilter {
 }
 
 /// How full the flow tables are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FlowCounts {
     /// Flows of which both directions were seen, expired ones not counted.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::nearly::name;
@@ -18,7 +19,7 @@ use crate::{
 const EPHEMERAL: u16 = 32768;
 
 /// The choice of connections.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Choice {
     /// Also connections that were denied in enforce mode.
@@ -30,7 +31,7 @@ pub struct Choice {
 }
 
 /// A rule, with the connections that it is for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Suggested {
     /// The rule.
     pub rule: Rule,
@@ -45,7 +46,7 @@ pub struct Suggested {
 }
 
 /// A connection for which there is no rule.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Reported {
     /// The connection.
     pub denial: Denial,
@@ -54,7 +55,7 @@ pub struct Reported {
 }
 
 /// Rules for the connections that were seen.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Suggestion {
     /// The rules.
     pub rules: Vec<Suggested>,

@@ -6,12 +6,13 @@ use std::{
     str::FromStr,
 };
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::datapath::Verdict;
 
 /// A connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Question {
     /// IP protocol.
@@ -32,8 +33,9 @@ pub struct Question {
 }
 
 /// An IP protocol: `tcp`, `udp`, `sctp`, `icmp`, `icmpv6`, or a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Protocol(pub u8);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema)]
+#[schemars(inline, transparent)]
+pub struct Protocol(#[schemars(with = "String")] pub u8);
 
 /// A text that is no connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -224,8 +226,9 @@ fn show(addresses: &[IpAddr]) -> String {
 }
 
 /// A connection in words: each end is `ADDRESS[:PORT]` or `pod/NAMESPACE/NAME[:PORT]`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
+#[schemars(rename = "Connection")]
 pub struct Request {
     /// The end that opens it.
     pub from: String,

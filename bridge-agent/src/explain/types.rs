@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use bridge_common::filter::counters::Reason;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{NodeState, Question};
@@ -26,7 +27,7 @@ pub struct Facts<'a> {
 }
 
 /// The verdict on a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// A rule allows it, or it belongs to a flow that was let in.
@@ -56,7 +57,7 @@ impl Verdict {
 }
 
 /// A step on the way of the connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Stage {
     /// Its name.
     pub name: String,
@@ -69,7 +70,7 @@ pub struct Stage {
 }
 
 /// The outcome of a stage.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum StageOutcome {
     /// The connection goes on.
@@ -92,7 +93,7 @@ impl Stage {
 }
 
 /// A rule that does not match because of one criterion.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Nearly {
     /// Name of the rule.
     pub rule: String,
@@ -105,7 +106,7 @@ pub struct Nearly {
 }
 
 /// The change of the configuration that would allow a connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Remedy {
     /// The change, in a sentence.
@@ -119,7 +120,7 @@ pub struct Remedy {
 }
 
 /// The explanation of a connection.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Explanation {
     /// The connection.

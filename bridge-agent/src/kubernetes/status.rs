@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::networks::Origin;
@@ -9,7 +10,7 @@ use super::plan::Planned;
 use super::resources::{ObservedPolicy, RefusedPolicy};
 
 /// The cluster as it is known, and the way to it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KubernetesStatus {
     /// The API server.

@@ -23,6 +23,7 @@ use bridge_common::filter::policy::{
     reference as abi, side,
 };
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::model::{Action, Direction, NodePorts, Policy, PortRange, Rule};
@@ -73,7 +74,7 @@ pub struct Tables {
 }
 
 /// How many entries each table has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct TablesStats {
     /// IPv4 prefixes.
     pub addresses4: usize,

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use bridge_common::filter::policy::{AddressInfo, PairKey, direction, protocol, reference, side};
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Tables;
@@ -188,7 +189,7 @@ pub fn winner(
 }
 
 /// A criterion of a rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Criterion {
     /// [`Rule::direction`].

@@ -3,12 +3,13 @@
 use std::{net::SocketAddr, time::Duration};
 
 use bridge_common::pool::Refusal;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{owner::Owner, remedy};
 
 /// TCP or UDP.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// RFC 9293.
@@ -47,7 +48,7 @@ pub struct LeaseRequest {
 }
 
 /// A port that a client holds.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct LeasedPort {
     /// For [`Service::release`].
@@ -64,7 +65,7 @@ pub struct LeasedPort {
 }
 
 /// A port in use.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Holding {
     /// `lease`: from this API. `socket`: a connection.
@@ -87,7 +88,7 @@ pub struct Holding {
 }
 
 /// A line of `GET /v1/leases/watch`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(tag = "event", rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub enum PoolEvent {
     /// A lease began.

@@ -2,6 +2,7 @@
 
 use bridge_common::pool::{Refusal, counter};
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -11,8 +12,9 @@ use super::{
 };
 
 /// The pool in figures.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "PoolSummary")]
 pub struct Summary {
     /// `kernel`, or `userspace` where the kernel cannot hold the pool.
     pub mode: String,
@@ -21,6 +23,7 @@ pub struct Summary {
     /// How many ports there are towards each destination.
     pub available: u32,
     /// Connections to these networks use the pool.
+    #[schemars(with = "Vec<String>")]
     pub destinations: Vec<IpNet>,
     /// Ports in use, over all destinations.
     pub held: u64,
@@ -41,8 +44,9 @@ pub struct Summary {
 }
 
 /// Pods of this node that bear the annotation `bridge.lan/port-pool: transparent`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "PoolPods")]
 pub struct Pods {
     /// Their connections come from ports of the pool.
     pub hooked: usize,
@@ -51,8 +55,9 @@ pub struct Pods {
 }
 
 /// Counters of the hooks since they were first loaded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "PoolCounters")]
 pub struct Counters {
     /// Ports claimed, taken over from a lease included.
     pub claims: u64,
@@ -75,8 +80,9 @@ pub struct Counters {
 }
 
 /// Counters of leases for explicit clients, since the agent started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(rename = "PoolLeases")]
 pub struct Leases {
     /// Leases that are not over.
     pub held: u64,
@@ -89,7 +95,7 @@ pub struct Leases {
 }
 
 /// Refusals by reason; see [`Refusal`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 #[expect(missing_docs, reason = "they are the names of the reasons")]
 pub struct Refusals {

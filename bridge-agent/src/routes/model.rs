@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::config::{DEFAULT_METRIC, TABLE_LOCAL, TABLE_MAIN};
@@ -25,7 +26,7 @@ pub type Hop = (IpAddr, u32);
 /// 3. `Kubernetes`: what the API server says.
 /// 4. `Discovery`: what a pod says of itself. A pod is the least trusted of the four, so it also yields to a
 ///    *wider* network of any other source; see [`crate::routes::sources`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
     /// The configuration of this host.
@@ -50,7 +51,7 @@ impl fmt::Display for SourceKind {
 }
 
 /// A neighbour that forwards to a pod network.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 pub struct NextHop {
     /// Its address. IPv6 may carry an IPv4 network (RFC 8950) where the kernel can.
     pub via: IpAddr,
@@ -83,8 +84,9 @@ impl fmt::Display for NextHop {
 }
 
 /// What becomes of packets to a network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "RouteTarget")]
 pub enum Target {
     /// They go to next hops.
     Forward {
@@ -98,9 +100,10 @@ pub enum Target {
 }
 
 /// A route that somebody wants.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DesiredRoute {
     /// The network, host bits zero.
+    #[schemars(with = "String")]
     pub to: IpNet,
     /// Where its packets go.
     pub target: Target,

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::model::{DesiredRoute, Hop, Observed, RouteKey, SourceKind};
@@ -14,9 +15,10 @@ use super::plan::Verdict;
 use super::sources::Merged;
 
 /// One desired route and what became of it; a row of `routes list`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RouteStatus {
     /// The network.
+    #[schemars(with = "String")]
     pub to: IpNet,
     /// Who wants it.
     pub source: SourceKind,
@@ -33,8 +35,9 @@ pub struct RouteStatus {
 }
 
 /// What became of a desired route.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "RouteState")]
 pub enum State {
     /// In the kernel as wanted.
     Installed,
@@ -205,7 +208,7 @@ fn row(desired: &Arc<DesiredRoute>, state: State, route: String, reason: Option<
 }
 
 /// A node on the way to pods, and whether it answers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NextHopStatus {
     /// Its address.
     pub address: IpAddr,

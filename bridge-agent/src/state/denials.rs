@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::datapath::Verdict;
@@ -12,7 +13,7 @@ use crate::datapath::Verdict;
 pub const MAX_CLASSES: usize = 4096;
 
 /// Connections that a rule does not tell apart but by their source port.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DenialClass {
     /// `inbound`, `outbound` or `nodeport`.
@@ -28,7 +29,7 @@ pub struct DenialClass {
 }
 
 /// The connections of a class.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Denial {
     /// The class.

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::policy::TablesStats;
 
 /// The eBPF engine.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Enforcement {
     /// `enforce` or `audit`.
@@ -43,7 +44,7 @@ pub struct Enforcement {
 }
 
 /// An interface with programs of bridge on it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AttachedInterface {
     pub name: String,
@@ -56,7 +57,7 @@ pub struct AttachedInterface {
 }
 
 /// Protocols that may take the fast path.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FastPathStatus {
     /// Empty: the fast path is off.
@@ -66,7 +67,7 @@ pub struct FastPathStatus {
 }
 
 /// The packet filter beside eBPF, or in its place.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FirewallStatus {
     /// `iptables` or `nftables`.
@@ -87,7 +88,7 @@ pub struct FirewallStatus {
 }
 
 /// Packets that one engine passed and the other denied, since this agent started to compare.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DivergenceStatus {
     /// Denied by iptables, passed or not seen by eBPF: packets by denying rule. Not counted in audit mode.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::routes::{DesiredRoute, NextHopStatus, RouteStatus, SourceKind, State, View};
@@ -10,7 +11,7 @@ use crate::routes::{DesiredRoute, NextHopStatus, RouteStatus, SourceKind, State,
 const PROBLEMS: usize = 20;
 
 /// The routes in short, as the agent says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RoutesStatus {
     /// How many networks are wanted, by any source.
@@ -36,7 +37,7 @@ pub struct RoutesStatus {
 }
 
 /// Announcements of pods.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DiscoveryStatus {
     /// Where announcements are taken.
@@ -48,7 +49,7 @@ pub struct DiscoveryStatus {
 }
 
 /// All routes and next hops: the answer to `GET /v1/routes`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RouteList {
     /// A row for each route anybody wants.

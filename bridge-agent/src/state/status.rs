@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Enforcement, FirewallStatus, RoutesStatus, TrialEnd, TrialStatus};
 use crate::{datapath::FlowCounts, kubernetes::KubernetesStatus, pool::Summary};
 
 /// State that the agent reports.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Status {
     /// Version of the agent.
@@ -50,7 +51,7 @@ pub struct Status {
 }
 
 /// How reloads went.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Reloads {
     /// Configurations that were applied.
@@ -62,7 +63,7 @@ pub struct Reloads {
 }
 
 /// An attempt to apply a configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Reload {
     /// When; RFC 3339, UTC.
