@@ -8,6 +8,7 @@ mod node_ports;
 mod ports;
 mod reject;
 mod scope;
+mod sctp;
 mod sources;
 mod tcp;
 mod transport;

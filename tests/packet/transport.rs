@@ -1,4 +1,4 @@
-//! UDP, SCTP, and protocols without ports.
+//! UDP, and protocols without ports.
 
 use bridge_agent::model::{Direction, Protocol};
 use bridge_common::filter::{counters::Reason, flow::state};
@@ -60,39 +60,6 @@ fn a_reply_that_came_in_under_the_nodes_address_is_seen_on_its_way_to_the_pod() 
         let flow = node.flow(&key(&request, 17, 61_001, OUT)).map(|(table, flow)| (table, flow.state));
         assert_eq!(flow, Some(("flows", state::UDP_REPLIED)));
         node.passes(InternalIngress, &request, Reason::established);
-    }
-}
-
-#[test]
-fn an_sctp_association_opens_with_init_only() {
-    let mut node = node();
-    for f in families() {
-        let data = Packet::new(f.lan, f.pod).sctp(50_000, OPEN, 1, &[0, 3, 0, 17, 0, 0, 0, 1]);
-        node.denies(ExternalIngress, &data, Reason::not_init);
-        node.denies(ExternalIngress, &Packet::new(f.lan, f.pod).sctp_init(50_000, SHUT), Reason::no_rule);
-        node.passes(ExternalIngress, &Packet::new(f.lan, f.pod).sctp_init(50_000, OPEN), Reason::new_flow);
-        let init_ack = Packet::new(f.pod, f.lan).sctp(OPEN, 50_000, 1, &[2, 0, 0, 20, 0, 0, 0, 1]);
-        node.passes(InternalIngress, &init_ack, Reason::established);
-        node.passes(ExternalIngress, &data, Reason::established);
-    }
-}
-
-#[test]
-fn an_init_is_judged_whatever_came_before_it() {
-    let mut node = node();
-    for f in families() {
-        node.publish(&usual_policy(), &behaviour()).expect("a policy");
-        let init = Packet::new(f.lan, f.pod).sctp_init(50_000, OPEN);
-        let back = Packet::new(f.pod, f.lan).sctp_init(OPEN, 50_000);
-        let init_ack = Packet::new(f.pod, f.lan).sctp(OPEN, 50_000, 1, &[2, 0, 0, 20, 0, 0, 0, 1]);
-        let data = Packet::new(f.lan, f.pod).sctp(50_000, OPEN, 1, &[0, 3, 0, 17, 0, 0, 0, 1]);
-        node.passes(ExternalIngress, &init, Reason::new_flow);
-        node.denies(InternalIngress, &back, Reason::no_rule);
-        node.passes(InternalIngress, &init_ack, Reason::established);
-        node.denies(InternalIngress, &back, Reason::no_rule);
-        node.publish(&policy(Vec::new()), &behaviour()).expect("a policy");
-        node.denies(ExternalIngress, &init, Reason::no_rule);
-        node.passes(ExternalIngress, &data, Reason::established);
     }
 }
 

@@ -13,7 +13,7 @@ fn packets(f: &Family) -> Vec<(Packet, usize)> {
     let mut packets = vec![
         (base().tcp(Tcp::syn(50_000, OPEN)), ip + 20),
         (base().udp(50_000, OPEN, &[0; 12]), ip + 8),
-        (base().sctp_init(50_000, OPEN), ip + 16),
+        (base().sctp_init(50_000, OPEN), ip + 32),
         (base().icmp(&Icmp::EchoRequest(1, 1)), ip + 8),
         (base().vlan(3).tcp(Tcp::syn(50_000, OPEN)), ip + 4 + 20),
     ];

@@ -189,7 +189,7 @@ pub enum Outcome {
     Followed(Mark),
     /// Belongs to a known flow.
     Known(KnownFlow),
-    /// A segment of a TCP handshake: its sequence numbers decide.
+    /// A packet of a TCP or SCTP handshake: its sequence numbers, or its verification tag, decide.
     Handshake(KnownFlow),
     /// A rule allows it: direction and index of the rule. One beyond the rules stands for `nodePorts.allow`.
     Allowed(u8, u32),
@@ -511,8 +511,8 @@ fn goes_on(packet: &Packet, flow: KnownFlow, half_open: Option<KnownFlow>) -> Op
     match (packet.protocol, packet.kind) {
         // Each asks for a connection of its own.
         (ip::TCP | ip::SCTP, Kind::Opening) => None,
-        // Beside a new connection of the same ports, acknowledgement numbers decide which of the two it belongs to.
-        (ip::TCP, Kind::Following) if half_open.is_some() => Some(Outcome::Handshake(flow)),
+        // Beside a new connection of the same ports, its numbers decide which of the two it belongs to.
+        (ip::TCP | ip::SCTP, Kind::Following) if half_open.is_some() => Some(Outcome::Handshake(flow)),
         _ if packet.is_icmp() && (packet.kind == Kind::Opening) != flow.by_source => None,
         _ => Some(Outcome::Known(flow)),
     }
@@ -523,7 +523,7 @@ fn goes_on(packet: &Packet, flow: KnownFlow, half_open: Option<KnownFlow>) -> Op
 fn answers(packet: &Packet, flow: KnownFlow) -> Option<Result<Outcome, Reason>> {
     match (packet.protocol, packet.kind) {
         (ip::TCP | ip::SCTP, Kind::Opening) => None,
-        (ip::TCP, Kind::Following) => Some(Ok(Outcome::Handshake(flow))),
+        (ip::TCP | ip::SCTP, Kind::Following) => Some(Ok(Outcome::Handshake(flow))),
         _ if packet.is_icmp() && packet.kind == Kind::Opening && !flow.by_source => None,
         _ if packet.is_icmp() && packet.kind == Kind::Following && flow.by_source => {
             Some(Err(Reason::icmp_unsolicited))

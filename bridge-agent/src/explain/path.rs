@@ -7,6 +7,7 @@ use bridge_common::filter::{counters::Reason, policy::direction};
 use super::{
     Class, Explanation, Facts, FlowTable, Judge, Kind, KnownFlow, Mark, Outcome, Packet, Place, Question,
     Remedy, Stage, StageOutcome, Verdict, is_rejected,
+    judge::ip,
     nearly::{self, Sides},
 };
 use crate::{
@@ -325,6 +326,9 @@ fn rules_stage(judge: &Judge<'_>, decisions: &[(PortRange, Decision)]) -> Stage 
         }
         Outcome::Denied(_, reason, _) => reason.text().to_owned(),
         Outcome::Known(_) => "the flow was let in before".to_owned(),
+        Outcome::Handshake(_) if decision.packet.protocol == ip::SCTP => {
+            "its verification tag decides".to_owned()
+        }
         Outcome::Handshake(_) => "its sequence numbers decide".to_owned(),
         Outcome::Unjudged(_) | Outcome::Followed(_) => unjudged(judge, &decision.packet).to_owned(),
     };

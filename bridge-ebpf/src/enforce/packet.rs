@@ -25,7 +25,16 @@ pub(crate) mod tcp {
         | 1 << (ACK | URG);
 }
 
-const SCTP_INIT: u8 = 1;
+/// Types of SCTP chunks (RFC 9260, 3.2), and a flag.
+pub(crate) mod sctp {
+    pub(crate) const INIT: u8 = 1;
+    pub(crate) const INIT_ACK: u8 = 2;
+    pub(crate) const ABORT: u8 = 6;
+    pub(crate) const COOKIE_ECHO: u8 = 10;
+    pub(crate) const SHUTDOWN_COMPLETE: u8 = 14;
+    /// T bit: the verification tag is the sender's own (RFC 9260, 8.5.1).
+    pub(crate) const REFLECTED: u32 = 1;
+}
 
 /// How a packet relates to the flow table.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -67,11 +76,11 @@ pub(crate) struct Packet {
     pub(crate) l4: u32,
     /// Offset of the end of the packet by its IP header, from the network header.
     pub(crate) end: u32,
-    /// TCP: host byte order.
+    /// TCP: host byte order. SCTP: the verification tag.
     pub(crate) sequence: u32,
-    /// TCP: host byte order.
+    /// TCP: host byte order. SCTP: the tag that INIT and INIT ACK announce, never 0 there.
     pub(crate) acknowledgement: u32,
-    /// TCP: length of the header in bytes.
+    /// TCP: length of the header in bytes. SCTP: flags of the first chunk.
     pub(crate) tcp_header: u32,
     /// The first words of the IP header, as they lie there: three of IPv4, two of IPv6.
     pub(crate) head: [u32; 3],
@@ -149,6 +158,12 @@ impl Packet {
     /// Whether it is the chunk that opens an SCTP association (RFC 9260, 3.3.2).
     #[inline(always)]
     pub(crate) fn opens_sctp(&self) -> bool {
-        self.detail == SCTP_INIT
+        self.detail == sctp::INIT
+    }
+
+    /// SCTP: whether its verification tag is its sender's instead of its receiver's.
+    #[inline(always)]
+    pub(crate) fn reflects_tag(&self) -> bool {
+        self.tcp_header & sctp::REFLECTED != 0 && matches!(self.detail, sctp::ABORT | sctp::SHUTDOWN_COMPLETE)
     }
 }

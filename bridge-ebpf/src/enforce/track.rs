@@ -13,7 +13,7 @@ use bridge_ebpf::protocol;
 use crate::{
     cache,
     maps::{ENDS, FLOWS, HALF_OPEN, Scratch, scratch},
-    packet::{Kind, Packet, tcp},
+    packet::{Kind, Packet, sctp, tcp},
 };
 
 /// `last_seen` is updated at most this often, to limit writes to a shared cache line.
@@ -90,13 +90,31 @@ pub(crate) fn established(
         }
         tcp_established(flow, packet, from_initiator, now);
     }
-    if packet.protocol == protocol::SCTP && packet.opens_sctp() {
+    if packet.protocol == protocol::SCTP && !is_of_association(flow, packet, from_initiator) {
         return TrackVerdict::Judge;
     }
     if now.saturating_sub(flow.last_seen) > TOUCH_INTERVAL {
         flow.last_seen = now;
     }
     TrackVerdict::Pass
+}
+
+/// Whether an SCTP packet belongs to an established association: it has the tag that its receiver has announced (RFC 9260,
+/// 8.5). Where the tags are unknown, every packet does that opens none.
+#[inline(always)]
+fn is_of_association(flow: &Flow, packet: &Packet, from_initiator: bool) -> bool {
+    let known = flow.tag(true) != 0;
+    !packet.opens_sctp()
+        && (!known || has_tag(flow, packet, from_initiator))
+        // A delayed answer to the INIT of another association announces another tag.
+        && (!known || packet.detail != sctp::INIT_ACK || packet.acknowledgement == flow.tag(from_initiator))
+}
+
+/// Whether an SCTP packet has the verification tag of its receiver, or reflects that of its sender.
+#[inline(always)]
+fn has_tag(flow: &Flow, packet: &Packet, from_initiator: bool) -> bool {
+    let tag = flow.tag(from_initiator == packet.reflects_tag());
+    tag != 0 && packet.sequence == tag
 }
 
 /// How far a number of the LAN host's RST may be ahead of the last one that the pod is known to expect: as much as the pod
@@ -226,8 +244,8 @@ pub(crate) fn half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, 
     if packet.protocol == protocol::TCP {
         return tcp_half_open(flow, packet, from_initiator, now);
     }
-    if packet.protocol == protocol::SCTP && packet.opens_sctp() {
-        return TrackVerdict::Judge;
+    if packet.protocol == protocol::SCTP && (packet.opens_sctp() || flow.tag(true) != 0) {
+        return sctp_half_open(flow, packet, from_initiator, now);
     }
     match packet.kind {
         Kind::Query if !from_initiator => return TrackVerdict::Judge,
@@ -239,6 +257,23 @@ pub(crate) fn half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, 
         return TrackVerdict::Judge;
     }
     promote(flow, &packet.key, replied(packet), now)
+}
+
+/// An association is established once its initiator has returned the responder's cookie: a host that cannot see the INIT ACK
+/// knows no tag.
+#[inline(always)]
+fn sctp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u64) -> TrackVerdict {
+    if packet.opens_sctp() || !has_tag(flow, packet, from_initiator) {
+        return TrackVerdict::Judge;
+    }
+    if !from_initiator && packet.detail == sctp::INIT_ACK {
+        flow.set_tag(false, packet.acknowledgement);
+        flow.last_seen = now;
+    }
+    if from_initiator && packet.detail == sctp::COOKIE_ECHO {
+        return promote(flow, &packet.key, state::OTHER_REPLIED, now);
+    }
+    TrackVerdict::Pass
 }
 
 #[inline(always)]
@@ -299,7 +334,8 @@ fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> TrackVerdict 
         return TrackVerdict::Deny(Reason::table_full);
     };
     let (initiator_isn, responder_isn) = (flow.initiator_isn(), flow.responder_isn());
-    *promoted = Flow { last_seen: now, state, leases: Default::default(), ..*flow };
+    let leases = if key.protocol == protocol::SCTP { flow.leases } else { Default::default() };
+    *promoted = Flow { last_seen: now, state, leases, ..*flow };
     if flow.state == state::SYN_RECEIVED {
         let isn = if flow.direction == direction::OUTBOUND { responder_isn } else { initiator_isn };
         promoted.expected = isn.wrapping_add(1);
@@ -370,6 +406,16 @@ pub(crate) fn open(
     again: bool,
 ) -> Result<(), Reason> {
     let Some(Scratch { flow, .. }) = scratch() else { return Err(Reason::table_full) };
+    // A SYN or an INIT ends what came before it on its ports only once the responder has answered: it, and the end of the
+    // connection before it, may be forged.
+    let goes_on = again
+        && matches!(packet.protocol, protocol::TCP | protocol::SCTP)
+        // SAFETY: a valid element, only read.
+        && FLOWS.get_ptr(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
+    if goes_on && packet.protocol == protocol::SCTP && !packet.opens_sctp() {
+        // A pod sends a wrong tag.
+        return Ok(());
+    }
     *flow = Flow {
         last_seen: now,
         opened: ticks(now),
@@ -391,18 +437,14 @@ pub(crate) fn open(
         flow.set_initiator_isn(packet.sequence);
         flow.expected = packet.tcp_payload();
     }
+    if packet.protocol == protocol::SCTP && packet.opens_sctp() {
+        flow.set_tag(true, packet.acknowledgement);
+    }
     if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);
     }
-    if again {
-        // A SYN ends the earlier connection of its ports only once the responder has answered: the SYN, and the end of the
-        // connection before it, may be forged.
-        let goes_on = packet.protocol == protocol::TCP
-            // SAFETY: a valid element, only read.
-            && FLOWS.get_ptr(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
-        if !goes_on {
-            remove(&packet.key);
-        }
+    if again && !goes_on {
+        remove(&packet.key);
     }
     Ok(())
 }

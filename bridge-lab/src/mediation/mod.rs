@@ -8,6 +8,7 @@ mod interfaces;
 mod openings;
 mod overlay;
 mod payload;
+mod sctp;
 mod sources;
 mod translation;
 
@@ -93,7 +94,8 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt("a SYN of an established flow whose rule is gone", &[0], openings::syn_without_rule),
     attempt("a simultaneous open", &[0], openings::simultaneous),
     attempt("a SYN-ACK with a wrong acknowledgement", &[0], openings::wrong_syn_ack),
-    attempt("an SCTP association on the ports of an ended one", &[0], openings::sctp_again),
+    attempt("an SCTP association on the ports of an ended one", &[0], sctp::again),
+    attempt("an SCTP packet with a wrong verification tag", &[0], sctp::wrong_tags),
     attempt("a reused pod address", &[0], interfaces::reused_address),
     attempt("a LAN interface that flaps", &[0], interfaces::flap),
     attempt("a detached program", &[0], interfaces::detached),

@@ -1,9 +1,9 @@
 //! Packets that open a flow where one is, or was.
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 
 use super::{CLOSED, Finding, Ground, OPEN, OUT, RULES, SECOND, SILENCE, Setting, config, nft};
-use crate::lab::{Family, Host, Lab};
+use crate::lab::{Family, Host};
 use crate::packet::{Packet, Tcp};
 use crate::traffic::tcp;
 use crate::wire::{Capture, Frame};
@@ -101,71 +101,6 @@ pub(super) fn wrong_syn_ack(setting: Setting) -> Result<Finding> {
         ground.send_from_pod(c1, from_pod.clone().tcp(Tcp::ack(CLOSED, OUT, 1001, 5001).payload(b"data")))?;
         let data = |frame: &Frame| frame.bytes.ends_with(b"data") && !frame.outgoing;
         finding.legitimate(format!("the client's data, {family:?}"), at_lan.find(SECOND, data)?.is_some());
-    }
-    Ok(finding)
-}
-
-const COOKIE_ECHO: &[u8] = &[10, 0, 0, 8, 1, 2, 3, 4];
-const COOKIE_ACK: &[u8] = &[11, 0, 0, 4];
-const SHUTDOWN: &[u8] = &[7, 0, 0, 8, 0, 0, 0, 0];
-const SHUTDOWN_ACK: &[u8] = &[8, 0, 0, 4];
-const SHUTDOWN_COMPLETE: &[u8] = &[14, 0, 0, 4];
-
-/// After a shutdown, and with its rule gone, an association begins again on the same ports.
-pub(super) fn sctp_again(setting: Setting) -> Result<Finding> {
-    let rule = "rules:\n  - {name: sctp, direction: inbound, protocol: sctp, ports: [60001]}\n";
-    let mut ground = Ground::new(setting, Lab::builder(), &config(setting, "", "", rule))?;
-    let mut finding = Finding::default();
-    for family in Family::BOTH {
-        let (a, c1) = (ground.a(), ground.c1());
-        let mut at_pod = Capture::start(&c1.netns, "eth0")?;
-        let to_pod = || Packet::new(a.ip(family), c1.ip(family));
-        let to_lan = || Packet::new(c1.ip(family), a.ip(family));
-        let init_ack = {
-            let mut chunk = vec![2, 0, 0, 28];
-            chunk.extend(0x0a0b_0c0d_u32.to_be_bytes());
-            chunk.extend(65_536_u32.to_be_bytes());
-            chunk.extend([0, 1, 0, 1]);
-            chunk.extend(1_u32.to_be_bytes());
-            // A state cookie.
-            chunk.extend([0, 7, 0, 8, 1, 2, 3, 4]);
-            chunk
-        };
-        let (client, server) = (0x0102_0304, 0x0a0b_0c0d);
-        let steps: [(bool, u32, &[u8]); 7] = [
-            (false, client, &init_ack),
-            (true, server, COOKIE_ECHO),
-            (false, client, COOKIE_ACK),
-            (true, server, SHUTDOWN),
-            (false, client, SHUTDOWN_ACK),
-            (true, server, SHUTDOWN_COMPLETE),
-            (true, server, SHUTDOWN_COMPLETE),
-        ];
-        ground.send_from_lan(a, to_pod().sctp_init(5000, OPEN))?;
-        let came =
-            |frame: &Frame| !frame.outgoing && frame.addresses() == Some((a.ip(family), c1.ip(family)));
-        finding.legitimate(format!("the first INIT, {family:?}"), at_pod.find(SECOND, came)?.is_some());
-        for (inbound, tag, chunk) in steps {
-            std::thread::sleep(SILENCE / 10);
-            if inbound {
-                ground.send_from_lan(a, to_pod().sctp(5000, OPEN, tag, chunk))?;
-            } else {
-                ground.send_from_pod(c1, to_lan().sctp(OPEN, 5000, tag, chunk))?;
-            }
-        }
-        let complete = |frame: &Frame| !frame.outgoing && frame.bytes.ends_with(SHUTDOWN_COMPLETE);
-        finding.legitimate(
-            format!("the end of the association, {family:?}"),
-            at_pod.find(SECOND, complete)?.is_some(),
-        );
-        ground.agent.reload(&config(setting, "", "", ""))?;
-        let (a, c1) = (ground.a(), ground.c1());
-        let mut at_pod = Capture::start(&c1.netns, "eth0").context("capture at the pod")?;
-        ground.send_from_lan(a, Packet::new(a.ip(family), c1.ip(family)).sctp_init(5000, OPEN))?;
-        let came =
-            |frame: &Frame| !frame.outgoing && frame.addresses() == Some((a.ip(family), c1.ip(family)));
-        finding.attack(format!("the second INIT, {family:?}"), at_pod.find(SILENCE, came)?.is_some());
-        ground.agent.reload(&config(setting, "", "", rule))?;
     }
     Ok(finding)
 }

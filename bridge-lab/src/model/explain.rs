@@ -80,7 +80,7 @@ impl Explainer {
     }
 
     /// Asks about a packet that is about to come. `None`: it neither opens a flow nor says by itself which it belongs to, or its
-    /// sequence numbers decide.
+    /// sequence numbers or verification tag decide.
     pub(super) fn ask(&self, place: Place, frame: &[u8], regimes: &[Regime]) -> Result<Option<Answer>> {
         let Some(header) = header::frame(frame) else { return Ok(None) };
         let Some(packet) = packet(&header) else { return Ok(None) };
@@ -88,7 +88,8 @@ impl Explainer {
         let ingress = matches!(place.hook, Hook::ExternalIngress | Hook::InternalIngress);
         let input = if ingress { LAN_INTERFACE } else { place.input };
         let outcome = judge.judge(explain::Place { hook: place.hook, input, mark: Mark::None }, &packet);
-        if matches!(outcome, Outcome::Handshake(_)) {
+        let tagged = matches!(&header.content, Content::Sctp(chunk) if !chunk.is_init());
+        if matches!(outcome, Outcome::Handshake(_)) || (tagged && matches!(outcome, Outcome::Known(_))) {
             return Ok(None);
         }
         let hits = self.hits(&outcome)?;
@@ -214,8 +215,9 @@ fn packet(header: &Header) -> Option<Packet> {
     match &header.content {
         Content::Tcp(Segment { flags, .. }) if !header::flags_make_sense(*flags) => return None,
         Content::Tcp(segment) if segment.is_syn() => {}
-        Content::Udp | Content::Other | Content::Sctp { init: true } => {}
-        Content::Tcp(_) | Content::Sctp { .. } => packet.kind = Kind::Following,
+        Content::Udp | Content::Other => {}
+        Content::Sctp(chunk) if chunk.is_init() => {}
+        Content::Tcp(_) | Content::Sctp(_) => packet.kind = Kind::Following,
         Content::Icmp { kind, identifier, .. } => {
             (packet.source_port, packet.destination_port) = (*identifier, *identifier);
             match kind {

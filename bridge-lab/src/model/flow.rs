@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use bridge_common::filter::{flow::state, policy::direction::OUTBOUND};
 
-use super::header::{ACK, Content, FIN, ICMP, ICMPV6, RST, SYN, TCP, UDP};
+use super::header::{ACK, COOKIE_ECHO, Content, FIN, ICMP, ICMPV6, INIT, INIT_ACK, RST, SYN, TCP, UDP};
 
 /// How far beyond the responder's initial sequence number the initiator's first acknowledgement may be.
 const HANDSHAKE_WINDOW: u32 = 1 << 20;
@@ -68,6 +68,24 @@ impl Segment {
     }
 }
 
+/// The common header of an SCTP packet, and its first chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    pub(super) kind: u8,
+    /// Verification tag.
+    pub(super) tag: u32,
+    /// The tag is that of the sender (RFC 9260, 8.5.1).
+    pub(super) reflected: bool,
+    /// The tag that INIT and INIT ACK ask for.
+    pub(super) announced: Option<u32>,
+}
+
+impl Chunk {
+    pub(super) fn is_init(&self) -> bool {
+        self.kind == INIT
+    }
+}
+
 /// State of a flow.
 #[derive(Clone, Debug)]
 pub(super) struct Flow {
@@ -96,6 +114,8 @@ pub(super) struct Flow {
     pending_fin: Option<(u32, u64)>,
     /// The next number that the pod is known to expect of the LAN host.
     expected: Option<u32>,
+    /// Of SCTP, the tags that the initiator and the responder have asked for.
+    tags: [Option<u32>; 2],
 }
 
 /// The meaning of a segment to a handshake.
@@ -115,6 +135,10 @@ impl Flow {
             }
             _ => (None, 0),
         };
+        let tag = match first {
+            Content::Sctp(chunk) if chunk.is_init() => chunk.announced,
+            _ => None,
+        };
         Self {
             initiator,
             direction,
@@ -130,7 +154,40 @@ impl Flow {
             reset: false,
             pending_fin: None,
             expected: None,
+            tags: [tag, None],
         }
+    }
+
+    /// Whether an SCTP packet, other than an INIT, is one of this established association.
+    pub(super) fn owns(&self, from_initiator: bool, chunk: &Chunk) -> bool {
+        let own = self.tags[usize::from(!from_initiator)];
+        self.tags == [None; 2]
+            || (self.verifies(from_initiator, chunk) && (chunk.kind != INIT_ACK || chunk.announced == own))
+    }
+
+    /// Whether the tag of an SCTP packet is the one that its receiver has asked for, or its sender's if it says so.
+    fn verifies(&self, from_initiator: bool, chunk: &Chunk) -> bool {
+        let [of_initiator, of_responder] = self.tags;
+        let to_initiator = from_initiator == chunk.reflected;
+        Some(chunk.tag) == if to_initiator { of_initiator } else { of_responder }
+    }
+
+    /// An SCTP packet, other than an INIT, before the association is established. `None`: it is to be judged.
+    pub(super) fn association(&mut self, from_initiator: bool, chunk: &Chunk) -> Option<()> {
+        if self.tags == [None; 2] {
+            // The pod has opened it before it was seen here.
+            self.confirmed = !from_initiator;
+            return self.confirmed.then_some(());
+        }
+        if !self.verifies(from_initiator, chunk) {
+            return None;
+        }
+        match (chunk.kind, from_initiator) {
+            (INIT_ACK, false) => (self.tags[1], self.silent) = (chunk.announced, 0),
+            (COOKIE_ECHO, true) => self.confirmed = true,
+            _ => (),
+        }
+        Some(())
     }
 
     /// Whether this end of it is the LAN host.

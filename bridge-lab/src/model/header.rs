@@ -8,7 +8,7 @@ use std::{
     ops::Range,
 };
 
-use super::flow::Segment;
+use super::flow::{Chunk, Segment};
 
 /// TCP flags that make a difference.
 pub(super) const FIN: u8 = 0x01;
@@ -23,6 +23,13 @@ pub(super) const TCP: u8 = 6;
 pub(super) const UDP: u8 = 17;
 pub(super) const ICMPV6: u8 = 58;
 pub(super) const SCTP: u8 = 132;
+
+/// Types of SCTP chunks.
+pub(super) const INIT: u8 = 1;
+pub(super) const INIT_ACK: u8 = 2;
+const ABORT: u8 = 6;
+pub(super) const COOKIE_ECHO: u8 = 10;
+const SHUTDOWN_COMPLETE: u8 = 14;
 
 /// How many extension headers of IPv6 are followed, the fragment header among them.
 const MOST_EXTENSIONS: usize = 7;
@@ -62,9 +69,7 @@ pub(super) struct Header {
 pub(super) enum Content {
     Tcp(Segment),
     Udp,
-    Sctp {
-        init: bool,
-    },
+    Sctp(Chunk),
     Icmp {
         kind: IcmpKind,
         identifier: u16,
@@ -269,8 +274,7 @@ impl Header {
                 need(8)?;
                 Content::Udp
             }
-            // The common header, and that of the first chunk.
-            (SCTP, _) => Content::Sctp { init: need(16)?[12] == 1 },
+            (SCTP, _) => Content::Sctp(chunk(need)?),
             (ICMP, true) | (ICMPV6, false) => {
                 let fixed = need(8)?;
                 Content::Icmp {
@@ -296,6 +300,21 @@ impl Header {
             _ => Content::Other,
         })
     }
+}
+
+/// Reads the common header of SCTP and the first chunk, as far as verification tags go.
+fn chunk<'a>(need: impl Fn(usize) -> Result<&'a [u8], Unreadable>) -> Result<Chunk, Unreadable> {
+    let fixed = need(16)?;
+    let (kind, tag) = (fixed[12], long(fixed, 4));
+    let announced = match kind {
+        INIT | INIT_ACK => Some(long(need(32)?, 16)),
+        _ => None,
+    };
+    if announced == Some(0) || (kind == INIT && tag != 0) {
+        return Err(Unreadable);
+    }
+    let reflected = matches!(kind, ABORT | SHUTDOWN_COMPLETE) && fixed[13] & 1 == 1;
+    Ok(Chunk { kind, tag, reflected, announced })
 }
 
 /// A header is longer than the data, or shorter than it can be.

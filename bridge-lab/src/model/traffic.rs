@@ -124,6 +124,8 @@ struct Talk {
     sequence: [u32; 2],
     /// Initial sequence number of the server, when it last said so.
     isn: u32,
+    /// Verification tags that the client and the server ask for, and those of the association before.
+    tags: [u32; 4],
     /// IP packets of either side.
     recent: Vec<Vec<u8>>,
 }
@@ -171,6 +173,7 @@ impl Talk {
             stage: 0,
             sequence: [number(dice), number(dice)],
             isn: 0,
+            tags: [0; 4].map(|_| number(dice)),
             recent: Vec::new(),
         }
     }
@@ -211,11 +214,7 @@ impl Talk {
             }
             Protocol::Icmp => self.icmp(dice),
             Protocol::Udp => (dice.percent(60), Carried::Udp(dice.below(60))),
-            Protocol::Sctp => {
-                let from_client = dice.percent(60);
-                let kind = *dice.pick(&[1, 1, 1, 2, 0, 3, 14]);
-                (from_client, Carried::Sctp(kind))
-            }
+            Protocol::Sctp => self.sctp(dice),
             Protocol::Any => (dice.percent(60), Carried::Raw(self.number, dice.below(40))),
         };
         let places: Vec<(Hook, Flow)> = match (self.inner, from_client) {
@@ -279,6 +278,47 @@ impl Talk {
             _ => *dice.pick(replies),
         };
         (from_client, Carried::Icmp(kind))
+    }
+
+    /// The next packet of an association, or one that is not; and who sends it.
+    fn sctp(&mut self, dice: &mut Dice) -> (bool, Carried) {
+        const REFLECTED: u8 = 1;
+        let [client, server, old_client, old_server] = self.tags;
+        if dice.percent(35) {
+            let kind = *dice.pick(&[0, 1, 1, 2, 2, 3, 4, 6, 7, 8, 10, 10, 11, 14, 130]);
+            let random = number(dice);
+            let tags = [client, server, old_client, old_server, 0, client.wrapping_add(1), random];
+            let tag = if kind == 1 && !dice.percent(10) { 0 } else { *dice.pick(&tags) };
+            let flags = if dice.percent(40) { REFLECTED } else { 0 };
+            return (dice.percent(50), Carried::Sctp { kind, flags, tag, announced: *dice.pick(&tags) });
+        }
+        let any_side = dice.percent(50);
+        let (from_client, kind) = match self.stage {
+            0 => (true, 1),
+            1 => (false, 2),
+            2 => (true, 10),
+            3 => (false, 11),
+            4..=8 => (any_side, *dice.pick(&[0, 0, 3, 4, 5])),
+            9 => (any_side, *dice.pick(&[7, 7, 6])),
+            10 => (any_side, 8),
+            _ => (any_side, 14),
+        };
+        let (own, other) = if from_client { (client, server) } else { (server, client) };
+        let reflected = matches!(kind, 6 | 14) && dice.percent(40);
+        let tag = match kind {
+            1 => 0,
+            _ if reflected => own,
+            _ => other,
+        };
+        self.stage = match self.stage {
+            _ if dice.percent(6) => dice.below(12),
+            11.. => 0,
+            stage => stage + 1,
+        };
+        if self.stage == 0 && dice.percent(50) {
+            self.tags = [number(dice), number(dice), client, server];
+        }
+        (from_client, Carried::Sctp { kind, flags: reflected.into(), tag, announced: own })
     }
 
     /// The next segment of a connection, or one that is not; and who sends it.
@@ -410,7 +450,7 @@ impl Talk {
 enum Carried {
     Tcp(Tcp),
     Udp(usize),
-    Sctp(u8),
+    Sctp { kind: u8, flags: u8, tag: u32, announced: u32 },
     Icmp(u8),
     Raw(u8, usize),
 }
@@ -425,8 +465,13 @@ impl Carried {
                 packet.tcp(tcp)
             }
             Self::Udp(length) => packet.udp(source, destination, &vec![7; *length]),
-            Self::Sctp(1) => packet.sctp_init(source, destination),
-            Self::Sctp(kind) => packet.sctp(source, destination, 1, &[*kind, 0, 0, 8, 0, 0, 0, 1]),
+            Self::Sctp { kind: kind @ (1 | 2), flags, tag, announced } => {
+                let chunk = [&[*kind, *flags, 0, 20][..], &announced.to_be_bytes(), &[0; 12]].concat();
+                packet.sctp(source, destination, *tag, &chunk)
+            }
+            Self::Sctp { kind, flags, tag, .. } => {
+                packet.sctp(source, destination, *tag, &[*kind, *flags, 0, 8, 0, 0, 0, 1])
+            }
             Self::Icmp(kind) => {
                 let [high, low] = source.to_be_bytes();
                 packet.icmp(&Icmp::Other(*kind, 0, [high, low, 0, 1], vec![0; 8]))

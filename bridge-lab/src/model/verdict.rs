@@ -424,14 +424,18 @@ impl Model {
         }
         let mut flow = Flow::new(source, OUTBOUND, &header.content);
         (flow.unrestricted, flow.interface) = (true, LAN_INTERFACE);
-        self.enter(key, flow);
+        // A wrong tag changes nothing.
+        let stray = matches!(&header.content, Content::Sctp(chunk) if !chunk.is_init());
+        if !stray || self.usable(&self.flows, &key).is_none() {
+            self.enter(key, flow);
+        }
         self.remember_fragment(header);
     }
 
     fn enter(&mut self, key: Key, flow: Flow) {
         self.half_open.insert(key, flow);
-        // For TCP, the use of the ports is over when the responder has agreed.
-        if key.protocol() != TCP || self.usable(&self.flows, &key).is_none() {
+        // For TCP and SCTP, the use of the ports is over when the responder has agreed.
+        if !matches!(key.protocol(), TCP | SCTP) || self.usable(&self.flows, &key).is_none() {
             self.flows.remove(&key);
         }
     }
@@ -480,7 +484,7 @@ impl Model {
                     self.moved = Some(*key);
                 }
             }
-            Content::Sctp { init: true } => return None,
+            Content::Sctp(chunk) if chunk.is_init() || !flow.owns(from_initiator, chunk) => return None,
             Content::Icmp { kind: IcmpKind::Query, .. } if !from_initiator => return None,
             Content::Icmp { kind: IcmpKind::Reply, .. } if from_initiator => return None,
             _ => (),
@@ -499,7 +503,11 @@ impl Model {
                 agreed = step == Handshake::Agrees;
                 if step == Handshake::Invalid { Reason::invalid_state } else { Reason::established }
             }
-            Content::Sctp { init: true } => return None,
+            Content::Sctp(chunk) if chunk.is_init() => return None,
+            Content::Sctp(chunk) => {
+                flow.association(from_initiator, chunk)?;
+                Reason::established
+            }
             Content::Icmp { kind: IcmpKind::Query, .. } if !from_initiator => return None,
             Content::Icmp { kind: IcmpKind::Reply, .. } if from_initiator => Reason::icmp_unsolicited,
             _ if from_initiator => return None,
@@ -615,7 +623,7 @@ fn stays_on_link(address: IpAddr) -> bool {
 fn names_flow(header: &Header) -> bool {
     match &header.content {
         Content::Tcp(segment) => header::flags_make_sense(segment.flags),
-        Content::Udp | Content::Sctp { .. } | Content::Other => true,
+        Content::Udp | Content::Sctp(_) | Content::Other => true,
         Content::Icmp { kind, .. } => matches!(kind, IcmpKind::Query | IcmpKind::Reply),
         _ => false,
     }
@@ -625,7 +633,7 @@ fn names_flow(header: &Header) -> bool {
 fn no_opening(header: &Header) -> Option<Reason> {
     match &header.content {
         Content::Tcp(segment) if !segment.is_syn() => Some(Reason::not_syn),
-        Content::Sctp { init: false } => Some(Reason::not_init),
+        Content::Sctp(chunk) if !chunk.is_init() => Some(Reason::not_init),
         Content::Icmp { kind: IcmpKind::Reply, .. } => Some(Reason::icmp_unsolicited),
         _ => None,
     }

@@ -19,11 +19,13 @@ pub enum Difference {
     CrossingQueries,
     /// An IPv6 routing header that leads on to another host.
     SourceRoute,
+    /// An SCTP HEARTBEAT or SHUTDOWN ACK with a wrong verification tag.
+    Tag,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
@@ -32,6 +34,7 @@ impl Difference {
         Self::UntrackedError,
         Self::CrossingQueries,
         Self::SourceRoute,
+        Self::Tag,
     ];
 
     /// As docs/parity.md calls it.
@@ -46,6 +49,7 @@ impl Difference {
             Self::UntrackedError => "error about what is not followed",
             Self::CrossingQueries => "crossing pings",
             Self::SourceRoute => "segments left",
+            Self::Tag => "verification tag",
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{
     Word, load,
     quoted::{QUOTED, parse_quoted_l4},
 };
-use crate::packet::{Kind, Packet, tcp};
+use crate::packet::{Kind, Packet, sctp, tcp};
 
 /// Reads an IP packet whose header is at `l3`; `version` is 4 or 6, with [`QUOTED`]. Returns 0 if the addresses cannot be
 /// read.
@@ -200,10 +200,19 @@ fn parse_l4(skb: *mut __sk_buff, packet: &mut Packet) -> bool {
             return available >= 8;
         }
         protocol::SCTP => {
-            let Some([ports, _, _, chunk]) = load(skb, packet.l4) else { return false };
+            let Some([ports, tag, _, chunk]) = load(skb, packet.l4) else { return false };
             [packet.source_port, packet.destination_port] = ports.ports();
-            [packet.detail, ..] = chunk.bytes();
-            return available >= 16;
+            let [chunk, flags, ..] = chunk.bytes();
+            (packet.detail, packet.tcp_header) = (chunk, flags.into());
+            packet.sequence = tag.number();
+            if !matches!(chunk, sctp::INIT | sctp::INIT_ACK) {
+                return available >= 16;
+            }
+            // The whole of their fixed part must be there (RFC 9260, 3.3.2).
+            let Some([announced, _, _, _]) = load(skb, packet.l4 + 16) else { return false };
+            packet.acknowledgement = announced.number();
+            let has_tags = packet.acknowledgement != 0 && (chunk != sctp::INIT || packet.sequence == 0);
+            return available >= 32 && has_tags;
         }
         protocol::ICMP if packet.version == 4 => return parse_icmp(skb, packet, icmp_kind),
         protocol::ICMPV6 if packet.version == 6 => return parse_icmp(skb, packet, icmpv6_kind),

@@ -1,6 +1,7 @@
 //! Short stories of packets: a flow that is opened, answered, goes on; one that is not opened as it should; odd forms.
 
 mod icmp;
+mod sctp;
 mod tcp;
 
 use bridge_agent::model::{Action, Policy, Protocol};
@@ -236,49 +237,6 @@ impl Story<'_> {
         rest[at..at + 2].iter_mut().for_each(|octet| *octet ^= other);
         let (source, destination) = packet.addresses();
         Packet::new(source, destination).raw(IpNumber(number), &rest)
-    }
-
-    fn sctp(&mut self, dice: &mut Dice) {
-        let Flow { source_port: a, destination_port: b, .. } = self.flow;
-        let marked = |kind: u8, mark: &[u8]| -> Vec<u8> {
-            let length = u8::try_from(4 + mark.len()).unwrap_or(u8::MAX);
-            [&[kind, 0, 0, length], mark].concat()
-        };
-        if dice.percent(40) {
-            self.send("INIT", true, self.there().sctp_init(a, b), self.opens(protocol::SCTP));
-            return;
-        }
-        if dice.percent(40) && !local().contains(&self.flow.destination) {
-            self.sctp_association();
-            return;
-        }
-        let (what, chunk) =
-            *dice.pick(&[("DATA", 0), ("INIT ACK", 2), ("SACK", 3), ("HEARTBEAT", 4), ("ABORT", 6)]);
-        let packet = self.there().sctp(a, b, self.tag | 1, &marked(chunk, &self.mark()));
-        let passes = self.is_free(protocol::SCTP);
-        self.send(what, true, packet, passes);
-    }
-
-    /// RFC 9260, section 5.1.
-    fn sctp_association(&mut self) {
-        // What Packet::sctp_init asks to be called.
-        const MINE: u32 = 0x0102_0304;
-        const THEIRS: u32 = 0x0506_0708;
-        let opens = self.opens(protocol::SCTP);
-        let Flow { source_port: a, destination_port: b, .. } = self.flow;
-        let init = self.there().sctp_init(a, b);
-        self.send("INIT of an association", true, init, opens);
-        let init_ack = [&[2, 0, 0, 20][..], &THEIRS.to_be_bytes(), &self.mark(), &[0; 4]].concat();
-        self.send("INIT ACK of an association", false, self.back().sctp(b, a, MINE, &init_ack), opens);
-        let chunk = |kind: u8, mark: Vec<u8>| [&[kind, 0, 0, 12][..], &mark].concat();
-        let echo = self.there().sctp(a, b, THEIRS, &chunk(10, self.mark()));
-        self.send("COOKIE ECHO", true, echo, opens);
-        let ack = self.back().sctp(b, a, MINE, &chunk(11, self.mark()));
-        self.send("COOKIE ACK", false, ack, opens);
-        let beat = self.there().sctp(a, b, THEIRS, &chunk(4, self.mark()));
-        self.send("HEARTBEAT of an association", true, beat, opens);
-        let beat = self.back().sctp(b, a, MINE, &chunk(4, self.mark()));
-        self.send("HEARTBEAT of the other side", false, beat, opens);
     }
 
     fn other(&mut self, dice: &mut Dice, number: u8) {
