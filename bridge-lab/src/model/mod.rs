@@ -4,9 +4,11 @@
 //! The forwarding of established flows (the fast path) is not in the model; the
 //! comparison of engines ([`crate::parity`]) has it.
 
+mod classify;
 mod compare;
 mod explain;
 mod flow;
+mod frames;
 mod header;
 mod traffic;
 mod verdict;

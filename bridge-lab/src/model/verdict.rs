@@ -11,20 +11,23 @@ use std::{
 
 use bridge_agent::{
     datapath::Hook,
-    model::{Direction, Mode, OnDeny, Policy, Protocol, Rule},
+    model::{Mode, OnDeny, Policy},
 };
 use bridge_common::filter::{
     counters::Reason,
     flow::state,
     policy::direction::{INBOUND, NODE_PORT, OUTBOUND},
 };
-use ipnet::IpNet;
 
 use super::{
+    classify::{
+        contains, flow_of, is_for_tunnel, is_link_local, is_mapped, matches, names_flow, no_opening,
+        stays_on_link, unreadable,
+    },
     flow::{End, Flow, Handshake, Key, Segment},
-    header::{self, ACK, Content, Header, IcmpKind, RST, SCTP, SYN, TCP, UDP},
+    header::{self, ACK, Content, Header, IcmpKind, RST, SCTP, SYN, TCP},
 };
-use crate::prog::{Action, LAN_INTERFACE, NODE_ADDRESSES, Place, TUNNELS};
+use crate::prog::{Action, LAN_INTERFACE, NODE_ADDRESSES, Place};
 
 /// Expected result of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -583,100 +586,4 @@ impl Model {
 struct Answer {
     reason: Reason,
     flow: Flow,
-}
-
-/// Why a packet is denied before its addresses mean anything.
-fn unreadable(header: &Header) -> Option<Reason> {
-    if header.content == Content::Unreadable {
-        Some(Reason::malformed_ip)
-    } else if is_mapped(header.source) || is_mapped(header.destination) {
-        Some(Reason::spoofed)
-    } else {
-        None
-    }
-}
-
-/// Whether it is an outer packet of a tunnel.
-fn is_for_tunnel(header: &Header) -> bool {
-    let port = header.ports.filter(|_| header.protocol == UDP).map_or(0, |(_, port)| port);
-    header.content != Content::MalformedIp && TUNNELS.contains(&(header.protocol, port))
-}
-
-/// Whether it is an IPv6 address that stands for an IPv4 address.
-fn is_mapped(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some())
-}
-
-fn is_link_local(address: IpAddr) -> bool {
-    matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
-}
-
-/// Whether packets to an address stay on their link: link-local, multicast, broadcast.
-fn stays_on_link(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4.is_multicast() || v4.is_broadcast(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.is_multicast(),
-    }
-}
-
-/// Whether a packet's own ports name its flow.
-fn names_flow(header: &Header) -> bool {
-    match &header.content {
-        Content::Tcp(segment) => header::flags_make_sense(segment.flags),
-        Content::Udp | Content::Sctp(_) | Content::Other => true,
-        Content::Icmp { kind, .. } => matches!(kind, IcmpKind::Query | IcmpKind::Reply),
-        _ => false,
-    }
-}
-
-/// Why a packet cannot open a flow.
-fn no_opening(header: &Header) -> Option<Reason> {
-    match &header.content {
-        Content::Tcp(segment) if !segment.is_syn() => Some(Reason::not_syn),
-        Content::Sctp(chunk) if !chunk.is_init() => Some(Reason::not_init),
-        Content::Icmp { kind: IcmpKind::Reply, .. } => Some(Reason::icmp_unsolicited),
-        _ => None,
-    }
-}
-
-/// Where a packet comes from, and its flow: ICMP queries have their identifier for both ports.
-fn flow_of(header: &Header) -> (End, Key) {
-    let ports = match &header.content {
-        Content::Icmp { identifier, .. } => (*identifier, *identifier),
-        _ => header.ports.unwrap_or_default(),
-    };
-    let (source, destination) = ((header.source, ports.0), (header.destination, ports.1));
-    (source, Key::new(source, destination, header.protocol))
-}
-
-fn matches(rule: &Rule, header: &Header, direction: u8) -> bool {
-    let (asked, external, pod) = match rule.direction {
-        Direction::Inbound => (INBOUND, header.source, header.destination),
-        Direction::Outbound => (OUTBOUND, header.destination, header.source),
-    };
-    let side =
-        |named: &Option<Vec<IpNet>>, address| named.as_ref().is_none_or(|nets| contains(nets, address));
-    let with_ports = matches!(header.protocol, TCP | UDP | SCTP);
-    let names_ports = !rule.ports.is_empty() || !rule.source_ports.is_empty();
-    let protocol = match rule.protocol {
-        Protocol::Tcp => header.protocol == TCP,
-        Protocol::Udp => header.protocol == UDP,
-        Protocol::Sctp => header.protocol == SCTP,
-        Protocol::Icmp => matches!(header.content, Content::Icmp { .. }),
-        Protocol::Any => with_ports || !names_ports,
-    };
-    let (source_port, destination_port) = header.ports.unwrap_or_default();
-    let port = |ranges: &[bridge_agent::model::PortRange], port| {
-        ranges.is_empty() || ranges.iter().any(|range| range.first <= port && port <= range.last)
-    };
-    asked == direction
-        && protocol
-        && side(&rule.external, external)
-        && side(&rule.pods, pod)
-        && port(&rule.ports, destination_port)
-        && port(&rule.source_ports, source_port)
-}
-
-fn contains(networks: &[IpNet], address: IpAddr) -> bool {
-    networks.iter().any(|network| network.contains(&address))
 }
