@@ -290,17 +290,22 @@ impl Iptables {
 
     /// Deletes a table that bridge made, if it is as empty as it was made.
     fn remove_table(&self, family: Family, table: Table) -> Result<bool, Error> {
+        /// Other programs that write anything to nf_tables between the look and the removal end a try.
+        const TRIES: usize = 20;
         let failed = |source| Error::Kernel { request: format!("remove {family} table {table}"), source };
         let mut nft = Nft::open().map_err(failed)?;
-        let generation = nft.generation().map_err(failed)?;
-        if !self.read(Backend::Nft, family, table)?.is_pristine() {
-            return Ok(false);
+        for _ in 0..TRIES {
+            let generation = nft.generation().map_err(failed)?;
+            if !self.read(Backend::Nft, family, table)?.is_pristine() {
+                return Ok(false);
+            }
+            match nft.delete_table(family, table, generation) {
+                Ok(()) => return Ok(true),
+                Err(error) if error.raw_os_error() == Some(libc::ERESTART) => {}
+                Err(error) => return Err(failed(error)),
+            }
         }
-        match nft.delete_table(family, table, generation) {
-            Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(libc::ERESTART) => Ok(false),
-            Err(error) => Err(failed(error)),
-        }
+        Ok(false)
     }
 
     /// Applies one part of a plan; returns a note if a table that bridge made and no longer needs remains.

@@ -1,6 +1,11 @@
 //! What stays when the agent ends, and what goes with `down`.
 
-use std::fs;
+use std::{
+    fs,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
 use bridge_agent::iptables::Backend;
@@ -67,6 +72,32 @@ fn down_leaves_nothing_where_there_was_nothing() -> Result<()> {
     let rules =
         after.lines().find(|l| !(l.starts_with('*') || l.ends_with(" ACCEPT [0:0]") || *l == "COMMIT"));
     ensure!(rules.is_none(), "{after}");
+    Ok(())
+}
+
+#[test]
+fn down_leaves_nothing_while_another_program_writes_to_nf_tables() -> Result<()> {
+    let node = Node::new(Backend::Nft)?;
+    let agent = live(&node, "ebpf, iptables")?;
+    let end = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let busy = scope.spawn(|| -> Result<()> {
+            while !end.load(Ordering::Relaxed) {
+                node.run("iptables -t nat -N BUSY")?;
+                thread::sleep(Duration::from_millis(20));
+                node.run("iptables -t nat -X BUSY")?;
+                thread::sleep(Duration::from_millis(20));
+            }
+            Ok(())
+        });
+        let down = agent.run(&["down"]);
+        end.store(true, Ordering::Relaxed);
+        busy.join().map_err(|_| anyhow::anyhow!("the other program panicked"))??;
+        down
+    })?;
+    let after = node.dump()?;
+    let left: Vec<_> = after.lines().filter(|line| line.starts_with('*') && *line != "*nat").collect();
+    ensure!(left.is_empty(), "{left:?} of\n{after}");
     Ok(())
 }
 
