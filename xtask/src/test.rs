@@ -1,6 +1,7 @@
 //! `cargo xtask test`: every check and every test.
 
 use std::{
+    env,
     io::{BufRead, BufReader, IsTerminal, Write, stderr},
     path::Path,
     process::{Command, Stdio},
@@ -63,7 +64,7 @@ pub(crate) fn main(filter: Option<&str>) -> Result<()> {
 
 /// Returns whether this is CI, where a step that was not run would go unnoticed.
 fn is_ci() -> bool {
-    std::env::var_os("CI").is_some_and(|value| value == "true" || value == "1")
+    env::var_os("CI").is_some_and(|value| value == "true" || value == "1")
 }
 
 /// Runs the tests of `packages` (arguments of cargo); whether there were any.
@@ -87,6 +88,10 @@ fn nextest(
             .args(["nextest", "run", "--no-fail-fast"])
             .args(packages)
             .args(filter);
+        // Errors name their cause; thirty frames of the test harness below each hide it.
+        if env::var_os("RUST_BACKTRACE").is_none() || is_ci() {
+            command.env("RUST_BACKTRACE", "0");
+        }
         if privileged && !cmd::is_root() {
             run_tests_by_sudo(&mut command)?;
         }

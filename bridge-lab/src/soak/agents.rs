@@ -160,7 +160,8 @@ pub(super) fn work_on_node(
         course.count(SECOND, 1, second(agent, lab));
         course.count(RELOAD, 1, reload(agent, &usual, false));
         if !kills {
-            samples.push(Sample::of(agent.pid())?);
+            let sample = Sample::of(agent.pid(), &samples)?;
+            samples.push(sample);
         }
     }
     Ok(samples)
@@ -185,7 +186,8 @@ pub(super) fn work_on_host(agent: &mut Agent, lab: &Lab, course: &Course) -> Res
         });
         course.count(ROUTE_LOST, 1, lost);
         if !kills {
-            samples.push(Sample::of(agent.pid())?);
+            let sample = Sample::of(agent.pid(), &samples)?;
+            samples.push(sample);
         }
     }
     Ok(samples)

@@ -58,13 +58,16 @@ pub(super) struct Sample {
 }
 
 impl Sample {
-    pub(super) fn of(pid: u32) -> Result<Self> {
+    /// Samples the process `pid`; `before` are its samples so far.
+    pub(super) fn of(pid: u32, before: &[Self]) -> Result<Self> {
         let mut descriptors = usize::MAX;
-        // A client's connection, or a file that is being read, is none that is kept.
-        eventually(Duration::from_millis(300), || {
+        let least = before.get(1).map(|first| first.descriptors);
+        // A client's connection, or a file that is being read, is none that is kept: its descriptor goes while this waits.
+        let (begun, fewer) = (Instant::now(), |now| least.is_none_or(|least| now <= least));
+        eventually(Duration::from_secs(3), || {
             let now = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count();
             descriptors = descriptors.min(now);
-            None::<()>
+            (fewer(descriptors) && begun.elapsed() > Duration::from_millis(300)).then_some(())
         });
         Ok(Self { at: Instant::now(), resident_kib: resident_kib(pid, "RssAnon")?, descriptors })
     }
@@ -78,6 +81,9 @@ pub(super) fn gathered(which: &str, samples: &[Sample], time: Duration) -> Vec<F
         let subject = format!("resources accumulated by the agent on the {which}");
         return vec![Finding { subject, figures, ok: time < SHORT }];
     };
+    let listed: Vec<_> =
+        samples.iter().map(|sample| format!("{:.0}/{}", sample.resident_kib, sample.descriptors)).collect();
+    eprintln!("KiB and descriptors of the agent on the {which}, round by round: {}", listed.join(" "));
     let third = samples.len().div_ceil(3);
     let median = |part: &[Sample]| {
         let mut values: Vec<f64> = part.iter().map(|sample| sample.resident_kib).collect();
