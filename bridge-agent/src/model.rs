@@ -25,6 +25,9 @@ pub struct Policy {
     pub nodes: Vec<IpNet>,
     /// In the order of the configuration; among matching rules a deny wins, then the first.
     pub rules: Vec<Rule>,
+    /// Rules in audit mode: they decide nothing, and are counted and reported as if they did, beside the others.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub audited: Vec<Rule>,
     /// `None`: traffic to NodePorts is not judged.
     pub node_ports: Option<NodePorts>,
 }
@@ -54,7 +57,7 @@ pub enum OnDeny {
 /// One rule; every criterion must match.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Rule {
-    /// Unique among the rules of a policy; 1 to 63 bytes of `[A-Za-z0-9._-]`.
+    /// Unique among all rules of a policy; 1 to 63 bytes of `[A-Za-z0-9._-]`.
     pub name: String,
     /// Which side opens the flow.
     pub direction: Direction,

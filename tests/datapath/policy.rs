@@ -36,6 +36,7 @@ fn many(count: u32) -> Result<Tables> {
         external: vec!["172.16.0.0/12".parse()?],
         nodes: vec![],
         rules: (0..count).map(rule).collect::<Result<_>>()?,
+        audited: Vec::new(),
         node_ports: None,
     };
     Ok(compile(&policy, &[])?)

@@ -35,7 +35,7 @@ pub(crate) fn tables<'a>(names: impl IntoIterator<Item = &'a str>) -> Tables {
         .map(|text| {
             let mut name = [0; 64];
             name[..text.len()].copy_from_slice(text.as_bytes());
-            RuleInfo { name, direction: 0, deny: 0 }
+            RuleInfo { name, direction: 0, deny: 0, audit: 0 }
         })
         .collect();
     let network = "10.200.1.0/24".parse().expect("a network");

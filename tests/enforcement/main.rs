@@ -1,5 +1,6 @@
 //! The agent in the lab, end to end: real sockets, and the packets that the kernel let through or did not.
 
+mod audit;
 mod fast_path;
 mod icmp;
 mod masquerade;

@@ -134,6 +134,7 @@ pub(crate) fn policy() -> Policy {
             rule("dns", Direction::Outbound, Protocol::Any, &[(53, 53)]),
             rule("ping", Direction::Inbound, Protocol::Icmp, &[]),
         ],
+        audited: Vec::new(),
         node_ports: Some(NodePorts {
             range: PortRange { first: 30000, last: 32767 },
             allow: ranges(&[(30080, 30080), (31000, 31100)]),

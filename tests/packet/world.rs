@@ -92,6 +92,7 @@ pub(crate) fn policy(rules: Vec<Rule>) -> Policy {
         external: nets(&["192.168.31.0/24", "fd31::/64"]),
         nodes: nets(&["192.168.31.18/32", "fd31::18/128"]),
         rules,
+        audited: Vec::new(),
         node_ports: Some(NodePorts { range: range(30_000, 32_767), allow: vec![range(30_080, 30_080)] }),
     }
 }

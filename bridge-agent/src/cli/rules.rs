@@ -14,7 +14,7 @@ use crate::config;
 use crate::datapath::{self, Maps, RuleCount};
 use crate::firewall::{Firewall as _, Hits};
 use crate::iptables::{Iptables, render, ruleset::Family};
-use crate::model::{Policy, Rule};
+use crate::model::{Mode, Policy, Rule};
 use crate::nftables::{self, Nftables};
 
 /// List the active rules with their hits.
@@ -59,6 +59,8 @@ struct Row {
     name: String,
     direction: String,
     action: String,
+    /// `audit`: the rule decides nothing, and is counted as if it did.
+    mode: Mode,
     /// Flows that the rule decided about in eBPF; absent without that engine.
     #[serde(skip_serializing_if = "Option::is_none")]
     hits: Option<u64>,
@@ -132,7 +134,11 @@ impl Rules {
         for row in rows {
             let index = row.index.map(|index| index.to_string()).unwrap_or_default();
             let mut cells = Vec::from_iter(global.wide().then_some(index));
-            cells.extend([row.name, row.direction, row.action]);
+            let action = match row.mode {
+                Mode::Enforce => row.action,
+                Mode::Audit => format!("would {}", row.action),
+            };
+            cells.extend([row.name, row.direction, action]);
             cells.extend([row.hits, row.bytes].into_iter().flatten().map(|count| count.to_string()));
             cells.extend(row.iptables.or(row.nftables).map(|hits| hits.packets.to_string()));
             table.add_row(cells);
@@ -152,6 +158,7 @@ fn of_ebpf(rules: Vec<RuleCount>, filter: Option<&FilterHits>) -> Vec<Row> {
             name: rule.name,
             direction: rule.direction,
             action: rule.action,
+            mode: rule.mode,
             hits: Some(rule.hits),
             bytes: Some(rule.bytes),
             iptables,
@@ -163,21 +170,27 @@ fn of_ebpf(rules: Vec<RuleCount>, filter: Option<&FilterHits>) -> Vec<Row> {
 
 /// The rules of the configuration that stand in the packet filter.
 fn of_filter(policy: &Policy, filter: &FilterHits) -> Vec<Row> {
-    let in_force = policy.rules.iter().filter_map(|rule| Some((rule, *filter.hits.get(&rule.name)?)));
-    let row = |(rule, hits): (&Rule, Hits)| {
+    let of = |rules: &[Rule], mode| -> Vec<(Rule, Mode)> {
+        rules.iter().map(|rule| (rule.clone(), mode)).collect()
+    };
+    let rules = [of(&policy.rules, Mode::Enforce), of(&policy.audited, Mode::Audit)].concat();
+    let active =
+        rules.into_iter().filter_map(|(rule, mode)| Some((*filter.hits.get(&rule.name)?, rule, mode)));
+    let row = |(hits, rule, mode): (Hits, Rule, Mode)| {
         let [iptables, nftables] = filter.columns(hits);
         Row {
             index: None,
-            name: rule.name.clone(),
+            name: rule.name,
             direction: format!("{:?}", rule.direction).to_lowercase(),
             action: format!("{:?}", rule.action).to_lowercase(),
+            mode,
             hits: None,
             bytes: None,
             iptables,
             nftables,
         }
     };
-    in_force.map(row).collect()
+    active.map(row).collect()
 }
 
 fn render_iptables(global: &Global, ipv6: bool) -> Result<(), Error> {

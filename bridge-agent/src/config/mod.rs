@@ -268,7 +268,8 @@ impl Config {
             pods: self.networks.pod_nets(),
             external: self.networks.external_nets(),
             nodes: self.networks.node_nets(),
-            rules: self.rules.iter().map(Rule::to_model).collect(),
+            rules: self.rules.iter().filter(|rule| !rule.is_audited()).map(Rule::to_model).collect(),
+            audited: self.rules.iter().filter(|rule| rule.is_audited()).map(Rule::to_model).collect(),
             node_ports: self.node_ports.as_ref().map(NodePorts::to_model),
         }
     }

@@ -11,6 +11,7 @@ use super::node::{Node, Value};
 use super::report::{ConfigErrors, Diagnostics, Findings, Path, Report, Severity};
 use super::shape::Shape;
 use super::{Problem, Rule, rules, yaml};
+use crate::model::Mode;
 
 /// The API group of the custom resources of bridge. An owner with another domain changes it here.
 pub const GROUP: &str = "bridge.lan";
@@ -31,6 +32,8 @@ struct Document {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Spec {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mode: Option<Mode>,
     rules: Vec<Rule>,
 }
 
@@ -71,7 +74,7 @@ fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
         Ok(Document { spec }) => {
             let mut report = Report::new(tree, findings);
             let (root, rules) = (Path::Root, "rules");
-            let (spec_path, list) = (root.key("spec"), spec.rules);
+            let (spec_path, mut list) = (root.key("spec"), spec.rules);
             let path = spec_path.key(rules);
             if list.is_empty() && report.intact(&path) {
                 let problem =
@@ -79,6 +82,16 @@ fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
                 report.error(&path, problem);
             }
             rules::check_policy(&list, &path, &mut report);
+            if spec.mode == Some(Mode::Audit) {
+                for (index, rule) in list.iter_mut().enumerate() {
+                    if rule.mode == Some(Mode::Enforce) {
+                        let message = "the policy has `mode: audit`, so that none of its rules enforces";
+                        let help = "remove `mode: enforce` of the rule, or `mode: audit` of the policy";
+                        report.error(&path.index(index).key("mode"), Problem::new(message, help));
+                    }
+                    rule.mode = Some(Mode::Audit);
+                }
+            }
             Some(list)
         }
         Err(error) => {

@@ -14,7 +14,7 @@ use super::networks::Networks;
 use super::ports::Ports;
 use super::report::{Path, Report};
 use super::shadow;
-use crate::model::{self, Action, Direction, PortRange, Protocol};
+use crate::model::{self, Action, Direction, Mode, PortRange, Protocol};
 
 /// The most rules a configuration may have.
 pub const MAX_RULES: usize = 1_000_000;
@@ -69,6 +69,10 @@ pub struct Rule {
     /// The action for a flow that matches.
     #[serde(default)]
     pub action: Action,
+    /// `audit`: the rule neither allows nor denies; flows about which it would decide are counted and reported. Left out:
+    /// that of the policy, else `enforce`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
 }
 
 /// The name of a rule.
@@ -353,6 +357,11 @@ impl Rule {
             }
         }
         Some(nets)
+    }
+
+    /// Whether it decides nothing.
+    pub(crate) fn is_audited(&self) -> bool {
+        self.mode == Some(Mode::Audit)
     }
 
     /// The rule as the engines see it. A rule with a selector matches nothing until its pods are known.

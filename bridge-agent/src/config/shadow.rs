@@ -14,9 +14,14 @@ const MAX_COMPARISONS: usize = 1_000_000;
 
 /// Warns of each allow that one deny covers. `path` points to the list.
 pub(super) fn check(rules: &[Rule], path: &Path<'_>, report: &mut Report<'_>) {
-    let denies: Vec<&Rule> = rules.iter().filter(|rule| rule.action == Action::Deny).collect();
+    // Rules in audit mode decide nothing about others.
+    let enforced = |rule: &&Rule| !rule.is_audited();
+    let denies: Vec<&Rule> =
+        rules.iter().filter(enforced).filter(|rule| rule.action == Action::Deny).collect();
     let mut left = MAX_COMPARISONS;
-    for (index, rule) in rules.iter().enumerate().filter(|(_, rule)| rule.action == Action::Allow) {
+    for (index, rule) in
+        rules.iter().enumerate().filter(|(_, rule)| rule.action == Action::Allow && !rule.is_audited())
+    {
         let Some(rest) = left.checked_sub(denies.len()) else { return };
         left = rest;
         if let Some(deny) = denies.iter().find(|deny| covers(deny, rule)) {

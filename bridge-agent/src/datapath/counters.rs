@@ -12,6 +12,7 @@ use super::{
     flows::rule_name,
     maps::Maps,
 };
+use crate::model::Mode;
 
 /// Packets of one direction that were judged alike.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -45,6 +46,9 @@ pub struct RuleCount {
     pub direction: String,
     /// `allow` or `deny`.
     pub action: String,
+    /// `enforce`, or `audit`: the rule decides nothing, and is counted as if it did.
+    #[serde(default)]
+    pub mode: Mode,
     /// New flows that the rule decided about.
     pub hits: u64,
     /// Lengths of their first packets from the link layer header on, in bytes.
@@ -93,6 +97,7 @@ impl Maps {
                 name: rule_name(rule),
                 direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
                 action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
+                mode: if rule.audit == 0 { Mode::Enforce } else { Mode::Audit },
                 hits: hits.packets,
                 bytes: hits.bytes,
             })

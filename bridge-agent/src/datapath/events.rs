@@ -33,7 +33,8 @@ use super::{
 pub struct Verdict {
     /// When; RFC 3339, UTC.
     pub time: String,
-    /// `allow`, `drop`, `reject`, or `audit`: let through, but would have been denied.
+    /// `allow`, `drop`, `reject`; `audit`: let through, but would have been denied; `audit-allow`: denied, but a rule in audit
+    /// mode would have allowed it.
     pub verdict: String,
     /// Name of a [`Reason`].
     pub reason: String,

@@ -384,9 +384,11 @@ impl Carried {
     fn new(maps: &Maps, old: u32, rules: &[RuleInfo]) -> Result<Self> {
         let cpus = cpus()?;
         let old_rules = maps.rule_info(old)?;
-        let old_hits: HashMap<[u8; 64], RuleHits> =
-            old_rules.iter().map(|rule| rule.name).zip(maps.rule_hits(old)?).collect();
-        let hits = rules.iter().map(|rule| old_hits.get(&rule.name).copied().unwrap_or_default()).collect();
+        // Flows that a rule would have decided about are not added to those that it decides about.
+        let key = |rule: &RuleInfo| (rule.name, rule.audit);
+        let old_hits: HashMap<([u8; 64], u32), RuleHits> =
+            old_rules.iter().map(key).zip(maps.rule_hits(old)?).collect();
+        let hits = rules.iter().map(|rule| old_hits.get(&key(rule)).copied().unwrap_or_default()).collect();
         Ok(Self { cpus, hits })
     }
 
@@ -441,6 +443,8 @@ fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings
         node_ports: tables.node_ports,
         node_port_root: tables.node_port_root,
         rule_count: tables.rule_count,
+        has_audited: tables.rules.iter().any(|rule| rule.audit != 0).into(),
+        padding: 0,
     }
 }
 

@@ -53,7 +53,8 @@ pub(super) fn rule(judge: &Judge<'_>, sides: Sides, packet: &Packet) -> Option<R
     let suffix = ports.map(|port| format!("-{port}")).unwrap_or_default();
     let base = format!("{}-{}{suffix}", name(sides.direction), Protocol(packet.protocol));
     let mut names = std::iter::once(base.clone()).chain((2..).map(|number| format!("{base}-{number}")));
-    let free = names.find(|name| !judge.policy.rules.iter().any(|rule| rule.name == *name))?;
+    let rules = judge.policy.rules.iter().chain(&judge.policy.audited);
+    let free = names.find(|name| !rules.clone().any(|rule| rule.name == *name))?;
     Some(Rule {
         name: RuleName::new(&free).ok()?,
         direction: sides.direction,
@@ -65,6 +66,7 @@ pub(super) fn rule(judge: &Judge<'_>, sides: Sides, packet: &Packet) -> Option<R
         ports: ports.map(|port| Ports(vec![PortItem(PortRange { first: port, last: port })])),
         source_ports: None,
         action: Action::Allow,
+        mode: None,
     })
 }
 

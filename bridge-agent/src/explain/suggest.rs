@@ -133,6 +133,7 @@ pub fn suggest(policy: &Policy, denials: &[Denial], choice: Choice) -> Suggestio
                     ports: (model_protocol != model::Protocol::Icmp).then(|| Ports(runs(&ports))),
                     source_ports: None,
                     action: Action::Allow,
+                    mode: None,
                 },
             });
         }

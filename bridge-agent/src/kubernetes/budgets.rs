@@ -68,6 +68,7 @@ fn policy(rules: Vec<model::Rule>) -> Policy {
         external,
         nodes: Vec::new(),
         rules,
+        audited: Vec::new(),
         node_ports: None,
     }
 }

@@ -354,6 +354,7 @@ impl Planned {
             ports: None,
             source_ports: None,
             action: Action::Deny,
+            mode: None,
         };
         self.config.rules.insert(0, deny);
     }

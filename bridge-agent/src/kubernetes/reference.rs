@@ -22,6 +22,7 @@ pub const EXAMPLES: &[(&str, &str)] = &[
     ("external", r#"{external: [192.168.31.67/32, "fd31::/64"]}"#),
     ("pods", "{pods: [10.200.1.0/24]}"),
     ("action", "{action: deny}"),
+    ("mode", "{mode: audit}"),
     ("podSelector", "{podSelector: {matchLabels: {app: api}}}"),
     ("podSelector.matchLabels", "{podSelector: {matchLabels: {app.kubernetes.io/name: api, tier: gold}}}"),
     (

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
-    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray,
+    CustomResourceDefinition, JSONSchemaProps, JSONSchemaPropsOrArray, ValidationRule,
 };
 use kube::{CustomResource, CustomResourceExt};
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::schema;
 use crate::config::Rule;
+use crate::model::Mode;
 
 pub use crate::config::GROUP;
 
@@ -45,10 +46,19 @@ pub const PROGRAMMED: &str = "Programmed";
 )]
 #[serde(rename_all = "camelCase")]
 pub struct BridgePolicySpec {
+    /// `audit`: the policy neither allows nor denies; flows about which its rules would decide are counted and reported.
+    /// Left out: `enforce`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "mode")]
+    pub mode: Option<Mode>,
     /// The rules, as in the configuration file of an agent, such as `[{name: to-api, direction: inbound, external:
     /// [192.168.31.67/32], podSelector: {matchLabels: {app: api}}, protocol: tcp, ports: [40002]}]`.
     #[schemars(schema_with = "rules")]
     pub rules: Vec<Rule>,
+}
+
+fn mode(_: &mut SchemaGenerator) -> Schema {
+    schema::mode()
 }
 
 fn rules(_: &mut SchemaGenerator) -> Schema {
@@ -228,6 +238,12 @@ pub fn objects() -> [CustomResourceDefinition; 2] {
         schema.x_kubernetes_preserve_unknown_fields = Some(true);
         if let Some(spec) = schema.properties.as_mut().and_then(|properties| properties.get_mut("spec")) {
             spec.x_kubernetes_preserve_unknown_fields = Some(true);
+            let validations = schema::of_spec().into_iter().map(|(rule, message)| ValidationRule {
+                rule,
+                message: Some(message),
+                ..ValidationRule::default()
+            });
+            spec.x_kubernetes_validations = Some(validations.collect());
         }
     }
     [policy, BridgeNode::crd()].map(|mut definition| {

@@ -19,6 +19,7 @@ use serde_json::{Map, Value as Json, json};
 use crate::config::labels::{KEY_PATTERN, MAX_KEY, MAX_NAME, VALUE_PATTERN};
 use crate::config::ports::PATTERN;
 use crate::config::{Rule, rules::bounds};
+use crate::model::Mode;
 
 /// The longest port item, `10000-65535`.
 const MAX_PORT: usize = 11;
@@ -75,6 +76,23 @@ fn of_network() -> Vec<Validation> {
     vec![validation(
         "isCIDR(self) && cidr(self) == cidr(self).masked()",
         "not a network: write ADDRESS/LENGTH with no bits set after LENGTH, such as 192.168.31.0/24",
+    )]
+}
+
+/// Returns the schema of the mode of a policy.
+pub(super) fn mode() -> Schema {
+    let mut mode = crate::config::schema_of::<Mode>();
+    structural(&mut mode);
+    mode["nullable"] = true.into();
+    Schema::try_from(mode).expect("an object is a schema")
+}
+
+/// Returns the rules about several keys of a policy.
+pub(super) fn of_spec() -> Vec<(String, String)> {
+    vec![validation(
+        "!has(self.mode) || self.mode != 'audit' || self.rules.all(rule, !has(rule.mode) || rule.mode == 'audit')",
+        "the policy has `mode: audit`, so that none of its rules enforces: remove `mode: enforce` of a rule, or `mode: audit` of \
+         the policy",
     )]
 }
 

@@ -16,7 +16,7 @@ const MAX_LAYERS: usize = 64;
 /// [`Error::TooManyElements`] and [`Error::TooManyLayers`], with the figure.
 pub fn check(policy: &Policy) -> Result<(), Error> {
     // Counted first: lists of addresses multiply.
-    let (elements, most) = render::count(&policy.rules);
+    let (elements, most) = render::count(policy);
     if elements > MAX_ELEMENTS {
         let rule = most.map(|rule| rule.name.clone()).unwrap_or_default();
         return Err(Error::TooManyElements { elements, limit: MAX_ELEMENTS, rule });

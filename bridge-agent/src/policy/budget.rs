@@ -156,11 +156,12 @@ pub enum Exceeded {
 /// # Errors
 /// The cost exceeds the budget; the text has the figure and the remedy.
 pub fn check(policy: &Policy, local: &[IpAddr]) -> Result<Cost, Exceeded> {
-    let (pairs, rule) = sum(&policy.rules, pairs);
+    let rules = || policy.rules.iter().chain(&policy.audited);
+    let (pairs, rule) = sum(rules(), pairs);
     if pairs > MAX_PAIRS {
         return Err(Exceeded::Pairs { pairs, rule });
     }
-    let (lines, rule) = sum(&policy.rules, lines);
+    let (lines, rule) = sum(rules(), lines);
     if lines > MAX_LINES {
         return Err(Exceeded::Lines { lines, rule });
     }
@@ -177,8 +178,8 @@ pub fn check(policy: &Policy, local: &[IpAddr]) -> Result<Cost, Exceeded> {
 }
 
 /// The sum over all rules, and the name of the rule that contributes most.
-fn sum(rules: &[Rule], cost: impl Fn(&Rule) -> u64) -> (u64, String) {
-    let costs = rules.iter().map(|rule| (cost(rule), rule));
+fn sum<'r>(rules: impl Iterator<Item = &'r Rule> + Clone, cost: impl Fn(&Rule) -> u64) -> (u64, String) {
+    let costs = rules.map(|rule| (cost(rule), rule));
     let most = costs.clone().max_by_key(|(cost, _)| *cost);
     let total = costs.fold(0_u64, |total, (cost, _)| total.saturating_add(cost));
     (total, most.map(|(_, rule)| rule.name.clone()).unwrap_or_default())
@@ -227,6 +228,7 @@ mod tests {
             external: vec!["192.168.0.0/16".parse().unwrap()],
             nodes: Vec::new(),
             rules,
+            audited: Vec::new(),
             node_ports: None,
         }
     }

@@ -61,7 +61,7 @@ pub struct Tables {
     pub narrows: Vec<PortIntervals>,
     /// By index; the first is not used.
     pub pages: Vec<PortPage>,
-    /// By index: the rules of the policy, then [`NODE_PORTS_RULE`], if NodePorts are judged.
+    /// By index: the rules of the policy, then [`NODE_PORTS_RULE`], if NodePorts are judged, then the rules in audit mode.
     pub rules: Vec<RuleInfo>,
     /// For [`bridge_common::filter::control::Settings::global_sets`].
     pub global_sets: [u32; 2],
@@ -180,26 +180,51 @@ pub fn compile(policy: &Policy, local: &[IpAddr]) -> Result<Tables, Error> {
     compile_within(policy, local, MAX_INTERVALS)
 }
 
+/// All rules of a policy, by index.
+#[derive(Clone, Copy)]
+struct Numbered<'p> {
+    rules: &'p [Rule],
+    audited: &'p [Rule],
+    /// Index of the first rule in audit mode.
+    first_audited: u32,
+}
+
+impl<'p> Numbered<'p> {
+    fn get(&self, index: u32) -> &'p Rule {
+        match index.checked_sub(self.first_audited) {
+            Some(audited) => &self.audited[audited as usize],
+            None => &self.rules[index as usize],
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (u32, &'p Rule)> + use<'p> {
+        (0..).zip(self.rules).chain((self.first_audited..).zip(self.audited))
+    }
+}
+
 fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Result<Tables, Error> {
-    let rule_count = u32::try_from(policy.rules.len() + usize::from(policy.node_ports.is_some()))
-        .ok()
-        .filter(|&count| count < abi::RULE)
-        .ok_or(Error::TooManyRules { rules: policy.rules.len() })?;
+    let first_audited = policy.rules.len() + usize::from(policy.node_ports.is_some());
+    let number = |count: usize| {
+        let number = u32::try_from(count).ok().filter(|&count| count < abi::RULE);
+        number.ok_or(Error::TooManyRules { rules: policy.rules.len() + policy.audited.len() })
+    };
+    let rule_count = number(first_audited + policy.audited.len())?;
+    let first_audited = number(first_audited)?;
+    let rules = Numbered { rules: &policy.rules, audited: &policy.audited, first_audited };
     let mut sides = [Side::new(side::EXTERNAL, &policy.external), Side::new(side::POD, &policy.pods)];
     if let Some((external, pods)) = sides[0].overlap(&sides[1]) {
         return Err(Error::OverlappingNetworks { pods, external });
     }
-    let groups = groups(&policy.rules, &mut sides);
+    let groups = groups(rules, &mut sides);
 
-    let mut ports = Ports::new(max_intervals);
+    let mut ports = Ports::new(max_intervals, first_audited);
     let mut global = [0; 2];
     let mut uses = sides.each_ref().map(|side| vec![Use::default(); side.list_count()]);
     let mut combinations = Vec::new();
     for group in &groups {
-        let rules: Vec<(u32, &Rule)> =
-            group.rules.iter().map(|&index| (index, &policy.rules[index as usize])).collect();
-        let table = ports.table(&rules).map_err(|Exhausted| Error::TooManyPortRanges {
-            rules: names(rules.iter().map(|(_, rule)| *rule)),
+        let members: Vec<(u32, &Rule)> = group.rules.iter().map(|&index| (index, rules.get(index))).collect();
+        let table = ports.table(&members).map_err(|Exhausted| Error::TooManyPortRanges {
+            rules: names(members.iter().map(|(_, rule)| *rule)),
         })?;
         match (group.external, group.pods) {
             (Naming::Nothing, _) | (_, Naming::Nothing) => {}
@@ -220,10 +245,10 @@ fn compile_within(policy: &Policy, local: &[IpAddr], max_intervals: usize) -> Re
     }
 
     let mut addresses = addresses::entries(&mut sides, &uses, &policy.nodes, local, &mut ports)?;
-    let mut pairs = pairs::pairs(&combinations, &sides, &policy.rules, &mut ports)?;
+    let mut pairs = pairs::pairs(&combinations, &sides, rules, &mut ports)?;
     let node_ports = policy.node_ports.as_ref();
     let node_port_partition = node_ports
-        .map_or(Ok(0), |node_ports| node_port_partition(node_ports, rule_count - 1, &mut ports))
+        .map_or(Ok(0), |node_ports| node_port_partition(node_ports, first_audited - 1, &mut ports))
         .map_err(|Exhausted| Error::TooManyPortRanges { rules: "nodePorts.allow".to_owned() })?;
 
     let mut emitter = Emitter::new(&ports);
@@ -271,10 +296,10 @@ fn number_origins(addresses: &mut [(IpNet, AddressInfo)]) -> Vec<AddressInfo> {
 }
 
 /// Rules sorted by what they name; those that name nothing are left out.
-fn groups(rules: &[Rule], sides: &mut [Side; 2]) -> Vec<Group> {
+fn groups(rules: Numbered<'_>, sides: &mut [Side; 2]) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     let mut by_names: HashMap<(usize, Naming, Naming), usize> = HashMap::new();
-    for (index, rule) in (0..).zip(rules) {
+    for (index, rule) in rules.iter() {
         let external = sides[0].naming(rule.external.as_deref());
         let pods = sides[1].naming(rule.pods.as_deref());
         if external == Naming::Nothing || pods == Naming::Nothing {
@@ -307,13 +332,18 @@ fn node_port_partition(node_ports: &NodePorts, index: u32, ports: &mut Ports) ->
 fn rule_infos(policy: &Policy) -> Vec<RuleInfo> {
     let node_ports =
         policy.node_ports.iter().map(|_| rule_info(NODE_PORTS_RULE, direction::NODE_PORT, Action::Allow));
-    let rules = policy.rules.iter().map(|rule| rule_info(&rule.name, number(rule.direction), rule.action));
-    rules.chain(node_ports).collect()
+    let of = |rule: &Rule| rule_info(&rule.name, number(rule.direction), rule.action);
+    let audited = policy.audited.iter().map(|rule| RuleInfo { audit: 1, ..of(rule) });
+    policy.rules.iter().map(of).chain(node_ports).chain(audited).collect()
 }
 
 fn rule_info(name: &str, direction: u8, action: Action) -> RuleInfo {
-    let mut info =
-        RuleInfo { name: [0; 64], direction: direction.into(), deny: (action == Action::Deny).into() };
+    let mut info = RuleInfo {
+        name: [0; 64],
+        direction: direction.into(),
+        deny: (action == Action::Deny).into(),
+        audit: 0,
+    };
     let length = name.floor_char_boundary(info.name.len() - 1);
     info.name[..length].copy_from_slice(&name.as_bytes()[..length]);
     info

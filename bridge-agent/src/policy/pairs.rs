@@ -6,7 +6,7 @@ use bridge_common::filter::policy::{PairKey, PairSets};
 
 use super::addresses::Side;
 use super::ports::{Exhausted, Ports};
-use super::{Error, MAX_PAIRS, names};
+use super::{Error, MAX_PAIRS, Numbered, names};
 use crate::model::Rule;
 
 /// Rules of one direction that name both sides by the same two lists.
@@ -27,7 +27,7 @@ pub(super) struct Combination<'a> {
 pub(super) fn pairs(
     combinations: &[Combination<'_>],
     sides: &[Side; 2],
-    rules: &[Rule],
+    rules: Numbered<'_>,
     ports: &mut Ports,
 ) -> Result<Vec<(PairKey, PairSets)>, Error> {
     let [external, pods] = sides.each_ref().map(classes_by_list);
@@ -38,11 +38,8 @@ pub(super) fn pairs(
     if total > MAX_PAIRS as u64 {
         let mut largest: Vec<&Combination<'_>> = combinations.iter().collect();
         largest.sort_by_key(|combination| Reverse(size(combination)));
-        let largest: Vec<&Rule> = largest
-            .iter()
-            .flat_map(|combination| combination.rules)
-            .map(|&index| &rules[index as usize])
-            .collect();
+        let largest: Vec<&Rule> =
+            largest.iter().flat_map(|combination| combination.rules).map(|&index| rules.get(index)).collect();
         return Err(Error::TooManyPairs { pairs: total, rules: names(largest.into_iter()) });
     }
 

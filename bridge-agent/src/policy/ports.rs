@@ -64,24 +64,30 @@ pub(super) struct Claim<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Exhausted;
 
-/// Every partition and every table (five partitions, by [`protocol`]) there is. Number 0 of both says "no rule".
+/// The partitions of a table: by [`protocol`] those of the rules that decide, then those of the rules in audit mode.
+pub(super) type Roots = [u32; 2 * protocol::COUNT];
+
+/// Every partition and every table there is. Number 0 of both says "no rule".
 pub(super) struct Ports {
     partitions: Interner<Partition>,
-    tables: Interner<[u32; protocol::COUNT]>,
+    tables: Interner<Roots>,
     merged_partitions: HashMap<(u32, u32), u32>,
     merged_tables: HashMap<(u32, u32), u32>,
     /// How many more intervals may be computed.
     budget: usize,
+    /// Index of the first rule in audit mode.
+    first_audited: u32,
 }
 
 impl Ports {
-    pub(super) fn new(budget: usize) -> Self {
+    pub(super) fn new(budget: usize, first_audited: u32) -> Self {
         Self {
             partitions: Interner::new(Rc::from([Interval { first: 0, cell: NO_RULE }])),
-            tables: Interner::new([0; protocol::COUNT]),
+            tables: Interner::new([0; 2 * protocol::COUNT]),
             merged_partitions: HashMap::new(),
             merged_tables: HashMap::new(),
             budget,
+            first_audited,
         }
     }
 
@@ -93,16 +99,22 @@ impl Ports {
         self.partitions.values().len()
     }
 
-    pub(super) fn roots(&self, table: u32) -> [u32; protocol::COUNT] {
+    pub(super) fn roots(&self, table: u32) -> Roots {
         *self.tables.value(table)
     }
 
     /// The table of `rules`, each with its index.
     pub(super) fn table(&mut self, rules: &[(u32, &Rule)]) -> Result<u32, Exhausted> {
-        let mut roots = [0; protocol::COUNT];
+        let mut roots = [0; 2 * protocol::COUNT];
         let mut before: Vec<(Vec<u32>, u32)> = Vec::new();
-        for (protocol, root) in roots.iter_mut().enumerate() {
-            let chosen = || rules.iter().filter(|(_, rule)| matches(rule, protocol));
+        let first_audited = self.first_audited;
+        for (number, root) in roots.iter_mut().enumerate() {
+            let (protocol, audited) = (number % protocol::COUNT, number >= protocol::COUNT);
+            let chosen = || {
+                rules.iter().filter(move |(index, rule)| {
+                    (*index >= first_audited) == audited && matches(rule, protocol)
+                })
+            };
             let indexes: Vec<u32> = chosen().map(|&(index, _)| index).collect();
             if indexes.is_empty() {
                 continue;
@@ -151,7 +163,7 @@ impl Ports {
             return Ok(known);
         }
         let (left, right) = (self.roots(a), self.roots(b));
-        let mut roots = [0; protocol::COUNT];
+        let mut roots = [0; 2 * protocol::COUNT];
         for (index, root) in roots.iter_mut().enumerate() {
             *root = self.merge_partitions(left[index], right[index])?;
         }

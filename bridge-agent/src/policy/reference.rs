@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::filter::policy::{AddressInfo, PairKey, direction, protocol, reference, side};
+use bridge_common::filter::policy::{AddressInfo, PairKey, RuleSet, direction, protocol, reference, side};
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,21 @@ pub fn scope_tables(tables: &Tables, packet: &Packet) -> Option<u8> {
 /// If a table refers to an entry that is not there.
 #[must_use]
 pub fn evaluate_tables(tables: &Tables, packet: &Packet) -> Option<(u32, Action)> {
+    evaluate_sets(tables, packet, |set| &set.roots)
+}
+
+/// Returns the rule in audit mode that would decide, as [`evaluate_tables`].
+#[must_use]
+pub fn audit_tables(tables: &Tables, packet: &Packet) -> Option<(u32, Action)> {
+    scope_tables(tables, packet).filter(|direction| *direction != direction::NODE_PORT)?;
+    evaluate_sets(tables, packet, |set| &set.audited)
+}
+
+fn evaluate_sets(
+    tables: &Tables,
+    packet: &Packet,
+    roots: fn(&RuleSet) -> &[u32; protocol::COUNT],
+) -> Option<(u32, Action)> {
     let direction = scope_tables(tables, packet)?;
     if direction == direction::NODE_PORT {
         return verdict(resolve(tables, tables.node_port_root, packet.destination_port));
@@ -73,7 +88,7 @@ pub fn evaluate_tables(tables: &Tables, packet: &Packet) -> Option<(u32, Action)
     let mut winner = None;
     for sets in [tables.global_sets, external.sets, pod.sets, pair] {
         let set = tables.rule_sets[sets[usize::from(direction)] as usize];
-        let mut answer = resolve(tables, set.roots[packet.protocol], packet.destination_port);
+        let mut answer = resolve(tables, roots(&set)[packet.protocol], packet.destination_port);
         if reference::tag(answer) != reference::LEAF {
             answer = resolve(tables, answer, packet.source_port);
         }
@@ -147,22 +162,35 @@ pub fn scope_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option
 /// As [`evaluate_tables`], by the model: every rule is asked. `local`: the own addresses of the node.
 #[must_use]
 pub fn evaluate_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option<(u32, Action)> {
+    if scope_model(policy, local, packet)? == direction::NODE_PORT {
+        let allow = &policy.node_ports.as_ref()?.allow;
+        let allowed = allow.iter().any(|range| range.contains(packet.destination_port));
+        let index = u32::try_from(policy.rules.len()).ok()?;
+        return allowed.then_some((index, Action::Allow));
+    }
+    winner_among(&policy.rules, policy, local, packet)
+}
+
+/// Returns index and action of the rule in audit mode that would decide, as [`evaluate_model`].
+#[must_use]
+pub fn audit_model(policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option<(u32, Action)> {
+    let (index, action) = winner_among(&policy.audited, policy, local, packet)?;
+    let first = policy.rules.len() + usize::from(policy.node_ports.is_some());
+    Some((u32::try_from(first).ok()? + index, action))
+}
+
+fn winner_among(rules: &[Rule], policy: &Policy, local: &[IpAddr], packet: &Packet) -> Option<(u32, Action)> {
     let (direction, external, pod) = match scope_model(policy, local, packet)? {
         direction::INBOUND => (Direction::Inbound, packet.source, packet.destination),
         direction::OUTBOUND => (Direction::Outbound, packet.destination, packet.source),
-        _ => {
-            let allow = &policy.node_ports.as_ref()?.allow;
-            let allowed = allow.iter().any(|range| range.contains(packet.destination_port));
-            let index = u32::try_from(policy.rules.len()).ok()?;
-            return allowed.then_some((index, Action::Allow));
-        }
+        _ => return None,
     };
     // Rules can allow the addresses of `networks.external` only.
     if local.contains(&external) || contains(&policy.nodes, external) || !contains(&policy.external, external)
     {
         return None;
     }
-    winner(&policy.rules, direction, external, pod, packet)
+    winner(rules, direction, external, pod, packet)
 }
 
 /// Returns index and action of the rule that decides about `packet` between these two sides: among matching rules a deny

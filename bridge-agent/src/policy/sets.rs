@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, RuleSet, reference};
+use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, RuleSet, protocol, reference};
 
 use super::intern::Interner;
 use super::ports::{BY_SOURCE, Cell, Interval, Ports, leaf};
@@ -41,9 +41,12 @@ impl<'a> Emitter<'a> {
         if let Some(&known) = self.sets.get(&table) {
             return known;
         }
-        let roots = self.ports.roots(table).map(|partition| self.root(partition));
+        let all = self.ports.roots(table).map(|partition| self.root(partition));
+        let [mut roots, mut audited] = [[0; protocol::COUNT]; 2];
+        roots.copy_from_slice(&all[..protocol::COUNT]);
+        audited.copy_from_slice(&all[protocol::COUNT..]);
         let index = u32::try_from(self.rule_sets.len()).expect("no more sets than tables");
-        self.rule_sets.push(RuleSet { roots });
+        self.rule_sets.push(RuleSet { roots, audited });
         self.sets.insert(table, index);
         index
     }

@@ -160,7 +160,9 @@ impl Shared {
     /// Publishes a verdict, and keeps it if it denies.
     pub(crate) fn publish_verdict(&self, verdict: Verdict) {
         let verdict = Arc::new(verdict);
-        if verdict.verdict != verdict::NAMES[usize::from(verdict::ALLOW)] {
+        // Of `audit-allow`, the denial has an event of its own.
+        let passes = [verdict::ALLOW, verdict::AUDIT_ALLOW].map(|number| verdict::NAMES[usize::from(number)]);
+        if !passes.contains(&&*verdict.verdict) {
             let mut inner = self.write();
             inner.denials.note(&verdict);
             inner.last_denied = Some(Arc::clone(&verdict));

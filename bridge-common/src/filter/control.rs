@@ -82,6 +82,10 @@ pub struct Settings {
     pub node_port_root: u32,
     /// How many rules the policy has. Hits of rule `r` on CPU `c` are at index `c * rule_count + r`.
     pub rule_count: u32,
+    /// 1: there are rules in audit mode.
+    pub has_audited: u32,
+    /// Zero.
+    pub padding: u32,
 }
 
-crate::plain_old_data!(Control: 8, Settings: 144);
+crate::plain_old_data!(Control: 8, Settings: 152);

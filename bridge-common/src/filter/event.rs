@@ -50,8 +50,10 @@ pub mod verdict {
     pub const REJECT: u8 = 2;
     /// Let through, but would have been denied.
     pub const AUDIT: u8 = 3;
+    /// Denied, but a rule in audit mode would have allowed it. The denial has an event of its own.
+    pub const AUDIT_ALLOW: u8 = 4;
     /// The verdicts by number, as they are shown.
-    pub const NAMES: [&str; 4] = ["allow", "drop", "reject", "audit"];
+    pub const NAMES: [&str; 5] = ["allow", "drop", "reject", "audit", "audit-allow"];
 }
 
 /// How many events a CPU has sent in the current second, and kept back since its last one.

@@ -94,6 +94,8 @@ pub mod protocol {
 pub struct RuleSet {
     /// By [`protocol`].
     pub roots: [u32; protocol::COUNT],
+    /// The same, of the rules in audit mode, which decide nothing.
+    pub audited: [u32; protocol::COUNT],
 }
 
 /// References between the tables of port lookup: a tag in the two highest bits, an index or a verdict below.
@@ -164,15 +166,17 @@ pub struct RuleInfo {
     pub direction: u32,
     /// 1: the rule denies.
     pub deny: u32,
+    /// 1: the rule is in audit mode: it decides nothing, and is counted and reported as if it did.
+    pub audit: u32,
 }
 
 crate::plain_old_data!(
     AddressInfo: 16,
     PairKey: 8,
     PairSets: 8,
-    RuleSet: 20,
+    RuleSet: 40,
     PortIntervals: 64,
     PortPage: 1024,
     RuleHits: 16,
-    RuleInfo: 72,
+    RuleInfo: 76,
 );

@@ -272,7 +272,7 @@ extern "C" fn judge_unknown(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64,
     let length = unsafe { (*skb).len };
     let passed = mark::of_judged(sides.direction as u8);
     let verdict = match scope {
-        scope::JUDGE => decide(hook, found, &active, sides, packet, length),
+        scope::JUDGE => decide(skb, hook, found, &active, sides, packet, length),
         scope::SPOOFED => Verdict::of(Reason::spoofed),
         scope::UNATTRIBUTED => Verdict::of(Reason::unattributed),
         scope => {
@@ -334,6 +334,7 @@ fn follow(found: u32, active: &Active, sides: &mut Sides, packet: &Packet) {
 
 #[inline(always)]
 fn decide(
+    skb: *mut __sk_buff,
     hook: u32,
     found: u32,
     active: &Active,
@@ -393,7 +394,14 @@ fn decide(
         return Verdict::of(reason);
     }
     // `networks.external` names the LAN hosts that rules can allow.
-    let leaf = if sides.external.side == side::EXTERNAL { policy::evaluate(active.slot) } else { 0 };
+    let leaf = if sides.external.side == side::EXTERNAL {
+        policy::evaluate(active.slot, policy::ENFORCED)
+    } else {
+        0
+    };
+    if active.settings.has_audited != 0 && sides.external.side == side::EXTERNAL {
+        policy::audit(skb, active.slot, leaf, active.now);
+    }
     if leaf == 0 {
         return Verdict::of(Reason::no_rule);
     }

@@ -1,8 +1,11 @@
 //! Judges the first packet of a flow by the compiled policy; see `bridge_common::filter::policy`.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use bridge_common::filter::{
     control::Settings,
+    counters::Reason,
+    event::verdict,
     policy::{INTERVALS, PairKey, PortIntervals, direction, protocol, reference},
 };
 
@@ -11,12 +14,19 @@ use bridge_ebpf::protocol as ip;
 use crate::{
     maps::{NARROWS, PAGES, PAIRS, RULE_HITS, RULE_SETS, SETTINGS, Scratch, scratch},
     packet::Packet,
+    report::{self, EventInfo},
 };
 
-/// Returns the leaf that decides about the packet of [`scratch`]: 0 if no rule matches.
+/// The rules that decide.
+pub(crate) const ENFORCED: u32 = 0;
+/// The rules in audit mode.
+const AUDITED: u32 = 1;
+
+/// Returns the leaf that decides about the packet of [`scratch`]: 0 if no rule matches. `rules` is [`ENFORCED`] or
+/// [`AUDITED`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn evaluate(slot: u32) -> u32 {
+pub(crate) extern "C" fn evaluate(slot: u32, rules: u32) -> u32 {
     let Some(Scratch { packet, sides, .. }) = scratch() else { return 0 };
     let Some(settings) = SETTINGS.get(slot) else { return 0 };
     let ports = Ports {
@@ -24,20 +34,27 @@ pub(crate) extern "C" fn evaluate(slot: u32) -> u32 {
         source: u16::from_be_bytes(packet.source_port),
     };
     if sides.direction == u32::from(direction::NODE_PORT) {
+        // No rule is about these.
+        if rules != ENFORCED {
+            return 0;
+        }
         return resolve(slot, settings.node_port_root, &ports);
     }
     let by_protocol = protocol_index(packet);
+    let audited = rules != ENFORCED;
     let outbound = sides.direction == u32::from(direction::OUTBOUND);
     let of_direction = |sets: &[u32; 2]| if outbound { sets[1] } else { sets[0] };
 
-    let mut best = evaluate_set(slot, of_direction(&settings.global_sets), by_protocol, &ports);
-    best = stronger(best, evaluate_set(slot, of_direction(&sides.external.sets), by_protocol, &ports));
-    best = stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), by_protocol, &ports));
+    let mut best = evaluate_set(slot, of_direction(&settings.global_sets), by_protocol, audited, &ports);
+    best =
+        stronger(best, evaluate_set(slot, of_direction(&sides.external.sets), by_protocol, audited, &ports));
+    best =
+        stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), by_protocol, audited, &ports));
     let pair = PairKey { external: sides.external.class, pod: sides.internal.class };
     if let Some(pairs) = PAIRS.get(slot) {
         // SAFETY: the tables of a slot are not written to while the slot is active.
         if let Some(sets) = unsafe { pairs.get(&pair) } {
-            best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), by_protocol, &ports));
+            best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), by_protocol, audited, &ports));
         }
     }
     best
@@ -70,12 +87,13 @@ fn stronger(a: u32, b: u32) -> u32 {
 
 /// Returns the leaf of one set.
 #[inline(always)]
-fn evaluate_set(slot: u32, set: u32, by_protocol: usize, ports: &Ports) -> u32 {
+fn evaluate_set(slot: u32, set: u32, by_protocol: usize, audited: bool, ports: &Ports) -> u32 {
     if set == 0 {
         return 0;
     }
     let Some(rule_set) = RULE_SETS.get_value(slot, &set) else { return 0 };
-    let Some(root) = rule_set.roots.get(by_protocol) else { return 0 };
+    let roots = if audited { &rule_set.audited } else { &rule_set.roots };
+    let Some(root) = roots.get(by_protocol) else { return 0 };
     resolve(slot, *root, ports)
 }
 
@@ -124,6 +142,38 @@ fn in_intervals(intervals: &PortIntervals, port: u32) -> u32 {
         }
     }
     found
+}
+
+/// Counts a hit of the rule in audit mode that would decide about the packet of [`scratch`], and reports it if the verdict
+/// would be another one: `enforced` is the leaf that decides.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn audit(skb: *mut __sk_buff, slot: u32, enforced: u32, now: u64) -> u32 {
+    let leaf = evaluate(slot, AUDITED);
+    let Some(settings) = SETTINGS.get(slot) else { return 0 };
+    let Some(Scratch { sides, .. }) = scratch() else { return 0 };
+    if leaf == 0 {
+        return 0;
+    }
+    // SAFETY: the context is valid while the program runs.
+    count_hit(slot, settings, leaf, unsafe { (*skb).len });
+    let denies = leaf & reference::DENY != 0;
+    let is_allowed = enforced != 0 && enforced & reference::DENY == 0;
+    // A deny wins, so that neither opens a flow that another rule denies.
+    let (verdict, reason) = match (denies, is_allowed) {
+        (true, true) => (verdict::AUDIT, Reason::deny_rule),
+        (false, false) if enforced == 0 => (verdict::AUDIT_ALLOW, Reason::new_flow),
+        _ => return 0,
+    };
+    let info = EventInfo {
+        now,
+        rule: leaf & reference::RULE,
+        verdict,
+        reason: reason as u8,
+        direction: sides.direction as u8,
+        padding: 0,
+    };
+    report::emit(skb, slot, &info)
 }
 
 /// Counts a hit of the rule in `leaf`.

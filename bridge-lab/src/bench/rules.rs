@@ -38,6 +38,7 @@ pub(super) fn policy(from: u32, count: u32) -> Policy {
         external: vec![EXTERNAL.parse().expect("a network")],
         nodes: Vec::new(),
         rules: (from..from + count).map(rule).collect(),
+        audited: Vec::new(),
         node_ports: None,
     }
 }

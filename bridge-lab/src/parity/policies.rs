@@ -25,7 +25,9 @@ pub(crate) fn policy(dice: &mut Dice) -> Policy {
         nodes.push(IpNet::from(dice.address(&around)));
     }
     let count = dice.below(13);
-    let rules = (0..count).map(|number| rule(dice, number, &external, &pods)).collect();
+    let rules: Vec<Rule> = (0..count).map(|number| rule(dice, number, &external, &pods)).collect();
+    // In no engine do they change a verdict.
+    let (audited, rules) = rules.into_iter().partition(|_| dice.percent(15));
     let node_ports = if dice.percent(60) { Some(node_ports(dice)) } else { None };
     Policy {
         mode: Mode::Enforce,
@@ -34,6 +36,7 @@ pub(crate) fn policy(dice: &mut Dice) -> Policy {
         external,
         nodes,
         rules,
+        audited,
         node_ports,
     }
 }

@@ -9,7 +9,15 @@ use crate::{
 
 fn rule(index: u32, hits: u64) -> RuleCount {
     let (name, direction) = (format!("rule-{index}"), "inbound".to_owned());
-    RuleCount { index, name, direction, action: "allow".into(), hits, bytes: 0 }
+    RuleCount {
+        index,
+        name,
+        direction,
+        action: "allow".into(),
+        mode: crate::model::Mode::Enforce,
+        hits,
+        bytes: 0,
+    }
 }
 
 /// A scrape of an agent that has every part.

@@ -58,8 +58,9 @@ fn rule() -> impl Strategy<Value = Rule> {
         option::of(ports(1, u16::MAX)),
         option::of(ports(1, u16::MAX)),
         select(vec![Action::Allow, Action::Deny]),
+        select(vec![None, Some(Mode::Enforce), Some(Mode::Audit)]),
     )
-        .prop_map(|(name, direction, external, pods, protocol, ports, source_ports, action)| {
+        .prop_map(|(name, direction, external, pods, protocol, ports, source_ports, action, mode)| {
             let has_ports = protocol != Protocol::Icmp;
             let needs_ports = has_ports && protocol != Protocol::Any;
             let ports =
@@ -75,6 +76,7 @@ fn rule() -> impl Strategy<Value = Rule> {
                 ports: ports.filter(|_| has_ports),
                 source_ports: source_ports.filter(|_| has_ports),
                 action,
+                mode,
             }
         })
         .prop_filter("the two sides have an IP version in common", |rule| {

@@ -12,6 +12,7 @@
 //!                                          from elsewhere                           -> BRIDGE-DENY
 //!   BRIDGE-TO-LAN                          from a pod                               -> BRIDGE-OUTBOUND
 //!   BRIDGE-INBOUND, BRIDGE-OUTBOUND        packets that open no flow, denies, allows, then -> BRIDGE-DENY
+//!   BRIDGE-IN-AUDITED, BRIDGE-OUT-AUDITED  called before the denies: rules in audit mode, each returns
 //! ```
 //!
 //! FORWARD comes after DNAT and before SNAT: a packet has the real peer as its source and the final destination,
@@ -33,7 +34,7 @@ use self::parts::{
 use super::ruleset::{Chain, Family, Line, Ruleset, Table, TableRules};
 use crate::config::Scope;
 pub use crate::firewall::Options;
-use crate::model::{Action, Direction, Mode, NodePorts, OnDeny, Policy, RemotePods};
+use crate::model::{Action, Direction, Mode, NodePorts, OnDeny, Policy, RemotePods, Rule};
 
 /// Entry from FORWARD of table filter.
 pub(super) const FORWARD: &str = "BRIDGE-FORWARD";
@@ -178,8 +179,8 @@ fn judge(direction: Direction) -> (&'static str, &'static str) {
 }
 
 /// Rules of one direction and action, as one family has them.
-fn selected(policy: &Policy, family: Family, direction: Direction, action: Action) -> Vec<Selected<'_>> {
-    let rules = policy.rules.iter().filter(|rule| rule.direction == direction && rule.action == action);
+fn selected(rules: &[Rule], family: Family, direction: Direction, action: Action) -> Vec<Selected<'_>> {
+    let rules = rules.iter().filter(|rule| rule.direction == direction && rule.action == action);
     rules.filter_map(|rule| Selected::of(rule, family)).collect()
 }
 
@@ -196,8 +197,10 @@ pub fn line_count(policy: &Policy, family: Family) -> usize {
     });
     kinds
         .map(|(direction, action)| {
-            let rules = selected(policy, family, direction, action);
+            let rules = selected(&policy.rules, family, direction, action);
+            let audited = selected(&policy.audited, family, direction, action);
             dispatch::count(&rules, may_dispatch(policy.mode, action))
+                .saturating_add(dispatch::count(&audited, false))
         })
         .fold(0, usize::saturating_add)
 }
@@ -212,8 +215,13 @@ fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> 
     }
     lines.extend(openers());
     let mut others = Vec::new();
+    let audited = audited(policy, family, direction);
+    if let Some(chain) = &audited {
+        lines.push(line("", "bridge:audited", &format!("-j {}", chain.name)));
+    }
+    others.extend(audited);
     for action in [Action::Deny, Action::Allow] {
-        let rules = selected(policy, family, direction, action);
+        let rules = selected(&policy.rules, family, direction, action);
         let section = dispatch::section(&rules, direction, action, may_dispatch(policy.mode, action));
         lines.extend(section.lines);
         others.extend(section.chains);
@@ -222,6 +230,20 @@ fn judging(policy: &Policy, family: Family, direction: Direction) -> Vec<Chain> 
     let mut chains = vec![chain(judge(direction).0, lines)];
     chains.extend(others);
     chains
+}
+
+/// Returns the chain of the rules in audit mode of one direction, which counts, and returns whatever matches.
+fn audited(policy: &Policy, family: Family, direction: Direction) -> Option<Chain> {
+    let lines: Vec<Line> = [Action::Deny, Action::Allow]
+        .into_iter()
+        .flat_map(|action| {
+            let rules = selected(&policy.audited, family, direction, action);
+            // The target of an allow is a return.
+            dispatch::section(&rules, direction, Action::Allow, false).lines
+        })
+        .collect();
+    let name = if direction == Direction::Inbound { "BRIDGE-IN-AUDITED" } else { "BRIDGE-OUT-AUDITED" };
+    (!lines.is_empty()).then(|| chain(name, lines))
 }
 
 /// The lines of the last chain of every denied packet.

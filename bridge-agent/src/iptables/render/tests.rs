@@ -51,6 +51,7 @@ fn policy() -> Policy {
             },
             rule("ping", Direction::Outbound, Protocol::Icmp, Action::Allow),
         ],
+        audited: Vec::new(),
         node_ports: Some(NodePorts {
             range: PortRange { first: 30000, last: 32767 },
             allow: ports(&[(30080, 30080), (31000, 31100)]),
@@ -307,6 +308,7 @@ fn the_budget_does_not_underestimate_the_rules_that_are_rendered() {
                 external: vec!["192.168.0.0/16".parse().unwrap()],
                 nodes: Vec::new(),
                 rules: vec![rule.clone()],
+                audited: Vec::new(),
                 node_ports: None,
             };
             let text = restore_input(&policy, &Options::default(), Family::V4);

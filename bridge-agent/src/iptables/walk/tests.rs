@@ -31,6 +31,7 @@ fn policy() -> Policy {
             rule("ping", Direction::Inbound, Protocol::Icmp, 0, RuleAction::Allow),
             rule("sctp", Direction::Outbound, Protocol::Sctp, 9000, RuleAction::Allow),
         ],
+        audited: Vec::new(),
         node_ports: Some(NodePorts {
             range: PortRange { first: 30000, last: 32767 },
             allow: vec![PortRange { first: 30080, last: 30090 }],

@@ -10,7 +10,7 @@ use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
 use super::parts::{DENY, Family, Renderer, select, text};
-use crate::model::{Action, Direction, PortRange, Protocol, Rule};
+use crate::model::{Action, Direction, Policy, PortRange, Protocol, Rule};
 use crate::nftables::layers::{self, Cube};
 use crate::nftables::ruleset::{Collection, Element};
 
@@ -96,15 +96,18 @@ impl<'a, 's> Form<'a, 's> {
 }
 
 /// Returns the number of elements that rules take, without rendering them, and the rule that takes most of them.
-pub(in crate::nftables) fn count(rules: &[Rule]) -> (usize, Option<&Rule>) {
+pub(in crate::nftables) fn count(policy: &Policy) -> (usize, Option<&Rule>) {
     let mut total = 0usize;
     let mut most: Option<(usize, &Rule)> = None;
     for family in Family::ALL {
         for direction in [Direction::Inbound, Direction::Outbound] {
             for action in [Action::Deny, Action::Allow] {
-                let rules = selected(rules, family, direction, action);
+                let rules = selected(&policy.rules, family, direction, action);
+                let audited = selected(&policy.audited, family, direction, action);
                 total = total.saturating_add(Form::choose(&rules).elements);
-                for rule in &rules {
+                // These are written out.
+                total = audited.iter().map(Selected::elements).fold(total, usize::saturating_add);
+                for rule in rules.iter().chain(&audited) {
                     if most.is_none_or(|(elements, _)| elements < rule.elements()) {
                         most = Some((rule.elements(), rule.rule));
                     }
@@ -175,6 +178,24 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
+/// The outcome for a packet that matches a rule.
+#[derive(Clone, Copy)]
+enum Outcome {
+    Accept,
+    Deny,
+    /// The rule is in audit mode.
+    Return,
+}
+
+impl Outcome {
+    const fn of(action: Action) -> Self {
+        match action {
+            Action::Allow => Self::Accept,
+            Action::Deny => Self::Deny,
+        }
+    }
+}
+
 /// The maps of one section: how elements are looked up and named.
 struct Section<'n> {
     /// The chain that looks the maps up.
@@ -203,6 +224,7 @@ impl Renderer<'_> {
         let policy = self.policy;
         let with_source_ports =
             policy.rules.iter().any(|rule| rule.direction == direction && !rule.source_ports.is_empty());
+        self.audited(&chain, family, direction);
         for action in [Action::Deny, Action::Allow] {
             let rules = selected(&policy.rules, family, direction, action);
             let form = Form::choose(&rules);
@@ -217,10 +239,36 @@ impl Renderer<'_> {
                 with_source_ports,
             };
             let plain = rules.iter().filter(|rule| form.by_pod.is_empty() || !rule.is_wide());
-            self.maps(&section, plain, action);
+            self.maps(&section, plain, Outcome::of(action));
             self.by_pod(&section, &form, action);
         }
         self.deny_for(chain, "", "no-rule");
+    }
+
+    /// Adds the chain of the rules in audit mode, which counts, and returns whatever matches.
+    fn audited(&mut self, judging: &str, family: Family, direction: Direction) {
+        let policy = self.policy;
+        let of_direction = || policy.audited.iter().filter(|rule| rule.direction == direction);
+        let chain = format!("{judging}-audited");
+        for action in [Action::Deny, Action::Allow] {
+            let rules = selected(&policy.audited, family, direction, action);
+            if rules.is_empty() {
+                continue;
+            }
+            if !self.rules.chains.contains_key(&chain) {
+                self.rules.rule(judging, format!("jump {chain}"));
+            }
+            let prefix = format!("{chain}-{}", if action == Action::Deny { "deny" } else { "allow" });
+            let section = Section {
+                chain: &chain,
+                prefix: &prefix,
+                family,
+                direction,
+                with_pods: true,
+                with_source_ports: of_direction().any(|rule| !rule.source_ports.is_empty()),
+            };
+            self.maps(&section, rules.iter(), Outcome::Return);
+        }
     }
 
     /// Looks the pod up, and then the LAN hosts of the rules that name it.
@@ -241,7 +289,7 @@ impl Renderer<'_> {
             elements.insert(range, Element { rule: String::new(), verdict });
             if known.insert(chain.clone()) {
                 let section = Section { chain: &chain, prefix: &chain, with_pods: false, ..*section };
-                self.maps(&section, rules.iter().map(|index| form.by_pod[*index]), action);
+                self.maps(&section, rules.iter().map(|index| form.by_pod[*index]), Outcome::of(action));
             }
         }
         self.rules.rule(section.chain, format!("{key} vmap @{map}"));
@@ -253,7 +301,7 @@ impl Renderer<'_> {
         &mut self,
         section: &Section<'_>,
         rules: impl Iterator<Item = &'r Selected<'r>>,
-        action: Action,
+        outcome: Outcome,
     ) {
         self.rules.chains.entry(section.chain.to_owned()).or_default();
         let (mut with_ports, mut others) = (Vec::new(), Vec::new());
@@ -283,17 +331,18 @@ impl Renderer<'_> {
                 }
             }
         }
-        self.layered(section, &with_ports, action, true);
-        self.layered(section, &others, action, false);
+        self.layered(section, &with_ports, outcome, true);
+        self.layered(section, &others, outcome, false);
     }
 
-    fn layered(&mut self, section: &Section<'_>, cubes: &[(Cube, &Rule)], action: Action, ports: bool) {
+    fn layered(&mut self, section: &Section<'_>, cubes: &[(Cube, &Rule)], outcome: Outcome, ports: bool) {
         let Section { chain, prefix, .. } = section;
         let layers = layers::assign(&cubes.iter().map(|(cube, _)| *cube).collect::<Vec<_>>());
         let mut maps: BTreeMap<usize, BTreeMap<String, Element>> = BTreeMap::new();
-        let verdict = match action {
-            Action::Allow => "accept".to_owned(),
-            Action::Deny => {
+        let verdict = match outcome {
+            Outcome::Accept => "accept".to_owned(),
+            Outcome::Return => "return".to_owned(),
+            Outcome::Deny => {
                 self.rules.chains.entry(DENY_RULE.into()).or_default().rules =
                     vec![format!("counter name deny-rule goto {DENY}")];
                 self.rules.counters.insert("deny-rule");

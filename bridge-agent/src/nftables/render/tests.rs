@@ -32,6 +32,7 @@ fn policy(rules: Vec<Rule>) -> Policy {
         external: nets(&["192.168.31.0/24"]),
         nodes: nets(&["192.168.31.17/32"]),
         rules,
+        audited: Vec::new(),
         node_ports: None,
     }
 }
@@ -66,7 +67,7 @@ fn rules_of_many_hosts_and_many_pods_take_the_sum_and_not_the_product() {
     let mut wide = rule("wide", &[], &[], Action::Allow);
     (wide.external, wide.pods) = (Some(texts(&hosts)), Some(texts(&pods)));
     let policy = policy(vec![wide]);
-    let (counted, most) = count(&policy.rules);
+    let (counted, most) = count(&policy);
     assert_eq!((counted, most.unwrap().name.as_str()), (200, "wide"));
     let rules = ruleset(&policy, &Options::default());
     let of_maps: usize = rules.maps.values().map(|map| map.elements.len()).sum();

@@ -17,6 +17,7 @@ pub(super) fn policy(rules: Vec<Rule>) -> Policy {
         external: vec![net("192.168.0.0/16"), net("fd00:a::/64")],
         nodes: Vec::new(),
         rules,
+        audited: Vec::new(),
         node_ports: None,
     }
 }

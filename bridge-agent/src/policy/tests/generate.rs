@@ -118,8 +118,18 @@ pub(super) fn case() -> impl Strategy<Value = Case> {
     let rules = prop_oneof![4 => vec(rule(), 0..12), 1 => vec(rule(), 20..40)];
     let any_prefix = || prop_oneof![prefix(&EXTERNAL), prefix(&PODS)];
     let local = vec(any_prefix().prop_map(|prefix| prefix.addr()), 0..4);
-    (networks(&EXTERNAL), networks(&PODS), vec(any_prefix(), 0..3), rules, option::of(node_ports()), local)
-        .prop_map(|(external, pods, nodes, mut rules, node_ports, local)| {
+    // A quarter of the rules.
+    let audited = (any::<u64>(), any::<u64>()).prop_map(|(some, others)| some & others);
+    (
+        networks(&EXTERNAL),
+        networks(&PODS),
+        vec(any_prefix(), 0..3),
+        rules,
+        option::of(node_ports()),
+        local,
+        audited,
+    )
+        .prop_map(|(external, pods, nodes, mut rules, node_ports, local, audited)| {
             for (index, rule) in rules.iter_mut().enumerate() {
                 rule.name = format!("rule-{index}");
             }
@@ -129,7 +139,13 @@ pub(super) fn case() -> impl Strategy<Value = Case> {
                 .into_iter()
                 .filter(|prefix| prefix.prefix_len() > prefix.max_prefix_len() - 6)
                 .collect();
-            Case { policy: Policy { mode, on_deny, pods, external, nodes, rules, node_ports }, local }
+            let mut numbers = 0..;
+            let (audited, rules) =
+                rules.into_iter().partition(|_| audited >> (numbers.next().unwrap_or(0) % 64) & 1 == 1);
+            Case {
+                policy: Policy { mode, on_deny, pods, external, nodes, rules, audited, node_ports },
+                local,
+            }
         })
 }
 

@@ -12,7 +12,9 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
-use super::reference::{Packet, evaluate_model, evaluate_tables, scope_model, scope_tables};
+use super::reference::{
+    Packet, audit_model, audit_tables, evaluate_model, evaluate_tables, scope_model, scope_tables,
+};
 use super::{Tables, compile};
 use crate::model::Action;
 use generate::{Case, packets};
@@ -24,6 +26,8 @@ fn agreed(case: &Case, tables: &Tables, packet: &Packet) -> (Option<u8>, Option<
     assert_eq!(scope_tables(tables, packet), scope, "scope of {packet:?}");
     let verdict = evaluate_model(&case.policy, &case.local, packet);
     assert_eq!(evaluate_tables(tables, packet), verdict, "verdict on {packet:?}");
+    let audited = audit_model(&case.policy, &case.local, packet);
+    assert_eq!(audit_tables(tables, packet), audited, "rule in audit mode for {packet:?}");
     (scope, verdict)
 }
 
@@ -68,6 +72,10 @@ fn generated_policies_and_packets_reach_everything() {
             }
             count("allow", verdict.is_some_and(|(_, action)| action == Action::Allow));
             count("deny", verdict.is_some_and(|(_, action)| action == Action::Deny));
+            let audited = audit_tables(&tables, &packet).map(|(_, action)| action);
+            count("would allow", verdict.is_none() && audited == Some(Action::Allow));
+            let is_allowed = verdict.is_some_and(|(_, action)| action == Action::Allow);
+            count("would deny", is_allowed && audited == Some(Action::Deny));
         }
     }
     println!("{seen:?}");
@@ -87,5 +95,5 @@ fn has_second_lookup(tables: &Tables) -> bool {
 }
 
 fn roots(tables: &Tables) -> impl Iterator<Item = u32> + '_ {
-    tables.rule_sets.iter().flat_map(|set| set.roots)
+    tables.rule_sets.iter().flat_map(|set| set.roots.into_iter().chain(set.audited))
 }

@@ -22,9 +22,13 @@ enum Place {
 pub(super) fn check(policy: &Policy, tables: &Tables) {
     let rules = u32::try_from(tables.rules.len()).expect("few");
     assert_eq!(tables.rule_count, rules);
-    assert_eq!(tables.rules.len(), policy.rules.len() + usize::from(policy.node_ports.is_some()));
+    let first_audited = policy.rules.len() + usize::from(policy.node_ports.is_some());
+    assert_eq!(tables.rules.len(), first_audited + policy.audited.len());
     for (index, info) in tables.rules.iter().enumerate() {
-        let name = policy.rules.get(index).map_or(NODE_PORTS_RULE, |rule| &rule.name);
+        let audited = index.checked_sub(first_audited).map(|index| &policy.audited[index]);
+        let rule = policy.rules.get(index).or(audited);
+        let name = rule.map_or(NODE_PORTS_RULE, |rule| &rule.name);
+        assert_eq!(info.audit != 0, audited.is_some());
         assert_eq!(&info.name[..name.len()], name.as_bytes());
         assert!(info.name[name.len()..].iter().all(|&byte| byte == 0), "filled up with zeros");
     }
@@ -41,8 +45,9 @@ pub(super) fn check(policy: &Policy, tables: &Tables) {
     assert_eq!(tables.rule_sets[0].roots, [0; 5], "set 0 is empty");
     let mut references = References { tables, seen: HashSet::new() };
     for set in &tables.rule_sets {
-        for (protocol, &root) in set.roots.iter().enumerate() {
+        for (number, root) in set.roots.into_iter().chain(set.audited).enumerate() {
             references.check(root, Place::Root);
+            let protocol = number % set.roots.len();
             if protocol > 2 {
                 assert_eq!(abi::tag(root), abi::LEAF, "protocol {protocol} has no ports");
             }
