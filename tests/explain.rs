@@ -145,6 +145,91 @@ fn the_cause_of_each_failure_is_found_with_one_command() -> Result<()> {
     show(&[&from, &to])
 }
 
+/// Without eBPF the rules in the kernel have the verdict: `explain` walks them, and real packets go the same way.
+#[test]
+fn the_rules_of_each_packet_filter_are_walked() -> Result<()> {
+    for engine in ["iptables", "nftables"] {
+        let lab = Lab::builder().conntrack().build()?;
+        let config = CONFIG.replace("[ebpf]", &format!("[{engine}]"));
+        let agent = Agent::start(&lab, lab.b(), &config)?;
+        let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
+        for family in Family::BOTH {
+            let lan = a.ip(family).to_string();
+            let _servers = [40002, 40003].map(|port| tcp::Server::echo(&c1.netns, c1.at(family, port)));
+            let node = std::net::SocketAddr::new(b.ip(family), 30081);
+            for (to, passes, by) in [
+                (c1.at(family, 40002), true, "api"),
+                (c1.at(family, 40003), false, "no-rule"),
+                (node, false, "nodeport-denied"),
+            ] {
+                let explained = explain(&agent, &[&lan, &to.to_string()])?;
+                assert_eq!(explained["verdict"], if passes { "allow" } else { "deny" }, "{explained}");
+                let seen = stage(&explained, engine)?;
+                let word = if passes { "passes" } else { "denied" };
+                assert!(seen.starts_with(word) && seen.ends_with(by), "{seen}: {explained}");
+                assert!(stage(&explained, "hook")?.contains("no hook of eBPF"), "{explained}");
+                if to.port() != 30081 {
+                    assert_eq!(connects(a, 0, to)?, passes, "{engine} {to}");
+                }
+            }
+        }
+        // From a port outside the pool no rule allows it; from one inside, it does.
+        let (pod, to) = (c1.ip(Family::V4), a.at(Family::V4, 8443));
+        for (port, passes) in [(40000, false), (61001, true)] {
+            let explained = explain(&agent, &[&format!("{pod}:{port}"), &to.to_string()])?;
+            assert!(
+                stage(&explained, engine)?.starts_with(if passes { "passes" } else { "denied" }),
+                "{explained}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A Service is judged by the endpoints that the node's own nat rules lead to.
+#[test]
+fn a_service_is_followed_to_its_endpoints() -> Result<()> {
+    const RULES: &str = "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-A - [0:0]\n:KUBE-SEP-A - [0:0]\n:KUBE-SEP-B - [0:0]\n\
+        -A PREROUTING -j KUBE-SERVICES\n-A KUBE-SERVICES -d 172.16.0.10/32 -p tcp -m comment --comment \
+        \"plant/plc:modbus cluster IP\" -m tcp --dport 502 -j KUBE-SVC-A\n\
+        -A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A\n-A KUBE-SVC-A -j KUBE-SEP-B\n\
+        -A KUBE-SEP-A -p tcp -m tcp -j DNAT --to-destination LAN:8443\n\
+        -A KUBE-SEP-B -p tcp -m tcp -j DNAT --to-destination LAN:SECOND\nCOMMIT\n";
+    let lab = Lab::builder().conntrack().build()?;
+    let agent = Agent::start(&lab, lab.b(), CONFIG)?;
+    let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
+    let (lan, pod) = (a.ip(Family::V4).to_string(), c1.ip(Family::V4).to_string());
+    let load = |second: &str| -> Result<()> {
+        let rules = RULES.replace("LAN", &lan).replace("SECOND", second);
+        let file = agent.config().with_file_name("nat.rules");
+        std::fs::write(&file, rules)?;
+        let mut restore = Command::new("iptables-restore");
+        restore.arg(&file);
+        b.netns.output(restore).map(drop)
+    };
+    load("8443")?;
+    let _server = tcp::Server::echo(&a.netns, a.at(Family::V4, 8443))?;
+    let service = "172.16.0.10:502".parse()?;
+    let ask = |port: u16| explain(&agent, &[&format!("{pod}:{port}"), "service/plant/plc"]);
+    let allowed = ask(61001)?;
+    assert_eq!((&allowed["verdict"], &allowed["rule"]), (&"allow".into(), &"pooled".into()), "{allowed}");
+    assert_eq!(stage(&allowed, "service")?, format!("{lan}:8443"));
+    ensure!(connects(c1, 61001, service)?);
+    let denied = ask(40000)?;
+    assert_eq!(denied["verdict"], "deny", "{denied}");
+    ensure!(!connects(c1, 40000, service)?);
+
+    // An endpoint that no rule allows: which one is chosen decides.
+    load("9443")?;
+    let depends = ask(61002)?;
+    assert_eq!(depends["verdict"], "depends", "{depends}");
+    let summary = depends["summary"].as_str().unwrap_or_default();
+    assert!(summary.contains(":8443 allow by pooled") && summary.contains(":9443 deny"), "{summary}");
+    let error = agent.run(&["explain", &pod, "service/plant/none"]).unwrap_err().to_string();
+    assert!(error.contains("no rule of kube-proxy"), "{error}");
+    Ok(())
+}
+
 #[test]
 fn a_line_of_monitor_and_a_known_flow_are_explained() -> Result<()> {
     let lab = Lab::builder().build()?;

@@ -20,6 +20,7 @@ fn both_engines_let_the_same_packets_through() -> Result<()> {
     }
     ensure!(report.unexplained == 0, "{report}");
     ensure!(report.packets >= 20_000, "{report}");
+    ensure!(report.misexplained == 0 && report.explained > report.packets / 4, "{report}");
     let met: HashSet<Difference> = report.intended.keys().copied().collect();
     let unmet: Vec<_> = Difference::ALL.into_iter().filter(|difference| !met.contains(difference)).collect();
     ensure!(unmet.is_empty(), "no packet has met an intended difference: {unmet:?}\n{report}");

@@ -367,7 +367,8 @@ impl Agent {
     fn show_enforcement(&self) {
         let enforcement = self.enforcer.as_ref().map(Enforcer::status);
         let firewall = self.filter.as_ref().map(PacketFilter::status);
-        self.shared.set_active(self.enforcer.as_ref().map(Enforcer::active));
+        let of_filter = || self.filter.as_ref().map(PacketFilter::active);
+        self.shared.set_active(self.enforcer.as_ref().map(Enforcer::active).or_else(of_filter));
         self.shared.update(|status| {
             status.enforcement = enforcement;
             status.firewall = firewall;

@@ -107,7 +107,7 @@ impl Explain {
                 return Err(Error::Question(text));
             }
         };
-        let question = request.resolve(&|_, _| None)?;
+        let question = request.resolve(&())?;
         let config = config::load(&global.config)?.config;
         let node = Offline::new(&config, self.local.clone());
         let mut explanation = node.with_facts(&question, |facts| explain(facts, &question));

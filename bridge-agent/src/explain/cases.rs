@@ -151,7 +151,7 @@ impl Cases {
                 source_port: case.source_port,
                 backend: case.backend.clone(),
             };
-            let question = request.resolve(&|_, _| None).map_err(|source| CasesError::Case {
+            let question = request.resolve(&()).map_err(|source| CasesError::Case {
                 number,
                 name: case.name.clone(),
                 source,

@@ -6,7 +6,7 @@
 pub mod cases;
 mod judge;
 mod nearly;
-mod nft;
+pub mod nft;
 mod offline;
 mod path;
 mod suggest;
@@ -16,9 +16,9 @@ mod types;
 pub use self::judge::{
     Class, FlowTable, Judge, Kind, KnownFlow, Mark, NodeState, Outcome, Packet, Place, is_rejected,
 };
-pub use self::nft::NftRules;
+
 pub use self::offline::Offline;
 pub use self::path::explain;
 pub use self::suggest::{Choice, Reported, Suggested, Suggestion, suggest};
-pub use self::text::{Names, ParseError, Protocol, Question, Request, end};
+pub use self::text::{Directory, ParseError, Protocol, Question, Request, end};
 pub use self::types::{Explanation, Facts, MAX_NEARLY, Nearly, Remedy, Stage, StageOutcome, Verdict};

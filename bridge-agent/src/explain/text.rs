@@ -1,6 +1,7 @@
 //! The notation of connections.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     net::{IpAddr, SocketAddr},
     str::FromStr,
@@ -31,6 +32,8 @@ pub struct Question {
     #[serde(default)]
     pub backend: Option<(IpAddr, u16)>,
 }
+
+const NO_NEXT_HEADER: u8 = 59;
 
 /// An IP protocol: `tcp`, `udp`, `sctp`, `icmp`, `icmpv6`, or a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema)]
@@ -70,12 +73,29 @@ pub enum ParseError {
     Offline(String),
     /// A kind of name that the agent does not follow.
     #[error(
-        "`{0}`: the agent follows no Services: write the address of the Service as TO, and the pod behind it as \
-         --backend pod/NAMESPACE/NAME:PORT"
+        "`{0}`: no rule of kube-proxy in iptables of this node has such a Service: write its address and port as TO, and \
+         the pod behind it as --backend pod/NAMESPACE/NAME:PORT"
     )]
     Service(String),
+    /// IPv6 without next header.
+    #[error(
+        "59 in IPv6 means that no header follows: bridge denies such packets, whatever the rules; write a protocol"
+    )]
+    NoNextHeader,
+    /// A Service with several ports.
+    #[error(
+        "`{name}` has the ports {}: write one of them, such as {name}:{}",
+        .ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        .ports.first().copied().unwrap_or_default()
+    )]
+    ServicePort {
+        /// As it is written.
+        name: String,
+        /// Its ports.
+        ports: BTreeSet<u16>,
+    },
     /// A name in another notation.
-    #[error("`{0}` is no name: write pod/NAMESPACE/NAME")]
+    #[error("`{0}` is no name: write pod/NAMESPACE/NAME or service/NAMESPACE/NAME")]
     Name(String),
     /// No such pod.
     #[error(
@@ -183,6 +203,9 @@ impl Question {
             // ICMP of the other version is the one that is meant.
             return Self { protocol: Protocol(if source.is_ipv4() { 1 } else { 58 }), ..self }.check();
         }
+        if protocol.0 == NO_NEXT_HEADER && source.is_ipv6() {
+            return Err(ParseError::NoNextHeader);
+        }
         if protocol.has_ports() && destination_port == 0 {
             let example = match destination {
                 IpAddr::V4(address) => format!("{address}:502"),
@@ -245,8 +268,24 @@ pub struct Request {
     pub backend: Option<String>,
 }
 
-/// Returns the addresses of a pod by namespace and name; `None`: names are not known.
-pub type Names<'a> = dyn Fn(&str, &str) -> Option<Vec<IpAddr>> + 'a;
+/// Names that are known.
+pub trait Directory {
+    /// Returns the addresses of a pod; `None`: pods are not known.
+    fn pod(&self, namespace: &str, name: &str) -> Option<Vec<IpAddr>>;
+    /// Returns addresses and ports of a Service; `None`: Services are not known.
+    fn service(&self, namespace: &str, name: &str) -> Option<Vec<(IpAddr, u16)>>;
+}
+
+/// Knows no names.
+impl Directory for () {
+    fn pod(&self, _: &str, _: &str) -> Option<Vec<IpAddr>> {
+        None
+    }
+
+    fn service(&self, _: &str, _: &str) -> Option<Vec<(IpAddr, u16)>> {
+        None
+    }
+}
 
 /// One end before its name is resolved.
 struct End<'a> {
@@ -256,27 +295,40 @@ struct End<'a> {
 }
 
 impl<'a> End<'a> {
-    fn read(text: &'a str, names: &Names<'_>) -> Result<Self, ParseError> {
+    fn read(text: &'a str, names: &dyn Directory) -> Result<Self, ParseError> {
         let Some((kind, rest)) = text.split_once('/') else {
             let (address, port) = end(text)?;
             return Ok(Self { text, addresses: vec![address], port });
         };
-        match kind {
-            "pod" | "pods" => {}
-            "service" | "services" | "svc" => return Err(ParseError::Service(text.to_owned())),
-            _ => return Err(ParseError::Name(text.to_owned())),
-        }
         let (name, port) = rest.split_once(':').map_or((rest, None), |(name, port)| (name, Some(port)));
-        let (namespace, pod) = name.split_once('/').ok_or_else(|| ParseError::Name(text.to_owned()))?;
+        let (namespace, object) = name.split_once('/').ok_or_else(|| ParseError::Name(text.to_owned()))?;
         let number = |port: &str| {
             let number = port.parse::<u16>().ok().filter(|number| *number != 0);
             number.ok_or_else(|| ParseError::Port(port.to_owned()))
         };
-        let port = port.map(number).transpose()?;
-        let addresses = names(namespace, pod).ok_or_else(|| ParseError::Offline(text.to_owned()))?;
-        if addresses.is_empty() {
-            return Err(ParseError::UnknownPod(name.to_owned()));
-        }
+        let mut port = port.map(number).transpose()?;
+        let addresses = match kind {
+            "pod" | "pods" => {
+                let known = names.pod(namespace, object);
+                let addresses = known.ok_or_else(|| ParseError::Offline(text.to_owned()))?;
+                if addresses.is_empty() {
+                    return Err(ParseError::UnknownPod(name.to_owned()));
+                }
+                addresses
+            }
+            "service" | "services" | "svc" => {
+                let known = names.service(namespace, object).filter(|known| !known.is_empty());
+                let known = known.ok_or_else(|| ParseError::Service(text.to_owned()))?;
+                let ports: BTreeSet<u16> = known.iter().map(|(_, port)| *port).collect();
+                if port.is_none() && ports.len() > 1 {
+                    return Err(ParseError::ServicePort { name: text.to_owned(), ports });
+                }
+                port = port.or_else(|| ports.first().copied());
+                let addresses: BTreeSet<IpAddr> = known.iter().map(|(address, _)| *address).collect();
+                addresses.into_iter().collect()
+            }
+            _ => return Err(ParseError::Name(text.to_owned())),
+        };
         Ok(Self { text, addresses, port })
     }
 
@@ -321,7 +373,7 @@ impl Request {
     ///
     /// # Errors
     /// See [`ParseError`].
-    pub fn resolve(&self, names: &Names<'_>) -> Result<Question, ParseError> {
+    pub fn resolve(&self, names: &dyn Directory) -> Result<Question, ParseError> {
         let protocol = self.protocol.unwrap_or(Protocol(6));
         let (from, to) = (End::read(&self.from, names)?, End::read(&self.to, names)?);
         if self.source_port == Some(0) {

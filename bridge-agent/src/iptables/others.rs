@@ -3,8 +3,9 @@
 //! As [`super::walk`], it never guesses: a rule that it cannot read is named, and no verdict follows from it.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
-use super::observe::{ObservedTable, target};
+use super::observe::{ObservedRule, ObservedTable, target};
 use super::plan::is_own;
 use super::walk::{self, Interfaces, Packet};
 
@@ -49,6 +50,78 @@ pub fn others(
         }
     }
     others
+}
+
+/// Returns addresses and ports that rules may translate the destination of a packet to; none: it is not translated.
+#[must_use]
+pub fn translations(
+    tables: &BTreeMap<String, ObservedTable>,
+    packet: &Packet,
+    interfaces: Interfaces<'_>,
+) -> Vec<(IpAddr, u16)> {
+    let Some(rules) = tables.get("nat") else { return Vec::new() };
+    let mut found = Vec::new();
+    translate(rules, "PREROUTING", packet, interfaces, 0, &mut found);
+    found
+}
+
+/// Follows a chain; returns whether a rule certainly ended the table.
+fn translate(
+    rules: &ObservedTable,
+    name: &str,
+    packet: &Packet,
+    interfaces: Interfaces<'_>,
+    depth: u32,
+    found: &mut Vec<(IpAddr, u16)>,
+) -> bool {
+    let Some(chain) = rules.chains.iter().find(|chain| chain.name == name).filter(|_| depth < DEPTH) else {
+        return false;
+    };
+    for ObservedRule { rule, .. } in &chain.rules {
+        let matches = walk::matches(rule, packet, interfaces);
+        let (Some(target), true) = (target(rule), matches != Some(false)) else { continue };
+        let certain = matches == Some(true);
+        let ends = match target {
+            "DNAT" => {
+                found.extend(destination(rule, packet));
+                true
+            }
+            "ACCEPT" | "REDIRECT" => true,
+            "RETURN" if certain => return false,
+            chain => translate(rules, chain, packet, interfaces, depth + 1, found),
+        };
+        if ends && certain {
+            return true;
+        }
+    }
+    false
+}
+
+/// Returns the end that a rule translates to: `--to-destination ADDRESS[:PORT]`.
+fn destination(rule: &str, packet: &Packet) -> Option<(IpAddr, u16)> {
+    let to = rule.split_whitespace().skip_while(|word| *word != "--to-destination").nth(1)?;
+    match (to.parse::<SocketAddr>(), to.parse::<IpAddr>()) {
+        (Ok(to), _) => Some((to.ip(), to.port())),
+        (_, Ok(address)) => Some((address, packet.destination_port)),
+        _ => None,
+    }
+}
+
+/// Returns addresses and ports of a Service, by the comments of kube-proxy.
+#[must_use]
+pub fn service(tables: &BTreeMap<String, ObservedTable>, namespace: &str, name: &str) -> Vec<(IpAddr, u16)> {
+    let wanted = format!("{namespace}/{name}");
+    let chains = ["nat", "filter"].into_iter().filter_map(|table| tables.get(table));
+    let chains = chains.flat_map(|table| &table.chains).filter(|chain| chain.name == "KUBE-SERVICES");
+    let of_service = |ObservedRule { rule, .. }: &ObservedRule| {
+        // `shop/web:http cluster IP`, `shop/web has no endpoints`.
+        let (_, text) = rule.split_once("--comment \"")?;
+        let (of, _) = text.split_once('"')?.0.split_once(' ')?;
+        let option = |name: &str| rule.split_whitespace().skip_while(|word| *word != name).nth(1);
+        let address = option("-d")?.split('/').next()?.parse().ok()?;
+        (of.split(':').next() == Some(&wanted)).then_some((address, option("--dport")?.parse().ok()?))
+    };
+    chains.flat_map(|chain| &chain.rules).filter_map(of_service).collect()
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -169,6 +242,33 @@ mod tests {
         );
         assert_eq!(found.dropped_by, None);
         assert_eq!(found.may_drop, ["filter X -j DROP"]);
+    }
+
+    #[test]
+    fn endpoints_of_a_service_are_found_by_name_and_by_address() {
+        let tables = parse(
+            "*nat\n:PREROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-A - [0:0]\n:KUBE-SEP-A - [0:0]\n\
+             :KUBE-SEP-B - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n-A PREROUTING -m comment --comment \"kubernetes service portals\" \
+             -j KUBE-SERVICES\n-A KUBE-SERVICES -d 10.96.0.7/32 -p tcp -m comment --comment \"shop/web:http cluster IP\" -m tcp \
+             --dport 80 -j KUBE-SVC-A\n-A KUBE-SERVICES -d 10.96.0.8/32 -p tcp -m comment --comment \"shop/webhook:http cluster \
+             IP\" -m tcp --dport 80 -j KUBE-SVC-B\n-A KUBE-SVC-A ! -s 10.200.0.0/16 -d 10.96.0.7/32 -p tcp -j KUBE-MARK-MASQ\n\
+             -A KUBE-SVC-A -m statistic --mode random --probability 0.5 -j KUBE-SEP-A\n-A KUBE-SVC-A -j KUBE-SEP-B\n\
+             -A KUBE-SEP-A -p tcp -m tcp -j DNAT --to-destination 10.200.1.91:8080\n\
+             -A KUBE-SEP-B -p tcp -m tcp -j DNAT --to-destination 10.200.1.92:8080\n",
+        );
+        let web = ([10, 96, 0, 7].into(), 80);
+        assert_eq!(service(&tables, "shop", "web"), [web]);
+        assert!(service(&tables, "shop", "we").is_empty());
+        let to = |(destination, destination_port): (IpAddr, u16)| {
+            let source = [192, 168, 31, 67].into();
+            let (source_port, protocol, icmp_type, to_node) = (0, 6, 0, false);
+            let packet =
+                Packet { source, source_port, destination, destination_port, protocol, icmp_type, to_node };
+            translations(&tables, &packet, Interfaces::default())
+        };
+        let endpoint = |last| (IpAddr::from([10, 200, 1, last]), 8080);
+        assert_eq!(to(web), [endpoint(91), endpoint(92)]);
+        assert!(to((web.0, 81)).is_empty());
     }
 
     #[test]

@@ -50,10 +50,17 @@ pub enum Verdict {
 }
 
 const TCP: u8 = 6;
+const NO_NEXT_HEADER: u8 = 59;
 /// Deeper than any chain of bridge leads; the kernel refuses loops.
 const DEPTH: u32 = 16;
 
 impl Packet {
+    /// Whether connection tracking follows it: an IPv6 packet without next header has nothing to follow.
+    #[must_use]
+    pub const fn is_tracked(&self) -> bool {
+        self.protocol != NO_NEXT_HEADER || self.source.is_ipv4()
+    }
+
     const fn family(&self) -> Family {
         match self.source {
             IpAddr::V4(_) => Family::V4,
@@ -66,20 +73,49 @@ impl Packet {
 /// packet that comes to the chain BRIDGE-DENY would be denied.
 #[must_use]
 pub fn verdict(rules: &BTreeMap<(Family, Table), OwnRules>, packet: &Packet, audit: bool) -> Option<Verdict> {
+    walk(rules, packet, packet, audit).verdict
+}
+
+/// A walk through rules: its end, and the rules that led there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Walked {
+    /// See [`verdict`].
+    pub verdict: Option<Verdict>,
+    /// The chains on the way to the verdict.
+    pub chains: Vec<String>,
+    /// The rule with the verdict, or the one that is beyond this interpreter.
+    pub rule: Option<String>,
+    /// Its comment: the configured name of a rule, or a reason that begins with `bridge:`.
+    pub name: Option<String>,
+}
+
+/// Follows a packet, `before` as it comes in and `after` as it is routed, behind a translation of its destination.
+#[must_use]
+pub fn walk(
+    rules: &BTreeMap<(Family, Table), OwnRules>,
+    before: &Packet,
+    after: &Packet,
+    audit: bool,
+) -> Walked {
     // Not raw: eBPF compares a packet with its rules only if it believes the source.
     let hooks =
-        [(Table::Mangle, "PREROUTING"), (Table::Filter, if packet.to_node { "INPUT" } else { "FORWARD" })];
-    let mut marked = false;
+        [(Table::Mangle, "PREROUTING"), (Table::Filter, if after.to_node { "INPUT" } else { "FORWARD" })];
+    let (mut marked, mut walked) = (false, Walked::default());
     for (table, hook) in hooks {
-        let Some(rules) = rules.get(&(packet.family(), table)) else { continue };
-        let mut walk = Walk { rules, packet, audit, marked };
-        match walk.rules(rules.jumps_of(hook), 0) {
-            End::Unknown => return None,
-            End::Denied => return Some(Verdict::Denied),
-            End::Accepted | End::Returned => marked = walk.marked,
+        let Some(rules) = rules.get(&(before.family(), table)) else { continue };
+        let packet = if table == Table::Mangle { before } else { after };
+        walked = Walked { chains: vec![format!("{} {hook}", table.name())], ..Walked::default() };
+        let original_port = before.destination_port;
+        let mut walk = Walk { rules, packet, original_port, audit, marked, walked };
+        let end = walk.rules(rules.jumps_of(hook), 0);
+        (marked, walked) = (walk.marked, walk.walked);
+        match end {
+            End::Unknown => return walked,
+            End::Denied => return Walked { verdict: Some(Verdict::Denied), ..walked },
+            End::Accepted | End::Returned => {}
         }
     }
-    Some(Verdict::Passes)
+    Walked { verdict: Some(Verdict::Passes), ..walked }
 }
 
 /// How a chain ends.
@@ -96,20 +132,33 @@ enum End {
 struct Walk<'a> {
     rules: &'a OwnRules,
     packet: &'a Packet,
+    /// Its destination port before translation.
+    original_port: u16,
     audit: bool,
     marked: bool,
+    walked: Walked,
 }
 
 impl Walk<'_> {
     fn rules<'r>(&mut self, rules: impl Iterator<Item = &'r str>, depth: u32) -> End {
         for rule in rules {
-            let (matches, action) = read(rule, self.packet, self.marked);
+            let (matches, action) = read(rule, self.packet, self.original_port, self.marked);
             match matches {
                 Some(false) => continue,
                 // It makes no difference to the packet whether it is counted or logged.
                 None if matches!(action, Action::None) => continue,
-                None => return End::Unknown,
+                None => {
+                    self.walked.rule = Some(rule.to_owned());
+                    return End::Unknown;
+                }
                 Some(true) => {}
+            }
+            let is_verdict = !matches!(action, Action::None | Action::Mark);
+            if is_verdict && let Some(name) = super::observe::comment(rule).filter(|name| is_reason(name)) {
+                self.walked.name = Some(name.to_owned());
+            }
+            if matches!(action, Action::End(_)) {
+                self.walked.rule = Some(rule.to_owned());
             }
             match action {
                 Action::None => {}
@@ -131,10 +180,29 @@ impl Walk<'_> {
         }
         let rules = self.rules;
         match rules.chain(name) {
-            Some(chain) if depth < DEPTH => self.rules(chain, depth + 1),
+            Some(chain) if depth < DEPTH => {
+                self.walked.chains.push(name.to_owned());
+                self.rules(chain, depth + 1)
+            }
             _ => End::Unknown,
         }
     }
+}
+
+/// Whether a comment says why a packet is allowed or denied; the others name steps on the way.
+fn is_reason(comment: &str) -> bool {
+    !matches!(
+        comment,
+        "bridge:jump"
+            | "bridge:opening"
+            | "bridge:scope"
+            | "bridge:to-pod"
+            | "bridge:to-lan"
+            | "bridge:inbound"
+            | "bridge:outbound"
+            | "bridge:from-lan"
+            | "bridge:deny"
+    )
 }
 
 enum Action<'r> {
@@ -147,7 +215,7 @@ enum Action<'r> {
 }
 
 /// Returns whether a rule matches, if that is known, and its action.
-fn read<'r>(rule: &'r str, packet: &Packet, marked: bool) -> (Option<bool>, Action<'r>) {
+fn read<'r>(rule: &'r str, packet: &Packet, original_port: u16, marked: bool) -> (Option<bool>, Action<'r>) {
     let mut words = Words(rule);
     let mut matches = Some(true);
     let mut negated = false;
@@ -164,6 +232,7 @@ fn read<'r>(rule: &'r str, packet: &Packet, marked: bool) -> (Option<bool>, Acti
             }
             "-j" => return (matches, target(words.next().unwrap_or_default())),
             "-g" => return (matches, Action::Goto(words.next().unwrap_or_default())),
+            "--ctorigdstport" => words.next().map(|ports| in_ranges(ports, original_port)),
             _ => holds(word, &mut words, packet, marked),
         };
         let holds = holds.map(|holds| holds != std::mem::take(&mut negated));
@@ -267,7 +336,10 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
             Some(packet.protocol == TCP && (flags == if syn_is_asked { "SYN" } else { "NONE" }))
         }
         "--chunk-types" => (value == "only" && words.next()? == "INIT").then_some(true),
-        "--ctstate" => Some(value.split(',').any(|state| state == "NEW")),
+        "--ctstate" => {
+            let wanted = if packet.is_tracked() { "NEW" } else { "INVALID" };
+            Some(value.split(',').any(|state| state == wanted))
+        }
         "--icmp-type" | "--icmpv6-type" => Some(value.parse::<u8>().ok()? == packet.icmp_type),
         "--dst-type" => (value == "LOCAL").then_some(packet.to_node),
         "--src-type" => (value == "LOCAL").then_some(false),

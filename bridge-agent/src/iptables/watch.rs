@@ -89,7 +89,7 @@ enum Woken {
 #[derive(Debug)]
 struct State {
     firewall: Iptables,
-    policy: Policy,
+    policy: Arc<Policy>,
     peace: Peace,
     /// When the policy was last changed.
     changed: Instant,
@@ -132,7 +132,7 @@ impl Guard {
         firewall.converge(&policy)?;
         let mut state = State {
             firewall,
-            policy,
+            policy: Arc::new(policy),
             peace: Peace::default(),
             changed: Instant::now(),
             in_a_row: 0,
@@ -173,7 +173,7 @@ impl Guard {
     pub fn update(&self, policy: Policy) -> Result<(), Error> {
         let mut state = self.shared.state();
         // A changed file and a signal about it are two reloads: the second keeps the counters.
-        if policy == state.policy && matches!(state.firewall.drift(), Ok(None)) {
+        if policy == *state.policy && matches!(state.firewall.drift(), Ok(None)) {
             state.save();
             return Ok(());
         }
@@ -186,7 +186,7 @@ impl Guard {
             }
             return Err(error);
         }
-        state.policy = policy;
+        state.policy = Arc::new(policy);
         state.in_a_row = if state.changed.elapsed() < LULL { state.in_a_row + 1 } else { 0 };
         if state.is_busy() {
             state.save_at.get_or_insert_with(|| Instant::now() + LULL);
@@ -210,8 +210,8 @@ impl Guard {
 
     /// Returns the applied policy.
     #[must_use]
-    pub fn policy(&self) -> Policy {
-        self.shared.state().policy.clone()
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.shared.state().policy)
     }
 
     /// Returns the findings of the watch.

@@ -61,7 +61,7 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     firewall: Nftables,
-    policy: Policy,
+    policy: Arc<Policy>,
     changes: Changes,
     /// Changes were notified that were not looked at yet.
     unread: bool,
@@ -92,8 +92,14 @@ impl Guard {
         let changes = Changes::open()
             .map_err(|source| Error::Kernel { request: "watch the changes of nf_tables".into(), source })?;
         firewall.converge(&policy)?;
-        let mut state =
-            State { firewall, policy, changes, unread: false, unsaved: Backoff::default(), comparison: None };
+        let mut state = State {
+            firewall,
+            policy: Arc::new(policy),
+            changes,
+            unread: false,
+            unsaved: Backoff::default(),
+            comparison: None,
+        };
         state.save();
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -125,7 +131,7 @@ impl Guard {
     pub fn update(&self, policy: Policy) -> Result<(), Error> {
         let mut state = self.shared.state();
         state.converge(&policy)?;
-        state.policy = policy;
+        state.policy = Arc::new(policy);
         state.save();
         Ok(())
     }
@@ -143,8 +149,8 @@ impl Guard {
 
     /// Returns the applied policy.
     #[must_use]
-    pub fn policy(&self) -> Policy {
-        self.shared.state().policy.clone()
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.shared.state().policy)
     }
 
     /// Returns the findings of the watch.

@@ -73,14 +73,14 @@ pub struct Shared {
     main: Option<Handle>,
 }
 
-/// The policy that judges packets, by eBPF.
+/// The policy that judges packets.
 #[derive(Clone, Debug)]
 pub struct ActivePolicy {
     /// The rules and networks.
     pub policy: Arc<Policy>,
     /// The port pool of the same configuration.
     pub pool: Option<PoolScope>,
-    /// The addresses of this node.
+    /// The addresses of this node; none where eBPF does not enforce.
     pub local: Vec<IpAddr>,
 }
 
@@ -187,7 +187,7 @@ impl Shared {
         self.write().active = active;
     }
 
-    /// The policy that judges packets, if eBPF enforces.
+    /// The policy that judges packets, if an engine enforces.
     #[must_use]
     pub fn active(&self) -> Option<ActivePolicy> {
         self.read().active.clone()

@@ -14,6 +14,7 @@ use bridge_agent::policy;
 use bridge_common::filter::fast_path::{ability, protocols};
 use bridge_common::filter::flow::state;
 
+use super::asked::Rules;
 use super::node::Node;
 use super::{Side, local};
 
@@ -25,6 +26,11 @@ const ETHERNET: u32 = 14;
 pub(super) trait Engine {
     /// Forgets every flow, and activates the policy.
     fn enforce(&mut self, policy: &Policy) -> Result<()>;
+
+    /// Reads the rules of the kernel as `explain` does; `None`: the engine is no packet filter.
+    fn rules(&self) -> Result<Option<Rules>> {
+        Ok(None)
+    }
 }
 
 /// iptables alone, on the back end that is the system's default.
@@ -41,6 +47,10 @@ impl Engine for ByIptables {
     fn enforce(&mut self, policy: &Policy) -> Result<()> {
         self.0.converge(policy)?;
         forget_flows()
+    }
+
+    fn rules(&self) -> Result<Option<Rules>> {
+        Rules::of_iptables().map(Some)
     }
 }
 
@@ -59,6 +69,10 @@ impl Engine for ByNftables {
         nftables::check(policy)?;
         self.0.converge(policy)?;
         forget_flows()
+    }
+
+    fn rules(&self) -> Result<Option<Rules>> {
+        Rules::of_nftables().map(Some)
     }
 }
 

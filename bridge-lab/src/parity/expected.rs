@@ -76,6 +76,11 @@ impl Expected {
         [self.ebpf, self.iptables, self.iptables]
     }
 
+    /// Whether nothing about the packet is odd.
+    pub(super) const fn is_plain(&self) -> bool {
+        self.reason.is_none()
+    }
+
     /// Why the engines differ over this packet; `None`: they agree.
     #[must_use]
     pub fn difference(&self) -> Option<Difference> {

@@ -5,6 +5,7 @@
 //! addresses that the node routes to either side. Its verdict is whether it comes out on the other side (all of its
 //! fragments, if it has such), or at the node itself if it is addressed there.
 
+mod asked;
 pub(crate) mod dice;
 pub(crate) mod endpoints;
 mod engines;

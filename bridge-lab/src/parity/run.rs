@@ -62,6 +62,10 @@ pub struct Report {
     pub intended: BTreeMap<Difference, usize>,
     /// How many were treated by an engine in another way than expected.
     pub unexplained: usize,
+    /// How many times `explain` was asked about the rules of a packet filter.
+    pub explained: usize,
+    /// How many of its answers were wrong, or none.
+    pub misexplained: usize,
     /// The first of those, with all that it takes to see them again.
     pub shown: Vec<String>,
     /// How long it took.
@@ -87,13 +91,22 @@ impl fmt::Display for Report {
             let count = self.intended.get(&difference).copied().unwrap_or_default();
             writeln!(f, "{count:7} differ as intended: {}", difference.name())?;
         }
-        write!(f, "{:7} differ unexplained", self.unexplained)
+        writeln!(f, "{:7} differ unexplained", self.unexplained)?;
+        write!(f, "{} questions to explain, {} wrong answers", self.explained, self.misexplained)
     }
+}
+
+/// The packets of a case on one node.
+struct Seen {
+    /// Which came out.
+    passed: Vec<bool>,
+    /// Answers of `explain`; see [`Rules::ask`].
+    explained: Vec<Option<Option<bool>>>,
 }
 
 struct Worker {
     cases: Option<SyncSender<Arc<Case>>>,
-    verdicts: Receiver<Result<Vec<bool>>>,
+    verdicts: Receiver<Result<Seen>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -109,9 +122,10 @@ impl Worker {
         let work = move |mut node: Node| -> Result<()> {
             stay_on(cpu)?;
             let mut engine = engine(&node)?;
-            let mut judge = |case: &Case| {
+            let mut judge = |case: &Case| -> Result<Seen> {
                 engine.enforce(&case.policy)?;
-                node.send(&case.sent)
+                let explained = engine.rules()?.map(|rules| rules.ask(&case.sent)).unwrap_or_default();
+                Ok(Seen { passed: node.send(&case.sent)?, explained })
             };
             for case in next {
                 let seen = judge(&case).with_context(|| format!("seed {}", case.seed));
@@ -130,7 +144,7 @@ impl Worker {
         Ok(Self { cases: Some(cases), verdicts, thread: Some(thread) })
     }
 
-    fn next(&self) -> Result<Vec<bool>> {
+    fn next(&self) -> Result<Seen> {
         self.verdicts.recv().context("the engine has ended")?
     }
 }
@@ -196,7 +210,11 @@ impl Nodes {
 
 impl Report {
     /// Adds the verdicts of eBPF, iptables and nftables.
-    fn add(&mut self, case: &Case, verdicts: [&[bool]; 3]) {
+    fn add(&mut self, case: &Case, nodes: [&Seen; 3]) {
+        let verdicts = nodes.map(|node| node.passed.as_slice());
+        for (engine, node) in ["eBPF", "iptables", "nftables"].into_iter().zip(nodes) {
+            self.add_explained(case, engine, node);
+        }
         self.policies += 1;
         self.packets += case.sent.len();
         for (number, sent) in case.sent.iter().enumerate() {
@@ -210,6 +228,25 @@ impl Report {
                 *self.intended.entry(difference).or_default() += 1;
             } else if seen == [true; 3] {
                 self.passed += 1;
+            }
+        }
+    }
+}
+
+impl Report {
+    /// Compares the answers of `explain` with the verdicts of an engine.
+    fn add_explained(&mut self, case: &Case, engine: &str, node: &Seen) {
+        let each = node.explained.iter().zip(&node.passed).enumerate();
+        for (number, (answer, passed)) in
+            each.filter_map(|(at, (answer, passed))| Some((at, ((*answer)?, passed))))
+        {
+            self.explained += 1;
+            if answer != Some(*passed) {
+                self.misexplained += 1;
+                if self.shown.len() < MAX_SHOWN {
+                    let text = format!("explain says of {engine}: {answer:?}, seen: {passed}\n");
+                    self.shown.push(text + &describe(case, number, [*passed; 3]));
+                }
             }
         }
     }

@@ -1,6 +1,7 @@
 //! The iptables engine as the run loop keeps it: started, updated and taken down with the configuration.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use super::surroundings;
 use crate::{
@@ -143,9 +144,14 @@ impl Filter {
         Ok(())
     }
 
+    /// Returns the applied policy.
+    pub(super) fn policy(&self) -> Arc<Policy> {
+        self.guard.policy()
+    }
+
     /// Returns the active state, for a roll-back.
     pub(super) fn in_force(&self) -> InForce {
-        InForce { policy: self.guard.policy(), settings: self.settings.clone() }
+        InForce { policy: Policy::clone(&self.guard.policy()), settings: self.settings.clone() }
     }
 
     /// Rolls back to a former state.

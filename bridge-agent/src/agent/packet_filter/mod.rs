@@ -8,7 +8,7 @@ use crate::{
     config::{Config, Engine, Role},
     datapath::{Maps, Verdict},
     iptables as by_iptables, nftables as by_nftables,
-    state::FirewallStatus,
+    state::{ActivePolicy, FirewallStatus},
 };
 
 pub(super) use iptables::Leftovers;
@@ -125,6 +125,15 @@ impl PacketFilter {
             Self::Nftables(filter) => filter.reload(config, on_trial)?,
         }
         Ok(())
+    }
+
+    /// Returns the policy of the rules.
+    pub(super) fn active(&self) -> ActivePolicy {
+        let policy = match self {
+            Self::Iptables(filter) => filter.policy(),
+            Self::Nftables(filter) => filter.policy(),
+        };
+        ActivePolicy { policy, pool: None, local: Vec::new() }
     }
 
     /// Returns the active state, for a roll-back.

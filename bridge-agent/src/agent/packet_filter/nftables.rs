@@ -1,6 +1,7 @@
 //! The nftables engine as the run loop keeps it: started, updated and taken down with the configuration.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::surroundings;
@@ -133,6 +134,11 @@ impl Filter {
         result
     }
 
+    /// Returns the applied policy.
+    pub(super) fn policy(&self) -> Arc<Policy> {
+        self.guard.policy()
+    }
+
     /// With another driver.
     fn replace(&mut self, next: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
         // It would take the new driver's changes for damage.
@@ -144,7 +150,7 @@ impl Filter {
     }
 
     pub(super) fn in_force(&self) -> InForce {
-        InForce { policy: self.guard.policy(), settings: self.settings.clone() }
+        InForce { policy: Policy::clone(&self.guard.policy()), settings: self.settings.clone() }
     }
 
     pub(super) fn restore(&mut self, before: InForce) {

@@ -1,4 +1,4 @@
-use super::super::{Offline, Request, Verdict};
+use super::super::{Directory, Offline, ParseError, Protocol, Request, Verdict};
 use super::*;
 use crate::config;
 
@@ -19,7 +19,7 @@ fn ask(file: &str, from: &str, to: &str, change: impl FnOnce(&mut Request)) -> E
     let mut request =
         Request { from: from.into(), to: to.into(), protocol: None, source_port: None, backend: None };
     change(&mut request);
-    let question = request.resolve(&|_, _| None).unwrap();
+    let question = request.resolve(&()).unwrap();
     node.with_facts(&question, |facts| explain(facts, &question))
 }
 
@@ -115,17 +115,53 @@ fn audit_mode_is_named() {
     assert_eq!(ask(&audit, "192.168.31.68", "10.200.1.91:1", |_| ()).verdict, Verdict::Audit);
 }
 
+/// Pods and Services of a cluster.
+struct Names;
+
+impl Directory for Names {
+    fn pod(&self, _: &str, name: &str) -> Option<Vec<IpAddr>> {
+        match name {
+            "two" => Some(vec!["10.200.1.1".parse().unwrap(), "10.200.1.2".parse().unwrap()]),
+            "dual" => Some(vec!["10.200.1.1".parse().unwrap(), "fd00::1".parse().unwrap()]),
+            "gone" => Some(Vec::new()),
+            _ => None,
+        }
+    }
+
+    fn service(&self, _: &str, name: &str) -> Option<Vec<(IpAddr, u16)>> {
+        let address = IpAddr::from([10, 96, 0, 7]);
+        match name {
+            "web" => Some(vec![(address, 80)]),
+            "dns" => Some(vec![(address, 53), (address, 9153)]),
+            _ => Some(Vec::new()),
+        }
+    }
+}
+
+#[test]
+fn a_service_is_its_address_and_its_one_port() {
+    let request = |to: &str| Request {
+        from: "10.200.1.91".into(),
+        to: to.into(),
+        protocol: None,
+        source_port: None,
+        backend: None,
+    };
+    let to = |to: &str| {
+        let question = request(to).resolve(&Names)?;
+        Ok::<_, ParseError>((question.destination, question.destination_port))
+    };
+    let address = IpAddr::from([10, 96, 0, 7]);
+    assert_eq!(to("service/shop/web"), Ok((address, 80)));
+    assert_eq!(to("svc/shop/dns:9153"), Ok((address, 9153)));
+}
+
 #[test]
 fn bad_questions_have_a_remedy() {
     let question = |from: &str, to: &str| {
         let request =
             Request { from: from.into(), to: to.into(), protocol: None, source_port: None, backend: None };
-        request.resolve(&|_, name| match name {
-            "two" => Some(vec!["10.200.1.1".parse().unwrap(), "10.200.1.2".parse().unwrap()]),
-            "dual" => Some(vec!["10.200.1.1".parse().unwrap(), "fd00::1".parse().unwrap()]),
-            "gone" => Some(Vec::new()),
-            _ => None,
-        })
+        request.resolve(&Names)
     };
     for (from, to, part) in [
         ("192.168.31.67", "10.200.1.91", "write 10.200.1.91:PORT"),
@@ -137,10 +173,19 @@ fn bad_questions_have_a_remedy() {
         ("pod/a/offline", "10.200.1.91:1", "write the address"),
         ("pod/a", "10.200.1.91:1", "pod/NAMESPACE/NAME"),
         ("service/a/b", "10.200.1.91:1", "--backend"),
+        ("10.200.1.91", "service/shop/dns", "write one of them, such as service/shop/dns:53"),
     ] {
         let error = question(from, to).unwrap_err().to_string();
         assert!(error.contains(part) && !error.contains('\n'), "{from} -> {to}: {error}");
     }
     let question = question("pod/a/dual", "[fd31::1]:80").unwrap();
     assert_eq!(question.source.to_string(), "fd00::1", "the address of the other end's version");
+    let none = Request {
+        from: "fd31::1".into(),
+        to: "fd20::1".into(),
+        protocol: Some(Protocol(59)),
+        source_port: None,
+        backend: None,
+    };
+    assert_eq!(none.resolve(&()), Err(ParseError::NoNextHeader));
 }

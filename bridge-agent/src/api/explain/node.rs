@@ -1,0 +1,152 @@
+//! The state of this node: the maps of eBPF where it enforces, and the routes of the kernel.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use crate::{
+    datapath::Maps,
+    explain::{Explanation, FlowTable, KnownFlow, NodeState, Packet, StageOutcome},
+    interfaces::{Bindings, Observer, Selection},
+    state::{ActivePolicy, AttachedInterface, Enforcement},
+};
+
+/// Most interfaces that a stage names.
+const MAX_SHOWN: usize = 3;
+
+/// A node as its maps, its agent and its kernel know it.
+pub(super) struct Live<'a> {
+    pub(super) active: &'a ActivePolicy,
+    pub(super) local: Vec<IpAddr>,
+    maps: Option<&'a Maps>,
+    interfaces: Vec<AttachedInterface>,
+    /// Without maps: interfaces of the pods of this node.
+    hosted: BTreeMap<IpAddr, u32>,
+}
+
+impl<'a> Live<'a> {
+    /// Reads the routes of the kernel where eBPF does not enforce.
+    pub(super) fn new(
+        maps: Option<&'a Maps>,
+        enforcement: Option<&Enforcement>,
+        active: &'a ActivePolicy,
+    ) -> Self {
+        let interfaces = enforcement.map(|status| status.interfaces.clone()).unwrap_or_default();
+        let mut live =
+            Self { active, local: active.local.clone(), maps, interfaces, hosted: BTreeMap::new() };
+        if maps.is_none() {
+            live.read_kernel();
+        }
+        live
+    }
+
+    fn read_kernel(&mut self) {
+        let policy = &self.active.policy;
+        let selection = Selection {
+            external_networks: policy.external.clone(),
+            pod_networks: policy.pods.clone(),
+            ..Selection::default()
+        };
+        let read = Observer::open().and_then(|mut observer| observer.snapshot(&selection));
+        let Ok(snapshot) = read else { return };
+        self.local = snapshot.addresses.iter().copied().collect();
+        self.hosted = selection.hosted(&snapshot, &mut Bindings::default()).pods;
+        let chosen = selection.choose(&snapshot);
+        self.interfaces = chosen
+            .targets
+            .iter()
+            .map(|target| AttachedInterface {
+                name: target.name.clone(),
+                index: target.index,
+                role: format!("{:?}", target.role).to_lowercase(),
+                fast_path: Vec::new(),
+            })
+            .collect();
+    }
+
+    /// Whether eBPF enforces.
+    pub(super) const fn has_ebpf(&self) -> bool {
+        self.maps.is_some()
+    }
+
+    /// Returns the index of an interface towards the LAN.
+    pub(super) fn lan_interface(&self) -> u32 {
+        self.interfaces.iter().find(|one| one.role == "external").map_or(0, |interface| interface.index)
+    }
+
+    /// Returns the name of the interface towards an address, if it is known.
+    pub(super) fn interface(&self, address: IpAddr) -> Option<&str> {
+        if let Some(index) = self.hosted(address) {
+            return self.interfaces.iter().find(|one| one.index == index).map(|one| one.name.as_str());
+        }
+        let mut lan = self.interfaces.iter().filter(|one| one.role == "external");
+        // With several, the route decides, which is not asked here.
+        match (lan.next(), lan.next()) {
+            (Some(one), None) => Some(one.name.as_str()),
+            _ => None,
+        }
+    }
+
+    /// Completes the stages of the hook and of the flow.
+    pub(super) fn complete(&self, explanation: &mut Explanation) {
+        let Some(maps) = self.maps else {
+            for stage in &mut explanation.stages {
+                match stage.name.as_str() {
+                    "hook" => {
+                        "no hook of eBPF: enforcement.engines leaves it out".clone_into(&mut stage.seen);
+                        stage.why = "the packet filter of the kernel judges".to_owned();
+                    }
+                    "flow" => {
+                        stage.outcome = StageOutcome::Unknown;
+                        "not read".clone_into(&mut stage.seen);
+                        stage.why =
+                            "a new connection is assumed; `conntrack -L` has those of the kernel".to_owned();
+                    }
+                    _ => {}
+                }
+            }
+            return;
+        };
+        let Some(stage) = explanation.stages.iter_mut().find(|stage| stage.name == "hook") else { return };
+        let attached = maps.attached_interfaces().unwrap_or_default();
+        let suffix = format!(" {}", stage.seen);
+        let names: Vec<&str> = attached.iter().filter_map(|one| one.strip_suffix(suffix.as_str())).collect();
+        if names.is_empty() {
+            stage.outcome = StageOutcome::Unknown;
+            stage.seen += ", attached to no interface: nothing is judged there";
+        } else {
+            let more = match names.len().saturating_sub(MAX_SHOWN) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            let shown = names.iter().take(MAX_SHOWN).copied().collect::<Vec<_>>().join(", ");
+            stage.seen += &format!(" on {shown}{more}");
+        }
+    }
+}
+
+impl NodeState for Live<'_> {
+    fn hosted(&self, pod: IpAddr) -> Option<u32> {
+        match self.maps {
+            Some(maps) => maps.hosted_interface(pod),
+            None => self.hosted.get(&pod).copied(),
+        }
+    }
+
+    // The question is about a packet of its own sender.
+    fn leads_to(&self, _: IpAddr, _: u32) -> bool {
+        true
+    }
+
+    fn is_external(&self, interface: u32) -> bool {
+        self.interfaces.iter().any(|one| one.index == interface && one.role == "external")
+    }
+
+    fn has_tunnel(&self, protocol: u8, port: u16) -> bool {
+        self.maps.is_some_and(|maps| maps.has_tunnel(protocol, port))
+    }
+
+    fn flow(&self, table: FlowTable, packet: &Packet) -> Option<KnownFlow> {
+        let (key, source) = packet.flow_key();
+        let flow = self.maps?.usable_flow(table == FlowTable::HalfOpen, &key).ok()??;
+        Some(KnownFlow::new(&flow, source))
+    }
+}
