@@ -105,6 +105,9 @@ pub enum Action {
     Answer,
 }
 
+/// The flow tables: TCP connections, flows of other protocols, flows that wait for a reply.
+pub const TABLES: [&str; 3] = ["flows", "other_flows", "half_open"];
+
 /// Timeouts that no test outlives: tests that need time to pass turn back the clock of a flow with [`Node::age`].
 pub const TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -130,7 +133,7 @@ impl Node {
         Self::with_room(policy, behaviour, 1024)
     }
 
-    /// As [`Node::new`], with room for `flows` flows in each of the two tables.
+    /// As [`Node::new`], with room for `flows` flows in each table, half as many in that of other protocols than TCP.
     ///
     /// # Errors
     /// Whatever loading or compiling says.
@@ -243,7 +246,7 @@ impl Node {
     /// # Errors
     /// The kernel refused to delete an entry.
     pub fn empty_tables(&mut self) -> Result<()> {
-        for table in ["flows", "half_open"] {
+        for table in TABLES {
             clear::<FlowKey, Flow>(open(&self.pins, table)?)?;
         }
         clear::<FragmentKey, u64>(open(&self.pins, "fragments")?)
@@ -325,13 +328,13 @@ impl Node {
     /// The entry of a flow, of the established table or else the half-open one; the name of the table with it.
     #[must_use]
     pub fn flow(&self, key: &FlowKey) -> Option<(&'static str, Flow)> {
-        ["flows", "half_open"].into_iter().find_map(|table| {
+        TABLES.into_iter().find_map(|table| {
             let map: HashMap<_, FlowKey, Flow> = open(&self.pins, table).expect("a flow table");
             map.get(key, 0).ok().map(|flow| (table, flow))
         })
     }
 
-    /// One of the two flow tables.
+    /// One of the [`TABLES`].
     ///
     /// # Errors
     /// The kernel refused to open it.

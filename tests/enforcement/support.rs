@@ -55,12 +55,13 @@ pub(crate) fn json(agent: &Agent, arguments: &[&str]) -> Result<Value> {
     serde_json::from_str(&text).with_context(|| text)
 }
 
-/// The entry of the pinned map `flows` for packets between these two.
+/// The entry of the pinned table of established flows for packets between these two.
 pub(crate) fn flow(agent: &Agent, one: SocketAddr, other: SocketAddr, protocol: u8) -> Result<Option<Flow>> {
     let ends = |end: SocketAddr| (end.ip().into(), end.port().to_be_bytes());
     let ((one, one_port), (other, other_port)) = (ends(one), ends(other));
     let (key, _) = FlowKey::new(&one, one_port, &other, other_port, protocol);
-    let path = Pins::new(agent.pins()).map("flows");
+    let table = if protocol == 6 { "flows" } else { "other_flows" };
+    let path = Pins::new(agent.pins()).map(table);
     let map = Map::LruHashMap(MapData::from_pin(&path).with_context(|| format!("open {}", path.display()))?);
     match HashMap::<_, FlowKey, Flow>::try_from(map)?.get(&key, 0) {
         Ok(flow) => Ok(Some(flow)),

@@ -20,7 +20,7 @@ fn a_query_is_judged_and_its_replies_pass() {
         node.passes(ExternalIngress, &request, Reason::established);
         let number = if f.lan.is_ipv4() { 1 } else { 58 };
         let flow = node.flow(&key(&request, number, 77, 77)).map(|(table, flow)| (table, flow.state));
-        assert_eq!(flow, Some(("flows", state::ICMP_REPLIED)));
+        assert_eq!(flow, Some(("other_flows", state::ICMP_REPLIED)));
         // Another identifier is another flow; the other direction has no rule.
         let other = Packet::new(f.pod, f.lan).icmp(&Icmp::EchoReply(78, 1));
         node.denies(InternalIngress, &other, Reason::icmp_unsolicited);

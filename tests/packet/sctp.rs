@@ -131,7 +131,7 @@ fn init_alone_opens_an_association() {
         node.passes(a.server.2, &a.init_ack(), Reason::established);
         assert_eq!(a.table(&node), Some("half_open"), "the client has not answered");
         node.passes(a.client.2, &a.cookie_echo(), Reason::established);
-        assert_eq!(a.table(&node), Some("flows"));
+        assert_eq!(a.table(&node), Some("other_flows"));
         a.goes_on(&mut node);
     }
 }
@@ -284,7 +284,7 @@ fn answers_to_a_pod_from_elsewhere_have_its_tag() {
         node.denies(answer, &a.server_sends(DATA, 0, a.tags.0 + 1), Reason::not_init);
         node.ignores(answer, &a.init_ack());
         node.ignores(InternalIngress, &a.cookie_echo());
-        assert_eq!(a.table(&node), Some("flows"));
+        assert_eq!(a.table(&node), Some("other_flows"));
         node.ignores(answer, &a.server_sends(DATA, 0, a.tags.0));
         node.denies(answer, &a.server_sends(DATA, 0, a.tags.0 + 1), Reason::not_init);
         // A stray of the pod itself ends nothing either.

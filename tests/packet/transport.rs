@@ -30,7 +30,7 @@ fn udp_replies_pass_and_nothing_unasked_does() {
             };
             assert_eq!(entry(&node), Some(("half_open", state::UDP_UNREPLIED)));
             node.passes(back, &reply, Reason::established);
-            assert_eq!(entry(&node), Some(("flows", state::UDP_REPLIED)));
+            assert_eq!(entry(&node), Some(("other_flows", state::UDP_REPLIED)));
             node.passes(hook, &request, Reason::established);
             node.denies(hook, &Packet::new(client, server).udp(50_000, SHUT, b"x"), Reason::no_rule);
         }
@@ -58,7 +58,7 @@ fn a_reply_that_came_in_under_the_nodes_address_is_seen_on_its_way_to_the_pod() 
         node.passes(InternalIngress, &request, Reason::new_flow);
         node.ignores(from_lan(InternalEgress), &reply);
         let flow = node.flow(&key(&request, 17, 61_001, OUT)).map(|(table, flow)| (table, flow.state));
-        assert_eq!(flow, Some(("flows", state::UDP_REPLIED)));
+        assert_eq!(flow, Some(("other_flows", state::UDP_REPLIED)));
         node.passes(InternalIngress, &request, Reason::established);
     }
 }

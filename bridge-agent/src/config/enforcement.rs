@@ -169,7 +169,7 @@ impl Default for Events {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Flows {
-    /// Flows that were replied to.
+    /// TCP connections; in a table of their own, half as many flows of other protocols that were replied to.
     #[schemars(range(min = 1024, max = 16_777_216))]
     pub established: u32,
     /// Flows that were not yet replied to; apart, so that a flood of them cannot push out an established one.

@@ -22,8 +22,8 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn usable_flow(&self, half_open: bool, key: &FlowKey) -> Result<Option<Flow>> {
-        let [established, unanswered] = self.flow_tables();
-        let (name, map) = if half_open { unanswered } else { established };
+        let [.., unanswered] = self.flow_tables();
+        let (name, map) = if half_open { unanswered } else { self.established_table(key) };
         let flow: Option<Flow> = bpf::lookup(bpf::fd(map), key).map_err(Error::map(name))?;
         let settings = self.active_settings()?;
         Ok(flow.filter(|flow| is_usable(flow, &settings, now())))

@@ -261,9 +261,15 @@ impl Maps {
             let capacity = map.info().map_err(Error::aya_map(name))?.max_entries();
             Ok((count, capacity))
         };
-        let (established, established_capacity) = count("flows", &self.flows)?;
-        let (half_open, half_open_capacity) = count("half_open", &self.half_open)?;
-        Ok(FlowCounts { established, established_capacity, half_open, half_open_capacity })
+        let [connections, others, half_open] = self.flow_tables().map(|(name, map)| count(name, map));
+        let ((connections, capacity), (others, others_capacity)) = (connections?, others?);
+        let (half_open, half_open_capacity) = half_open?;
+        Ok(FlowCounts {
+            established: connections + others,
+            established_capacity: capacity + others_capacity,
+            half_open,
+            half_open_capacity,
+        })
     }
 
     /// Inserts flows that the kernel side has not seen begin. Known entries stay unchanged, except flows that it
@@ -276,17 +282,18 @@ impl Maps {
         const BPF_NOEXIST: u64 = 1;
         let mut seeded = 0;
         for (key, flow) in flows {
-            match bpf::update(bpf::fd(&self.flows), key, flow, BPF_NOEXIST) {
+            let (name, map) = self.established_table(key);
+            match bpf::update(bpf::fd(map), key, flow, BPF_NOEXIST) {
                 Ok(()) => seeded += 1,
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
-                    let known = bpf::lookup(bpf::fd(&self.flows), key).map_err(Error::map("flows"))?;
+                    let known = bpf::lookup(bpf::fd(map), key).map_err(Error::map(name))?;
                     if known.is_some_and(|known: Flow| known.flags & !flow.flags & flag::AUDIT != 0) {
-                        bpf::update(bpf::fd(&self.flows), key, flow, 0).map_err(Error::map("flows"))?;
+                        bpf::update(bpf::fd(map), key, flow, 0).map_err(Error::map(name))?;
                         self.forget_cached(key);
                         seeded += 1;
                     }
                 }
-                Err(error) => return Err(Error::map("flows")(error)),
+                Err(error) => return Err(Error::map(name)(error)),
             }
         }
         Ok(seeded)
@@ -299,8 +306,15 @@ impl Maps {
         }
     }
 
-    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 2] {
-        [("flows", &self.flows), ("half_open", &self.half_open)]
+    /// TCP connections, flows of other protocols, flows that wait for a reply.
+    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 3] {
+        [("flows", &self.flows), ("other_flows", &self.other_flows), ("half_open", &self.half_open)]
+    }
+
+    /// The table of an established flow.
+    pub(super) fn established_table(&self, key: &FlowKey) -> (&'static str, &MapData) {
+        let [connections, others, _] = self.flow_tables();
+        if key.protocol == protocol::TCP { connections } else { others }
     }
 }
 

@@ -26,7 +26,8 @@ use super::{
 pub struct Options {
     /// Where it is pinned.
     pub pins: Pins,
-    /// How many established flows are remembered; only where the table is not there yet.
+    /// How many established TCP connections are remembered, and half as many flows of other protocols; only where the tables
+    /// are not there yet.
     pub flows: u32,
     /// How many flows that wait for a reply are remembered; only where the table is not there yet.
     pub half_open: u32,
@@ -71,7 +72,7 @@ fn is_private(name: &str) -> bool {
 const FLOW_CACHE: &str = "flow_cache";
 
 /// Maps whose size the configuration sets.
-const SIZED: [&str; 2] = ["flows", "half_open"];
+const SIZED: [&str; 3] = ["flows", "other_flows", "half_open"];
 
 /// The size of the flow cache.
 #[derive(Clone, Copy, Debug)]
@@ -125,7 +126,12 @@ impl Datapath {
     fn load_locked(options: &Options, adopted: bool, lock: Lock) -> Result<Self> {
         let pins = options.pins.clone();
         let mut object = Object::parse(object::ENFORCE).map_err(|error| load_error(error.into()))?;
-        let sizes = BTreeMap::from([(SIZED[0], options.flows), (SIZED[1], options.half_open)]);
+        let other_flows = (options.flows / 2).max(1);
+        let sizes = BTreeMap::from([
+            (SIZED[0], options.flows),
+            (SIZED[1], other_flows),
+            (SIZED[2], options.half_open),
+        ]);
         check_pins(&pins, &object, &sizes)?;
         pins.prepare_directories()?;
 

@@ -80,6 +80,7 @@ pub struct Maps {
     pub(super) digests: Array<MapData, Digest>,
     pub(super) outer: Vec<ArrayOfMaps<MapData>>,
     pub(super) flows: MapData,
+    pub(super) other_flows: MapData,
     pub(super) half_open: MapData,
     pub(super) flow_stamps: SharedCounters,
     pub(super) fast_path: FastPath,
@@ -93,7 +94,7 @@ pub struct Maps {
 }
 
 /// Tables that packets or interfaces fill. Those of a policy are made as large as it needs.
-const FILLED: [&str; 4] = ["flows", "half_open", "fragments", "interfaces"];
+const FILLED: [&str; 5] = ["flows", "other_flows", "half_open", "fragments", "interfaces"];
 
 /// How full a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +147,7 @@ impl Maps {
             digests: typed(pins, DIGESTS)?,
             outer: Table::ALL.into_iter().map(|table| typed(pins, table.name())).collect::<Result<_>>()?,
             flows: data(pins, "flows")?,
+            other_flows: data(pins, "other_flows")?,
             half_open: data(pins, "half_open")?,
             flow_stamps: SharedCounters::new(data(pins, "flow_stamps")?.fd(), STAMPS)
                 .map_err(Error::map("flow_stamps"))?,

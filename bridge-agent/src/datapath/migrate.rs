@@ -46,13 +46,15 @@ impl Datapath {
     pub fn migrate_flows(&self) -> Result<usize> {
         let mut migrated = 0;
         for version in self.predecessors()? {
-            migrated += migrate::<FlowKey, Flow>(&version, "flows", |key, mut flow| {
-                forget_rule(&mut flow);
-                flow.flags |= flag::SEEDED;
-                // Of an epoch that is not ours.
-                flow.leases = Default::default();
-                self.maps.seed_flows(&[(key, flow)])
-            })?;
+            for table in ["flows", "other_flows"] {
+                migrated += migrate::<FlowKey, Flow>(&version, table, |key, mut flow| {
+                    forget_rule(&mut flow);
+                    flow.flags |= flag::SEEDED;
+                    // Of an epoch that is not ours.
+                    flow.leases = Default::default();
+                    self.maps.seed_flows(&[(key, flow)])
+                })?;
+            }
             let half_open = bpf::fd(&self.maps.half_open);
             migrated += migrate::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
                 forget_rule(&mut flow);

@@ -14,7 +14,7 @@ use crate::{
     active::Active,
     cache, fast_path, fragments,
     hook::Hook,
-    maps::{FLOWS, HALF_OPEN, INTERFACES, Route, Scratch, scratch},
+    maps::{HALF_OPEN, INTERFACES, Route, Scratch, established, scratch},
     mark,
     packet::{Kind, Packet},
     parse, policy, report, scope,
@@ -47,7 +47,7 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
     };
     let mut found = 0;
     if packet.follows_flow()
-        && let Some(flow) = FLOWS.get_ptr_mut(&packet.key)
+        && let Some(flow) = established(&packet.key)
     {
         found = FLOW_OF_PORTS;
         // SAFETY: a valid element; the fields that racing CPUs write are single words.
@@ -194,7 +194,7 @@ extern "C" fn follow_out(skb: *mut __sk_buff, slot: u32, hook: u32, now: u64) ->
     let to_pod = hook == Hook::INTERNAL_EGRESS;
     let mut found = 0;
     if packet.follows_flow() {
-        if let Some(flow) = FLOWS.get_ptr_mut(&packet.key) {
+        if let Some(flow) = established(&packet.key) {
             // SAFETY: as for established flows in `ingress`.
             let flow = unsafe { &mut *flow };
             found = FLOW_OF_PORTS;
@@ -436,7 +436,7 @@ extern "C" fn quotes_flow(skb: *mut __sk_buff, slot: u32, now: u64) -> u32 {
     }
     // SAFETY: valid elements, only read.
     let is_usable = |flow: *const Flow| track::is_usable(unsafe { &*flow }, settings, now);
-    let known = FLOWS.get_ptr(&quoted.key).is_some_and(is_usable)
+    let known = established(&quoted.key).is_some_and(|flow| is_usable(flow.cast_const()))
         || HALF_OPEN.get_ptr(&quoted.key).is_some_and(is_usable);
     u32::from(known)
 }

@@ -17,6 +17,7 @@ use bridge_common::filter::{
         AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleHits, RuleInfo, RuleSet, direction,
     },
 };
+use bridge_ebpf::{apart, protocol};
 
 use crate::{
     cache_set::{Place, Set},
@@ -69,9 +70,13 @@ pub(crate) static RULE_HITS: ArrayOfMaps<Array<RuleHits, 1, ANY_LENGTH>, SLOT_CO
 #[btf_map(name = "rule_info")]
 pub(crate) static RULE_INFO: ArrayOfMaps<Array<RuleInfo, 1, ANY_LENGTH>, SLOT_COUNT> = ArrayOfMaps::new();
 
-/// Flows of which packets of both directions were seen. The loader sets the size.
+/// Established TCP connections. The loader sets the size.
 #[btf_map(name = "flows")]
-pub(crate) static FLOWS: LruHashMap<FlowKey, Flow, 262_144> = LruHashMap::new();
+static FLOWS: LruHashMap<FlowKey, Flow, 262_144> = LruHashMap::new();
+/// Flows of other protocols of which packets of both directions were seen: apart, so that a flood of them evicts no
+/// connection that is silent. The loader sets the size.
+#[btf_map(name = "other_flows")]
+static OTHER_FLOWS: LruHashMap<FlowKey, Flow, 131_072> = LruHashMap::new();
 /// Flows without a reply: apart, so that a flood of them evicts no established flow.
 #[btf_map(name = "half_open")]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new();
@@ -130,6 +135,39 @@ pub(crate) static INTERFACES: HashMap<u32, Interface, 4096> = HashMap::new();
 /// Working memory of a program, too large for its stack. A CPU judges one packet at a time.
 #[btf_map(name = "scratch")]
 pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
+
+/// Returns the established flow with this key.
+#[inline(always)]
+pub(crate) fn established(key: &FlowKey) -> Option<*mut Flow> {
+    if key.protocol == protocol::TCP {
+        return FLOWS.get_ptr_mut(key);
+    }
+    let flow = OTHER_FLOWS.get_ptr_mut(key);
+    apart();
+    flow
+}
+
+/// Enters an established flow.
+#[inline(always)]
+pub(crate) fn insert_established(key: &FlowKey, flow: &Flow) -> bool {
+    if key.protocol == protocol::TCP {
+        return FLOWS.insert(key, flow, 0).is_ok();
+    }
+    let inserted = OTHER_FLOWS.insert(key, flow, 0).is_ok();
+    apart();
+    inserted
+}
+
+/// Removes an established flow.
+#[inline(always)]
+pub(crate) fn remove_established(key: &FlowKey) {
+    if key.protocol == protocol::TCP {
+        let _ = FLOWS.remove(key);
+    } else {
+        let _ = OTHER_FLOWS.remove(key);
+        apart();
+    }
+}
 
 /// Value of [`SCRATCH`].
 #[repr(C)]

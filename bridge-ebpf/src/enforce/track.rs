@@ -12,7 +12,7 @@ use bridge_ebpf::protocol;
 
 use crate::{
     cache,
-    maps::{ENDS, FLOWS, HALF_OPEN, Scratch, scratch},
+    maps::{self, ENDS, HALF_OPEN, Scratch, scratch},
     packet::{Kind, Packet, sctp, tcp},
 };
 
@@ -318,7 +318,7 @@ fn tcp_half_open(flow: &mut Flow, packet: &Packet, from_initiator: bool, now: u6
     let beyond = packet.acknowledgement.wrapping_sub(flow.responder_isn().wrapping_add(1));
     if flow.state == state::SYN_RECEIVED && flags & tcp::SYN == 0 && beyond < ISN_WINDOW {
         let verdict = promote(flow, &packet.key, state::ESTABLISHED, now);
-        if let Some(promoted) = FLOWS.get_ptr_mut(&packet.key) {
+        if let Some(promoted) = maps::established(&packet.key) {
             // SAFETY: a valid element; racing writers set the same bits.
             tcp_established(unsafe { &mut *promoted }, packet, true, now);
         }
@@ -341,7 +341,7 @@ fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> TrackVerdict 
         promoted.expected = isn.wrapping_add(1);
         promoted.flags |= flag::NUMBERED;
     }
-    if FLOWS.insert(key, promoted, 0).is_err() {
+    if !maps::insert_established(key, promoted) {
         return TrackVerdict::Deny(Reason::table_full);
     }
     let _ = HALF_OPEN.remove(key);
@@ -351,7 +351,7 @@ fn promote(flow: &mut Flow, key: &FlowKey, state: u8, now: u64) -> TrackVerdict 
 /// Removes a flow from the established table.
 #[inline(always)]
 fn remove(key: &FlowKey) {
-    let _ = FLOWS.remove(key);
+    maps::remove_established(key);
     cache::forget(key);
 }
 
@@ -411,7 +411,7 @@ pub(crate) fn open(
     let goes_on = again
         && matches!(packet.protocol, protocol::TCP | protocol::SCTP)
         // SAFETY: a valid element, only read.
-        && FLOWS.get_ptr(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
+        && maps::established(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
     if goes_on && packet.protocol == protocol::SCTP && !packet.opens_sctp() {
         // A pod sends a wrong tag.
         return Ok(());

@@ -119,11 +119,14 @@ pub(super) fn datagrams(setting: Setting) -> Result<Finding> {
     }
     let echo = crate::traffic::udp::Server::echo(&c1.netns, c1.at(family, 5353))?;
     let injector = Injector::new(&x.netns, "eth0")?;
-    for port in 0..FLOOD {
-        let packet = Packet::new(x.ip(family), c1.ip(family)).udp(2000 + port, 5353, b"flood");
-        // The answer makes the flow established, the next datagram confirms it.
-        injector.send(&packet.between(x, b).frame())?;
-        if port % 50 == 0 {
+    let ports: Vec<u16> = (2000..2000 + FLOOD).collect();
+    for some in ports.chunks(50) {
+        // The answer makes a flow established. A table evicts flows of one datagram first, so there is another one.
+        for _ in 0..2 {
+            for port in some {
+                let packet = Packet::new(x.ip(family), c1.ip(family)).udp(*port, 5353, b"flood");
+                injector.send(&packet.between(x, b).frame())?;
+            }
             // The server keeps up, so that most of them are answered.
             thread::sleep(Duration::from_millis(5));
         }

@@ -28,6 +28,7 @@ pub(super) struct Explainer {
     local: Vec<IpAddr>,
     hosted: HashMap<IpAddr, u32>,
     flows: BpfMap<MapData, FlowKey, Flow>,
+    other_flows: BpfMap<MapData, FlowKey, Flow>,
     half_open: BpfMap<MapData, FlowKey, Flow>,
     /// By regime.
     slots: Vec<Slot>,
@@ -61,6 +62,7 @@ impl Explainer {
             local: NODE_ADDRESSES.iter().filter_map(|address| address.parse().ok()).collect(),
             hosted: HashMap::new(),
             flows: node.flow_table("flows")?,
+            other_flows: node.flow_table("other_flows")?,
             half_open: node.flow_table("half_open")?,
             slots,
             active: 0,
@@ -192,7 +194,8 @@ impl NodeState for Explainer {
 
     fn flow(&self, table: FlowTable, packet: &Packet) -> Option<KnownFlow> {
         let table = match table {
-            FlowTable::Established => &self.flows,
+            FlowTable::Established if packet.protocol == header::TCP => &self.flows,
+            FlowTable::Established => &self.other_flows,
             FlowTable::HalfOpen => &self.half_open,
         };
         let (key, source) = packet.flow_key();
