@@ -44,6 +44,9 @@ pub const TUNNELS: [(u8, u16); 2] = [(17, 8472), (47, 0)];
 /// Offset of `ingress_ifindex` in `struct __sk_buff` (linux/bpf.h).
 const INGRESS_IFINDEX: usize = 36;
 
+/// The level of the programs' log (`aya_log::LEVEL`).
+const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
+
 /// Length of an Ethernet header in bytes.
 const ETHERNET: usize = 14;
 
@@ -120,6 +123,7 @@ pub fn behaviour() -> Behaviour {
         audit: false,
         reject: true,
         events_per_second: u32::MAX,
+        answers_per_second: u32::MAX,
         report_allowed: true,
     }
 }
@@ -166,6 +170,8 @@ impl Node {
         }
         let cache = CacheSize::of_machine()?;
         cache.apply(&mut loader);
+        // As the agent loads them: without the debug log.
+        loader.override_global(LOG_LEVEL, &0u8, true);
         let mut programs = loader.load(object::ENFORCE).context("loading the programs a second time")?;
         for hook in Hook::ALL {
             program(&mut programs, hook)?.load()?;
@@ -390,6 +396,38 @@ impl Node {
     /// Returns the datapath, for calls that have no short name here.
     pub fn datapath(&mut self) -> &mut Datapath {
         &mut self.datapath
+    }
+}
+
+/// A program that costs as much as [`Reference::LOOKUPS`] lookups in a hash table, to compare others with.
+pub struct Reference(Ebpf);
+
+impl Reference {
+    /// Lookups of a run.
+    pub const LOOKUPS: f64 = 16.0;
+
+    /// Loads it.
+    ///
+    /// # Errors
+    /// Whatever loading says.
+    pub fn new() -> Result<Self> {
+        static OBJECT: &[u8] =
+            aya::include_bytes_aligned!(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/generate"));
+        let mut ebpf = Ebpf::load(OBJECT).context("loading the reference")?;
+        let program: &mut SchedClassifier =
+            ebpf.program_mut("reference").context("the reference")?.try_into()?;
+        program.load()?;
+        Ok(Self(ebpf))
+    }
+
+    /// Nanoseconds of a lookup, as the mean over `runs` runs.
+    ///
+    /// # Errors
+    /// The kernel refused to run it.
+    pub fn lookup(&self, runs: u32) -> Result<f64> {
+        let program: &SchedClassifier = self.0.program("reference").context("the reference")?.try_into()?;
+        let options = TestRunOptions { data_in: Some(&[0; 64]), repeat: runs, ..TestRunOptions::new() };
+        Ok(program.test_run(options)?.duration.as_secs_f64() * 1e9 / Self::LOOKUPS)
     }
 }
 

@@ -25,8 +25,14 @@ pub(crate) fn load(lab: &Lab, options: &Options) -> bridge_agent::datapath::Resu
     lab.b().netns.run(|| Datapath::load(options))
 }
 
-pub(crate) const BEHAVIOUR: Behaviour =
-    Behaviour { timeouts: [1; 13], audit: false, reject: true, events_per_second: 10, report_allowed: false };
+pub(crate) const BEHAVIOUR: Behaviour = Behaviour {
+    timeouts: [1; 13],
+    audit: false,
+    reject: true,
+    events_per_second: 10,
+    answers_per_second: 10,
+    report_allowed: false,
+};
 
 /// Tables with rules of these names, which match nothing.
 pub(crate) fn tables<'a>(names: impl IntoIterator<Item = &'a str>) -> Tables {

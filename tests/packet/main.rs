@@ -1,6 +1,7 @@
 //! The packet path, packet by packet.
 
 mod audit;
+mod cost;
 mod crowding;
 mod flow_cache;
 mod fragments;

@@ -205,3 +205,32 @@ fn events_stop_at_the_limit_and_say_how_many_were_kept_back() {
     assert!(reported > 0 && (reported as usize) < sent, "{reported} of {sent} suppressed");
     assert!(seen.len() < sent, "{} of {sent} sent", seen.len());
 }
+
+#[test]
+fn answers_stop_at_the_limit_and_packets_are_denied_as_before() {
+    // Each CPU has a limit of its own.
+    bridge_lab::cpu::stay_on(0).expect("a CPU");
+    let mut node = node();
+    let mut limited = behaviour();
+    limited.answers_per_second = 3;
+    node.publish(&usual_policy(), &limited).expect("a policy");
+    let [f, _] = families();
+    let packets = [
+        Packet::new(f.lan, f.pod).tcp(Tcp::syn(50_000, SHUT)),
+        Packet::new(f.lan, f.pod).udp(50_000, SHUT, b"x"),
+    ];
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    // By the clock of the kernel side a second may end in between: then there are six.
+    let mut answers = Vec::new();
+    for packet in packets.iter().cycle().take(40) {
+        answers.push(node.denies(ExternalIngress, packet, Reason::no_rule).action == Action::Answer);
+    }
+    let answered = answers.iter().filter(|answered| **answered).count();
+    assert!(answered == 3 || answered == 6, "{answers:?}");
+    let verdicts: Vec<_> = node.events().iter().map(|event| event.verdict == verdict::REJECT).collect();
+    assert_eq!(verdicts, answers, "an event says whether the packet was answered");
+    // The next second has answers again.
+    while node.denies(ExternalIngress, &packets[0], Reason::no_rule).action != Action::Answer {
+        assert!(std::time::Instant::now() < deadline, "no answer in the next second");
+    }
+}

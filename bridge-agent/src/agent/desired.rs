@@ -26,6 +26,9 @@ pub enum Error {
     Interfaces(#[from] io::Error),
 }
 
+/// A LAN host that mistypes an address is answered; a flood is not, and no one whose address it forges is.
+const ANSWERS_PER_SECOND: u32 = 1000;
+
 /// Settings of the packet path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Desired {
@@ -45,6 +48,7 @@ impl Desired {
             audit: policy.mode == Mode::Audit,
             reject: policy.on_deny == OnDeny::Reject,
             events_per_second: enforcement.events.rate,
+            answers_per_second: ANSWERS_PER_SECOND,
             report_allowed: enforcement.events.allowed,
         };
         let selection = Selection {

@@ -65,20 +65,24 @@ pub struct Datapath {
 /// Whether a map holds nothing between two packets, so that it belongs to its programs and is not pinned.
 fn is_private(name: &str) -> bool {
     // Constants of the programs, which have a section as name; the debug log.
-    name.starts_with('.') || matches!(name, "scratch" | FLOW_CACHE | "AYA_LOGS")
+    name.starts_with('.') || matches!(name, "scratch" | FLOW_CACHE | ADDRESS_CACHE | "AYA_LOGS")
 }
 
 /// The map of the flow cache, sized by the number of CPUs.
 const FLOW_CACHE: &str = "flow_cache";
 
+/// The map of the properties of addresses, sized likewise.
+const ADDRESS_CACHE: &str = "address_cache";
+
 /// Maps whose size the configuration sets.
 const SIZED: [&str; 3] = ["flows", "other_flows", "half_open"];
 
-/// The size of the flow cache.
+/// The sizes of the caches of each CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheSize {
     entries: u32,
     sets: u32,
+    addresses: u32,
 }
 
 impl CacheSize {
@@ -90,12 +94,14 @@ impl CacheSize {
     pub fn of_machine() -> Result<Self> {
         let cpus = u32::try_from(maps::cpus()?).unwrap_or(u32::MAX);
         let sets = flow_cache::sets(cpus);
-        Ok(Self { entries: sets.saturating_mul(cpus), sets })
+        let addresses = flow_cache::ADDRESSES.saturating_mul(cpus);
+        Ok(Self { entries: sets.saturating_mul(cpus), sets, addresses })
     }
 
     /// Sets the size in the loader of the programs.
     pub fn apply<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
         loader.map_max_entries(FLOW_CACHE, self.entries);
+        loader.map_max_entries(ADDRESS_CACHE, self.addresses);
         loader.override_global("FLOW_CACHE_SETS", &self.sets, true);
     }
 }

@@ -41,6 +41,8 @@ pub struct Behaviour {
     pub reject: bool,
     /// Events each CPU may send in a second.
     pub events_per_second: u32,
+    /// Answers to denied packets each CPU may send in a second.
+    pub answers_per_second: u32,
     /// New flows that were let through are reported too.
     pub report_allowed: bool,
 }
@@ -438,12 +440,14 @@ fn settings(tables: &Tables, behaviour: &Behaviour, generation: u32) -> Settings
         audit: behaviour.audit.into(),
         reject: behaviour.reject.into(),
         events_per_second: behaviour.events_per_second,
+        answers_per_second: behaviour.answers_per_second,
         report_allowed: behaviour.report_allowed.into(),
         global_sets: tables.global_sets,
         node_ports: tables.node_ports,
         node_port_root: tables.node_port_root,
         rule_count: tables.rule_count,
         has_audited: tables.rules.iter().any(|rule| rule.audit != 0).into(),
+        pair_count: u32::try_from(tables.pairs.len()).unwrap_or(u32::MAX),
         padding: 0,
     }
 }

@@ -72,6 +72,8 @@ pub struct Settings {
     pub reject: u32,
     /// Events each CPU may send in a second.
     pub events_per_second: u32,
+    /// Answers to denied packets each CPU may send in a second; further packets are dropped silently.
+    pub answers_per_second: u32,
     /// 1: new flows that were let through are reported too.
     pub report_allowed: u32,
     /// Sets of the rules that name neither side, by direction (inbound, outbound); 0: none.
@@ -84,8 +86,10 @@ pub struct Settings {
     pub rule_count: u32,
     /// 1: there are rules in audit mode.
     pub has_audited: u32,
+    /// How many elements the table of pairs has.
+    pub pair_count: u32,
     /// Zero.
     pub padding: u32,
 }
 
-crate::plain_old_data!(Control: 8, Settings: 152);
+crate::plain_old_data!(Control: 8, Settings: 160);

@@ -56,18 +56,22 @@ pub mod verdict {
     pub const NAMES: [&str; 5] = ["allow", "drop", "reject", "audit", "audit-allow"];
 }
 
-/// How many events a CPU has sent in the current second, and kept back since its last one.
+/// How many events and answers a CPU has sent in the current second, and how many events it has kept back since its last one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EventBudget {
-    /// Second of `CLOCK_MONOTONIC`.
-    pub second: u64,
+    /// When the second ends, in nanoseconds of `CLOCK_MONOTONIC`.
+    pub until: u64,
     /// Events sent in it.
     pub sent: u32,
     /// Events kept back since the last one sent.
     pub suppressed: u32,
     /// Events kept back since the map was made.
     pub suppressed_total: u64,
+    /// Answers to denied packets, sent in the second.
+    pub answered: u32,
+    /// Zero.
+    pub padding: u32,
 }
 
-crate::plain_old_data!(Event: 80, EventBudget: 24);
+crate::plain_old_data!(Event: 80, EventBudget: 32);

@@ -28,6 +28,9 @@ pub const MAX_SETS_TOGETHER: u32 = 1 << 18;
 /// Least sets of a CPU.
 pub const MIN_SETS: u32 = 1 << 10;
 
+/// Addresses of which a CPU remembers the properties, a power of two.
+pub const ADDRESSES: u32 = 1024;
+
 /// How many sets each of `cpus` CPUs has.
 #[must_use]
 pub const fn sets(cpus: u32) -> u32 {

@@ -45,8 +45,11 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
         debug!(&TcContext::new(skb), "no active policy: packet passes");
         return NEXT;
     };
-    let mut found = 0;
+    // A SYN is judged by policy, whatever the table says: only one that opens a flow looks there, see `track::open`.
+    let opens_tcp = packet.protocol == protocol::TCP && packet.opens_tcp();
+    let mut found = if opens_tcp { FLOW_OF_PORTS } else { 0 };
     if packet.follows_flow()
+        && !opens_tcp
         && let Some(flow) = established(&packet.key)
     {
         found = FLOW_OF_PORTS;
@@ -248,7 +251,7 @@ fn follows(
     hook == Hook::INTERNAL_EGRESS || input != 0 || scope::is_node_port(settings, packet, packet.source_port)
 }
 
-/// The flow table has an entry for the packet's ports, but the packet does not belong to it.
+/// The flow table may have an entry for the packet's ports, but the packet does not belong to it.
 const FLOW_OF_PORTS: u32 = 1;
 /// Type of ICMP redirects (RFC 792).
 const ICMP_REDIRECT: u8 = 5;

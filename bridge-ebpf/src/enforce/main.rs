@@ -21,6 +21,7 @@
 )]
 
 mod active;
+mod addresses;
 mod cache;
 mod cache_set;
 mod fast_path;

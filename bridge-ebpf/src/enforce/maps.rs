@@ -11,7 +11,7 @@ use bridge_common::filter::{
     event::{Event, EventBudget},
     fast_path::{self, Lease},
     flow::{Flow, FlowKey, FragmentKey},
-    flow_cache::{MAX_SETS, STAMPS},
+    flow_cache::{ADDRESSES, MAX_SETS, STAMPS},
     interface::Interface,
     policy::{
         AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleHits, RuleInfo, RuleSet, direction,
@@ -20,6 +20,7 @@ use bridge_common::filter::{
 use bridge_ebpf::{apart, protocol};
 
 use crate::{
+    addresses::Entry,
     cache_set::{Place, Set},
     fib::FibLookup,
     packet::Packet,
@@ -89,6 +90,9 @@ pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, u64, 16_384> = LruHashMap::
 /// The flag aligns the sets to cache lines.
 #[btf_map(name = "flow_cache")]
 pub(crate) static FLOW_CACHE: Array<Set, { MAX_SETS as usize }, MMAPABLE> = Array::new();
+/// Properties of addresses, CPU by CPU. The loader sets the size.
+#[btf_map(name = "address_cache")]
+pub(crate) static ADDRESS_CACHE: Array<Entry, { ADDRESSES as usize }, MMAPABLE> = Array::new();
 /// See `bridge_common::filter::flow_cache`.
 #[btf_map(name = "flow_stamps")]
 pub(crate) static FLOW_STAMPS: Array<u64, { STAMPS as usize }, MMAPABLE> = Array::new();

@@ -12,6 +12,7 @@ use bridge_common::filter::{
 use bridge_ebpf::protocol as ip;
 
 use crate::{
+    active::Active,
     maps::{NARROWS, PAGES, PAIRS, RULE_HITS, RULE_SETS, SETTINGS, Scratch, scratch},
     packet::Packet,
     report::{self, EventInfo},
@@ -51,7 +52,9 @@ pub(crate) extern "C" fn evaluate(slot: u32, rules: u32) -> u32 {
     best =
         stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), by_protocol, audited, &ports));
     let pair = PairKey { external: sides.external.class, pod: sides.internal.class };
-    if let Some(pairs) = PAIRS.get(slot) {
+    if settings.pair_count != 0
+        && let Some(pairs) = PAIRS.get(slot)
+    {
         // SAFETY: the tables of a slot are not written to while the slot is active.
         if let Some(sets) = unsafe { pairs.get(&pair) } {
             best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), by_protocol, audited, &ports));
@@ -173,7 +176,9 @@ pub(crate) extern "C" fn audit(skb: *mut __sk_buff, slot: u32, enforced: u32, no
         direction: sides.direction as u8,
         padding: 0,
     };
-    report::emit(skb, slot, &info)
+    let Some(active) = Active::of_slot(slot, now) else { return 0 };
+    report::emit(skb, &active, &info);
+    1
 }
 
 /// Counts a hit of the rule in `leaf`.

@@ -2,11 +2,16 @@
 
 use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::{
+    control::Settings,
     counters::{Counter, Counters, Reason},
-    event::Event,
+    event::{Event, EventBudget},
 };
 
+use crate::active::Active;
 use crate::maps::{AUDITED, COUNTERS, EVENT_BUDGET, EVENTS, SETTINGS, Scratch, scratch};
+
+/// In nanoseconds.
+const SECOND: u64 = 1_000_000_000;
 
 /// Counts a packet that passed or was denied.
 #[inline(always)]
@@ -52,11 +57,41 @@ pub(crate) struct EventInfo {
     pub(crate) padding: u8,
 }
 
-/// Sends an event about the packet of [`scratch`], unless this CPU is rate limited or the ring buffer is full. Returns how
-/// many were sent.
+/// Returns the budget of this CPU for the current second.
+#[inline(always)]
+fn budget(now: u64) -> Option<&'static mut EventBudget> {
+    // SAFETY: the element is this CPU's own.
+    let budget = unsafe { &mut *EVENT_BUDGET.get_ptr_mut(0)? };
+    if now >= budget.until {
+        budget.until = now + SECOND;
+        (budget.sent, budget.answered) = (0, 0);
+    }
+    Some(budget)
+}
+
+/// Whether this CPU may still answer a denied packet in this second; counts the answer.
+#[inline(always)]
+pub(crate) fn may_answer(settings: &Settings, now: u64) -> bool {
+    let Some(budget) = budget(now) else { return false };
+    let may = budget.answered < settings.answers_per_second;
+    budget.answered += u32::from(may);
+    may
+}
+
+/// Sends an event about the packet of [`scratch`], unless this CPU is rate limited or the ring buffer is full.
+#[inline(always)]
+pub(crate) fn emit(skb: *mut __sk_buff, active: &Active, info: &EventInfo) {
+    let Some(budget) = budget(active.now) else { return };
+    if budget.sent >= active.settings.events_per_second || send(skb, active.slot, info) == 0 {
+        budget.suppressed += 1;
+        budget.suppressed_total += 1;
+    }
+}
+
+/// Sends an event. Returns how many were sent.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn emit(skb: *mut __sk_buff, slot: u32, info: *const EventInfo) -> u32 {
+extern "C" fn send(skb: *mut __sk_buff, slot: u32, info: *const EventInfo) -> u32 {
     // SAFETY: the caller's own, or null as far as the verifier knows.
     let Some(info) = (unsafe { info.as_ref() }) else { return 0 };
     let Some(Scratch { packet, .. }) = scratch() else { return 0 };
@@ -64,41 +99,29 @@ pub(crate) extern "C" fn emit(skb: *mut __sk_buff, slot: u32, info: *const Event
     let Some(budget) = EVENT_BUDGET.get_ptr_mut(0) else { return 0 };
     // SAFETY: the element is this CPU's own.
     let budget = unsafe { &mut *budget };
-    let second = info.now / 1_000_000_000;
-    if budget.second != second {
-        budget.second = second;
-        budget.sent = 0;
-    }
-    if budget.sent < settings.events_per_second
-        && let Some(mut entry) = EVENTS.reserve(0)
-    {
-        // SAFETY: the context is valid while the program runs.
-        let (ifindex, length) = unsafe { ((*skb).ifindex, (*skb).len) };
-        entry.write(Event {
-            time: info.now,
-            source: packet.source,
-            destination: packet.destination,
-            ifindex,
-            generation: settings.generation,
-            rule: info.rule,
-            length,
-            suppressed: budget.suppressed,
-            source_port: packet.source_port,
-            destination_port: packet.destination_port,
-            protocol: packet.protocol,
-            verdict: info.verdict,
-            reason: info.reason,
-            direction: info.direction,
-            detail: packet.detail,
-            padding: [0; 11],
-        });
-        entry.submit(0);
-        budget.sent += 1;
-        budget.suppressed = 0;
-        1
-    } else {
-        budget.suppressed += 1;
-        budget.suppressed_total += 1;
-        0
-    }
+    let Some(mut entry) = EVENTS.reserve(0) else { return 0 };
+    // SAFETY: the context is valid while the program runs.
+    let (ifindex, length) = unsafe { ((*skb).ifindex, (*skb).len) };
+    entry.write(Event {
+        time: info.now,
+        source: packet.source,
+        destination: packet.destination,
+        ifindex,
+        generation: settings.generation,
+        rule: info.rule,
+        length,
+        suppressed: budget.suppressed,
+        source_port: packet.source_port,
+        destination_port: packet.destination_port,
+        protocol: packet.protocol,
+        verdict: info.verdict,
+        reason: info.reason,
+        direction: info.direction,
+        detail: packet.detail,
+        padding: [0; 11],
+    });
+    entry.submit(0);
+    budget.sent += 1;
+    budget.suppressed = 0;
+    1
 }

@@ -1,7 +1,7 @@
 //! Whether a packet is judged, in which direction, and as whose: by its interface first, then by its addresses. See
 //! `docs/decisions/0012-complete-mediation.md`, whose tables these functions are.
 
-use aya_ebpf::{bindings::__sk_buff, btf_maps::lpm_trie::Key};
+use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::{
     address::Address,
     control::Settings,
@@ -14,9 +14,10 @@ use bridge_ebpf::protocol;
 
 use crate::{
     active::Active,
+    addresses::{lookup, lookup_cached},
     fib::{DIRECT, FROM_NEXT_HOP, TO_SOURCE, route_of},
     hook::Hook,
-    maps::{ADDRESSES4, ADDRESSES6, HOSTED, INTERFACES, ORIGINS, Scratch, TUNNELS, scratch},
+    maps::{HOSTED, INTERFACES, ORIGINS, Scratch, TUNNELS, scratch},
     mark,
     packet::{Kind, Packet},
     sides::Sides,
@@ -32,16 +33,6 @@ pub(crate) const SPOOFED: u32 = 2;
 pub(crate) const FOLLOW: u32 = 3;
 /// The source was translated and is unknown.
 pub(crate) const UNATTRIBUTED: u32 = 4;
-
-#[inline(always)]
-fn lookup(slot: u32, address: &Address, version: u8) -> AddressInfo {
-    let found = if version == 4 {
-        ADDRESSES4.get(slot).and_then(|trie| trie.get(&Key::new(32, address.v4())))
-    } else {
-        ADDRESSES6.get(slot).and_then(|trie| trie.get(&Key::new(128, address.octets)))
-    };
-    found.copied().unwrap_or_default()
-}
 
 /// Returns the index of the interface that leads to a pod of this node; 0: none is known to the agent.
 #[inline(always)]
@@ -162,8 +153,8 @@ pub(crate) extern "C" fn find(skb: *mut __sk_buff, slot: u32, hook: u32, mark: u
 fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides: &mut Sides) -> u32 {
     // SAFETY: the context is valid while the program runs.
     let ifindex = unsafe { (*skb).ifindex };
-    let source = lookup(active.slot, &packet.source, packet.version);
-    let destination = lookup(active.slot, &packet.destination, packet.version);
+    let source = lookup_cached(active, &packet.source, packet.version);
+    let destination = lookup_cached(active, &packet.destination, packet.version);
     sides.direction = u32::from(direction::INBOUND);
     let generation = active.settings.generation;
     sides.external = AddressInfo::default();

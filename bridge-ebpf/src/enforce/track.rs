@@ -408,10 +408,10 @@ pub(crate) fn open(
     let Some(Scratch { flow, .. }) = scratch() else { return Err(Reason::table_full) };
     // A SYN or an INIT ends what came before it on its ports only once the responder has answered: it, and the end of the
     // connection before it, may be forged.
-    let goes_on = again
-        && matches!(packet.protocol, protocol::TCP | protocol::SCTP)
+    let earlier = if again { maps::established(&packet.key) } else { None };
+    let goes_on = matches!(packet.protocol, protocol::TCP | protocol::SCTP)
         // SAFETY: a valid element, only read.
-        && maps::established(&packet.key).is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
+        && earlier.is_some_and(|flow| is_usable(unsafe { &*flow }, settings, now));
     if goes_on && packet.protocol == protocol::SCTP && !packet.opens_sctp() {
         // A pod sends a wrong tag.
         return Ok(());
@@ -443,7 +443,7 @@ pub(crate) fn open(
     if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);
     }
-    if again && !goes_on {
+    if earlier.is_some() && !goes_on {
         remove(&packet.key);
     }
     Ok(())

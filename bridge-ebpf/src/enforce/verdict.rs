@@ -75,7 +75,7 @@ pub(crate) fn conclude(
         }
         report::count(direction, verdict.reason, length);
         if settings.report_allowed != 0 && verdict.reason == Reason::new_flow {
-            report::emit(skb, active.slot, &info);
+            report::emit(skb, active, &info);
         }
         return NEXT;
     }
@@ -101,15 +101,16 @@ pub(crate) fn conclude(
         }
         report::count_audited(direction, verdict.reason, length);
         info.verdict = action::AUDIT;
-        report::emit(skb, active.slot, &info);
+        report::emit(skb, active, &info);
         return NEXT;
     }
     report::count(direction, verdict.reason, length);
     let answerable = settings.reject != 0
         && hook <= Hook::INTERNAL_INGRESS
-        && reject::is_answerable(packet, verdict.reason);
+        && reject::is_answerable(packet, verdict.reason)
+        && report::may_answer(settings, active.now);
     info.verdict = if answerable { action::REJECT } else { action::DROP };
-    report::emit(skb, active.slot, &info);
+    report::emit(skb, active, &info);
     if !answerable {
         return DROP;
     }

@@ -250,6 +250,7 @@ fn behaviour_of(regime: &Regime) -> Behaviour {
         audit: regime.policy.mode == Mode::Audit,
         reject: regime.policy.on_deny == OnDeny::Reject,
         events_per_second: 0,
+        answers_per_second: u32::MAX,
         report_allowed: false,
     }
 }

@@ -127,6 +127,7 @@ impl Engine for ByEbpf {
             audit: false,
             reject: policy.on_deny == OnDeny::Reject,
             events_per_second: Events::default().rate,
+            answers_per_second: u32::MAX,
             report_allowed: false,
         };
         self.datapath.publish(&tables, &behaviour, None)?;
