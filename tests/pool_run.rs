@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_agent::{model::PortRange, pool::hooks::PROGRAMS};
+use bridge_agent::{model::PortRange, pool::programs::PROGRAMS};
 use bridge_lab::{
     agent::{Agent, program},
     lab::{Host, Lab},

@@ -3,11 +3,21 @@
 //!
 //! Everything here is validated: ranges are not inverted, lists are not empty, names are unique.
 
+mod hook;
+mod port_set;
+mod target;
+
 use std::fmt;
 
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use self::{
+    hook::{Hook, Role},
+    port_set::{PortSet, parse_ephemeral, parse_ranges},
+    target::Target,
+};
 
 /// The allowed flows, and the answer to others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

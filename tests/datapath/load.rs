@@ -3,7 +3,10 @@
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use bridge_agent::datapath::{Error, Maps, Options};
+use bridge_agent::{
+    datapath::{Error, Maps, Options},
+    kernel::pins,
+};
 use bridge_lab::lab::Lab;
 
 use crate::support::{BEHAVIOUR, bpftool, load, options, pins, tables};
@@ -34,7 +37,10 @@ fn a_second_agent_is_refused_and_told_the_pid_of_the_first() -> Result<()> {
     let pins = pins(&lab)?;
     let _first = load(&lab, &options(&pins))?;
     let error = load(&lab, &options(&pins)).unwrap_err();
-    assert!(matches!(error, Error::Locked { pid: Some(pid), .. } if pid == std::process::id()), "{error}");
+    assert!(
+        matches!(error, Error::Pins(pins::Error::Locked { pid: Some(pid), .. }) if pid == std::process::id()),
+        "{error}"
+    );
     Ok(())
 }
 

@@ -4,8 +4,8 @@ use std::fs;
 
 use crate::{
     config::{Config, PortPool},
+    model::{parse_ephemeral, parse_ranges},
     nodeport_range::conflicts::{self, Surroundings},
-    pool::checks,
 };
 
 /// Returns the faults of the ranges, in this network namespace at this time, each with its remedy; logs them, too.
@@ -23,8 +23,8 @@ fn overlaps(config: &Config, ephemeral: &str, reserved: &str) -> Vec<String> {
     let Some(node_ports) = &config.node_ports else { return Vec::new() };
     let around = Surroundings {
         pool: config.port_pool.as_ref().map(PortPool::available).unwrap_or_default(),
-        ephemeral: checks::parse_ephemeral(ephemeral),
-        reserved: checks::parse_ranges(reserved),
+        ephemeral: parse_ephemeral(ephemeral),
+        reserved: parse_ranges(reserved),
         ..Surroundings::default()
     };
     let range = node_ports.range.0;

@@ -11,6 +11,7 @@ use super::{
 use crate::agent;
 use crate::config;
 use crate::datapath::{self, Maps};
+use crate::kernel::pins as kernel_pins;
 use crate::pool::kernel;
 use crate::pool::run::{self, StopError};
 use crate::routes::{carry_out, withdrawal};
@@ -108,12 +109,12 @@ impl Down {
         // First: without enforcement, only the pool shows that an agent runs.
         let pool = run::stop(&places);
         if let Err(StopError::Locked(error)) = pool {
-            return Err(error.into());
+            return Err(datapath::Error::from(error).into());
         }
         let of_exec = kernel::remove_of_exec(&global.pin_root);
         let (removed, result) = datapath::down(&global.pins(), &crate::pool::pins::is_of_a_pool);
         // A running agent would put everything back.
-        if matches!(result, Err(datapath::Error::Locked { .. })) {
+        if matches!(result, Err(datapath::Error::Pins(kernel_pins::Error::Locked { .. }))) {
             return result.map_err(Error::from);
         }
         agent::forget_trial(&global.config, &global.state_directory());

@@ -17,7 +17,7 @@ use ipnet::IpNet;
 use super::{Error, Global};
 use crate::{
     datapath::object,
-    model::PortRange,
+    model::{PortRange, parse_ranges},
     pool::{
         KernelPool, Layout, Settings, attach, checks, hooks::EXEC_PREFIX, kernel, layout::Occupied, pins,
     },
@@ -41,7 +41,7 @@ pub struct Exec {
 struct Ranges(Vec<PortRange>);
 
 fn ranges(text: &str) -> Result<Ranges, String> {
-    let ranges = checks::parse_ranges(text);
+    let ranges = parse_ranges(text);
     let fine = ranges.iter().all(|range| 0 < range.first && range.first <= range.last);
     if fine && !ranges.is_empty() && ranges.len() == text.split(',').count() {
         Ok(Ranges(ranges))

@@ -19,7 +19,7 @@ pub struct Enforcement {
     /// Whether denied packets are stopped, or only counted and reported.
     pub mode: Mode,
     /// The engines that enforce the rules, side by side: ebpf, and one packet filter of the kernel.
-    #[serde(serialize_with = "super::flow")]
+    #[serde(serialize_with = "super::flow::flow")]
     pub engines: Vec<Engine>,
     /// The answer to the sender of a denied packet.
     pub on_deny: OnDeny,
@@ -93,10 +93,10 @@ pub enum Scope {
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Interfaces {
     /// Interfaces towards the LAN. Left out: those that the routes to `networks.external` leave by.
-    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow::flow")]
     pub external: Vec<InterfacePattern>,
     /// Interfaces towards the pods. Left out: those that the routes to `networks.pods` leave by.
-    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow::flow")]
     pub internal: Vec<InterfacePattern>,
 }
 

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::bounds;
 use super::leaf::Problem;
 use super::report::{Path, Report};
-use super::rules::bounds;
 
 /// A label value: at most 63 characters, alphanumeric at both ends; may be empty.
 pub(crate) const VALUE_PATTERN: &str = "^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$";
@@ -42,7 +42,7 @@ pub struct LabelRequirement {
     /// The comparison of the label with `values`.
     pub operator: LabelOperator,
     /// The values of `In` and `NotIn`; none for `Exists` and `DoesNotExist`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow::flow")]
     pub values: Vec<String>,
 }
 

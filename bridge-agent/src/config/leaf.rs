@@ -108,7 +108,7 @@ impl Leaf for SocketAddress {
         let address: SocketAddr = text
             .parse()
             .map_err(|_| Problem::new(format!("`{text}` is not an address with a port"), HELP))?;
-        if text.rsplit(':').next().is_some_and(super::network::has_leading_zero) {
+        if text.rsplit(':').next().is_some_and(has_leading_zero) {
             return Err(Problem::new(format!("the port of `{text}` has a leading zero"), HELP));
         }
         if address.port() == 0 {
@@ -186,6 +186,11 @@ impl fmt::Display for FileMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:04o}", self.0)
     }
+}
+
+/// Whether a decimal number begins with a zero that some readers take for the mark of an octal one.
+pub(crate) fn has_leading_zero(number: &str) -> bool {
+    number.len() > 1 && number.starts_with('0')
 }
 
 #[cfg(test)]

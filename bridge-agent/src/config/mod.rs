@@ -5,8 +5,10 @@
 //! values are held against each other (`check` of each section).
 
 mod api;
+pub(crate) mod bounds;
 mod effective;
 mod enforcement;
+mod flow;
 mod interface;
 mod iptables;
 mod kubernetes;
@@ -18,11 +20,13 @@ mod networks;
 mod nftables;
 pub(crate) mod node;
 mod node_ports;
+mod path;
 mod persistence;
 mod port_pool;
 pub(crate) mod ports;
 pub mod report;
 mod resource;
+mod role;
 mod routes;
 pub(crate) mod rules;
 mod shadow;
@@ -42,8 +46,7 @@ use std::sync::LazyLock;
 
 use ipnet::IpNet;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize, Serializer};
-use serde_saphyr::FlowSeq;
+use serde::{Deserialize, Serialize};
 
 pub use api::{Api, DEFAULT_SOCKET};
 pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts};
@@ -63,10 +66,11 @@ pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
 pub use resource::{GROUP, check_policy};
 pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
-pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_LOCAL, TABLE_MAIN};
+pub use role::Role;
+pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_MAIN};
 pub use rules::{MAX_RULES, Rule, RuleName};
 pub(crate) use shape::inlined_schema_of as schema_of;
-pub use static_route::{DetailedVia, OneOrMany, StaticRoute, Via};
+pub use static_route::{DetailedVia, OneOrMany, StaticRoute, TABLE_LOCAL, Via};
 pub use syslog::Syslog;
 pub use time_span::TimeSpan;
 
@@ -115,16 +119,6 @@ pub struct Config {
     /// How the agent is talked to.
     #[serde(default)]
     pub api: Api,
-}
-
-/// Role of this machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// A node of the cluster: forwards between its pods and the LAN, and enforces the rules.
-    Node,
-    /// A host of the LAN: has routes to the pods, and a port pool of its own.
-    Host,
 }
 
 /// A configuration without errors.
@@ -222,6 +216,7 @@ impl Config {
         self.networks.check(&root.key("networks"), self.role, kubernetes, report);
         self.enforcement.check(&root.key("enforcement"), report);
         rules::check(&self.rules, &root.key("rules"), &self.networks, kubernetes, report);
+        shadow::check(&self.rules, &root.key("rules"), report);
         if let Some(node_ports) = &self.node_ports {
             node_ports.check(&root.key("nodePorts"), report);
         }
@@ -332,13 +327,4 @@ fn unreadable(path: &FilePath, error: &io::Error) -> Problem {
         _ => "check the file and its file system".to_owned(),
     };
     Problem::new(format!("cannot read the configuration: {error}"), help)
-}
-
-/// A list on one line.
-fn flow<T: Serialize, S: Serializer>(list: &Vec<T>, serializer: S) -> Result<S::Ok, S::Error> {
-    FlowSeq(list).serialize(serializer)
-}
-
-fn flow_option<T: Serialize, S: Serializer>(list: &Option<Vec<T>>, serializer: S) -> Result<S::Ok, S::Error> {
-    list.as_ref().map(FlowSeq).serialize(serializer)
 }

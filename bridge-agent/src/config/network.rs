@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use super::leaf::{Leaf, Problem, leaf};
+use super::leaf::{Leaf, Problem, has_leading_zero, leaf};
 
 /// A network in CIDR notation (RFC 4632, RFC 4291 section 2.3), host bits zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -106,11 +106,6 @@ fn net(text: &str) -> Option<IpNet> {
         return None;
     }
     IpNet::new(IpAddr::from_str(address).ok()?, length.parse().ok()?).ok()
-}
-
-/// Whether a decimal number begins with a zero that some readers take for the mark of an octal one.
-pub(crate) fn has_leading_zero(number: &str) -> bool {
-    number.len() > 1 && number.starts_with('0')
 }
 
 fn not_a_network(text: &str) -> Problem {

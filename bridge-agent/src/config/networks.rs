@@ -4,24 +4,24 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Role;
 use super::leaf::Problem;
 use super::network::{HostOrNetwork, Network};
 use super::report::{Path, Report};
+use super::role::Role;
 
 /// The networks whose traffic with each other is judged. Everything else passes untouched.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Networks {
     /// The networks of the pods. With a `kubernetes` section, the pod networks of the cluster's nodes are added.
-    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow::flow")]
     pub pods: Vec<Network>,
     /// The networks of the LAN hosts.
-    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow::flow")]
     pub external: Vec<Network>,
     /// Addresses inside `external` or `pods` that belong to cluster nodes, and are judged neither as a LAN host nor
     /// as a pod. The addresses of this node are added by themselves.
-    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow")]
+    #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::flow::flow")]
     pub nodes: Vec<HostOrNetwork>,
 }
 

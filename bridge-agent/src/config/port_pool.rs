@@ -5,13 +5,13 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Role;
 use super::leaf::{Leaf, Problem, leaf};
 use super::network::Network;
 use super::networks::Networks;
 use super::node_ports::NodePorts;
 use super::ports::Ports;
 use super::report::{Path, Report};
+use super::role::Role;
 use crate::model::PortRange;
 
 /// The source ports that clients may take, shared by all pods of a node or all processes of a host.
@@ -25,7 +25,7 @@ pub struct PortPool {
     pub exclude: Option<Ports>,
     /// Connections to these networks get a port from the pool. Left out: `networks.external` on a node,
     /// `networks.pods` on a host.
-    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow_option")]
+    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow::flow_option")]
     pub destinations: Option<Vec<Network>>,
     /// The clients whose connections get a port from the pool without asking for it. Left out: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -79,7 +79,7 @@ fn is_no(value: &bool) -> bool {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Transparent {
     /// Control groups, by their path below the cgroup2 mount, with all that is in them. `/` is every process.
-    #[serde(serialize_with = "super::flow")]
+    #[serde(serialize_with = "super::flow::flow")]
     pub cgroups: Vec<CgroupPath>,
 }
 

@@ -8,8 +8,7 @@ use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_saphyr::FlowSeq;
 
-use super::leaf::{Leaf, Problem};
-use super::network::has_leading_zero;
+use super::leaf::{Leaf, Problem, has_leading_zero};
 use super::report::{Path, Report};
 use crate::model::PortRange;
 

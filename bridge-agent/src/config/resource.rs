@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::node::{Node, Value};
 use super::report::{ConfigErrors, Diagnostics, Findings, Path, Report, Severity};
 use super::shape::Shape;
-use super::{Problem, Rule, rules, yaml};
+use super::{Problem, Rule, rules, shadow, yaml};
 use crate::model::Mode;
 
 /// The API group of the custom resources of bridge. An owner with another domain changes it here.
@@ -82,6 +82,7 @@ fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
                 report.error(&path, problem);
             }
             rules::check_policy(&list, &path, &mut report);
+            shadow::check(&list, &path, &mut report);
             if spec.mode == Some(Mode::Audit) {
                 for (index, rule) in list.iter_mut().enumerate() {
                     if rule.mode == Some(Mode::Enforce) {

@@ -13,8 +13,6 @@ use super::time_span::TimeSpan;
 
 /// `RT_TABLE_MAIN` of `linux/rtnetlink.h`.
 pub const TABLE_MAIN: u32 = 254;
-/// `RT_TABLE_LOCAL` of `linux/rtnetlink.h`: the host's own, broadcast and multicast addresses.
-pub const TABLE_LOCAL: u32 = 255;
 /// The metric of a route whose configuration names none; the kernel's own default for IPv6.
 pub const DEFAULT_METRIC: u32 = 1024;
 

@@ -7,31 +7,17 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::bounds;
 use super::labels::{LabelSelector, check_selector};
 use super::leaf::{Leaf, Problem, leaf};
 use super::network::Network;
 use super::networks::Networks;
 use super::ports::Ports;
 use super::report::{Path, Report};
-use super::shadow;
 use crate::model::{self, Action, Direction, Mode, PortRange, Protocol};
 
 /// The most rules a configuration may have.
 pub const MAX_RULES: usize = 1_000_000;
-
-/// The bounds of a policy in the cluster. The API server enforces them, and needs them to bound the cost of validation.
-pub(crate) mod bounds {
-    /// Rules in a policy.
-    pub(crate) const RULES: usize = 4096;
-    /// Items of `ports` or `sourcePorts`.
-    pub(crate) const PORTS: usize = 60;
-    /// Items of `external` or `pods`.
-    pub(crate) const NETWORKS: usize = 40;
-    /// Items of `matchExpressions`, and keys of `matchLabels`.
-    pub(crate) const REQUIREMENTS: usize = 16;
-    /// Items of `values`.
-    pub(crate) const VALUES: usize = 64;
-}
 
 /// One rule: every criterion must match. Among matching rules a deny wins; without a match a flow is denied.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -43,11 +29,11 @@ pub struct Rule {
     pub direction: Direction,
     /// LAN hosts, inside `networks.external`, in CIDR notation, such as `[192.168.31.67/32, "fd00:31::/64"]`. Left out: all of
     /// `networks.external`.
-    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow_option")]
+    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow::flow_option")]
     pub external: Option<Vec<Network>>,
     /// Pods by address, inside `networks.pods`, in CIDR notation, such as `[10.200.1.0/24]`. Left out, and no selector either:
     /// all of `networks.pods`.
-    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow_option")]
+    #[serde(default, skip_serializing_if = "Option::is_none", serialize_with = "super::flow::flow_option")]
     pub pods: Option<Vec<Network>>,
     /// Pods by label, instead of `pods`, such as `{matchLabels: {app: api}}`. Needs a `kubernetes` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -228,7 +214,6 @@ fn check_list(rules: &[Rule], path: &Path<'_>, context: &Context, report: &mut R
         }
         rule.check(&at, context, report);
     }
-    shadow::check(rules, path, report);
 }
 
 fn too_many(count: usize) -> Option<Problem> {

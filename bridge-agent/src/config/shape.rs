@@ -336,7 +336,7 @@ fn integer(text: &str, min: i64, max: i64) -> Result<(), Problem> {
     } else {
         format!("write a whole number from {min} to {max}")
     };
-    if text.starts_with('+') || super::network::has_leading_zero(text.trim_start_matches('-')) {
+    if text.starts_with('+') || super::leaf::has_leading_zero(text.trim_start_matches('-')) {
         return Err(Problem::new(format!("`{text}` is not a whole number"), help));
     }
     match text.parse::<i64>() {

@@ -24,7 +24,9 @@ use super::interface::InterfaceName;
 use super::leaf::Problem;
 use super::network::Network;
 use super::report::{Path, Report};
-use super::routes::TABLE_LOCAL;
+
+/// `RT_TABLE_LOCAL` of `linux/rtnetlink.h`: the host's own, broadcast and multicast addresses.
+pub const TABLE_LOCAL: u32 = 255;
 
 /// A route that is always wanted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -16,12 +16,13 @@ use netlink_packet_route::{
 };
 
 use super::{
+    change::Action,
     error::{Error, Result, errno},
-    hook::Hook,
-    pins::{self, Attached, Pins, pinned_program},
-    target::{Action, Target},
+    pins::{Attached, Pins, pinned_program},
 };
 use crate::kernel::netlink::{Route, interface_name};
+use crate::kernel::pins;
+use crate::model::{Hook, Target};
 
 /// The first place in order.
 const PRIORITY: u16 = 1;
@@ -179,7 +180,7 @@ pub(super) fn remove(pins: &Pins, made: &Attached) -> Result<()> {
             }
         }
     }
-    pins::remove(&made.path)
+    Ok(pins::remove(&made.path)?)
 }
 
 /// Notes at `to` which qdiscs `from` has made: they stay for as long as one of them has filters there.

@@ -6,8 +6,9 @@ use super::{
     clsact,
     error::{Error, Result},
     load::Datapath,
-    pins::{self, Pins},
+    pins::{Pins, detach},
 };
+use crate::kernel::pins;
 
 /// The result of [`down`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
@@ -23,7 +24,7 @@ pub struct Removed {
 ///
 /// # Errors
 ///
-/// [`Error::Locked`] while an agent runs, which would restore everything; otherwise those of the pins that remain.
+/// [`pins::Error::Locked`] while an agent runs, which would restore everything; otherwise those of the pins that remain.
 pub fn down(pins: &Pins, spare: &dyn Fn(&Path) -> bool) -> (Removed, Result<()>) {
     let mut removed = Removed::default();
     if !pins.root().exists() {
@@ -88,7 +89,7 @@ fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
         Ok(links) => {
             for link in links {
                 crate::fault::point("down:detach");
-                match pins::detach(&link.path, None) {
+                match detach(&link.path, None) {
                     Ok(()) => removed.attachments += 1,
                     Err(error) => errors.push(error),
                 }

@@ -9,21 +9,15 @@ use aya::{
     sys::SyscallError,
 };
 
+use crate::kernel::pins;
+
 /// See the variants.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Pins can only live in a BPF file system.
-    #[error("{} is not in a BPF file system, so nothing can be pinned there: `mount -t bpf bpf {}`, or set another directory with --pin-root", path.display(), mount_point.display())]
-    NotBpffs {
-        /// Where pins should go.
-        path: PathBuf,
-        /// Where a BPF file system would help.
-        mount_point: PathBuf,
-    },
-    /// A name that the BPF file system has no place for.
-    #[error("the pin directory {} holds a dot, which a BPF file system does not take: choose a name without", .0.display())]
-    DotInPath(PathBuf),
+    /// A pin, or the root of all pins, cannot be used.
+    #[error(transparent)]
+    Pins(#[from] pins::Error),
     /// The process lacks the privileges to load programs.
     #[error(
         "missing {missing}: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add)"
@@ -31,14 +25,6 @@ pub enum Error {
     Capability {
         /// Names of capabilities, with `,` between them.
         missing: String,
-    },
-    /// Another agent uses the same pins.
-    #[error("an agent{} already works on {}: stop that one first, or use another --pin-root", pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(), path.display())]
-    Locked {
-        /// The other agent, if it is in a PID namespace that we see.
-        pid: Option<u32>,
-        /// The pin root.
-        path: PathBuf,
     },
     /// A pin that this agent has not made, or made with another layout.
     #[error("{} is not what this agent would have pinned there: {property} is {found}, expected {expected}. If nothing else uses it, `bridge-agent down` removes it", path.display())]
@@ -101,16 +87,6 @@ pub enum Error {
         /// Error of aya or the kernel.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// An operation on a file or pin failed.
-    #[error("{action} {}: {source}", path.display())]
-    Path {
-        /// The action that failed.
-        action: &'static str,
-        /// The path of the action.
-        path: PathBuf,
-        /// Error of the kernel.
-        source: io::Error,
-    },
     /// An operation on a map failed.
     #[error("map {map}: {source}")]
     Map {
@@ -147,7 +123,8 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 impl Error {
     pub(super) fn path(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Path { action, path: path.into(), source }
+        let error = pins::Error::path(action, path);
+        move |source| Self::Pins(error(source))
     }
 
     pub(super) fn map(map: &'static str) -> impl FnOnce(io::Error) -> Self {

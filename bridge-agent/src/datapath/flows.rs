@@ -252,7 +252,7 @@ impl Maps {
     /// [`Error::Map`].
     pub fn count_flows(&self) -> Result<FlowCounts> {
         let (settings, now) = (self.active_settings()?, now());
-        let count = |name: &'static str, map: &MapData| {
+        let count = |name: &'static str, map: &MapData| -> Result<_> {
             let mut count = 0;
             bpf::for_each(bpf::fd(map), |_: FlowKey, flow: Flow| {
                 count += u64::from(!is_expired(&flow, &settings, now));

@@ -12,11 +12,10 @@ use netlink_packet_route::tc::TcMessage;
 use super::{
     clsact,
     error::{Error, Result},
-    hook::{Hook, Role},
     load::Datapath,
     pins::Pins,
-    target::Target,
 };
+use crate::model::{Hook, Role, Target};
 
 impl Datapath {
     /// Lets packets take the fast path by those interfaces that allow it: none where a program of others must see them.

@@ -14,12 +14,11 @@ use bridge_common::filter::{
 
 use super::{
     error::{Error, Result},
-    hook::Role,
     load::Datapath,
     maps::Maps,
-    target::Target,
 };
 use crate::model::Tunnel;
+use crate::model::{Role, Target};
 
 impl Datapath {
     /// Returns the pods of this node that the kernel side knows: interface index, by address.

@@ -1,6 +1,10 @@
 //! Loads programs and maps, or adopts those that are pinned.
 
-use crate::kernel::bpf;
+use crate::kernel::{
+    bpf,
+    pin_guard::PinGuard,
+    pins::{self, Lock},
+};
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
@@ -14,12 +18,11 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use super::{
     error::{Error, Result, load_error, program_error},
-    hook::Hook,
     maps::{self, DIGESTS, Digest, Maps, Table},
     object,
-    pin_guard::PinGuard,
-    pins::{self, Lock, Pins},
+    pins::Pins,
 };
+use crate::model::Hook;
 
 /// Options of the packet path.
 #[derive(Clone, Debug)]
@@ -120,7 +123,7 @@ impl Datapath {
         let adopted = pins.exist();
         let result = Self::load_locked(options, adopted, lock);
         if result.is_err() && !adopted {
-            let mut errors = Vec::new();
+            let mut errors: Vec<Error> = Vec::new();
             pins::remove_tree(pins.directory(), &mut errors);
             for error in errors {
                 tracing::warn!(%error, "left behind after a failed start");
@@ -184,8 +187,11 @@ impl Datapath {
     /// [`Error::NotBpffs`], [`Error::Path`]; [`Error::Locked`] if another agent has taken the pins. Attached programs stay
     /// attached while this process lives.
     pub fn restore_pins(&mut self) -> (usize, Result<()>) {
-        match self.lock.renew(&self.pins) {
-            Ok(()) => self.guard.restore(),
+        match self.pins.renew(&mut self.lock) {
+            Ok(()) => {
+                let (restored, result) = self.guard.restore();
+                (restored, result.map_err(Error::from))
+            }
             Err(error) => (0, Err(error)),
         }
     }

@@ -5,6 +5,7 @@
 //! at a time; [`Maps`] reads them, in any number.
 
 mod attach;
+mod change;
 mod clsact;
 mod counters;
 mod down;
@@ -15,19 +16,18 @@ mod facts;
 mod fast_path;
 mod flows;
 mod foreign;
-mod hook;
 mod hosted;
 mod layout;
 mod load;
 mod maps;
 mod migrate;
 pub mod object;
-mod pin_guard;
 mod pins;
 mod tables;
-mod target;
 
+pub use crate::model::{Hook, Role, Target};
 pub use attach::order::{Displaced, Displacement};
+pub use change::{Action, Change};
 pub use counters::{ReasonCount, RuleCount};
 pub use down::{Removed, down, undo};
 pub use ends::{End, EndReader, Ended, Unended};
@@ -38,10 +38,7 @@ pub use flows::{
     FlowCounts, FlowFilter, FlowView, InvalidFilter, RuleNames, is_usable, protocol_name, protocol_of,
 };
 pub use foreign::programs_before;
-pub use hook::{Hook, Role};
 pub use load::{CacheSize, Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};
-pub(crate) use pin_guard::PinGuard;
-pub use pins::{DEFAULT_ROOT, Lock, Pins};
+pub use pins::{DEFAULT_ROOT, Pins};
 pub use tables::{Behaviour, Published};
-pub use target::{Action, Change, Target};

@@ -3,7 +3,7 @@
 //! A slot is written only after a grace period since it was last active, so no packet ever finds tables of two policies
 //! in it.
 
-use crate::kernel::bpf;
+use crate::kernel::{bpf, pins};
 use std::{
     collections::HashMap,
     io,
@@ -26,7 +26,6 @@ use super::{
     error::{Error, Result},
     load::Datapath,
     maps::{Digest, Maps, Table, cpus, now},
-    pins,
 };
 use crate::policy::Tables;
 

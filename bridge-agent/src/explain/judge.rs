@@ -13,8 +13,7 @@ use bridge_common::filter::{
 };
 
 use crate::{
-    datapath::Hook,
-    model::{Action, Direction, Policy},
+    model::{Action, Direction, Hook, Policy},
     policy::reference,
 };
 

@@ -12,8 +12,7 @@ use super::{
 };
 use crate::{
     config::PoolScope,
-    datapath::Hook,
-    model::{Direction, Mode, OnDeny, PortRange},
+    model::{Direction, Hook, Mode, OnDeny, PortRange},
     policy::{NODE_PORTS_RULE, reference::Criterion},
 };
 

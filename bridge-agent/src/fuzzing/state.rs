@@ -11,7 +11,7 @@ use crate::{
     config::{self, Config},
     iptables::{render, ruleset::Family, save::file},
     kubernetes::{plan::plan, saved::In},
-    pool::{checks, ports::PortSet},
+    model::{PortSet, parse_ranges},
     routes::discovery::{registry::Entry, state},
 };
 
@@ -101,9 +101,9 @@ fn saved_rules(text: &str) -> bool {
 
 /// The kernel's list of reserved ports, and the agent's own part of it.
 fn reserved_ports(text: &str) -> bool {
-    let ports: PortSet = checks::parse_ranges(text).into_iter().collect();
-    let printed = checks::print_ranges(&ports);
-    let again: PortSet = checks::parse_ranges(&printed).into_iter().collect();
+    let ports: PortSet = parse_ranges(text).into_iter().collect();
+    let printed = ports.to_string();
+    let again: PortSet = parse_ranges(&printed).into_iter().collect();
     assert_eq!(again, ports, "{printed}");
     true
 }

@@ -20,8 +20,7 @@ pub use observe::{Observer, Watch};
 
 use crate::{
     config::InterfacePattern,
-    datapath::{Role, Target},
-    model::Tunnel,
+    model::{Role, Target, Tunnel},
 };
 
 /// How interfaces are chosen.

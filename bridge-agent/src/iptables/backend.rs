@@ -90,8 +90,8 @@ fn usage(programs: &Programs, backend: Backend) -> Result<Usage, Error> {
 fn count(save: &str) -> Usage {
     let tables = super::observe::parse(save);
     let chains = || tables.values().flat_map(|table| &table.chains);
-    let foreign = chains().filter(|chain| !super::plan::is_own(&chain.name));
-    let own_jump = |rule: &str| super::observe::target(rule).is_some_and(super::plan::is_own);
+    let foreign = chains().filter(|chain| !super::ruleset::is_own(&chain.name));
+    let own_jump = |rule: &str| super::observe::target(rule).is_some_and(super::ruleset::is_own);
     Usage {
         foreign: foreign
             .map(|chain| {

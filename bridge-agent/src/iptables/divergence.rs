@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use super::driver::Rewritten;
 use super::observe::{ObservedTable, comment, target};
-use super::plan::is_own;
 use super::render::DENY;
+use super::ruleset::is_own;
 use super::ruleset::{Family, Table};
 use super::walk::Packet;
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::plan::is_own;
+use super::ruleset::is_own;
 use super::ruleset::{Jump, Table, TableRules};
 use crate::firewall::Hits;
 

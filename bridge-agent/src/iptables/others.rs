@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use super::observe::{ObservedRule, ObservedTable, target};
-use super::plan::is_own;
+use super::ruleset::is_own;
 use super::walk::{self, Interfaces, Packet};
 
 /// The verdict of other programs on a packet.

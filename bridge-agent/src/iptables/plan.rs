@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::observe::{ObservedTable, TABLE_WAS_ABSENT};
-use super::ruleset::{CHAIN_PREFIX, Family, Ruleset, Table, TableRules};
+use super::ruleset::{Family, Ruleset, Table, TableRules};
 
 /// The input of one `iptables-restore` call: one table, all or nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,10 +147,4 @@ pub fn fresh(ruleset: &Ruleset) -> String {
         .filter_map(|wanted| restore(ruleset.family, wanted.table, Some(wanted), &empty))
         .map(|restore| restore.text())
         .collect()
-}
-
-/// Whether `chain` is one of bridge's.
-#[must_use]
-pub fn is_own(chain: &str) -> bool {
-    chain.starts_with(CHAIN_PREFIX)
 }

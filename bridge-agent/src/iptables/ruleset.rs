@@ -5,6 +5,12 @@ use std::fmt;
 /// The prefix of every own chain. Chains without it are never touched, except for the jumps to own chains.
 pub const CHAIN_PREFIX: &str = "BRIDGE-";
 
+/// Whether `chain` is one of bridge's.
+#[must_use]
+pub fn is_own(chain: &str) -> bool {
+    chain.starts_with(CHAIN_PREFIX)
+}
+
 /// An address family; each has a program of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {

@@ -289,7 +289,7 @@ fn target(name: &str) -> Action<'_> {
         "RETURN" => Action::End(End::Returned),
         "LOG" | "NFLOG" => Action::None,
         "MARK" => Action::Mark,
-        own if super::plan::is_own(own) => Action::Jump(own),
+        own if super::ruleset::is_own(own) => Action::Jump(own),
         _ => Action::End(End::Unknown),
     }
 }

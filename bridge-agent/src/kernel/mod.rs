@@ -12,6 +12,8 @@ pub mod mapping;
 pub mod memory;
 pub mod netlink;
 pub mod nftables;
+pub(crate) mod pin_guard;
+pub mod pins;
 pub(crate) mod program;
 pub mod state_directory;
 pub(crate) mod sysctl;

@@ -18,7 +18,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config::labels::{KEY_PATTERN, MAX_KEY, MAX_NAME, VALUE_PATTERN};
 use crate::config::ports::PATTERN;
-use crate::config::{Rule, rules::bounds};
+use crate::config::{Rule, bounds};
 use crate::model::Mode;
 
 /// The longest port item, `10000-65535`.

@@ -3,10 +3,7 @@
 use serde::Serialize;
 
 use super::listeners::Listener;
-use crate::{
-    model::PortRange,
-    pool::{checks::print_ranges, ports::PortSet},
-};
+use crate::model::{PortRange, PortSet};
 
 /// How many listeners are named; the rest is counted.
 const NAMED: usize = 8;
@@ -47,7 +44,7 @@ pub fn find(range: PortRange, around: &Surroundings) -> Vec<Conflict> {
     let mut found = Vec::new();
 
     let pool = common(&around.pool);
-    found.extend((!pool.is_empty()).then(|| print_ranges(&pool)).and_then(|ports| {
+    found.extend((!pool.is_empty()).then(|| pool.to_string()).and_then(|ports| {
         conflict(
             format!(
                 "{ports} are in portPool.ports: kube-proxy would take answers to connections from these ports for \
@@ -59,7 +56,7 @@ pub fn find(range: PortRange, around: &Surroundings) -> Vec<Conflict> {
 
     let mut ephemeral = common(around.ephemeral.as_slice());
     ephemeral.remove_all(&around.reserved.iter().copied().collect());
-    found.extend((!ephemeral.is_empty()).then(|| print_ranges(&ephemeral)).and_then(|ports| {
+    found.extend((!ephemeral.is_empty()).then(|| ephemeral.to_string()).and_then(|ports| {
         let reserved: PortSet = around.reserved.iter().copied().chain(ephemeral.ranges()).collect();
         conflict(
             format!(
@@ -68,7 +65,7 @@ pub fn find(range: PortRange, around: &Surroundings) -> Vec<Conflict> {
             ),
             format!(
                 "choose a range outside, or reserve them: sysctl -w net.ipv4.ip_local_reserved_ports={}",
-                print_ranges(&reserved)
+                reserved
             ),
         )
     }));

@@ -5,8 +5,7 @@ use std::{fs, path::Path};
 use super::{Error, conflicts::Surroundings, listeners};
 use crate::{
     config::{self, PortPool},
-    model::PortRange,
-    pool::checks,
+    model::{PortRange, parse_ephemeral, parse_ranges},
 };
 
 /// Looks at this node, with the pool of a configuration.
@@ -22,8 +21,8 @@ pub fn look(pool: Option<&PortPool>, own_port: Option<u16>, range: PortRange) ->
             remedy: "run this on the node, where /proc is mounted",
         })
     };
-    let ephemeral = checks::parse_ephemeral(&read("/proc/sys/net/ipv4/ip_local_port_range")?);
-    let reserved = checks::parse_ranges(&read("/proc/sys/net/ipv4/ip_local_reserved_ports")?);
+    let ephemeral = parse_ephemeral(&read("/proc/sys/net/ipv4/ip_local_port_range")?);
+    let reserved = parse_ranges(&read("/proc/sys/net/ipv4/ip_local_reserved_ports")?);
     let listeners = listeners::read(|port| range.contains(port)).map_err(|source| Error::File {
         action: "list the sockets in",
         path: "/proc/net".into(),

@@ -6,9 +6,9 @@ use std::rc::Rc;
 use bridge_common::filter::policy::{AddressInfo, side};
 use ipnet::IpNet;
 
-use super::Error;
 use super::intern::Interner;
 use super::ports::{Exhausted, Ports};
+use super::tables::Error;
 
 /// How a rule names a side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

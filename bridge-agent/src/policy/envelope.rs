@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::ports::{Cell, Interval, NO_RULE, push};
+use super::interval::{Cell, Interval, NO_RULE, push};
 use crate::model::PortRange;
 
 /// A segment tree over the source ports: a change costs the square of its depth, asking for the winners costs its

@@ -5,8 +5,9 @@ use std::cmp::Reverse;
 use bridge_common::filter::policy::{PairKey, PairSets};
 
 use super::addresses::Side;
+use super::numbered::Numbered;
 use super::ports::{Exhausted, Ports};
-use super::{Error, MAX_PAIRS, Numbered, names};
+use super::tables::{Error, MAX_PAIRS, names};
 use crate::model::Rule;
 
 /// Rules of one direction that name both sides by the same two lists.

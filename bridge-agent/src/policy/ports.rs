@@ -6,21 +6,14 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::hash::{Hash, Hasher};
 use std::rc::Rc;
 
 use bridge_common::filter::policy::{protocol, reference};
 
 use super::envelope::Envelope;
 use super::intern::Interner;
+use super::interval::{BY_SOURCE, Cell, Interval, NO_RULE, push};
 use crate::model::{Action, PortRange, Protocol, Rule};
-
-/// A rank (the lower wins), or [`BY_SOURCE`] and the number of a partition of the source ports.
-pub(super) type Cell = u32;
-/// The rank of "no rule matches".
-pub(super) const NO_RULE: Cell = 1 << 30;
-/// Marks a cell that is no rank.
-pub(super) const BY_SOURCE: Cell = 1 << 31;
 
 /// The rank of rule `index`, which is below [`reference::RULE`].
 pub(super) const fn rank(index: u32, action: Action) -> Cell {
@@ -33,20 +26,6 @@ pub(super) const fn rank(index: u32, action: Action) -> Cell {
 /// The leaf for a rank.
 pub(super) const fn leaf(rank: Cell) -> u32 {
     if rank == NO_RULE { 0 } else { rank ^ reference::DENY }
-}
-
-/// Ports from `first` up to the next interval.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Interval {
-    pub(super) first: u16,
-    pub(super) cell: Cell,
-}
-
-impl Hash for Interval {
-    /// As one number: hashing is most of the cost of many small partitions.
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(u64::from(self.first) << 32 | u64::from(self.cell));
-    }
 }
 
 /// The first interval begins at port 0; neighbours have different cells.
@@ -308,11 +287,4 @@ fn normalise(ranges: &[PortRange]) -> Cow<'_, [PortRange]> {
         return Cow::Borrowed(ranges);
     }
     Cow::Owned(PortRange::join(ranges))
-}
-
-/// Appends an interval, unless it continues the one before.
-pub(super) fn push(intervals: &mut Vec<Interval>, first: u16, cell: Cell) {
-    if intervals.last().is_none_or(|last| last.cell != cell) {
-        intervals.push(Interval { first, cell });
-    }
 }

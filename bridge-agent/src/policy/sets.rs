@@ -6,8 +6,9 @@ use std::rc::Rc;
 use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, RuleSet, protocol, reference};
 
 use super::intern::Interner;
-use super::ports::{BY_SOURCE, Cell, Interval, Ports, leaf};
-use super::{Error, MAX_PAGES, Tables};
+use super::interval::{BY_SOURCE, Cell, Interval};
+use super::ports::{Ports, leaf};
+use super::tables::{Error, MAX_PAGES, Tables};
 
 /// Entries of a page, without those that repeat the one before.
 type Runs = Rc<[(u8, u32)]>;

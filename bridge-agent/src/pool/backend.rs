@@ -11,7 +11,8 @@ use bridge_common::pool::{
 };
 
 use super::{
-    KernelPool, Layout, Settings, fifo::FifoPool, kernel::KernelPoolError, sweep::Swept, tables::lock,
+    KernelPool, Layout, Settings, fifo::FifoPool, held::Held, kernel::KernelPoolError, sweep::Swept,
+    tables::lock,
 };
 
 /// How often another port is looked for in the place of one whose last connection is just about to end.
@@ -26,15 +27,6 @@ pub struct Claimed {
     pub port: u16,
     /// Where it is noted in the kernel; `None` in the agent's own memory.
     seat: Option<(Seat, u32)>,
-}
-
-/// How many ports are not free for everybody, over all destinations.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Held {
-    /// In use.
-    pub held: u64,
-    /// Only for the network namespace that used them last.
-    pub warm: u64,
 }
 
 /// Where ports come from.

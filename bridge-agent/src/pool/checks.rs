@@ -4,8 +4,10 @@ use std::{fs, io, path::Path, process::Command};
 
 use serde::Serialize;
 
-use super::ports::PortSet;
-use crate::{kernel::sysctl, model::PortRange};
+use crate::{
+    kernel::sysctl,
+    model::{PortRange, PortSet, parse_ephemeral, parse_ranges},
+};
 
 /// Something that spoils the pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -134,17 +136,9 @@ fn ephemeral(range: &str, reserved: &str, ports: &PortSet) -> Option<Warning> {
              the pool, and those block them",
             open.len()
         ),
-        remedy: format!("sysctl -w net.ipv4.ip_local_reserved_ports={}", print_ranges(&union(reserved, ports))),
+        remedy: format!("sysctl -w net.ipv4.ip_local_reserved_ports={}", union(reserved, ports)),
         masquerade: false,
     })
-}
-
-/// `net.ipv4.ip_local_port_range`: two numbers.
-#[must_use]
-pub fn parse_ephemeral(text: &str) -> Option<PortRange> {
-    let mut ends = text.split_ascii_whitespace().map(str::parse);
-    let (Some(Ok(first)), Some(Ok(last))) = (ends.next(), ends.next()) else { return None };
-    Some(PortRange { first, last })
 }
 
 /// Adds the ports to `net.ipv4.ip_local_reserved_ports`: the kernel then gives them only to programs that ask for them.
@@ -168,7 +162,7 @@ pub fn unreserve(ports: &PortSet) -> io::Result<()> {
 
 fn write_reserved(ports: &PortSet) -> io::Result<()> {
     // An empty line means none; an empty write does nothing.
-    sysctl::write_net("ipv4/ip_local_reserved_ports", &(print_ranges(ports) + "\n"))
+    sysctl::write_net("ipv4/ip_local_reserved_ports", &format!("{ports}\n"))
 }
 
 /// Returns the content of `net.ipv4.ip_local_reserved_ports`, without the ports that this agent itself noted in `own`
@@ -183,22 +177,6 @@ pub fn reserved_by_others(own: &Path) -> Vec<PortRange> {
 
 fn union(reserved: &str, ports: &PortSet) -> PortSet {
     parse_ranges(reserved).into_iter().chain(ports.ranges()).collect()
-}
-
-/// The kernel's form: `8080,61001-61100`.
-#[must_use]
-pub fn parse_ranges(text: &str) -> Vec<PortRange> {
-    let range = |part: &str| {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        Some(PortRange { first: first.parse().ok()?, last: last.parse().ok()? })
-    };
-    text.trim().split(',').filter_map(range).collect()
-}
-
-/// See [`parse_ranges`].
-#[must_use]
-pub fn print_ranges(ports: &PortSet) -> String {
-    ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use aya::{EbpfError, maps::MapError, programs::ProgramError};
 
 use super::{attach::CgroupError, layout::LayoutError, pins::PinError};
-use crate::datapath;
+use crate::kernel;
 
 /// Why the pool is not in the kernel.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,7 @@ pub enum KernelPoolError {
     },
     /// Another agent works on these pins.
     #[error(transparent)]
-    Locked(#[from] datapath::Error),
+    Locked(#[from] kernel::pins::Error),
     /// See the text.
     #[error("cannot list the sockets that hold a port: {0}")]
     Walk(String),

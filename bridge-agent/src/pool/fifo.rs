@@ -10,7 +10,7 @@ use std::{
 
 use bridge_common::pool::{Destination, Refusal, slots};
 
-use super::{Layout, backend::Held};
+use super::{Layout, held::Held};
 
 /// The pool in the agent's own memory.
 #[derive(Debug)]

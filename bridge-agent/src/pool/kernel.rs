@@ -24,16 +24,17 @@ use ipnet::IpNet;
 pub use super::error::KernelPoolError;
 use super::{
     Layout, Settings, attach,
-    backend::Held,
-    hooks, pins,
+    held::Held,
+    pins, programs,
     sweep::{self, Sweeper, Swept, View},
     tables::KernelTables,
     walk::Walker,
     words::Words,
 };
-use crate::{
-    datapath::{self, Lock, PinGuard, Pins},
-    kernel::clock,
+use crate::kernel::{
+    clock,
+    pin_guard::PinGuard,
+    pins::{self as kernel_pins, Lock, PinRoot},
 };
 
 /// The pool in the kernel.
@@ -74,7 +75,7 @@ impl KernelPool {
     pub fn load(object: &[u8], base: &Path, layout: Layout) -> Result<Self, KernelPoolError> {
         let pins = pins::directory(base);
         pins::make_directory(&pins)?;
-        let lock = Pins::new(&pins).lock()?;
+        let lock = PinRoot::new(&pins).lock()?;
         let pinned = pinned_config(&pins.join("POOL_CONFIG"))?;
         let layout = match &pinned {
             Some(config) => layout.fit_into(config)?,
@@ -125,7 +126,7 @@ impl KernelPool {
         let rest = time_wait_ns(clock::tick_ns());
         loader.override_global("POOL_REST_NS", &rest, true);
         let mut ebpf = loader.load(object)?;
-        hooks::load_programs(&mut ebpf)?;
+        programs::load_programs(&mut ebpf)?;
         let words = match ebpf.take_map("POOL_WORDS") {
             Some(Map::Array(map)) => Words::map(map.fd(), total).map_err(KernelPoolError::Mmap)?,
             _ => return Err(KernelPoolError::Missing("POOL_WORDS")),
@@ -171,9 +172,9 @@ impl KernelPool {
     /// Restores removed pins; returns their number. The hooks stay for as long as this process lives.
     ///
     /// # Errors
-    /// As of [`datapath::Datapath::restore_pins`].
-    pub fn restore_pins(&mut self) -> (usize, Result<(), datapath::Error>) {
-        match self.lock.as_mut().map(|lock| lock.renew(&Pins::new(&self.pins))) {
+    /// The first pin that cannot be restored, or the lock.
+    pub fn restore_pins(&mut self) -> (usize, kernel_pins::Result<()>) {
+        match self.lock.as_mut().map(|lock| lock.renew(&PinRoot::new(&self.pins))) {
             Some(Ok(())) => self.kept.restore(),
             Some(Err(error)) => (0, Err(error)),
             None => (0, Ok(())),

@@ -4,8 +4,9 @@ use bridge_common::pool::{
     self, Config, FLAG_BIND_UDP, FLAG_STRICT, Geometry, MAX_SLOTS, bitmap, bitmap::Memory,
 };
 
-use super::{ports::PortSet, settings::Settings};
+use super::settings::Settings;
 use crate::model::PortRange;
+use crate::model::PortSet;
 
 /// Most memory that the words of the pool may take, in bytes, before fewer destinations are allowed for.
 const MEMORY_BUDGET: u32 = 64 << 20;

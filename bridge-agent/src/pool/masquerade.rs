@@ -13,8 +13,9 @@ use std::{
 use ipnet::IpNet;
 use tracing::warn;
 
-use super::{ports::PortSet, service::Service, tables::lock};
+use super::{service::Service, tables::lock};
 use crate::kernel::nftables::Ruleset;
+use crate::model::PortSet;
 
 /// Removes the table of [`script`], also if there is none.
 pub const REMOVAL: &str = "table inet bridge-pool\ndelete table inet bridge-pool\n";

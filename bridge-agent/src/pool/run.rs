@@ -22,11 +22,13 @@ use super::{
     masquerade::{self, Masquerade},
     pins::{self, PinError},
     pods,
-    ports::PortSet,
     service::Service,
     tables::lock,
 };
-use crate::datapath::{self, Pins};
+use crate::{
+    kernel::pins::{self as kernel_pins, PinRoot},
+    model::{PortSet, parse_ranges},
+};
 
 /// How long conntrack remembers a closed TCP connection by default (`nf_conntrack_tcp_timeout_time_wait`);
 /// also how long the sweep lets a warm port rest.
@@ -218,7 +220,7 @@ impl Started {
         // First the note: a port noted and not reserved does no harm; the other way round no agent would release it.
         let own = reserved_file(&self.places.state);
         let mut gone: PortSet =
-            checks::parse_ranges(&fs::read_to_string(&own).unwrap_or_default()).into_iter().collect();
+            parse_ranges(&fs::read_to_string(&own).unwrap_or_default()).into_iter().collect();
         gone.remove_all(ports);
         let text = ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         fs::create_dir_all(&self.places.state)
@@ -251,7 +253,7 @@ impl Started {
 pub enum StopError {
     /// An agent that runs has it; nothing was taken away.
     #[error(transparent)]
-    Locked(datapath::Error),
+    Locked(kernel_pins::Error),
     /// All that went wrong; the rest was taken away nevertheless.
     #[error("{}", .0.join("\n"))]
     Left(Vec<String>),
@@ -264,7 +266,7 @@ pub enum StopError {
 pub fn stop(places: &Places) -> Result<(), StopError> {
     let pins = pins::directory(&places.pins);
     let _lock =
-        if places.is_pinned() { Some(Pins::new(&pins).lock().map_err(StopError::Locked)?) } else { None };
+        if places.is_pinned() { Some(PinRoot::new(&pins).lock().map_err(StopError::Locked)?) } else { None };
     take_away(places)
 }
 
@@ -273,7 +275,7 @@ fn take_away(places: &Places) -> Result<(), StopError> {
     let mut errors = Vec::new();
     errors.extend(kernel::remove(&places.pins).err().map(|error| error.to_string()));
     if let Ok(text) = fs::read_to_string(&own) {
-        let ports = checks::parse_ranges(&text).into_iter().collect();
+        let ports = parse_ranges(&text).into_iter().collect();
         match checks::unreserve(&ports).and_then(|()| fs::remove_file(&own)) {
             Ok(()) => {}
             Err(error) => errors.push(format!("net.ipv4.ip_local_reserved_ports: {error}")),

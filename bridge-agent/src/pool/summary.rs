@@ -5,11 +5,7 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    backend::{Backend, Held},
-    kernel::KernelPoolError,
-    tables::lock,
-};
+use super::{backend::Backend, held::Held, kernel::KernelPoolError, tables::lock};
 
 /// The pool in figures.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

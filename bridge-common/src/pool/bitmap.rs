@@ -38,8 +38,10 @@ pub struct Bitmap {
 /// wrong about.
 pub const CLAIM_TRIES: u32 = 32;
 
-/// Most summary words: one bit for each of [`super::MAX_WORDS`].
-const MAX_SUMMARY: u32 = super::MAX_WORDS / 64;
+/// Most words of a bitmap: all 65,536 ports.
+pub const MAX_WORDS: u32 = 1024;
+/// Most summary words: one bit for each of [`MAX_WORDS`].
+const MAX_SUMMARY: u32 = MAX_WORDS / 64;
 
 /// Position of the lowest set bit. Not for 0.
 ///

@@ -22,6 +22,7 @@ pub mod bitmap;
 pub mod slots;
 
 use bitmap::Bitmap;
+pub use bitmap::MAX_WORDS;
 
 /// Changes whenever a type or the layout in this module does; part of the path under which the maps are pinned.
 pub const ABI_VERSION: u32 = 2;
@@ -33,8 +34,6 @@ pub const UDP: u8 = 17;
 /// `IPPROTO_UDPLITE`.
 pub const UDP_LITE: u8 = 136;
 
-/// Most words of a bitmap: all 65,536 ports.
-pub const MAX_WORDS: u32 = 1024;
 /// Words of the bitmap of free slots.
 pub const ALLOCATOR_WORDS: u32 = 1024;
 /// Summary words of the bitmap of free slots.

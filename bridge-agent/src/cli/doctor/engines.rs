@@ -3,8 +3,9 @@
 use super::{Context, Finding};
 use crate::{
     agent::firewall_settings,
-    datapath::{self, Role},
+    datapath,
     iptables::{Programs, backend},
+    model::Role,
 };
 
 pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {

@@ -13,7 +13,7 @@ use super::{
     netfilter::{self, Ruleset},
     read,
 };
-use crate::{datapath::Role, interfaces::Route, kernel::netlink};
+use crate::{interfaces::Route, kernel::netlink, model::Role};
 
 /// Share of the conntrack table from which on it is nearly full, in percent.
 const NEARLY_FULL: u64 = 80;

@@ -1,10 +1,7 @@
 //! The port pool against other users of ports.
 
 use super::{Context, Finding};
-use crate::{
-    nodeport_range::listeners,
-    pool::{checks, ports::PortSet},
-};
+use crate::{model::PortSet, nodeport_range::listeners, pool::checks};
 
 pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     const CHECK: &str = "ports";

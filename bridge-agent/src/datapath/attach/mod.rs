@@ -18,14 +18,15 @@ use rustix::fs::{CWD, RenameFlags};
 
 use self::plan::{Link, Step, plan};
 use super::{
+    change::{Action, Change},
     clsact,
     error::{Error, Result, errno},
-    hook::Hook,
     load::{Datapath, program},
-    pins::{self, Attached, detach, pinned_program},
-    target::{Action, Change, Target},
+    pins::{Attached, attached_link, detach, pinned_program},
 };
 use crate::kernel::netlink::interface_name;
+use crate::kernel::pins;
+use crate::model::{Hook, Target};
 
 impl Datapath {
     /// Attaches to exactly these interfaces; may be called whenever anything changes. Errors with one interface do not
@@ -107,7 +108,7 @@ impl Datapath {
     fn links(&self) -> Result<Vec<Link>> {
         self.guard
             .within(&self.pins.links())
-            .filter_map(|(path, link)| Some((pins::attached_link(path.to_owned())?, link)))
+            .filter_map(|(path, link)| Some((attached_link(path.to_owned())?, link)))
             .map(|(Attached { path, interface, hook, .. }, link)| {
                 let (program, index) = bpf::tcx_link_info(link).map_err(Error::path("looking at", &path))?;
                 Ok(Link { path, interface, hook, index, program })

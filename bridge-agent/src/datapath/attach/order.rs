@@ -1,14 +1,13 @@
 //! Compares the attached programs and their order with those wanted: the kernel sends no notification of either.
 
+use crate::model::{Hook, Target};
 use std::{fmt, io};
 
 use super::super::{
     clsact,
     error::{Error, Result},
-    hook::Hook,
     load::Datapath,
     pins::detach,
-    target::Target,
 };
 use crate::kernel::bpf;
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use crate::datapath::{hook::Hook, target::Target};
+use crate::model::{Hook, Target};
 
 /// A pinned link, as found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,7 +94,7 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::datapath::hook::Role;
+    use crate::model::Role;
 
     const NEW: u32 = 9;
 

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::iptables::observe::target;
-use crate::iptables::plan::is_own;
+use crate::iptables::ruleset::is_own;
 use crate::iptables::ruleset::{Ruleset, TableRules};
 
 /// A file that bridge made, with nothing in it.

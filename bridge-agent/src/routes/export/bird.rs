@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::Line;
+use super::line::Line;
 use crate::routes::model::TABLE_MAIN;
 
 /// One static protocol for each address family. BIRD's kernel protocol decides table and metric on export, so they

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{ExportError, Format, Line};
+use super::line::{ExportError, Format, Line};
 use crate::routes::model::{PROTOCOL, TABLE_MAIN};
 
 /// systemd.network(5), `[Route]`.

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use ipnet::IpNet;
 
-use super::Line;
+use super::line::Line;
 use crate::routes::model::{NextHop, PROTOCOL};
 
 /// `replace`, so that the same batch can be run again; with our protocol number, so that an agent that comes later

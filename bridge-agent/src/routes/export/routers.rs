@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 
 use ipnet::IpNet;
 
-use super::{ExportError, Format, Line};
+use super::line::{ExportError, Format, Line};
 use crate::routes::model::{NextHop, TABLE_MAIN};
 
 /// Routers compare routes by distance, from 1 to 254. A metric above that is for Linux, and is left out.

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{ExportError, Format, Line};
+use super::line::{ExportError, Format, Line};
 
 /// Windows adds the interface's own metric to a route's, which ends at 9,999.
 const MAX_METRIC: u32 = 9999;

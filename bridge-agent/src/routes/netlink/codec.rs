@@ -16,6 +16,10 @@ use crate::routes::health::Ask;
 use crate::routes::model::Hop;
 use crate::routes::model::{Address, KernelHop, KernelRoute, Link, RouteKey, RouteKind};
 
+/// `sa_family_t`, of one byte in every rtnetlink header.
+pub(super) const AF_INET: u8 = 2;
+pub(super) const AF_INET6: u8 = 10;
+
 const RTA_DST: u16 = 1;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
@@ -165,8 +169,8 @@ pub(super) fn encode_neighbour(address: IpAddr, ifindex: u32, ask: Ask) -> Vec<u
         Ask::Verify => body[8..10].copy_from_slice(&NUD_PROBE.to_ne_bytes()),
     }
     let (family, octets) = match address {
-        IpAddr::V4(address) => (super::AF_INET, address.octets().to_vec()),
-        IpAddr::V6(address) => (super::AF_INET6, address.octets().to_vec()),
+        IpAddr::V4(address) => (AF_INET, address.octets().to_vec()),
+        IpAddr::V6(address) => (AF_INET6, address.octets().to_vec()),
     };
     body[0] = family;
     body.extend(encode_attribute(NDA_DST, &octets));

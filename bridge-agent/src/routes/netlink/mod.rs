@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_sys::protocols::NETLINK_ROUTE;
 
+use codec::{AF_INET, AF_INET6};
 pub use events::{Event, Events};
 pub use interest::Interest;
 
@@ -18,10 +19,6 @@ use super::model::{KernelHop, KernelRoute, Observed, PROTOCOL, RouteKey, RouteKi
 use super::plan::Operation;
 use crate::kernel::netlink::Socket;
 pub use crate::kernel::netlink::{Error, KernelError};
-
-/// `sa_family_t`, of one byte in every rtnetlink header.
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;

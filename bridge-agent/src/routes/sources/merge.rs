@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::Words;
 use crate::routes::model::{DesiredRoute, SourceKind};
 use crate::routes::prefix_map::PrefixMap;
+
+/// The latest word of each source.
+pub(super) type Words = BTreeMap<SourceKind, Option<Vec<Arc<DesiredRoute>>>>;
 
 /// Desired routes of all sources together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -7,7 +7,6 @@ mod file;
 mod fixed;
 mod merge;
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,8 +16,8 @@ use tokio::sync::watch;
 
 pub use file::{ClusterFile, FileError, FileSource, Node, Pod};
 pub use fixed::static_routes;
-use merge::merge;
 pub use merge::{Merged, Shadowed};
+use merge::{Words, merge};
 
 use super::model::{DesiredRoute, SourceKind};
 
@@ -43,9 +42,6 @@ pub struct SourceError {
     /// The fault to check.
     pub reason: String,
 }
-
-/// The latest word of each source.
-type Words = BTreeMap<SourceKind, Option<Vec<Arc<DesiredRoute>>>>;
 
 /// Collects the routes of all sources.
 #[derive(Clone, Debug)]

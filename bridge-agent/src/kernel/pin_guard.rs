@@ -1,7 +1,6 @@
 //! Descriptors of pinned objects. Removing pins, or unmounting the BPF file system, detaches nothing while an agent runs: a
 //! link lives as long as its descriptor, and the agent pins it again.
 
-use crate::kernel::bpf;
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -9,8 +8,8 @@ use std::{
 };
 
 use super::{
-    error::{Error, Result},
-    pins,
+    bpf,
+    pins::{self, Error, Result},
 };
 
 /// See the module.
@@ -71,7 +70,7 @@ impl PinGuard {
 
     /// Restores missing pins. Returns how many.
     pub(crate) fn restore(&self) -> (usize, Result<()>) {
-        let (mut restored, mut errors) = (0, Vec::new());
+        let (mut restored, mut result) = (0, Ok(()));
         for directory in self.directories.iter().filter(|path| !path.exists()) {
             // Pinning into it reports the same error.
             drop(pins::make_directory(directory));
@@ -79,11 +78,11 @@ impl PinGuard {
         for (path, object) in self.objects.iter().filter(|(path, _)| !path.exists()) {
             match bpf::obj_pin(object.as_fd(), path) {
                 Ok(()) => restored += 1,
-                Err(error) => errors.push(Error::path("pinning", path)(error)),
+                // One is enough: they are alike.
+                Err(error) if result.is_ok() => result = Err(Error::path("pinning", path)(error)),
+                Err(_) => {}
             }
         }
-        // One is enough: they are alike.
-        errors.truncate(1);
-        (restored, Error::collect(errors))
+        (restored, result)
     }
 }

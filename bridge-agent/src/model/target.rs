@@ -1,8 +1,8 @@
-//! The interfaces that programs are attached to, and changes to them.
+//! The interfaces that programs are attached to.
 
 use bridge_common::filter::interface::Interface;
 
-use super::hook::{Hook, Role};
+use super::Role;
 
 /// An interface that programs are attached to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,7 +26,7 @@ pub struct Target {
 
 impl Target {
     /// Returns its entry in the table of interfaces.
-    pub(super) const fn entry(&self, fast_path: u32, bound: u32) -> Interface {
+    pub(crate) const fn entry(&self, fast_path: u32, bound: u32) -> Interface {
         Interface {
             role: self.role.number(),
             link_header: self.link_header,
@@ -36,28 +36,4 @@ impl Target {
             tunnel: self.tunnel as u32,
         }
     }
-}
-
-/// A change at one interface.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    /// Name of the interface.
-    pub interface: String,
-    /// The program.
-    pub hook: Hook,
-    /// The change.
-    pub action: Action,
-}
-
-/// See [`Change::action`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Newly attached.
-    Attached,
-    /// The program of an earlier agent was replaced.
-    Replaced,
-    /// Detached, or its interface is gone.
-    Removed,
-    /// The interface has a new name.
-    Renamed,
 }

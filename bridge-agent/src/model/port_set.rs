@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::model::PortRange;
+use super::PortRange;
 
 /// A set of ports.
 #[derive(Clone, PartialEq, Eq)]
@@ -17,6 +17,14 @@ impl Default for PortSet {
 impl fmt::Debug for PortSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_set().entries(self.ranges().iter().map(ToString::to_string)).finish()
+    }
+}
+
+/// As the kernel's sysctls have them: `8080,61001-61100`.
+impl fmt::Display for PortSet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ranges: Vec<_> = self.ranges().iter().map(ToString::to_string).collect();
+        f.write_str(&ranges.join(","))
     }
 }
 
@@ -93,6 +101,24 @@ impl PortSet {
         }
         ranges
     }
+}
+
+/// Reads the ranges of `net.ipv4.ip_local_reserved_ports`, as [`PortSet`] prints them.
+#[must_use]
+pub fn parse_ranges(text: &str) -> Vec<PortRange> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(PortRange { first: first.parse().ok()?, last: last.parse().ok()? })
+    };
+    text.trim().split(',').filter_map(range).collect()
+}
+
+/// Reads `net.ipv4.ip_local_port_range`: two numbers.
+#[must_use]
+pub fn parse_ephemeral(text: &str) -> Option<PortRange> {
+    let mut ends = text.split_ascii_whitespace().map(str::parse);
+    let (Some(Ok(first)), Some(Ok(last))) = (ends.next(), ends.next()) else { return None };
+    Some(PortRange { first, last })
 }
 
 #[cfg(test)]

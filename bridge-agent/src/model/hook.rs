@@ -80,7 +80,7 @@ impl Hook {
         Self::ALL.into_iter().find(|hook| hook.name() == name)
     }
 
-    pub(super) const fn attach_type(self) -> TcAttachType {
+    pub(crate) const fn attach_type(self) -> TcAttachType {
         match self {
             Self::ExternalIngress | Self::InternalIngress => TcAttachType::Ingress,
             Self::ExternalEgress | Self::InternalEgress => TcAttachType::Egress,
@@ -88,7 +88,7 @@ impl Hook {
     }
 
     /// The same of TCX.
-    pub(super) const fn tcx(self) -> bpf_attach_type {
+    pub(crate) const fn tcx(self) -> bpf_attach_type {
         match self {
             Self::ExternalIngress | Self::InternalIngress => bpf_attach_type::BPF_TCX_INGRESS,
             Self::ExternalEgress | Self::InternalEgress => bpf_attach_type::BPF_TCX_EGRESS,
