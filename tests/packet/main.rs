@@ -3,6 +3,7 @@
 mod audit;
 mod cost;
 mod crowding;
+mod denials;
 mod flow_cache;
 mod fragments;
 mod icmp;

@@ -31,9 +31,7 @@ pub struct SuggestAnswer {
     /// Rules, and connections without one.
     #[serde(flatten)]
     pub suggestion: Suggestion,
-    /// Events that the programs did not send, since their maps were made: their connections may be missing.
-    pub suppressed_events: u64,
-    /// Classes of connections that made room for others, since the agent started.
+    /// Classes of connections that made room for others, since the maps were made.
     pub evicted: u64,
 }
 
@@ -55,7 +53,7 @@ pub(super) async fn suggest(
     let (maps, active) = (shared.maps().ok_or_else(no_ebpf)?, shared.active().ok_or_else(no_ebpf)?);
     let SuggestQuery { include_denied, include_ephemeral, since_seconds } = query;
     turn.json(move || {
-        let (denials, evicted) = shared.denials(since_seconds.map(Duration::from_secs));
+        let (denials, evicted) = maps.denials(since_seconds.map(Duration::from_secs))?;
         let suggestion =
             suggested(&active.policy, &denials, Choice { include_denied, include_ephemeral });
         if let Some(denial) = suggestion.replay(&active.policy, &denials).first() {
@@ -66,7 +64,7 @@ pub(super) async fn suggest(
             );
             return Err(Problem::new(StatusCode::CONFLICT, "replay", text));
         }
-        Ok(SuggestAnswer { suggestion, suppressed_events: maps.suppressed_events()?, evicted })
+        Ok(SuggestAnswer { suggestion, evicted })
     })
     .await
 }

@@ -12,9 +12,9 @@ use crate::explain::{Reported, Suggested};
 
 /// Suggest rules for connections that were denied, or would have been.
 ///
-/// From the events of the running agent: audited connections, and with --include-denied
-/// refused ones. The rules allow exactly the connections that were seen, and each of these
-/// was judged again by the policy with the rules.
+/// From the connections that the kernel counted, also while no agent ran: audited ones, and
+/// with --include-denied refused ones. The rules allow exactly the connections that were seen,
+/// and each of these was judged again by the policy with the rules.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: `mode: audit`, a day of traffic, then
   bridge-agent suggest --since 1d
@@ -57,22 +57,18 @@ impl Suggest {
     }
 
     fn text(&self, answer: &SuggestAnswer) -> Result<String, Error> {
-        let SuggestAnswer { suggestion, suppressed_events, evicted } = answer;
+        let SuggestAnswer { suggestion, evicted } = answer;
         let pairs: usize = suggestion.rules.iter().map(|one| one.pairs).sum();
         let mut text = format!("# {} rules for {pairs} connections that were seen\n", suggestion.rules.len());
         // A String takes any text.
-        if *suppressed_events > 0 || *evicted > 0 {
-            let _ = writeln!(
-                text,
-                "# Incomplete: {suppressed_events} events were not sent (enforcement.events.rate), {evicted} kinds of \
-                 connections made room for others"
-            );
+        if *evicted > 0 {
+            let _ = writeln!(text, "# Incomplete: {evicted} kinds of connections made room for others");
         }
         for Reported { denial, why } in &suggestion.reported {
             let class = &denial.class;
             let _ = writeln!(
                 text,
-                "# no rule: {} {} {} pod {} port {}, {} events: {why}",
+                "# no rule: {} {} {} pod {} port {}, {} packets: {why}",
                 class.direction, class.protocol, class.external, class.pod, class.port, denial.count
             );
         }
@@ -92,7 +88,7 @@ impl Suggest {
         for Suggested { rule, pairs, count, first, last } in &suggestion.rules {
             let _ = writeln!(
                 text,
-                "{indent}# allows {pairs} connections, {pairs} were seen: {count} events from {first} to {last}"
+                "{indent}# allows {pairs} connections, {pairs} were seen: {count} packets from {first} to {last}"
             );
             let list = serde_saphyr::to_string(&[rule]).map_err(|error| Error::Format(error.to_string()))?;
             for line in list.lines() {

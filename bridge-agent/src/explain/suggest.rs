@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::nearly::name;
 use crate::{
     config::{Network, PortItem, Ports, Rule, RuleName},
+    datapath::{Denial, DenialClass},
     model::{self, Action, Direction, Policy, PortRange},
     policy::reference,
-    state::{Denial, DenialClass},
 };
 
 /// Ports from here on are mostly given to clients by the kernel: a rule for one is seldom meant.
@@ -37,7 +37,7 @@ pub struct Suggested {
     pub rule: Rule,
     /// Connections: a LAN host, a pod and a port. The rule allows exactly these.
     pub pairs: usize,
-    /// Events that were seen of them.
+    /// Packets that asked for them.
     pub count: u64,
     /// Time of the first.
     pub first: String,

@@ -1,6 +1,5 @@
 //! The state of the agent that the run loop writes and API clients read, and the requests of clients to the run loop.
 
-mod denials;
 mod engines;
 mod journal;
 mod probe;
@@ -15,7 +14,6 @@ use std::{
     fmt,
     net::IpAddr,
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic::AtomicU64},
-    time::Duration,
 };
 
 use bridge_common::filter::event::verdict;
@@ -25,7 +23,6 @@ use tokio::{
     sync::{broadcast, mpsc, watch},
 };
 
-pub use denials::{Denial, DenialClass, MAX_CLASSES};
 pub use engines::{AttachedInterface, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus};
 pub use journal::{Event, EventId, InvalidEventId, Journal, Reader, Received, Start};
 pub use probe::{InvalidProbe, Probe};
@@ -37,7 +34,6 @@ pub use status::{Reload, Reloads, Status};
 pub(crate) use trial::time_left;
 pub use trial::{ProbeStatus, TrialEnd, TrialOutcome, TrialStatus};
 
-use self::denials::Denials;
 use crate::{
     config::PoolScope,
     datapath::{Maps, Verdict},
@@ -88,7 +84,6 @@ struct Inner {
     status: Status,
     active: Option<ActivePolicy>,
     last_denied: Option<Arc<Verdict>>,
-    denials: Denials,
     maps: Option<Arc<Maps>>,
     routes: Option<View>,
     pool: Option<Arc<Service>>,
@@ -111,7 +106,6 @@ impl Shared {
             status,
             active: None,
             last_denied: None,
-            denials: Denials::default(),
             maps: None,
             routes: None,
             pool: None,
@@ -163,9 +157,7 @@ impl Shared {
         // Of `audit-allow`, the denial has an event of its own.
         let passes = [verdict::ALLOW, verdict::AUDIT_ALLOW].map(|number| verdict::NAMES[usize::from(number)]);
         if !passes.contains(&&*verdict.verdict) {
-            let mut inner = self.write();
-            inner.denials.note(&verdict);
-            inner.last_denied = Some(Arc::clone(&verdict));
+            self.write().last_denied = Some(Arc::clone(&verdict));
         }
         self.events.publish(Event::Verdict(verdict));
     }
@@ -174,13 +166,6 @@ impl Shared {
     #[must_use]
     pub fn last_denied(&self) -> Option<Arc<Verdict>> {
         self.read().last_denied.clone()
-    }
-
-    /// Returns the classes of connections that were denied within `since`, and the number of those that made room.
-    #[must_use]
-    pub fn denials(&self, since: Option<Duration>) -> (Vec<Denial>, u64) {
-        let inner = self.read();
-        (inner.denials.list(since), inner.denials.evicted())
     }
 
     pub(crate) fn set_active(&self, active: Option<ActivePolicy>) {

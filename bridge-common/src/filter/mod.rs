@@ -3,6 +3,7 @@
 pub mod address;
 pub mod control;
 pub mod counters;
+pub mod denial;
 pub mod event;
 pub mod fast_path;
 pub mod flow;

@@ -8,6 +8,7 @@ use bridge_common::filter::{
     address::Address,
     control::{Control, SLOTS, Settings},
     counters::Counters,
+    denial::{self, Denial, DenialSet},
     event::{Event, EventBudget},
     fast_path::{self, Lease},
     flow::{Flow, FlowKey, FragmentKey},
@@ -120,6 +121,9 @@ pub(crate) static EVENTS: RingBuf<Event, { 1 << 20 }> = RingBuf::new();
 /// Connections with a FIN of a LAN host that the pod has not acknowledged yet.
 #[btf_map(name = "ends")]
 pub(crate) static ENDS: RingBuf<FlowKey, { 1 << 18 }> = RingBuf::new();
+/// Classes of denied connections, set by set.
+#[btf_map(name = "denials")]
+pub(crate) static DENIALS: PerCpuArray<DenialSet, { denial::SETS as usize }> = PerCpuArray::new();
 /// The rate limit of events.
 #[btf_map(name = "event_budget")]
 pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();
@@ -186,6 +190,8 @@ pub(crate) struct Scratch {
     pub(crate) place: Place,
     pub(crate) route: Route,
     pub(crate) fragment: FragmentKey,
+    /// The class to be counted.
+    pub(crate) denial: Denial,
     pub(crate) fib: FibLookup,
 }
 

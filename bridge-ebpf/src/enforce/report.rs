@@ -4,11 +4,14 @@ use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::{
     control::Settings,
     counters::{Counter, Counters, Reason},
-    event::{Event, EventBudget},
+    denial::{Denial, DenialKey},
+    event::{Event, EventBudget, verdict},
+    policy::direction,
 };
+use bridge_ebpf::protocol;
 
 use crate::active::Active;
-use crate::maps::{AUDITED, COUNTERS, EVENT_BUDGET, EVENTS, SETTINGS, Scratch, scratch};
+use crate::maps::{AUDITED, COUNTERS, DENIALS, EVENT_BUDGET, EVENTS, SETTINGS, Scratch, scratch};
 
 /// In nanoseconds.
 const SECOND: u64 = 1_000_000_000;
@@ -81,11 +84,54 @@ pub(crate) fn may_answer(settings: &Settings, now: u64) -> bool {
 /// Sends an event about the packet of [`scratch`], unless this CPU is rate limited or the ring buffer is full.
 #[inline(always)]
 pub(crate) fn emit(skb: *mut __sk_buff, active: &Active, info: &EventInfo) {
+    let by_rules = info.reason == Reason::no_rule as u8 || info.reason == Reason::deny_rule as u8;
+    if by_rules && info.verdict != verdict::ALLOW {
+        note(info, active.settings.generation);
+    }
     let Some(budget) = budget(active.now) else { return };
     if budget.sent >= active.settings.events_per_second || send(skb, active.slot, info) == 0 {
         budget.suppressed += 1;
         budget.suppressed_total += 1;
     }
+}
+
+/// Counts the connection that the packet of [`scratch`] asks for in its class. Returns how many were counted.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn note(info: *const EventInfo, generation: u32) -> u32 {
+    // SAFETY: the caller's own, or null as far as the verifier knows.
+    let Some(info) = (unsafe { info.as_ref() }) else { return 0 };
+    let Some(Scratch { packet, denial, .. }) = scratch() else { return 0 };
+    let is_outbound = info.direction == direction::OUTBOUND;
+    let (external, pod) =
+        if is_outbound { (packet.destination, packet.source) } else { (packet.source, packet.destination) };
+    let has_ports = matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
+    let source_port = if has_ports { u16::from_be_bytes(packet.source_port) } else { 0 };
+    // On the stack it would leave too little of 512 bytes on Linux 6.1.
+    *denial = Denial {
+        key: DenialKey {
+            external,
+            pod,
+            port: if has_ports { packet.destination_port } else { [0; 2] },
+            protocol: packet.protocol,
+            direction: info.direction,
+            reason: info.reason,
+            padding: [0; 3],
+        },
+        count: 1,
+        first: info.now,
+        last: info.now,
+        rule: info.rule,
+        generation,
+        lowest: source_port,
+        highest: source_port,
+        verdict: info.verdict,
+        padding: [0; 3],
+    };
+    let Some(set) = DENIALS.get_ptr_mut(denial.key.set()) else { return 0 };
+    // SAFETY: the element is this CPU's own.
+    unsafe { &mut *set }.note(denial);
+    1
 }
 
 /// Sends an event. Returns how many were sent.
