@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use bridge_agent::datapath::{Maps, Pins};
 use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Family, Lab};
 use bridge_lab::traffic::tcp;
@@ -392,5 +393,24 @@ fn nobody_waits_for_a_reload_of_ten_thousand_rules() -> Result<()> {
     ensure!(waits.iter().max() > Some(&(quickest / 2)), "{waits:?} beside reloads of {reloads:?}");
     let reloads = &json(&agent, &["status"])?["agent"]["reloads"];
     ensure!(reloads["failed"] == 0 && reloads["succeeded"].as_u64() >= Some(4), "{reloads}");
+    Ok(())
+}
+
+/// Flows that have expired make room, though no packet of theirs comes.
+#[test]
+fn the_agent_removes_flows_that_have_expired() -> Result<()> {
+    let lab = Lab::builder().pods(1).build()?;
+    let engines = "engines: [ebpf]\n  timeouts: {tcpHandshake: 1s, tcpReset: 1s}";
+    let agent = Agent::start(&lab, lab.b(), &CONFIG.replace("engines: [ebpf]", engines))?;
+    let maps = Maps::open(&Pins::new(agent.pins()))?;
+    let waiting = || -> Result<u64> {
+        let fills = maps.fill()?;
+        Ok(fills.iter().find(|fill| fill.map == "half_open").context("a table of flows")?.entries)
+    };
+    // There is no server.
+    ensure!(!reaches(&lab, ALLOWED)?);
+    ensure!(waiting()? > 0, "the attempt left no flow");
+    let removed = || waiting().is_ok_and(|entries| entries == 0).then_some(());
+    eventually(SECOND * 25, removed).context("the flow is still there")?;
     Ok(())
 }

@@ -1,12 +1,16 @@
 //! Floods of flows, and connections that are silent meanwhile.
 
+use std::{sync::atomic::AtomicBool, time::Duration};
+
 use bridge_common::filter::{counters::Reason, flow::state};
 use bridge_lab::{
     packet::{Icmp, Packet},
-    prog::{Node, behaviour},
+    prog::{Node, TABLES, TIMEOUT, behaviour},
 };
 
-use crate::world::{Connection, ExternalIngress, InternalIngress, OPEN, families, node_of, usual_policy};
+use crate::world::{
+    Connection, ExternalIngress, InternalIngress, OPEN, families, key, node_of, usual_policy,
+};
 
 /// More than any table has room for: see `Node::new`.
 const FLOOD: u16 = 12_000;
@@ -48,4 +52,31 @@ fn answered_flows_of_other_protocols_crowd_out_no_connection() {
     for connection in &connections {
         node.passes(connection.server_hook, &connection.server_ack(), Reason::established);
     }
+}
+
+#[test]
+fn a_sweep_removes_what_has_expired_and_nothing_else() {
+    let mut node = node_of(&usual_policy(), &behaviour());
+    let connections = connections();
+    connections.iter().for_each(|connection| connection.establish(&mut node));
+    let [f, _] = families();
+    let question = |port| Packet::new(f.lan, f.pod).udp(port, OPEN, b"x");
+    let ports: Vec<u16> = (2000..2100).collect();
+    for port in &ports {
+        node.passes(ExternalIngress, &question(*port), Reason::new_flow);
+    }
+    let (old, young) = connections.split_at(5);
+    old.iter().for_each(|connection| node.age(&connection.key(), TIMEOUT + Duration::from_secs(1)));
+    young.iter().for_each(|connection| node.age(&connection.key(), TIMEOUT - Duration::from_secs(60)));
+    for port in &ports[..30] {
+        node.age(&key(&question(*port), 17, *port, OPEN), TIMEOUT + Duration::from_secs(1));
+    }
+    let running = AtomicBool::new(false);
+    let removed = node.datapath().maps.remove_expired_flows(&running).expect("the tables can be read");
+    assert_eq!(removed, 35);
+    assert!(old.iter().all(|connection| node.flow(&connection.key()).is_none()));
+    assert!(young.iter().all(|connection| node.flow(&connection.key()).is_some()));
+    let left: usize =
+        TABLES.iter().map(|table| node.flow_table(table).expect("a table").keys().count()).sum();
+    assert_eq!(left, young.len() + 70);
 }

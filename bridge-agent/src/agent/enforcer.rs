@@ -17,6 +17,7 @@ use super::{
     desired::{Desired, Error, Prepared, compile},
     fast_path::{self, Keeper, Tracking},
     named::Named,
+    sweeper::Sweeper,
     term::Term,
 };
 use crate::{
@@ -39,6 +40,7 @@ const KERNEL_LOG: &str = "enforce";
 pub(super) struct Enforcer {
     datapath: Datapath,
     maps: Arc<Maps>,
+    sweeper: Option<Sweeper>,
     observer: Observer,
     desired: Desired,
     snapshot: Snapshot,
@@ -107,6 +109,7 @@ impl Enforcer {
         let (abilities, keeper, fast_path) = (Vec::new(), None, FastPathStatus::default());
         let mut enforcer = Self {
             datapath,
+            sweeper: None,
             maps,
             observer,
             desired,
@@ -411,6 +414,9 @@ impl Enforcer {
     /// Polls for changes that the kernel sends no notification for.
     pub(super) fn look(&mut self) {
         drop(self.restore_pins());
+        if self.sweeper.is_none() {
+            self.sweeper = Sweeper::start(Arc::clone(&self.maps)).ok();
+        }
         self.try_again();
         self.restore_order();
         if self.keeper.is_some() {

@@ -18,6 +18,7 @@ mod port_ranges;
 mod probe;
 mod routing;
 mod service_manager;
+mod sweeper;
 mod term;
 pub(crate) mod trial;
 mod unknown_cluster;

@@ -1,7 +1,11 @@
 //! The flow table: which connections are known, as an operator wants to see them.
 
 use crate::kernel::bpf;
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use aya::maps::MapData;
 use bridge_common::filter::{
@@ -243,6 +247,41 @@ impl Maps {
             }
         }
         Ok(deleted)
+    }
+
+    /// Removes flows that have expired, so that a full table evicts none that is alive. Returns how many; `ended` stops it.
+    /// None while a policy is on trial: the timeouts of the one before it may be longer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn remove_expired_flows(&self, ended: &AtomicBool) -> Result<u64> {
+        if self.trial()?.is_some() {
+            return Ok(0);
+        }
+        let settings = self.active_settings()?;
+        let mut removed = 0;
+        for (name, map) in self.flow_tables() {
+            let mut expired = Vec::new();
+            let start = now();
+            bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
+                if is_expired(&flow, &settings, start) {
+                    expired.push(key);
+                }
+            })
+            .map_err(Error::map(name))?;
+            for key in expired {
+                if ended.load(Ordering::Relaxed) {
+                    return Ok(removed);
+                }
+                // Its ports may have been used again meanwhile.
+                let flow: Option<Flow> = bpf::lookup(bpf::fd(map), &key).map_err(Error::map(name))?;
+                if flow.is_some_and(|flow| is_expired(&flow, &settings, now())) {
+                    removed += u64::from(bpf::delete(bpf::fd(map), &key).map_err(Error::map(name))?);
+                }
+            }
+        }
+        Ok(removed)
     }
 
     /// How many flows are known.
