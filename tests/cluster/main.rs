@@ -41,3 +41,23 @@ fn ptp_plugin_with_iptables_proxy_masquerade_and_overlay() -> Result<()> {
     };
     play(options, &[])
 }
+
+/// Each engine alone: no other one makes up for what it does not judge.
+fn play_alone(engine: &str, options: Options) -> Result<()> {
+    play(Options { engines: vec![engine.to_owned()], ..options }, &[])
+}
+
+#[test]
+fn ebpf_alone() -> Result<()> {
+    play_alone("ebpf", Options::default())
+}
+
+#[test]
+fn iptables_alone_with_ptp_plugin_and_iptables_proxy() -> Result<()> {
+    play_alone("iptables", Options { proxy: Proxy::Iptables, cni: Cni::Ptp, ..Options::default() })
+}
+
+#[test]
+fn nftables_alone() -> Result<()> {
+    play_alone("nftables", Options::default())
+}
