@@ -96,16 +96,25 @@ pub(super) fn from_lan(setting: Setting) -> Result<Finding> {
 /// A pod with NET_RAW sends with foreign sources, those of LAN hosts and those of another pod.
 pub(super) fn from_pod(setting: Setting) -> Result<Finding> {
     let rights = "  - {name: second, direction: outbound, pods: [10.200.1.92/32, \"fd20:1::92/128\"], protocol: udp, ports: [7777]}\n";
-    let ground = Ground::new(setting, Lab::builder(), &config(setting, "", "", &format!("{RULES}{rights}")))?;
-    let (a, x, c1, c2) = (ground.a(), ground.x(), ground.c1(), ground.c2());
+    // A node that is down.
+    let nodes = "nodes: [192.168.31.150/32, \"fd31::150/128\"]";
+    let ground =
+        Ground::new(setting, Lab::builder(), &config(setting, nodes, "", &format!("{RULES}{rights}")))?;
+    let (a, b, x, c1, c2) = (ground.a(), ground.b(), ground.x(), ground.c1(), ground.c2());
     let mut finding = Finding::default();
     for family in Family::BOTH {
+        let node: IpAddr = match family {
+            Family::V4 => "192.168.31.150".parse()?,
+            Family::V6 => "fd31::150".parse()?,
+        };
         let closed = udp::Server::echo(&a.netns, a.at(family, CLOSED))?;
+        let local = udp::Server::echo(&b.netns, b.at(family, CLOSED))?;
         let second = udp::Server::echo(&a.netns, a.at(family, 7777))?;
         let pod = udp::Server::echo(&c2.netns, c2.at(family, CLOSED))?;
         let to_lan = [
             ("a foreign source", foreign(family), &closed, CLOSED),
             ("a LAN host's", x.ip(family), &closed, CLOSED),
+            ("a node's", node, &closed, CLOSED),
             ("the other pod's rights", c2.ip(family), &second, 7777),
         ];
         for (name, source, server, port) in to_lan {
@@ -113,8 +122,12 @@ pub(super) fn from_pod(setting: Setting) -> Result<Finding> {
             finding.attack(format!("{name}, {family:?}"), arrives(server, name.as_bytes()));
         }
         // To another pod in a foreign name, as an answer to what that pod asked might come.
-        ground.send_from_pod(c1, Packet::new(foreign(family), c2.ip(family)).udp(53, CLOSED, b"foreign"))?;
-        finding.attack(format!("foreign to a pod, {family:?}"), arrives(&pod, b"foreign"));
+        for (name, source) in [("foreign", foreign(family)), ("node's", node), ("LAN host's", x.ip(family))] {
+            ground.send_from_pod(c1, Packet::new(source, c2.ip(family)).udp(53, CLOSED, name.as_bytes()))?;
+            finding.attack(format!("{name} to a pod, {family:?}"), arrives(&pod, name.as_bytes()));
+            ground.send_from_pod(c1, Packet::new(source, b.ip(family)).udp(53, CLOSED, name.as_bytes()))?;
+            finding.attack(format!("{name} to the node, {family:?}"), arrives(&local, name.as_bytes()));
+        }
 
         let own = udp::ask(&c2.netns, 0, a.at(family, 7777), b"own", SECOND)?;
         finding.legitimate(format!("the pod that has the right, {family:?}"), own.succeeded());

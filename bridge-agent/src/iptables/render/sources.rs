@@ -34,8 +34,9 @@ pub(super) fn table(policy: &Policy, options: &Options, family: Family, of: &Net
     for interface in &topology.external {
         entry.extend(of.pods.iter().map(|prefix| spoofed(&format!(" -i {interface} -s {prefix}"))));
     }
-    entry.extend(each(&of.nodes, "-s", "bridge:node", NODE));
+    // Before the nodes: a pod may forge the address of one.
     entry.extend(topology.internal.iter().map(|name| spoofed(&format!(" -i {name} -m rpfilter --invert"))));
+    entry.extend(each(&of.nodes, "-s", "bridge:node", NODE));
     // Without a list of the nodes, any host may be the other end of a tunnel.
     if !of.nodes.is_empty() {
         entry.extend(topology.tunnels.iter().map(|tunnel| {

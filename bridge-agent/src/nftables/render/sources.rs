@@ -58,6 +58,13 @@ impl Renderer<'_> {
             let from = format!("iifname {} {protocol} saddr @{pods}", quoted(interface));
             self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
         }
+        // Before the nodes: a pod may forge the address of one.
+        for interface in &topology.internal {
+            // Duplicate address detection; the kernel forwards none of it.
+            let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
+            let from = format!("iifname {} {unspecified}{NO_WAY_BACK}", quoted(interface));
+            self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
+        }
         if !of.nodes.is_empty() {
             let node = family.of("node");
             self.rules.rule(chain, format!("{protocol} saddr @{nodes} goto {node}"));
@@ -67,12 +74,6 @@ impl Renderer<'_> {
             }
             // Towards the node itself, an address of another node by another way is not bridge's business.
             self.rules.rule(node, format!("{protocol} daddr @{pods} {NO_WAY_BACK} goto {SPOOFED}"));
-        }
-        for interface in &topology.internal {
-            // Duplicate address detection; the kernel forwards none of it.
-            let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
-            let from = format!("iifname {} {unspecified}{NO_WAY_BACK}", quoted(interface));
-            self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
         }
         // Without a list of the nodes, any host may be the other end of a tunnel.
         if !of.nodes.is_empty() {
