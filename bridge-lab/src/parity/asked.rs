@@ -18,7 +18,7 @@ use bridge_agent::{
 };
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 
-use super::{Sent, Side, local};
+use super::{Sent, Side, endpoints::side, local};
 
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
@@ -92,7 +92,9 @@ fn question(sent: &Sent, flows: &mut HashSet<Flow>) -> Option<Packet> {
     let octets = sent.packets.first()?.ip();
     let parsed = SlicedPacket::from_ip(&octets).ok();
     let (source, destination) = sent.packets.first()?.addresses();
-    let whole = sent.packets.len() == 1 && sent.expected.is_plain();
+    // The chains that drop forged sources come before those that it knows.
+    let forged = sent.from != side(source);
+    let whole = sent.packets.len() == 1 && sent.expected.is_plain() && !forged;
     let (ports, protocol, opens) = parsed.as_ref().map_or(((0, 0), 0, false), read);
     let mut ends = [(source, ports.0), (destination, ports.1)];
     ends.sort_unstable();

@@ -41,7 +41,7 @@ impl Flow {
 }
 
 /// Addresses are in a block of the LAN or of the pods, which gives the side.
-fn side(address: IpAddr) -> Side {
+pub(super) fn side(address: IpAddr) -> Side {
     let block =
         |blocks: &[&str]| blocks.iter().any(|b| b.parse::<IpNet>().is_ok_and(|b| b.contains(&address)));
     if block(&LAN) { Side::Lan } else { Side::Pods }

@@ -6,16 +6,16 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::config::{Events, Flows};
 use bridge_agent::datapath::{Behaviour, Datapath, FlowFilter, Mechanism, Options, Pins, Role, Target};
-use bridge_agent::firewall::Firewall as _;
+use bridge_agent::firewall::{Firewall as _, Options as FirewallOptions};
 use bridge_agent::iptables::{Config, Iptables, save::Saving};
-use bridge_agent::model::{OnDeny, Policy};
+use bridge_agent::model::{OnDeny, Policy, Topology};
 use bridge_agent::nftables::{self, Nftables};
 use bridge_agent::policy;
 use bridge_common::filter::fast_path::{ability, protocols};
 use bridge_common::filter::flow::state;
 
 use super::asked::Rules;
-use super::node::Node;
+use super::node::{Node, SIDES};
 use super::{Side, local};
 
 /// No flow expires while a case lasts. In nanoseconds.
@@ -39,7 +39,7 @@ pub(super) struct ByIptables(Iptables);
 impl ByIptables {
     pub(super) fn new() -> Result<Self> {
         let saving = Saving { enabled: false, ..Saving::default() };
-        Ok(Self(Iptables::new(Config { saving, ..Config::default() })?))
+        Ok(Self(Iptables::new(Config { saving, options: options(), ..Config::default() })?))
     }
 }
 
@@ -60,7 +60,7 @@ pub(super) struct ByNftables(Nftables);
 impl ByNftables {
     pub(super) fn new() -> Result<Self> {
         let saving = nftables::save::Saving { enabled: false, ..Default::default() };
-        Ok(Self(Nftables::new(nftables::Config { saving, ..Default::default() })?))
+        Ok(Self(Nftables::new(nftables::Config { saving, options: options(), ..Default::default() })?))
     }
 }
 
@@ -74,6 +74,13 @@ impl Engine for ByNftables {
     fn rules(&self) -> Result<Option<Rules>> {
         Rules::of_nftables().map(Some)
     }
+}
+
+/// The interfaces, as the agent would survey them.
+fn options() -> FirewallOptions {
+    let [lan, pods] = SIDES.map(|(_, name, _)| name.to_owned());
+    let topology = Topology { external: vec![lan], internal: vec![pods], ..Topology::default() };
+    FirewallOptions { topology, ..FirewallOptions::default() }
 }
 
 fn forget_flows() -> Result<()> {

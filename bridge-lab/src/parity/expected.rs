@@ -19,13 +19,15 @@ pub enum Difference {
     CrossingQueries,
     /// An IPv6 routing header that leads on to another host.
     SourceRoute,
+    /// More VLAN tags than any sender needs.
+    Tags,
     /// An SCTP HEARTBEAT or SHUTDOWN ACK with a wrong verification tag.
     Tag,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
@@ -34,6 +36,7 @@ impl Difference {
         Self::UntrackedError,
         Self::CrossingQueries,
         Self::SourceRoute,
+        Self::Tags,
         Self::Tag,
     ];
 
@@ -49,6 +52,7 @@ impl Difference {
             Self::UntrackedError => "error about what is not followed",
             Self::CrossingQueries => "crossing pings",
             Self::SourceRoute => "segments left",
+            Self::Tags => "many VLAN tags",
             Self::Tag => "verification tag",
         }
     }

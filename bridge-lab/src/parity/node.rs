@@ -18,7 +18,8 @@ use crate::packet::Packet;
 use crate::wire;
 
 /// The interfaces of the node, and the other ends of their cables.
-const SIDES: [(Side, &str, &str); 2] = [(Side::Lan, "lan0", "lan-end"), (Side::Pods, "pods0", "pods-end")];
+pub(super) const SIDES: [(Side, &str, &str); 2] =
+    [(Side::Lan, "lan0", "lan-end"), (Side::Pods, "pods0", "pods-end")];
 /// Locally administered.
 const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const END_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];

@@ -1,5 +1,6 @@
 //! Short stories of packets: a flow that is opened, answered, goes on; one that is not opened as it should; odd forms.
 
+mod forms;
 mod icmp;
 mod sctp;
 mod tcp;
@@ -74,6 +75,7 @@ pub(super) fn story(dice: &mut Dice, policy: &Policy, tag: u32) -> (Flow, u8, Ve
             number
         }
     };
+    story.forms();
     (story.flow, number, story.sent)
 }
 
