@@ -3,6 +3,7 @@
 mod crowd;
 mod follow;
 mod limits;
+mod namespaces;
 mod networks;
 mod outage;
 mod pool;

@@ -43,6 +43,10 @@ fn accounts_may_do_what_agents_do_and_no_more() -> Result<()> {
     server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
     server.run_pod("shop", "c1", lab.c1())?;
     server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+    server.apply(
+        "apiVersion: bridge.lan/v1alpha1\nkind: BridgeNamespacePolicy\nmetadata: {name: tenant, namespace: shop}\nspec: {rules: [{name: r, \
+         direction: inbound, protocol: icmp}]}\n",
+    )?;
     // For an Event.
     server.apply(&policy("wrong", "sourcePorts: ['1-9', 5]"))?;
     // Tokens as pods get them, in the place of those that the tests usually use.

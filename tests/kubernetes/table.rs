@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
+use bridge_agent::config::{PolicyScope, check_policy};
 use bridge_agent::kubernetes::reference;
 use bridge_lab::kubernetes::{ApiServer, User, deployed};
 use bridge_lab::wait::eventually;
@@ -395,7 +396,11 @@ fn object(name: &str, keys: &str) -> Result<Value> {
 
 /// Creates an object without a client that would look at the schema, and returns the complaint of the API server.
 fn create(server: &ApiServer, object: &Value) -> Option<String> {
-    let error = format!("{:#}", server.request(User::Admin, "POST", POLICIES, Some(object)).err()?);
+    create_at(server, POLICIES, object)
+}
+
+fn create_at(server: &ApiServer, path: &str, object: &Value) -> Option<String> {
+    let error = format!("{:#}", server.request(User::Admin, "POST", path, Some(object)).err()?);
     let status = error.find('{').and_then(|at| serde_json::from_str::<Value>(&error[at..]).ok());
     Some(status.and_then(|status| Some(status["message"].as_str()?.to_owned())).unwrap_or(error))
 }
@@ -500,6 +505,44 @@ fn the_admission_policy_refuses_unknown_and_empty_keys_at_once() -> Result<()> {
 }
 
 #[test]
+fn a_policy_of_a_namespace_has_the_schema_of_one_of_the_cluster_and_its_own_pods() -> Result<()> {
+    const PATH: &str = "/apis/bridge.lan/v1alpha1/namespaces/shop/bridgenamespacepolicies";
+    let (_lab, server) = cluster()?;
+    server.kubectl(&["delete", "-f", &deployed("admission.yaml")], "")?;
+    let rules =
+        RULES.iter().map(|(keys, answer)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), answer));
+    let objects = OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer));
+    let (mut wrong, mut foreign) = (Vec::new(), 0);
+    for (number, (keys, answer)) in rules.chain(objects).enumerate() {
+        let mut object = object(&format!("p{number}"), &keys)?;
+        object["kind"] = "BridgeNamespacePolicy".into();
+        object["metadata"]["namespace"] = "shop".into();
+        let said = create_at(&server, PATH, &object);
+        let checked = check_policy(&object.to_string(), PolicyScope::Namespace);
+        let names = |key: &str| {
+            let rules = object["spec"]["rules"].as_array().into_iter().flatten();
+            rules.filter_map(|rule| rule.get(key)).any(|value| !value.is_null())
+        };
+        let is_foreign = names("pods") || names("namespaceSelector");
+        match (answer, said) {
+            (Accepted | Admission(_) | Agent(_), Some(said))
+                if is_foreign && said.contains("its own namespace") =>
+            {
+                foreign += 1;
+                ensure!(checked.is_err(), "{keys}: the agent takes it");
+            }
+            (Server(_), Some(_)) => {}
+            (Accepted, None) if !is_foreign && checked.is_ok() => {}
+            (Admission(_) | Agent(_), None) if !is_foreign && checked.is_err() => {}
+            (_, said) => wrong.push(format!("{keys}: {said:?}, {:?}", checked.err())),
+        }
+    }
+    ensure!(foreign >= 4, "{foreign}");
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(())
+}
+
+#[test]
 fn the_examples_of_the_reference_are_accepted() -> Result<()> {
     let (_lab, server) = cluster()?;
     for (number, (path, example)) in reference::EXAMPLES.iter().enumerate() {
@@ -511,7 +554,7 @@ fn the_examples_of_the_reference_are_accepted() -> Result<()> {
         let mut policy = object(&format!("example-{number}"), "spec: {rules: []}")?;
         policy["spec"]["rules"] = json!([rule]);
         ensure!(create(&server, &policy).is_none(), "{path}: {example}: {:?}", create(&server, &policy));
-        let checked = bridge_agent::config::check_policy(&policy.to_string());
+        let checked = check_policy(&policy.to_string(), PolicyScope::Cluster);
         ensure!(checked.is_ok(), "{path}: {example}: {checked:?}");
     }
     Ok(())

@@ -24,6 +24,9 @@ pub struct Kubernetes {
     pub pod_networks: PodNetworks,
     /// Which pods a node follows.
     pub pods: FollowedPods,
+    /// Whether a BridgeNamespacePolicy takes effect: the users of a namespace can then open ports of its pods.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub namespace_policies: bool,
 }
 
 /// Which pods a node follows, so that rules can select them by labels.

@@ -64,7 +64,7 @@ pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PoolScope, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
-pub use resource::{GROUP, check_policy};
+pub use resource::{GROUP, PolicyScope, check_policy};
 pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
 pub use role::Role;
 pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_MAIN};

@@ -17,6 +17,8 @@ use crate::model::Mode;
 pub const GROUP: &str = "bridge.lan";
 /// The kind of the resource that has rules.
 pub(crate) const POLICY: &str = "BridgePolicy";
+/// The kind of the resource with rules for the pods of its namespace.
+pub(crate) const NAMESPACE_POLICY: &str = "BridgeNamespacePolicy";
 /// The keys that every object has, and that the API server defines.
 const COMMON: [&str; 4] = ["apiVersion", "kind", "metadata", "status"];
 /// The key of a ConfigMap that holds a configuration file.
@@ -41,10 +43,10 @@ struct Spec {
 ///
 /// # Errors
 /// The policy is not valid; the errors have paths and remedies.
-pub(crate) fn policy_rules(json: &str) -> Result<Vec<Rule>, ConfigErrors> {
+pub(crate) fn policy_rules(json: &str, scope: PolicyScope) -> Result<Vec<Rule>, ConfigErrors> {
     let mut findings = Findings::default();
     // JSON is YAML.
-    let rules = yaml::parse(json, &mut findings).and_then(|mut tree| policy(&mut tree, &mut findings));
+    let rules = yaml::parse(json, &mut findings).and_then(|mut tree| policy(&mut tree, scope, &mut findings));
     let failed = findings.has_errors();
     match rules {
         Some(rules) if !failed => Ok(rules),
@@ -57,12 +59,12 @@ pub(crate) fn policy_rules(json: &str) -> Result<Vec<Rule>, ConfigErrors> {
 ///
 /// # Errors
 /// The policy is not valid; the errors have paths and remedies.
-pub fn check_policy(json: &str) -> Result<(), ConfigErrors> {
-    policy_rules(json).map(drop)
+pub fn check_policy(json: &str, scope: PolicyScope) -> Result<(), ConfigErrors> {
+    policy_rules(json, scope).map(drop)
 }
 
 /// Reads and checks a policy.
-fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
+fn policy(tree: &mut Node<'_>, scope: PolicyScope, findings: &mut Findings) -> Option<Vec<Rule>> {
     static SHAPE: LazyLock<Shape> = LazyLock::new(Shape::of::<Document>);
     if let Value::Map(entries) = &mut tree.value {
         entries.retain(|(key, _)| !COMMON.contains(&&*key.name));
@@ -83,6 +85,11 @@ fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
             }
             rules::check_policy(&list, &path, &mut report);
             shadow::check(&list, &path, &mut report);
+            if scope == PolicyScope::Namespace {
+                for (index, rule) in list.iter().enumerate() {
+                    check_of_namespace(rule, &path.index(index), &mut report);
+                }
+            }
             if spec.mode == Some(Mode::Audit) {
                 for (index, rule) in list.iter_mut().enumerate() {
                     if rule.mode == Some(Mode::Enforce) {
@@ -101,6 +108,28 @@ fn policy(tree: &mut Node<'_>, findings: &mut Findings) -> Option<Vec<Rule>> {
             None
         }
     }
+}
+
+/// Refuses a rule of a namespace that names pods by other means than their labels.
+fn check_of_namespace(rule: &Rule, path: &Path<'_>, report: &mut Report<'_>) {
+    for (key, is_there) in
+        [("pods", rule.pods.is_some()), ("namespaceSelector", rule.namespace_selector.is_some())]
+    {
+        if is_there {
+            let message = format!("a {NAMESPACE_POLICY} is about the pods of its own namespace");
+            let help = format!("remove `{key}`, and write `podSelector` for some of these pods");
+            report.error(&path.key(key), Problem::new(message, help));
+        }
+    }
+}
+
+/// The pods that a policy is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyScope {
+    /// Those of the cluster.
+    Cluster,
+    /// Those of its namespace.
+    Namespace,
 }
 
 /// Valid objects of a stream of manifests.
@@ -186,16 +215,27 @@ impl Manifests {
     ) {
         let text = |key: &str| object.get(key).and_then(Node::scalar).unwrap_or_default();
         let group = text("apiVersion").split_once('/').map_or("", |(group, _)| group);
-        let is_policy = group == GROUP && text("kind") == POLICY;
+        let scope = match text("kind") {
+            POLICY => Some(PolicyScope::Cluster),
+            NAMESPACE_POLICY => Some(PolicyScope::Namespace),
+            _ => None,
+        };
+        let scope = scope.filter(|_| group == GROUP);
         let metadata = object.get("metadata");
         let name = metadata.and_then(|metadata| metadata.get("name")).and_then(Node::scalar);
-        let name = name.unwrap_or_default().to_owned();
-        if is_policy {
+        let mut name = name.unwrap_or_default().to_owned();
+        if let Some(scope) = scope {
             if name.is_empty() {
                 let problem = Problem::new("the policy has no name", "add `metadata: {name: NAME}`");
                 findings.push(Severity::Error, &Path::Root, Some(object.at), problem);
             }
-            self.policies.extend(policy(&mut object, findings).map(|rules| (name, rules)));
+            if scope == PolicyScope::Namespace {
+                // As the agent names it in counters and events.
+                let namespace =
+                    metadata.and_then(|metadata| metadata.get("namespace")).and_then(Node::scalar);
+                name = format!("{}.{name}", namespace.unwrap_or("default"));
+            }
+            self.policies.extend(policy(&mut object, scope, findings).map(|rules| (name, rules)));
             return;
         }
         let config = object.get("data").and_then(|data| data.get(CONFIG_KEY)).and_then(Node::scalar);
@@ -221,7 +261,8 @@ mod tests {
     use super::*;
 
     fn wrong(json: &str) -> String {
-        let errors = policy_rules(&format!(r#"{{"spec": {json}}}"#)).expect_err("it is wrong").0;
+        let errors =
+            policy_rules(&format!(r#"{{"spec": {json}}}"#), PolicyScope::Cluster).expect_err("it is wrong").0;
         let one =
             |found: &crate::config::Diagnostic| format!("{}: {}; {}", found.path, found.message, found.help);
         errors.list.iter().map(one).collect::<Vec<_>>().join("\n")
@@ -233,6 +274,7 @@ mod tests {
             r#"{"spec": {"rules": [{"name": "api", "direction": "inbound", "external": ["192.168.31.67/32"], "protocol": "tcp",
                 "ports": [40002, "60001-60100"], "podSelector": {"matchLabels": {"app": "api"}},
                 "namespaceSelector": {"matchLabels": {"tier": "gold"}}}]}}"#,
+            PolicyScope::Cluster,
         )
         .unwrap();
         assert!(rules[0].selects());

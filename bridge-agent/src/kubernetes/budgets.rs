@@ -39,7 +39,7 @@ impl Budgets {
 
     /// Forgets policies that no longer exist.
     pub(super) fn retain(&mut self, cluster: &Cluster) {
-        self.0.retain(|(name, _), _| cluster.policies.get(name).is_some());
+        self.0.retain(|(name, _), _| cluster.policy(name).is_some());
     }
 }
 

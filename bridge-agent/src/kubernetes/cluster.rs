@@ -92,6 +92,11 @@ pub(super) struct Affinity {
     pub(super) node: Box<str>,
 }
 
+/// Returns the namespace in the key of a policy; a policy of the cluster has none.
+pub(super) fn namespace_of(key: &str) -> Option<&str> {
+    key.split_once('/').map(|(namespace, _)| namespace)
+}
+
 /// All objects of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(bound(serialize = "T: Serialize", deserialize = "T: Deserialize<'de>"))]
@@ -184,15 +189,30 @@ pub(crate) struct Cluster {
     pub(super) remote_pods: Table<Pod>,
     pub(super) namespaces: Table<Labels>,
     pub(super) policies: Table<Policy>,
+    /// By namespace and name, with a `/` between.
+    pub(super) namespace_policies: Table<Policy>,
     pub(super) blocks: Table<Block>,
     pub(super) affinities: Table<Affinity>,
     pub(super) cilium: Table<Node>,
 }
 
 impl Cluster {
+    /// Returns all policies by key: those of the cluster, then those of namespaces.
+    pub(super) fn all_policies(&self) -> impl Iterator<Item = (&str, &Policy)> + Clone {
+        self.policies.iter().chain(self.namespace_policies.iter())
+    }
+
+    /// Returns a policy by its key.
+    pub(super) fn policy(&self, key: &str) -> Option<&Policy> {
+        match namespace_of(key) {
+            None => self.policies.get(key),
+            Some(_) => self.namespace_policies.get(key),
+        }
+    }
+
     /// How many policies are not valid.
     pub(super) fn invalid_policies(&self) -> usize {
-        self.policies.iter().filter(|(_, policy)| policy.rules.is_err()).count()
+        self.all_policies().filter(|(_, policy)| policy.rules.is_err()).count()
     }
 }
 

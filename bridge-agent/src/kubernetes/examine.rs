@@ -18,11 +18,12 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
 /// Requests that the agent makes: group, resource, verbs (deploy/kubernetes/rbac.yaml).
-const NEEDED: [(&str, &str, &[&str]); 5] = [
+const NEEDED: [(&str, &str, &[&str]); 6] = [
     ("", "nodes", &["list", "watch"]),
     ("", "pods", &["list", "watch"]),
     ("", "namespaces", &["list", "watch"]),
     (GROUP, "bridgepolicies", &["list", "watch"]),
+    (GROUP, "bridgenamespacepolicies", &["list", "watch"]),
     (GROUP, "bridgenodes", &["list", "watch"]),
 ];
 
@@ -120,7 +121,8 @@ async fn denied(client: &Client) -> Result<Vec<String>, kube::Error> {
 /// Custom resources of bridge that the server does not have.
 async fn missing_definitions(client: &Client) -> Result<Vec<String>, kube::Error> {
     let groups = client.list_api_groups().await?;
-    let mut missing_definitions = vec!["bridgepolicies".to_owned(), "bridgenodes".to_owned()];
+    let mut missing_definitions =
+        ["bridgepolicies", "bridgenamespacepolicies", "bridgenodes"].map(str::to_owned).to_vec();
     if let Some(version) =
         groups.groups.iter().find(|group| group.name == GROUP).and_then(|group| group.versions.first())
     {

@@ -14,8 +14,8 @@ use super::budgets::Budgets;
 use super::connect::{self, Error};
 use super::engines::Engines;
 use super::objects::{
-    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject,
-    PolicyObject, RemotePodObject,
+    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NamespacePolicyObject, NodeObject,
+    PodObject, PolicyObject, RemotePodObject,
 };
 use super::plan::{Planned, plan_with};
 use super::quarantine::Quarantine;
@@ -105,7 +105,7 @@ impl Follower {
         if let Some(cluster) = &before {
             tracing::info!(
                 pods = cluster.pods.len(),
-                policies = cluster.policies.len(),
+                policies = cluster.all_policies().count(),
                 "cluster as last known"
             );
         }
@@ -216,6 +216,7 @@ fn expected(role: Role, section: &Kubernetes) -> Vec<&'static str> {
         (on_node && section.pods == FollowedPods::All, RemotePodObject::NAME),
         (on_node, NamespaceObject::NAME),
         (on_node, PolicyObject::NAME),
+        (on_node, NamespacePolicyObject::NAME),
         (calico, AffinityObject::NAME),
         // Each address that a pod gets changes a block: only who needs routes to single ones follows them.
         (calico && !on_node, BlockObject::NAME),
@@ -252,6 +253,7 @@ fn begin(client: &Client, node: Option<&str>, state: &State) -> JoinSet<()> {
     add.kind::<NodeObject>(Query::default());
     add.kind::<NamespaceObject>(Query::default());
     add.kind::<PolicyObject>(Query { absent: Some(ABSENT.1), ..Query::default() });
+    add.kind::<NamespacePolicyObject>(Query { absent: Some(ABSENT.1), ..Query::default() });
     add.kind::<AffinityObject>(other.clone());
     add.kind::<BlockObject>(other.clone());
     add.kind::<CiliumObject>(other);

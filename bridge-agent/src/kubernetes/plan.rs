@@ -8,10 +8,10 @@ use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
 
 use super::budgets::Budgets;
-use super::cluster::Cluster;
+use super::cluster::{Cluster, namespace_of};
 use super::networks::{self, Origin};
 use super::quarantine::Quarantine;
-use super::resources::{ObservedPolicy, RefusedPolicy};
+use super::resources::{NAMESPACE_POLICIES_OFF, ObservedPolicy, RefusedPolicy};
 use super::selector::{self, Reach};
 use crate::config::{
     Config, Engine, FollowedPods, HostOrNetwork, Network, PodNetworks, Role, Rule, RuleName,
@@ -73,7 +73,7 @@ pub(super) fn plan_with(
         policies: Vec::new(),
         refused: Vec::new(),
         synced: false,
-        policy_hash: policy_hash(cluster.policies.iter().map(|(name, policy)| (name, policy.generation))),
+        policy_hash: policy_hash(cluster.all_policies().map(|(name, policy)| (name, policy.generation))),
         remarks: Vec::new(),
     };
     if file.routes.is_some() {
@@ -189,7 +189,7 @@ impl Planned {
         let wanted = self.config.kubernetes.as_ref().map(|section| section.pods).unwrap_or_default();
         let file = self.config.rules.clone();
         for rule in &mut self.config.rules {
-            resolve(rule, cluster, Reach::Own);
+            resolve(rule, cluster, Reach::Own, None);
         }
         let accepted = self.accept(cluster, budgets, quarantine);
         budgets.retain(cluster);
@@ -223,7 +223,13 @@ impl Planned {
             self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
         let mut outside = 0;
         let mut candidates = Vec::new();
-        for (policy, content) in cluster.policies.iter() {
+        let allowed = self.config.kubernetes.as_ref().is_some_and(|section| section.namespace_policies);
+        for (policy, content) in cluster.all_policies() {
+            let namespace = namespace_of(policy);
+            if namespace.is_some() && !allowed {
+                self.refused.push(RefusedPolicy::new(policy, content.generation, NAMESPACE_POLICIES_OFF));
+                continue;
+            }
             let rules = match &content.rules {
                 Ok(rules) => rules,
                 Err(refusal) => {
@@ -239,7 +245,7 @@ impl Planned {
             let mut resolved = Vec::with_capacity(rules.len());
             for rule in rules {
                 let mut rule = rule.clone();
-                let name = unique(&format!("{policy}.{}", rule.name), &mut names);
+                let name = unique(&format!("{}.{}", policy.replace('/', "."), rule.name), &mut names);
                 rule.name = name;
                 // Other nodes may have networks that this node does not judge.
                 let named = rule.external.as_ref().is_some_and(|list| !list.is_empty());
@@ -254,7 +260,7 @@ impl Planned {
                     }
                 }
                 unresolved.push(rule.clone());
-                resolve(&mut rule, cluster, Reach::Own);
+                resolve(&mut rule, cluster, Reach::Own, namespace);
                 restrict(&mut rule.pods, &pods);
                 resolved.push(rule);
             }
@@ -264,8 +270,11 @@ impl Planned {
                 Err(exceeded) => self.refuse(&policy, &exceeded),
             }
         }
-        let costs: Vec<Cost> = candidates.iter().map(|candidate| candidate.cost).collect();
-        let chosen = shared_limits(&self.config).choose(&costs);
+        let costs: Vec<(Option<&str>, Cost)> = candidates
+            .iter()
+            .map(|candidate| (namespace_of(&candidate.policy.name), candidate.cost))
+            .collect();
+        let chosen = shared_limits(&self.config).choose_by_namespace(&costs);
         let mut accepted = Vec::with_capacity(candidates.len());
         for (candidate, chosen) in candidates.into_iter().zip(chosen) {
             match chosen {
@@ -293,23 +302,25 @@ impl Planned {
         let pods = self.config.networks.pod_nets();
         let mut rules = file.to_vec();
         for rule in &mut rules {
-            resolve(rule, cluster, Reach::All);
+            resolve(rule, cluster, Reach::All, None);
         }
         let limits = shared_limits(&Config { rules: rules.clone(), ..self.config.clone() });
         let mut costs = Vec::with_capacity(accepted.len());
         for accepted in accepted {
-            if !accepted.unresolved.iter().any(Rule::selects) {
-                costs.push(accepted.cost);
+            let namespace = namespace_of(&accepted.policy.name);
+            if namespace.is_none() && !accepted.unresolved.iter().any(Rule::selects) {
+                costs.push((namespace, accepted.cost));
                 rules.extend(accepted.rules.iter().cloned());
                 continue;
             }
             let mut resolved = accepted.unresolved.clone();
             for rule in &mut resolved {
-                resolve(rule, cluster, Reach::All);
+                resolve(rule, cluster, Reach::All, namespace);
                 restrict(&mut rule.pods, &pods);
             }
             let checked = budgets.check(&accepted.policy.name, Reach::All, &resolved);
-            costs.push(checked.map_err(|exceeded| format!("policy {}: {exceeded}", accepted.policy.name))?);
+            let cost = checked.map_err(|exceeded| format!("policy {}: {exceeded}", accepted.policy.name))?;
+            costs.push((namespace, cost));
             rules.append(&mut resolved);
         }
         if limits.lines == 0 && !file.is_empty() {
@@ -317,7 +328,7 @@ impl Planned {
                 "the rules of the configuration file need too many iptables rules with them".to_owned()
             );
         }
-        match limits.choose(&costs).into_iter().find_map(Result::err) {
+        match limits.choose_by_namespace(&costs).into_iter().find_map(Result::err) {
             Some(exceeded) => Err(exceeded.to_string()),
             None => Ok(rules),
         }
@@ -410,12 +421,13 @@ fn covered(net: &IpNet, sorted: &[IpNet]) -> bool {
     after > 0 && sorted[after - 1].contains(net)
 }
 
-/// The pods that a rule selects take the place of its selectors; none, if none is known: it matches nothing then.
-fn resolve(rule: &mut Rule, cluster: &Cluster, reach: Reach) {
-    if !rule.selects() {
+/// The pods that a rule selects take the place of its selectors; none, if none is known: it matches nothing then. A rule of a
+/// namespace selects among its pods.
+fn resolve(rule: &mut Rule, cluster: &Cluster, reach: Reach, namespace: Option<&str>) {
+    if namespace.is_none() && !rule.selects() {
         return;
     }
-    let addresses = selector::pods(rule, cluster, reach).flat_map(|pod| &pod.addresses);
+    let addresses = selector::pods(rule, cluster, reach, namespace).flat_map(|pod| &pod.addresses);
     let mut pods: Vec<Network> = addresses.map(|address| host(*address).into()).collect();
     pods.sort_unstable();
     pods.dedup();

@@ -29,7 +29,8 @@ fn pod(app: &str, address: &str) -> Option<Pod> {
 }
 
 fn policy(rules: &str) -> Option<Policy> {
-    let rules = crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#));
+    let rules =
+        crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#), crate::config::PolicyScope::Cluster);
     let rules = rules.map_err(|error| Refusal { reason: "Invalid".into(), message: error.to_string() });
     Some(Policy { generation: 1, rules, reported: Vec::new() })
 }

@@ -33,7 +33,7 @@ impl Quarantine {
     pub(super) fn succeeded(&mut self, policies: &[ObservedPolicy], cluster: &Cluster) -> bool {
         self.good = policies.iter().map(|policy| (policy.name.clone(), policy.observed_generation)).collect();
         self.excluded.retain(|name, (generation, _)| {
-            cluster.policies.get(name).is_some_and(|policy| policy.generation == *generation)
+            cluster.policy(name).is_some_and(|policy| policy.generation == *generation)
         });
         match self.untried.pop() {
             None => false,

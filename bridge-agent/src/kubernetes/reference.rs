@@ -68,11 +68,9 @@ pub fn reference() -> String {
     for definition in objects() {
         let kind = &definition.spec.names.kind;
         let short = definition.spec.names.short_names.iter().flatten().next().cloned().unwrap_or_default();
+        let scope = if definition.spec.scope == "Namespaced" { "in a namespace" } else { "cluster-wide" };
         line(&mut text, format_args!("### {kind}\n"));
-        line(
-            &mut text,
-            format_args!("`apiVersion: {GROUP}/{VERSION}`, cluster-wide, short name `{short}`.\n"),
-        );
+        line(&mut text, format_args!("`apiVersion: {GROUP}/{VERSION}`, {scope}, short name `{short}`.\n"));
         line(&mut text, format_args!("| field | form | meaning |\n| --- | --- | --- |"));
         let schema = definition.spec.versions.first().and_then(|version| version.schema.as_ref());
         let schema = serde_json::to_value(schema).unwrap_or_default();

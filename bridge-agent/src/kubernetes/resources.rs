@@ -19,6 +19,9 @@ pub use crate::config::GROUP;
 
 /// The served version.
 pub const VERSION: &str = "v1alpha1";
+/// The reason for which a policy of a namespace is refused.
+pub(super) const NAMESPACE_POLICIES_OFF: &str = "policies of namespaces are off; an administrator of the cluster may write `kubernetes: {namespacePolicies: true}` into the \
+     configuration of the agents";
 /// The condition of a `BridgePolicy` that says whether its rules are valid.
 pub const ACCEPTED: &str = "Accepted";
 /// The condition of a `BridgePolicy` that says whether all nodes enforce it.
@@ -63,6 +66,44 @@ fn mode(_: &mut SchemaGenerator) -> Schema {
 
 fn rules(_: &mut SchemaGenerator) -> Schema {
     schema::rules()
+}
+
+/// The flows that may be opened between the pods of its namespace and LAN hosts. Needs `kubernetes: {namespacePolicies: true}`
+/// in the configuration of the agents. A rule that denies wins over one that allows, whichever policy either is in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, CustomResource, JsonSchema)]
+#[kube(
+    group = "bridge.lan",
+    version = "v1alpha1",
+    kind = "BridgeNamespacePolicy",
+    plural = "bridgenamespacepolicies",
+    shortname = "bnpol",
+    category = "bridge",
+    namespaced,
+    status = "BridgePolicyStatus",
+    doc = "The flows that may be opened between the pods of its namespace and the hosts of the LAN. It takes effect if the agents are configured with `kubernetes: {namespacePolicies: true}`.",
+    printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].status"}"#,
+    printcolumn = r#"{"name": "Programmed", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Programmed\")].status"}"#,
+    printcolumn = r#"{"name": "Nodes", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Programmed\")].message"}"#,
+    printcolumn = r#"{"name": "Generation", "type": "integer", "priority": 1, "jsonPath": ".metadata.generation"}"#,
+    printcolumn = r#"{"name": "Reason", "type": "string", "priority": 1, "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].reason"}"#,
+    printcolumn = r#"{"name": "Message", "type": "string", "priority": 1, "jsonPath": ".status.conditions[?(@.type==\"Accepted\")].message"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase")]
+pub struct BridgeNamespacePolicySpec {
+    /// `audit`: the policy neither allows nor denies; flows about which its rules would decide are counted and reported.
+    /// Left out: `enforce`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "mode")]
+    pub mode: Option<Mode>,
+    /// The rules, as in a BridgePolicy. Their pods are those of the namespace, and `podSelector` selects among them; `pods` and
+    /// `namespaceSelector` are refused.
+    #[schemars(schema_with = "rules_of_namespace")]
+    pub rules: Vec<Rule>,
+}
+
+fn rules_of_namespace(_: &mut SchemaGenerator) -> Schema {
+    schema::rules_of_namespace()
 }
 
 /// The outcome of a policy, written by one of the agents.
@@ -229,10 +270,25 @@ pub struct PoolUse {
 
 /// The custom resource definitions.
 #[must_use]
-pub fn objects() -> [CustomResourceDefinition; 2] {
-    let mut policy = BridgePolicy::crd();
-    // The agent refuses unknown keys by itself; see `schema`.
-    for version in &mut policy.spec.versions {
+pub fn objects() -> [CustomResourceDefinition; 3] {
+    let policies = [BridgePolicy::crd(), BridgeNamespacePolicy::crd()].map(strict);
+    let [policy, namespace_policy] = policies;
+    [policy, namespace_policy, BridgeNode::crd()].map(|mut definition| {
+        // The derive macro takes a literal.
+        definition.metadata.name = Some(format!("{}.{GROUP}", definition.spec.names.plural));
+        definition.spec.group = GROUP.to_owned();
+        for version in &mut definition.spec.versions {
+            let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
+            let properties = schema.and_then(|schema| schema.properties.as_mut());
+            properties.and_then(|properties| properties.get_mut("status")).map(without_defaults);
+        }
+        definition
+    })
+}
+
+/// Has the API server keep unknown keys, which the agent refuses by itself; see `schema`.
+fn strict(mut definition: CustomResourceDefinition) -> CustomResourceDefinition {
+    for version in &mut definition.spec.versions {
         let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
         let Some(schema) = schema else { continue };
         schema.x_kubernetes_preserve_unknown_fields = Some(true);
@@ -246,17 +302,7 @@ pub fn objects() -> [CustomResourceDefinition; 2] {
             spec.x_kubernetes_validations = Some(validations.collect());
         }
     }
-    [policy, BridgeNode::crd()].map(|mut definition| {
-        // The derive macro takes a literal.
-        definition.metadata.name = Some(format!("{}.{GROUP}", definition.spec.names.plural));
-        definition.spec.group = GROUP.to_owned();
-        for version in &mut definition.spec.versions {
-            let schema = version.schema.as_mut().and_then(|schema| schema.open_api_v3_schema.as_mut());
-            let properties = schema.and_then(|schema| schema.properties.as_mut());
-            properties.and_then(|properties| properties.get_mut("status")).map(without_defaults);
-        }
-        definition
-    })
+    definition
 }
 
 /// Removes defaults, which are for the reader of a condition, not for its writer.

@@ -113,9 +113,12 @@ mod tests {
         let refusal = || Refusal { reason: "Invalid".into(), message: "why".into() };
         let policy = |rules| super::super::cluster::Policy { generation: 1, rules, reported: Vec::new() };
         let json = r#"{"spec": {"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {"matchLabels": {"app": "api"}}}]}}"#;
-        cluster
-            .policies
-            .apply("good".into(), Some(policy(crate::config::policy_rules(json).map_err(|_| refusal()))));
+        cluster.policies.apply(
+            "good".into(),
+            Some(policy(
+                crate::config::policy_rules(json, crate::config::PolicyScope::Cluster).map_err(|_| refusal()),
+            )),
+        );
         cluster.policies.apply("bad".into(), Some(policy(Err(refusal()))));
         here.save(|| &cluster).unwrap();
         assert_eq!(here.load(), Some(cluster));

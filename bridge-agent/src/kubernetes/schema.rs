@@ -96,11 +96,26 @@ pub(super) fn of_spec() -> Vec<(String, String)> {
     )]
 }
 
-/// Returns the schema of a list of rules.
+/// Returns the schema of the rules of a cluster.
 pub(super) fn rules() -> Schema {
+    list(of_rule())
+}
+
+/// Returns the schema of the rules of a namespace.
+pub(super) fn rules_of_namespace() -> Schema {
+    let mut validations = of_rule();
+    validations.push(validation(
+        "!(has(self.pods) || has(self.namespaceSelector))",
+        "a BridgeNamespacePolicy is about the pods of its own namespace: remove `pods` and `namespaceSelector`, and write \
+         `podSelector` for some of these pods",
+    ));
+    list(validations)
+}
+
+fn list(validations: Vec<Validation>) -> Schema {
     let mut rule = crate::config::schema_of::<Rule>();
     structural(&mut rule);
-    strict(&mut rule, of_rule());
+    strict(&mut rule, validations);
     let list = json!({
         "type": "array",
         "items": rule,

@@ -13,8 +13,13 @@ pub(super) enum Reach {
     All,
 }
 
-/// The pods that `rule` selects.
-pub(super) fn pods<'c>(rule: &Rule, cluster: &'c Cluster, reach: Reach) -> impl Iterator<Item = &'c Pod> {
+/// The pods that `rule` selects; those of `namespace` only, if there is one.
+pub(super) fn pods<'c>(
+    rule: &Rule,
+    cluster: &'c Cluster,
+    reach: Reach,
+    namespace: Option<&str>,
+) -> impl Iterator<Item = &'c Pod> {
     let remote = cluster.remote_pods.iter().filter(move |_| reach == Reach::All);
     cluster.pods.iter().chain(remote).map(|(_, pod)| pod).filter(move |pod| {
         let of_namespace = match &rule.namespace_selector {
@@ -24,7 +29,10 @@ pub(super) fn pods<'c>(rule: &Rule, cluster: &'c Cluster, reach: Reach) -> impl 
                 cluster.namespaces.get(&pod.namespace).is_some_and(|labels| matches(selector, labels))
             }
         };
-        of_namespace && rule.pod_selector.as_ref().is_none_or(|selector| matches(selector, &pod.labels))
+        let of_author = namespace.is_none_or(|namespace| *pod.namespace == *namespace);
+        of_author
+            && of_namespace
+            && rule.pod_selector.as_ref().is_none_or(|selector| matches(selector, &pod.labels))
     })
 }
 
@@ -86,9 +94,9 @@ mod tests {
         let json = format!(
             r#"{{"spec": {{"rules": [{{"name": "r", "direction": "inbound", "protocol": "tcp", "ports": [1], {selectors}}}]}}}}"#
         );
-        let rules = crate::config::policy_rules(&json).unwrap();
+        let rules = crate::config::policy_rules(&json, crate::config::PolicyScope::Cluster).unwrap();
         let cluster = cluster();
-        let found: Vec<_> = pods(&rules[0], &cluster, Reach::Own).collect();
+        let found: Vec<_> = pods(&rules[0], &cluster, Reach::Own, None).collect();
         let names = cluster.pods.iter().filter(|(_, pod)| found.contains(pod)).map(|(name, _)| name);
         names.collect::<Vec<_>>().join(" ")
     }

@@ -8,8 +8,8 @@ use tokio::sync::watch;
 
 use super::cluster::Cluster;
 use super::objects::{
-    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NodeObject, PodObject,
-    PolicyObject, RemotePodObject,
+    AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NamespacePolicyObject, NodeObject,
+    PodObject, PolicyObject, RemotePodObject,
 };
 use super::status::{Applied, KubernetesStatus};
 use crate::kernel::clock;
@@ -213,13 +213,14 @@ impl Health {
 }
 
 /// The number of known objects of each resource.
-fn counts(cluster: &Cluster) -> [(&'static str, usize); 8] {
+fn counts(cluster: &Cluster) -> [(&'static str, usize); 9] {
     [
         (NodeObject::NAME, cluster.nodes.len()),
         (PodObject::NAME, cluster.pods.len()),
         (RemotePodObject::NAME, cluster.remote_pods.len()),
         (NamespaceObject::NAME, cluster.namespaces.len()),
         (PolicyObject::NAME, cluster.policies.len()),
+        (NamespacePolicyObject::NAME, cluster.namespace_policies.len()),
         (AffinityObject::NAME, cluster.affinities.len()),
         (BlockObject::NAME, cluster.blocks.len()),
         (CiliumObject::NAME, cluster.cilium.len()),

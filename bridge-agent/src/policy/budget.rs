@@ -3,6 +3,7 @@
 //! A policy of the cluster may be written by a tenant. It is compiled by itself within limits that keep the memory and the
 //! time of a node small, whichever engines it runs. See [`check`].
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -43,7 +44,56 @@ pub struct Shared {
     pub pages: usize,
 }
 
+/// The share of the limits that the policies of one namespace may use together.
+const NAMESPACE_SHARE: u64 = 16;
+
 impl Shared {
+    /// Chooses policies by namespace: those of the cluster (`None`) come first, so that no tenant excludes one. All of one namespace
+    /// together may use a sixteenth of the limits, so that no tenant excludes another.
+    ///
+    /// # Errors
+    /// Each policy that does not fit, with the figure.
+    #[must_use]
+    pub fn choose_by_namespace(&self, costs: &[(Option<&str>, Cost)]) -> Vec<Result<(), Exceeded>> {
+        let mut outcome = vec![Ok(()); costs.len()];
+        let mut members: BTreeMap<Option<&str>, Vec<usize>> = BTreeMap::new();
+        for (index, (namespace, _)) in costs.iter().enumerate() {
+            members.entry(*namespace).or_default().push(index);
+        }
+        let choose = |limits: &Self, indexes: &[usize], outcome: &mut [Result<(), Exceeded>]| {
+            let costs: Vec<Cost> = indexes.iter().map(|index| costs[*index].1).collect();
+            for (index, chosen) in indexes.iter().zip(limits.choose(&costs)) {
+                outcome[*index] = chosen;
+            }
+            let fits = indexes.iter().copied().filter(|index| outcome[*index].is_ok());
+            fits.collect::<Vec<usize>>()
+        };
+        let of_cluster = members.remove(&None).unwrap_or_default();
+        let mut left = *self;
+        for index in choose(self, &of_cluster, &mut outcome) {
+            left = left.without(&costs[index].1);
+        }
+        let share = |limit: u64| if limit == u64::MAX { limit } else { limit / NAMESPACE_SHARE };
+        let namespace = Self {
+            pairs: share(self.pairs),
+            lines: share(self.lines),
+            pages: self.pages / usize::try_from(NAMESPACE_SHARE).unwrap_or(usize::MAX),
+        };
+        let within: Vec<usize> =
+            members.values().flat_map(|indexes| choose(&namespace, indexes, &mut outcome)).collect();
+        choose(&left, &within, &mut outcome);
+        outcome
+    }
+
+    /// Returns the limits that a policy leaves.
+    const fn without(&self, cost: &Cost) -> Self {
+        Self {
+            pairs: self.pairs.saturating_sub(cost.pairs),
+            lines: if self.lines == u64::MAX { u64::MAX } else { self.lines.saturating_sub(cost.lines) },
+            pages: self.pages.saturating_sub(cost.pages),
+        }
+    }
+
     /// Limits of a node whose engine is eBPF alone.
     pub const EBPF: Self = Self { pairs: 1_000_000, lines: u64::MAX, pages: 1 << 16 };
     /// iptables rules of a node that writes them, so that a change takes effect within a second.
@@ -252,6 +302,28 @@ mod tests {
             source_ports: single(source_ports),
             action: Action::Allow,
         }
+    }
+
+    #[test]
+    fn a_namespace_has_a_share_and_the_cluster_comes_first() {
+        let limits = Shared { pairs: 1600, lines: 1600, pages: 1600 };
+        let cost = |lines| Cost { lines, ..Cost::default() };
+        let fits = |costs: &[(Option<&str>, Cost)]| -> Vec<bool> {
+            limits.choose_by_namespace(costs).iter().map(Result::is_ok).collect()
+        };
+        // One tenant takes its sixteenth, and leaves that of another.
+        let costs = [(Some("greedy"), cost(60)), (Some("greedy"), cost(60)), (Some("small"), cost(100))];
+        assert_eq!(fits(&costs), [true, false, true]);
+        // Policies of the cluster are cheaper or not: none is excluded by a namespace.
+        assert_eq!(fits(&[(Some("a"), cost(1)), (None, cost(1600))]), [false, true]);
+        assert_eq!(fits(&[(Some("a"), cost(1)), (None, cost(1599))]), [true, true]);
+        // Tenants together: the cheapest first.
+        let names: Vec<String> = (0..17).map(|number| format!("tenant-{number}")).collect();
+        let mut costs: Vec<(Option<&str>, Cost)> =
+            names.iter().map(|name| (Some(name.as_str()), cost(100))).collect();
+        costs.push((Some("tiny"), cost(1)));
+        let fit = fits(&costs);
+        assert!(fit[17] && fit.iter().filter(|fits| **fits).count() == 16, "{fit:?}");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use serde_json::Value as Json;
 
 use super::cluster::{Cluster, Labels, Node, Pod, Policy, Refusal, Table};
 use super::resources::{Condition, GROUP, RefusedPolicy};
+use crate::config::PolicyScope;
 use crate::pool::pods;
 
 /// An object that the agent follows.
@@ -153,6 +154,17 @@ object! {
         status: PolicyStatus,
     }
     rest
+}
+object! {
+    /// `bridge.lan/v1alpha1` BridgeNamespacePolicy, read as a BridgePolicy.
+    NamespacePolicyObject: GROUP, "v1alpha1", "BridgeNamespacePolicy", "bridgenamespacepolicies", NamespaceResourceScope {
+        status: PolicyStatus,
+    }
+    rest
+}
+object! {
+    /// The metadata of a BridgeNamespacePolicy.
+    NamespacePolicyMeta: GROUP, "v1alpha1", "BridgeNamespacePolicy", "bridgenamespacepolicies", NamespaceResourceScope {}
 }
 object! {
     /// The metadata of a BridgePolicy: the answer to a write, whatever is wrong with the policy.
@@ -340,27 +352,57 @@ impl Followed for PolicyObject {
     const NAME: &'static str = "bridgepolicies";
 
     fn keep(self) -> Option<Policy> {
-        let json = Json::Object(self.rest).to_string();
-        Some(Policy {
-            generation: self.metadata.generation.unwrap_or_default(),
-            rules: crate::config::policy_rules(&json)
-                .map_err(|errors| Refusal { reason: "Invalid".to_owned(), message: one_line(&errors) }),
-            reported: self.status.conditions,
-        })
+        Some(policy(&self.metadata, self.rest, self.status, PolicyScope::Cluster))
     }
 
-    /// The conditions of a policy change far more often than its rules, which may take long to read.
     fn refresh(&mut self, known: &mut Policy) -> bool {
-        let same = self.metadata.generation == Some(known.generation);
-        if same {
-            known.reported = std::mem::take(&mut self.status.conditions);
-        }
-        same
+        refresh(&self.metadata, &mut self.status, known)
     }
 
     fn table(cluster: &mut Cluster) -> &mut Table<Policy> {
         &mut cluster.policies
     }
+}
+
+impl Followed for NamespacePolicyObject {
+    type Kept = Policy;
+    const NAME: &'static str = "bridgenamespacepolicies";
+
+    fn keep(self) -> Option<Policy> {
+        Some(policy(&self.metadata, self.rest, self.status, PolicyScope::Namespace))
+    }
+
+    fn refresh(&mut self, known: &mut Policy) -> bool {
+        refresh(&self.metadata, &mut self.status, known)
+    }
+
+    fn table(cluster: &mut Cluster) -> &mut Table<Policy> {
+        &mut cluster.namespace_policies
+    }
+}
+
+fn policy(
+    meta: &ObjectMeta,
+    rest: serde_json::Map<String, Json>,
+    status: PolicyStatus,
+    scope: PolicyScope,
+) -> Policy {
+    let json = Json::Object(rest).to_string();
+    Policy {
+        generation: meta.generation.unwrap_or_default(),
+        rules: crate::config::policy_rules(&json, scope)
+            .map_err(|errors| Refusal { reason: "Invalid".to_owned(), message: one_line(&errors) }),
+        reported: status.conditions,
+    }
+}
+
+/// Takes over the conditions of a policy: they change far more often than its rules, which may take long to read.
+fn refresh(meta: &ObjectMeta, status: &mut PolicyStatus, known: &mut Policy) -> bool {
+    let same = meta.generation == Some(known.generation);
+    if same {
+        known.reported = std::mem::take(&mut status.conditions);
+    }
+    same
 }
 
 /// The findings in a condition; the others are counted.

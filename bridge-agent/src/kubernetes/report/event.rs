@@ -21,7 +21,7 @@ const MAX_NOTE: usize = 1024;
 
 /// Writes events. One that cannot be written is lost: it repeats a condition or a log line.
 pub(super) struct Events {
-    api: Api<Event>,
+    client: Client,
     node: String,
     /// The engines, and the refusals of the pool, at the last call.
     before: Mutex<Option<(Engines, u64)>>,
@@ -29,12 +29,13 @@ pub(super) struct Events {
 
 impl Events {
     pub(super) fn new(client: Client, node: &str) -> Self {
-        Self { api: Api::namespaced(client, NAMESPACE), node: node.to_owned(), before: Mutex::default() }
+        Self { client, node: node.to_owned(), before: Mutex::default() }
     }
 
     /// Reports that a policy was refused.
     pub(super) async fn policy_rejected(&self, policy: &str, note: &str) {
-        self.write("BridgePolicy", policy, "PolicyRejected", "Validate", note).await;
+        let kind = if policy.contains('/') { "BridgeNamespacePolicy" } else { "BridgePolicy" };
+        self.write(kind, policy, "PolicyRejected", "Validate", note).await;
     }
 
     /// Reports changes of the engines and the pool since the last call.
@@ -68,6 +69,11 @@ impl Events {
     }
 
     async fn write(&self, kind: &str, name: &str, reason: &str, action: &str, note: &str) {
+        // The event of an object is in its namespace.
+        let (namespace, name) = match name.split_once('/') {
+            Some((namespace, name)) => (Some(namespace), name),
+            None => (None, name),
+        };
         let event = Event {
             metadata: ObjectMeta { generate_name: Some(format!("{name}-")), ..ObjectMeta::default() },
             action: Some(action.to_owned()),
@@ -78,6 +84,7 @@ impl Events {
                 api_version: Some(format!("{GROUP}/{VERSION}")),
                 kind: Some(kind.to_owned()),
                 name: Some(name.to_owned()),
+                namespace: namespace.map(str::to_owned),
                 ..ObjectReference::default()
             }),
             reporting_controller: Some(format!("{GROUP}/{MANAGER}")),
@@ -85,7 +92,8 @@ impl Events {
             type_: Some("Warning".to_owned()),
             ..Event::default()
         };
-        if let Err(error) = self.api.create(&PostParams::default(), &event).await {
+        let api = Api::<Event>::namespaced(self.client.clone(), namespace.unwrap_or(NAMESPACE));
+        if let Err(error) = api.create(&PostParams::default(), &event).await {
             tracing::warn!(error = cause(&error), reason, "the agent cannot write an Event");
         }
     }

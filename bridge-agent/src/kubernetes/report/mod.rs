@@ -89,7 +89,7 @@ async fn write(section: &Kubernetes, node: &str, state: &State, engines: watch::
             let events = Events::new(client.clone(), node);
             tokio::select! {
                 () = write_node(&client, node, state, engines.clone(), &events) => {}
-                () = write_policies(&client, node, state, &events) => {}
+                () = write_policies(&client, section, node, state, &events) => {}
             }
         }
         tokio::time::sleep(RETRY).await;
@@ -126,7 +126,7 @@ async fn write_node(
 }
 
 /// Writes the conditions of policies while this agent holds the Lease.
-async fn write_policies(client: &Client, node: &str, state: &State, events: &Events) {
+async fn write_policies(client: &Client, section: &Kubernetes, node: &str, state: &State, events: &Events) {
     let mut lease = Lease::new(client.clone(), node);
     let mut warned = false;
     loop {
@@ -134,7 +134,7 @@ async fn write_policies(client: &Client, node: &str, state: &State, events: &Eve
         let nodes = state.cluster().nodes.len();
         match lease.acquire(nodes).await {
             Ok(true) => {
-                let mut policies = Policies::new(client.clone(), state.clone());
+                let mut policies = Policies::new(client.clone(), state.clone(), section.namespace_policies);
                 policies.run(&mut lease, events).await;
             }
             Ok(false) => {}

@@ -9,10 +9,12 @@ use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::super::cluster::Policy;
-use super::super::objects::{BridgeNodeReport, PolicyMeta, key};
+use super::super::cluster::{Policy, namespace_of};
+use super::super::objects::{BridgeNodeReport, NamespacePolicyMeta, PolicyMeta, key};
 use super::super::plan::policy_hash;
-use super::super::resources::{ACCEPTED, Condition, GROUP, PROGRAMMED, RefusedPolicy, VERSION};
+use super::super::resources::{
+    ACCEPTED, Condition, GROUP, NAMESPACE_POLICIES_OFF, PROGRAMMED, RefusedPolicy, VERSION,
+};
 use super::super::state::State;
 use super::MANAGER;
 use super::conditions::{condition, same, truth};
@@ -87,12 +89,14 @@ pub(super) struct Policies {
     nodes: BTreeMap<String, Report>,
     written: HashMap<String, Written>,
     warned: BTreeSet<String>,
+    /// Whether policies of namespaces take effect.
+    namespace_policies: bool,
 }
 
 impl Policies {
-    pub(super) fn new(client: Client, state: State) -> Self {
+    pub(super) fn new(client: Client, state: State, namespace_policies: bool) -> Self {
         let (history, nodes, written, warned) = Default::default();
-        Self { client, state, history, nodes, written, warned }
+        Self { client, state, history, nodes, written, warned, namespace_policies }
     }
 
     /// Runs until the Lease is lost.
@@ -146,7 +150,7 @@ impl Policies {
                 },
                 _ = versions.changed() => {
                     let cluster = self.state.cluster();
-                    self.history.update(cluster.policies.iter());
+                    self.history.update(cluster.all_policies());
                     drop(cluster);
                     due.get_or_insert_with(|| Instant::now() + COALESCE);
                 }
@@ -187,13 +191,13 @@ impl Policies {
     /// Conditions to write, each with the name of its policy, and a note if it is newly rejected.
     fn wanted(&mut self) -> Vec<(String, Vec<Condition>, Option<String>)> {
         let cluster = self.state.cluster();
-        self.history.update(cluster.policies.iter());
+        self.history.update(cluster.all_policies());
         for report in self.nodes.values_mut() {
             report.version = self.history.version_of(&report.hash).unwrap_or(report.version);
         }
-        self.written.retain(|name, _| cluster.policies.get(name).is_some());
+        self.written.retain(|name, _| cluster.policy(name).is_some());
         let mut list = Vec::new();
-        for (name, policy) in cluster.policies.iter() {
+        for (name, policy) in cluster.all_policies() {
             let conditions = self.conditions(name, policy);
             if same(&policy.reported, &conditions) || !self.is_due(name, policy, &conditions) {
                 continue;
@@ -204,23 +208,33 @@ impl Policies {
             };
             let is_new = accepted(&policy.reported) != accepted(&conditions);
             let rejected =
-                policy.rules.as_ref().err().filter(|_| is_new).map(|refusal| refusal.message.clone());
+                self.refusal(name, policy).filter(|_| is_new).map(|(_, message)| message.to_owned());
             list.push((name.to_owned(), conditions, rejected));
         }
         list
     }
 
+    /// Returns reason and message of a policy that is not accepted.
+    fn refusal<'p>(&self, name: &str, policy: &'p Policy) -> Option<(&'p str, &'p str)> {
+        if namespace_of(name).is_some() && !self.namespace_policies {
+            return Some(("NamespacePoliciesOff", NAMESPACE_POLICIES_OFF));
+        }
+        policy.rules.as_ref().err().map(|refusal| (refusal.reason.as_str(), refusal.message.as_str()))
+    }
+
     fn conditions(&self, name: &str, policy: &Policy) -> Vec<Condition> {
         let (generation, before) = (policy.generation, &policy.reported);
-        let (reason, message) = match &policy.rules {
-            Ok(rules) => ("Valid", format!("{} rules", rules.len())),
-            Err(refusal) => (refusal.reason.as_str(), refusal.message.clone()),
-        };
-        let accepted = truth(policy.rules.is_ok());
+        let refusal = self.refusal(name, policy);
+        let count = policy.rules.as_ref().map_or(0, Vec::len);
+        let (reason, message) = refusal.map_or_else(
+            || ("Valid", format!("{count} rules")),
+            |(reason, message)| (reason, message.to_owned()),
+        );
+        let accepted = truth(refusal.is_none());
         let accepted = condition(before, ACCEPTED, accepted, generation, reason, &message);
-        let (programmed, reason, message) = match &policy.rules {
-            Err(_) => (false, "NotAccepted", "the policy is not accepted".to_owned()),
-            Ok(_) => self.programmed(name, generation),
+        let (programmed, reason, message) = match refusal {
+            Some(_) => (false, "NotAccepted", "the policy is not accepted".to_owned()),
+            None => self.programmed(name, generation),
         };
         let programmed = condition(before, PROGRAMMED, truth(programmed), generation, reason, &message);
         vec![accepted, programmed]
@@ -275,14 +289,24 @@ impl Policies {
     }
 
     async fn apply(&self, name: &str, conditions: &[Condition]) -> kube::Result<()> {
-        let policies = Api::<PolicyMeta>::all(self.client.clone());
-        let object = json!({
-            "apiVersion": format!("{GROUP}/{VERSION}"),
-            "kind": "BridgePolicy",
-            "metadata": { "name": name },
-            "status": { "conditions": conditions },
-        });
         let parameters = PatchParams::apply(MANAGER).force();
-        policies.patch_status(name, &parameters, &Patch::Apply(&object)).await.map(drop)
+        let object = |kind: &str, metadata| {
+            Patch::Apply(json!({
+                "apiVersion": format!("{GROUP}/{VERSION}"), "kind": kind, "metadata": metadata,
+                "status": { "conditions": conditions },
+            }))
+        };
+        match name.split_once('/') {
+            None => {
+                let object = object("BridgePolicy", json!({ "name": name }));
+                let policies = Api::<PolicyMeta>::all(self.client.clone());
+                policies.patch_status(name, &parameters, &object).await.map(drop)
+            }
+            Some((namespace, name)) => {
+                let object = object("BridgeNamespacePolicy", json!({ "name": name, "namespace": namespace }));
+                let policies = Api::<NamespacePolicyMeta>::namespaced(self.client.clone(), namespace);
+                policies.patch_status(name, &parameters, &object).await.map(drop)
+            }
+        }
     }
 }
