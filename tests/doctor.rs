@@ -319,6 +319,59 @@ fn a_pool_that_others_use_is_named() -> Result<()> {
 }
 
 #[test]
+fn a_pool_in_the_node_port_range_is_named() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let mut station = Station::node(&lab)?;
+    let pool =
+        |ports: &str| format!("{NODE}portPool: {{ports: [{ports}], destinations: [192.168.31.0/24]}}\n");
+    station.config = pool("61001-61100");
+    station.expect("ports.node-ports", "ok", "30000-32767")?;
+    station.config = pool("32760-32800");
+    station.expect("ports.node-ports", "warn", "8 ports of the pool")
+}
+
+#[test]
+fn a_held_xtables_lock_is_named() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let station = Station::node(&lab)?;
+    let lock = station.directory.path().join("xtables.lock");
+    let outcome = || -> Result<String> {
+        let mut command = station.command(&["--json", "--only", "engines"])?;
+        command.env("XTABLES_LOCKFILE", &lock);
+        let output = station.host.netns.run(|| command.output())?;
+        let said: Value = serde_json::from_slice(&output.stdout)?;
+        let checks = said["checks"].as_array().context("checks")?;
+        let found =
+            checks.iter().find(|check| check["check"] == "engines.xtables-lock").context("no check")?;
+        Ok(found["outcome"].as_str().context("outcome")?.to_owned())
+    };
+    let file = fs::File::create(&lock)?;
+    assert_eq!(outcome()?, "ok");
+    file.lock()?;
+    assert_eq!(outcome()?, "warn");
+    Ok(())
+}
+
+#[test]
+fn a_network_of_the_lan_among_the_pods_fails() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let station = Station::node(&lab)?;
+    station.expect("forwarding.overlap", "ok", "")?;
+    lab.b().netns.ip("addr add 10.200.1.200/26 dev eth0")?;
+    station.expect("forwarding.overlap", "fail", "10.200.1.192/26")
+}
+
+#[test]
+fn a_next_hop_that_does_not_answer_fails() -> Result<()> {
+    let lab = Lab::builder().without_routes().build()?;
+    let config = |via: &str| format!("role: host\nroutes: {{static: [{{to: 10.200.1.0/24, via: {via}}}]}}\n");
+    let station = Station::new(&lab, lab.a(), &config("192.168.31.17"))?;
+    station.expect("host.next-hops", "ok", "1 next hops answer")?;
+    let station = Station::new(&lab, lab.a(), &config("192.168.31.250"))?;
+    station.expect("host.next-hops", "fail", "192.168.31.250")
+}
+
+#[test]
 fn routes_of_a_host_that_are_refused_or_due_are_named() -> Result<()> {
     let lab = Lab::builder().without_routes().build()?;
     let config = |via: &str| format!("role: host\nroutes: {{static: [{{to: 10.200.1.0/24, via: {via}}}]}}\n");

@@ -1,5 +1,12 @@
 //! Back ends of iptables, programs of others, pins of other versions, and the interfaces.
 
+use std::{
+    env,
+    fs::{File, TryLockError},
+    io,
+    path::PathBuf,
+};
+
 use super::{Context, Finding};
 use crate::{
     agent::firewall_settings,
@@ -12,7 +19,7 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     if context.node().is_none() {
         return vec![Finding::not_run("engines", "this is no node: a LAN host enforces nothing")];
     }
-    vec![backends(context), interfaces(context), programs(context), pins(context)]
+    vec![backends(context), xtables_lock(), interfaces(context), programs(context), pins(context)]
 }
 
 fn backends(context: &Context<'_>) -> Finding {
@@ -27,6 +34,31 @@ fn backends(context: &Context<'_>) -> Finding {
             Finding::warn(CHECK, seen, remedy)
         }
         Err(error) => Finding::not_run(CHECK, error.to_string()),
+    }
+}
+
+/// Tries the lock that the programs of iptables-legacy take; they wait for its holder.
+fn xtables_lock() -> Finding {
+    const CHECK: &str = "engines.xtables-lock";
+    // As iptables(8) finds it.
+    let path =
+        env::var_os("XTABLES_LOCKFILE").map_or_else(|| PathBuf::from("/run/xtables.lock"), PathBuf::from);
+    let shown = path.display();
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Finding::ok(CHECK, format!("there is no {shown}: no program has taken it"));
+        }
+        Err(error) => return Finding::not_run(CHECK, format!("{shown}: {error}")),
+    };
+    match file.try_lock() {
+        Ok(()) => Finding::ok(CHECK, format!("{shown} is free")),
+        Err(TryLockError::WouldBlock) => Finding::warn(
+            CHECK,
+            format!("another program holds {shown}"),
+            format!("changes of iptables rules wait for it: `fuser -v {shown}` names the program"),
+        ),
+        Err(TryLockError::Error(error)) => Finding::not_run(CHECK, format!("{shown}: {error}")),
     }
 }
 

@@ -39,6 +39,7 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
         mtu(context),
         conntrack(),
         networks(context, &pods, &external),
+        overlap(context, &pods),
     ]
 }
 
@@ -223,6 +224,29 @@ fn conntrack() -> Finding {
         Some(share) if share >= FULL => Finding::fail(CHECK, seen, remedy),
         Some(share) if share >= NEARLY_FULL => Finding::warn(CHECK, seen, remedy),
         _ => Finding::ok(CHECK, seen),
+    }
+}
+
+/// Looks for a network at the LAN that lies among the addresses of pods, or around them.
+fn overlap(context: &Context<'_>, pods: &[IpNet]) -> Finding {
+    const CHECK: &str = "forwarding.overlap";
+    let is_lan = |index: &u32| {
+        let mut external = context.chosen.targets.iter().filter(|target| target.role == Role::External);
+        external.any(|target| target.index == *index)
+    };
+    let overlaps = |route: &&Route| {
+        let covers = |net: &IpNet| net.contains(&route.to) || route.to.contains(net);
+        // A gateway leads to pods of other nodes; the default route to everything.
+        let on_link = route.hops.iter().any(|(index, gateway)| !gateway && is_lan(index));
+        on_link && route.to.prefix_len() > 0 && pods.iter().any(covers)
+    };
+    match context.snapshot.routes.iter().find(overlaps) {
+        None => Finding::ok(CHECK, "no network of the LAN overlaps networks.pods"),
+        Some(route) => Finding::fail(
+            CHECK,
+            format!("{} is a network of the LAN and overlaps networks.pods", route.to),
+            "packets to these pods go to the LAN: give the pods another network, or correct networks.pods",
+        ),
     }
 }
 

@@ -1,7 +1,15 @@
 //! The port pool against other users of ports.
 
 use super::{Context, Finding};
-use crate::{model::PortSet, nodeport_range::listeners, pool::checks};
+use crate::{
+    config::Config,
+    model::{PortRange, PortSet},
+    nodeport_range::listeners,
+    pool::checks,
+};
+
+/// The default of kube-apiserver's `--service-node-port-range`.
+const NODE_PORTS: PortRange = PortRange { first: 30_000, last: 32_767 };
 
 pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     const CHECK: &str = "ports";
@@ -18,7 +26,22 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
         findings.push(Finding::ok("ports.settings", "no port of the pool is given to other programs"));
     }
     findings.push(occupied(&ports));
+    findings.extend(context.node().map(|config| node_ports(config, &ports)));
     findings
+}
+
+/// Compares with the range that the cluster takes NodePorts from.
+fn node_ports(config: &Config, ports: &PortSet) -> Finding {
+    const CHECK: &str = "ports.node-ports";
+    let range = config.node_ports.as_ref().map_or(NODE_PORTS, |node_ports| node_ports.range.0);
+    match (range.first..=range.last).filter(|port| ports.contains(*port)).count() {
+        0 => Finding::ok(CHECK, format!("the pool has no port of the NodePort range {range}")),
+        count => Finding::warn(
+            CHECK,
+            format!("{count} ports of the pool are in the NodePort range {range}"),
+            "an answer to such a port can be taken for a request to a NodePort: take others in portPool.ports",
+        ),
+    }
 }
 
 /// Name of the check that a problem belongs to.
