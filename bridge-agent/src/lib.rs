@@ -17,6 +17,7 @@ pub mod fuzzing;
 pub mod interfaces;
 pub mod iptables;
 pub mod kernel;
+pub mod kubectl;
 pub mod kubernetes;
 pub mod log;
 pub mod model;

@@ -28,7 +28,7 @@ const LAYERS: &[&[&str]] = &[
     &["config", "policy"],
     &["model"],
     &["kernel"],
-    &["fault", "log"],
+    &["fault", "kubectl", "log"],
 ];
 
 /// Circles of files that are still to be cut: the folder, and the number of files in its largest circle. The test fails as

@@ -10,7 +10,10 @@ use http_body_util::{BodyExt, Full};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header::HOST};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::net::UnixStream;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::UnixStream,
+};
 
 use super::ErrorBody;
 
@@ -52,6 +55,17 @@ impl Client {
         let stream = UnixStream::connect(socket)
             .await
             .map_err(|source| Error::NotRunning { path: socket.to_owned(), source })?;
+        Self::over(stream).await
+    }
+
+    /// Talks to the agent at the other end of a stream.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Connection`].
+    pub(crate) async fn over(
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> Result<Self, Error> {
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
         tokio::spawn(async move {
             if let Err(error) = connection.await {

@@ -29,7 +29,6 @@ use tokio::{
 use tower::Service as _;
 
 use super::Peer;
-use crate::state::Shared;
 
 /// Connections of clients that are no operators.
 const MAX_CONNECTIONS: usize = 512;
@@ -141,7 +140,7 @@ impl Default for LargeAnswers {
 
 /// All connections of a socket.
 #[derive(Debug)]
-pub(super) struct Connections {
+pub(crate) struct Connections {
     all: Mutex<BTreeMap<u64, Arc<Connection>>>,
     of_operators: LargeAnswers,
     of_others: LargeAnswers,
@@ -162,8 +161,8 @@ impl Drop for Listed {
 }
 
 impl Connections {
-    pub(super) fn new(shared: &Shared) -> Self {
-        let stalled = Arc::clone(&shared.stalled_clients);
+    /// `stalled`: counts clients that took no byte.
+    pub(crate) fn new(stalled: Arc<AtomicU64>) -> Self {
         Self {
             all: Mutex::default(),
             of_operators: LargeAnswers::default(),
@@ -202,7 +201,7 @@ impl Connections {
     }
 
     /// Serves a connection until one side ends it. `peer`: the client, if it has a name.
-    pub(super) fn serve<S>(self: &Arc<Self>, stream: S, peer: Option<Peer>, router: &Router)
+    pub(crate) fn serve<S>(self: &Arc<Self>, stream: S, peer: Option<Peer>, router: &Router)
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {

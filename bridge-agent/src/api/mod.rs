@@ -54,6 +54,7 @@ use tokio::sync::{
     oneshot,
 };
 
+pub(crate) use self::connections::Connections;
 pub use self::names::NameList;
 pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
@@ -63,7 +64,6 @@ pub use self::{
     apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as MAX_LEASE_BODY, suggest::SuggestAnswer,
 };
 use self::{
-    connections::Connections,
     large::{Chunks, Turn},
     openapi::{Method, Operation, Routes},
     query::Query,
@@ -238,10 +238,11 @@ impl Server {
         let listener = tokio::net::UnixListener::from_std(self.listener.try_clone()?)?;
         let metrics = self.metrics.as_ref().map(std::net::TcpListener::try_clone).transpose()?;
         let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
-        let (api, clients) = (router(shared.clone()), Arc::new(Connections::new(&shared)));
+        let (api, clients) =
+            (router(shared.clone()), Arc::new(Connections::new(Arc::clone(&shared.stalled_clients))));
         let of_metrics = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
         // Scrapers from elsewhere have room of their own.
-        let scrapers = Arc::new(Connections::new(&shared));
+        let scrapers = Arc::new(Connections::new(Arc::clone(&shared.stalled_clients)));
         tokio::spawn(route_events(shared.route_events.subscribe(), shared.events.clone()));
         loop {
             tokio::select! {
@@ -282,9 +283,9 @@ async fn accept(listener: Option<&tokio::net::TcpListener>) -> io::Result<tokio:
 }
 
 /// Waits before the next attempt to accept: an error such as ENFILE stays for a while.
-async fn pause(error: &io::Error) {
+pub(crate) async fn pause(error: &io::Error) {
     const PAUSE: Duration = Duration::from_millis(100);
-    tracing::debug!(%error, "the API cannot accept a connection");
+    tracing::debug!(%error, "the listener cannot accept a connection");
     tokio::time::sleep(PAUSE).await;
 }
 

@@ -74,6 +74,11 @@ pub enum Error {
     /// The page could not be served.
     #[error(transparent)]
     Ui(#[from] crate::ui::Error),
+    /// Options of another cluster without the option that asks for one.
+    #[error(
+        "--kubeconfig, --context, --namespace, --selector and --node choose agents of a cluster; add --kubernetes"
+    )]
+    NeedsKubernetes,
     /// Routes.
     #[error(transparent)]
     Routes(#[from] crate::routes::Error),
@@ -157,6 +162,7 @@ impl Error {
             | Self::Datapath(_)
             | Self::Client(_)
             | Self::Ui(_)
+            | Self::NeedsKubernetes
             | Self::Routes(_)
             | Self::Export(_)
             | Self::NoClusterRoutes

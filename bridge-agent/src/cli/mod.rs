@@ -7,6 +7,7 @@ mod ask;
 mod bugreport;
 mod check;
 mod crds;
+mod dial;
 mod discover;
 mod doctor;
 mod down;
@@ -85,7 +86,8 @@ pub enum Command {
     Rules(rules::Rules),
     /// Show verdicts on packets and route events, live
     Monitor(monitor::Monitor),
-    /// Serve a page that shows flows, denied packets, rules, routes and the port pool, until Ctrl-C
+    /// Serve a page that shows flows, denied packets, rules, routes and the port pool of this node or, with --kubernetes, of
+    /// every node, until Ctrl-C
     Ui(ui::Ui),
     /// List, plan, apply, withdraw or export the routes to pods
     Routes(routes::Routes),
@@ -106,6 +108,9 @@ pub enum Command {
     /// Write man pages and shell completions, for packages
     #[command(hide = true)]
     Generate(generate::Generate),
+    /// Connect standard input and output to the agent's socket, for `ui --kubernetes`
+    #[command(hide = true)]
+    DialStdio(dial::Dial),
     /// Stop enforcing: remove every program, map, rule and route of bridge
     Down(down::Down),
 }
@@ -196,6 +201,7 @@ impl Cli {
             Command::Discover(command) => command.run(&self.global),
             Command::Crds(command) => command.run(&self.global),
             Command::Generate(command) => command.run(&self.global),
+            Command::DialStdio(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
             Command::NodeportRange(command) => command.run(&self.global),
             Command::Ports(command) => command.run(&self.global),

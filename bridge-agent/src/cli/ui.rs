@@ -1,4 +1,4 @@
-//! `bridge-agent ui`: a page in the browser that shows the agent.
+//! `bridge-agent ui`: a page in the browser that shows the agent, or those of a cluster.
 
 use std::net::SocketAddr;
 
@@ -6,11 +6,15 @@ use clap::Args;
 use serde_json::json;
 
 use super::{
-    Error, Global,
     ask::block_on,
+    error::Error,
+    global::Global,
     output::{print, print_json},
 };
-use crate::ui::Page;
+use crate::{
+    kubectl::Access,
+    ui::{Page, Source},
+};
 
 /// Serve a page that shows flows, denied packets, rules, routes and the port pool, until Ctrl-C.
 ///
@@ -18,6 +22,18 @@ use crate::ui::Page;
 /// machines, and asks for the token in the printed address.
 #[derive(Debug, Args)]
 pub struct Ui {
+    #[command(flatten)]
+    listen: Listen,
+    /// Show every node of a cluster: run kubectl to reach the agents by pods/exec
+    #[arg(long)]
+    kubernetes: bool,
+    #[command(flatten, next_help_heading = "With --kubernetes")]
+    access: Access,
+}
+
+/// Where the page is served.
+#[derive(Debug, Args)]
+pub(super) struct Listen {
     /// The loopback address and port to listen on; port 0 takes a free one
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9470")]
     listen: SocketAddr,
@@ -25,14 +41,24 @@ pub struct Ui {
 
 impl Ui {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
-        block_on(async {
-            let page = Page::bind(self.listen, global.agent_socket()).await?;
-            if global.json {
-                print_json(&json!({ "url": page.url() }))?;
-            } else {
-                print(&format!("{}\n", page.url()))?;
-            }
-            Ok(page.serve().await?)
-        })
+        let source = match (self.kubernetes, self.access == Access::default()) {
+            (true, _) => Source::Cluster(self.access.clone()),
+            (false, true) => Source::Socket(global.agent_socket()),
+            (false, false) => return Err(Error::NeedsKubernetes),
+        };
+        serve(&self.listen, source, global.json)
     }
+}
+
+/// Prints the address of the page and serves it.
+pub(super) fn serve(Listen { listen }: &Listen, source: Source, json: bool) -> Result<(), Error> {
+    block_on(async {
+        let page = Page::bind(*listen, source).await?;
+        if json {
+            print_json(&json!({ "url": page.url() }))?;
+        } else {
+            print(&format!("{}\n", page.url()))?;
+        }
+        match page.serve().await {}
+    })
 }

@@ -60,9 +60,9 @@ impl FromStr for EventId {
 
 /// Received by a reader.
 #[derive(Clone, Debug)]
-pub enum Received {
+pub enum Received<E = Event> {
     /// An event with its id.
-    Event(EventId, Event),
+    Event(EventId, E),
     /// The reader lost events: they were overwritten before it took them.
     Missed(u64),
     /// The reader resumed after an event of another run of the agent; events of this run follow.
@@ -79,41 +79,45 @@ pub enum Start {
 }
 
 /// Events of one run of the agent. Clones share it.
-#[derive(Clone)]
-pub struct Journal(Arc<Inner>);
+pub struct Journal<E = Event>(Arc<Inner<E>>);
 
-struct Inner {
+struct Inner<E> {
     run: u64,
-    ring: Mutex<Ring>,
+    ring: Mutex<Ring<E>>,
     /// Number of the next event.
     next: watch::Sender<u64>,
     missed: AtomicU64,
 }
 
-#[derive(Default)]
-struct Ring {
+struct Ring<E> {
     /// The last one has the number `next - 1`.
-    events: VecDeque<Event>,
+    events: VecDeque<E>,
     next: u64,
 }
 
-impl Ring {
+impl<E> Ring<E> {
     fn oldest(&self) -> u64 {
         self.next - self.events.len() as u64
     }
 }
 
-impl fmt::Debug for Journal {
+impl<E> Clone for Journal<E> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<E> fmt::Debug for Journal<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Journal").finish_non_exhaustive()
     }
 }
 
-impl Default for Journal {
+impl<E> Default for Journal<E> {
     fn default() -> Self {
         let inner = Inner {
             run: rand::random(),
-            ring: Mutex::default(),
+            ring: Mutex::new(Ring { events: VecDeque::new(), next: 0 }),
             next: watch::Sender::default(),
             missed: AtomicU64::new(0),
         };
@@ -121,9 +125,9 @@ impl Default for Journal {
     }
 }
 
-impl Journal {
+impl<E: Clone> Journal<E> {
     /// Appends an event; evicts the oldest one of a full ring.
-    pub fn publish(&self, event: Event) {
+    pub fn publish(&self, event: E) {
         let mut ring = lock(&self.0.ring);
         if ring.events.len() == CAPACITY {
             ring.events.pop_front();
@@ -143,7 +147,7 @@ impl Journal {
 
     /// Returns a reader of the events from `start` on.
     #[must_use]
-    pub fn read(&self, start: Start) -> Reader {
+    pub fn read(&self, start: Start) -> Reader<E> {
         let changes = self.0.next.subscribe();
         let ring = lock(&self.0.ring);
         let (position, restarted) = match start {
@@ -158,16 +162,16 @@ impl Journal {
 
 /// A reader of the journal, at its position.
 #[derive(Debug)]
-pub struct Reader {
-    journal: Journal,
+pub struct Reader<E = Event> {
+    journal: Journal<E>,
     changes: watch::Receiver<u64>,
     position: u64,
     restarted: bool,
 }
 
-impl Reader {
+impl<E: Clone> Reader<E> {
     /// Waits for the next event. May be cancelled.
-    pub async fn next(&mut self) -> Received {
+    pub async fn next(&mut self) -> Received<E> {
         if std::mem::take(&mut self.restarted) {
             return Received::Restarted;
         }
@@ -181,7 +185,7 @@ impl Reader {
         }
     }
 
-    fn take(&mut self) -> Option<Received> {
+    fn take(&mut self) -> Option<Received<E>> {
         let Inner { run, ring, missed, .. } = &*self.journal.0;
         let ring = lock(ring);
         let lost = ring.oldest().saturating_sub(self.position);

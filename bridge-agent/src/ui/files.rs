@@ -13,6 +13,7 @@ pub(super) const FILES: &[(&str, &str, &str)] = &[
     ("/filter.js", "text/javascript; charset=utf-8", include_str!("page/filter.js")),
     ("/table.js", "text/javascript; charset=utf-8", include_str!("page/table.js")),
     ("/map.js", "text/javascript; charset=utf-8", include_str!("page/map.js")),
+    ("/nodes.js", "text/javascript; charset=utf-8", include_str!("page/nodes.js")),
     ("/details.js", "text/javascript; charset=utf-8", include_str!("page/details.js")),
     ("/panels.js", "text/javascript; charset=utf-8", include_str!("page/panels.js")),
 ];

@@ -1,17 +1,19 @@
-//! The page of `bridge-agent ui`: an unprivileged, read-only client of the agent's socket.
+//! The page of `bridge-agent ui`: an unprivileged, read-only client of the agent's socket, or of every agent of a cluster.
 //!
 //! Serves embedded files and passes a fixed list of queries on to the agent. It listens on a loopback address; a token,
 //! a check of the `Host` header and a content security policy keep other users, other sites and other pages out.
 
+mod cluster;
 mod files;
 mod guard;
 mod proxy;
 
 use std::{
+    convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use axum::{Router, middleware, routing::get};
@@ -19,6 +21,10 @@ use bridge_common::filter::counters::Reason;
 use tokio::net::TcpListener;
 
 use self::guard::Guard;
+use crate::{
+    api::{Connections, pause},
+    kubectl::Access,
+};
 
 /// Why the page cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -37,9 +43,15 @@ pub enum Error {
         /// Error of the kernel.
         source: io::Error,
     },
-    /// The listener failed.
-    #[error("cannot serve the page: {0}")]
-    Serve(#[source] io::Error),
+}
+
+/// The agents that a page shows.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// The agent of this machine.
+    Socket(PathBuf),
+    /// The agents of a cluster.
+    Cluster(Access),
 }
 
 /// A page that listens and is not served yet.
@@ -55,7 +67,7 @@ impl Page {
     ///
     /// # Errors
     /// The address is not a loopback address, or is in use.
-    pub async fn bind(address: SocketAddr, socket: PathBuf) -> Result<Self, Error> {
+    pub async fn bind(address: SocketAddr, source: Source) -> Result<Self, Error> {
         if !address.ip().is_loopback() {
             return Err(Error::NotLoopback(address.ip()));
         }
@@ -64,7 +76,7 @@ impl Page {
         let address = listener.local_addr().map_err(failed)?;
         let guard = Guard::new(address);
         let url = format!("http://{address}/#token={}", guard.token());
-        Ok(Self { listener, router: router(socket, guard), url })
+        Ok(Self { listener, router: router(source, guard), url })
     }
 
     /// Address to open in a browser; holds the token.
@@ -73,19 +85,23 @@ impl Page {
         &self.url
     }
 
-    /// Serves until it is dropped.
-    ///
-    /// # Errors
-    /// The listener fails.
-    pub async fn serve(self) -> Result<(), Error> {
-        axum::serve(self.listener, self.router).await.map_err(Error::Serve)
+    /// Serves until it is dropped. The connections of browsers have the limits of those of the agent's own socket.
+    pub async fn serve(self) -> Infallible {
+        let connections = Arc::new(Connections::new(Arc::new(AtomicU64::new(0))));
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, _)) => connections.serve(stream, None, &self.router),
+                Err(error) => pause(&error).await,
+            }
+        }
     }
 }
 
-fn router(socket: PathBuf, guard: Guard) -> Router {
+fn router(source: Source, guard: Guard) -> Router {
     let guard = Arc::new(guard);
-    let api = proxy::router(socket)
-        .route("/api/about", get(about))
+    let is_cluster = matches!(source, Source::Cluster(_));
+    let api = proxy::router(source)
+        .route("/api/about", get(async move || about(is_cluster)))
         .layer(middleware::from_fn_with_state(Arc::clone(&guard), guard::with_token));
     files::router()
         .merge(api)
@@ -95,8 +111,10 @@ fn router(socket: PathBuf, guard: Guard) -> Router {
 }
 
 /// Facts that the page shows and that no agent is asked for.
-async fn about() -> axum::Json<serde_json::Value> {
+fn about(is_cluster: bool) -> axum::Json<serde_json::Value> {
     let reasons = Reason::ALL.iter().map(|reason| (reason.name().to_owned(), reason.text().into()));
     let reasons: serde_json::Map<String, serde_json::Value> = reasons.collect();
-    axum::Json(serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "reasons": reasons }))
+    axum::Json(
+        serde_json::json!({ "version": env!("CARGO_PKG_VERSION"), "reasons": reasons, "cluster": is_cluster }),
+    )
 }

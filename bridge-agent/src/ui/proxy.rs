@@ -1,14 +1,11 @@
 //! Queries that the page passes on to the agent.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::Path, sync::Arc};
 
 use axum::{
     Json, Router,
     body::Body,
-    extract::{RawQuery, State},
+    extract::RawQuery,
     http::{HeaderMap, HeaderName, StatusCode, header},
     response::{IntoResponse as _, Response},
     routing::get,
@@ -17,8 +14,10 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Method, Request};
 
+use super::{Source, cluster::Cluster};
 use crate::api::{ErrorBody, client::Client};
 
+const EVENTS: &str = "/api/events";
 /// Queries of the page, and their paths at the agent.
 const QUERIES: &[(&str, &str)] = &[
     ("/api/status", "/v1/status"),
@@ -27,32 +26,62 @@ const QUERIES: &[(&str, &str)] = &[
     ("/api/counters", "/v1/counters"),
     ("/api/routes", "/v1/routes"),
     ("/api/leases", "/v1/leases"),
-    ("/api/events", "/v1/events"),
+    (EVENTS, "/v1/events"),
 ];
 /// Headers of the page that the agent gets.
 const HEADERS: [HeaderName; 2] = [header::ACCEPT, HeaderName::from_static("last-event-id")];
 
-pub(super) fn router(socket: PathBuf) -> Router {
-    let queries = QUERIES.iter().fold(Router::new(), |router, &(path, there)| {
-        let query =
-            async move |State(socket): State<Arc<PathBuf>>, RawQuery(query): RawQuery, headers: HeaderMap| {
-                let path = query.map_or_else(|| there.to_owned(), |query| format!("{there}?{query}"));
-                pass(&socket, Method::GET, &path, &headers, Bytes::new()).await
-            };
-        router.route(path, get(query))
-    });
-    queries.route("/api/explain", get(explain)).with_state(Arc::new(socket))
+/// Adds the queries of the page to a router.
+pub(super) fn router(source: Source) -> Router {
+    match source {
+        Source::Socket(socket) => of_socket(&socket.into()),
+        Source::Cluster(access) => of_cluster(&Cluster::new(access)),
+    }
 }
 
-/// Asks the agent to explain a packet: a query, although the packet travels in a body.
-async fn explain(
-    State(socket): State<Arc<PathBuf>>,
-    RawQuery(query): RawQuery,
-    headers: HeaderMap,
-) -> Response {
-    let body = Bytes::from(query.and_then(|query| decode(&query)).unwrap_or_default());
-    let answer = pass(&socket, Method::POST, "/v1/explain", &headers, body).await;
-    // An agent without this query has nothing to explain: no error.
+fn of_socket(socket: &Arc<Path>) -> Router {
+    let queries = QUERIES.iter().fold(Router::new(), |router, &(path, there)| {
+        let socket = Arc::clone(socket);
+        let query = async move |RawQuery(query): RawQuery, headers: HeaderMap| {
+            pass(&socket, Method::GET, &with_query(there, query), &headers, Bytes::new()).await
+        };
+        router.route(path, get(query))
+    });
+    let socket = Arc::clone(socket);
+    // A query, although the packet travels in a body.
+    let explain = async move |RawQuery(query): RawQuery, headers: HeaderMap| {
+        let body = Bytes::from(query.and_then(|query| decode(&query)).unwrap_or_default());
+        or_nothing(pass(&socket, Method::POST, "/v1/explain", &headers, body).await)
+    };
+    queries.route("/api/explain", get(explain))
+}
+
+fn of_cluster(cluster: &Arc<Cluster>) -> Router {
+    let merged = QUERIES.iter().filter(|(path, _)| *path != EVENTS);
+    let queries = merged.fold(Router::new(), |router, &(path, there)| {
+        let cluster = Arc::clone(cluster);
+        let query = async move |RawQuery(query): RawQuery| cluster.query(&with_query(there, query)).await;
+        router.route(path, get(query))
+    });
+    let of_events = Arc::clone(cluster);
+    let events = async move |headers: HeaderMap| {
+        let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
+        of_events.events(last)
+    };
+    let cluster = Arc::clone(cluster);
+    let explain = async move |RawQuery(query): RawQuery| {
+        let question = query.and_then(|query| decode(&query)).unwrap_or_default();
+        or_nothing(cluster.explain(&question).await)
+    };
+    queries.route(EVENTS, get(events)).route("/api/explain", get(explain))
+}
+
+fn with_query(path: &str, query: Option<String>) -> String {
+    query.map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"))
+}
+
+/// An agent without the query has nothing to explain: no error.
+fn or_nothing(answer: Response) -> Response {
     if answer.status() == StatusCode::NOT_FOUND { StatusCode::NO_CONTENT.into_response() } else { answer }
 }
 

@@ -5,14 +5,15 @@ import * as details from "./details.js";
 import { $, count, h } from "./dom.js";
 import { parse, toggle } from "./filter.js";
 import * as map from "./map.js";
-import { EVENTS, FLOWS, LEASES, ROUTES, RULES, hops, pool } from "./panels.js";
+import { merged, silent } from "./nodes.js";
+import { EVENTS, FLOWS, LEASES, NODE, ROUTES, RULES, hops, pool } from "./panels.js";
 import { Table } from "./table.js";
 
 const MOST_EVENTS = 10000;
 const VIEWS = { events: "Events", flows: "Flows", rules: "Rules", routes: "Routes", pool: "Port pool" };
 
 const state = {
-  view: "events", filter: "", paused: false, connected: null, error: null, status: null, receivedAt: 0, reasons: {},
+  view: "events", filter: "", paused: false, connected: null, error: null, status: null, cluster: null, receivedAt: 0, reasons: {},
   events: [], groups: new Map(), flows: [], flowsTotal: 0, rules: [], routes: null, leases: [], missed: 0, problems: {}, serial: 0,
 };
 
@@ -40,13 +41,13 @@ const redraw = () => {
   });
 };
 
-// Repeated events of one pair and port are one row.
+// Repeated events of one pair and port are one row with the source port of the last one: a client that tries again takes another.
 function add(kind, event) {
-  const key = kind === "route" ? null : [event.verdict, event.reason, event.protocol, event.source, event.destination, event.destinationPort, event.protocol === "tcp" ? event.sourcePort : 0].join(" ");
+  const key = kind === "route" ? null : [event.agent, event.verdict, event.reason, event.protocol, event.source, event.destination, event.destinationPort].join(" ");
   const before = key && state.groups.get(key);
   if (before) {
     before.times += 1 + (event.suppressed ?? 0);
-    Object.assign(before, { time: event.time, version: before.version + 1, order: (state.serial += 1) });
+    Object.assign(before, { time: event.time, sourcePort: event.sourcePort, version: before.version + 1, order: (state.serial += 1) });
   } else {
     const row = { ...event, times: 1, version: 0, key: key ?? `route ${state.serial}`, serial: (state.serial += 1), order: state.serial };
     state.groups.set(row.key, row);
@@ -70,15 +71,19 @@ function rows() {
 }
 
 const open = (row) => details.open(row, state.reasons);
-const flowKey = (row) => [row.protocol, row.source, row.sourcePort, row.destination, row.destinationPort].join("-").replaceAll(/[:.]/g, "_");
+const onNode = (row) => (row.agent ? `${row.agent}-` : "");
+const flowKey = (row) => onNode(row) + [row.protocol, row.source, row.sourcePort, row.destination, row.destinationPort].join("-").replaceAll(/[:.]/g, "_");
 let tables = {};
 function build() {
+  // Of a cluster, each row names its node.
+  const columns = (list) => (state.cluster ? [NODE, ...list] : list);
+  const name = (text) => text.replaceAll(/\W/g, "_");
   tables = {
-    events: new Table("Events", EVENTS(state.reasons), { open, key: (row) => row.serial }),
-    flows: new Table("Flows", FLOWS, { open, key: flowKey }),
-    rules: new Table("Rules", RULES, { open, key: (row) => row.index }),
-    routes: new Table("Routes", ROUTES, { open, key: (row) => `${row.to}${row.source}${row.origin ?? ""}`.replaceAll(/\W/g, "_") }),
-    pool: new Table("Ports in use", LEASES, { open: null, key: (row) => [row.kind, row.id ?? "", row.port, row.destination, row.protocol, row.owner.pid].join("-").replaceAll(/\W/g, "_") }),
+    events: new Table("Events", columns(EVENTS(state.reasons)), { open, key: (row) => row.serial }),
+    flows: new Table("Flows", columns(FLOWS), { open, key: flowKey }),
+    rules: new Table("Rules", columns(RULES), { open, key: (row) => name(onNode(row) + row.index) }),
+    routes: new Table("Routes", columns(ROUTES), { open, key: (row) => name(`${onNode(row)}${row.to}${row.source}${row.origin ?? ""}`) }),
+    pool: new Table("Ports in use", columns(LEASES), { open: null, key: (row) => name([row.agent ?? "", row.kind, row.id ?? "", row.port, row.destination, row.protocol, row.owner.pid].join("-")) }),
   };
 }
 
@@ -89,18 +94,25 @@ function views() {
   }, title)));
 }
 
+// Nodes reach a new policy one after the other, and count alone.
+const generations = (list) => (list.length > 1 ? `${count(list[0])} to ${count(list.at(-1))}` : count(list[0]));
+
 function strip() {
   const { status } = state;
   const items = [];
   const item = (name, value, kind = "") => items.push(h("li", { class: kind }, h("span", {}, name), h("b", {}, value)));
-  item("Agent", state.connected === null ? "connecting" : state.connected ? "connected" : "away", state.connected === false ? "deny" : state.connected ? "allow" : "");
+  const nodes = state.cluster?.nodes;
+  if (nodes) {
+    const answer = nodes.filter((node) => node.status).length;
+    item("Nodes", `${answer} of ${nodes.length} answer`, answer < nodes.length ? "deny" : "allow");
+  } else item("Agent", state.connected === null ? "connecting" : state.connected ? "connected" : "away", state.connected === false ? "deny" : state.connected ? "allow" : "");
   if (status) {
     const { enforcement, firewall, flows, routes, pool: ports, kubernetes } = status;
     if (enforcement) {
-      item("Mode", enforcement.mode, enforcement.mode === "audit" ? "audit" : "");
-      item("Generation", count(enforcement.generation));
+      item("Mode", enforcement.mode, enforcement.mode.includes("audit") ? "audit" : "");
+      item("Generation", generations([enforcement.generation].flat()));
       item("Interfaces", enforcement.interfaces.length > 2 ? `${enforcement.interfaces.length} attached` : enforcement.interfaces.map((one) => one.name).join(", ") || "none", enforcement.interfaces.length ? "" : "deny");
-    } else item("Role", status.role);
+    } else if (status.role) item("Role", status.role);
     if (firewall) {
       const apart = firewall.divergence ? Object.values(firewall.divergence.deniedByIptables).reduce((a, b) => a + b, 0) + firewall.divergence.deniedByEbpf : 0;
       item("Engines", firewall.failure ? "iptables failed" : apart ? `disagree on ${count(apart)}` : enforcement ? "agree" : "iptables", firewall.failure || apart ? "deny" : "");
@@ -119,11 +131,12 @@ function banner() {
   if (!token()) line("deny", "The token is missing: open the address that `bridge-agent ui` printed.");
   else if (state.connected === false) line("deny", `${state.error ?? "The agent does not answer"}. Enforcement stays active; the page connects again by itself.`);
   const { status } = state;
+  for (const text of state.cluster ? silent(state.cluster) : []) line("deny", `${text}`);
   const trial = status?.trial;
   let left = null;
   if (trial) {
     left = Math.max(0, Math.ceil(trial.secondsLeft - (Date.now() - state.receivedAt) / 1000));
-    line("audit", "A configuration is on trial: rolled back in ", h("b", { id: "countdown", role: "timer" }), " unless ", h("code", {}, "bridge-agent confirm"), " runs.");
+    line("audit", `A configuration is on trial${trial.node ? ` on ${trial.node}` : ""}: rolled back in `, h("b", { id: "countdown", role: "timer" }), " unless ", h("code", {}, "bridge-agent confirm"), " runs.");
   }
   const failed = status?.reloads?.last?.error;
   if (failed) line("deny", `The last reload was refused, the former configuration is active: ${failed}`);
@@ -203,7 +216,7 @@ let polling = 0;
 async function poll() {
   const mine = (polling += 1);
   const start = performance.now();
-  await get("status", "/api/status", (status) => Object.assign(state, { status, receivedAt: Date.now() }));
+  await get("status", "/api/status", (status) => Object.assign(state, status.nodes ? { status: merged(status.nodes), cluster: status } : { status }, { receivedAt: Date.now() }));
   if (state.status?.enforcement) {
     await get("flows", "/api/flows?limit=10000", ({ flows, total }) => Object.assign(state, { flows, flowsTotal: total }));
     if (state.view === "rules") await get("rules", "/api/rules", (rules) => Object.assign(state, { rules }));
@@ -227,7 +240,7 @@ async function start() {
   read();
   views();
   map.legend();
-  await get("about", "/api/about", ({ reasons }) => Object.assign(state, { reasons }));
+  await get("about", "/api/about", ({ reasons, cluster }) => Object.assign(state, { reasons, cluster: cluster ? { nodes: [] } : null }));
   build();
   $("theme").addEventListener("click", () => {
     const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";

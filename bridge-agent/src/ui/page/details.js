@@ -4,7 +4,7 @@ import { ask } from "./agent.js";
 import { $, at, h, span, tone } from "./dom.js";
 
 const NAMES = {
-  time: "Time", verdict: "Verdict", reason: "Reason", direction: "Direction", protocol: "Protocol", rule: "Rule", interface: "Interface",
+  agent: "Node", time: "Time", verdict: "Verdict", reason: "Reason", direction: "Direction", protocol: "Protocol", rule: "Rule", interface: "Interface",
   length: "Length in bytes", generation: "Policy generation", suppressed: "Events kept back before it", state: "State", fastPath: "Fast path",
   times: "Times seen", kind: "Kind", text: "Text", name: "Name", action: "Action", hits: "New flows", bytes: "Bytes of first packets",
   to: "Network", source: "Source", origin: "Origin", route: "Route",
@@ -47,8 +47,9 @@ const EVENT = ["time", "verdict", "reason", "direction", "protocol", "source", "
   "length", "detail", "generation", "suppressed"];
 
 function question(row) {
-  if (row.verdict) return { event: Object.fromEntries(EVENT.map((name) => [name, row[name] ?? null])) };
-  return { connection: { from: at(row.source, row.sourcePort), to: at(row.destination, row.destinationPort), protocol: row.protocol } };
+  const agent = row.agent ? { agent: row.agent } : {};
+  if (row.verdict) return { ...agent, event: Object.fromEntries(EVENT.map((name) => [name, row[name] ?? null])) };
+  return { ...agent, connection: { from: at(row.source, row.sourcePort), to: at(row.destination, row.destinationPort), protocol: row.protocol } };
 }
 
 async function explain(row, place) {

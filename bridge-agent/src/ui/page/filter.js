@@ -4,12 +4,12 @@ const KEYS = {
   verdict: (row) => [row.verdict], reason: (row) => [row.reason], rule: (row) => [row.rule, row.name], proto: (row) => [row.protocol],
   src: (row) => [row.source], dst: (row) => [row.destination], port: (row) => [row.sourcePort, row.destinationPort],
   host: (row) => [row.source, row.destination], dir: (row) => [row.direction], state: (row) => [row.state],
-  action: (row) => [row.action], dev: (row) => [row.interface],
+  action: (row) => [row.action], node: (row) => [row.agent], dev: (row) => [row.interface],
 };
-const WHOLE = new Set(["port", "host", "src", "dst", "verdict", "proto"]);
+const WHOLE = new Set(["port", "host", "src", "dst", "verdict", "proto", "node"]);
 
 const SEARCHED = ["verdict", "reason", "direction", "protocol", "source", "sourcePort", "destination", "destinationPort", "rule",
-  "interface", "state", "name", "action", "to", "route", "kind", "text", "netns", "process", "pod"];
+  "interface", "state", "name", "action", "to", "route", "kind", "text", "netns", "process", "pod", "agent"];
 
 export function parse(text) {
   const unknown = [];

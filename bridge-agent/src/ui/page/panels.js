@@ -5,6 +5,8 @@ import { at, clock, count, h, span, tone } from "./dom.js";
 const tag = (word, kind = tone(word)) => h("span", { class: `tag ${kind}` }, word);
 const end = (row, name) => at(row[name] ?? "", row[`${name}Port`]);
 
+export const NODE = { title: "Node", width: "110px", narrow: "64px", cell: (row) => row.agent ?? "", sort: (row) => row.agent ?? "" };
+
 export const EVENTS = (reasons) => [
   { wide: true, title: "Time", width: "76px", mono: true, cell: (row) => clock(row.time) },
   { title: "Verdict", width: "84px", cell: (row) => tag(row.verdict ?? "route", row.verdict ? tone(row.verdict) : "none") },
@@ -69,5 +71,5 @@ export function pool({ available, held, warm, leases, counters, ports, mode, war
 }
 
 export function hops(list) {
-  return h("dl", { class: "cards" }, list.map((hop) => h("div", {}, h("dt", {}, `next hop on ${hop.dev}`), h("dd", { class: "mono" }, hop.address, h("small", {}, tag(hop.up ? "answers" : "down", hop.up ? "allow" : "deny"))))));
+  return h("dl", { class: "cards" }, list.map((hop) => h("div", {}, h("dt", {}, `${hop.agent ? `${hop.agent}: ` : ""}next hop on ${hop.dev}`), h("dd", { class: "mono" }, hop.address, h("small", {}, tag(hop.up ? "answers" : "down", hop.up ? "allow" : "deny"))))));
 }

@@ -25,7 +25,7 @@ export class Table {
   fit(narrow) {
     this.columns = this.all.filter((column) => !narrow || !column.wide);
     this.sorted = null;
-    this.widths = this.columns.map((column) => (narrow ? column.width.replace(/minmax\((\d+)px/, (_, px) => `minmax(${Math.min(px, column.mono ? 165 : 190)}px`) : column.width)).join(" ");
+    this.widths = this.columns.map((column) => (narrow ? column.narrow ?? column.width.replace(/minmax\((\d+)px/, (_, px) => `minmax(${Math.min(px, column.mono ? 165 : 190)}px`) : column.width)).join(" ");
     this.head.replaceChildren(...this.columns.map((column, index) => this.title(column, index)));
     this.head.style.gridTemplateColumns = this.widths;
     for (const line of this.drawn.values()) line.element.remove();
