@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -131,6 +132,65 @@ impl<'a> Prometheus<'a> {
         let series = answer["data"]["result"].as_array().into_iter().flatten();
         Ok(series.filter_map(|one| one["value"][1].as_str()?.parse().ok()).collect())
     }
+}
+
+#[test]
+fn the_real_output_passes_the_linter_and_both_formats_have_the_same_samples() -> Result<()> {
+    let lab = Lab::builder().pods(1).conntrack().build()?;
+    let node = format!(
+        "role: node\nnetworks: {{pods: [10.200.1.0/24], external: [192.168.31.0/24]}}\nenforcement:\n  \
+         engines: [ebpf, iptables]\n  interfaces: {{external: [eth0], internal: [\"cali*\"]}}\n\
+         rules:\n  - {{name: api, direction: inbound, protocol: tcp, ports: [{PORT}]}}\n\
+         portPool: {{ports: [\"61001-61100\"]}}\npersistence: {{save: never}}\n"
+    );
+    let host = format!(
+        "role: host\nnetworks: {{pods: [10.200.0.0/16]}}\nroutes:\n  static: [{{to: 10.200.9.0/24, via: {}}}]\n",
+        lab.b().v4
+    );
+    let on_node = Agent::start(&lab, lab.b(), &node)?;
+    let on_host = Agent::start(&lab, lab.a(), &host)?;
+    for port in [PORT, PORT + 1] {
+        drop(tcp::Client::new(&lab.a().netns).connect(lab.c1().at(Family::V4, port))?);
+    }
+    for agent in [&on_node, &on_host] {
+        let (head, text) = scrape(agent, &lab, "text/plain;version=0.0.4")?;
+        ensure!(head.contains("content-type: text/plain; version=0.0.4"), "{head}");
+        let (open_head, open) =
+            scrape(agent, &lab, "application/openmetrics-text;version=1.0.0,text/plain;q=0.5")?;
+        ensure!(open_head.contains("content-type: application/openmetrics-text"), "{open_head}");
+        let names = |text: &str| -> BTreeSet<String> {
+            let samples = text.lines().filter(|line| !line.starts_with('#'));
+            samples.filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned())).collect()
+        };
+        ensure!(names(&text).len() > 20 && names(&text) == names(&open), "{text}\n{open}");
+        ensure!(open.ends_with("# EOF\n") && !text.contains("# EOF"), "{text}");
+        lint(&text)?;
+    }
+    Ok(())
+}
+
+/// Returns head and body of a scrape that accepts these formats.
+fn scrape(agent: &Agent, lab: &Lab, accept: &str) -> Result<(String, String)> {
+    let mut curl = Command::new("curl");
+    curl.args(["--silent", "--fail", "--include", "--max-time", "5", "--unix-socket"]).arg(agent.socket());
+    curl.arg("--header").arg(format!("Accept: {accept}")).arg("http://bridge/metrics");
+    let text = lab.b().netns.output(curl)?;
+    let (head, body) = text.split_once("\r\n\r\n").context("a head")?;
+    Ok((head.to_ascii_lowercase(), body.to_owned()))
+}
+
+/// Runs `promtool check metrics`, which reads the text format; an error if it finds anything.
+fn lint(text: &str) -> Result<()> {
+    let mut promtool = Command::new("promtool");
+    promtool.args(["check", "metrics"]);
+    promtool.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let promtool = promtool.spawn();
+    let mut promtool = promtool.context("NOT RUN: promtool is missing, install it by `cargo xtask setup`")?;
+    promtool.stdin.take().context("stdin")?.write_all(text.as_bytes())?;
+    let output = promtool.wait_with_output()?;
+    let found = [output.stdout, output.stderr].concat();
+    ensure!(output.status.success() && found.is_empty(), "{}", String::from_utf8_lossy(&found));
+    Ok(())
 }
 
 #[test]

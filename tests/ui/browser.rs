@@ -127,7 +127,13 @@ impl Browser {
         let start = std::time::Instant::now();
         let seen = eventually(patience(within), || self.text(selector).ok()?.contains(text).then_some(()));
         let shown = || self.text("body").unwrap_or_default();
-        ensure!(seen.is_some(), "{selector} shows no {text:?} within {within:?}: {}", shown());
+        let console = || self.console().unwrap_or_default();
+        ensure!(
+            seen.is_some(),
+            "{selector} shows no {text:?} within {within:?}: {}\n{:?}",
+            shown(),
+            console()
+        );
         Ok(start.elapsed())
     }
 

@@ -1,6 +1,7 @@
 //! The page of `bridge-agent ui` in a real browser, with real traffic of the lab.
 
 mod browser;
+mod hostile;
 mod refusals;
 mod screenshots;
 mod stage;

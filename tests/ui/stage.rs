@@ -16,6 +16,8 @@ use bridge_lab::{
 
 pub(crate) const ALLOWED: u16 = 40002;
 pub(crate) const DENIED: u16 = 40100;
+/// TCP port of the metrics, on the node's loopback.
+pub(crate) const METRICS: u16 = 9469;
 /// UDP, of which each datagram is a flow.
 const FLOWS: u16 = 40003;
 
@@ -66,12 +68,18 @@ pub(crate) fn page(program: &[&str], agent: &Agent) -> Result<(Child, String)> {
 
 impl Stage {
     pub(crate) fn start() -> Result<Self> {
-        let lab = Lab::builder().pods(2).second_host().build()?;
+        let lab = Lab::builder().pods(3).second_host().build()?;
         let start = |port| Ok(tcp::Server::echo(&lab.c1().netns, lab.c1().at(Family::V4, port))?);
         let servers = [ALLOWED, DENIED].into_iter().map(start).collect::<Result<_>>()?;
-        let agent = Agent::start(&lab, lab.b(), CONFIG)?;
+        let config = format!("{CONFIG}api: {{metrics: \"127.0.0.1:{METRICS}\"}}\n");
+        let agent = Agent::start(&lab, lab.b(), &config)?;
         let (page, url) = page(&[], &agent)?;
         Ok(Self { lab, agent, url, _servers: servers, page })
+    }
+
+    /// The process of `bridge-agent ui`.
+    pub(crate) fn page_pid(&self) -> u32 {
+        self.page.id()
     }
 
     /// Scheme, address and port.

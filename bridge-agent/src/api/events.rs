@@ -94,9 +94,7 @@ pub(super) async fn events(
         start = Start::After(resume(id.to_str().unwrap_or_default())?);
     }
     let received = received(&shared, start, filter);
-    let accepts =
-        |kind: &str| headers.get_all(header::ACCEPT).iter().any(|value| names(value.to_str(), kind));
-    if accepts("text/event-stream") {
+    if accepts(&headers, "text/event-stream") {
         let events = stream::once(async { sse::Event::default().retry(RETRY).comment("connected") })
             .chain(received.map(server_sent))
             .map(Ok::<_, Infallible>);
@@ -105,6 +103,11 @@ pub(super) async fn events(
     }
     let lines = received.filter_map(async |received| Some(Ok::<_, Infallible>(line(received)?)));
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+/// Whether a client accepts a media type by its name.
+pub(super) fn accepts(headers: &HeaderMap, kind: &str) -> bool {
+    headers.get_all(header::ACCEPT).iter().any(|value| names(value.to_str(), kind))
 }
 
 /// Whether an `Accept` header names a media type.
@@ -139,10 +142,10 @@ fn server_sent(received: Received) -> sse::Event {
     let event = sse::Event::default();
     match received {
         Received::Event(id, Event::Verdict(verdict)) => {
-            event.id(id.to_string()).event("verdict").data(json(&*verdict))
+            event.id(id.to_string()).event("verdict").data(verdict.json())
         }
         Received::Event(id, Event::Route(route)) => {
-            event.id(id.to_string()).event("route").data(json(&*route))
+            event.id(id.to_string()).event("route").data(route.json())
         }
         Received::Missed(missed) => event.event("missed").data(json(&Missed { missed })),
         Received::Restarted => event.event("restarted").data("{}"),
@@ -151,8 +154,8 @@ fn server_sent(received: Received) -> sse::Event {
 
 fn line(received: Received) -> Option<Bytes> {
     let mut line = match received {
-        Received::Event(_, Event::Verdict(verdict)) => json(&*verdict),
-        Received::Event(_, Event::Route(event)) => json(&*event),
+        Received::Event(_, Event::Verdict(verdict)) => verdict.json().to_owned(),
+        Received::Event(_, Event::Route(event)) => event.json().to_owned(),
         Received::Missed(missed) => json(&Missed { missed }),
         Received::Restarted => return None,
     };

@@ -72,7 +72,7 @@ use crate::{
     config::Api,
     datapath::{self, FlowFilter, FlowView, Maps, ReasonCount, RuleCount},
     routes::RouteEvent,
-    state::{Event, Journal, ReloadError, Request, Shared, Status},
+    state::{Event, Journal, Logged, ReloadError, Request, Shared, Status},
 };
 
 /// Why the API cannot be served.
@@ -267,7 +267,7 @@ impl Server {
 async fn route_events(mut events: broadcast::Receiver<RouteEvent>, journal: Journal) {
     loop {
         match events.recv().await {
-            Ok(event) => journal.publish(Event::Route(Arc::new(event))),
+            Ok(event) => journal.publish(Event::Route(Logged::new(event))),
             Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return,
         }
@@ -356,8 +356,12 @@ fn routes() -> Routes {
         .add("/v1/suggest", suggest::operation(), get(suggest::suggest))
         .add(
             "/metrics",
-            Operation::new(Method::Get, "metrics", "Returns metrics for Prometheus")
-                .sends::<String>(StatusCode::OK, "application/openmetrics-text"),
+            Operation::new(
+                Method::Get,
+                "metrics",
+                "Returns metrics, in the text format if only that is accepted",
+            )
+            .sends::<String>(StatusCode::OK, "application/openmetrics-text"),
             get(metrics::serve),
         )
         .merge(names::routes())

@@ -5,13 +5,15 @@
 use std::{
     collections::VecDeque,
     fmt,
+    ops::Deref,
     str::FromStr,
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::{datapath::Verdict, kernel::lock::lock, routes::RouteEvent};
@@ -23,9 +25,37 @@ const CAPACITY: usize = 1024;
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A verdict on a packet.
-    Verdict(Arc<Verdict>),
+    Verdict(Arc<Logged<Verdict>>),
     /// A change of a route, a next hop or a discovered pod.
-    Route(Arc<RouteEvent>),
+    Route(Arc<Logged<RouteEvent>>),
+}
+
+/// A value and its JSON, which is made once for all readers.
+#[derive(Debug)]
+pub struct Logged<T> {
+    value: Arc<T>,
+    json: OnceLock<String>,
+}
+
+impl<T: Serialize> Logged<T> {
+    /// A value that is about to be published.
+    pub fn new(value: impl Into<Arc<T>>) -> Arc<Self> {
+        Arc::new(Self { value: value.into(), json: OnceLock::new() })
+    }
+
+    /// Returns its JSON.
+    pub fn json(&self) -> &str {
+        // None of the types of events can fail to be serialized.
+        self.json.get_or_init(|| serde_json::to_string(&*self.value).unwrap_or_default())
+    }
+}
+
+impl<T> Deref for Logged<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
 }
 
 /// Position of an event: the run of the agent, and its number in it. Readers resume after it.
@@ -209,7 +239,7 @@ mod tests {
 
     fn event(text: impl ToString) -> Event {
         let (time, kind) = (String::new(), EventKind::RouteAdded);
-        Event::Route(Arc::new(RouteEvent { time, kind, text: text.to_string() }))
+        Event::Route(Logged::new(RouteEvent { time, kind, text: text.to_string() }))
     }
 
     fn publish(journal: &Journal, numbers: std::ops::Range<usize>) {

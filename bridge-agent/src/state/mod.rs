@@ -24,7 +24,7 @@ use tokio::{
 };
 
 pub use engines::{AttachedInterface, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus};
-pub use journal::{Event, EventId, InvalidEventId, Journal, Reader, Received, Start};
+pub use journal::{Event, EventId, InvalidEventId, Journal, Logged, Reader, Received, Start};
 pub use probe::{InvalidProbe, Probe};
 pub use request::{
     Applied, ApplyError, ApplyRequest, MAX_PROBES, MAX_TRIAL, MIN_TRIAL, ReloadError, Request, WriteError,
@@ -159,7 +159,7 @@ impl Shared {
         if !passes.contains(&&*verdict.verdict) {
             self.write().last_denied = Some(Arc::clone(&verdict));
         }
-        self.events.publish(Event::Verdict(verdict));
+        self.events.publish(Event::Verdict(Logged::new(verdict)));
     }
 
     /// The latest verdict that denied a packet, or would have.

@@ -3,10 +3,11 @@
 mod process;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::{cmp::Reverse, fmt, io, sync::atomic::Ordering};
 
-use axum::{extract::State, response::Response};
+use axum::{extract::State, http::HeaderMap, response::Response};
 use jiff::Timestamp;
 use prometheus_client::{
     collector::Collector,
@@ -18,8 +19,10 @@ use prometheus_client::{
 };
 
 use self::process::{Process, ProcessCollector};
+use self::text::TextFormat;
 use super::{
     Problem,
+    events::accepts,
     large::{Chunks, Turn},
 };
 use crate::{
@@ -30,15 +33,26 @@ use crate::{
     state::{Reload, RoutesStatus, Shared, Status},
 };
 
-pub(super) async fn serve(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
+const OPEN_METRICS: &str = "application/openmetrics-text";
+
+/// Answers in OpenMetrics, and in the text format to a client that accepts only that.
+pub(super) async fn serve(
+    State(shared): State<Shared>,
+    headers: HeaderMap,
+    turn: Turn,
+) -> Result<Response, Problem> {
+    let is_text = accepts(&headers, "text/plain") && !accepts(&headers, OPEN_METRICS);
     let read = move || Ok(registry(&shared));
-    let write = |registry: Registry, chunks: &mut Chunks| {
-        let encoded = encode(chunks, &registry).map_err(io::Error::other);
+    let write = move |registry: Registry, chunks: &mut Chunks| {
+        let encoded =
+            if is_text { encode(&mut TextFormat::new(chunks), &registry) } else { encode(chunks, &registry) };
+        let encoded = encoded.map_err(io::Error::other);
         drop(registry);
         memory::trim();
         encoded
     };
-    turn.answer("application/openmetrics-text; version=1.0.0; charset=utf-8", read, write).await
+    let open_metrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    turn.answer(if is_text { text::MEDIA_TYPE } else { open_metrics }, read, write).await
 }
 
 /// Series of rules: each node of a cluster has its own.

@@ -83,7 +83,7 @@ function build() {
     flows: new Table("Flows", columns(FLOWS), { open, key: flowKey }),
     rules: new Table("Rules", columns(RULES), { open, key: (row) => name(onNode(row) + row.index) }),
     routes: new Table("Routes", columns(ROUTES), { open, key: (row) => name(`${onNode(row)}${row.to}${row.source}${row.origin ?? ""}`) }),
-    pool: new Table("Ports in use", columns(LEASES), { open: null, key: (row) => name([row.agent ?? "", row.kind, row.id ?? "", row.port, row.destination, row.protocol, row.owner.pid].join("-")) }),
+    pool: new Table("Ports in use", columns(LEASES), { open: null, key: (row) => name([row.agent ?? "", row.kind, row.id ?? "", row.port, row.destination, row.protocol, row.pid].join("-")) }),
   };
 }
 
@@ -155,6 +155,8 @@ function banner() {
 const given = { events: () => rows(), flows: () => state.flows, rules: () => state.rules, routes: () => state.routes?.routes ?? [], pool: () => state.leases };
 
 function draw() {
+  // A LAN host that only has routes judges no packets.
+  $("map-panel").hidden = Boolean(state.status && !state.status.enforcement && !state.status.firewall);
   strip();
   banner();
   const filter = parse(state.filter);

@@ -9,7 +9,7 @@ export const NODE = { title: "Node", width: "110px", narrow: "64px", cell: (row)
 
 export const EVENTS = (reasons) => [
   { wide: true, title: "Time", width: "76px", mono: true, cell: (row) => clock(row.time) },
-  { title: "Verdict", width: "84px", cell: (row) => tag(row.verdict ?? "route", row.verdict ? tone(row.verdict) : "none") },
+  { title: "Verdict", width: "84px", narrow: "62px", cell: (row) => tag(row.verdict ?? "route", row.verdict ? tone(row.verdict) : "none") },
   { wide: true, title: "Times", width: "52px", number: true, cell: (row) => (row.times > 1 ? `×${count(row.times)}` : "") },
   { wide: true, title: "Protocol", width: "64px", cell: (row) => row.protocol ?? "" },
   { title: "Source", width: "minmax(190px, 1fr)", mono: true, cell: (row) => (row.kind ? row.kind : end(row, "source")) },
@@ -48,7 +48,7 @@ export const LEASES = [
   { title: "Port", width: "64px", number: true, cell: (row) => String(row.port), sort: (row) => row.port },
   { wide: true, title: "Protocol", width: "76px", cell: (row) => row.protocol },
   { title: "Destination", width: "minmax(190px, 1fr)", mono: true, cell: (row) => row.destination ?? "any", sort: (row) => row.destination ?? "" },
-  { title: "Holder", width: "minmax(170px, 1fr)", cell: (row) => `${row.owner.command || "ended"} (pid ${row.owner.pid})`, sort: (row) => row.owner.command },
+  { title: "Holder", width: "minmax(170px, 1fr)", cell: (row) => `${row.command || "ended"} (pid ${row.pid})`, sort: (row) => row.command },
   { wide: true, title: "Kind", width: "80px", cell: (row) => tag(row.kind, "none"), sort: (row) => row.kind },
   { wide: true, title: "Age", width: "80px", number: true, cell: (row) => span((row.ageMs ?? 0) / 1000), sort: (row) => row.ageMs ?? 0 },
 ];

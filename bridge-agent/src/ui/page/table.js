@@ -25,7 +25,12 @@ export class Table {
   fit(narrow) {
     this.columns = this.all.filter((column) => !narrow || !column.wide);
     this.sorted = null;
-    this.widths = this.columns.map((column) => (narrow ? column.narrow ?? column.width.replace(/minmax\((\d+)px/, (_, px) => `minmax(${Math.min(px, column.mono ? 165 : 190)}px`) : column.width)).join(" ");
+    const widths = this.columns.map((column) => (narrow ? column.narrow ?? column.width.replace(/minmax\((\d+)px/, (_, px) => `minmax(${Math.min(px, column.mono ? 144 : 190)}px`) : column.width));
+    this.widths = widths.join(" ");
+    // All rows have the same width, whatever is in them, so that their columns are in line.
+    const [gap, padding] = narrow ? [10, 20] : [16, 28];
+    const least = widths.reduce((sum, width) => sum + Number(/\d+/.exec(width)[0]) + gap, padding - gap);
+    this.element.style.setProperty("--least", `${least}px`);
     this.head.replaceChildren(...this.columns.map((column, index) => this.title(column, index)));
     this.head.style.gridTemplateColumns = this.widths;
     for (const line of this.drawn.values()) line.element.remove();
