@@ -127,8 +127,12 @@ fn hostile_readers_cost_neither_memory_nor_the_answers_to_others() -> Result<()>
             scope.spawn(|| lab.b().netns.run(|| attack(&of_metrics, tcp(metrics.clone()), &stop))),
             scope.spawn(|| attack(&of_page, tcp(host.to_owned()), &stop)),
         ];
-        let events = scope
-            .spawn(|| while !stop.load(Ordering::Relaxed) && stage.denied_datagrams(500, 2000).is_ok() {});
+        let events = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                stage.denied_datagrams(500, 2000)?;
+            }
+            anyhow::Ok(())
+        });
         let mut times: [Vec<Duration>; 2] = Default::default();
         let mut page_times = Vec::new();
         let mut most = [0; 2];
