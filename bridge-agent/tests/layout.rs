@@ -39,6 +39,7 @@ const CIRCLES: &[(&str, usize)] = &[
     ("bridge-agent/src/datapath", 2),
     ("bridge-agent/src/iptables", 2),
     ("bridge-agent/src/kubernetes", 4),
+    ("bridge-agent/src/ui", 2),
     ("bridge-common/src/filter", 2),
     ("bridge-ebpf/src/enforce", 5),
 ];

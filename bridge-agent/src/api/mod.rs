@@ -356,12 +356,8 @@ fn routes() -> Routes {
         .add("/v1/suggest", suggest::operation(), get(suggest::suggest))
         .add(
             "/metrics",
-            Operation::new(
-                Method::Get,
-                "metrics",
-                "Returns metrics, in the text format if only that is accepted",
-            )
-            .sends::<String>(StatusCode::OK, "application/openmetrics-text"),
+            Operation::new(Method::Get, "metrics", "Returns metrics for Prometheus")
+                .sends::<String>(StatusCode::OK, "application/openmetrics-text"),
             get(metrics::serve),
         )
         .merge(names::routes())
