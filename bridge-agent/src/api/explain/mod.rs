@@ -169,7 +169,8 @@ fn of_connection(live: &Live<'_>, filter: &Filter, question: &Question) -> Expla
     let mut explanation = explain::explain(&facts, question);
     live.complete(&mut explanation);
     let judge = Judge { policy, local: &live.local, state: live };
-    if judge.class(question.source) == Class::External {
+    // The node itself is on the link of its LAN hosts.
+    if judge.class(question.source) == Class::External && judge.class(question.destination) != Class::Local {
         let to = question.destination;
         let seen = format!(
             "{} needs a route to {to} by this node; whether it has one, only it knows",
