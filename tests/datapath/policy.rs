@@ -6,7 +6,10 @@ use anyhow::{Context as _, Result, ensure};
 use bridge_agent::datapath::{Behaviour, Error, Published};
 use bridge_agent::model::{Action, Direction, Mode, OnDeny, Policy, PortRange, Protocol, Rule};
 use bridge_agent::policy::{Tables, compile};
-use bridge_common::filter::policy::RuleHits;
+use bridge_common::filter::{
+    flow::{Flow, FlowKey, protocol},
+    policy::RuleHits,
+};
 use bridge_lab::lab::Lab;
 use bridge_lab::wait::eventually;
 use serde_json::Value;
@@ -74,7 +77,8 @@ fn dumps_of_maps_show_named_fields() -> Result<()> {
     let pins = pins(&lab)?;
     let mut datapath = load(&lab, &options(&pins))?;
     datapath.publish(&many(3)?, &BEHAVIOUR, None)?;
-    datapath.maps.seed_flows(&[Default::default()])?;
+    let of = |protocol| (FlowKey { protocol, ..FlowKey::default() }, Flow::default());
+    datapath.maps.seed_flows(&[of(protocol::TCP), of(protocol::UDP)])?;
     let slot = datapath.maps.slot();
     let value = |path: std::path::PathBuf| -> Result<Value> {
         let dump = bpftool(&["map", "dump", "pinned"], &path)?;
@@ -85,6 +89,7 @@ fn dumps_of_maps_show_named_fields() -> Result<()> {
     };
     for (path, field) in [
         (pins.map("flows"), "last_seen"),
+        (pins.map("other_flows"), "last_seen"),
         (pins.map("counters"), "no_rule"),
         (pins.map("audited"), "deny_rule"),
         (pins.map("settings"), "events_per_second"),
