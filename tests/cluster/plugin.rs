@@ -124,8 +124,10 @@ fn the_chart_enforces_and_the_plugin_shows_every_node() -> Result<()> {
     let one = user.table(&format!("--node {} flows --port 8080", nodes[1]))?;
     ensure!(one.len() > 1 && one[1..].iter().all(|row| row[0] == nodes[1]), "{one:?}");
     let json: Value = serde_json::from_slice(&user.bridge("flows --port 8080 --json")?.stdout)?;
-    let named = json.as_array().context("an array")?.iter().filter(|flow| flow["sourcePort"].is_u64());
-    ensure!(named.filter_map(|flow| flow["node"].as_str()).any(|node| node == nodes[0]), "{json}");
+    // An object of each node, as its agent answers.
+    let of_node = json.as_array().context("an array")?.iter().find(|answer| answer["node"] == nodes[0]);
+    let named = of_node.and_then(|answer| answer["flows"].as_array()).with_context(|| json.to_string())?;
+    ensure!(named.iter().any(|flow| flow["sourcePort"].is_u64()), "{json}");
 
     // Events arrive while they happen, under the name of the node.
     let mut monitor =

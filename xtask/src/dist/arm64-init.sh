@@ -52,7 +52,7 @@ bridge-agent flows
 kill -9 $(pidof bridge-agent)
 [ "$(connect 8081)" != hello ] || fail "the denied port, without the agent"
 [ "$(connect 8080)" = hello ] || fail "the allowed port, without the agent"
-bridge-agent down || fail down
+bridge-agent down --yes || fail down
 [ "$(connect 8081)" = hello ] || fail "after down"
 echo "RESULT ok on $(uname -mr)"
 poweroff -f
