@@ -1,52 +1,39 @@
 //! docs/openapi.json describes each route of the API, and no other.
 
 mod openapi;
+mod server;
 
 use std::{
     collections::BTreeSet,
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::net::UnixStream,
-    path::{Path, PathBuf},
+    path::Path,
     time::Duration,
 };
 
 use bridge_agent::{
-    api::{self, Server},
-    config,
+    api, config,
     state::{Shared, Status},
 };
 use serde_json::Value;
+use server::{Served, serve};
 
 const METHODS: [&str; 5] = ["get", "post", "put", "delete", "patch"];
 
 /// An agent without engines.
-struct Agent {
-    socket: PathBuf,
-    _directory: tempfile::TempDir,
-    _stop: tokio::sync::oneshot::Sender<()>,
-}
+struct Agent(Served);
 
 impl Agent {
     fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("agent.sock");
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let server = {
-            let _inside = runtime.enter();
-            Server::bind(&socket, &config::Api::default()).unwrap()
-        };
         // Requests to the run loop find it stopped.
         let (shared, _) = Shared::new(Status::default());
-        runtime.spawn(server.serve(shared));
-        std::thread::spawn(move || runtime.block_on(stopped));
-        Self { socket, _directory: directory, _stop: stop }
+        Self(serve(&config::Api::default(), shared, async {}))
     }
 
     /// Sends a request; returns status and body.
     fn ask(&self, method: &str, path: &str) -> (u16, Value) {
-        let mut stream = UnixStream::connect(&self.socket).unwrap();
+        let mut stream = UnixStream::connect(&self.0.socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
         let method = method.to_ascii_uppercase();
         let request = format!(

@@ -1,16 +1,16 @@
 //! Clients that are slow, idle or many cost other clients nothing.
 
+mod server;
+
 use std::{
     io::{Read as _, Write as _},
     os::unix::net::UnixStream,
-    path::PathBuf,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
 use bridge_agent::{
-    api::Server,
     config,
     model::PortRange,
     pool::{
@@ -21,6 +21,7 @@ use bridge_agent::{
     },
     state::{Request, Shared, Status},
 };
+use server::{Served, serve};
 
 /// The agent answers other clients within this time.
 const AT_ONCE: Duration = Duration::from_millis(100);
@@ -28,11 +29,9 @@ const AT_ONCE: Duration = Duration::from_millis(100);
 const MANY: usize = 2000;
 
 struct Agent {
-    socket: PathBuf,
+    served: Served,
     service: Arc<Service>,
     _requests: tokio::sync::mpsc::Receiver<Request>,
-    _directory: tempfile::TempDir,
-    _stop: tokio::sync::oneshot::Sender<()>,
 }
 
 impl Agent {
@@ -46,23 +45,14 @@ impl Agent {
         };
         let layout = Layout::plan(&settings, &Occupied::default()).unwrap();
         let service = Service::new(Backend::userspace(layout, Duration::ZERO), settings.destinations);
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("agent.sock");
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let server = {
-            let _inside = runtime.enter();
-            Server::bind(&socket, &config::Api::default()).unwrap()
-        };
         let (shared, requests) = Shared::new(Status::default());
         shared.set_pool(Some(Arc::clone(&service)));
-        runtime.spawn(server.serve(shared));
-        thread::spawn(move || runtime.block_on(stopped));
-        Self { socket, service, _requests: requests, _directory: directory, _stop: stop }
+        let served = serve(&config::Api::default(), shared, async {});
+        Self { served, service, _requests: requests }
     }
 
     fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.socket).unwrap();
+        let stream = UnixStream::connect(&self.served.socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         stream
     }

@@ -2,11 +2,11 @@
 //! docs/openapi.json, a lease ends when it should, and no input does harm.
 
 mod openapi;
+mod server;
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -21,16 +21,14 @@ use bridge_agent::{
 use openapi::documented;
 use proptest::prelude::*;
 use serde_json::{Value, json};
+use server::{Served, serve};
 
 struct Agent {
-    socket: PathBuf,
+    served: Served,
     service: Arc<Service>,
     shared: Shared,
     /// The end that a run loop has.
     _requests: tokio::sync::mpsc::Receiver<Request>,
-    _directory: tempfile::TempDir,
-    /// Dropping it stops the server.
-    _stop: tokio::sync::oneshot::Sender<()>,
 }
 
 impl Agent {
@@ -44,24 +42,14 @@ impl Agent {
         };
         let layout = Layout::plan(&settings, &Occupied::default()).unwrap();
         let service = Service::new(Backend::userspace(layout, Duration::ZERO), settings.destinations);
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("agent.sock");
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let server = {
-            let _inside = runtime.enter();
-            Server::bind(&socket, &access(0o600)).unwrap()
-        };
         let (shared, requests) = Shared::new(Status::default());
         shared.set_pool(Some(Arc::clone(&service)));
-        runtime.spawn(run::expire(Arc::clone(&service)));
-        runtime.spawn(server.serve(shared.clone()));
-        std::thread::spawn(move || runtime.block_on(stopped));
-        Self { socket, service, shared, _requests: requests, _directory: directory, _stop: stop }
+        let served = serve(&access(0o600), shared.clone(), run::expire(Arc::clone(&service)));
+        Self { served, service, shared, _requests: requests }
     }
 
     fn connect(&self) -> UnixStream {
-        let stream = UnixStream::connect(&self.socket).unwrap();
+        let stream = UnixStream::connect(&self.served.socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
         stream
     }
@@ -284,11 +272,11 @@ fn malformed_requests_get_a_reason() {
 #[test]
 fn the_socket_has_its_permissions_and_only_one_agent() {
     let agent = Agent::start(range(61001, 61010), None);
-    let mode = std::fs::metadata(&agent.socket).unwrap().permissions().mode();
+    let mode = std::fs::metadata(&agent.served.socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let second = Server::bind(&agent.socket, &access(0o660));
+    let second = Server::bind(&agent.served.socket, &access(0o660));
     assert!(matches!(second, Err(api::Error::InUse { .. })), "{second:?}");
-    let file = agent.socket.with_extension("txt");
+    let file = agent.served.socket.with_extension("txt");
     std::fs::write(&file, "precious").unwrap();
     assert!(matches!(Server::bind(&file, &access(0o660)), Err(api::Error::NotASocket(_))));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "precious");
