@@ -178,6 +178,19 @@ fn number(address: IpAddr) -> u128 {
     }
 }
 
+/// Returns the part of the names of chains and sets that stands for an action.
+const fn word(action: Action) -> &'static str {
+    match action {
+        Action::Allow => "allow",
+        Action::Deny => "deny",
+    }
+}
+
+/// Returns whether a rule of this direction names source ports.
+fn use_source_ports(rules: &[Rule], direction: Direction) -> bool {
+    rules.iter().any(|rule| rule.direction == direction && !rule.source_ports.is_empty())
+}
+
 /// The outcome for a packet that matches a rule.
 #[derive(Clone, Copy)]
 enum Outcome {
@@ -222,14 +235,12 @@ impl Renderer<'_> {
         }
         self.openers(&chain);
         let policy = self.policy;
-        let with_source_ports =
-            policy.rules.iter().any(|rule| rule.direction == direction && !rule.source_ports.is_empty());
+        let with_source_ports = use_source_ports(&policy.rules, direction);
         self.audited(&chain, family, direction);
         for action in [Action::Deny, Action::Allow] {
             let rules = selected(&policy.rules, family, direction, action);
             let form = Form::choose(&rules);
-            let word = if action == Action::Deny { "deny" } else { "allow" };
-            let prefix = format!("{chain}-{word}");
+            let prefix = format!("{chain}-{}", word(action));
             let section = Section {
                 chain: &chain,
                 prefix: &prefix,
@@ -248,7 +259,7 @@ impl Renderer<'_> {
     /// Adds the chain of the rules in audit mode, which counts, and returns whatever matches.
     fn audited(&mut self, judging: &str, family: Family, direction: Direction) {
         let policy = self.policy;
-        let of_direction = || policy.audited.iter().filter(|rule| rule.direction == direction);
+        let with_source_ports = use_source_ports(&policy.audited, direction);
         let chain = format!("{judging}-audited");
         for action in [Action::Deny, Action::Allow] {
             let rules = selected(&policy.audited, family, direction, action);
@@ -258,14 +269,14 @@ impl Renderer<'_> {
             if !self.rules.chains.contains_key(&chain) {
                 self.rules.rule(judging, format!("jump {chain}"));
             }
-            let prefix = format!("{chain}-{}", if action == Action::Deny { "deny" } else { "allow" });
+            let prefix = format!("{chain}-{}", word(action));
             let section = Section {
                 chain: &chain,
                 prefix: &prefix,
                 family,
                 direction,
                 with_pods: true,
-                with_source_ports: of_direction().any(|rule| !rule.source_ports.is_empty()),
+                with_source_ports,
             };
             self.maps(&section, rules.iter(), Outcome::Return);
         }
