@@ -66,7 +66,8 @@ impl Check {
     }
 }
 
-fn read(path: &Path) -> Result<(String, &Path), Error> {
+/// Reads a file, or standard input; returns its text, and its name for messages.
+pub(super) fn read(path: &Path) -> Result<(String, &Path), Error> {
     if path != Path::new("-") {
         return Ok((config::read_text(path)?, path));
     }

@@ -6,6 +6,7 @@ mod apply;
 mod ask;
 mod bugreport;
 mod check;
+mod convert;
 mod crds;
 mod dial;
 mod discover;
@@ -66,6 +67,8 @@ pub struct Cli {
 pub enum Command {
     /// Validate the configuration and print its effective form; needs no privilege
     Check(check::Check),
+    /// Rewrite rules of older versions as today's; needs no privilege
+    Convert(convert::Convert),
     /// Run the agent until SIGTERM; enforcement stays active afterwards
     Run(run::Run),
     /// Apply a configuration, and make it the configuration file; with --confirm, on trial first
@@ -184,6 +187,7 @@ impl Cli {
     fn dispatch(&self) -> Result<(), Error> {
         match &self.command {
             Command::Check(command) => command.run(&self.global),
+            Command::Convert(command) => command.run(&self.global),
             Command::Run(command) => command.run(&self.global),
             Command::Apply(command) => command.run(&self.global),
             Command::Confirm(command) => command.run(&self.global),

@@ -6,6 +6,7 @@
 
 mod api;
 pub(crate) mod bounds;
+mod convert;
 mod effective;
 mod enforcement;
 mod flow;
@@ -49,6 +50,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use api::{Api, DEFAULT_SOCKET};
+pub(crate) use convert::{Conversion, convert};
 pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts};
 pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
@@ -65,7 +67,7 @@ pub use port_pool::{CgroupPath, PoolScope, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
 pub use resource::{GROUP, PolicyScope, check_policy};
-pub(crate) use resource::{Manifests, is_manifest, manifests, policy_rules};
+pub(crate) use resource::{Manifests, NAMESPACE_POLICY, POLICY, is_manifest, manifests, policy_rules};
 pub use role::Role;
 pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_MAIN};
 pub use rules::{MAX_RULES, Rule, RuleName};

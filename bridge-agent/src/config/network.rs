@@ -126,7 +126,7 @@ fn not_a_network(text: &str) -> Problem {
 }
 
 /// The same text with each decimal number at its shortest; IPv6 groups are left alone.
-fn without_leading_zeros(text: &str) -> String {
+pub(super) fn without_leading_zeros(text: &str) -> String {
     let (address, length) = text.split_once('/').unwrap_or((text, ""));
     let shortest = |number: &str| match number.trim_start_matches('0') {
         "" if !number.is_empty() => "0".to_owned(),

@@ -190,7 +190,7 @@ pub(crate) fn manifests(text: &str, file: &FilePath) -> Result<Manifests, Config
 }
 
 /// The objects of a list, or the object itself.
-fn items(object: Node<'_>) -> Vec<Node<'_>> {
+pub(super) fn items(object: Node<'_>) -> Vec<Node<'_>> {
     let is_list = object.get("kind").and_then(Node::scalar).is_some_and(|kind| kind.ends_with("List"));
     match object.value {
         Value::Map(entries) if is_list => {
