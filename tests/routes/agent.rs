@@ -240,3 +240,45 @@ fn a_reload_changes_discovery_and_forgets_only_what_it_no_longer_believes() -> R
     eventually_own(&lab, &[]);
     Ok(())
 }
+
+#[test]
+fn addresses_that_come_later_are_bound_later_and_a_removed_socket_comes_back() -> Result<()> {
+    let lab = Lab::builder().without_routes().build()?;
+    let key = lab.directory().join("key");
+    std::fs::write(&key, "the key of the tests, long enough\n")?;
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600))?;
+    let discovery = format!("{{listen: \"192.168.31.99:12345\", keyFile: {}}}", key.display());
+    let yaml = config(&format!(
+        "routes: {{static: [{{to: 10.200.1.0/24, via: 192.168.31.17}}], discovery: {discovery}}}\napi: {{metrics: \"192.168.31.99:9469\"}}\n"
+    ));
+    // Neither keeps the agent from starting, nor anything else from being done.
+    let agent = Agent::start(&lab, lab.a(), &yaml)?;
+    eventually_own(&lab, &["10.200.1.0/24 via 192.168.31.17"]);
+    let failure = json(&lab, &agent, "/v1/status")?["routes"]["discovery"]["failure"].clone();
+    assert!(failure.as_str().is_some_and(|text| text.contains("192.168.31.99:12345")), "{failure}");
+    let said = agent.run(&["status"])?;
+    assert!(said.contains("NOT LISTENING"), "{said}");
+
+    lab.a().netns.ip("address add 192.168.31.99/24 dev eth0")?;
+    let connects = |port: u16| {
+        let netns = &lab.b().netns;
+        netns.run(|| std::net::TcpStream::connect(("192.168.31.99", port)).is_ok())
+    };
+    for port in [12345, 9469] {
+        assert!(eventually(SECONDS, || connects(port).then_some(())).is_some(), "{port}:\n{}", agent.log());
+    }
+    let failure = json(&lab, &agent, "/v1/status")?["routes"]["discovery"]["failure"].clone();
+    assert!(failure.is_null(), "{failure}");
+
+    for remove_directory in [false, true] {
+        let directory = agent.socket().parent().context("a directory")?.to_owned();
+        if remove_directory {
+            std::fs::rename(&directory, directory.with_extension("old"))?;
+        } else {
+            std::fs::remove_file(agent.socket())?;
+        }
+        let answers = || json(&lab, &agent, "/v1/status").ok();
+        assert!(eventually(SECONDS, answers).is_some(), "{remove_directory}:\n{}", agent.log());
+    }
+    Ok(())
+}

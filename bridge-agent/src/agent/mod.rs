@@ -177,7 +177,7 @@ impl Agent {
         // Watched before they are read, so that no change in between is missed.
         let interfaces = Watch::open().map_err(io_error("cannot watch the interfaces"))?;
         let file =
-            FileWatch::open(&options.config).map_err(io_error("cannot watch the configuration file"))?;
+            FileWatch::follow(&options.config).map_err(io_error("cannot find the configuration file"))?;
         let known = file_watch::hash(&options.config);
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
@@ -299,16 +299,7 @@ impl Agent {
                     from.file.take_note();
                     drop(self.reload("SIGHUP"));
                 }
-                changed = from.file.changed() => {
-                    let content = match changed {
-                        Ok(content) => content,
-                        Err(error) => {
-                            tracing::error!(%error, "cannot watch the configuration file; the agent tries again");
-                            tokio::time::sleep(LOOK).await;
-                            from.file = FileWatch::open(&self.path).unwrap_or(from.file);
-                            continue;
-                        }
-                    };
+                content = from.file.changed() => {
                     let (path, known) = (self.path.clone(), file_watch::hash_of(&content));
                     drop(self.reload_from("the file has changed", || {
                         Ok((warn(config::load_content(content, &path)?), Some(known)))

@@ -115,12 +115,17 @@ pub enum Error {
     Serve(#[source] io::Error),
 }
 
+/// Pause between two looks at the sockets.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// Listening, but not serving yet.
 #[derive(Debug)]
 pub struct Server {
-    _socket: Socket,
+    socket: Socket,
     listener: UnixListener,
-    metrics: Option<std::net::TcpListener>,
+    config: Api,
+    /// The address for scrapers from elsewhere, and its listener, unless it cannot be bound yet.
+    metrics: Option<(SocketAddr, Option<std::net::TcpListener>)>,
 }
 
 /// Served by a thread of its own: it shares its data with the run loop, and no answer waits for the run loop's current
@@ -170,27 +175,20 @@ impl Server {
                 return Err(Error::InUse { path: path.to_owned(), pid });
             }
         }
-        if let Some(directory) = path.parent() {
-            fs::create_dir_all(directory).map_err(failed)?;
-        }
         if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
             return Err(Error::NotASocket(path.to_owned()));
         }
-        // Permissions are set before the socket has its name, so that no one else can connect in between.
-        let mut staging = path.as_os_str().to_owned();
-        staging.push(".new");
-        let staging = PathBuf::from(staging);
-        drop(fs::remove_file(&staging));
-        let listener = UnixListener::bind(&staging).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
+        let listener = listen_at(path, config, group).map_err(failed)?;
         let socket = Socket(path.to_owned());
-        fs::set_permissions(&staging, fs::Permissions::from_mode(config.mode.0)).map_err(failed)?;
-        if let Some(group) = group {
-            chown(&staging, None, Some(group)).map_err(failed)?;
-        }
-        fs::rename(&staging, path).map_err(failed)?;
-        let metrics = config.metrics.as_ref().map(|address| listen(address.0)).transpose()?;
-        Ok(Self { _socket: socket, listener, metrics })
+        let metrics = config.metrics.as_ref().map(|address| {
+            // Its interface may come later: that keeps the node neither open nor without an agent.
+            let bound = listen(address.0);
+            if let Err(error) = &bound {
+                tracing::warn!(%error, "no metrics are served there yet; the agent tries again");
+            }
+            (address.0, bound.ok())
+        });
+        Ok(Self { socket, listener, config: config.clone(), metrics })
     }
 
     /// Begins to serve.
@@ -234,10 +232,42 @@ impl Server {
         self.serve_once(shared).await
     }
 
+    /// Listens again if another program has removed the socket; `None` if it is there, or cannot be made.
+    fn restore_socket(&self) -> Option<tokio::net::UnixListener> {
+        let path = &self.socket.0;
+        if fs::symlink_metadata(path).is_ok() {
+            return None;
+        }
+        let group = self.config.group.as_deref().map(group_id).transpose().ok()?;
+        let listener = listen_at(path, &self.config, group).and_then(tokio::net::UnixListener::from_std);
+        match listener {
+            Ok(listener) => {
+                tracing::warn!(path = %path.display(), "another program has removed the socket; the agent listens again");
+                Some(listener)
+            }
+            Err(error) => {
+                tracing::debug!(%error, path = %path.display(), "the removed socket cannot be made again");
+                None
+            }
+        }
+    }
+
+    /// Makes another attempt to bind the address for scrapers.
+    fn bind_metrics(&self) -> Option<tokio::net::TcpListener> {
+        let (address, _) = self.metrics.as_ref()?;
+        let bound = listen(*address).ok().and_then(|bound| tokio::net::TcpListener::from_std(bound).ok());
+        if bound.is_some() {
+            tracing::info!(%address, "metrics are served now");
+        }
+        bound
+    }
+
     async fn serve_once(&self, shared: Shared) -> io::Result<()> {
-        let listener = tokio::net::UnixListener::from_std(self.listener.try_clone()?)?;
-        let metrics = self.metrics.as_ref().map(std::net::TcpListener::try_clone).transpose()?;
-        let metrics = metrics.map(tokio::net::TcpListener::from_std).transpose()?;
+        let mut listener = tokio::net::UnixListener::from_std(self.listener.try_clone()?)?;
+        let bound = self.metrics.as_ref().and_then(|(_, listener)| listener.as_ref());
+        let bound = bound.map(std::net::TcpListener::try_clone).transpose()?;
+        let mut metrics = bound.map(tokio::net::TcpListener::from_std).transpose()?;
+        let mut again = tokio::time::interval(AGAIN);
         let (api, clients) =
             (router(shared.clone()), Arc::new(Connections::new(Arc::clone(&shared.stalled_clients))));
         let of_metrics = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
@@ -258,6 +288,14 @@ impl Server {
                     Ok(stream) => scrapers.serve(stream, None, &of_metrics),
                     Err(error) => pause(&error).await,
                 },
+                _ = again.tick() => {
+                    if let Some(restored) = self.restore_socket() {
+                        listener = restored;
+                    }
+                    if metrics.is_none() {
+                        metrics = self.bind_metrics();
+                    }
+                }
             }
         }
     }
@@ -287,6 +325,26 @@ pub(crate) async fn pause(error: &io::Error) {
     const PAUSE: Duration = Duration::from_millis(100);
     tracing::debug!(%error, "the listener cannot accept a connection");
     tokio::time::sleep(PAUSE).await;
+}
+
+/// Listens on a unix socket, in the place of one that may be there.
+fn listen_at(path: &Path, config: &Api, group: Option<u32>) -> io::Result<UnixListener> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    // Permissions are set before the socket has its name, so that no one else can connect in between.
+    let mut staging = path.as_os_str().to_owned();
+    staging.push(".new");
+    let staging = PathBuf::from(staging);
+    drop(fs::remove_file(&staging));
+    let listener = UnixListener::bind(&staging)?;
+    listener.set_nonblocking(true)?;
+    fs::set_permissions(&staging, fs::Permissions::from_mode(config.mode.0))?;
+    if let Some(group) = group {
+        chown(&staging, None, Some(group))?;
+    }
+    fs::rename(&staging, path)?;
+    Ok(listener)
 }
 
 fn listen(address: SocketAddr) -> Result<std::net::TcpListener, Error> {

@@ -111,13 +111,10 @@ impl Export {
                         pending = !self.applied(output).await;
                         continue;
                     }
-                    changed = config.changed() => {
-                        changed.map_err(failed)?;
-                        match configuration(global) {
-                            Some(new) => break new,
-                            None => continue,
-                        }
-                    }
+                    _ = config.changed() => match configuration(global) {
+                        Some(new) => break new,
+                        None => continue,
+                    },
                 };
                 match self.text(merged.routes.iter().map(AsRef::as_ref), &setup) {
                     Ok(text) if written.as_ref() == Some(&text) && !due => {}

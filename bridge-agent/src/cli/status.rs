@@ -292,9 +292,12 @@ fn show_routes(routes: &RoutesStatus, line: &mut impl FnMut(&str, String)) {
     let down: Vec<_> = next_hops_down.iter().map(|hop| format!("{} on {}", hop.address, hop.dev)).collect();
     let down = if down.is_empty() { "all answer".into() } else { format!("down: {}", down.join(", ")) };
     line("next hops", format!("{next_hops}, {down}"));
-    if let Some(DiscoveryStatus { listen, pods, counters }) = &routes.discovery {
+    if let Some(DiscoveryStatus { listen, failure, pods, counters }) = &routes.discovery {
         let counters: Vec<_> = counters.iter().map(|(name, count)| format!("{count} {name}")).collect();
-        line("discovery", format!("on {listen}, {pods} pods known; announcements: {}", counters.join(", ")));
+        let failure =
+            failure.as_ref().map(|failure| format!("; NOT LISTENING: {failure}")).unwrap_or_default();
+        let counters = counters.join(", ");
+        line("discovery", format!("on {listen}, {pods} pods known; announcements: {counters}{failure}"));
     }
     if let Some(failure) = &routes.failure {
         line("routes", format!("FAILED: {failure}"));

@@ -3,6 +3,8 @@
 //!
 //! Half a file is never read: content counts once its writer has closed the file, once it was moved to its name, or once
 //! a link points to it. An empty file has no content: a writer truncates it first.
+//!
+//! A directory that is removed, moved away or cannot be watched is looked for again and again.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -11,6 +13,7 @@ use std::{
     io,
     os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use futures_util::{FutureExt, StreamExt};
@@ -23,10 +26,16 @@ pub(crate) type Hash = [u8; 32];
 /// Links that are followed, as the kernel limits it (`MAXSYMLINKS`).
 const MAX_LINKS: usize = 40;
 
+/// Pause between two attempts to watch.
+const AGAIN: Duration = Duration::from_millis(500);
+
 /// Reports each new content of a file.
 pub(crate) struct FileWatch {
     path: PathBuf,
-    stream: EventStream<[u8; 4096]>,
+    /// `None`: the directory cannot be watched.
+    stream: Option<EventStream<[u8; 4096]>>,
+    /// Time of the next attempt to watch it.
+    again: Instant,
     /// The names, in each watched directory, of the file and of the links that lead to it.
     names: HashMap<WatchDescriptor, HashSet<OsString>>,
     last: Option<Hash>,
@@ -37,14 +46,47 @@ pub(crate) struct FileWatch {
 impl FileWatch {
     /// Starts watching, inside a tokio runtime. Open it before the file is read: then no change is missed.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        let path = std::path::absolute(path)?;
-        let stream = Inotify::init()?.into_event_stream([0; 4096])?;
-        let last = hash(&path);
-        let mut watch = Self { path, stream, names: HashMap::new(), last, is_open: false };
-        let directory = watch.path.parent().unwrap_or(Path::new("/")).to_owned();
-        watch.add(&directory)?;
-        watch.watch_names();
+        let mut watch = Self::unopened(path)?;
+        watch.start()?;
+        watch.take_note();
         Ok(watch)
+    }
+
+    /// As [`open`](Self::open), but a file that cannot be watched yet is watched later.
+    pub(crate) fn follow(path: &Path) -> io::Result<Self> {
+        let mut watch = Self::unopened(path)?;
+        if let Err(error) = watch.start() {
+            watch.lose(&error);
+        }
+        watch.take_note();
+        Ok(watch)
+    }
+
+    fn unopened(path: &Path) -> io::Result<Self> {
+        let (path, names) = (std::path::absolute(path)?, HashMap::new());
+        Ok(Self { path, stream: None, again: Instant::now(), names, last: None, is_open: false })
+    }
+
+    /// Begins to watch the directory of the file.
+    fn start(&mut self) -> io::Result<()> {
+        self.is_open = false;
+        self.names.clear();
+        self.stream = Some(Inotify::init()?.into_event_stream([0; 4096])?);
+        let directory = self.path.parent().unwrap_or(Path::new("/")).to_owned();
+        if let Err(error) = self.add(&directory) {
+            self.stream = None;
+            return Err(error);
+        }
+        self.watch_names();
+        Ok(())
+    }
+
+    /// Has the directory watched again later.
+    fn lose(&mut self, error: &io::Error) {
+        let file = self.path.display();
+        tracing::warn!(%error, %file, "cannot watch a file; see fs.inotify.max_user_instances; the agent tries again");
+        self.stream = None;
+        self.again = Instant::now();
     }
 
     /// Marks the present content as known.
@@ -58,26 +100,39 @@ impl FileWatch {
     }
 
     /// Waits until the file has another content than the last known one, and returns it. Cancel safe.
-    pub(crate) async fn changed(&mut self) -> io::Result<Vec<u8>> {
+    pub(crate) async fn changed(&mut self) -> Vec<u8> {
         loop {
-            let event = self.stream.next().await.ok_or(io::ErrorKind::UnexpectedEof)??;
-            let mut is_complete = self.take(event);
+            let mut is_complete = match &mut self.stream {
+                Some(stream) => {
+                    let event = stream.next().await;
+                    self.take_next(event)
+                }
+                None => {
+                    tokio::time::sleep_until(self.again.into()).await;
+                    self.again = Instant::now() + AGAIN;
+                    let started = self.start().is_ok();
+                    if started {
+                        tracing::info!(file = %self.path.display(), "the file is watched again");
+                    }
+                    started
+                }
+            };
             while is_complete {
                 // Links may lead elsewhere now. Watch first: what happens after this is not missed.
                 self.watch_names();
-                is_complete |= self.take_pending()?;
+                is_complete |= self.take_pending();
                 if self.is_open {
                     break;
                 }
                 let Some(content) = self.read() else { break };
                 // A writer that began meanwhile has announced itself.
-                is_complete = self.take_pending()?;
+                is_complete = self.take_pending();
                 if self.is_open || is_complete {
                     continue;
                 }
                 let new = hash_of(&content);
                 if self.last.replace(new) != Some(new) {
-                    return Ok(content);
+                    return content;
                 }
             }
         }
@@ -94,12 +149,27 @@ impl FileWatch {
         (before == after && !content.is_empty()).then_some(content)
     }
 
-    fn take_pending(&mut self) -> io::Result<bool> {
+    fn take_pending(&mut self) -> bool {
         let mut is_complete = false;
-        while let Some(event) = self.stream.next().now_or_never() {
-            is_complete |= self.take(event.ok_or(io::ErrorKind::UnexpectedEof)??);
+        while let Some(event) = self.stream.as_mut().and_then(|stream| stream.next().now_or_never()) {
+            is_complete |= self.take_next(event);
         }
-        Ok(is_complete)
+        is_complete
+    }
+
+    /// Takes what the kernel has sent, and returns whether the content may be another and complete.
+    fn take_next(&mut self, event: Option<io::Result<EventOwned>>) -> bool {
+        match event {
+            Some(Ok(event)) => self.take(event),
+            Some(Err(error)) => {
+                self.lose(&error);
+                false
+            }
+            None => {
+                self.lose(&io::ErrorKind::UnexpectedEof.into());
+                false
+            }
+        }
     }
 
     /// Takes an event into account, and returns whether the content may be another and complete.
@@ -107,6 +177,12 @@ impl FileWatch {
         if event.mask.contains(EventMask::Q_OVERFLOW) {
             self.is_open = false;
             return true;
+        }
+        let gone = EventMask::IGNORED | EventMask::DELETE_SELF | EventMask::MOVE_SELF;
+        if event.mask.intersects(gone) && self.names.contains_key(&event.wd) {
+            let text = "its directory was removed or moved away";
+            self.lose(&io::Error::new(io::ErrorKind::NotFound, text));
+            return false;
         }
         let Some(name) = event.name else { return false };
         if !self.names.get(&event.wd).is_some_and(|names| names.contains(&name)) {
@@ -142,9 +218,12 @@ impl FileWatch {
             | WatchMask::MOVED_TO
             | WatchMask::CREATE
             | WatchMask::MODIFY
+            | WatchMask::DELETE_SELF
+            | WatchMask::MOVE_SELF
             | WatchMask::EXCL_UNLINK
             | WatchMask::ONLYDIR;
-        self.stream.watches().add(directory, mask)
+        let stream = self.stream.as_ref().ok_or(io::ErrorKind::NotConnected)?;
+        stream.watches().add(directory, mask)
     }
 
     /// Watches the directory of the file and those of the links that lead to it. The file itself may be replaced any time.
@@ -158,10 +237,8 @@ impl FileWatch {
                 }
             }
         }
-        if names.is_empty() {
-            return;
-        }
-        let mut watches = self.stream.watches();
+        let Some(stream) = self.stream.as_ref().filter(|_| !names.is_empty()) else { return };
+        let mut watches = stream.watches();
         for (descriptor, _) in std::mem::replace(&mut self.names, names) {
             if !self.names.contains_key(&descriptor) {
                 // Fails for a directory that was removed.
@@ -228,7 +305,7 @@ mod tests {
     /// Returns the next content within five seconds.
     async fn next(watch: &mut FileWatch) -> String {
         let content = tokio::time::timeout(Duration::from_secs(5), watch.changed()).await;
-        String::from_utf8(content.expect("a change is noticed").unwrap()).unwrap()
+        String::from_utf8(content.expect("a change is noticed")).unwrap()
     }
 
     async fn is_quiet(watch: &mut FileWatch) -> bool {
@@ -264,6 +341,31 @@ mod tests {
         fs::write(&file, "7").unwrap();
         fs::write(directory.path().join("other"), "x").unwrap();
         assert!(is_quiet(&mut watch).await, "nothing has changed");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_directory_that_is_replaced_or_comes_later_is_followed() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("etc");
+        let file = directory.join("bridge.yaml");
+        let mut watch = FileWatch::follow(&file).unwrap();
+        assert!(is_quiet(&mut watch).await, "there is no directory");
+        fs::create_dir(&directory).unwrap();
+        fs::write(&file, "1").unwrap();
+        assert_eq!(next(&mut watch).await, "1", "the directory came later");
+        fs::remove_dir_all(&directory).unwrap();
+        assert!(is_quiet(&mut watch).await, "removed");
+        fs::create_dir(&directory).unwrap();
+        fs::write(&file, "2").unwrap();
+        assert_eq!(next(&mut watch).await, "2", "removed and made again");
+        let other = parent.path().join("other");
+        fs::create_dir(&other).unwrap();
+        fs::write(other.join("bridge.yaml"), "3").unwrap();
+        fs::rename(&directory, parent.path().join("old")).unwrap();
+        fs::rename(&other, &directory).unwrap();
+        assert_eq!(next(&mut watch).await, "3", "another directory took its place");
+        fs::write(&file, "4").unwrap();
+        assert_eq!(next(&mut watch).await, "4", "it is watched as before");
     }
 
     #[tokio::test(flavor = "current_thread")]

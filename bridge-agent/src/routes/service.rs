@@ -93,8 +93,12 @@ impl Service {
             discovery: None,
             _reconciler: Task::spawn(keep(reconciler, failed)),
         };
-        let change = service.prepare(setup)?;
-        service.commit(change);
+        // What keeps discovery from listening now, an address that comes later for instance, keeps nothing else from beginning.
+        let listener = setup.discovery.as_ref().map(|options| {
+            let status = service.view.status.clone();
+            Listener::bind_eventually(options.clone(), status, service.happenings.clone())
+        });
+        service.commit(Change { setup, listener });
         Ok(service)
     }
 

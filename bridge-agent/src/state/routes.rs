@@ -42,6 +42,9 @@ pub struct RoutesStatus {
 pub struct DiscoveryStatus {
     /// Where announcements are taken.
     pub listen: String,
+    /// Why no announcements can be taken, if that is so now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
     /// How many pods are known.
     pub pods: usize,
     /// Results of announcements since discovery has started, by name.
@@ -99,6 +102,7 @@ impl RoutesStatus {
             counters: named(&view.counters.read()),
             discovery: view.discovery.as_ref().map(|discovery| DiscoveryStatus {
                 listen: discovery.address().to_string(),
+                failure: discovery.failure(),
                 pods: discovery.known(),
                 counters: named(&discovery.counters().read()),
             }),

@@ -18,6 +18,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::message::{Announcement, Answer, Key, Message, Status, Token};
 use super::registry::{Entry, Registry, Rules};
 use super::{ExchangeError, clock, receive, send, state, within};
+use crate::kernel::backoff::Backoff;
 use crate::kernel::lock::lock;
 use crate::routes::event::{EventKind, RouteEvent};
 use crate::routes::model::{DesiredRoute, SourceKind};
@@ -69,7 +70,8 @@ pub struct DiscoveryCounters {
 
 /// Takes announcements and publishes a route to each pod.
 pub struct Listener {
-    socket: TcpListener,
+    /// `None`: the address cannot be bound yet.
+    socket: Option<TcpListener>,
     shared: Arc<Shared>,
 }
 
@@ -81,6 +83,8 @@ struct Shared {
     counters: Arc<DiscoveryCounters>,
     renewed: Notify,
     warned: Mutex<Option<Instant>>,
+    /// Why the address cannot be bound.
+    failure: Mutex<Option<String>>,
 }
 
 /// The routes to the pods that an earlier run had saved and that have not expired.
@@ -142,11 +146,23 @@ impl Handle {
         self.shared.registry().entries().count()
     }
 
+    /// Returns why announcements cannot be taken, if that is so now.
+    #[must_use]
+    pub fn failure(&self) -> Option<String> {
+        lock(&self.shared.failure).clone()
+    }
+
     /// Counts, for metrics.
     #[must_use]
     pub fn counters(&self) -> Arc<DiscoveryCounters> {
         self.shared.counters.clone()
     }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = std::net::TcpListener::bind(address)?;
+    socket.set_nonblocking(true)?;
+    TcpListener::from_std(socket)
 }
 
 impl Listener {
@@ -157,9 +173,34 @@ impl Listener {
         status: watch::Receiver<Arc<Snapshot>>,
         happenings: broadcast::Sender<RouteEvent>,
     ) -> io::Result<Self> {
-        let socket = std::net::TcpListener::bind(options.listen)?;
-        socket.set_nonblocking(true)?;
-        let socket = TcpListener::from_std(socket)?;
+        let socket = bind(options.listen)?;
+        Ok(Self::new(Some(socket), options, status, happenings))
+    }
+
+    /// As [`bind`](Self::bind), but an address that cannot be bound yet, for instance since its interface comes later, is bound
+    /// when that is possible. Routes of pods that are known from an earlier run are published meanwhile.
+    #[must_use]
+    pub fn bind_eventually(
+        options: Options,
+        status: watch::Receiver<Arc<Snapshot>>,
+        happenings: broadcast::Sender<RouteEvent>,
+    ) -> Self {
+        let (address, socket) = (options.listen, bind(options.listen));
+        let failure = socket.as_ref().err().map(|error| format!("cannot listen on {address}: {error}"));
+        if let Some(reason) = &failure {
+            tracing::warn!(reason, "discovery takes no announcements yet; the agent tries again");
+        }
+        let listener = Self::new(socket.ok(), options, status, happenings);
+        *lock(&listener.shared.failure) = failure;
+        listener
+    }
+
+    fn new(
+        socket: Option<TcpListener>,
+        options: Options,
+        status: watch::Receiver<Arc<Snapshot>>,
+        happenings: broadcast::Sender<RouteEvent>,
+    ) -> Self {
         let shared = Shared {
             options: Mutex::new(Arc::new(options)),
             registry: Mutex::default(),
@@ -168,13 +209,9 @@ impl Listener {
             counters: Arc::default(),
             renewed: Notify::new(),
             warned: Mutex::default(),
+            failure: Mutex::default(),
         };
-        Ok(Self { socket, shared: Arc::new(shared) })
-    }
-
-    /// Where it listens.
-    pub fn address(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
+        Self { socket, shared: Arc::new(shared) }
     }
 
     /// To look at it and to tell it other options while it runs.
@@ -184,7 +221,12 @@ impl Listener {
     }
 
     async fn serve(self, publisher: Publisher) -> Result<(), SourceError> {
-        let Self { socket, shared } = self;
+        let Self { mut socket, shared } = self;
+        let mut again = Backoff::default();
+        if socket.is_none() {
+            again.note(false);
+        }
+        let mut attempt = Instant::now() + again.pause();
         shared.restore();
         shared.publish(&publisher);
         // Conversations end with the listener: none of them publishes after that.
@@ -202,7 +244,12 @@ impl Listener {
                 () = expire => shared.expire(&publisher),
                 () = shared.renewed.notified() => {}
                 Some(_) = tasks.join_next() => {}
-                accepted = socket.accept() => match accepted {
+                () = tokio::time::sleep_until(attempt.into()), if socket.is_none() => {
+                    socket = shared.bind();
+                    again.note(socket.is_some());
+                    attempt = Instant::now() + again.pause();
+                }
+                accepted = accept(socket.as_ref()) => match accepted {
                     Ok((stream, peer)) => {
                         let source = peer.ip().to_canonical();
                         let Some(claim) = conversations.admit(source) else { continue };
@@ -221,6 +268,14 @@ impl Listener {
                 },
             }
         }
+    }
+}
+
+/// Accepts a connection; waits for ever without a socket.
+async fn accept(socket: Option<&TcpListener>) -> io::Result<(TcpStream, SocketAddr)> {
+    match socket {
+        Some(socket) => socket.accept().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -282,6 +337,19 @@ impl Source for Listener {
 }
 
 impl Shared {
+    /// Makes another attempt to bind the address.
+    fn bind(&self) -> Option<TcpListener> {
+        let address = self.options().listen;
+        let bound = bind(address);
+        match &bound {
+            Ok(_) => tracing::info!(%address, "discovery takes announcements now"),
+            Err(error) => tracing::debug!(%error, %address, "discovery still cannot listen"),
+        }
+        *lock(&self.failure) =
+            bound.as_ref().err().map(|error| format!("cannot listen on {address}: {error}"));
+        bound.ok()
+    }
+
     fn options(&self) -> Arc<Options> {
         lock(&self.options).clone()
     }

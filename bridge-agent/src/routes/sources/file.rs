@@ -243,7 +243,7 @@ impl FileSource {
         let mut watch = FileWatch::open(&self.path).map_err(failed)?;
         publish(ClusterFile::read(&self.path), &publisher);
         loop {
-            let content = watch.changed().await.map_err(failed)?;
+            let content = watch.changed().await;
             publish(ClusterFile::parse(&String::from_utf8_lossy(&content), &self.path), &publisher);
         }
     }
