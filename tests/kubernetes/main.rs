@@ -3,6 +3,7 @@
 mod crowd;
 mod follow;
 mod limits;
+mod measure;
 mod namespaces;
 mod networks;
 mod outage;

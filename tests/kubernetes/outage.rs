@@ -158,7 +158,7 @@ fn arrivals(pod: &Host) -> Result<u64> {
 
 #[test]
 fn a_first_boot_without_an_api_server_is_closed_until_it_answers() -> Result<()> {
-    for engines in ["ebpf", "iptables", "ebpf, iptables"] {
+    for engines in ["ebpf", "iptables", "nftables", "ebpf, iptables", "ebpf, nftables"] {
         let (lab, mut server) = cluster()?;
         let (a, c1) = (lab.a(), lab.c1());
         a.netns.ip("route add 10.200.0.0/16 via 192.168.31.17")?;

@@ -11,8 +11,8 @@ use bridge_lab::wait::eventually;
 use serde_json::{Value, json};
 
 use crate::support::{
-    DEADLINE, OPEN, allowing_cluster, cluster, on_host, on_node, open, policy, until, until_closed,
-    until_current, until_open, until_routes,
+    DEADLINE, OPEN, allowing_cluster, cluster, node_config, on_host, on_node, open, policy, until,
+    until_closed, until_current, until_open, until_routes,
 };
 
 const LEASE_ROLE: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces/bridge-system/roles/bridge-agent";
@@ -103,6 +103,86 @@ fn the_kubeconfig_of_lan_hosts_is_made_by_the_script() -> Result<()> {
     Ok(())
 }
 
+/// Returns a role without the right to a resource.
+fn without(role: &Value, resource: &str) -> Value {
+    let mut rules = role["rules"].clone();
+    for rule in rules.as_array_mut().into_iter().flatten() {
+        if let Some(resources) = rule["resources"].as_array_mut() {
+            resources.retain(|one| one != resource);
+        }
+    }
+    let rules: Vec<&Value> =
+        rules.as_array().into_iter().flatten().filter(|rule| rule["resources"] != json!([])).collect();
+    json!({"rules": rules})
+}
+
+#[test]
+fn a_resource_that_is_refused_stops_no_other() -> Result<()> {
+    let (lab, server) = cluster()?;
+    let (a, c1, c2) = (lab.a(), lab.c1(), lab.c2());
+    server.apply(&policy("devices", "podSelector: {matchLabels: {app: api}}"))?;
+    server.add_pod("shop", "c1", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c1", c1)?;
+    let mut node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let _servers = [c1, c2].map(|pod| tcp::Server::echo(&pod.netns, pod.at(Family::V4, OPEN)));
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+    let saved = node.state_directory().join("kubernetes.json");
+    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+        .context("the known state is saved")?;
+    let path = format!("{ROLES}/bridge-agent");
+    let role = server.request(User::Admin, "GET", &path, None)?;
+    server.request(User::Admin, "PATCH", &path, Some(&without(&role, "bridgepolicies")))?;
+    node.restart()?;
+    until(&node, |cluster| cluster["failing"]["bridgepolicies"].is_string())?;
+    // The policy is the last known one; its pods are the present ones.
+    server.add_pod("shop", "c2", &json!({"app": "api"}), "b")?;
+    server.run_pod("shop", "c2", c2)?;
+    until_open(a, c2.at(Family::V4, OPEN), &node)?;
+    server.delete("/api/v1/namespaces/shop/pods/c1")?;
+    until_closed(a, c1.at(Family::V4, OPEN), &node)
+}
+
+#[test]
+fn an_agent_with_the_role_of_an_older_version_follows_all_that_it_may() -> Result<()> {
+    const RESOURCE: &str = "bridgenamespacepolicies";
+    let (lab, server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let path = format!("{ROLES}/bridge-agent");
+    let role = server.request(User::Admin, "GET", &path, None)?;
+    let older = without(&without(&role, RESOURCE), &format!("{RESOURCE}/status"));
+    server.request(User::Admin, "PATCH", &path, Some(&older))?;
+    let to = c1.at(Family::V4, OPEN);
+    let _echo = tcp::Server::echo(&c1.netns, to)?;
+    // Where policies of namespaces are off, the right to them is not needed.
+    let mut node = on_node(&lab, &server)?;
+    let _host = on_host(&lab, &server)?;
+    let status = until_current(&node)?;
+    ensure!(status["connected"] == true && status["failing"] == json!({}), "{status}");
+    until_closed(a, to, &node)?;
+    server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
+    until_open(a, to, &node)?;
+    // Where they are on, everything else is followed, and the right and its manifest are named.
+    let on = node_config(&server, "").replace("nodeName: b}", "nodeName: b, namespacePolicies: true}");
+    node.reload(&on)?;
+    let status = until(&node, |cluster| cluster["failing"][RESOURCE].is_string())?;
+    let reason = status["failing"][RESOURCE].to_string();
+    ensure!(reason.contains("list and watch bridgenamespacepolicies.bridge.lan"), "{reason}");
+    ensure!(reason.contains("apply deploy/kubernetes/rbac.yaml"), "{reason}");
+    ensure!(status["failing"].as_object().is_some_and(|failing| failing.len() == 1), "{status}");
+    ensure!(status["current"] == false, "{status}");
+    server.kubectl(&["delete", "bridgepolicy", "devices"], "")?;
+    until_closed(a, to, &node)?;
+    server.apply(&policy("again", "pods: [10.200.1.0/24]"))?;
+    until_open(a, to, &node)?;
+    let ready = node.command(&["status", "--ready"]).output()?;
+    let said = String::from_utf8_lossy(&ready.stderr).into_owned();
+    ensure!(!ready.status.success() && said.contains("rbac.yaml"), "{said}");
+    server.request(User::Admin, "PATCH", &path, Some(&json!({"rules": role["rules"]})))?;
+    until(&node, |cluster| cluster["connected"] == true)?;
+    until_current(&node).map(drop)
+}
+
 #[test]
 fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<()> {
     let (lab, server, mut node, _others) = allowing_cluster()?;
@@ -110,17 +190,16 @@ fn a_right_that_is_taken_away_is_told_and_leaves_in_force_what_was() -> Result<(
 
     let path = format!("{ROLES}/bridge-agent");
     let role = server.request(User::Admin, "GET", &path, None)?;
-    let without = |resource: &str| {
-        let rules = role["rules"].as_array().into_iter().flatten();
-        let rules = rules.filter(|rule| !rule["resources"].to_string().contains(&format!("\"{resource}\"")));
-        json!({"rules": rules.collect::<Vec<_>>()})
-    };
-    server.request(User::Admin, "PATCH", &path, Some(&without("bridgepolicies")))?;
+    server.request(User::Admin, "PATCH", &path, Some(&without(&role, "bridgepolicies")))?;
     // An open watch continues; a new connection is refused.
     node.restart()?;
     let status = until(&node, |cluster| cluster["connected"] == false)?;
     let reason = status["failing"]["bridgepolicies"].to_string();
-    ensure!(reason.contains("is forbidden") && reason.contains("deploy/kubernetes"), "{status}");
+    ensure!(reason.contains("the right to list and watch bridgepolicies.bridge.lan"), "{status}");
+    ensure!(
+        reason.contains("is forbidden") && reason.contains("apply deploy/kubernetes/rbac.yaml"),
+        "{status}"
+    );
     ensure!(status["current"] == false, "a policy may have come: {status}");
     let report = || {
         let node =

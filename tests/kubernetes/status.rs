@@ -166,6 +166,46 @@ fn a_policy_over_its_budget_costs_the_others_nothing() -> Result<()> {
 }
 
 #[test]
+fn no_refused_policy_is_called_programmed_however_many_there_are() -> Result<()> {
+    // A BridgeNode lists ten.
+    const REFUSED: usize = 25;
+    let (lab, server) = cluster()?;
+    let node = on_node(&lab, &server)?;
+    for number in 0..REFUSED {
+        server.apply(&expensive(&format!("greedy-{number}")))?;
+        if number % 5 == 0 {
+            server.apply(&policy(&format!("good-{number}"), "pods: [10.200.1.0/24]"))?;
+        }
+    }
+    for number in 0..REFUSED {
+        let path = format!("{POLICIES}/greedy-{number}");
+        until_condition(&server, &path, "Programmed", |one| one["reason"] == "RefusedByNode")
+            .with_context(|| node.log())?;
+        if number % 5 == 0 {
+            let path = format!("{POLICIES}/good-{number}");
+            until_condition(&server, &path, "Programmed", |one| one["status"] == "True")?;
+        }
+    }
+    let object = server.request(User::Admin, "GET", NODE, None)?;
+    let listed = object["status"]["refusedPolicies"].as_array().map_or(0, Vec::len);
+    ensure!(listed == 10 && object["status"]["refusedCount"] == REFUSED, "{object:#}");
+    // The author hears of it, too.
+    let events = server.kubectl(&["get", "events", "-n", "default"], "")?;
+    ensure!(events.contains("bridgepolicy/greedy-0") && events.contains("PolicyRejected"), "{events}");
+    // Fewer again.
+    for number in 5..REFUSED {
+        server.delete(&format!("{POLICIES}/greedy-{number}"))?;
+    }
+    eventually(DEADLINE, || {
+        let object = server.request(User::Admin, "GET", NODE, None).ok()?;
+        (object["status"]["refusedCount"] == 5 && object["status"]["refusedSet"].is_null()).then_some(())
+    })
+    .with_context(|| node.log())?;
+    let path = format!("{POLICIES}/greedy-0");
+    until_condition(&server, &path, "Programmed", |one| one["reason"] == "RefusedByNode").map(drop)
+}
+
+#[test]
 fn a_rejected_policy_is_an_event_and_a_line_in_the_log() -> Result<()> {
     let (lab, server) = cluster()?;
     let node = on_node(&lab, &server)?;

@@ -543,19 +543,57 @@ fn a_policy_of_a_namespace_has_the_schema_of_one_of_the_cluster_and_its_own_pods
 }
 
 #[test]
-fn the_examples_of_the_reference_are_accepted() -> Result<()> {
+fn the_examples_of_the_reference_are_accepted_and_kept() -> Result<()> {
     let (_lab, server) = cluster()?;
-    for (number, (path, example)) in reference::EXAMPLES.iter().enumerate() {
-        let mut rule: Value = serde_saphyr::from_str(reference::RULE)?;
-        let keys: Value = serde_saphyr::from_str(example).with_context(|| (*example).to_owned())?;
-        for (key, value) in keys.as_object().context("keys of a rule")? {
-            rule[key] = value.clone();
+    let of_namespace = "/apis/bridge.lan/v1alpha1/namespaces/shop/bridgenamespacepolicies";
+    let mut applied = 0;
+    for (kind, path, scope) in [
+        ("BridgePolicy", POLICIES, PolicyScope::Cluster),
+        ("BridgeNamespacePolicy", of_namespace, PolicyScope::Namespace),
+    ] {
+        let keys_of = |yaml: &str| serde_saphyr::from_str::<Value>(yaml).with_context(|| yaml.to_owned());
+        let of_rules = reference::EXAMPLES
+            .iter()
+            .filter(|(field, _)| scope == PolicyScope::Cluster || reference::is_of_namespace(field));
+        let of_rules = of_rules.map(|(field, example)| {
+            let mut rule = keys_of(reference::RULE)?;
+            for (key, value) in keys_of(example)?.as_object().context("keys of a rule")? {
+                rule[key] = value.clone();
+            }
+            anyhow::Ok((format!("rules[].{field}"), json!({"rules": [rule]})))
+        });
+        let of_spec = reference::OF_SPEC.iter().map(|(field, example)| {
+            let mut spec = json!({"rules": [keys_of(reference::RULE)?]});
+            for (key, value) in keys_of(example)?.as_object().context("keys of a spec")? {
+                spec[key] = value.clone();
+            }
+            anyhow::Ok(((*field).to_owned(), spec))
+        });
+        for (number, example) in of_rules.chain(of_spec).enumerate() {
+            let (field, spec): (String, Value) = example?;
+            let mut policy = object(&format!("example-{number}"), "{}")?;
+            (policy["kind"], policy["spec"]) = (kind.into(), spec);
+            let said = create_at(&server, path, &policy);
+            ensure!(said.is_none(), "{kind} {field}: {policy}: {said:?}");
+            let checked = check_policy(&policy.to_string(), scope);
+            ensure!(checked.is_ok(), "{kind} {field}: {policy}: {checked:?}");
+            applied += 1;
         }
-        let mut policy = object(&format!("example-{number}"), "spec: {rules: []}")?;
-        policy["spec"]["rules"] = json!([rule]);
-        ensure!(create(&server, &policy).is_none(), "{path}: {example}: {:?}", create(&server, &policy));
-        let checked = check_policy(&policy.to_string(), PolicyScope::Cluster);
-        ensure!(checked.is_ok(), "{path}: {example}: {checked:?}");
+    }
+    ensure!(applied > 35, "{applied}");
+    // An example of each status, of which the API server drops nothing.
+    let node = json!({"apiVersion": "bridge.lan/v1alpha1", "kind": "BridgeNode", "metadata": {"name": "b"}, "spec": {}});
+    let nodes = "/apis/bridge.lan/v1alpha1/bridgenodes";
+    server.request(User::Admin, "POST", nodes, Some(&node))?;
+    for (kind, path) in [
+        ("BridgePolicy", format!("{POLICIES}/example-0")),
+        ("BridgeNamespacePolicy", format!("{of_namespace}/example-0")),
+        ("BridgeNode", format!("{nodes}/b")),
+    ] {
+        let status = reference::example_status(kind);
+        server.request(User::Admin, "PATCH", &format!("{path}/status"), Some(&json!({"status": status})))?;
+        let stored = server.request(User::Admin, "GET", &path, None)?;
+        ensure!(stored["status"] == status, "{kind}: {} is stored as {}", status, stored["status"]);
     }
     Ok(())
 }

@@ -17,15 +17,12 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// The token of a pod's service account.
 const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
-/// Requests that the agent makes: group, resource, verbs (deploy/kubernetes/rbac.yaml).
-const NEEDED: [(&str, &str, &[&str]); 6] = [
-    ("", "nodes", &["list", "watch"]),
-    ("", "pods", &["list", "watch"]),
-    ("", "namespaces", &["list", "watch"]),
-    (GROUP, "bridgepolicies", &["list", "watch"]),
-    (GROUP, "bridgenamespacepolicies", &["list", "watch"]),
-    (GROUP, "bridgenodes", &["list", "watch"]),
-];
+/// What the agent lists and watches: group and resource (deploy/kubernetes/rbac.yaml).
+const NEEDED: [(&str, &str); 5] =
+    [("", "nodes"), ("", "pods"), ("", "namespaces"), (GROUP, "bridgepolicies"), (GROUP, "bridgenodes")];
+/// The same, where the configuration has `namespacePolicies`.
+const NAMESPACE_POLICIES: (&str, &str) = (GROUP, "bridgenamespacepolicies");
+const VERBS: [&str; 2] = ["list", "watch"];
 
 /// Facts about the connection to a cluster.
 #[derive(Debug)]
@@ -58,14 +55,14 @@ pub(crate) async fn examine(section: &Kubernetes) -> Examination {
         Ok(found) => found,
         Err(error) => return Examination { server: None, token_left, answer: Err(error.to_string()) },
     };
-    let answer = match tokio::time::timeout(DEADLINE, ask(client)).await {
+    let answer = match tokio::time::timeout(DEADLINE, ask(client, section.namespace_policies)).await {
         Ok(answer) => answer,
         Err(_) => Err(format!("no answer within {DEADLINE:?}")),
     };
     Examination { server: Some(server), token_left, answer }
 }
 
-async fn ask(client: Client) -> Result<Answer, String> {
+async fn ask(client: Client, namespace_policies: bool) -> Result<Answer, String> {
     let request =
         |path: &str| hyper::Request::get(path).body(Body::empty()).map_err(|error| error.to_string());
     let response = client.send(request("/version")?).await.map_err(|error| error.to_string())?;
@@ -82,7 +79,10 @@ async fn ask(client: Client) -> Result<Answer, String> {
         return Err(format!("{status}: {}", version["message"].as_str().unwrap_or("no reason given")));
     }
     let version = version["gitVersion"].as_str().unwrap_or("unknown").to_owned();
-    let (denied, missing_definitions) = (denied(&client).await, missing_definitions(&client).await);
+    let of_namespaces = namespace_policies.then_some(NAMESPACE_POLICIES);
+    let needed: Vec<_> = NEEDED.into_iter().chain(of_namespaces).collect();
+    let (denied, missing_definitions) =
+        (denied(&client, &needed).await, missing_definitions(&client, &needed).await);
     let text = |error: kube::Error| error.to_string();
     Ok(Answer {
         version,
@@ -93,15 +93,15 @@ async fn ask(client: Client) -> Result<Answer, String> {
 }
 
 /// Requests of the agent that the server would refuse.
-async fn denied(client: &Client) -> Result<Vec<String>, kube::Error> {
+async fn denied(client: &Client, needed: &[(&str, &str)]) -> Result<Vec<String>, kube::Error> {
     let mut denied = Vec::new();
     let reviews: Api<SelfSubjectAccessReview> = Api::all(client.clone());
-    for (group, resource, verbs) in NEEDED {
-        for verb in verbs {
+    for (group, resource) in needed {
+        for verb in VERBS {
             let attributes = ResourceAttributes {
-                group: Some(group.to_owned()),
-                resource: Some(resource.to_owned()),
-                verb: Some((*verb).to_owned()),
+                group: Some((*group).to_owned()),
+                resource: Some((*resource).to_owned()),
+                verb: Some(verb.to_owned()),
                 ..ResourceAttributes::default()
             };
             let spec = SelfSubjectAccessReviewSpec {
@@ -119,10 +119,10 @@ async fn denied(client: &Client) -> Result<Vec<String>, kube::Error> {
 }
 
 /// Custom resources of bridge that the server does not have.
-async fn missing_definitions(client: &Client) -> Result<Vec<String>, kube::Error> {
+async fn missing_definitions(client: &Client, needed: &[(&str, &str)]) -> Result<Vec<String>, kube::Error> {
     let groups = client.list_api_groups().await?;
-    let mut missing_definitions =
-        ["bridgepolicies", "bridgenamespacepolicies", "bridgenodes"].map(str::to_owned).to_vec();
+    let own = needed.iter().filter(|(group, _)| *group == GROUP);
+    let mut missing_definitions: Vec<String> = own.map(|(_, resource)| (*resource).to_owned()).collect();
     if let Some(version) =
         groups.groups.iter().find(|group| group.name == GROUP).and_then(|group| group.versions.first())
     {

@@ -35,6 +35,8 @@ const RETRY: Duration = Duration::from_secs(5);
 const ABSENT: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(5));
 /// Minimum time between two changes of the active configuration; several changes of the cluster become one meanwhile.
 const PAUSE: Duration = Duration::from_millis(20);
+/// A change that took longer is followed by a pause of this part of its time, for all else that the run loop has to do.
+const PAUSE_SHARE: u32 = 4;
 
 /// Follows a cluster until it is dropped.
 pub(crate) struct Follower {
@@ -165,7 +167,7 @@ impl Follower {
             None => self.quarantine().succeeded(&planned.policies, &self.state.cluster()),
             Some(error) => self.exclude(&planned, error),
         };
-        let pause = if error.is_some() && !again { RETRY } else { took.max(PAUSE) };
+        let pause = if error.is_some() && !again { RETRY } else { (took / PAUSE_SHARE).max(PAUSE) };
         self.applied = (error.is_none() && !again).then_some(version);
         self.not_before = Instant::now() + pause;
         self.log_refused(&planned);
@@ -216,7 +218,8 @@ fn expected(role: Role, section: &Kubernetes) -> Vec<&'static str> {
         (on_node && section.pods == FollowedPods::All, RemotePodObject::NAME),
         (on_node, NamespaceObject::NAME),
         (on_node, PolicyObject::NAME),
-        (on_node, NamespacePolicyObject::NAME),
+        // Where they have no effect, the right to read them is not needed.
+        (on_node && section.namespace_policies, NamespacePolicyObject::NAME),
         (calico, AffinityObject::NAME),
         // Each address that a pod gets changes a block: only who needs routes to single ones follows them.
         (calico && !on_node, BlockObject::NAME),

@@ -5,11 +5,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use sha2::{Digest as _, Sha256};
 
 use super::budgets::Budgets;
 use super::cluster::{Cluster, namespace_of};
 use super::networks::{self, Origin};
+use super::policy_sets::PolicySets;
 use super::quarantine::Quarantine;
 use super::resources::{NAMESPACE_POLICIES_OFF, ObservedPolicy, RefusedPolicy};
 use super::selector::{self, Reach};
@@ -39,8 +39,8 @@ pub(crate) struct Planned {
     pub(crate) refused: Vec<RefusedPolicy>,
     /// Whether everything had been listed once when this was planned: until then nothing is withdrawn because it is not known.
     pub(crate) synced: bool,
-    /// Of all policies that exist.
-    pub(crate) policy_hash: String,
+    /// The sets of policies that exist.
+    pub(crate) sets: PolicySets,
     /// Objects that cannot be followed, with the reason.
     pub(crate) remarks: Vec<String>,
 }
@@ -73,7 +73,7 @@ pub(super) fn plan_with(
         policies: Vec::new(),
         refused: Vec::new(),
         synced: false,
-        policy_hash: policy_hash(cluster.all_policies().map(|(name, policy)| (name, policy.generation))),
+        sets: PolicySets::default(),
         remarks: Vec::new(),
     };
     if file.routes.is_some() {
@@ -85,6 +85,8 @@ pub(super) fn plan_with(
     if file.role == Role::Node {
         planned.add_rules(cluster, node, budgets, quarantine);
     }
+    let namespaces = file.kubernetes.as_ref().is_some_and(|section| section.namespace_policies);
+    planned.sets = PolicySets::new(cluster, namespaces, &planned.refused);
     planned
 }
 
@@ -381,17 +383,6 @@ fn shared_limits(config: &Config) -> budget::Shared {
     let file = Family::ALL.map(|family| render::line_count(&policy, family)).into_iter().max();
     let left = iptables::MAX_LINES.saturating_sub(file.unwrap_or_default()) as u64;
     budget::Shared { lines: left.min(budget::Shared::LINES), ..budget::Shared::EBPF }
-}
-
-/// Hashes names and generations of policies. Agents of all versions come to the same hash.
-pub(super) fn policy_hash<'p>(policies: impl Iterator<Item = (&'p str, i64)>) -> String {
-    let mut hasher = Sha256::new();
-    for (name, generation) in policies {
-        hasher.update(name);
-        hasher.update([0]);
-        hasher.update(generation.to_be_bytes());
-    }
-    hasher.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn host(address: IpAddr) -> IpNet {

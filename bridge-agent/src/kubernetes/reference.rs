@@ -1,16 +1,33 @@
-//! The reference of the custom resources in Markdown, made from their schemas, with an example for each field of a rule.
+//! The reference of the custom resources in Markdown, made from their schemas, with an example for each field.
 
 use std::fmt::Write as _;
 
 use serde_json::Value as Json;
 
-use super::resources::{GROUP, VERSION, objects};
+use super::resources::{
+    ACCEPTED, BridgeNodeStatus, BridgePolicyStatus, Condition, GROUP, PROGRAMMED, PoolUse, RefusedPolicy,
+    VERSION, objects,
+};
+use crate::config::{NAMESPACE_POLICY, POLICY};
 
 /// Marks the beginning and the end of the reference in a page.
 pub const MARKS: (&str, &str) = ("<!-- reference: cargo xtask crds -->\n", "<!-- end of reference -->\n");
 
 /// A rule to which the examples add a key, or in which they replace one.
 pub const RULE: &str = "{name: example, direction: inbound, protocol: tcp, ports: [40002]}";
+
+/// An example for each field of a policy's `spec`: its name, and keys of a `spec` in YAML.
+pub const OF_SPEC: &[(&str, &str)] =
+    &[("mode", "{mode: audit}"), ("rules", "{rules: [{name: ping, direction: outbound, protocol: icmp}]}")];
+
+/// The fields of a rule that a policy of a namespace refuses.
+const OF_CLUSTER_ONLY: [&str; 2] = ["pods", "namespaceSelector"];
+
+/// Returns whether a policy of a namespace takes a field of a rule.
+#[must_use]
+pub fn is_of_namespace(field: &str) -> bool {
+    !OF_CLUSTER_ONLY.iter().any(|name| field.split('.').next() == Some(*name))
+}
 
 /// An example for each field of a rule: its path, and keys of a rule in YAML.
 pub const EXAMPLES: &[(&str, &str)] = &[
@@ -61,6 +78,78 @@ pub const EXAMPLES: &[(&str, &str)] = &[
     ),
 ];
 
+/// The time of the examples.
+const TIME: &str = "2026-05-04T09:12:44Z";
+
+fn condition(kind: &str, generation: i64, reason: &str, message: &str) -> Condition {
+    Condition {
+        kind: kind.to_owned(),
+        status: "True".to_owned(),
+        observed_generation: generation,
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        last_transition_time: TIME.to_owned(),
+    }
+}
+
+/// Returns a status of an object of this kind, with a value in each field.
+#[must_use]
+pub fn example_status(kind: &str) -> Json {
+    let status = if matches!(kind, POLICY | NAMESPACE_POLICY) {
+        let accepted = condition(ACCEPTED, 2, "Valid", "3 rules");
+        let programmed = condition(PROGRAMMED, 2, "AllNodes", "3 of 3 nodes");
+        serde_json::to_value(BridgePolicyStatus { conditions: vec![accepted, programmed] })
+    } else {
+        serde_json::to_value(BridgeNodeStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            heartbeat_time: TIME.to_owned(),
+            conditions: vec![condition("Ready", 1, "Enforcing", "all that is configured is active")],
+            mode: "enforce".to_owned(),
+            engines: vec!["ebpf".to_owned(), "iptables".to_owned()],
+            policy_generation: 7,
+            policy_count: 12,
+            policy_hash: "00f1d2a3b4c5d6e7".to_owned(),
+            namespace_policy_hash: "8a9b0c1d2e3f4051".to_owned(),
+            refused_count: 1,
+            refused_policies: vec![RefusedPolicy {
+                name: "greedy".to_owned(),
+                generation: 1,
+                message: "its rules need 64000 iptables rules, and 20000 are allowed".to_owned(),
+            }],
+            refused_set: "0008".to_owned(),
+            interfaces: vec!["eth0".to_owned(), "cali1234567890a".to_owned()],
+            pods: 31,
+            error_count: 1,
+            errors: vec!["policy greedy is refused: its rules need 64000 iptables rules".to_owned()],
+            remarks: vec!["rule devices.in matches nothing here".to_owned()],
+            pool: Some(PoolUse { usage: "17/1000".to_owned(), held: 17, available: 1000 }),
+        })
+    };
+    status.unwrap_or_default()
+}
+
+/// Returns the value at a path such as `conditions[].type`, of the first element of each list.
+fn at<'v>(value: &'v Json, path: &str) -> Option<&'v Json> {
+    path.split('.').try_fold(value, |value, name| match name.strip_suffix("[]") {
+        Some(list) => value.get(list)?.get(0),
+        None => value.get(name),
+    })
+}
+
+/// Returns the example of a field of an object of this kind, as it is written in YAML.
+fn example(kind: &str, path: &str) -> Option<String> {
+    if let Some(path) = path.strip_prefix("status.") {
+        let name = path.rsplit('.').next().unwrap_or_default();
+        // A flow mapping of YAML is JSON.
+        return Some(format!("{name}: {}", at(&example_status(kind), path)?));
+    }
+    let keys = match path.strip_prefix("spec.rules[].") {
+        Some(of_rule) => EXAMPLES.iter().find(|(field, _)| *field == of_rule)?.1,
+        None => OF_SPEC.iter().find(|(field, _)| path.strip_prefix("spec.") == Some(*field))?.1,
+    };
+    Some(keys.trim_start_matches('{').strip_suffix('}').unwrap_or(keys).to_owned())
+}
+
 /// Returns the reference.
 #[must_use]
 pub fn reference() -> String {
@@ -76,7 +165,7 @@ pub fn reference() -> String {
         let schema = serde_json::to_value(schema).unwrap_or_default();
         let schema = &schema["openAPIV3Schema"];
         for part in ["spec", "status"] {
-            fields(&mut text, part, &schema["properties"][part]);
+            fields(&mut text, kind, part, &schema["properties"][part]);
         }
         line(&mut text, format_args!(""));
     }
@@ -88,22 +177,24 @@ fn line(text: &mut String, arguments: std::fmt::Arguments<'_>) {
 }
 
 /// Adds a row for each field below `path`.
-fn fields(text: &mut String, path: &str, schema: &Json) {
+fn fields(text: &mut String, kind: &str, path: &str, schema: &Json) {
     let required =
         |name: &str| schema["required"].as_array().is_some_and(|list| list.iter().any(|one| one == name));
     for (name, field) in schema["properties"].as_object().into_iter().flatten() {
         let path = format!("{path}.{name}");
+        let of_rule = path.strip_prefix("spec.rules[].");
+        if kind == NAMESPACE_POLICY && of_rule.is_some_and(|field| !is_of_namespace(field)) {
+            continue;
+        }
         let of_list = if field["type"] == "array" { format!("{path}[]") } else { path.clone() };
         let mut meaning =
             field["description"].as_str().unwrap_or_default().replace('\n', " ").replace('|', "\\|");
-        let of_rule = path.strip_prefix("spec.rules[].").unwrap_or_default();
-        if let Some((_, example)) = EXAMPLES.iter().find(|(field, _)| *field == of_rule) {
-            let keys = example.trim_start_matches('{').strip_suffix('}').unwrap_or(example);
-            write!(meaning, " Example: `{keys}`").expect("writing to a string");
+        if let Some(example) = example(kind, &path) {
+            write!(meaning, " Example: `{}`", example.replace('|', "\\|")).expect("writing to a string");
         }
         let needed = if required(name) && path.starts_with("spec") { ", required" } else { "" };
         line(text, format_args!("| `{path}` | {}{needed} | {meaning} |", form(field)));
-        fields(text, &of_list, if field["type"] == "array" { &field["items"] } else { field });
+        fields(text, kind, &of_list, if field["type"] == "array" { &field["items"] } else { field });
     }
 }
 
@@ -159,10 +250,17 @@ mod tests {
     }
 
     #[test]
-    fn every_field_of_a_rule_has_an_example() {
+    fn every_field_has_an_example() {
         let text = reference();
-        for row in text.lines().filter(|row| row.starts_with("| `spec.rules[].")) {
+        let rows: Vec<&str> =
+            text.lines().filter(|row| row.starts_with("| `spec.") || row.starts_with("| `status.")).collect();
+        for row in &rows {
             assert!(row.contains(" Example: "), "{row}");
+        }
+        assert!(rows.len() > 70, "{}", rows.len());
+        let of_namespace = text.split("### ").find(|part| part.starts_with("BridgeNamespacePolicy")).unwrap();
+        for field in OF_CLUSTER_ONLY {
+            assert!(!of_namespace.contains(&format!("`spec.rules[].{field}")), "{field} is refused there");
         }
     }
 }

@@ -196,12 +196,19 @@ pub struct BridgeNodeStatus {
     pub policy_generation: i64,
     /// Number of enforced policies of the cluster.
     pub policy_count: i64,
-    /// Hash of name and generation of all policies that the node has applied or refused.
+    /// Hash of name and generation of all BridgePolicies that the node has applied or refused.
     pub policy_hash: String,
+    /// The same of all BridgeNamespacePolicies; absent where they have no effect.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub namespace_policy_hash: String,
     /// Number of refused policies.
     pub refused_count: i64,
     /// The first refused policies.
     pub refused_policies: Vec<RefusedPolicy>,
+    /// All refused policies, if they are more than `refusedPolicies` has: of the policies of both hashes in the order of their
+    /// names, those of the cluster first, a bit each, four in a hexadecimal digit, the first bit the highest.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub refused_set: String,
     /// The interfaces on which packets are judged.
     pub interfaces: Vec<String>,
     /// Number of known pods of this node.

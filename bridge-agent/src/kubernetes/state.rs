@@ -34,6 +34,8 @@ struct Health {
     expected: Vec<&'static str>,
     /// Resources listed since the agent has started.
     listed: BTreeSet<&'static str>,
+    /// Resources that the API server refuses, and without which the others are followed.
+    without: BTreeSet<&'static str>,
     failing: BTreeMap<&'static str, Failure>,
     /// Time of the last change between failing and not.
     since: SystemTime,
@@ -56,6 +58,7 @@ impl State {
             server: String::new(),
             expected,
             listed: BTreeSet::new(),
+            without: BTreeSet::new(),
             failing: BTreeMap::new(),
             since: SystemTime::now(),
         };
@@ -112,15 +115,31 @@ impl State {
             return;
         }
         tracing::debug!(resource, "resource listed");
-        let server = health.is_synced().then(|| health.server.clone());
-        drop(health);
-        if let Some(server) = server {
-            tracing::info!(server, "following the cluster");
-        }
+        self.show_synced(health);
         self.0.version.send_modify(|version| *version += 1);
     }
 
-    /// Whether every resource has been listed since the agent has started.
+    /// Follows the others without a resource that the API server refuses. Its objects stay as last known.
+    pub(super) fn go_without(&self, resource: &'static str) {
+        let mut health = lock(&self.0.health);
+        if health.listed.contains(resource) || !health.without.insert(resource) {
+            return;
+        }
+        self.show_synced(health);
+        self.0.version.send_modify(|version| *version += 1);
+    }
+
+    fn show_synced(&self, health: MutexGuard<'_, Health>) {
+        let synced = health.is_synced().then(|| (health.server.clone(), health.without()));
+        drop(health);
+        if let Some((server, without)) = synced {
+            let without = without.join(", ");
+            let without = (!without.is_empty()).then_some(without);
+            tracing::info!(server, without, "following the cluster");
+        }
+    }
+
+    /// Whether every resource has been listed since the agent has started, or is one that the others are followed without.
     pub(super) fn is_synced(&self) -> bool {
         lock(&self.0.health).is_synced()
     }
@@ -178,7 +197,7 @@ impl State {
         let objects = counts.into_iter().filter(|(resource, _)| health.expected.contains(resource));
         let objects: BTreeMap<_, _> = objects.map(|(name, count)| (name.to_owned(), count)).collect();
         let count = |resource: &str| objects.get(resource).copied().unwrap_or_default();
-        let missing = health.expected.iter().filter(|one| !health.listed.contains(*one));
+        let missing = health.expected.iter().filter(|one| !health.is_settled(one));
         let failing = health.failing.iter();
         KubernetesStatus {
             server: health.server.clone(),
@@ -208,7 +227,17 @@ impl State {
 
 impl Health {
     fn is_synced(&self) -> bool {
-        self.expected.iter().all(|resource| self.listed.contains(resource))
+        self.expected.iter().all(|resource| self.is_settled(resource))
+    }
+
+    /// Whether a resource keeps the others from being followed no longer.
+    fn is_settled(&self, resource: &str) -> bool {
+        self.listed.contains(resource) || self.without.contains(resource)
+    }
+
+    /// Resources that the others are followed without.
+    fn without(&self) -> Vec<&'static str> {
+        self.without.iter().filter(|resource| !self.listed.contains(*resource)).copied().collect()
     }
 }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::networks::Origin;
 use super::plan::Planned;
+use super::policy_sets::PolicySets;
 use super::resources::{ObservedPolicy, RefusedPolicy};
 
 /// The cluster as it is known, and the way to it.
@@ -55,8 +56,8 @@ pub(super) struct Applied {
     pub(super) origin: Origin,
     pub(super) policies: Vec<ObservedPolicy>,
     pub(super) refused: Vec<RefusedPolicy>,
-    /// Of all policies that were applied or refused.
-    pub(super) policy_hash: String,
+    /// All policies that were applied or refused.
+    pub(super) sets: PolicySets,
     pub(super) remarks: Vec<String>,
     pub(super) error: Option<String>,
 }
@@ -68,7 +69,7 @@ impl Applied {
         // A change that failed leaves the one before it active.
         if error.is_none() {
             (self.origin, self.policies) = (planned.origin, planned.policies);
-            (self.refused, self.policy_hash) = (planned.refused, planned.policy_hash);
+            (self.refused, self.sets) = (planned.refused, planned.sets);
             self.remarks = planned.remarks;
         }
         self.error = error;

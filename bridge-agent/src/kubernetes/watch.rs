@@ -9,7 +9,7 @@ use kube::runtime::watcher::{self, Config, Event, watcher};
 use kube::{Api, Client};
 
 use super::connect::cause;
-use super::objects::{Followed, key};
+use super::objects::{Followed, PodObject, key};
 use super::state::State;
 
 /// How long until the first next attempt, and at most.
@@ -113,7 +113,10 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
             }
             failures += 1;
             refusals = if code(&error) == Some(401) { refusals + 1 } else { 0 };
-            state.failed(T::NAME, reason(&error), code(&error).is_some());
+            state.failed(T::NAME, reason::<T>(&error, &state), code(&error).is_some());
+            if code(&error) == Some(403) && (T::OPTIONAL || T::table(&mut state.cluster()).is_known()) {
+                state.go_without(T::NAME);
+            }
             if refusals == REFUSALS {
                 return;
             }
@@ -160,13 +163,19 @@ fn code(error: &watcher::Error) -> Option<u16> {
     }
 }
 
-/// Returns the text for a failure.
-fn reason(error: &watcher::Error) -> String {
+/// Returns the text for a failure; for a missing right, with the right and the manifest that has it.
+fn reason<T: Followed>(error: &watcher::Error, state: &State) -> String {
     let cause = cause(error);
-    match code(error) {
-        Some(403) => format!("{cause}; give the account the role that deploy/kubernetes has for it"),
-        _ => cause,
+    if code(error) != Some(403) {
+        return cause;
     }
+    let (group, plural) = (T::group(&()), T::plural(&()));
+    let resource = if group.is_empty() { plural.into_owned() } else { format!("{plural}.{group}") };
+    // Only nodes follow pods.
+    let manifest = if state.expects(PodObject::NAME) { "rbac.yaml" } else { "lan-host.yaml" };
+    format!(
+        "{cause}; the account needs the right to list and watch {resource}: apply deploy/kubernetes/{manifest} of this version"
+    )
 }
 
 /// Doubles each time, and differs from agent to agent, so that not all of a cluster come at once.

@@ -28,6 +28,8 @@ pub(super) trait Followed:
     type Kept: PartialEq + Debug + Send;
     /// The resource, as `kubectl` names it.
     const NAME: &'static str;
+    /// Whether the others are followed without it where the account may not read it, also if none of it was ever known.
+    const OPTIONAL: bool = false;
 
     /// Returns the used fields; `None` if the object counts for nothing.
     fn keep(self) -> Option<Self::Kept>;
@@ -182,19 +184,24 @@ object! {
 }
 
 impl BridgeNodeReport {
-    /// Returns the hash of the policies that the node has applied, and those that it refuses.
-    pub(super) fn into_parts(self) -> (String, Vec<RefusedPolicy>) {
-        (self.status.policy_hash, self.status.refused_policies)
+    /// Returns the part with the policies that the node applies or refuses.
+    pub(super) fn into_report(self) -> NodeReport {
+        self.status
     }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
-struct NodeReport {
+pub(super) struct NodeReport {
+    /// See [`BridgeNodeStatus`](super::resources::BridgeNodeStatus).
     #[serde(deserialize_with = "or_default")]
-    policy_hash: String,
+    pub(super) policy_hash: String,
     #[serde(deserialize_with = "or_default")]
-    refused_policies: Vec<RefusedPolicy>,
+    pub(super) namespace_policy_hash: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(super) refused_policies: Vec<RefusedPolicy>,
+    #[serde(deserialize_with = "or_default")]
+    pub(super) refused_set: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -364,9 +371,18 @@ impl Followed for PolicyObject {
     }
 }
 
+impl NamespacePolicyObject {
+    /// Returns its generation and the conditions in its status.
+    pub(super) fn reported(self) -> (i64, Vec<Condition>) {
+        (self.metadata.generation.unwrap_or_default(), self.status.conditions)
+    }
+}
+
 impl Followed for NamespacePolicyObject {
     type Kept = Policy;
     const NAME: &'static str = "bridgenamespacepolicies";
+    /// The role of an older version has no right to it.
+    const OPTIONAL: bool = true;
 
     fn keep(self) -> Option<Policy> {
         Some(policy(&self.metadata, self.rest, self.status, PolicyScope::Namespace))

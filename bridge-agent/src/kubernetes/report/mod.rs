@@ -5,6 +5,7 @@
 
 mod conditions;
 mod event;
+mod ineffective;
 mod lease;
 mod node;
 mod policies;
@@ -134,8 +135,11 @@ async fn write_policies(client: &Client, section: &Kubernetes, node: &str, state
         let nodes = state.cluster().nodes.len();
         match lease.acquire(nodes).await {
             Ok(true) => {
-                let mut policies = Policies::new(client.clone(), state.clone(), section.namespace_policies);
-                policies.run(&mut lease, events).await;
+                let mut policies = Policies::new(client.clone(), state.clone());
+                tokio::select! {
+                    () = policies.run(&mut lease, events) => {}
+                    never = ineffective::refuse(client), if !section.namespace_policies => match never {},
+                }
             }
             Ok(false) => {}
             Err(error) if !warned => {

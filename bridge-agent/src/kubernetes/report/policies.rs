@@ -3,18 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, Client};
 use serde_json::json;
 
-use super::super::cluster::{Policy, namespace_of};
-use super::super::objects::{BridgeNodeReport, NamespacePolicyMeta, PolicyMeta, key};
-use super::super::plan::policy_hash;
-use super::super::resources::{
-    ACCEPTED, Condition, GROUP, NAMESPACE_POLICIES_OFF, PROGRAMMED, RefusedPolicy, VERSION,
-};
+use super::super::cluster::{Cluster, Policy, Refusal, namespace_of};
+use super::super::objects::{BridgeNodeReport, NamespacePolicyMeta, NodeReport, PolicyMeta, key};
+use super::super::policy_sets::{self, is_set};
+use super::super::resources::{ACCEPTED, Condition, GROUP, PROGRAMMED, RefusedPolicy, VERSION};
 use super::super::state::State;
 use super::MANAGER;
 use super::conditions::{condition, same, truth};
@@ -31,6 +29,13 @@ const REPEAT: Duration = Duration::from_secs(60);
 const HISTORY: usize = 256;
 /// Nodes that a message names.
 const NAMED: usize = 3;
+/// The reason of a policy that a node refuses.
+const REFUSED_BY_NODE: &str = "RefusedByNode";
+/// Conditions that are written at a time.
+const WRITES: usize = 8;
+/// The message of a node that refuses more policies than it lists.
+const UNLISTED: &str =
+    "it refuses more policies than its BridgeNode lists; `bridge-agent status` there has the reason";
 
 /// Versions of the set of policies, so that the hash that a node reports identifies its policies.
 #[derive(Default)]
@@ -42,10 +47,56 @@ struct History {
     policies: BTreeMap<String, (i64, u64)>,
 }
 
+/// Of the policies of the cluster, and of those of namespaces.
+#[derive(Default)]
+struct Histories([History; 2]);
+
+impl Histories {
+    fn update(&mut self, cluster: &Cluster) {
+        let Self([of_cluster, of_namespaces]) = self;
+        of_cluster.update(cluster.policies.iter());
+        of_namespaces.update(cluster.namespace_policies.iter());
+    }
+
+    /// Returns the versions with these hashes, or where one is not known, that of `before`.
+    fn versions_of(&self, hashes: &[String; 2], before: [u64; 2]) -> [u64; 2] {
+        let of = |kind: usize| self.0[kind].version_of(&hashes[kind]).unwrap_or(before[kind]);
+        [of(0), of(1)]
+    }
+
+    /// The version in which a policy came; `None` if it is not known.
+    fn since(&self, name: &str) -> Option<u64> {
+        self.0[kind(name)].policies.get(name).map(|(_, version)| *version)
+    }
+
+    /// Returns the names in a node's set of refused policies, if that is about the present policies.
+    fn refused(&self, hashes: &[String; 2], set: &str) -> Option<BTreeSet<String>> {
+        let Self([of_cluster, of_namespaces]) = self;
+        let is_present =
+            |history: &History, hash: &String| history.hashes.last().is_some_and(|(last, _)| last == hash);
+        if set.is_empty() {
+            return Some(BTreeSet::new());
+        }
+        // Where policies of namespaces have no effect, the node's set has none of them.
+        let with_namespaces = !hashes[1].is_empty();
+        if !is_present(of_cluster, &hashes[0]) || with_namespaces && !is_present(of_namespaces, &hashes[1]) {
+            return None;
+        }
+        let others = of_namespaces.policies.keys().filter(|_| with_namespaces);
+        let names = of_cluster.policies.keys().chain(others).enumerate();
+        Some(names.filter(|(index, _)| is_set(set, *index)).map(|(_, name)| name.clone()).collect())
+    }
+}
+
+/// The kind of a policy, as an index.
+fn kind(name: &str) -> usize {
+    usize::from(namespace_of(name).is_some())
+}
+
 impl History {
     /// Takes note of the policies that exist.
     fn update<'p>(&mut self, policies: impl Iterator<Item = (&'p str, &'p Policy)> + Clone) {
-        let hash = policy_hash(policies.clone().map(|(name, policy)| (name, policy.generation)));
+        let hash = policy_sets::hash(policies.clone());
         if self.hashes.last().is_some_and(|(last, _)| *last == hash) {
             return;
         }
@@ -69,10 +120,14 @@ impl History {
 
 /// The last report of a node.
 struct Report {
-    /// The version of the set of policies that it has.
-    version: u64,
-    hash: String,
+    /// The versions of the sets of policies that it has.
+    versions: [u64; 2],
+    hashes: [String; 2],
     refused: Vec<RefusedPolicy>,
+    /// The refused policies, if they are more than listed.
+    refused_set: String,
+    /// The same, by name.
+    unlisted: BTreeSet<String>,
 }
 
 /// The last condition written to a policy, and its time.
@@ -85,18 +140,16 @@ struct Written {
 pub(super) struct Policies {
     client: Client,
     state: State,
-    history: History,
+    history: Histories,
     nodes: BTreeMap<String, Report>,
     written: HashMap<String, Written>,
     warned: BTreeSet<String>,
-    /// Whether policies of namespaces take effect.
-    namespace_policies: bool,
 }
 
 impl Policies {
-    pub(super) fn new(client: Client, state: State, namespace_policies: bool) -> Self {
+    pub(super) fn new(client: Client, state: State) -> Self {
         let (history, nodes, written, warned) = Default::default();
-        Self { client, state, history, nodes, written, warned, namespace_policies }
+        Self { client, state, history, nodes, written, warned }
     }
 
     /// Runs until the Lease is lost.
@@ -149,9 +202,7 @@ impl Policies {
                     }
                 },
                 _ = versions.changed() => {
-                    let cluster = self.state.cluster();
-                    self.history.update(cluster.all_policies());
-                    drop(cluster);
+                    self.history.update(&self.state.cluster());
                     due.get_or_insert_with(|| Instant::now() + COALESCE);
                 }
             }
@@ -160,24 +211,34 @@ impl Policies {
 
     fn take(&mut self, node: BridgeNodeReport) {
         let name = key(&node).into_string();
-        let before = self.nodes.get(&name).map_or(0, |report| report.version);
-        let (hash, refused) = node.into_parts();
+        let (before, unlisted) = self
+            .nodes
+            .remove(&name)
+            .map_or_else(Default::default, |report| (report.versions, report.unlisted));
+        let NodeReport { policy_hash, namespace_policy_hash, refused_policies, refused_set } =
+            node.into_report();
+        let hashes = [policy_hash, namespace_policy_hash];
         // A set that came and went between two polls: the node has at least its former one.
-        let version = self.history.version_of(&hash).unwrap_or(before);
-        self.nodes.insert(name, Report { version, hash, refused });
+        let versions = self.history.versions_of(&hashes, before);
+        let unlisted = self.history.refused(&hashes, &refused_set).unwrap_or(unlisted);
+        self.nodes
+            .insert(name, Report { versions, hashes, refused: refused_policies, refused_set, unlisted });
     }
 
     /// Writes each condition that is not as it should be. One that cannot be written keeps no other from it.
     async fn write(&mut self, events: &Events) {
-        for (name, conditions, rejected) in self.wanted() {
-            let written = self.apply(&name, &conditions).await;
+        let client = &self.client.clone();
+        let wanted = stream::iter(self.wanted()).map(|(name, conditions, rejected)| async move {
+            let written = apply(client, &name, &conditions).await;
+            if let (Ok(()), Some(note)) = (&written, rejected) {
+                events.policy_rejected(&name, &note).await;
+            }
+            (name, conditions, written)
+        });
+        let written: Vec<_> = wanted.buffer_unordered(WRITES).collect().await;
+        for (name, conditions, written) in written {
             match written {
-                Ok(()) => {
-                    if let Some(note) = rejected {
-                        events.policy_rejected(&name, &note).await;
-                    }
-                    self.written.insert(name, Written { conditions, at: Instant::now() });
-                }
+                Ok(()) => drop(self.written.insert(name, Written { conditions, at: Instant::now() })),
                 // Deleted meanwhile.
                 Err(kube::Error::Api(error)) if error.code == 404 => {}
                 Err(error) if self.warned.insert(name.clone()) => {
@@ -191,9 +252,12 @@ impl Policies {
     /// Conditions to write, each with the name of its policy, and a note if it is newly rejected.
     fn wanted(&mut self) -> Vec<(String, Vec<Condition>, Option<String>)> {
         let cluster = self.state.cluster();
-        self.history.update(cluster.all_policies());
+        self.history.update(&cluster);
         for report in self.nodes.values_mut() {
-            report.version = self.history.version_of(&report.hash).unwrap_or(report.version);
+            report.versions = self.history.versions_of(&report.hashes, report.versions);
+            if let Some(unlisted) = self.history.refused(&report.hashes, &report.refused_set) {
+                report.unlisted = unlisted;
+            }
         }
         self.written.retain(|name, _| cluster.policy(name).is_some());
         let mut list = Vec::new();
@@ -208,40 +272,30 @@ impl Policies {
             };
             let is_new = accepted(&policy.reported) != accepted(&conditions);
             let rejected =
-                self.refusal(name, policy).filter(|_| is_new).map(|(_, message)| message.to_owned());
+                policy.rules.as_ref().err().filter(|_| is_new).map(|refusal| refusal.message.clone());
+            let rejected = rejected.or_else(|| newly_refused(&policy.reported, &conditions));
             list.push((name.to_owned(), conditions, rejected));
         }
         list
     }
 
-    /// Returns reason and message of a policy that is not accepted.
-    fn refusal<'p>(&self, name: &str, policy: &'p Policy) -> Option<(&'p str, &'p str)> {
-        if namespace_of(name).is_some() && !self.namespace_policies {
-            return Some(("NamespacePoliciesOff", NAMESPACE_POLICIES_OFF));
-        }
-        policy.rules.as_ref().err().map(|refusal| (refusal.reason.as_str(), refusal.message.as_str()))
-    }
-
     fn conditions(&self, name: &str, policy: &Policy) -> Vec<Condition> {
         let (generation, before) = (policy.generation, &policy.reported);
-        let refusal = self.refusal(name, policy);
-        let count = policy.rules.as_ref().map_or(0, Vec::len);
-        let (reason, message) = refusal.map_or_else(
-            || ("Valid", format!("{count} rules")),
-            |(reason, message)| (reason, message.to_owned()),
-        );
-        let accepted = truth(refusal.is_none());
-        let accepted = condition(before, ACCEPTED, accepted, generation, reason, &message);
-        let (programmed, reason, message) = match refusal {
-            Some(_) => (false, "NotAccepted", "the policy is not accepted".to_owned()),
-            None => self.programmed(name, generation),
-        };
-        let programmed = condition(before, PROGRAMMED, truth(programmed), generation, reason, &message);
-        vec![accepted, programmed]
+        match &policy.rules {
+            Err(Refusal { reason, message }) => not_accepted(before, generation, reason, message),
+            Ok(rules) => {
+                let message = format!("{} rules", rules.len());
+                let accepted = condition(before, ACCEPTED, truth(true), generation, "Valid", &message);
+                let (programmed, reason, message) = self.programmed(name, generation);
+                let programmed =
+                    condition(before, PROGRAMMED, truth(programmed), generation, reason, &message);
+                vec![accepted, programmed]
+            }
+        }
     }
 
     fn programmed(&self, name: &str, generation: i64) -> (bool, &'static str, String) {
-        let since = self.history.policies.get(name).map_or(u64::MAX, |(_, version)| *version);
+        let (since, kind) = (self.history.since(name).unwrap_or(u64::MAX), kind(name));
         let all = self.nodes.len();
         let mut refused = Vec::new();
         let mut missing = Vec::new();
@@ -249,14 +303,16 @@ impl Policies {
             let of_policy = |one: &&RefusedPolicy| one.name == name && one.generation == generation;
             if let Some(policy) = report.refused.iter().find(of_policy) {
                 refused.push(format!("{node}: {}", policy.message));
-            } else if report.version < since {
+            } else if report.versions[kind] < since {
                 missing.push(node.as_str());
+            } else if report.unlisted.contains(name) {
+                refused.push(format!("{node}: {UNLISTED}"));
             }
         }
         let done = all - refused.len() - missing.len();
         let count = format!("{done} of {all} nodes");
         if let Some(first) = refused.first() {
-            return (false, "RefusedByNode", format!("{count}; {first}"));
+            return (false, REFUSED_BY_NODE, format!("{count}; {first}"));
         }
         if missing.is_empty() {
             return (all > 0, if all > 0 { "AllNodes" } else { "NoNodes" }, count);
@@ -287,26 +343,50 @@ impl Policies {
         }
         true
     }
+}
 
-    async fn apply(&self, name: &str, conditions: &[Condition]) -> kube::Result<()> {
-        let parameters = PatchParams::apply(MANAGER).force();
-        let object = |kind: &str, metadata| {
-            Patch::Apply(json!({
-                "apiVersion": format!("{GROUP}/{VERSION}"), "kind": kind, "metadata": metadata,
-                "status": { "conditions": conditions },
-            }))
-        };
-        match name.split_once('/') {
-            None => {
-                let object = object("BridgePolicy", json!({ "name": name }));
-                let policies = Api::<PolicyMeta>::all(self.client.clone());
-                policies.patch_status(name, &parameters, &object).await.map(drop)
-            }
-            Some((namespace, name)) => {
-                let object = object("BridgeNamespacePolicy", json!({ "name": name, "namespace": namespace }));
-                let policies = Api::<NamespacePolicyMeta>::namespaced(self.client.clone(), namespace);
-                policies.patch_status(name, &parameters, &object).await.map(drop)
-            }
+/// Returns the conditions of a policy that is not accepted.
+pub(super) fn not_accepted(
+    before: &[Condition],
+    generation: i64,
+    reason: &str,
+    message: &str,
+) -> Vec<Condition> {
+    let accepted = condition(before, ACCEPTED, truth(false), generation, reason, message);
+    let text = "the policy is not accepted";
+    let programmed = condition(before, PROGRAMMED, truth(false), generation, "NotAccepted", text);
+    vec![accepted, programmed]
+}
+
+/// Returns the message of a policy that a node refuses, unless that is known.
+fn newly_refused(before: &[Condition], conditions: &[Condition]) -> Option<String> {
+    let refused = |list: &[Condition]| {
+        let found = list.iter().find(|one| one.kind == PROGRAMMED && one.reason == REFUSED_BY_NODE)?;
+        Some((found.observed_generation, found.message.clone()))
+    };
+    let (generation, message) = refused(conditions)?;
+    (refused(before).map(|(before, _)| before) != Some(generation)).then_some(message)
+}
+
+/// Writes the conditions of a policy.
+pub(super) async fn apply(client: &Client, name: &str, conditions: &[Condition]) -> kube::Result<()> {
+    let parameters = PatchParams::apply(MANAGER).force();
+    let object = |kind: &str, metadata| {
+        Patch::Apply(json!({
+            "apiVersion": format!("{GROUP}/{VERSION}"), "kind": kind, "metadata": metadata,
+            "status": { "conditions": conditions },
+        }))
+    };
+    match name.split_once('/') {
+        None => {
+            let object = object("BridgePolicy", json!({ "name": name }));
+            let policies = Api::<PolicyMeta>::all(client.clone());
+            policies.patch_status(name, &parameters, &object).await.map(drop)
+        }
+        Some((namespace, name)) => {
+            let object = object("BridgeNamespacePolicy", json!({ "name": name, "namespace": namespace }));
+            let policies = Api::<NamespacePolicyMeta>::namespaced(client.clone(), namespace);
+            policies.patch_status(name, &parameters, &object).await.map(drop)
         }
     }
 }
