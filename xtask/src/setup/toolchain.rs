@@ -50,14 +50,22 @@ struct Compiler {
     stable: bool,
 }
 
-/// Returns the toolchain to use, after installing its missing parts.
+/// Returns the toolchain to use, after installing its missing parts: Debian's where it can be had, since programs of
+/// one source cost the verifier more or less by compiler, and their budget is that of one; else a nightly.
 pub(super) fn ensure(apt: &mut Apt) -> Result<EbpfToolchain> {
     let works = |llvm| linker_path(llvm).is_ok_and(|linker| linker_works(&linker));
+    let mut refused = Vec::new();
+    if debian_compiler()?.is_none()
+        && let Err(why) = install_debian_compiler(apt)?
+    {
+        refused.push(why);
+    }
     let compiler = match choose(&installed_compilers()?, works, |llvm| can_link(apt, llvm))? {
         Choice::Ready(compiler) => return Ok(with_linker(&compiler, linker_path(compiler.llvm)?)),
         Choice::NeedsLinker(compiler) => compiler,
-        Choice::Install { refused } => {
-            let compiler = install_compiler(apt, refused)?;
+        Choice::Install { refused: others } => {
+            refused.extend(others);
+            let compiler = install_nightly(&refused)?;
             if let Err(why) = can_link(apt, compiler.llvm)? {
                 bail!("{} is there, but {why}", compiler.name);
             }
@@ -108,11 +116,10 @@ fn with_linker(compiler: &Compiler, linker: PathBuf) -> EbpfToolchain {
 
 /// Compilers on this machine that can build `core`, the preferred first.
 fn installed_compilers() -> Result<Vec<Compiler>> {
-    let mut compilers = Vec::new();
+    let mut compilers = Vec::from_iter(debian_compiler()?);
     for toolchain in nightlies()? {
         compilers.extend(compiler(&toolchain.join("bin"), &toolchain.join("lib/rustlib/src/rust"))?);
     }
-    compilers.extend(debian_compiler()?);
     Ok(compilers)
 }
 
@@ -247,26 +254,22 @@ fn install_linker(apt: &mut Apt, llvm: u32) -> Result<PathBuf> {
     })
 }
 
-/// Installs a compiler: Debian's, else a nightly of rustup.
-fn install_compiler(apt: &mut Apt, mut refused: Vec<String>) -> Result<Compiler> {
-    match apt.candidate("rustc-web")? {
-        None => refused.push("Debian's rustc-web: there is no such package here".into()),
+/// Installs Debian's compiler, or returns why it cannot be had.
+fn install_debian_compiler(apt: &mut Apt) -> Result<Result<(), String>> {
+    let why = "compiles the kernel side to eBPF (-Z build-std)";
+    Ok(match apt.candidate("rustc-web")? {
+        None => Err("Debian's rustc-web: there is no such package here".into()),
         Some(version) if parse_minor(&version).is_none_or(|minor| minor < OLDEST_RUST) => {
-            refused.push(format!("Debian's rustc-web {version}: older than 1.{OLDEST_RUST}"));
+            Err(format!("Debian's rustc-web {version}: older than 1.{OLDEST_RUST}"))
         }
-        Some(_) => {
-            let why = "compiles the kernel side to eBPF (-Z build-std)";
-            let packages = ["rustc-web", "cargo-web", "rust-web-src"];
-            match apt.install(packages.map(|package| (package, why))) {
-                Ok(()) => {
-                    let compiler = debian_compiler()?;
-                    return compiler
-                        .context("rustc-web and rust-web-src were installed, but are not where expected");
-                }
-                Err(error) => refused.push(format!("Debian's rustc-web: {error:#}")),
-            }
-        }
-    }
+        Some(_) => apt
+            .install(["rustc-web", "cargo-web", "rust-web-src"].map(|package| (package, why)))
+            .map_err(|error| format!("Debian's rustc-web: {error:#}")),
+    })
+}
+
+/// Installs a nightly of rustup, as nothing else will do: `refused` says why, for each.
+fn install_nightly(refused: &[String]) -> Result<Compiler> {
     let arguments = [
         "toolchain",
         "install",
