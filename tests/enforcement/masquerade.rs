@@ -1,7 +1,8 @@
 //! Pods that reach the LAN by their node's address: judged by their own.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::datapath::now;
@@ -11,11 +12,10 @@ use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Family, Lab};
 use bridge_lab::packet::{Packet, Tcp};
 use bridge_lab::traffic::{tcp, udp};
-use bridge_lab::wait::eventually;
 use bridge_lab::wire::{Capture, Injector};
 use etherparse::IpNumber;
 
-use crate::support::{DEADLINE, DENIED, OUTBOUND, SECOND, USUAL_RULES, config, flow, open, seen_until_now};
+use crate::support::{DENIED, OUTBOUND, SECOND, USUAL_RULES, config, flow, open, seen_until_now};
 
 /// Unreplied flows expire soon, and their table is small.
 const HASTY: &str =
@@ -62,12 +62,14 @@ fn a_tcp_connection_leaves_with_the_nodes_address_and_outlives_idleness_and_a_fl
 
         // Idle, while others come and go.
         flood(&lab, family)?;
-        let idle = || {
-            drop(open(lab.c2(), to).ok()?);
-            let entry = established(&agent, from, to, IpNumber::TCP).ok()?;
-            (now().saturating_sub(entry.last_seen) > u64::try_from(IDLE.as_nanos()).ok()?).then_some(())
-        };
-        eventually(DEADLINE, idle).context("the flow is gone, or is never idle")?;
+        let idle_since = Instant::now();
+        while idle_since.elapsed() <= IDLE {
+            drop(open(lab.c2(), to).context("a connection of the other pod")?);
+            thread::sleep(Duration::from_millis(50));
+        }
+        let entry = established(&agent, from, to, IpNumber::TCP)?;
+        let idle = Duration::from_nanos(now().saturating_sub(entry.last_seen));
+        ensure!(idle > IDLE, "not idle: its last packet was {idle:?} ago");
         connection.round_trip(SECOND).context("after the connection was idle")?;
         assert_eq!(established(&agent, from, to, IpNumber::TCP)?.state, state::ESTABLISHED);
     }
