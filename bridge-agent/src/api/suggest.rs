@@ -31,6 +31,10 @@ pub struct SuggestAnswer {
     /// Rules, and connections without one.
     #[serde(flatten)]
     pub suggestion: Suggestion,
+    /// Events that were not sent since the maps were made (`enforcement.events.rate`, or no reader). The connections of these
+    /// events are counted all the same.
+    #[serde(default)]
+    pub suppressed_events: u64,
     /// Classes of connections that made room for others, since the maps were made.
     pub evicted: u64,
 }
@@ -64,7 +68,7 @@ pub(super) async fn suggest(
             );
             return Err(Problem::new(StatusCode::CONFLICT, "replay", text));
         }
-        Ok(SuggestAnswer { suggestion, evicted })
+        Ok(SuggestAnswer { suggestion, suppressed_events: maps.suppressed_events()?, evicted })
     })
     .await
 }

@@ -12,8 +12,15 @@ use crate::api::{
     Ask,
     client::{self, Client},
 };
-use crate::config;
-use crate::explain::{Explanation, Nearly, Offline, ParseError, Protocol, Request, StageOutcome, explain};
+use crate::config::{self, CgroupPath, Config, Role, leaf::Leaf as _};
+use crate::explain::{
+    Explanation, Nearly, Offline, ParseError, Protocol, Question, Request, RouteFacts, StageOutcome, end,
+    explain, on_host,
+};
+use crate::interfaces::{Observer, Selection};
+use crate::kernel::netlink::{Route, Way};
+use crate::pool::process::{Process, ProcessError};
+use crate::routes::{Comparison, Setup};
 
 /// Explain why a connection passes or does not.
 ///
@@ -23,6 +30,7 @@ use crate::explain::{Explanation, Nearly, Offline, ParseError, Protocol, Request
 #[command(after_help = "Examples:
   bridge-agent explain 192.168.31.67 10.200.1.91:8080
   bridge-agent explain pod/shop/web 192.168.31.67:502 --json
+  bridge-agent explain --pid 4711 192.168.31.67:502
   bridge-agent explain --last-denied
   bridge-agent monitor --json --count 1 | bridge-agent explain -
   bridge-agent explain 192.168.31.67 172.16.0.10:443 --backend 10.200.1.91:8443")]
@@ -35,7 +43,7 @@ pub struct Explain {
     #[arg(value_name = "TO")]
     to: Option<String>,
     /// Explain the latest denied packet of the running agent
-    #[arg(long, conflicts_with_all = ["from", "to", "backend", "source_port"])]
+    #[arg(long, conflicts_with_all = ["from", "to", "backend", "source_port", "pid", "cgroup"])]
     last_denied: bool,
     /// Ask no agent: the configuration file alone
     #[arg(long, conflicts_with = "last_denied")]
@@ -49,9 +57,26 @@ pub struct Explain {
     /// The end behind TO, if the node translates it (Service, hostPort)
     #[arg(long, value_name = "ADDRESS:PORT")]
     backend: Option<String>,
+    /// The process that opens it: whether the port pool sees it, and the ports it
+    /// may get; FROM may be left out then
+    #[arg(long, value_name = "PID", conflicts_with = "cgroup", value_parser = clap::value_parser!(u32).range(1..))]
+    pid: Option<u32>,
+    /// The control group of that process instead, by its path below the mount
+    #[arg(long, value_name = "PATH", value_parser = cgroup)]
+    cgroup: Option<CgroupPath>,
     /// An address of the node itself, for NodePorts; may be repeated
     #[arg(long, value_name = "ADDRESS")]
     local: Vec<IpAddr>,
+}
+
+fn cgroup(text: &str) -> Result<CgroupPath, String> {
+    CgroupPath::parse(text).map_err(|problem| format!("{}; {}", problem.message, problem.help))
+}
+
+impl From<ProcessError> for Error {
+    fn from(error: ProcessError) -> Self {
+        Self::Question(error.to_string())
+    }
 }
 
 impl From<ParseError> for Error {
@@ -79,19 +104,55 @@ impl Explain {
 
     /// Reads the arguments.
     fn ask(&self) -> Result<Ask, Error> {
-        let (from, to) = match (&self.from, &self.to) {
-            (Some(from), Some(to)) => (from.clone(), to.clone()),
-            (Some(line), None) => return event(line),
+        let process = self.pid.map(Process::of).transpose()?;
+        let (from, to) = match (&self.from, &self.to, &process) {
+            (Some(from), Some(to), _) => (from.clone(), to.clone()),
+            (Some(to), None, Some(process)) => (addresses(process, to)?, to.clone()),
+            (Some(_), None, None) if self.cgroup.is_some() => {
+                return Err(Error::Question(
+                    "--cgroup needs FROM and TO: a control group has no address".to_owned(),
+                ));
+            }
+            (Some(line), None, None) => return event(line),
             _ => return Ok(Ask { last_denied: true, ..Ask::default() }),
         };
+        let cgroup = self.cgroup.as_ref().map(|group| group.as_str().to_owned());
         let connection = Request {
-            from,
-            to,
             protocol: Some(self.protocol),
             source_port: self.source_port,
             backend: self.backend.clone(),
+            cgroup: process.as_ref().map(|process| process.cgroup.clone()).or(cgroup),
+            process: process.map(|process| format!("pid {} ({})", process.pid, process.command)),
+            ..Request::new(from, to)
         };
         Ok(Ask { connection: Some(connection), ..Ask::default() })
+    }
+
+    /// Compares the routes of a LAN host with the kernel, without its agent.
+    fn on_host(
+        &self,
+        config: &Config,
+        host: &Offline,
+        question: &Question,
+        global: &Global,
+    ) -> Result<Explanation, Error> {
+        let snapshot = match &config.routes {
+            None => None,
+            Some(_) => {
+                let setup = Setup::offline(config, &global.state_directory().boot())?;
+                Some(Comparison::new(&setup)?.snapshot())
+            }
+        };
+        let read = |source| Error::Process { action: "the addresses of this host cannot be read", source };
+        let observed = Observer::open()
+            .and_then(|mut observer| observer.snapshot(&Selection::default()))
+            .map_err(read)?;
+        let local: Vec<IpAddr> = observed.addresses.iter().chain(&self.local).copied().collect();
+        let ways = |to: IpAddr| {
+            let kernel = Route::open().and_then(|mut route| route.way(to, None));
+            RouteFacts::new(to, snapshot.as_ref(), kernel)
+        };
+        Ok(on_host(question, &local, host.pool_facts(), &ways))
     }
 
     fn of_file(&self, ask: &Ask, global: &Global) -> Result<Explanation, Error> {
@@ -109,13 +170,31 @@ impl Explain {
         };
         let question = request.resolve(&())?;
         let config = config::load(&global.config)?.config;
-        let node = Offline::new(&config, self.local.clone());
-        let mut explanation = node.with_facts(&question, |facts| explain(facts, &question));
+        let node = Offline::new(&config, self.local.clone()).with_client_of(&request);
+        let mut explanation = match config.role {
+            Role::Node => node.with_facts(&question, |facts| explain(facts, &question)),
+            Role::Host => self.on_host(&config, &node, &question, global)?,
+        };
         if let Some(event) = &ask.event {
             explanation.note_event(event);
         }
         Ok(explanation)
     }
+}
+
+/// Returns the addresses that a process connects from, with commas between them. On this host: the one that the kernel takes.
+fn addresses(process: &Process, to: &str) -> Result<String, Error> {
+    if let (true, Ok((to, _))) = (process.is_here, end(to))
+        && let Ok(Way { source: Some(source), .. }) = Route::open().and_then(|mut route| route.way(to, None))
+    {
+        return Ok(source.to_string());
+    }
+    if process.addresses.is_empty() {
+        let text = format!("process {} has no address that others can reach: write FROM and TO", process.pid);
+        return Err(Error::Question(text));
+    }
+    let each: Vec<String> = process.addresses.iter().map(ToString::to_string).collect();
+    Ok(each.join(","))
 }
 
 /// Reads a line of `monitor --json`.

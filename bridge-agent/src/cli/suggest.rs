@@ -57,7 +57,7 @@ impl Suggest {
     }
 
     fn text(&self, answer: &SuggestAnswer) -> Result<String, Error> {
-        let SuggestAnswer { suggestion, evicted } = answer;
+        let SuggestAnswer { suggestion, suppressed_events: _, evicted } = answer;
         let pairs: usize = suggestion.rules.iter().map(|one| one.pairs).sum();
         let mut text = format!("# {} rules for {pairs} connections that were seen\n", suggestion.rules.len());
         // A String takes any text.

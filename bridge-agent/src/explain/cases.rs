@@ -145,11 +145,10 @@ impl Cases {
         let mut differences = Vec::new();
         for (number, case) in (1..).zip(&self.cases) {
             let request = Request {
-                from: case.from.clone(),
-                to: case.to.clone(),
                 protocol: case.protocol,
                 source_port: case.source_port,
                 backend: case.backend.clone(),
+                ..Request::new(&case.from, &case.to)
             };
             let question = request.resolve(&()).map_err(|source| CasesError::Case {
                 number,

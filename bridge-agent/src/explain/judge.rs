@@ -151,6 +151,10 @@ pub trait NodeState {
     fn has_tunnel(&self, protocol: u8, port: u16) -> bool;
     /// Returns the flow of a packet, if it is usable.
     fn flow(&self, table: FlowTable, packet: &Packet) -> Option<KnownFlow>;
+    /// Whether the control group of a pod is hooked for the port pool, since the pod has the annotation.
+    fn is_pooled(&self, _pod: IpAddr) -> bool {
+        false
+    }
 }
 
 /// The mark of an earlier hook.

@@ -9,6 +9,8 @@ mod nearly;
 pub mod nft;
 mod offline;
 mod path;
+mod pool;
+mod route;
 mod suggest;
 mod text;
 mod types;
@@ -19,6 +21,9 @@ pub use self::judge::{
 
 pub use self::offline::Offline;
 pub use self::path::explain;
+pub use self::pool::{Client, Hook, PoolFacts};
+pub(crate) use self::route::refusal;
+pub use self::route::{RouteFacts, on_host};
 pub use self::suggest::{Choice, Reported, Suggested, Suggestion, suggest};
 pub use self::text::{Directory, ParseError, Protocol, Question, Request, end};
 pub use self::types::{Explanation, Facts, MAX_NEARLY, Nearly, Remedy, Stage, StageOutcome, Verdict};

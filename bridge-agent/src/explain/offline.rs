@@ -4,10 +4,11 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::{Facts, FlowTable, KnownFlow, NodeState, Packet, Question};
+use super::{Client, Facts, FlowTable, Hook, KnownFlow, NodeState, Packet, PoolFacts, Question, Request};
 use crate::{
     config::{Config, PoolScope},
     model::Policy,
+    pool::hooked::covers,
 };
 
 /// Index that stands for the interface towards the LAN.
@@ -21,6 +22,7 @@ pub struct Offline {
     policy: Policy,
     pool: Option<PoolScope>,
     local: Vec<IpAddr>,
+    client: Option<Client>,
 }
 
 /// See [`NodeState`].
@@ -30,7 +32,24 @@ impl Offline {
     /// `local`: addresses of the node, which no file has.
     #[must_use]
     pub fn new(config: &Config, local: Vec<IpAddr>) -> Self {
-        Self { policy: config.policy(), pool: config.pool_scope(), local }
+        Self { policy: config.policy(), pool: config.pool_scope(), local, client: None }
+    }
+
+    /// Takes the process of a request for the client: the file alone says whether it is hooked.
+    #[must_use]
+    pub fn with_client_of(mut self, request: &Request) -> Self {
+        let groups = self.pool.as_ref().map(|pool| pool.cgroups.as_slice()).unwrap_or_default();
+        self.client = request.client().zip(request.cgroup.clone()).map(|(name, cgroup)| {
+            let hook = covers(groups, &cgroup).map_or(Hook::None, |group| Hook::By(group.clone()));
+            Client { name, cgroup, hook }
+        });
+        self
+    }
+
+    /// The facts about the pool.
+    #[must_use]
+    pub fn pool_facts(&self) -> PoolFacts<'_> {
+        PoolFacts { scope: self.pool.as_ref(), client: self.client.as_ref(), ephemeral: None }
     }
 
     /// The policy of the file.
@@ -49,7 +68,7 @@ impl Offline {
             policy: &self.policy,
             local: &local,
             state: &State(&self.policy.pods),
-            pool: self.pool.as_ref(),
+            pool: self.pool_facts(),
             lan_interface: LAN,
             live: false,
         })

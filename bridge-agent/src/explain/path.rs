@@ -9,15 +9,13 @@ use super::{
     Remedy, Stage, StageOutcome, Verdict, is_rejected,
     judge::ip,
     nearly::{self, Sides},
+    pool::{Opener, Ports, source_ports},
 };
 use crate::{
-    config::PoolScope,
     model::{Direction, Hook, Mode, OnDeny, PortRange},
     policy::{NODE_PORTS_RULE, reference::Criterion},
 };
 
-/// The ports that Linux gives to clients unless it is told otherwise (`net.ipv4.ip_local_port_range`).
-const EPHEMERAL: PortRange = PortRange { first: 32768, last: 60999 };
 /// The most source ports that are tried.
 const MAX_TRIED: usize = 4096;
 
@@ -38,7 +36,13 @@ pub fn explain(facts: &Facts<'_>, question: &Question) -> Explanation {
         end_stage(&judge, "source", question.source),
         end_stage(&judge, "destination", question.destination),
     ];
-    let (ranges, origin) = source_ports(facts, question, &judge);
+    let opener = match judge.class(question.source) {
+        Class::Pod => Opener::Pod { pooled: facts.state.is_pooled(question.source) },
+        Class::Local => Opener::Host,
+        Class::Node | Class::External | Class::Foreign => Opener::Stranger,
+    };
+    let Ports { ranges, origin, stage } = source_ports(facts.pool, opener, question);
+    stages.extend(stage);
     if question.protocol.has_ports() {
         stages.push(Stage::new("source port", StageOutcome::Ok, nearly::ports(&ranges), origin));
     }
@@ -106,27 +110,6 @@ fn end_stage(judge: &Judge<'_>, name: &str, address: IpAddr) -> Stage {
         _ => seen.to_owned(),
     };
     Stage::new(name, StageOutcome::Ok, format!("{address} is {seen}"), why)
-}
-
-/// Returns the source ports that the client may have, and where that is known from.
-fn source_ports(facts: &Facts<'_>, question: &Question, judge: &Judge<'_>) -> (Vec<PortRange>, &'static str) {
-    if !question.protocol.has_ports() {
-        return (vec![PortRange { first: 0, last: 0 }], "");
-    }
-    if let Some(port) = question.source_port {
-        return (vec![PortRange { first: port, last: port }], "as given");
-    }
-    let of_pod = judge.class(question.source) == Class::Pod;
-    let served = |pool: &&PoolScope| {
-        let to = question.backend.map_or(question.destination, |(address, _)| address);
-        !pool.cgroups.is_empty() && pool.destinations.iter().any(|network| network.contains(&to))
-    };
-    match facts.pool.filter(|_| of_pod).filter(served) {
-        Some(pool) if !pool.ports.is_empty() => {
-            (pool.ports.clone(), "the pool of the node gives one to each connection of a pod")
-        }
-        _ => (vec![EPHEMERAL], "not given: any port that Linux gives to clients"),
-    }
 }
 
 /// Judges the connection for each interval of source ports that rules distinguish; at least one.

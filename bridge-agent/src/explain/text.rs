@@ -248,7 +248,8 @@ fn show(addresses: &[IpAddr]) -> String {
     addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// A connection in words: each end is `ADDRESS[:PORT]` or `pod/NAMESPACE/NAME[:PORT]`.
+/// A connection in words: each end is `ADDRESS[:PORT]` or `pod/NAMESPACE/NAME[:PORT]`, or several addresses of one host with commas
+/// between them, of which the one of the other end's IP version counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 #[schemars(rename = "Connection")]
@@ -266,6 +267,28 @@ pub struct Request {
     /// See [`Question::backend`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backend: Option<String>,
+    /// The control group of the process that opens it, by its path below the cgroup2 mount.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<String>,
+    /// The process that opens it, for people; counts only beside `cgroup`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<String>,
+}
+
+impl Request {
+    /// A TCP connection between two ends.
+    #[must_use]
+    pub fn new(from: impl Into<String>, to: impl Into<String>) -> Self {
+        let (from, to) = (from.into(), to.into());
+        Self { from, to, protocol: None, source_port: None, backend: None, cgroup: None, process: None }
+    }
+
+    /// The process that opens it, for people; `None`: it is not named.
+    #[must_use]
+    pub fn client(&self) -> Option<String> {
+        let group = self.cgroup.as_ref()?;
+        Some(self.process.clone().unwrap_or_else(|| format!("the control group {group}")))
+    }
 }
 
 /// Names that are known.
@@ -297,7 +320,15 @@ struct End<'a> {
 impl<'a> End<'a> {
     fn read(text: &'a str, names: &dyn Directory) -> Result<Self, ParseError> {
         let Some((kind, rest)) = text.split_once('/') else {
-            let (address, port) = end(text)?;
+            let (address, port) = match text.split_once(',') {
+                None => end(text)?,
+                Some(_) => {
+                    let each = text.split(',').map(|one| one.trim().parse::<IpAddr>());
+                    let addresses = each.collect::<Result<_, _>>();
+                    let addresses = addresses.map_err(|_| ParseError::Address(text.to_owned()))?;
+                    return Ok(Self { text, addresses, port: None });
+                }
+            };
             return Ok(Self { text, addresses: vec![address], port });
         };
         let (name, port) = rest.split_once(':').map_or((rest, None), |(name, port)| (name, Some(port)));
@@ -360,13 +391,9 @@ impl Request {
             true => SocketAddr::new(address, port).to_string(),
             false => address.to_string(),
         };
-        Ok(Self {
-            from: end(event.source, event.source_port),
-            to: end(event.destination, event.destination_port),
-            protocol: Some(protocol),
-            source_port: None,
-            backend: None,
-        })
+        let (from, to) =
+            (end(event.source, event.source_port), end(event.destination, event.destination_port));
+        Ok(Self { protocol: Some(protocol), ..Self::new(from, to) })
     }
 
     /// Resolves names and checks that the parts fit together.

@@ -6,8 +6,8 @@ use bridge_common::filter::counters::Reason;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{NodeState, Question};
-use crate::{config::PoolScope, datapath::Verdict as Event, model::Policy, policy::reference::Criterion};
+use super::{NodeState, PoolFacts, Question};
+use crate::{datapath::Verdict as Event, model::Policy, policy::reference::Criterion};
 
 /// The facts that an explanation is made of.
 #[derive(Clone, Copy)]
@@ -19,7 +19,7 @@ pub struct Facts<'a> {
     /// The rest of its state.
     pub state: &'a dyn NodeState,
     /// The port pool of the node.
-    pub pool: Option<&'a PoolScope>,
+    pub pool: PoolFacts<'a>,
     /// Index of an interface that leads to the LAN.
     pub lan_interface: u32,
     /// Whether the state is that of a running node.

@@ -18,34 +18,58 @@ pub struct Others {
     pub may_drop: Vec<String>,
     /// The rule that gives it another source address.
     pub masqueraded_by: Option<String>,
+    /// Rules that may do so: they have conditions that are not known here.
+    pub may_masquerade: Vec<String>,
 }
 
 /// Deeper than chains are nested; the kernel refuses loops.
 const DEPTH: u32 = 16;
 
-/// Follows the first packet of a flow through the tables `mangle`, `filter` and `nat` of one family.
+/// Follows the first packet of a flow through the tables of one family, `before` as it comes in and `after` as it is routed, behind
+/// a translation of its destination.
 #[must_use]
 pub fn others(
     tables: &BTreeMap<String, ObservedTable>,
-    packet: &Packet,
+    before: &Packet,
+    after: &Packet,
     interfaces: Interfaces<'_>,
 ) -> Others {
     let mut others = Others::default();
-    let hook = if packet.to_node { "INPUT" } else { "FORWARD" };
-    for (table, chains) in [
-        ("raw", &["PREROUTING"][..]),
-        ("mangle", &["PREROUTING", hook, "POSTROUTING"]),
-        ("filter", &[hook]),
-        ("security", &[hook]),
-        ("nat", &["POSTROUTING"]),
+    let hook = if after.to_node { "INPUT" } else { "FORWARD" };
+    let mut mark = Some(0);
+    let inbound = Interfaces { output: None, ..interfaces };
+    let outbound = Interfaces { input: None, ..interfaces };
+    for (table, chain, packet, interfaces) in [
+        ("raw", "PREROUTING", before, inbound),
+        ("mangle", "PREROUTING", before, inbound),
+        ("nat", "PREROUTING", before, inbound),
+        ("mangle", hook, after, interfaces),
+        ("filter", hook, after, interfaces),
+        ("security", hook, after, interfaces),
+        ("mangle", "POSTROUTING", after, outbound),
+        ("nat", "POSTROUTING", after, outbound),
     ] {
         let Some(rules) = tables.get(table) else { continue };
-        for chain in chains {
-            let mut walk = Walk { rules, packet, interfaces, table, others: &mut others };
-            let end = walk.chain(chain, 0);
-            let observed = rules.chains.iter().find(|one| one.name == *chain);
-            if end == End::Returned && observed.is_some_and(|chain| chain.policy == "DROP") {
-                others.dropped_by.get_or_insert_with(|| format!("the policy DROP of {table} {chain}"));
+        if (table, chain) == ("nat", "PREROUTING") {
+            let mut walk = Translate { rules, packet, mark, interfaces, found: Vec::new() };
+            walk.chain(chain, true, 0);
+            mark = walk.mark;
+            continue;
+        }
+        if chain == "POSTROUTING" && after.to_node {
+            continue;
+        }
+        let mut walk = Walk { rules, packet, mark, interfaces, table, open: false, others: &mut others };
+        let end = walk.chain(chain, true, 0);
+        let open = walk.open;
+        mark = walk.mark;
+        let observed = rules.chains.iter().find(|one| one.name == *chain);
+        if end == End::Returned && observed.is_some_and(|chain| chain.policy == "DROP") {
+            let shown = format!("the policy DROP of {table} {chain}");
+            if open {
+                others.may_drop.push(shown);
+            } else {
+                others.dropped_by.get_or_insert(shown);
             }
         }
     }
@@ -60,41 +84,55 @@ pub fn translations(
     interfaces: Interfaces<'_>,
 ) -> Vec<(IpAddr, u16)> {
     let Some(rules) = tables.get("nat") else { return Vec::new() };
-    let mut found = Vec::new();
-    translate(rules, "PREROUTING", packet, interfaces, 0, &mut found);
-    found
+    let mut walk = Translate { rules, packet, mark: Some(0), interfaces, found: Vec::new() };
+    walk.chain("PREROUTING", true, 0);
+    walk.found
 }
 
-/// Follows a chain; returns whether a rule certainly ended the table.
-fn translate(
-    rules: &ObservedTable,
-    name: &str,
-    packet: &Packet,
-    interfaces: Interfaces<'_>,
-    depth: u32,
-    found: &mut Vec<(IpAddr, u16)>,
-) -> bool {
-    let Some(chain) = rules.chains.iter().find(|chain| chain.name == name).filter(|_| depth < DEPTH) else {
-        return false;
-    };
-    for ObservedRule { rule, .. } in &chain.rules {
-        let matches = walk::matches(rule, packet, interfaces);
-        let (Some(target), true) = (target(rule), matches != Some(false)) else { continue };
-        let certain = matches == Some(true);
-        let ends = match target {
-            "DNAT" => {
-                found.extend(destination(rule, packet));
-                true
-            }
-            "ACCEPT" | "REDIRECT" => true,
-            "RETURN" if certain => return false,
-            chain => translate(rules, chain, packet, interfaces, depth + 1, found),
+/// Follows a packet through `nat PREROUTING`: its marks, and where it is translated to.
+struct Translate<'a> {
+    rules: &'a ObservedTable,
+    packet: &'a Packet,
+    mark: Option<u32>,
+    interfaces: Interfaces<'a>,
+    found: Vec<(IpAddr, u16)>,
+}
+
+impl Translate<'_> {
+    /// Follows a chain that the packet certainly, or perhaps, comes to; returns whether a rule certainly ended the table.
+    fn chain(&mut self, name: &str, mut certain: bool, depth: u32) -> bool {
+        let rules = self.rules;
+        let Some(chain) = rules.chains.iter().find(|chain| chain.name == name).filter(|_| depth < DEPTH)
+        else {
+            return false;
         };
-        if ends && certain {
-            return true;
+        for ObservedRule { rule, .. } in &chain.rules {
+            let matches = walk::matches(rule, self.packet, self.mark, self.interfaces);
+            let (Some(target), true) = (target(rule), matches != Some(false)) else { continue };
+            let sure = certain && matches == Some(true);
+            let found = self.found.len();
+            let ends = match target {
+                "DNAT" => {
+                    self.found.extend(destination(rule, self.packet));
+                    true
+                }
+                "ACCEPT" | "REDIRECT" => true,
+                "MARK" => {
+                    let mark = walk::marked(rule, self.mark);
+                    self.mark = mark.filter(|mark| sure || self.mark == Some(*mark));
+                    false
+                }
+                "RETURN" if sure => return false,
+                chain => self.chain(chain, sure, depth + 1),
+            };
+            if ends && matches == Some(true) {
+                return true;
+            }
+            // Another endpoint than this one.
+            certain &= self.found.len() == found && !ends;
         }
+        false
     }
-    false
 }
 
 /// Returns the end that a rule translates to: `--to-destination ADDRESS[:PORT]`.
@@ -134,13 +172,17 @@ enum End {
 struct Walk<'a> {
     rules: &'a ObservedTable,
     packet: &'a Packet,
+    mark: Option<u32>,
     interfaces: Interfaces<'a>,
     table: &'a str,
+    /// Whether a rule with conditions that are not known here may have ended the table.
+    open: bool,
     others: &'a mut Others,
 }
 
 impl Walk<'_> {
-    fn chain(&mut self, name: &str, depth: u32) -> End {
+    /// Follows a chain that the packet certainly, or perhaps, comes to.
+    fn chain(&mut self, name: &str, mut reached: bool, depth: u32) -> End {
         let rules = self.rules;
         let Some(chain) = rules.chains.iter().find(|chain| chain.name == name).filter(|_| depth < DEPTH)
         else {
@@ -150,41 +192,51 @@ impl Walk<'_> {
             let rule = rule.rule.as_str();
             // The rules of bridge have a stage of their own.
             let Some(target) = target(rule).filter(|target| !is_own(target)) else { continue };
-            let matches = walk::matches(rule, self.packet, self.interfaces);
+            let matches = walk::matches(rule, self.packet, self.mark, self.interfaces);
             if matches == Some(false) {
                 continue;
             }
-            let shown = || format!("{} {name} {rule}", self.table);
-            let certain = matches == Some(true);
+            let shown = format!("{} {name} {rule}", self.table);
+            let certain = matches == Some(true) && reached && !self.open;
             match target {
                 "DROP" | "REJECT" if certain => {
-                    self.others.dropped_by.get_or_insert_with(shown);
+                    self.others.dropped_by.get_or_insert(shown);
                     return End::Final;
                 }
                 "DROP" | "REJECT" => {
-                    let shown = shown();
                     self.others.may_drop.push(shown);
+                    self.open = true;
                 }
-                "MASQUERADE" | "SNAT" | "NETMAP" => {
-                    self.others.masqueraded_by.get_or_insert_with(shown);
+                "MASQUERADE" | "SNAT" | "NETMAP" if certain => {
+                    self.others.masqueraded_by.get_or_insert(shown);
                     return End::Final;
                 }
+                "MASQUERADE" | "SNAT" | "NETMAP" => {
+                    self.others.may_masquerade.push(shown);
+                    self.open = true;
+                }
+                "MARK" => {
+                    let mark = walk::marked(rule, self.mark);
+                    self.mark = mark.filter(|mark| certain || self.mark == Some(*mark));
+                }
                 "ACCEPT" if certain => return End::Final,
+                "ACCEPT" => self.open = true,
                 "RETURN" if certain => return End::Returned,
+                "RETURN" => reached = false,
                 own_chain if rules.chains.iter().any(|chain| chain.name == own_chain) => {
-                    // Of a chain that may be left out, only what it may drop counts.
-                    let before = self.others.dropped_by.clone();
-                    let goes_on = self.chain(own_chain, depth + 1);
-                    if certain {
-                        let is_goto = rule.split_whitespace().any(|word| word == "-g");
-                        if goes_on == End::Final || is_goto {
-                            return goes_on;
-                        }
-                    } else if let Some(dropped) = self.others.dropped_by.take_if(|_| before.is_none()) {
-                        self.others.may_drop.push(dropped);
+                    let is_goto = rule.split_whitespace().any(|word| word == "-g");
+                    let end = self.chain(own_chain, certain, depth + 1);
+                    if certain && (end == End::Final || is_goto) {
+                        return end;
                     }
+                    // After a goto that may have led away, the next rule may not be reached.
+                    reached &= !is_goto;
                 }
                 _ => {}
+            }
+            if self.open && matches == Some(true) && matches!(target, "DROP" | "REJECT" | "ACCEPT") {
+                // Whichever way led here, the table ends.
+                return End::Final;
             }
         }
         End::Returned
@@ -206,7 +258,7 @@ mod tests {
             icmp_type: 0,
             to_node: false,
         };
-        others(&parse(rules), &packet, Interfaces { input: Some("cali1"), output: Some("eth0") })
+        others(&parse(rules), &packet, &packet, Interfaces { input: Some("cali1"), output: Some("eth0") })
     }
 
     #[test]
@@ -242,6 +294,61 @@ mod tests {
         );
         assert_eq!(found.dropped_by, None);
         assert_eq!(found.may_drop, ["filter X -j DROP"]);
+    }
+
+    #[test]
+    fn a_drop_behind_an_accept_that_may_match_is_no_verdict() {
+        let accept = "-A FORWARD -m set --match-set lan src -j ACCEPT\n";
+        let found = ask(&format!("*filter\n:FORWARD ACCEPT [0:0]\n{accept}-A FORWARD -j DROP\n"));
+        assert_eq!((found.dropped_by, found.may_drop), (None, vec!["filter FORWARD -j DROP".to_owned()]));
+        let found = ask(&format!("*filter\n:FORWARD DROP [0:0]\n{accept}"));
+        assert_eq!((found.dropped_by.as_deref(), found.may_drop.len()), (None, 1));
+        let found = ask(
+            "*filter\n:FORWARD ACCEPT [0:0]\n:X - [0:0]\n-A FORWARD -j X\n-A X -m time --weekdays Mon -j RETURN\n\
+             -A X -j DROP\n",
+        );
+        assert_eq!((found.dropped_by, found.may_drop.len()), (None, 1));
+    }
+
+    /// kube-proxy masquerades what it has marked, and nothing else.
+    #[test]
+    fn marks_decide_about_a_masquerade() {
+        let post = "-A POSTROUTING -j KUBE-POSTROUTING\n-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n\
+                    -A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0\n-A KUBE-POSTROUTING -j MASQUERADE --random-fully\n";
+        let table = |rules: &str| {
+            format!(
+                "*nat\n:PREROUTING ACCEPT [0:0]\n:POSTROUTING ACCEPT [0:0]\n:KUBE-POSTROUTING - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n\
+                 -A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n{rules}{post}"
+            )
+        };
+        let none = ask(&table(""));
+        assert_eq!((none.masqueraded_by, none.may_masquerade.len()), (None, 0));
+        let marked = ask(&table("-A PREROUTING -p tcp -m tcp --dport 502 -j KUBE-MARK-MASQ\n"));
+        assert!(marked.masqueraded_by.is_some_and(|rule| rule.contains("-j MASQUERADE")));
+        let perhaps = ask(&table("-A PREROUTING -m set --match-set x src -j KUBE-MARK-MASQ\n"));
+        assert_eq!((perhaps.masqueraded_by, perhaps.may_masquerade.len()), (None, 1));
+    }
+
+    /// The CNI plugin portmap, as `iptables-save` prints its rules.
+    #[test]
+    fn a_host_port_leads_to_its_pod() {
+        let tables = parse(
+            "*nat\n:PREROUTING ACCEPT [0:0]\n:CNI-HOSTPORT-DNAT - [0:0]\n:CNI-DN-a1 - [0:0]\n:CNI-HOSTPORT-SETMARK - [0:0]\n\
+             -A PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT\n\
+             -A CNI-HOSTPORT-DNAT -p tcp -m comment --comment \"dnat name: \\\"net\\\" id: \\\"1\\\"\" -m multiport --dports 18080 -j \
+             CNI-DN-a1\n-A CNI-DN-a1 -s 10.200.1.0/24 -p tcp -m tcp --dport 18080 -j CNI-HOSTPORT-SETMARK\n\
+             -A CNI-DN-a1 -p tcp -m tcp --dport 18080 -j DNAT --to-destination 10.200.1.91:8080\n\
+             -A CNI-HOSTPORT-SETMARK -m comment --comment \"CNI portfwd masquerade mark\" -j MARK --set-xmark 0x2000/0x2000\n",
+        );
+        let to = |destination_port, to_node| {
+            let (source, destination) = ([192, 168, 31, 67].into(), [192, 168, 31, 17].into());
+            let (source_port, protocol, icmp_type) = (0, 6, 0);
+            let packet =
+                Packet { source, source_port, destination, destination_port, protocol, icmp_type, to_node };
+            translations(&tables, &packet, Interfaces::default())
+        };
+        assert_eq!(to(18080, true), [(IpAddr::from([10, 200, 1, 91]), 8080)]);
+        assert_eq!((to(18081, true), to(18080, false)), (vec![], vec![]));
     }
 
     #[test]

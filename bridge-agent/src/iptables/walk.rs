@@ -245,8 +245,14 @@ fn read<'r>(rule: &'r str, packet: &Packet, original_port: u16, marked: bool) ->
     (matches, Action::None)
 }
 
-/// Whether a rule of another program matches a packet at these interfaces; `None` if it has conditions that are not known here.
-pub(super) fn matches(rule: &str, packet: &Packet, interfaces: Interfaces<'_>) -> Option<bool> {
+/// Whether a rule of another program matches a packet with this mark at these interfaces; `None` if it has conditions that are not
+/// known here.
+pub(super) fn matches(
+    rule: &str,
+    packet: &Packet,
+    mark: Option<u32>,
+    interfaces: Interfaces<'_>,
+) -> Option<bool> {
     let is_named = |interface: Option<&str>, name: &str| {
         let interface = interface?;
         Some(name.strip_suffix('+').map_or(interface == name, |prefix| interface.starts_with(prefix)))
@@ -266,8 +272,11 @@ pub(super) fn matches(rule: &str, packet: &Packet, interfaces: Interfaces<'_>) -
             "-j" | "-g" => break,
             "-i" => is_named(interfaces.input, words.next().unwrap_or_default()),
             "-o" => is_named(interfaces.output, words.next().unwrap_or_default()),
-            // Marks of others are not known.
-            "--mark" | "--ctdir" => None,
+            "--mark" => words.next().zip(mark).and_then(|(wanted, mark)| has_mark(wanted, mark)),
+            "--ctdir" => {
+                words.next();
+                None
+            }
             _ => holds(word, &mut words, packet, false),
         };
         match holds.map(|holds| holds != std::mem::take(&mut negated)) {
@@ -280,6 +289,31 @@ pub(super) fn matches(rule: &str, packet: &Packet, interfaces: Interfaces<'_>) -
         }
     }
     result
+}
+
+/// Whether a packet has a mark: `VALUE` or `VALUE/MASK`.
+fn has_mark(wanted: &str, mark: u32) -> Option<bool> {
+    let (value, mask) = masked(wanted)?;
+    Some(mark & mask == value)
+}
+
+/// Returns the mark that a rule with the target MARK gives a packet.
+pub(super) fn marked(rule: &str, mark: Option<u32>) -> Option<u32> {
+    let text = rule.split_whitespace().skip_while(|word| *word != "--set-xmark").nth(1)?;
+    let (value, mask) = masked(text)?;
+    // With a full mask, the former mark does not count.
+    if mask == u32::MAX { Some(value) } else { Some((mark? & !mask) ^ value) }
+}
+
+fn masked(text: &str) -> Option<(u32, u32)> {
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    match text.split_once('/') {
+        Some((value, mask)) => Some((number(value)?, number(mask)?)),
+        None => Some((number(text)?, u32::MAX)),
+    }
 }
 
 fn target(name: &str) -> Action<'_> {

@@ -157,13 +157,26 @@ pub(crate) fn map_btf(map: &bpf_map_info) -> io::Result<Option<Vec<u8>>> {
 ///
 /// Ids alone, which CAP_NET_ADMIN may know: more of a program that is not one's own is for CAP_SYS_ADMIN.
 pub(crate) fn tcx_programs(interface: u32, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
-    /// `BPF_MPROG_MAX` (kernel/bpf/mprog.c).
+    programs(interface, hook, 0)
+}
+
+/// Ids of the programs that run for sockets of a control group at a hook, those of its ancestors included.
+pub(crate) fn cgroup_programs(group: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
+    /// `BPF_F_QUERY_EFFECTIVE` (linux/bpf.h).
+    const EFFECTIVE: u32 = 1;
+    programs(raw(group), hook, EFFECTIVE)
+}
+
+/// `target`: index of an interface, or descriptor of a control group.
+fn programs(target: u32, hook: bpf_attach_type, flags: u32) -> io::Result<Vec<u32>> {
+    /// `BPF_MPROG_MAX` (kernel/bpf/mprog.c), as many as a level of control groups may have (`BPF_CGROUP_MAX_PROGS`).
     const MOST: u32 = 64;
     let mut ids = vec![0u32; MOST as usize];
     let mut attr = zeroed();
     // SAFETY: the kernel writes at most `count` ids to where `prog_ids` points.
     let count = unsafe {
-        attr.query.__bindgen_anon_1.target_ifindex = interface;
+        attr.query.__bindgen_anon_1.target_ifindex = target;
+        attr.query.query_flags = flags;
         attr.query.attach_type = hook as u32;
         attr.query.prog_ids = ids.as_mut_ptr() as u64;
         attr.query.__bindgen_anon_2.count = MOST;
@@ -194,14 +207,21 @@ pub(crate) fn tcx_attach(
 
 /// Of a TCX link: id of its program, and index of its interface, 0 once that is gone.
 pub(crate) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    let info = link_info(fd)?;
+    // SAFETY: every member of the union is made of integers.
+    Ok((info.prog_id, unsafe { info.__bindgen_anon_1.tcx.ifindex }))
+}
+
+/// Id of the program of a link.
+pub(crate) fn link_program(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    Ok(link_info(fd)?.prog_id)
+}
+
+fn link_info(fd: BorrowedFd<'_>) -> io::Result<bpf_link_info> {
     match Kind::of(fd)? {
-        Kind::Link => {}
-        kind => return Err(io::Error::other(format!("is not a link ({kind:?})"))),
-    }
-    // SAFETY: the type of `fd` is checked; every member of the union is made of integers.
-    unsafe {
-        let info: bpf_link_info = info(fd)?;
-        Ok((info.prog_id, info.__bindgen_anon_1.tcx.ifindex))
+        // SAFETY: the type of `fd` is checked; the struct is the link's.
+        Kind::Link => unsafe { info(fd) },
+        kind => Err(io::Error::other(format!("is not a link ({kind:?})"))),
     }
 }
 

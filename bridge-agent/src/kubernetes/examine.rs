@@ -9,7 +9,7 @@ use k8s_openapi::api::authorization::v1::{
 use kube::{Api, Client, api::PostParams, client::Body, config::Kubeconfig};
 use serde_json::Value;
 
-use super::connect;
+use super::{connect, resources::VERSION};
 use crate::config::{GROUP, Kubernetes};
 
 /// Time for all questions together.
@@ -118,18 +118,22 @@ async fn denied(client: &Client, needed: &[(&str, &str)]) -> Result<Vec<String>,
     Ok(denied)
 }
 
-/// Custom resources of bridge that the server does not have.
+/// Custom resources of bridge that the server does not serve in the version of this agent.
 async fn missing_definitions(client: &Client, needed: &[(&str, &str)]) -> Result<Vec<String>, kube::Error> {
     let groups = client.list_api_groups().await?;
+    let group = groups.groups.iter().find(|group| group.name == GROUP);
+    let versions: Vec<&str> =
+        group.into_iter().flat_map(|group| &group.versions).map(|version| version.version.as_str()).collect();
     let own = needed.iter().filter(|(group, _)| *group == GROUP);
-    let mut missing_definitions: Vec<String> = own.map(|(_, resource)| (*resource).to_owned()).collect();
-    if let Some(version) =
-        groups.groups.iter().find(|group| group.name == GROUP).and_then(|group| group.versions.first())
-    {
-        let found = client.list_api_group_resources(&version.group_version).await?;
-        missing_definitions.retain(|name| !found.resources.iter().any(|resource| resource.name == *name));
+    let mut missing: Vec<String> = own.map(|(_, resource)| (*resource).to_owned()).collect();
+    if versions.contains(&VERSION) {
+        let found = client.list_api_group_resources(&format!("{GROUP}/{VERSION}")).await?;
+        missing.retain(|name| !found.resources.iter().any(|resource| resource.name == *name));
+    } else if !versions.is_empty() {
+        let served = versions.join(", ");
+        missing.iter_mut().for_each(|name| *name += &format!(" in version {VERSION} (served: {served})"));
     }
-    Ok(missing_definitions)
+    Ok(missing)
 }
 
 /// The token that the agent sends.

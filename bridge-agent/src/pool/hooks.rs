@@ -24,10 +24,10 @@ use super::{
 pub const EXEC_PREFIX: &str = "bridge-exec-";
 
 /// Prefix of the directories of pinned links.
-const LINKS_PREFIX: &str = "cgroup-";
+pub(super) const LINKS_PREFIX: &str = "cgroup-";
 
 /// As [`LINKS_PREFIX`], for control groups of pods that take part because they say so.
-const POD_LINKS_PREFIX: &str = "pod-";
+pub(super) const POD_LINKS_PREFIX: &str = "pod-";
 
 /// Result of [`KernelPool::set_pods`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -468,7 +468,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }
 
-fn destination(address: SocketAddr, transport: Transport) -> Destination {
+pub(super) fn destination(address: SocketAddr, transport: Transport) -> Destination {
     let ip = match address.ip() {
         IpAddr::V4(ip) => ip.to_ipv6_mapped(),
         IpAddr::V6(ip) => ip,

@@ -157,6 +157,15 @@ impl Snapshot {
         decided.chain(shadowed)
     }
 
+    /// Returns the longest desired route that holds an address, and its row.
+    #[must_use]
+    pub fn covering(&self, address: IpAddr) -> Option<(&DesiredRoute, RouteStatus)> {
+        let routes = self.merged.routes.iter().enumerate();
+        let holding = routes.filter(|(_, route)| route.to.contains(&address));
+        let (place, route) = holding.max_by_key(|(_, route)| route.to.prefix_len())?;
+        Some((route, self.decided(place)?))
+    }
+
     /// Every desired route, those that yield to another source included.
     pub fn desired(&self) -> impl Iterator<Item = &DesiredRoute> {
         let shadowed = self.merged.shadowed.iter().map(|lost| &*lost.route);

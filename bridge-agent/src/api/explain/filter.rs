@@ -9,7 +9,7 @@ use super::node::Live;
 use crate::{
     explain::{
         Explanation, Question, Stage, StageOutcome, Verdict as Judged,
-        nft::{Owner, Ruleset, Way},
+        nft::{Masquerades, Owner, Ruleset, Way},
     },
     iptables::{
         self, Backend, Programs,
@@ -97,7 +97,9 @@ impl Filter {
         let passage = Passage::new(question, &live.local);
         let interfaces = Interfaces { output: None, ..passage.interfaces(live) };
         let of = |(_, tables)| others::translations(tables, &passage.before, interfaces);
-        let found: BTreeSet<(IpAddr, u16)> = self.of_family(question.source).flat_map(of).collect();
+        let mut found: BTreeSet<(IpAddr, u16)> = self.of_family(question.source).flat_map(of).collect();
+        let way = Way { before: &passage.before, after: &passage.before, interfaces };
+        found.extend(self.nft.iter().flat_map(|nft| nft.destinations(&way)));
         found.into_iter().filter(|to| *to != (question.destination, question.destination_port)).collect()
     }
 
@@ -126,10 +128,12 @@ impl Filter {
     fn add_others(&self, explanation: &mut Explanation, passage: &Passage, way: &Way<'_>) {
         let mut any = false;
         let (mut dropped, mut may, mut masqueraded) = (Vec::new(), Vec::new(), Vec::new());
+        let mut may_masquerade = Vec::new();
         for (_, tables) in self.of_family(passage.before.source) {
             any = true;
-            let Others { dropped_by, may_drop, masqueraded_by } =
-                others::others(tables, &passage.after, way.interfaces);
+            let found = others::others(tables, &passage.before, &passage.after, way.interfaces);
+            let Others { dropped_by, may_drop, masqueraded_by, may_masquerade: perhaps } = found;
+            may_masquerade.extend(perhaps);
             dropped.extend(dropped_by);
             may.extend(may_drop);
             masqueraded.extend(masqueraded_by);
@@ -142,7 +146,9 @@ impl Filter {
             } else if walked.passes.is_none() {
                 may.extend(walked.may_drop);
             }
-            masqueraded.extend(nft.masquerades(way));
+            let Masquerades { certain, possible } = nft.masquerades(way);
+            masqueraded.extend(certain);
+            may_masquerade.extend(possible);
         }
         if let Some(rule) = dropped.first() {
             let why = "a rule of another program; bridge does not change it";
@@ -167,6 +173,9 @@ impl Filter {
         if !masqueraded.is_empty() {
             let why = "the other end sees an address of this node, and perhaps another source port";
             explanation.add(Stage::new("masquerade", StageOutcome::Ok, masqueraded.join("; "), why));
+        } else if !may_masquerade.is_empty() {
+            let why = "conditions that are not known here decide whether the other end sees an address of this node";
+            explanation.add(Stage::new("masquerade", StageOutcome::Unknown, may_masquerade.join("; "), why));
         }
     }
 }

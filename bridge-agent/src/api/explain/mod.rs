@@ -1,6 +1,7 @@
 //! `POST /v1/explain`: why a connection passes or does not, by the state of this node.
 
 mod filter;
+mod host;
 mod node;
 
 use axum::{extract::State, http::StatusCode, response::Response};
@@ -17,9 +18,10 @@ use super::{
 use crate::{
     datapath::Verdict,
     explain::{
-        self, Class, Directory, Explanation, Facts, Judge, ParseError, Question, Request, Stage,
-        StageOutcome, Verdict as Judged,
+        self, Class, Client, Directory, Explanation, Facts, Judge, ParseError, PoolFacts, Question, Request,
+        Stage, StageOutcome, Verdict as Judged,
     },
+    pool::hooked,
     state::{ActivePolicy, Shared},
 };
 
@@ -85,15 +87,24 @@ pub(super) async fn explain(
         (None, Some(request)) => request,
         (None, None) => return Err(bad(HELP.to_owned())),
     };
-    let active = shared.active().ok_or_else(no_ebpf)?;
+    let active = shared.active();
+    if active.is_none() && shared.routes().is_none() && shared.pool().is_none() {
+        return Err(no_ebpf());
+    }
     // It runs iptables-save: for one client of a class at a time, and not on the thread that serves.
     let work = move || {
-        let maps = shared.maps();
-        let enforcement = shared.status().enforcement;
-        let live = Live::new(maps.as_deref(), enforcement.as_ref(), &active);
+        let client = host::client(&shared, &request)?;
         let filter = Filter::read();
         let question = request.resolve(&Known { shared: &shared, filter: &filter })?;
-        let mut explanation = of_node(&live, &filter, &question);
+        let mut explanation = match &active {
+            None => host::explain(&shared, &question, client.as_ref())?,
+            Some(active) => {
+                let live = Live::new(&shared, active);
+                let mut explanation = of_node(&live, &filter, client.as_ref(), &question);
+                host::add_supply(&mut explanation, shared.pool().as_deref());
+                explanation
+            }
+        };
         if let Some(event) = event {
             explanation.note_event(&event);
         }
@@ -119,15 +130,16 @@ impl Directory for Known<'_> {
 }
 
 /// Explains a connection, with each address behind its destination where the node translates it.
-fn of_node(live: &Live<'_>, filter: &Filter, question: &Question) -> Explanation {
+fn of_node(live: &Live<'_>, filter: &Filter, client: Option<&Client>, question: &Question) -> Explanation {
     let backends = match question.backend {
         Some(_) => Vec::new(),
         None => filter.backends(question, live),
     };
     let Some((first, rest)) = backends.split_first() else {
-        return of_connection(live, filter, question);
+        return of_connection(live, filter, client, question);
     };
-    let behind = |backend| of_connection(live, filter, &Question { backend: Some(backend), ..*question });
+    let behind =
+        |backend| of_connection(live, filter, client, &Question { backend: Some(backend), ..*question });
     let mut explanation = behind(*first);
     let others: Vec<(_, Explanation)> = rest.iter().map(|backend| (*backend, behind(*backend))).collect();
     let shown: Vec<String> = backends.iter().map(|(address, port)| text_of(*address, *port)).collect();
@@ -156,13 +168,20 @@ fn text_of(address: std::net::IpAddr, port: u16) -> String {
     if port == 0 { address.to_string() } else { std::net::SocketAddr::new(address, port).to_string() }
 }
 
-fn of_connection(live: &Live<'_>, filter: &Filter, question: &Question) -> Explanation {
+fn of_connection(
+    live: &Live<'_>,
+    filter: &Filter,
+    client: Option<&Client>,
+    question: &Question,
+) -> Explanation {
     let ActivePolicy { policy, pool, .. } = live.active;
+    let of_node = live.local.contains(&question.source);
+    let ephemeral = if of_node { hooked::ephemeral() } else { None };
     let facts = Facts {
         policy,
         local: &live.local,
         state: live,
-        pool: pool.as_ref(),
+        pool: PoolFacts { scope: pool.as_ref(), client, ephemeral },
         lan_interface: live.lan_interface(),
         live: true,
     };
@@ -180,5 +199,8 @@ fn of_connection(live: &Live<'_>, filter: &Filter, question: &Question) -> Expla
         explanation.stages.insert(2, Stage::new("lan route", StageOutcome::Unknown, seen, why));
     }
     filter.add_stages(&mut explanation, live);
+    if let Some(input) = live.input(question.source) {
+        host::add_way(&mut explanation, input);
+    }
     explanation
 }

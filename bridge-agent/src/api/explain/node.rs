@@ -1,12 +1,16 @@
 //! The state of this node: the maps of eBPF where it enforces, and the routes of the kernel.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use crate::{
     datapath::Maps,
     explain::{Explanation, FlowTable, KnownFlow, NodeState, Packet, StageOutcome},
     interfaces::{Bindings, Observer, Selection},
-    state::{ActivePolicy, AttachedInterface, Enforcement},
+    state::{ActivePolicy, AttachedInterface, Shared},
 };
 
 /// Most interfaces that a stage names.
@@ -16,23 +20,29 @@ const MAX_SHOWN: usize = 3;
 pub(super) struct Live<'a> {
     pub(super) active: &'a ActivePolicy,
     pub(super) local: Vec<IpAddr>,
-    maps: Option<&'a Maps>,
+    maps: Option<Arc<Maps>>,
     interfaces: Vec<AttachedInterface>,
     /// Without maps: interfaces of the pods of this node.
     hosted: BTreeMap<IpAddr, u32>,
+    /// Addresses of the pods that take part in the port pool by their annotation, and are hooked.
+    pooled: BTreeSet<IpAddr>,
 }
 
 impl<'a> Live<'a> {
     /// Reads the routes of the kernel where eBPF does not enforce.
-    pub(super) fn new(
-        maps: Option<&'a Maps>,
-        enforcement: Option<&Enforcement>,
-        active: &'a ActivePolicy,
-    ) -> Self {
-        let interfaces = enforcement.map(|status| status.interfaces.clone()).unwrap_or_default();
-        let mut live =
-            Self { active, local: active.local.clone(), maps, interfaces, hosted: BTreeMap::new() };
-        if maps.is_none() {
+    pub(super) fn new(shared: &Shared, active: &'a ActivePolicy) -> Self {
+        let maps = shared.maps();
+        let interfaces = shared.status().enforcement.map(|status| status.interfaces).unwrap_or_default();
+        let mut pooled = BTreeSet::new();
+        // Without a control group, a pod is not hooked; which of several that is, is not known here.
+        let all_hooked =
+            shared.pool().and_then(|pool| pool.summary().ok()).is_some_and(|pool| pool.pods.waiting == 0);
+        if let Some(cluster) = shared.cluster().filter(|_| all_hooked) {
+            cluster.visit_pods(|_, addresses, uid| pooled.extend(uid.into_iter().flat_map(|_| addresses)));
+        }
+        let local = active.local.clone();
+        let mut live = Self { active, local, maps, interfaces, hosted: BTreeMap::new(), pooled };
+        if live.maps.is_none() {
             live.read_kernel();
         }
         live
@@ -72,6 +82,18 @@ impl<'a> Live<'a> {
         self.interfaces.iter().find(|one| one.role == "external").map_or(0, |interface| interface.index)
     }
 
+    /// Returns the index of the interface that packets of an address come in by, 0 for those of the node itself; `None`: not known.
+    pub(super) fn input(&self, source: IpAddr) -> Option<u32> {
+        if self.local.contains(&source) {
+            return Some(0);
+        }
+        let lan = || {
+            let mut lan = self.interfaces.iter().filter(|one| one.role == "external");
+            lan.next().filter(|_| lan.next().is_none()).map(|one| one.index)
+        };
+        self.hosted(source).or_else(lan)
+    }
+
     /// Returns the name of the interface towards an address, if it is known.
     pub(super) fn interface(&self, address: IpAddr) -> Option<&str> {
         if let Some(index) = self.hosted(address) {
@@ -87,7 +109,7 @@ impl<'a> Live<'a> {
 
     /// Completes the stages of the hook and of the flow.
     pub(super) fn complete(&self, explanation: &mut Explanation) {
-        let Some(maps) = self.maps else {
+        let Some(maps) = &self.maps else {
             for stage in &mut explanation.stages {
                 match stage.name.as_str() {
                     "hook" => {
@@ -125,7 +147,7 @@ impl<'a> Live<'a> {
 
 impl NodeState for Live<'_> {
     fn hosted(&self, pod: IpAddr) -> Option<u32> {
-        match self.maps {
+        match &self.maps {
             Some(maps) => maps.hosted_interface(pod),
             None => self.hosted.get(&pod).copied(),
         }
@@ -141,12 +163,16 @@ impl NodeState for Live<'_> {
     }
 
     fn has_tunnel(&self, protocol: u8, port: u16) -> bool {
-        self.maps.is_some_and(|maps| maps.has_tunnel(protocol, port))
+        self.maps.as_ref().is_some_and(|maps| maps.has_tunnel(protocol, port))
     }
 
     fn flow(&self, table: FlowTable, packet: &Packet) -> Option<KnownFlow> {
         let (key, source) = packet.flow_key();
-        let flow = self.maps?.usable_flow(table == FlowTable::HalfOpen, &key).ok()??;
+        let flow = self.maps.as_ref()?.usable_flow(table == FlowTable::HalfOpen, &key).ok()??;
         Some(KnownFlow::new(&flow, source))
+    }
+
+    fn is_pooled(&self, pod: IpAddr) -> bool {
+        self.pooled.contains(&pod)
     }
 }

@@ -1,5 +1,12 @@
 //! The API server of the cluster.
 
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
 use super::{Context, Finding};
 use crate::{
     cli::{Error, block_on},
@@ -9,14 +16,52 @@ use crate::{
 /// Difference of clocks that certificates and tokens survive, in seconds.
 const MAX_SKEW: i64 = 30;
 
+/// The directory of CNI configurations, unless `NETCONFPATH` names another, as cnitool(1) finds it.
+const CNI: &str = "/etc/cni/net.d";
+
 pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
+    let mut all = Vec::new();
+    if context.node().is_some() {
+        all.push(cni(&env::var_os("NETCONFPATH").map_or_else(|| PathBuf::from(CNI), PathBuf::from)));
+    }
     let Some(section) = context.config.as_ref().and_then(|config| config.kubernetes.as_ref()) else {
-        return vec![Finding::not_run("cluster", "the configuration follows no cluster")];
+        all.push(Finding::not_run("cluster", "the configuration follows no cluster"));
+        return all;
     };
     let found = block_on(async { Ok::<_, Error>(examine::examine(section).await) });
     match found {
-        Ok(found) => findings(&found),
-        Err(error) => vec![Finding::not_run("cluster", error.to_string())],
+        Ok(found) => all.extend(findings(&found)),
+        Err(error) => all.push(Finding::not_run("cluster", error.to_string())),
+    }
+    all
+}
+
+/// Reads the configuration of the CNI that the container runtime uses: the first by name.
+fn cni(directory: &Path) -> Finding {
+    const CHECK: &str = "cluster.cni";
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let is_one = |path: &PathBuf| {
+        path.extension().is_some_and(|end| ["conf", "conflist", "json"].iter().any(|known| end == *known))
+    };
+    let Some(file) = entries.filter(is_one).min() else {
+        return Finding::not_run(CHECK, format!("no CNI configuration is in {}", directory.display()));
+    };
+    let text = fs::read_to_string(&file).unwrap_or_default();
+    let shown = file.display();
+    let Ok(found) = serde_json::from_str::<Value>(&text) else {
+        return Finding::not_run(CHECK, format!("{shown} is no JSON"));
+    };
+    let plugins = found["plugins"].as_array().map_or_else(|| std::slice::from_ref(&found), Vec::as_slice);
+    let kind = |plugin: &Value| plugin["type"].as_str().unwrap_or("unknown").to_owned();
+    let names = plugins.iter().map(kind).collect::<Vec<_>>().join(", ");
+    match plugins.iter().find(|plugin| plugin["ipMasq"] == true) {
+        None => Finding::ok(CHECK, format!("{shown}: {names}")),
+        Some(plugin) => Finding::warn(
+            CHECK,
+            format!("{shown}: the plugin {} has ipMasq", kind(plugin)),
+            "LAN hosts see the node's address instead of the pod's: set ipMasq to false, and masquerade what leaves for other \
+             networks than networks.external by a rule of your own",
+        ),
     }
 }
 

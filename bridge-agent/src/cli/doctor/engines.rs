@@ -11,8 +11,9 @@ use super::{Context, Finding};
 use crate::{
     agent::firewall_settings,
     datapath,
+    interfaces::Route,
     iptables::{Programs, backend},
-    model::Role,
+    model::{Role, Target},
 };
 
 pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
@@ -67,7 +68,7 @@ fn interfaces(context: &Context<'_>) -> Finding {
     let names = |external: bool| {
         let side =
             context.chosen.targets.iter().filter(move |target| (target.role == Role::External) == external);
-        side.map(|target| target.name.as_str()).collect::<Vec<_>>()
+        side.map(|target| format!("{} ({})", target.name, chosen_by(context, target))).collect::<Vec<_>>()
     };
     let (lan, pods) = (names(true), names(false));
     if lan.is_empty() {
@@ -85,6 +86,20 @@ fn interfaces(context: &Context<'_>) -> Finding {
         );
     }
     Finding::ok(CHECK, format!("LAN: {}; pods: {}", lan.join(", "), pods.join(", ")))
+}
+
+/// Returns the reason why an interface is chosen: its name, or the route that leaves by it.
+fn chosen_by(context: &Context<'_>, target: &Target) -> String {
+    let named = context.config.iter().any(|config| {
+        let interfaces = &config.enforcement.interfaces;
+        interfaces.external.iter().chain(&interfaces.internal).any(|pattern| pattern.matches(&target.name))
+    });
+    if named {
+        return "by name".to_owned();
+    }
+    let by_it = |route: &&Route| route.hops.iter().any(|(index, _)| *index == target.index);
+    let longest = context.snapshot.routes.iter().filter(by_it).max_by_key(|route| route.to.prefix_len());
+    longest.map_or_else(|| "at its bridge".to_owned(), |route| format!("route {}", route.to))
 }
 
 fn programs(context: &Context<'_>) -> Finding {

@@ -1,11 +1,15 @@
 //! Settings and rules that drop or change forwarded packets.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use netlink_packet_route::{
-    RouteNetlinkMessage,
+    AddressFamily, RouteNetlinkMessage,
     link::{LinkAttribute, LinkMessage},
+    route::{RouteAddress, RouteAttribute, RouteMessage},
 };
 
 use super::{
@@ -13,7 +17,7 @@ use super::{
     netfilter::{self, Ruleset},
     read,
 };
-use crate::{interfaces::Route, kernel::netlink, model::Role};
+use crate::{config::Config, interfaces::Route, kernel::netlink, model::Role};
 
 /// Share of the conntrack table from which on it is nearly full, in percent.
 const NEARLY_FULL: u64 = 80;
@@ -40,6 +44,7 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
         conntrack(),
         networks(context, &pods, &external),
         overlap(context, &pods),
+        nodes(config, &pods, &external),
     ]
 }
 
@@ -248,6 +253,79 @@ fn overlap(context: &Context<'_>, pods: &[IpNet]) -> Finding {
             "packets to these pods go to the LAN: give the pods another network, or correct networks.pods",
         ),
     }
+}
+
+/// Looks for nodes that `networks.external` holds and `networks.nodes` does not: gateways towards pods. The cluster names its nodes
+/// itself, where it is followed.
+fn nodes(config: &Config, pods: &[IpNet], external: &[IpNet]) -> Finding {
+    const CHECK: &str = "forwarding.nodes";
+    let gateways = match gateways(pods) {
+        Ok(gateways) => gateways,
+        Err(error) => return Finding::not_run(CHECK, format!("routes cannot be listed: {error}")),
+    };
+    if config.kubernetes.is_some() {
+        return Finding::ok(CHECK, "the cluster names its nodes");
+    }
+    let named = config.policy().nodes;
+    let holds =
+        |networks: &[IpNet], address: &IpAddr| networks.iter().any(|network| network.contains(address));
+    let missing: Vec<String> = gateways
+        .iter()
+        .filter(|gateway| holds(external, gateway) && !holds(&named, gateway))
+        .map(ToString::to_string)
+        .collect();
+    if missing.is_empty() {
+        return Finding::ok(
+            CHECK,
+            format!("{} gateways towards pods, none of them taken for a LAN host", gateways.len()),
+        );
+    }
+    let missing = missing.join(", ");
+    Finding::fail(
+        CHECK,
+        format!("{missing}: a gateway towards pods that is in networks.external and not in networks.nodes"),
+        format!(
+            "the node is judged as a LAN host, and pods cannot talk to it: add {missing} to networks.nodes"
+        ),
+    )
+}
+
+/// Gateways of the routes to pods of other nodes.
+fn gateways(pods: &[IpNet]) -> std::io::Result<BTreeSet<IpAddr>> {
+    let mut found = BTreeSet::new();
+    let mut socket = netlink::Route::open()?;
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family;
+        for message in socket.dump(RouteNetlinkMessage::GetRoute(request))? {
+            let RouteNetlinkMessage::NewRoute(route) = message else { continue };
+            let of = |address: &RouteAddress| match address {
+                RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+                RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+                _ => None,
+            };
+            let to = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Destination(address) => {
+                    IpNet::new(of(address)?, route.header.destination_prefix_length).ok()
+                }
+                _ => None,
+            });
+            if !to.is_some_and(|to| pods.iter().any(|net| net.contains(&to))) {
+                continue;
+            }
+            let gateway = |attribute: &RouteAttribute| match attribute {
+                RouteAttribute::Gateway(address) => of(address),
+                _ => None,
+            };
+            for attribute in &route.attributes {
+                found.extend(gateway(attribute));
+                if let RouteAttribute::MultiPath(paths) = attribute {
+                    found.extend(paths.iter().flat_map(|path| &path.attributes).filter_map(gateway));
+                }
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn networks(context: &Context<'_>, pods: &[IpNet], external: &[IpNet]) -> Finding {

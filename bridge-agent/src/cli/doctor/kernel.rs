@@ -17,20 +17,19 @@ const FLOOR: (u32, u32) = (6, 1);
 
 pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     vec![
-        version(),
+        version(&rustix::system::uname().release().to_string_lossy()),
         btf(Path::new("/sys/kernel/btf/vmlinux")),
-        jit(),
+        jit("/proc/sys/net/core/bpf_jit_enable"),
         hooks(),
         bpffs(&context.global.pin_root),
         cgroup2(context),
         capability(),
-        lockdown(),
+        lockdown("/sys/kernel/security/lockdown"),
     ]
 }
 
-fn version() -> Finding {
+fn version(release: &str) -> Finding {
     const CHECK: &str = "kernel.version";
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < FLOOR {
@@ -54,9 +53,9 @@ fn btf(file: &Path) -> Finding {
     }
 }
 
-fn jit() -> Finding {
+fn jit(file: &str) -> Finding {
     const CHECK: &str = "kernel.jit";
-    match read("/proc/sys/net/core/bpf_jit_enable").as_deref() {
+    match read(file).as_deref() {
         Some("0") => Finding::warn(
             CHECK,
             "net.core.bpf_jit_enable is 0",
@@ -132,19 +131,16 @@ fn capability() -> Finding {
     )
 }
 
-fn lockdown() -> Finding {
+fn lockdown(file: &str) -> Finding {
     const CHECK: &str = "kernel.lockdown";
-    match read("/sys/kernel/security/lockdown") {
+    match read(file) {
         Some(modes) if modes.contains("[confidentiality]") => Finding::fail(
             CHECK,
             modes,
             "this mode forbids eBPF to read kernel memory: boot with lockdown=integrity, or without it",
         ),
         Some(modes) => Finding::ok(CHECK, modes),
-        None => Finding::not_run(
-            CHECK,
-            "/sys/kernel/security/lockdown is not there: securityfs or the LSM is missing",
-        ),
+        None => Finding::not_run(CHECK, format!("{file} is not there: securityfs or the LSM is missing")),
     }
 }
 
@@ -157,5 +153,27 @@ mod tests {
     fn a_kernel_without_btf_fails() {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(btf(&directory.path().join("vmlinux")).outcome, Outcome::Fail);
+    }
+
+    #[test]
+    fn an_old_kernel_is_named() {
+        assert_eq!(version("5.15.0-91-generic").outcome, Outcome::Warn);
+        assert_eq!(version("6.1.0-18-amd64").outcome, Outcome::Ok);
+    }
+
+    /// Both settings are of the whole machine, so the file that a kernel would show stands for it.
+    #[test]
+    fn a_kernel_without_jit_is_named_and_one_in_lockdown_fails() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("value");
+        let path = file.to_str().unwrap();
+        let with = |text: &str, check: fn(&str) -> Finding| {
+            fs::write(&file, text).unwrap();
+            check(path).outcome
+        };
+        assert_eq!((with("0\n", jit), with("1\n", jit)), (Outcome::Warn, Outcome::Ok));
+        assert_eq!(with("none integrity [confidentiality]\n", lockdown), Outcome::Fail);
+        assert_eq!(with("none [integrity] confidentiality\n", lockdown), Outcome::Ok);
+        assert_eq!(lockdown("/nonexistent").outcome, Outcome::NotRun);
     }
 }

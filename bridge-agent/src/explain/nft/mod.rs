@@ -5,11 +5,13 @@
 
 mod ruleset;
 mod show;
+mod translate;
 mod value;
 mod walk;
 
 pub use self::{
     ruleset::{Owner, Ruleset, Way},
+    translate::Masquerades,
     walk::Walked,
 };
 

@@ -16,6 +16,8 @@ pub(super) type Place = (String, String, String);
 #[derive(Clone, Debug, Default)]
 pub(super) struct Chain {
     pub(super) hook: Option<String>,
+    /// Whether it translates addresses.
+    pub(super) translates: bool,
     pub(super) priority: i64,
     /// Whether packets that reach the end are dropped.
     pub(super) drops: bool,
@@ -56,6 +58,15 @@ pub struct Way<'a> {
     pub interfaces: Interfaces<'a>,
 }
 
+impl Way<'_> {
+    /// Whether its destination is translated.
+    #[must_use]
+    pub fn is_translated(&self) -> bool {
+        (self.before.destination, self.before.destination_port)
+            != (self.after.destination, self.after.destination_port)
+    }
+}
+
 fn place(object: &Value, name: &str) -> Place {
     let part = |key: &str| object[key].as_str().unwrap_or_default().to_owned();
     (part("family"), part("table"), part(name))
@@ -72,6 +83,7 @@ impl Ruleset {
             if let Some(chain) = object.get("chain") {
                 let entry = found.chains.entry(place(chain, "name")).or_default();
                 entry.hook = chain["hook"].as_str().map(str::to_owned);
+                entry.translates = chain["type"] == "nat";
                 entry.priority = chain["prio"].as_i64().unwrap_or_default();
                 entry.drops = chain["policy"] == "drop";
             } else if let Some(rule) = object.get_mut("rule") {

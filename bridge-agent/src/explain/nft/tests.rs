@@ -110,7 +110,110 @@ fn a_masquerade_is_found_where_its_conditions_hold() {
     let packet = packet(502);
     let interfaces = Interfaces { input: Some("cali1"), output: Some("eth0") };
     let way = Way { before: &packet, after: &packet, interfaces };
-    let found = |out: &str| Ruleset::parse(&text.replace("OUT", out)).masquerades(&way);
+    let found = |out: &str| Ruleset::parse(&text.replace("OUT", out)).masquerades(&way).certain;
     assert_eq!(found("eth0"), ["ip kube post: ip saddr 10.200.0.0/16 meta oifname eth0 masquerade"]);
     assert!(found("eth1").is_empty());
+}
+
+/// The tables of kube-proxy in its mode `nftables`, shortened, as `nft --json --numeric` prints them.
+fn kube_proxy(endpoints: &str) -> Ruleset {
+    let match_of = |left: Value, right: Value| json!({"match": {"op": "==", "left": left, "right": right}});
+    let payload = |field: &str| json!({"payload": {"protocol": "ip", "field": field}});
+    let key = |first: Value| json!({"concat": [first, {"meta": {"key": "l4proto"}}, {"payload": {"protocol": "th", "field": "dport"}}]});
+    let mark = json!({"meta": {"key": "mark"}});
+    let chain = |name: &str, hook: Option<(&str, i64)>| match hook {
+        Some((hook, priority)) => {
+            json!({"chain": {"family": "ip", "table": "kube-proxy", "name": name, "type": "nat", "hook": hook,
+            "prio": priority, "policy": "accept"}})
+        }
+        None => json!({"chain": {"family": "ip", "table": "kube-proxy", "name": name}}),
+    };
+    let rule = |chain: &str, parts: Value| json!({"rule": {"family": "ip", "table": "kube-proxy", "chain": chain, "expr": parts}});
+    let service = "service-A-plant/plc/tcp/modbus";
+    let endpoint = |number: u8| format!("endpoint-{number}-plant/plc/tcp/modbus__10.200.1.{number}/8080");
+    let to = |number: u8| {
+        let dnat = json!({"dnat": {"family": "ip", "addr": format!("10.200.1.{number}"), "port": 8080}});
+        rule(&endpoint(number), json!([match_of(json!({"meta": {"key": "l4proto"}}), json!(6)), dnat]))
+    };
+    let numgen = json!({"vmap": {"key": {"numgen": {"mode": "random", "mod": 2, "offset": 0}},
+        "data": {"set": [[0, {"goto": {"target": endpoint(91)}}], [1, {"goto": {"target": endpoint(92)}}]]}}});
+    let not_pods = json!({"match": {"op": "!=", "left": payload("saddr"), "right": {"prefix": {"addr": "10.200.0.0", "len": 16}}}});
+    let objects = json!([
+        chain("nat-prerouting", Some(("prerouting", -100))), chain("nat-postrouting", Some(("postrouting", 100))),
+        chain("services", None), chain(service, None), chain(&endpoint(91), None), chain(&endpoint(92), None),
+        chain("mark-for-masquerade", None), chain("masquerading", None),
+        {"map": {"family": "ip", "table": "kube-proxy", "name": "service-ips", "type": ["ipv4_addr", "inet_proto", "inet_service"],
+            "map": "verdict", "elem": [[{"concat": ["172.16.0.10", 6, 502]}, {"goto": {"target": service}}]]}},
+        {"map": {"family": "ip", "table": "kube-proxy", "name": "service-nodeports", "type": ["inet_proto", "inet_service"],
+            "map": "verdict", "elem": [[{"concat": [6, 30080]}, {"goto": {"target": service}}]]}},
+        rule("nat-prerouting", json!([{"jump": {"target": "services"}}])),
+        rule("services", json!([{"vmap": {"key": key(payload("daddr")), "data": "@service-ips"}}])),
+        rule("services", json!([
+            match_of(json!({"fib": {"result": "type", "flags": ["daddr"]}}), json!(2)),
+            {"vmap": {"key": {"concat": [{"meta": {"key": "l4proto"}}, {"payload": {"protocol": "th", "field": "dport"}}]},
+                "data": "@service-nodeports"}}])),
+        rule(service, json!([match_of(payload("daddr"), json!("172.16.0.10")), not_pods, {"jump": {"target": "mark-for-masquerade"}}])),
+        rule(service, serde_json::from_str(endpoints).unwrap_or(json!([numgen]))),
+        rule("mark-for-masquerade", json!([{"mangle": {"key": mark, "value": {"|": [mark, 16384]}}}])),
+        to(91), to(92),
+        rule("nat-postrouting", json!([{"jump": {"target": "masquerading"}}])),
+        rule("masquerading", json!([match_of(json!({"&": [mark, 16384]}), json!(0)), {"return": null}])),
+        rule("masquerading", json!([{"mangle": {"key": mark, "value": {"^": [mark, 16384]}}}])),
+        rule("masquerading", json!([{"masquerade": {"flags": "fully-random"}}])),
+    ]);
+    Ruleset::parse(&json!({"nftables": objects}).to_string())
+}
+
+fn to_service(source: [u8; 4], destination: [u8; 4], destination_port: u16, to_node: bool) -> Packet {
+    let (source, destination) = (IpAddr::from(source), IpAddr::from(destination));
+    Packet { source, destination, to_node, ..packet(destination_port) }
+}
+
+#[test]
+fn a_service_of_kube_proxy_leads_to_each_endpoint() {
+    let interfaces = Interfaces { input: Some("eth0"), output: None };
+    let ends = |packet: &Packet| {
+        let way = Way { before: packet, after: packet, interfaces };
+        kube_proxy("").destinations(&way)
+    };
+    let both = [(IpAddr::from([10, 200, 1, 91]), 8080), (IpAddr::from([10, 200, 1, 92]), 8080)];
+    let (lan, service, node) = ([192, 168, 31, 67], [172, 16, 0, 10], [192, 168, 31, 17]);
+    assert_eq!(ends(&to_service(lan, service, 502, false)), both);
+    assert_eq!(ends(&to_service(lan, node, 30080, true)), both, "the NodePort");
+    for other in [
+        to_service(lan, service, 503, false),
+        to_service(lan, node, 30080, false),
+        to_service(lan, node, 30081, true),
+    ] {
+        assert!(ends(&other).is_empty(), "{other:?}");
+    }
+}
+
+/// kube-proxy masquerades what it has marked: a LAN host at a cluster IP, and no direct connection.
+#[test]
+fn a_mark_decides_about_a_masquerade() {
+    let rules = kube_proxy("");
+    let found = |before: &Packet, after: &Packet| {
+        let interfaces = Interfaces { input: Some("eth0"), output: Some("cali1") };
+        rules.masquerades(&Way { before, after, interfaces })
+    };
+    let pod = [10, 200, 1, 91];
+    let from_lan = to_service([192, 168, 31, 67], [172, 16, 0, 10], 502, false);
+    let marked = found(&from_lan, &to_service([192, 168, 31, 67], pod, 8080, false));
+    assert_eq!((marked.certain.len(), marked.possible.len()), (1, 0), "{marked:?}");
+    let from_pod = to_service([10, 200, 1, 93], [172, 16, 0, 10], 502, false);
+    let plain = found(&from_pod, &to_service([10, 200, 1, 93], pod, 8080, false));
+    assert_eq!(plain, Masquerades::default());
+    let direct = to_service([192, 168, 31, 67], pod, 8080, false);
+    assert_eq!(found(&direct, &direct), Masquerades::default());
+}
+
+#[test]
+fn a_map_of_addresses_and_a_host_port_are_translations() {
+    let mapped = r#"[{"dnat": {"family": "ip", "addr": {"map": {"key": {"numgen": {"mode": "inc", "mod": 2, "offset": 0}},
+        "data": {"set": [[0, "10.200.1.7"], [1, {"concat": ["10.200.1.8", 81]}]]}}}, "port": 80}}]"#;
+    let packet = to_service([192, 168, 31, 67], [172, 16, 0, 10], 502, false);
+    let way = Way { before: &packet, after: &packet, interfaces: Interfaces::default() };
+    let ends = kube_proxy(mapped).destinations(&way);
+    assert_eq!(ends, [(IpAddr::from([10, 200, 1, 7]), 80), (IpAddr::from([10, 200, 1, 8]), 81)]);
 }

@@ -9,7 +9,7 @@ use super::{
 };
 
 /// Deeper than the kernel lets chains be nested.
-const DEPTH: u32 = 17;
+pub(super) const DEPTH: u32 = 17;
 /// Destinations are translated at this priority of prerouting.
 const DNAT: i64 = -100;
 
@@ -72,12 +72,6 @@ impl Ruleset {
     pub fn walk(&self, way: &Way<'_>, owner: Owner) -> Walked {
         walk(self, way, owner)
     }
-
-    /// Returns the rules of other programs behind routing that give the packet another source.
-    #[must_use]
-    pub fn masquerades(&self, way: &Way<'_>) -> Vec<String> {
-        masquerades(self, way)
-    }
 }
 
 fn walk(ruleset: &Ruleset, way: &Way<'_>, owner: Owner) -> Walked {
@@ -92,9 +86,7 @@ fn walk(ruleset: &Ruleset, way: &Way<'_>, owner: Owner) -> Walked {
             let at = At {
                 packet,
                 original_port: way.before.destination_port,
-                translated: !early
-                    && (way.before.destination, way.before.destination_port)
-                        != (way.after.destination, way.after.destination_port),
+                translated: !early && way.is_translated(),
                 input: way.interfaces.input,
                 output: way.interfaces.output.filter(|_| hook == "forward"),
                 mark,
@@ -123,23 +115,6 @@ fn walk(ruleset: &Ruleset, way: &Way<'_>, owner: Owner) -> Walked {
         }
     }
     all
-}
-
-fn masquerades(ruleset: &Ruleset, way: &Way<'_>) -> Vec<String> {
-    let mut found = Vec::new();
-    for (place, chain) in ruleset.base("postrouting", Owner::Others) {
-        let at = At {
-            packet: way.after,
-            original_port: way.before.destination_port,
-            translated: way.before.destination != way.after.destination,
-            input: None,
-            output: way.interfaces.output,
-            mark: None,
-        };
-        let mut walk = Walk { ruleset, at, walked: Walked::default(), uncertain: false };
-        walk.translations(place, chain, 0, &mut found);
-    }
-    found
 }
 
 impl<'a> Walk<'a> {
@@ -316,34 +291,6 @@ impl<'a> Walk<'a> {
             }
         }
         if unknown { (None, None, None) } else { (Some(false), None, None) }
-    }
-
-    /// Collects rules of a chain that give the packet another source.
-    fn translations(&mut self, place: &Place, chain: &'a Chain, depth: u32, found: &mut Vec<String>) {
-        for rule in &chain.rules {
-            let changes = |part: &Json| ["masquerade", "snat"].iter().any(|kind| part.get(kind).is_some());
-            let translates = rule.parts.iter().any(changes);
-            let conditions = rule.parts.iter().filter_map(|part| part.get("match"));
-            let mut conditions = conditions.map(|one| self.ruleset.holds(&self.at, one, place));
-            if conditions.any(|holds| holds == Some(false)) {
-                continue;
-            }
-            if translates {
-                found.push(show::rule(place, rule));
-                continue;
-            }
-            for target in rule
-                .parts
-                .iter()
-                .filter_map(|part| part.get("jump").or_else(|| part.get("goto"))?["target"].as_str())
-            {
-                let (family, table, _) = place;
-                let inner = (family.clone(), table.clone(), target.to_owned());
-                if let Some(chain) = self.ruleset.chains.get(&inner).filter(|_| depth < DEPTH) {
-                    self.translations(&inner, chain, depth + 1, found);
-                }
-            }
-        }
     }
 }
 

@@ -16,8 +16,7 @@ rules:
 
 fn ask(file: &str, from: &str, to: &str, change: impl FnOnce(&mut Request)) -> Explanation {
     let node = Offline::new(&config::parse(file, None).unwrap().config, Vec::new());
-    let mut request =
-        Request { from: from.into(), to: to.into(), protocol: None, source_port: None, backend: None };
+    let mut request = Request::new(from, to);
     change(&mut request);
     let question = request.resolve(&()).unwrap();
     node.with_facts(&question, |facts| explain(facts, &question))
@@ -140,13 +139,7 @@ impl Directory for Names {
 
 #[test]
 fn a_service_is_its_address_and_its_one_port() {
-    let request = |to: &str| Request {
-        from: "10.200.1.91".into(),
-        to: to.into(),
-        protocol: None,
-        source_port: None,
-        backend: None,
-    };
+    let request = |to: &str| Request::new("10.200.1.91", to);
     let to = |to: &str| {
         let question = request(to).resolve(&Names)?;
         Ok::<_, ParseError>((question.destination, question.destination_port))
@@ -158,11 +151,7 @@ fn a_service_is_its_address_and_its_one_port() {
 
 #[test]
 fn bad_questions_have_a_remedy() {
-    let question = |from: &str, to: &str| {
-        let request =
-            Request { from: from.into(), to: to.into(), protocol: None, source_port: None, backend: None };
-        request.resolve(&Names)
-    };
+    let question = |from: &str, to: &str| Request::new(from, to).resolve(&Names);
     for (from, to, part) in [
         ("192.168.31.67", "10.200.1.91", "write 10.200.1.91:PORT"),
         ("192.168.31.67", "10.200.1.91:0", "from 1 to 65535"),
@@ -180,12 +169,6 @@ fn bad_questions_have_a_remedy() {
     }
     let question = question("pod/a/dual", "[fd31::1]:80").unwrap();
     assert_eq!(question.source.to_string(), "fd00::1", "the address of the other end's version");
-    let none = Request {
-        from: "fd31::1".into(),
-        to: "fd20::1".into(),
-        protocol: Some(Protocol(59)),
-        source_port: None,
-        backend: None,
-    };
+    let none = Request { protocol: Some(Protocol(59)), ..Request::new("fd31::1", "fd20::1") };
     assert_eq!(none.resolve(&()), Err(ParseError::NoNextHeader));
 }

@@ -4,6 +4,7 @@
 //! sockets of their own, see [`subscribe`].
 
 mod frame;
+mod lookup;
 mod route;
 mod socket;
 
@@ -13,6 +14,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use thiserror::Error;
 
 pub(crate) use frame::{Header, attribute, attributes, encode_attribute, messages};
+pub use lookup::Way;
 pub(crate) use route::message_of;
 pub use route::{Route, Watch, interface_name};
 pub(crate) use socket::{RECEIVE_BUFFER, Socket, receive};

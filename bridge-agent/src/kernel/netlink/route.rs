@@ -37,6 +37,16 @@ impl Route {
         Ok(self.socket.dump(kind, &body, message_of)?)
     }
 
+    /// Reads the objects that answer one request.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's refusal.
+    pub(super) fn get(&mut self, request: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+        let (kind, body) = encode(request);
+        Ok(self.socket.get(kind, &body, message_of)?)
+    }
+
     /// Requests a change and waits until it is made.
     ///
     /// # Errors
