@@ -158,6 +158,31 @@ fn the_port_of_a_process_is_explained_as_its_connect_has_it() -> Result<()> {
     assert_eq!(connect(c1, &groups.hooked, to)?, "EADDRNOTAVAIL");
     end(full)?;
 
+    // `-o wide` adds columns to each table, and `--watch` shows a table as it changes.
+    let mut kept = hold(&groups.hooked, &c1.netns, to, 1)?;
+    ensure!(line(&mut kept)?.starts_with("all"));
+    for (command, column) in
+        [(&["rules"][..], "INDEX"), (&["ports", "list"], "LEASE"), (&["flows"], "GENERATION")]
+    {
+        let header = |more: &[&str]| -> Result<String> {
+            let text = agent.run(&[command, more].concat())?;
+            Ok(text.lines().next().unwrap_or_default().to_owned())
+        };
+        let (plain, wide) = (header(&[])?, header(&["-o", "wide"])?);
+        ensure!(!plain.contains(column) && wide.contains(column), "{command:?}: {plain} | {wide}");
+    }
+    end(kept)?;
+    let mut watch = agent.command(&["ports", "list", "--watch=100ms"]);
+    watch.stdout(Stdio::piped());
+    let mut watch = lab.b().netns.spawn_command(watch)?;
+    ensure!(line(&mut watch)?.starts_with("PORT"));
+    let mut kept = hold(&groups.hooked, &c1.netns, to, 1)?;
+    ensure!(line(&mut kept)?.starts_with("all"));
+    let shown = eventually(SOON, || line(&mut watch).ok().filter(|row| row.contains(&to.to_string())));
+    ensure!(shown.is_some(), "the table does not change");
+    end(kept)?;
+    drop(watch);
+
     // Bad input: one line, and the remedy.
     for (arguments, part) in [
         (&["--pid", "4194304", "192.168.31.67:8443"][..], "pgrep"),

@@ -2,6 +2,7 @@
 //!
 //! Each test brings up one cluster of a shape and plays every scene in it; a cluster costs half a minute.
 
+mod explain;
 mod life;
 mod page;
 mod plugin;

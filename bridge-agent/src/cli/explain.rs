@@ -52,7 +52,7 @@ pub struct Explain {
     #[arg(long, value_name = "NAME", default_value = "tcp")]
     protocol: Protocol,
     /// The client's port; left out, any that the client may get
-    #[arg(long, value_name = "PORT")]
+    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
     source_port: Option<u16>,
     /// The end behind TO, if the node translates it (Service, hostPort)
     #[arg(long, value_name = "ADDRESS:PORT")]

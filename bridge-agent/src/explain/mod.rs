@@ -21,9 +21,10 @@ pub use self::judge::{
 
 pub use self::offline::Offline;
 pub use self::path::explain;
-pub use self::pool::{Client, Hook, PoolFacts};
 pub(crate) use self::route::refusal;
 pub use self::route::{RouteFacts, on_host};
 pub use self::suggest::{Choice, Reported, Suggested, Suggestion, suggest};
 pub use self::text::{Directory, ParseError, Protocol, Question, Request, end};
-pub use self::types::{Explanation, Facts, MAX_NEARLY, Nearly, Remedy, Stage, StageOutcome, Verdict};
+pub use self::types::{
+    Client, Explanation, Facts, Hook, MAX_NEARLY, Nearly, PoolFacts, Remedy, Stage, StageOutcome, Verdict,
+};

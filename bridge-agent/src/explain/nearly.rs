@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::{Judge, MAX_NEARLY, Nearly, Packet, Protocol, Remedy};
 use crate::{
-    config::{GROUP, Network, PortItem, Ports, Rule, RuleName},
+    config::{GROUP, Network, PortItem, Ports, Rule, RuleName, VERSION},
     model::{self, Action, Direction, PortRange},
     policy::reference::{Criterion, misses},
 };
@@ -79,7 +79,7 @@ impl Remedy {
         let indented = |by: &str| list.lines().map(|line| format!("{by}{line}\n")).collect::<String>();
         let config = format!("rules:\n{}", indented("  "));
         let policy = format!(
-            "apiVersion: {GROUP}/v1alpha1\nkind: BridgePolicy\nmetadata:\n  name: {name}\nspec:\n  rules:\n{}",
+            "apiVersion: {GROUP}/{VERSION}\nkind: BridgePolicy\nmetadata:\n  name: {name}\nspec:\n  rules:\n{}",
             indented("    ")
         );
         Self { text, config: Some(config), policy: Some(policy) }

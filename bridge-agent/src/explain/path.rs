@@ -12,8 +12,8 @@ use super::{
     pool::{Opener, Ports, source_ports},
 };
 use crate::{
-    model::{Direction, Hook, Mode, OnDeny, PortRange},
-    policy::{NODE_PORTS_RULE, reference::Criterion},
+    model::{Action, Direction, Hook, Mode, OnDeny, PortRange},
+    policy::{NODE_PORTS_RULE, reference, reference::Criterion},
 };
 
 /// The most source ports that are tried.
@@ -51,6 +51,7 @@ pub fn explain(facts: &Facts<'_>, question: &Question) -> Explanation {
     stages.push(hook_stage(facts, &decision));
     stages.push(flow_stage(facts, &decision));
     stages.push(rules_stage(&judge, &decisions));
+    stages.extend(audited_stage(&judge, &decision));
     let mut explanation = Explanation {
         question: *question,
         verdict: verdict(facts, &decision.outcome),
@@ -322,6 +323,33 @@ fn rules_stage(judge: &Judge<'_>, decisions: &[(PortRange, Decision)]) -> Stage 
     Stage::new("rules", outcome, one(&decision.outcome), why)
 }
 
+/// Returns the rule in audit mode that would decide, and whether it allows.
+fn audited(judge: &Judge<'_>, decision: &Decision) -> Option<(String, bool)> {
+    let Sides { direction, external, pod } = decision.sides?;
+    if judge.class(external) != Class::External
+        || !matches!(
+            decision.outcome,
+            Outcome::Allowed(..) | Outcome::Denied(_, Reason::no_rule | Reason::deny_rule, _)
+        )
+    {
+        return None;
+    }
+    let rules = &judge.policy.audited;
+    let (rule, action) = reference::winner(rules, direction, external, pod, &decision.packet.for_rules())?;
+    Some((rules.get(rule as usize)?.name.clone(), action == Action::Allow))
+}
+
+fn audited_stage(judge: &Judge<'_>, decision: &Decision) -> Option<Stage> {
+    let (name, allows) = audited(judge, decision)?;
+    let seen = format!("{name} would {} it", if allows { "allow" } else { "deny" });
+    Some(Stage::new(
+        "audited rules",
+        StageOutcome::Ok,
+        seen,
+        "its mode is audit, so it is counted and decides nothing",
+    ))
+}
+
 /// Returns why no rule restricts a packet.
 fn unjudged(judge: &Judge<'_>, packet: &Packet) -> &'static str {
     match (judge.class(packet.source), judge.class(packet.destination)) {
@@ -390,6 +418,9 @@ fn remedy(judge: &Judge<'_>, question: &Question, decision: &Decision) -> Option
             let by_port = nearly::nearly(judge, sides, &decision.packet)
                 .into_iter()
                 .find(|one| one.criterion == Criterion::SourcePorts);
+            if let Some((name, true)) = audited(judge, decision) {
+                return plain(format!("set `mode: enforce` for the rule {name}, or for its policy"));
+            }
             let text = match by_port {
                 Some(nearly) => format!(
                     "let the client take a source port of {} (`bridge-agent exec`, docs/port-pool.md), or {rule_text}",

@@ -1,43 +1,10 @@
 //! The part of the port pool: the source ports that a client may get, and why it gets none of the pool.
 
-use super::{Question, Stage, StageOutcome, nearly};
+use super::{Client, Hook, PoolFacts, Question, Stage, StageOutcome, nearly};
 use crate::{config::PoolScope, model::PortRange};
 
 /// The ports that Linux gives to clients unless it is told otherwise (`net.ipv4.ip_local_port_range`).
 const EPHEMERAL: PortRange = PortRange { first: 32768, last: 60999 };
-
-/// The process that opens the connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Client {
-    /// For people, such as `pid 4711 (curl)`.
-    pub name: String,
-    /// Path of its control group below the mount.
-    pub cgroup: String,
-    /// Whether the hooks of the pool see its sockets.
-    pub hook: Hook,
-}
-
-/// Whether the hooks of the pool see the sockets of a process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Hook {
-    /// Those of this control group do.
-    By(String),
-    /// None does.
-    None,
-    /// Why that is not known.
-    Unknown(String),
-}
-
-/// The facts about the pool and its client.
-#[derive(Clone, Copy, Default)]
-pub struct PoolFacts<'a> {
-    /// The pool of this host.
-    pub scope: Option<&'a PoolScope>,
-    /// The process that opens the connection, if it is known.
-    pub client: Option<&'a Client>,
-    /// The ports that this host gives to clients, where the client is on it; `None`: those of Linux.
-    pub ephemeral: Option<PortRange>,
-}
 
 /// The end that opens the connection, if no process is named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

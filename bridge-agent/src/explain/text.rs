@@ -73,7 +73,7 @@ pub enum ParseError {
     Offline(String),
     /// A kind of name that the agent does not follow.
     #[error(
-        "`{0}`: no rule of kube-proxy in iptables of this node has such a Service: write its address and port as TO, and \
+        "`{0}`: no rule of kube-proxy on this node, in iptables or nftables, has such a Service: write its address and port as TO, and \
          the pod behind it as --backend pod/NAMESPACE/NAME:PORT"
     )]
     Service(String),

@@ -6,8 +6,46 @@ use bridge_common::filter::counters::Reason;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{NodeState, PoolFacts, Question};
-use crate::{datapath::Verdict as Event, model::Policy, policy::reference::Criterion};
+use super::{NodeState, Question};
+use crate::{
+    config::PoolScope,
+    datapath::Verdict as Event,
+    model::{Policy, PortRange},
+    policy::reference::Criterion,
+};
+
+/// The process that opens the connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Client {
+    /// For people, such as `pid 4711 (curl)`.
+    pub name: String,
+    /// Path of its control group below the mount.
+    pub cgroup: String,
+    /// Whether the hooks of the pool see its sockets.
+    pub hook: Hook,
+}
+
+/// Whether the hooks of the pool see the sockets of a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// Those of this control group do.
+    By(String),
+    /// None does.
+    None,
+    /// Why that is not known.
+    Unknown(String),
+}
+
+/// The facts about the pool and its client.
+#[derive(Clone, Copy, Default)]
+pub struct PoolFacts<'a> {
+    /// The pool of this host.
+    pub scope: Option<&'a PoolScope>,
+    /// The process that opens the connection, if it is known.
+    pub client: Option<&'a Client>,
+    /// The ports that this host gives to clients, where the client is on it; `None`: those of Linux.
+    pub ephemeral: Option<PortRange>,
+}
 
 /// The facts that an explanation is made of.
 #[derive(Clone, Copy)]

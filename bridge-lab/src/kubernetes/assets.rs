@@ -26,7 +26,7 @@ impl Assets {
     }
 }
 
-fn find(name: &str) -> Result<PathBuf> {
+pub(super) fn find(name: &str) -> Result<PathBuf> {
     let given = env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
     let path = env::var_os("PATH").unwrap_or_default();
     let folders = given.into_iter().chain(built()).chain(env::split_paths(&path));

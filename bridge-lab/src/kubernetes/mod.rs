@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 
 pub use self::assets::Assets;
 pub use self::credentials::User;
-use crate::lab::{Lab, Netns, Process};
+use crate::lab::{Host, Lab, Netns, Process};
 use crate::wait::eventually;
 
 /// Where the API server listens.
@@ -104,6 +104,25 @@ impl ApiServer {
         }
         self.server = Some(process);
         Ok(())
+    }
+
+    /// Starts kube-proxy for a node of the lab, in one of its modes; it writes its log beside those of the server.
+    ///
+    /// # Errors
+    /// It is not to be found (`cargo xtask cluster --build`), or does not start.
+    pub fn start_proxy(&self, host: &Host, mode: &str) -> Result<Process> {
+        let mut proxy = Command::new(assets::find("kube-proxy")?);
+        proxy.arg("--kubeconfig").arg(self.kubeconfig(User::Admin));
+        proxy.args([
+            "--hostname-override",
+            &host.name,
+            "--proxy-mode",
+            mode,
+            "--cluster-cidr",
+            "10.200.0.0/16",
+        ]);
+        proxy.args(["--conntrack-max-per-core", "0", "--healthz-bind-address", "127.0.0.1:10256"]);
+        start(&host.netns, proxy, &self.directory.join(format!("proxy-{}.log", host.name)))
     }
 
     /// Kills the API server; etcd keeps what it has.

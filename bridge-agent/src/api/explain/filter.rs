@@ -89,7 +89,8 @@ impl Filter {
     /// Returns addresses and ports of a Service by the rules of kube-proxy.
     pub(super) fn service(&self, namespace: &str, name: &str) -> Vec<(IpAddr, u16)> {
         let each = self.tables.iter().flat_map(|(.., tables)| others::service(tables, namespace, name));
-        each.collect::<BTreeSet<_>>().into_iter().collect()
+        let of_nft = self.nft.iter().flat_map(|nft| nft.service(namespace, name));
+        each.chain(of_nft).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Returns where the node may translate the destination of a connection to.

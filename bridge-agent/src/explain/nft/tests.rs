@@ -189,6 +189,13 @@ fn a_service_of_kube_proxy_leads_to_each_endpoint() {
     }
 }
 
+#[test]
+fn a_service_of_kube_proxy_is_found_by_its_name() {
+    let rules = kube_proxy("");
+    assert_eq!(rules.service("plant", "plc"), [(IpAddr::from([172, 16, 0, 10]), 502)]);
+    assert!(rules.service("plant", "pl").is_empty() && rules.service("lant", "plc").is_empty());
+}
+
 /// kube-proxy masquerades what it has marked: a LAN host at a cluster IP, and no direct connection.
 #[test]
 fn a_mark_decides_about_a_masquerade() {

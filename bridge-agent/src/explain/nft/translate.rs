@@ -11,6 +11,9 @@ use super::{
     walk::DEPTH,
 };
 
+/// The table of kube-proxy.
+const KUBE_PROXY: &str = "kube-proxy";
+
 /// The rules that give a packet another source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Masquerades {
@@ -60,6 +63,26 @@ impl Ruleset {
         let found = std::mem::take(&mut walk.found);
         let translated = found.iter().filter(|one| one.kind == "dnat");
         translated.flat_map(|one| walk.ends(&one.target, &one.place)).collect()
+    }
+
+    /// Returns addresses and ports of a Service, by the chains of kube-proxy: `service-HASH-NAMESPACE/NAME/PROTOCOL/PORT`.
+    #[must_use]
+    pub fn service(&self, namespace: &str, name: &str) -> Vec<(IpAddr, u16)> {
+        let wanted = format!("-{namespace}/{name}/");
+        let maps = self.elements.iter().filter(|((_, table, map), _)| {
+            table == KUBE_PROXY && matches!(map.as_str(), "service-ips" | "no-endpoint-services")
+        });
+        let of_service = |element: &Json| {
+            // One without endpoints is named by the comment of its element.
+            let comment = element[0]["elem"]["comment"].as_str().unwrap_or_default();
+            let chain = element[1]["goto"]["target"].as_str().unwrap_or_default();
+            let is_it = chain.contains(&wanted) || comment.starts_with(&format!("{namespace}/{name}:"));
+            let key = if element[0].get("elem").is_some() { &element[0]["elem"]["val"] } else { &element[0] };
+            let parts = key["concat"].as_array().filter(|_| is_it)?;
+            let address = parts.first()?.as_str()?.parse().ok()?;
+            Some((address, u16::try_from(parts.get(2)?.as_u64()?).ok()?))
+        };
+        maps.flat_map(|(_, elements)| elements).filter_map(of_service).collect()
     }
 
     /// Returns the rules of other programs behind routing that give the packet another source.

@@ -114,6 +114,36 @@ fn audit_mode_is_named() {
     assert_eq!(ask(&audit, "192.168.31.68", "10.200.1.91:1", |_| ()).verdict, Verdict::Audit);
 }
 
+#[test]
+fn a_rule_in_audit_mode_is_named_and_decides_nothing() {
+    let file = format!(
+        "{FILE}  - {{name: tried, direction: inbound, protocol: tcp, ports: [8443], mode: audit}}\n  - {{name: kept, direction: \
+         inbound, external: [192.168.31.67/32], protocol: tcp, ports: [40002], action: deny, mode: audit}}\n"
+    );
+    let stage = |explanation: &Explanation| {
+        let stage = explanation.stages.iter().find(|stage| stage.name == "audited rules");
+        stage.map(|stage| stage.seen.clone()).unwrap_or_default()
+    };
+    let denied = ask(&file, "192.168.31.9", "10.200.1.91:8443", |_| ());
+    assert_eq!((denied.verdict, stage(&denied).as_str()), (Verdict::Deny, "tried would allow it"));
+    let remedy = denied.remedy.unwrap().text;
+    assert!(remedy.contains("`mode: enforce`") && remedy.contains("tried"), "{remedy}");
+    let allowed = ask(&file, "192.168.31.67", "10.200.1.91:40002", |_| ());
+    assert_eq!((allowed.verdict, stage(&allowed).as_str()), (Verdict::Allow, "kept would deny it"));
+    assert_eq!(stage(&ask(&file, "192.168.31.9", "10.200.1.91:81", |_| ())), "");
+}
+
+/// The hook of the pool sees the address of a Service, not the one behind it.
+#[test]
+fn a_connection_to_a_service_gets_no_port_of_the_pool() {
+    let to_service = ask(FILE, "10.200.1.91", "172.16.0.10:443", |request| {
+        request.backend = Some("192.168.31.67:502".into());
+    });
+    assert_eq!(to_service.verdict, Verdict::Deny, "no port of 32768-60999 is in 61001-61100");
+    let pool = to_service.stages.iter().find(|stage| stage.name == "pool").unwrap();
+    assert!(pool.why.contains("172.16.0.10 is no destination of the pool"), "{pool:?}");
+}
+
 /// Pods and Services of a cluster.
 struct Names;
 
