@@ -65,6 +65,24 @@ fn each_capability_is_needed_and_no_other() -> Result<()> {
     Ok(())
 }
 
+/// The init container shows the faults of a node in its log, and keeps the agent from nothing.
+#[test]
+fn the_node_is_examined_before_the_agent_starts() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    lab.b().netns.set_sysctl("ipv4/ip_forward", "0")?;
+    let mut manifest = daemonset()?;
+    let pod = &mut manifest["spec"]["template"]["spec"];
+    pod["containers"][0] = pod["initContainers"][0].clone();
+    let mut doctor = Container::start(&lab, lab.b(), &Files::OfThisMachine, manifest, CONFIG)?;
+    let status = doctor.ended()?;
+    let log = doctor.log();
+    ensure!(status.success(), "{status}: {log}");
+    for part in ["FAIL    forwarding.ip-forward", "ok      kernel.capabilities", "ok      kernel.cgroup2"] {
+        ensure!(log.contains(part), "{part} is missing: {log}");
+    }
+    Ok(())
+}
+
 #[test]
 fn ports_open_and_closed_stay_so_while_one_pod_follows_the_other() -> Result<()> {
     let lab = Lab::builder().build()?;

@@ -103,5 +103,14 @@ fn the_daemon_set_runs_everywhere_and_before_everything_else() -> Result<()> {
     let volumes: BTreeSet<_> =
         pod["volumes"].as_array().context("volumes")?.iter().map(|v| v["name"].to_string()).collect();
     ensure!(mounted == volumes, "{mounted:?} {volumes:?}");
+    let doctor = &pod["initContainers"][0];
+    ensure!(doctor["args"] == serde_json::json!(["doctor", "--only", "node", "--report"]), "{doctor}");
+    ensure!(
+        doctor["image"] == container["image"] && pod["initContainers"].as_array().map(Vec::len) == Some(1)
+    );
+    ensure!(
+        doctor["securityContext"] == container["securityContext"],
+        "it examines the privileges of the agent"
+    );
     Ok(())
 }

@@ -12,8 +12,8 @@ use serde_json::Value;
 use super::{connect, resources::VERSION};
 use crate::config::{GROUP, Kubernetes};
 
-/// Time for all questions together.
-const DEADLINE: Duration = Duration::from_secs(5);
+/// Time for all questions together: with the other checks of `doctor`, five seconds.
+const DEADLINE: Duration = Duration::from_millis(2500);
 /// The token of a pod's service account.
 const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
 
