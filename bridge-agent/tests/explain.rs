@@ -123,3 +123,118 @@ fn bad_input_is_one_line_with_a_remedy() {
         assert!(text.contains(part), "{text}");
     }
 }
+
+/// Runs a command that must fail with one line, or with the usage that clap adds to it, and returns the first line.
+fn refused(arguments: &[&str], code: i32) -> String {
+    let output = agent(arguments);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", stdout(&output));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    let lines = text.lines().take_while(|line| !line.is_empty()).count();
+    assert_eq!(lines, 1, "{arguments:?}: {text}");
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// Wrong ports, processes, names and files are one line that says what to write, in every command that takes them.
+#[test]
+fn each_command_says_what_to_write_instead_of_bad_input() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    let key = file("key", "0123456789abcdef0123456789abcdef");
+    std::fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600)).expect("mode");
+    let cluster = file("cluster.yaml", "version: 9\nnodes: []\n");
+    let host = file("host.yaml", &format!("role: host\nroutes: {{file: {cluster}}}\n"));
+    let pods = "10.200.1.91:80";
+    for (arguments, code, part) in [
+        // A port of 0.
+        (&["explain", "--config", NODE, "--source-port", "0", "192.168.31.67", pods][..], 2, "1..=65535"),
+        (
+            &["explain", "--config", NODE, "192.168.31.67", "172.16.0.10:443", "--backend", "10.200.1.91:0"],
+            1,
+            "from 1 to 65535",
+        ),
+        (&["ports", "acquire", "192.168.31.67:0"], 2, "from 1 to 65535"),
+        (&["flows", "--port", "0"], 2, "1..=65535"),
+        (&["monitor", "--port", "0"], 2, "1..=65535"),
+        (&["discover", "probe", "192.0.2.1:0", "--key-file", &key], 1, "from 1 to 65535"),
+        (&["discover", "sniff", "--port", "0"], 2, "1..=65535"),
+        (
+            &["apply", "--confirm", "60s", "--probe", "tcp://192.0.2.1:0", NODE],
+            2,
+            "such as tcp://192.168.31.67:22",
+        ),
+        (&["nodeport-range", "set", "--manifest", "/nonexistent", "0-5"], 2, "ports from 1 to 65535"),
+        // Names.
+        (&["explain", "--config", NODE, "pod/shop/none", "192.168.31.67:80"], 1, "write the address"),
+        (&["explain", "--config", NODE, "pod/none", "192.168.31.67:80"], 1, "pod/NAMESPACE/NAME"),
+        (&["explain", "--config", NODE, "10.200.1.1,10.200.1.2", "192.168.31.67:80"], 1, "write one of them"),
+        (&["explain", "--config", NODE, "--pid", "4194304", "192.168.31.67:80"], 1, "pgrep"),
+        (&["explain", "--config", NODE, "--pid", "0", "192.168.31.67:80"], 2, "1.."),
+        (
+            &["explain", "--config", NODE, "--cgroup", "pods", "10.200.1.1", "192.168.31.67:80"],
+            2,
+            "/kubepods.slice",
+        ),
+        // Lines of monitor, and times.
+        (&["explain", "--config", NODE, "no event"], 1, "a line of `bridge-agent monitor --json`"),
+        (
+            &["explain", "--config", NODE, r#"{"verdict": "drop"}"#],
+            1,
+            "a line of `bridge-agent monitor --json`",
+        ),
+        (&["suggest", "--since", "yesterday"], 2, "such as 30s"),
+        // Files of another version.
+        (&["--config", &host, "routes", "plan"], 1, "docs/routes.md"),
+        (&["--config", &host, "routes", "export", "--format", "iproute2"], 1, "docs/routes.md"),
+    ] {
+        let text = refused(arguments, code);
+        assert!(text.contains(part), "{arguments:?}: {text}");
+    }
+    let policy = file(
+        "policy.yaml",
+        "apiVersion: bridge.lan/v9\nkind: BridgePolicy\nmetadata: {name: x}\nspec: {rules: [{name: a, direction: inbound, \
+         protocol: tcp, ports: [1]}]}\n",
+    );
+    let output = agent(&["check", &policy]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("bridge.lan/v9") && text.contains("write `apiVersion: bridge.lan/v1alpha1`"),
+        "{text}"
+    );
+}
+
+/// Without an agent, the file says whether a process gets a port of the pool.
+#[test]
+fn a_process_is_explained_by_the_file_alone() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("bridge.yaml");
+    let text = "role: node\nnetworks: {pods: [10.200.1.0/24], external: [192.168.31.0/24]}\nportPool: {ports: 61001-61100, \
+                transparent: {cgroups: [/kubepods]}}\nrules: [{name: pooled, direction: outbound, protocol: tcp, ports: [502], \
+                sourcePorts: 61001-61100}]\n";
+    std::fs::write(&file, text).expect("written");
+    let file = file.to_str().expect("UTF-8");
+    for (group, verdict, part) in [
+        ("/kubepods/pod1", "allow", "is hooked by the control group /kubepods"),
+        ("/system.slice", "deny", "start it with `bridge-agent exec`"),
+    ] {
+        let output = agent(&[
+            "explain",
+            "--config",
+            file,
+            "--json",
+            "--cgroup",
+            group,
+            "10.200.1.91",
+            "192.168.31.67:502",
+        ]);
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        let stages = value["stages"].as_array().expect("stages");
+        let pool = stages.iter().find(|stage| stage["name"] == "pool").expect("a stage of the pool");
+        assert_eq!(value["verdict"], verdict, "{value:#}");
+        assert!(pool["why"].as_str().is_some_and(|why| why.contains(part)), "{pool}");
+    }
+}

@@ -4,6 +4,7 @@ mod crowd;
 mod follow;
 mod limits;
 mod measure;
+mod names;
 mod namespaces;
 mod networks;
 mod outage;

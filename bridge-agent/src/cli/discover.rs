@@ -270,6 +270,9 @@ impl Probe {
 
     async fn resolve(&self) -> Result<SocketAddr, Failure> {
         let failed = |reason: String| Failure::Name { name: self.host.clone(), reason };
+        if self.host.ends_with(":0") {
+            return Err(failed("a port is from 1 to 65535".to_owned()));
+        }
         let mut found =
             tokio::net::lookup_host(&self.host).await.map_err(|error| failed(error.to_string()))?;
         // Of a host with both, the family of the address that is announced.

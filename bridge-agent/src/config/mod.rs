@@ -66,7 +66,7 @@ pub use persistence::{Persistence, Save};
 pub use port_pool::{CgroupPath, PoolScope, PortPool, Transparent};
 pub use ports::{PortItem, Ports};
 pub use report::{ConfigErrors, Diagnostic, Diagnostics};
-pub use resource::{GROUP, PolicyScope, check_policy};
+pub use resource::{GROUP, PolicyScope, VERSION, check_policy};
 pub(crate) use resource::{Manifests, NAMESPACE_POLICY, POLICY, is_manifest, manifests, policy_rules};
 pub use role::Role;
 pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_MAIN};

@@ -15,6 +15,8 @@ use crate::model::Mode;
 
 /// The API group of the custom resources of bridge. An owner with another domain changes it here.
 pub const GROUP: &str = "bridge.lan";
+/// The version of its resources.
+pub const VERSION: &str = "v1alpha1";
 /// The kind of the resource that has rules.
 pub(crate) const POLICY: &str = "BridgePolicy";
 /// The kind of the resource with rules for the pods of its namespace.
@@ -175,7 +177,7 @@ pub(crate) fn manifests(text: &str, file: &FilePath) -> Result<Manifests, Config
     {
         let message = format!("none of these {} objects is a {POLICY} of {GROUP}", found.skipped);
         let help =
-            format!("write `apiVersion: {GROUP}/v1alpha1` and `kind: {POLICY}`, or check another file");
+            format!("write `apiVersion: {GROUP}/{VERSION}` and `kind: {POLICY}`, or check another file");
         findings.push(Severity::Error, &Path::Root, None, Problem::new(message, help));
     }
     let failed = findings.has_errors() || nested.list.iter().any(|found| found.severity == Severity::Error);
@@ -214,7 +216,7 @@ impl Manifests {
         nested: &mut Diagnostics,
     ) {
         let text = |key: &str| object.get(key).and_then(Node::scalar).unwrap_or_default();
-        let group = text("apiVersion").split_once('/').map_or("", |(group, _)| group);
+        let (group, version) = text("apiVersion").split_once('/').unwrap_or_default();
         let scope = match text("kind") {
             POLICY => Some(PolicyScope::Cluster),
             NAMESPACE_POLICY => Some(PolicyScope::Namespace),
@@ -225,6 +227,12 @@ impl Manifests {
         let name = metadata.and_then(|metadata| metadata.get("name")).and_then(Node::scalar);
         let mut name = name.unwrap_or_default().to_owned();
         if let Some(scope) = scope {
+            if version != VERSION {
+                let message = format!("`{GROUP}/{version}` is no version of a policy that this agent knows");
+                let problem = Problem::new(message, format!("write `apiVersion: {GROUP}/{VERSION}`"));
+                let at = object.get("apiVersion").map(|node| node.at);
+                findings.push(Severity::Error, &Path::Root.key("apiVersion"), at, problem);
+            }
             if name.is_empty() {
                 let problem = Problem::new("the policy has no name", "add `metadata: {name: NAME}`");
                 findings.push(Severity::Error, &Path::Root, Some(object.at), problem);

@@ -18,7 +18,7 @@ use crate::model::Mode;
 pub use crate::config::GROUP;
 
 /// The served version.
-pub const VERSION: &str = "v1alpha1";
+pub const VERSION: &str = crate::config::VERSION;
 /// The reason for which a policy of a namespace is refused.
 pub(super) const NAMESPACE_POLICIES_OFF: &str = "policies of namespaces are off; an administrator of the cluster may write `kubernetes: {namespacePolicies: true}` into the \
      configuration of the agents";

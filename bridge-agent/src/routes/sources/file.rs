@@ -82,7 +82,7 @@ pub enum FileError {
         error: std::io::Error,
     },
     /// It is not YAML, or not of this form.
-    #[error("{}: {text}", path.display())]
+    #[error("{}: {text}; write lists `nodes` and `pods` as docs/routes.md has them", path.display())]
     Syntax {
         /// The file.
         path: PathBuf,
@@ -120,8 +120,13 @@ impl ClusterFile {
     /// # Errors
     /// As [`ClusterFile::read`].
     pub fn parse(text: &str, path: &Path) -> Result<Self, FileError> {
+        // The first line has place and reason; the others show the text.
+        let one_line = |error: serde_saphyr::Error| {
+            let text = error.to_string();
+            text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+        };
         let file: Self = serde_saphyr::from_str(text)
-            .map_err(|error| FileError::Syntax { path: path.into(), text: error.to_string() })?;
+            .map_err(|error| FileError::Syntax { path: path.into(), text: one_line(error) })?;
         file.check().map_err(|text| FileError::Content { path: path.into(), text })?;
         Ok(file)
     }
