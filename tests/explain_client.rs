@@ -123,6 +123,19 @@ fn the_port_of_a_process_is_explained_as_its_connect_has_it() -> Result<()> {
         (&"allow".into(), Some(&*c1.v6.to_string()))
     );
 
+    // A port that the program binds itself, outside the pool: `strict` refuses the connect.
+    let bound =
+        explain(&agent, &["--pid", &inside.id().to_string(), "--source-port", "40000", &to.to_string()])?;
+    expect(&bound, "pool", "deny", &["40000 is no port of the pool", "portPool.strict"])?;
+    let script = format!(
+        "import errno, socket\ns = socket.socket(); s.bind(('', 40000))\ntry: s.connect(('{}', {})); print('connected')\n\
+         except OSError as e: print(errno.errorcode[e.errno])",
+        to.ip(),
+        to.port()
+    );
+    let real = output(&c1.netns, in_cgroup(&groups.hooked, python(&script)), SOON)?;
+    ensure!(real.trim() == "EADDRNOTAVAIL", "{real}");
+
     // Not hooked: any port, so no rule allows it.
     let other = explain(&agent, &["--pid", &outside.id().to_string(), &to.to_string()])?;
     assert_eq!(
@@ -219,6 +232,25 @@ fn the_kernel_is_asked_whether_a_control_group_is_hooked() -> Result<()> {
     }
     ensure!(detached > 0, "no link is pinned");
     expect(&ask(&groups.path)?, "pool", "ok", &["no port of the pool", "is not hooked"])
+}
+
+/// A connection that no program sees passes, whatever the rules say.
+#[test]
+fn without_an_attached_program_nothing_is_denied() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let to = c1.at(Family::V4, 8080);
+    let _server = serve(&c1.netns, 8080)?;
+    let config = "role: node\nnetworks: {pods: [10.200.1.0/24], external: [192.168.31.0/24]}\nenforcement: {engines: [ebpf], \
+                  interfaces: {external: [lan7], internal: ['none*']}}\npersistence: {save: never}\n";
+    let mut agent = Agent::start(&lab, lab.b(), config)?;
+    for (interfaces, verdict) in [("none*", "unjudged"), ("cali*", "deny")] {
+        agent.reload(&config.replace("none*", interfaces))?;
+        let found = explain(&agent, &[&a.v4.to_string(), &to.to_string()])?;
+        ensure!(found["verdict"] == verdict, "{interfaces}: {found:#}");
+        ensure!(reaches(a, to)? == (verdict == "unjudged"), "{interfaces}");
+    }
+    Ok(())
 }
 
 fn host(routes: &str) -> String {

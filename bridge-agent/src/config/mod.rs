@@ -292,6 +292,7 @@ impl Config {
             ports: pool.available(),
             destinations: self.pool_destinations(),
             cgroups: cgroups.map(ToString::to_string).collect(),
+            strict: pool.strict,
         })
     }
 }

@@ -58,6 +58,8 @@ pub struct PoolScope {
     pub destinations: Vec<ipnet::IpNet>,
     /// The control groups whose connections get one without asking for it.
     pub cgroups: Vec<String>,
+    /// See [`PortPool::strict`].
+    pub strict: bool,
 }
 
 fn yes() -> bool {

@@ -80,6 +80,9 @@ pub fn explain(facts: &Facts<'_>, question: &Question) -> Explanation {
         }
     }
     explanation.summary = summary(&explanation, &decisions);
+    if explanation.stages.iter().any(|stage| stage.name == "pool" && stage.outcome == StageOutcome::Deny) {
+        explanation.summary += "\nREFUSED by the port pool: the program cannot connect from this port";
+    }
     explanation
 }
 

@@ -63,6 +63,11 @@ pub(super) fn source_ports(facts: PoolFacts<'_>, opener: Opener, question: &Ques
         Some(given) if pool.ports.iter().any(|range| range.contains(given.first)) => {
             (StageOutcome::Ok, format!("{given} is a port of the pool"))
         }
+        Some(given) if pool.strict && facts.client.is_some() && matches!(share, Share::Pool(_)) => {
+            let seen =
+                format!("{given} is no port of the pool: `connect` is refused, since portPool.strict is on");
+            (StageOutcome::Deny, seen)
+        }
         Some(given) => (StageOutcome::Ok, format!("{given} is no port of the pool")),
         None => (outcome, seen),
     };

@@ -104,8 +104,8 @@ impl Filter {
         found.into_iter().filter(|to| *to != (question.destination, question.destination_port)).collect()
     }
 
-    /// Adds the verdict of each packet filter, and a masquerade.
-    pub(super) fn add_stages(&self, explanation: &mut Explanation, live: &Live<'_>) {
+    /// Adds the verdict of each packet filter, and a masquerade. `by_ebpf`: a program of eBPF judges it as well.
+    pub(super) fn add_stages(&self, explanation: &mut Explanation, live: &Live<'_>, by_ebpf: bool) {
         let passage = Passage::new(&explanation.question, &live.local);
         let interfaces = passage.interfaces(live);
         let audit = live.active.policy.mode == Mode::Audit;
@@ -121,7 +121,7 @@ impl Filter {
         }
         let known = explanation.stages.iter().any(|stage| stage.seen.starts_with("known"));
         if !known {
-            note_engines(explanation, &own, live.has_ebpf());
+            note_engines(explanation, &own, by_ebpf);
         }
         self.add_others(explanation, &passage, &way);
     }
@@ -254,7 +254,8 @@ fn note_engines(explanation: &mut Explanation, engines: &[Engine], has_ebpf: boo
         }
     }
     if !has_ebpf && engines.is_empty() {
-        explanation.summary += "\nNo rules of bridge are in the kernel: nothing is judged";
+        explanation.summary +=
+            "\nNothing of bridge in the kernel judges it: it passes, whatever the rules say";
         explanation.verdict = Judged::Unjudged;
     }
 }

@@ -5,6 +5,8 @@ use std::{
     path::Path,
 };
 
+use bridge_common::pool::FLAG_STRICT;
+
 use super::super::{Problem, no_ebpf};
 use crate::{
     config::PoolScope,
@@ -40,8 +42,10 @@ pub(super) fn client(shared: &Shared, request: &Request) -> Result<Option<Client
 pub(super) fn pool(shared: &Shared) -> Option<PoolScope> {
     let service = shared.pool()?;
     let everything = service.backend().hooked(Path::new("/")).is_ok_and(|hooked| hooked != Hooked::No);
+    let layout = service.backend().layout();
     Some(PoolScope {
-        ports: service.backend().layout().ports.ranges(),
+        strict: layout.config.flags & FLAG_STRICT != 0,
+        ports: layout.ports.ranges(),
         destinations: service.networks(),
         cgroups: everything.then(|| "/".to_owned()).into_iter().collect(),
     })

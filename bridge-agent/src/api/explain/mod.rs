@@ -186,7 +186,7 @@ fn of_connection(
         live: true,
     };
     let mut explanation = explain::explain(&facts, question);
-    live.complete(&mut explanation);
+    let by_ebpf = live.complete(&mut explanation);
     let judge = Judge { policy, local: &live.local, state: live };
     // The node itself is on the link of its LAN hosts.
     if judge.class(question.source) == Class::External && judge.class(question.destination) != Class::Local {
@@ -198,7 +198,7 @@ fn of_connection(
         let why = "there: `bridge-agent routes list`, or `ip route get`; `bridge-agent routes export` has the commands";
         explanation.stages.insert(2, Stage::new("lan route", StageOutcome::Unknown, seen, why));
     }
-    filter.add_stages(&mut explanation, live);
+    filter.add_stages(&mut explanation, live, by_ebpf);
     if let Some(input) = live.input(question.source) {
         host::add_way(&mut explanation, input);
     }

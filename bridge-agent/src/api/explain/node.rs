@@ -72,11 +72,6 @@ impl<'a> Live<'a> {
             .collect();
     }
 
-    /// Whether eBPF enforces.
-    pub(super) const fn has_ebpf(&self) -> bool {
-        self.maps.is_some()
-    }
-
     /// Returns the index of an interface towards the LAN.
     pub(super) fn lan_interface(&self) -> u32 {
         self.interfaces.iter().find(|one| one.role == "external").map_or(0, |interface| interface.index)
@@ -107,8 +102,8 @@ impl<'a> Live<'a> {
         }
     }
 
-    /// Completes the stages of the hook and of the flow.
-    pub(super) fn complete(&self, explanation: &mut Explanation) {
+    /// Completes the stages of the hook and of the flow; returns whether a program of eBPF judges the connection.
+    pub(super) fn complete(&self, explanation: &mut Explanation) -> bool {
         let Some(maps) = &self.maps else {
             for stage in &mut explanation.stages {
                 match stage.name.as_str() {
@@ -125,23 +120,32 @@ impl<'a> Live<'a> {
                     _ => {}
                 }
             }
-            return;
+            return false;
         };
-        let Some(stage) = explanation.stages.iter_mut().find(|stage| stage.name == "hook") else { return };
+        let Some(stage) = explanation.stages.iter_mut().find(|stage| stage.name == "hook") else {
+            return true;
+        };
         let attached = maps.attached_interfaces().unwrap_or_default();
         let suffix = format!(" {}", stage.seen);
         let names: Vec<&str> = attached.iter().filter_map(|one| one.strip_suffix(suffix.as_str())).collect();
         if names.is_empty() {
             stage.outcome = StageOutcome::Unknown;
             stage.seen += ", attached to no interface: nothing is judged there";
-        } else {
-            let more = match names.len().saturating_sub(MAX_SHOWN) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
+            // The hook behind it judges what this one has not seen, but for NodePorts.
+            let behind = match explanation.direction.as_deref() {
+                Some("inbound") => " internal_egress",
+                Some("outbound") => " external_egress",
+                _ => return false,
             };
-            let shown = names.iter().take(MAX_SHOWN).copied().collect::<Vec<_>>().join(", ");
-            stage.seen += &format!(" on {shown}{more}");
+            return attached.iter().any(|one| one.ends_with(behind));
         }
+        let more = match names.len().saturating_sub(MAX_SHOWN) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let shown = names.iter().take(MAX_SHOWN).copied().collect::<Vec<_>>().join(", ");
+        stage.seen += &format!(" on {shown}{more}");
+        true
     }
 }
 
