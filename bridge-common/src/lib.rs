@@ -8,6 +8,7 @@
 
 pub mod filter;
 pub mod pool;
+pub mod protocol;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
 pub const ABI_VERSION: u32 = 4;

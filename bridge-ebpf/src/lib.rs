@@ -22,14 +22,8 @@ fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
 
 /// IP protocol numbers.
 pub mod protocol {
-    pub use bridge_common::filter::flow::protocol::{TCP, UDP};
+    pub use bridge_common::protocol::{ICMP, ICMPV6, SCTP, TCP, UDP};
 
-    /// RFC 792.
-    pub const ICMP: u8 = 1;
-    /// RFC 4443.
-    pub const ICMPV6: u8 = 58;
-    /// RFC 9260.
-    pub const SCTP: u8 = 132;
     /// IPv6 extension header: hop-by-hop options.
     pub const HOP_BY_HOP: u8 = 0;
     /// IPv6 extension header: routing.

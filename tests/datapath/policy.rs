@@ -6,9 +6,12 @@ use anyhow::{Context as _, Result, ensure};
 use bridge_agent::datapath::{Behaviour, Error, Published};
 use bridge_agent::model::{Action, Direction, Mode, OnDeny, Policy, PortRange, Protocol, Rule};
 use bridge_agent::policy::{Tables, compile};
-use bridge_common::filter::{
-    flow::{Flow, FlowKey, protocol},
-    policy::RuleHits,
+use bridge_common::{
+    filter::{
+        flow::{Flow, FlowKey},
+        policy::RuleHits,
+    },
+    protocol,
 };
 use bridge_lab::lab::Lab;
 use bridge_lab::wait::eventually;

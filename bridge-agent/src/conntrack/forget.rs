@@ -4,7 +4,9 @@ use std::{collections::BTreeSet, io, net::IpAddr};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::{Connection, IPPROTO_ICMP, IPPROTO_ICMPV6, Tuple, for_each};
+use bridge_common::protocol;
+
+use super::{Connection, Tuple, for_each};
 use crate::kernel::{
     backoff::Backoff,
     netlink::{Socket, encode_attribute as attribute},
@@ -25,7 +27,7 @@ pub fn forget(addresses: &BTreeSet<IpAddr>) -> io::Result<usize> {
     let mut originals = Vec::new();
     for_each(|Connection { original, reply, .. }| {
         let ends = [original.source, original.destination, reply.source, reply.destination];
-        let queries = matches!(original.protocol, IPPROTO_ICMP | IPPROTO_ICMPV6);
+        let queries = matches!(original.protocol, protocol::ICMP | protocol::ICMPV6);
         if !queries && ends.iter().any(|end| addresses.contains(end)) {
             originals.push(original);
         }

@@ -5,10 +5,13 @@ mod restore;
 
 use std::{collections::HashMap, net::IpAddr};
 
-use bridge_common::filter::{
-    fast_path::ticks,
-    flow::{Flow, FlowKey, flag, state},
-    policy::{direction, side},
+use bridge_common::{
+    filter::{
+        fast_path::ticks,
+        flow::{Flow, FlowKey, flag, state},
+        policy::{direction, side},
+    },
+    protocol,
 };
 use ipnet::IpNet;
 
@@ -17,11 +20,6 @@ pub use restore::{Direction, restore};
 
 pub use crate::kernel::conntrack::{Connection, Tuple, for_each};
 use crate::policy::Tables;
-
-const IPPROTO_ICMP: u8 = 1;
-const IPPROTO_TCP: u8 = 6;
-const IPPROTO_UDP: u8 = 17;
-const IPPROTO_ICMPV6: u8 = 58;
 
 /// The addresses to follow, and their roles.
 #[derive(Clone, Debug)]
@@ -146,15 +144,15 @@ fn flow_state(connection: &Connection) -> Option<(u8, u8)> {
         // Conntrack takes any segment for one of a connection that it has missed the begin of, and only the answer
         // shows that there is one.
         _ if !connection.replied => None,
-        IPPROTO_TCP => match connection.tcp_state {
+        protocol::TCP => match connection.tcp_state {
             SYN_RECV | ESTABLISHED => Some((state::ESTABLISHED, 0)),
             // Conntrack does not record the sender of the FIN, and nothing depends on it.
             FIN_WAIT | CLOSE_WAIT => Some((state::FIN_WAIT, flag::FIN_INITIATOR)),
             LAST_ACK | TIME_WAIT => Some((state::CLOSING, flag::FIN_INITIATOR | flag::FIN_RESPONDER)),
             _ => None,
         },
-        IPPROTO_UDP => Some((state::UDP_REPLIED, 0)),
-        IPPROTO_ICMP | IPPROTO_ICMPV6 => Some((state::ICMP_REPLIED, 0)),
+        protocol::UDP => Some((state::UDP_REPLIED, 0)),
+        protocol::ICMP | protocol::ICMPV6 => Some((state::ICMP_REPLIED, 0)),
         _ => Some((state::OTHER_REPLIED, 0)),
     }
 }
@@ -186,7 +184,7 @@ mod tests {
 
     fn tuple(source: &str, source_port: u16, destination: &str, destination_port: u16) -> Tuple {
         let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
-        Tuple { source, source_port, destination, destination_port, protocol: IPPROTO_TCP }
+        Tuple { source, source_port, destination, destination_port, protocol: protocol::TCP }
     }
 
     fn tcp(original: Tuple, reply: Tuple) -> Connection {
@@ -293,8 +291,8 @@ mod tests {
             assert_eq!(states(&Connection { tcp_state, replied: false, ..inbound }), None, "{tcp_state}");
         }
         for (protocol, expected) in [
-            (IPPROTO_UDP, state::UDP_REPLIED),
-            (IPPROTO_ICMP, state::ICMP_REPLIED),
+            (protocol::UDP, state::UDP_REPLIED),
+            (protocol::ICMP, state::ICMP_REPLIED),
             (132, state::OTHER_REPLIED),
         ] {
             let original = Tuple { protocol, ..inbound.original };

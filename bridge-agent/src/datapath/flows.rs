@@ -8,12 +8,15 @@ use std::{
 };
 
 use aya::maps::MapData;
-use bridge_common::filter::{
-    control::{SLOTS, Settings},
-    fast_path::{Control, Lease, Outcome, ticks},
-    flow::{END_LOW, Flow, FlowKey, flag, protocol, state},
-    flow_cache::stamp_of,
-    policy::{RuleInfo, direction},
+use bridge_common::{
+    filter::{
+        control::{SLOTS, Settings},
+        fast_path::{Control, Lease, Outcome, ticks},
+        flow::{END_LOW, Flow, FlowKey, flag, state},
+        flow_cache::stamp_of,
+        policy::{RuleInfo, direction},
+    },
+    protocol,
 };
 use ipnet::IpNet;
 use schemars::JsonSchema;

@@ -6,10 +6,13 @@ use std::{
     net::IpAddr,
 };
 
-use bridge_common::filter::{
-    address::Address,
-    flow::{Flow, FlowKey, protocol::UDP},
-    interface::{family, tunnel},
+use bridge_common::{
+    filter::{
+        address::Address,
+        flow::{Flow, FlowKey},
+        interface::{family, tunnel},
+    },
+    protocol::UDP,
 };
 
 use super::{

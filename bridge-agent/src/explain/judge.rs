@@ -9,7 +9,7 @@ use bridge_common::filter::{
     address::Address,
     counters::Reason,
     flow::{Flow, FlowKey, flag},
-    policy::{direction, protocol},
+    policy::{class, direction},
 };
 
 use crate::{
@@ -17,14 +17,7 @@ use crate::{
     policy::reference,
 };
 
-/// IP protocol numbers.
-pub(crate) mod ip {
-    pub(crate) const ICMP: u8 = 1;
-    pub(crate) const TCP: u8 = 6;
-    pub(crate) const UDP: u8 = 17;
-    pub(crate) const ICMPV6: u8 = 58;
-    pub(crate) const SCTP: u8 = 132;
-}
+pub(crate) use bridge_common::protocol as ip;
 
 /// The meaning of a packet to its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +54,7 @@ impl Packet {
     /// Whether its protocol has ports.
     #[must_use]
     pub fn has_ports(&self) -> bool {
-        reference::has_ports(self.protocol_index())
+        reference::has_ports(self.class())
     }
 
     /// Returns the key of its flow, and the end that its source is.
@@ -72,13 +65,13 @@ impl Packet {
         FlowKey::new(&source, source_port, &destination, destination_port, self.protocol)
     }
 
-    fn protocol_index(&self) -> usize {
+    fn class(&self) -> usize {
         match self.protocol {
-            ip::TCP => protocol::TCP,
-            ip::UDP => protocol::UDP,
-            ip::SCTP => protocol::SCTP,
-            _ if self.is_icmp() => protocol::ICMP,
-            _ => protocol::OTHER,
+            ip::TCP => class::TCP,
+            ip::UDP => class::UDP,
+            ip::SCTP => class::SCTP,
+            _ if self.is_icmp() => class::ICMP,
+            _ => class::OTHER,
         }
     }
 
@@ -89,7 +82,7 @@ impl Packet {
         reference::Packet {
             source: self.source,
             destination: self.destination,
-            protocol: self.protocol_index(),
+            protocol: self.class(),
             source_port: port(self.source_port),
             destination_port: port(self.destination_port),
         }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use bridge_common::protocol;
 use ipnet::IpNet;
 
 use super::observe::OwnRules;
@@ -49,7 +50,6 @@ pub enum Verdict {
     Denied,
 }
 
-const TCP: u8 = 6;
 const NO_NEXT_HEADER: u8 = 59;
 /// Deeper than any chain of bridge leads; the kernel refuses loops.
 const DEPTH: u32 = 16;
@@ -367,7 +367,7 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
         "--tcp-flags" => {
             let flags = words.next()?;
             let syn_is_asked = value.split(',').any(|flag| matches!(flag, "SYN" | "ALL"));
-            Some(packet.protocol == TCP && (flags == if syn_is_asked { "SYN" } else { "NONE" }))
+            Some(packet.protocol == protocol::TCP && (flags == if syn_is_asked { "SYN" } else { "NONE" }))
         }
         "--chunk-types" => (value == "only" && words.next()? == "INIT").then_some(true),
         "--ctstate" => {
@@ -399,11 +399,11 @@ fn in_ranges(list: &str, port: u16) -> bool {
 /// As iptables-save names them.
 pub(crate) fn protocol_number(name: &str) -> Option<u8> {
     Some(match name {
-        "icmp" => 1,
-        "tcp" => TCP,
-        "udp" => 17,
-        "ipv6-icmp" | "icmpv6" => 58,
-        "sctp" => 132,
+        "icmp" => protocol::ICMP,
+        "tcp" => protocol::TCP,
+        "udp" => protocol::UDP,
+        "ipv6-icmp" | "icmpv6" => protocol::ICMPV6,
+        "sctp" => protocol::SCTP,
         number => number.parse().ok()?,
     })
 }

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use bridge_common::filter::policy::{protocol, reference};
+use bridge_common::filter::policy::{class, reference};
 
 use super::envelope::Envelope;
 use super::intern::Interner;
@@ -44,7 +44,7 @@ pub(super) struct Claim<'a> {
 pub(super) struct Exhausted;
 
 /// The partitions of a table: by [`protocol`] those of the rules that decide, then those of the rules in audit mode.
-pub(super) type Roots = [u32; 2 * protocol::COUNT];
+pub(super) type Roots = [u32; 2 * class::COUNT];
 
 /// Every partition and every table there is. Number 0 of both says "no rule".
 pub(super) struct Ports {
@@ -62,7 +62,7 @@ impl Ports {
     pub(super) fn new(budget: usize, first_audited: u32) -> Self {
         Self {
             partitions: Interner::new(Rc::from([Interval { first: 0, cell: NO_RULE }])),
-            tables: Interner::new([0; 2 * protocol::COUNT]),
+            tables: Interner::new([0; 2 * class::COUNT]),
             merged_partitions: HashMap::new(),
             merged_tables: HashMap::new(),
             budget,
@@ -84,11 +84,11 @@ impl Ports {
 
     /// The table of `rules`, each with its index.
     pub(super) fn table(&mut self, rules: &[(u32, &Rule)]) -> Result<u32, Exhausted> {
-        let mut roots = [0; 2 * protocol::COUNT];
+        let mut roots = [0; 2 * class::COUNT];
         let mut before: Vec<(Vec<u32>, u32)> = Vec::new();
         let first_audited = self.first_audited;
         for (number, root) in roots.iter_mut().enumerate() {
-            let (protocol, audited) = (number % protocol::COUNT, number >= protocol::COUNT);
+            let (protocol, audited) = (number % class::COUNT, number >= class::COUNT);
             let chosen = || {
                 rules.iter().filter(move |(index, rule)| {
                     (*index >= first_audited) == audited && matches(rule, protocol)
@@ -142,7 +142,7 @@ impl Ports {
             return Ok(known);
         }
         let (left, right) = (self.roots(a), self.roots(b));
-        let mut roots = [0; 2 * protocol::COUNT];
+        let mut roots = [0; 2 * class::COUNT];
         for (index, root) in roots.iter_mut().enumerate() {
             *root = self.merge_partitions(left[index], right[index])?;
         }
@@ -266,12 +266,12 @@ struct Event {
 /// Whether `rule` speaks of the protocol with number `of` in [`protocol`].
 fn matches(rule: &Rule, of: usize) -> bool {
     match rule.protocol {
-        Protocol::Tcp => of == protocol::TCP,
-        Protocol::Udp => of == protocol::UDP,
-        Protocol::Sctp => of == protocol::SCTP,
-        Protocol::Icmp => of == protocol::ICMP,
+        Protocol::Tcp => of == class::TCP,
+        Protocol::Udp => of == class::UDP,
+        Protocol::Sctp => of == class::SCTP,
+        Protocol::Icmp => of == class::ICMP,
         Protocol::Any => {
-            let has_ports = matches!(of, protocol::TCP | protocol::UDP | protocol::SCTP);
+            let has_ports = matches!(of, class::TCP | class::UDP | class::SCTP);
             has_ports || rule.ports.is_empty() && rule.source_ports.is_empty()
         }
     }

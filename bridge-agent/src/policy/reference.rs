@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::filter::policy::{AddressInfo, PairKey, RuleSet, direction, protocol, reference, side};
+use bridge_common::filter::policy::{AddressInfo, PairKey, RuleSet, class, direction, reference, side};
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ pub struct Packet {
     pub source: IpAddr,
     /// Where it goes.
     pub destination: IpAddr,
-    /// One of [`bridge_common::filter::policy::protocol`].
+    /// One of [`bridge_common::filter::policy::class`].
     pub protocol: usize,
     /// Host byte order; 0 where the protocol has no ports.
     pub source_port: u16,
@@ -70,7 +70,7 @@ pub fn audit_tables(tables: &Tables, packet: &Packet) -> Option<(u32, Action)> {
 fn evaluate_sets(
     tables: &Tables,
     packet: &Packet,
-    roots: fn(&RuleSet) -> &[u32; protocol::COUNT],
+    roots: fn(&RuleSet) -> &[u32; class::COUNT],
 ) -> Option<(u32, Action)> {
     let direction = scope_tables(tables, packet)?;
     if direction == direction::NODE_PORT {
@@ -273,10 +273,10 @@ pub fn misses(rule: &Rule, direction: Direction, external: IpAddr, pod: IpAddr, 
         |ranges: &[PortRange], port| ranges.is_empty() || ranges.iter().any(|range| range.contains(port));
     let by_port = !rule.ports.is_empty() || !rule.source_ports.is_empty();
     let protocol = match rule.protocol {
-        Protocol::Tcp => packet.protocol == protocol::TCP,
-        Protocol::Udp => packet.protocol == protocol::UDP,
-        Protocol::Sctp => packet.protocol == protocol::SCTP,
-        Protocol::Icmp => packet.protocol == protocol::ICMP,
+        Protocol::Tcp => packet.protocol == class::TCP,
+        Protocol::Udp => packet.protocol == class::UDP,
+        Protocol::Sctp => packet.protocol == class::SCTP,
+        Protocol::Icmp => packet.protocol == class::ICMP,
         Protocol::Any => !by_port || has_ports(packet.protocol),
     };
     let mut misses = Misses::default();
@@ -289,10 +289,10 @@ pub fn misses(rule: &Rule, direction: Direction, external: IpAddr, pod: IpAddr, 
     misses
 }
 
-/// Whether a protocol, one of [`bridge_common::filter::policy::protocol`], has ports.
+/// Whether a protocol, one of [`bridge_common::filter::policy::class`], has ports.
 #[must_use]
 pub fn has_ports(protocol: usize) -> bool {
-    matches!(protocol, protocol::TCP | protocol::UDP | protocol::SCTP)
+    matches!(protocol, class::TCP | class::UDP | class::SCTP)
 }
 
 fn contains(prefixes: &[IpNet], address: IpAddr) -> bool {

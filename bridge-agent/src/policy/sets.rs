@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, RuleSet, protocol, reference};
+use bridge_common::filter::policy::{INTERVALS, PortIntervals, PortPage, RuleSet, class, reference};
 
 use super::intern::Interner;
 use super::interval::{BY_SOURCE, Cell, Interval};
@@ -43,9 +43,9 @@ impl<'a> Emitter<'a> {
             return known;
         }
         let all = self.ports.roots(table).map(|partition| self.root(partition));
-        let [mut roots, mut audited] = [[0; protocol::COUNT]; 2];
-        roots.copy_from_slice(&all[..protocol::COUNT]);
-        audited.copy_from_slice(&all[protocol::COUNT..]);
+        let [mut roots, mut audited] = [[0; class::COUNT]; 2];
+        roots.copy_from_slice(&all[..class::COUNT]);
+        audited.copy_from_slice(&all[class::COUNT..]);
         let index = u32::try_from(self.rule_sets.len()).expect("no more sets than tables");
         self.rule_sets.push(RuleSet { roots, audited });
         self.sets.insert(table, index);

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, io, net::IpAddr};
 
-use bridge_common::pool::Destination;
+use bridge_common::{pool::Destination, protocol};
 
 use crate::kernel::conntrack;
 
@@ -18,15 +18,13 @@ pub fn known() -> io::Result<HashSet<(Destination, u16)>> {
 }
 
 fn entry(original: &conntrack::Tuple) -> Option<(Destination, u16)> {
-    const IPPROTO_TCP: u8 = 6;
-    const IPPROTO_UDP: u8 = 17;
     let conntrack::Tuple { source_port, destination, destination_port, protocol, .. } = *original;
     let port = destination_port.to_be_bytes();
     let destination = match destination {
         IpAddr::V4(address) => Destination::from_network_v4(address.octets(), port, protocol),
         IpAddr::V6(address) => Destination::from_network(address.octets(), port, protocol),
     };
-    matches!(protocol, IPPROTO_TCP | IPPROTO_UDP).then_some((destination, source_port))
+    matches!(protocol, protocol::TCP | protocol::UDP).then_some((destination, source_port))
 }
 
 #[cfg(test)]

@@ -166,7 +166,7 @@ mod tests {
     }
 
     fn to(n: u8) -> Destination {
-        Destination::from_network_v4([10, 0, 0, n], [1, 187], bridge_common::pool::TCP)
+        Destination::from_network_v4([10, 0, 0, n], [1, 187], bridge_common::protocol::TCP)
     }
 
     #[test]

@@ -7,10 +7,13 @@ use std::{
     sync::Mutex,
 };
 
-use bridge_common::pool::{
-    self, Destination, Geometry, Owner, Refusal,
-    bitmap::{self, Bitmap, Memory},
-    slots::{self, Seat, Tables},
+use bridge_common::{
+    pool::{
+        self, Destination, Geometry, Owner, Refusal,
+        bitmap::{self, Bitmap, Memory},
+        slots::{self, Seat, Tables},
+    },
+    protocol,
 };
 use proptest::prelude::*;
 
@@ -126,7 +129,7 @@ fn layout(ports: &[(u16, u16)]) -> Layout {
 }
 
 fn destination(n: u8) -> Destination {
-    Destination::from_network_v4([192, 168, 31, n], 443_u16.to_be_bytes(), pool::TCP)
+    Destination::from_network_v4([192, 168, 31, n], 443_u16.to_be_bytes(), protocol::TCP)
 }
 
 #[derive(Clone, Debug)]
@@ -350,7 +353,7 @@ fn a_namespace_leaves_slots_to_others_however_many_destinations_it_has() {
     let layout = layout(&[(1, 65535)]);
     let tables = Private::new(&layout);
     let many = |by| {
-        let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], pool::TCP);
+        let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], protocol::TCP);
         let entered =
             (1..u32::MAX).map(|n| slots::enter(&tables, &to(n << 8 | u32::try_from(by).unwrap()), by, 0));
         let mut count = 0_u32;
@@ -370,7 +373,7 @@ fn a_namespace_leaves_slots_to_others_however_many_destinations_it_has() {
     assert_eq!(refusal, Refusal::SHARE);
     assert!(second.abs_diff(slots * 3 / 32) <= 1, "{second} destinations in {slots} slots");
     // Where it has slots already, it goes on.
-    let known = Destination::from_network_v4((1 << 8 | 1_u32).to_be_bytes(), [1, 187], pool::TCP);
+    let known = Destination::from_network_v4((1 << 8 | 1_u32).to_be_bytes(), [1, 187], protocol::TCP);
     assert!(slots::enter(&tables, &known, 1, 0).is_ok());
     // A destination of another namespace needs slots, too.
     assert_eq!(slots::enter(&tables, &known, 2, 0), Err(Refusal::SHARE));
@@ -388,7 +391,7 @@ fn narrow(slots: u32) -> Layout {
 fn a_namespace_without_open_sockets_reaches_any_number_of_destinations() {
     let layout = narrow(1000);
     let tables = Private::new(&layout);
-    let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], pool::TCP);
+    let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], protocol::TCP);
     let connect = |by: u64, n: u32| {
         let seat = slots::enter(&tables, &to(n), by, 0).unwrap();
         let claim = slots::claim(&tables, seat, false).unwrap();

@@ -12,7 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bridge_common::pool::{self, Destination, Event, Refusal};
+use bridge_common::{
+    pool::{self, Destination, Event, Refusal},
+    protocol,
+};
 use ipnet::IpNet;
 use tokio::sync::{Notify, broadcast};
 
@@ -474,8 +477,8 @@ pub(super) fn destination(address: SocketAddr, transport: Transport) -> Destinat
         IpAddr::V6(ip) => ip,
     };
     let protocol = match transport {
-        Transport::Tcp => pool::TCP,
-        Transport::Udp => pool::UDP,
+        Transport::Tcp => protocol::TCP,
+        Transport::Udp => protocol::UDP,
     };
     Destination::from_network(ip.octets(), address.port().to_be_bytes(), protocol)
 }
@@ -485,5 +488,5 @@ fn socket_addr(destination: &Destination) -> SocketAddr {
 }
 
 fn transport(destination: &Destination) -> Transport {
-    if destination.protocol() == pool::UDP { Transport::Udp } else { Transport::Tcp }
+    if destination.protocol() == protocol::UDP { Transport::Udp } else { Transport::Tcp }
 }

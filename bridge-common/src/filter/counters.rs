@@ -4,7 +4,6 @@
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counter {
-    /// Packets.
     pub packets: u64,
     /// Their lengths from the link layer header on, in bytes.
     pub bytes: u64,

@@ -7,7 +7,8 @@
 //! path again, and the path is learned again: so conntrack, the neighbour table and every filter beside bridge see
 //! every flow at least that often, and can stop it.
 
-use super::{counters::Counter, flow::protocol};
+use super::counters::Counter;
+use crate::protocol;
 
 /// Whether flows may take the fast path; kept by the agent, in a map that it shares with the kernel side.
 #[repr(C)]

@@ -4,6 +4,7 @@ use super::{
     address::Address,
     fast_path::{Lease, nanoseconds, ticks, towards},
 };
+use crate::protocol;
 
 /// Key of a flow, the same for both directions: the end with the smaller (address, port) is `low`.
 ///
@@ -191,14 +192,6 @@ impl Flow {
     pub const fn age(&self, now: u64) -> u64 {
         nanoseconds(ticks(now).wrapping_sub(self.opened))
     }
-}
-
-/// IP protocol numbers of flows that have something of their own to them.
-pub mod protocol {
-    /// RFC 9293.
-    pub const TCP: u8 = 6;
-    /// RFC 768.
-    pub const UDP: u8 = 17;
 }
 
 /// Values of [`Flow::state`]; also the index of its timeout in [`crate::filter::control::Settings::timeouts`].

@@ -72,7 +72,7 @@ pub struct PairSets {
 }
 
 /// Index of [`RuleSet::roots`]: the protocols that rules distinguish.
-pub mod protocol {
+pub mod class {
     /// TCP.
     pub const TCP: usize = 0;
     /// UDP.
@@ -93,9 +93,9 @@ pub mod protocol {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RuleSet {
     /// By [`protocol`].
-    pub roots: [u32; protocol::COUNT],
+    pub roots: [u32; class::COUNT],
     /// The same, of the rules in audit mode, which decide nothing.
-    pub audited: [u32; protocol::COUNT],
+    pub audited: [u32; class::COUNT],
 }
 
 /// References between the tables of port lookup: a tag in the two highest bits, an index or a verdict below.
@@ -150,7 +150,6 @@ pub struct PortPage {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RuleHits {
-    /// Packets.
     pub packets: u64,
     /// Their lengths from the link layer header on, in bytes.
     pub bytes: u64,

@@ -22,17 +22,12 @@ pub mod bitmap;
 pub mod slots;
 
 use bitmap::Bitmap;
+
+use crate::protocol;
 pub use bitmap::MAX_WORDS;
 
 /// Changes whenever a type or the layout in this module does; part of the path under which the maps are pinned.
 pub const ABI_VERSION: u32 = 2;
-
-/// `IPPROTO_TCP`.
-pub const TCP: u8 = 6;
-/// `IPPROTO_UDP`.
-pub const UDP: u8 = 17;
-/// `IPPROTO_UDPLITE`.
-pub const UDP_LITE: u8 = 136;
 
 /// Words of the bitmap of free slots.
 pub const ALLOCATOR_WORDS: u32 = 1024;
@@ -234,7 +229,7 @@ impl Destination {
     }
 
     /// Stands for all destinations of an unconnected UDP socket.
-    pub const ANY_UDP: Self = Self::from_network([0; 16], [0; 2], UDP);
+    pub const ANY_UDP: Self = Self::from_network([0; 16], [0; 2], protocol::UDP);
 
     /// Network byte order, IPv4 as v4-mapped.
     #[must_use]

@@ -7,8 +7,9 @@
 use super::bitmap::{self, Bitmap, Memory};
 use super::{
     ALL_SLOTS, ALLOCATOR, CURSOR, Destination, FIRST_SLOT, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_CLOSED,
-    SLOT_OPEN, SLOT_PINNED, TEMPLATE_EMPTY, TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, UDP,
+    SLOT_OPEN, SLOT_PINNED, TEMPLATE_EMPTY, TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY,
 };
+use crate::protocol;
 
 /// Number of tries of [`enter`] when a slot is taken away meanwhile.
 const ENTER_TRIES: u32 = 4;
@@ -148,7 +149,7 @@ pub struct Claim {
 #[inline(always)]
 #[must_use]
 pub fn template(destination: &Destination) -> u32 {
-    if destination.protocol() != UDP {
+    if destination.protocol() != protocol::UDP {
         TEMPLATE_TCP
     } else if destination.port() == 0 {
         TEMPLATE_UDP_ANY

@@ -9,19 +9,8 @@ use bridge_common::filter::{address::Address, flow_cache::ADDRESSES, policy::Add
 use crate::{
     active::Active,
     maps::{ADDRESS_CACHE, ADDRESSES4, ADDRESSES6},
+    values::CachedAddress,
 };
-
-/// The properties of an IPv4 address in a policy.
-#[repr(C, align(32))]
-#[derive(Clone, Copy)]
-pub(crate) struct Entry {
-    /// As it lies in the header.
-    address: u32,
-    /// Of the policy; 0: the entry is empty.
-    generation: u32,
-    info: AddressInfo,
-    padding: u64,
-}
 
 /// Returns the properties of an address.
 #[inline(always)]
@@ -51,7 +40,12 @@ pub(crate) fn lookup_cached(active: &Active, address: &Address, version: u8) -> 
     let entry = unsafe { &mut *entry };
     let generation = active.settings.generation;
     if entry.address != word || entry.generation != generation {
-        *entry = Entry { address: word, generation, info: lookup(active.slot, address, version), padding: 0 };
+        *entry = CachedAddress {
+            address: word,
+            generation,
+            info: lookup(active.slot, address, version),
+            padding: 0,
+        };
     }
     entry.info
 }

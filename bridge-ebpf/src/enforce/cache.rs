@@ -16,6 +16,7 @@ use bridge_common::filter::{
 use bridge_ebpf::atomic;
 
 use crate::{
+    action::NEXT,
     active::Active,
     cache_set::{Entry, NO_PATH},
     fast_path,
@@ -24,7 +25,6 @@ use crate::{
     mark,
     parse::fast::{Headers, established_v4},
     paths, report,
-    verdict::NEXT,
 };
 
 /// Sets of each CPU, a power of two. Set by the loader.

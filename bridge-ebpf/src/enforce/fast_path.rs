@@ -16,13 +16,14 @@ use bridge_common::filter::{
 use bridge_ebpf::protocol;
 
 use crate::{
-    fib::{self, End, FibLookup},
+    action::NEXT,
+    fib::{self, End},
     maps::{FAST_PATH, INTERFACES, OUTCOMES, Route, Scratch, scratch},
     mark,
     packet::{Packet, tcp},
     parse::fast::Headers,
     paths::{held, place},
-    verdict::NEXT,
+    values::FibLookup,
 };
 
 const ETHERNET: u32 = 14;

@@ -10,6 +10,7 @@ use bridge_common::filter::address::Address;
 use crate::{
     maps::{INTERFACES, Scratch, scratch},
     packet::Packet,
+    values::FibLookup,
 };
 
 /// Address families of the socket API (linux/socket.h).
@@ -17,27 +18,6 @@ const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 /// The route is known, the neighbour's address is not (linux/bpf.h).
 const NO_NEIGHBOUR: i64 = 7;
-
-/// `struct bpf_fib_lookup` (linux/bpf.h), with the members of its unions that matter here.
-#[repr(C)]
-pub(crate) struct FibLookup {
-    family: u8,
-    l4_protocol: u8,
-    source_port: [u8; 2],
-    destination_port: [u8; 2],
-    /// In: anything but 0 asks for the MTU of the route; out: the MTU.
-    pub(crate) mtu: u16,
-    /// In: of the interface that the packet came in by; out: that it leaves by.
-    pub(crate) ifindex: u32,
-    /// IPv4: type of service in the first byte; IPv6: first word of the header, without the version.
-    traffic_class: [u8; 4],
-    source: [u8; 16],
-    destination: [u8; 16],
-    vlan: [u8; 4],
-    pub(crate) source_address: [u16; 3],
-    pub(crate) destination_address: [u16; 3],
-}
-const _: () = assert!(size_of::<FibLookup>() == 64);
 
 /// Which end of a packet a question is about.
 #[derive(Clone, Copy, PartialEq, Eq)]

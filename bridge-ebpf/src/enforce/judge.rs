@@ -11,6 +11,7 @@ use bridge_common::filter::{
 use bridge_ebpf::protocol;
 
 use crate::{
+    action::NEXT,
     active::Active,
     cache, fast_path, fragments,
     hook::Hook,
@@ -20,7 +21,7 @@ use crate::{
     parse, policy, report, scope,
     sides::Sides,
     track::{self, Admission, TrackVerdict},
-    verdict::{self, NEXT, Verdict},
+    verdict::{self, Verdict},
 };
 
 /// Judges a packet at an ingress hook.

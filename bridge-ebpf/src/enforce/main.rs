@@ -20,6 +20,7 @@
     reason = "header lengths, directions and results of helpers are small, whatever the type of the register"
 )]
 
+mod action;
 mod active;
 mod addresses;
 mod cache;
@@ -40,6 +41,7 @@ mod report;
 mod scope;
 mod sides;
 mod track;
+mod values;
 mod verdict;
 
 use aya_ebpf::{macros::classifier, programs::TcContext};

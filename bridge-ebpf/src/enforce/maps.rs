@@ -21,11 +21,10 @@ use bridge_common::filter::{
 use bridge_ebpf::{apart, protocol};
 
 use crate::{
-    addresses::Entry,
     cache_set::{Place, Set},
-    fib::FibLookup,
     packet::Packet,
     sides::Sides,
+    values::{CachedAddress, FibLookup},
 };
 
 const SLOT_COUNT: usize = SLOTS as usize;
@@ -93,7 +92,7 @@ pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, u64, 16_384> = LruHashMap::
 pub(crate) static FLOW_CACHE: Array<Set, { MAX_SETS as usize }, MMAPABLE> = Array::new();
 /// Properties of addresses, CPU by CPU. The loader sets the size.
 #[btf_map(name = "address_cache")]
-pub(crate) static ADDRESS_CACHE: Array<Entry, { ADDRESSES as usize }, MMAPABLE> = Array::new();
+pub(crate) static ADDRESS_CACHE: Array<CachedAddress, { ADDRESSES as usize }, MMAPABLE> = Array::new();
 /// See `bridge_common::filter::flow_cache`.
 #[btf_map(name = "flow_stamps")]
 pub(crate) static FLOW_STAMPS: Array<u64, { STAMPS as usize }, MMAPABLE> = Array::new();

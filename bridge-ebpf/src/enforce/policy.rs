@@ -6,10 +6,10 @@ use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     event::verdict,
-    policy::{INTERVALS, PairKey, PortIntervals, direction, protocol, reference},
+    policy::{INTERVALS, PairKey, PortIntervals, class, direction, reference},
 };
 
-use bridge_ebpf::protocol as ip;
+use bridge_ebpf::protocol;
 
 use crate::{
     active::Active,
@@ -41,23 +41,21 @@ pub(crate) extern "C" fn evaluate(slot: u32, rules: u32) -> u32 {
         }
         return resolve(slot, settings.node_port_root, &ports);
     }
-    let by_protocol = protocol_index(packet);
+    let class = class_of(packet);
     let audited = rules != ENFORCED;
     let outbound = sides.direction == u32::from(direction::OUTBOUND);
     let of_direction = |sets: &[u32; 2]| if outbound { sets[1] } else { sets[0] };
 
-    let mut best = evaluate_set(slot, of_direction(&settings.global_sets), by_protocol, audited, &ports);
-    best =
-        stronger(best, evaluate_set(slot, of_direction(&sides.external.sets), by_protocol, audited, &ports));
-    best =
-        stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), by_protocol, audited, &ports));
+    let mut best = evaluate_set(slot, of_direction(&settings.global_sets), class, audited, &ports);
+    best = stronger(best, evaluate_set(slot, of_direction(&sides.external.sets), class, audited, &ports));
+    best = stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), class, audited, &ports));
     let pair = PairKey { external: sides.external.class, pod: sides.internal.class };
     if settings.pair_count != 0
         && let Some(pairs) = PAIRS.get(slot)
     {
         // SAFETY: the tables of a slot are not written to while the slot is active.
         if let Some(sets) = unsafe { pairs.get(&pair) } {
-            best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), by_protocol, audited, &ports));
+            best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), class, audited, &ports));
         }
     }
     best
@@ -70,13 +68,13 @@ struct Ports {
 
 /// Index into `RuleSet::roots`. An ICMP of the wrong IP version has been read as a packet without ports.
 #[inline(always)]
-fn protocol_index(packet: &Packet) -> usize {
+fn class_of(packet: &Packet) -> usize {
     match (packet.protocol, packet.version) {
-        (ip::TCP, _) => protocol::TCP,
-        (ip::UDP, _) => protocol::UDP,
-        (ip::SCTP, _) => protocol::SCTP,
-        (ip::ICMP, 4) | (ip::ICMPV6, 6) => protocol::ICMP,
-        _ => protocol::OTHER,
+        (protocol::TCP, _) => class::TCP,
+        (protocol::UDP, _) => class::UDP,
+        (protocol::SCTP, _) => class::SCTP,
+        (protocol::ICMP, 4) | (protocol::ICMPV6, 6) => class::ICMP,
+        _ => class::OTHER,
     }
 }
 
@@ -90,13 +88,13 @@ fn stronger(a: u32, b: u32) -> u32 {
 
 /// Returns the leaf of one set.
 #[inline(always)]
-fn evaluate_set(slot: u32, set: u32, by_protocol: usize, audited: bool, ports: &Ports) -> u32 {
+fn evaluate_set(slot: u32, set: u32, class: usize, audited: bool, ports: &Ports) -> u32 {
     if set == 0 {
         return 0;
     }
     let Some(rule_set) = RULE_SETS.get_value(slot, &set) else { return 0 };
     let roots = if audited { &rule_set.audited } else { &rule_set.roots };
-    let Some(root) = roots.get(by_protocol) else { return 0 };
+    let Some(root) = roots.get(class) else { return 0 };
     resolve(slot, *root, ports)
 }
 

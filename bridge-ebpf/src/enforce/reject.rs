@@ -12,10 +12,10 @@ use bridge_common::filter::counters::Reason;
 use bridge_ebpf::protocol;
 
 use crate::{
+    action::DROP,
     maps::{INTERFACES, Scratch, scratch},
     mark,
     packet::{Kind, Packet, tcp},
-    verdict::DROP,
 };
 
 const IPV4_HEADER: u32 = 20;

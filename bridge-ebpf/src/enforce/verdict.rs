@@ -1,13 +1,11 @@
 //! The verdict on a packet, and its way into a counter, an event, and a TC action.
 
-use aya_ebpf::{
-    bindings::{__sk_buff, TC_ACT_SHOT},
-    programs::TcContext,
-};
+use aya_ebpf::{bindings::__sk_buff, programs::TcContext};
 use aya_log_ebpf::debug;
-use bridge_common::filter::{counters::Reason, event::verdict as action, flow::flag, policy::reference};
+use bridge_common::filter::{counters::Reason, event::verdict as shown, flow::flag, policy::reference};
 
 use crate::{
+    action::{DROP, NEXT},
     active::Active,
     hook::Hook,
     mark,
@@ -17,12 +15,6 @@ use crate::{
     sides::Sides,
     track::{self, Admission},
 };
-
-/// The TC action of packets that pass: the next program, and the network stack after the last (`TCX_NEXT`;
-/// `TC_ACT_UNSPEC` for clsact).
-pub(crate) const NEXT: i32 = -1;
-/// The TC action of packets that are dropped.
-pub(crate) const DROP: i32 = TC_ACT_SHOT;
 
 /// A verdict.
 pub(crate) struct Verdict {
@@ -60,7 +52,7 @@ pub(crate) fn conclude(
     let mut info = EventInfo {
         now: active.now,
         rule: verdict.leaf & reference::RULE,
-        verdict: action::ALLOW,
+        verdict: shown::ALLOW,
         reason: verdict.reason as u8,
         direction,
         padding: 0,
@@ -100,7 +92,7 @@ pub(crate) fn conclude(
             let _ = track::open(packet, &admission, active.settings, active.now, true);
         }
         report::count_audited(direction, verdict.reason, length);
-        info.verdict = action::AUDIT;
+        info.verdict = shown::AUDIT;
         report::emit(skb, active, &info);
         return NEXT;
     }
@@ -109,7 +101,7 @@ pub(crate) fn conclude(
         && hook <= Hook::INTERNAL_INGRESS
         && reject::is_answerable(packet, verdict.reason)
         && report::may_answer(settings, active.now);
-    info.verdict = if answerable { action::REJECT } else { action::DROP };
+    info.verdict = if answerable { shown::REJECT } else { shown::DROP };
     report::emit(skb, active, &info);
     if !answerable {
         return DROP;

@@ -9,9 +9,12 @@ use aya_ebpf::{
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use bridge_common::pool::{
-    Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal, TCP,
-    TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, UDP, bitmap, slots,
+use bridge_common::{
+    pool::{
+        Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal,
+        TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, bitmap, slots,
+    },
+    protocol::{TCP, UDP},
 };
 use bridge_ebpf::atomic::fetch_add;
 

@@ -1,10 +1,13 @@
 //! `connect`: the moment a source port is chosen.
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
-use bridge_common::pool::{
-    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_CONNECTING, LEASE_HELD, LEASE_OF_CONNECTION, Lease,
-    Refusal, TCP, bitmap, counter,
-    slots::{self, Seat, Tables as _},
+use bridge_common::{
+    pool::{
+        Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_CONNECTING, LEASE_HELD, LEASE_OF_CONNECTION,
+        Lease, Refusal, bitmap, counter,
+        slots::{self, Seat, Tables as _},
+    },
+    protocol::TCP,
 };
 use bridge_ebpf::atomic::fetch_and;
 

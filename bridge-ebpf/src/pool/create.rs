@@ -1,7 +1,10 @@
 //! Creation of sockets of protocols that leave without a connect hook.
 
 use aya_ebpf::{macros::cgroup_sock, programs::SockContext};
-use bridge_common::pool::{FLAG_STRICT, Refusal, UDP_LITE};
+use bridge_common::{
+    pool::{FLAG_STRICT, Refusal},
+    protocol::UDP_LITE,
+};
 
 use crate::{
     maps::POOL_CONFIG,

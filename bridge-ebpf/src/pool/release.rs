@@ -12,10 +12,13 @@ use aya_ebpf::{
     macros::{cgroup_sock, sock_ops},
     programs::{SockContext, SockOpsContext},
 };
-use bridge_common::pool::{
-    LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT, LEASE_TIMESTAMPS,
-    Lease, counter,
-    slots::{self, Seat},
+use bridge_common::{
+    pool::{
+        LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT, LEASE_TIMESTAMPS,
+        Lease, counter,
+        slots::{self, Seat},
+    },
+    protocol::TCP,
 };
 use bridge_ebpf::atomic::{fetch_and, fetch_or};
 
@@ -34,7 +37,6 @@ const TCP_CLOSING: u32 = 11;
 /// The option of RFC 7323, and its length.
 const TCPOPT_TIMESTAMP: u8 = 8;
 const TCPOLEN_TIMESTAMP: usize = 10;
-const IPPROTO_TCP: u32 = 6;
 const BPF_SOCK_OPS_TCP_CONNECT_CB: u32 = 3;
 const BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB: u32 = 4;
 const BPF_SOCK_OPS_STATE_CB: u32 = 10;
@@ -58,11 +60,11 @@ pub(crate) fn pool_release(ctx: SockContext) -> i32 {
             let before = fetch_or(&raw mut (*lease).state, LEASE_FILE_CLOSED);
             (before, (*ctx.sock).state, (*ctx.sock).protocol)
         };
-        if protocol == IPPROTO_TCP && before & LEASE_HELD != 0 && before & LEASE_CONNECTING == 0 {
+        if protocol == u32::from(TCP) && before & LEASE_HELD != 0 && before & LEASE_CONNECTING == 0 {
             // SAFETY: the storage of the socket of the context.
             note_failure(&ctx, unsafe { &(*lease).destination });
         }
-        if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != IPPROTO_TCP {
+        if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != u32::from(TCP) {
             give_back(lease);
         }
     }

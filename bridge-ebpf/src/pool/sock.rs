@@ -10,7 +10,10 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_netns_cookie, bpf_setsockopt, bpf_sk_storage_get},
     programs::SockAddrContext,
 };
-use bridge_common::pool::{Destination, Lease, TCP, UDP};
+use bridge_common::{
+    pool::{Destination, Lease},
+    protocol::{TCP, UDP},
+};
 
 use crate::maps::{POOL_LEASES, POOL_NETWORKS};
 

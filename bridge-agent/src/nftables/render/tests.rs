@@ -222,7 +222,7 @@ proptest! {
             let packet = crate::policy::reference::Packet {
                 source: external.into(),
                 destination: pod.into(),
-                protocol: if tcp { bridge_common::filter::policy::protocol::TCP } else { bridge_common::filter::policy::protocol::UDP },
+                protocol: if tcp { bridge_common::filter::policy::class::TCP } else { bridge_common::filter::policy::class::UDP },
                 source_port,
                 destination_port: port,
             };

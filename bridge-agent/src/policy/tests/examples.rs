@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::filter::policy::{AddressInfo, direction, protocol, reference as abi, side};
+use bridge_common::filter::policy::{AddressInfo, class, direction, reference as abi, side};
 use ipnet::IpNet;
 
 use super::generate::net;
@@ -61,7 +61,7 @@ fn root(tables: &Tables, set: u32, protocol: usize) -> u32 {
 fn a_range_is_three_intervals_of_a_narrow() {
     let tables = compiled(vec![Rule { ports: vec![range(60_001, 60_100)], ..rule("r") }]);
     let set = tables.global_sets[0];
-    assert_eq!(root(&tables, set, protocol::TCP), abi::INTERVALS);
+    assert_eq!(root(&tables, set, class::TCP), abi::INTERVALS);
     assert_eq!(tables.rule_sets[set as usize].roots[1..], [0; 4]);
     assert_eq!(tables.narrows.len(), 1);
     assert_eq!(tables.narrows[0].first[..4], [0, 60_001, 60_101, 60_101]);
@@ -85,7 +85,7 @@ fn every_protocol_only_without_ports() {
 #[test]
 fn source_ports_alone_still_take_a_lookup_by_destination_port_first() {
     let tables = compiled(vec![Rule { source_ports: vec![range(61_001, 61_100)], ..rule("r") }]);
-    let first = &tables.narrows[(root(&tables, 1, protocol::TCP) & abi::VALUE) as usize];
+    let first = &tables.narrows[(root(&tables, 1, class::TCP) & abi::VALUE) as usize];
     assert_eq!(first.first, [0; 10]);
     let second = &tables.narrows[(first.references[0] & abi::VALUE) as usize];
     assert_eq!(second.first[..4], [0, 61_001, 61_101, 61_101]);
@@ -95,7 +95,7 @@ fn source_ports_alone_still_take_a_lookup_by_destination_port_first() {
 #[test]
 fn all_source_ports_are_no_criterion() {
     let all = Rule { source_ports: vec![range(40_000, 65_535), range(0, 39_999)], ..rule("r") };
-    assert_eq!(root(&compiled(vec![all]), 1, protocol::TCP), 1);
+    assert_eq!(root(&compiled(vec![all]), 1, class::TCP), 1);
 }
 
 #[test]
@@ -103,19 +103,15 @@ fn ten_intervals_are_narrow_and_eleven_are_wide() {
     let ports = |count: u16| (1..=count).map(|port| range(port * 512, port * 512 + 9)).collect();
     let narrow =
         compiled(vec![Rule { ports: ports(4), ..rule("r") }, Rule { ports: vec![range(9, 9)], ..rule("s") }]);
-    assert_eq!(
-        abi::tag(root(&narrow, 1, protocol::TCP)),
-        abi::DIRECTORY,
-        "4 + 1 ranges apart are 11 intervals"
-    );
+    assert_eq!(abi::tag(root(&narrow, 1, class::TCP)), abi::DIRECTORY, "4 + 1 ranges apart are 11 intervals");
 
     let edge = vec![range(0, 9), range(20, 29), range(40, 49), range(60, 69), range(80, 89)];
     let narrow = compiled(vec![Rule { ports: edge, ..rule("r") }]);
-    assert_eq!(abi::tag(root(&narrow, 1, protocol::TCP)), abi::INTERVALS, "from port 0 on it is 10");
+    assert_eq!(abi::tag(root(&narrow, 1, class::TCP)), abi::INTERVALS, "from port 0 on it is 10");
     assert!(narrow.narrows[0].first.is_sorted_by(|a, b| a < b), "all slots are used");
 
     let wide = compiled(vec![Rule { ports: ports(20), ..rule("r") }]);
-    let directory = &wide.pages[(root(&wide, 1, protocol::TCP) & abi::VALUE) as usize];
+    let directory = &wide.pages[(root(&wide, 1, class::TCP) & abi::VALUE) as usize];
     assert_eq!(directory.references[1], 0, "a uniform block needs no page");
     assert_eq!(directory.references[2], directory.references[4], "equal blocks share a page");
     assert_eq!(abi::tag(directory.references[2]), abi::PAGE);
@@ -126,9 +122,9 @@ fn ten_intervals_are_narrow_and_eleven_are_wide() {
 fn a_deny_wins_and_then_the_first() {
     let deny = Rule { action: Action::Deny, ..rule("no") };
     let tables = compiled(vec![rule("a"), deny.clone(), rule("b"), deny]);
-    assert_eq!(root(&tables, tables.global_sets[0], protocol::TCP), abi::DENY | 2);
+    assert_eq!(root(&tables, tables.global_sets[0], class::TCP), abi::DENY | 2);
     let tables = compiled(vec![rule("a"), rule("b")]);
-    assert_eq!(root(&tables, tables.global_sets[0], protocol::TCP), 1);
+    assert_eq!(root(&tables, tables.global_sets[0], class::TCP), 1);
 }
 
 #[test]
@@ -148,7 +144,7 @@ fn a_list_that_covers_the_networks_names_no_side() {
 #[test]
 fn a_list_of_no_pods_matches_nothing_and_keeps_its_number() {
     let tables = compiled(vec![Rule { pods: nets(&[]), ..rule("none") }, rule("all")]);
-    assert_eq!(root(&tables, tables.global_sets[0], protocol::TCP), 2);
+    assert_eq!(root(&tables, tables.global_sets[0], class::TCP), 2);
     assert_eq!(tables.rule_count, 2);
 }
 
@@ -171,7 +167,7 @@ fn a_prefix_inside_another_is_named_by_the_rules_of_both() {
     let host = Rule { external: nets(&["192.168.31.67/32"]), ports: vec![range(2, 2)], ..rule("host") };
     let tables = compiled(vec![wide, host]);
     let set = info(&tables, "192.168.31.67/32").sets[0];
-    let narrow = &tables.narrows[(root(&tables, set, protocol::TCP) & abi::VALUE) as usize];
+    let narrow = &tables.narrows[(root(&tables, set, class::TCP) & abi::VALUE) as usize];
     assert_eq!(narrow.first[..4], [0, 1, 2, 3]);
     assert_eq!(narrow.references[..4], [0, 1, 2, 0]);
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 use ipnet::IpNet;
 use proptest::collection::vec;
 use proptest::option;
@@ -178,14 +178,14 @@ fn packet(case: &Case, random: &mut StdRng) -> Packet {
     };
     let (source, destination) = if inbound { (external, pod) } else { (pod, external) };
     let protocol = match target.map(|rule| rule.protocol) {
-        Some(Protocol::Tcp) if random.random_bool(0.7) => protocol::TCP,
-        Some(Protocol::Udp) if random.random_bool(0.7) => protocol::UDP,
-        Some(Protocol::Sctp) if random.random_bool(0.7) => protocol::SCTP,
-        Some(Protocol::Icmp) if random.random_bool(0.7) => protocol::ICMP,
-        _ => random.random_range(0..protocol::COUNT),
+        Some(Protocol::Tcp) if random.random_bool(0.7) => class::TCP,
+        Some(Protocol::Udp) if random.random_bool(0.7) => class::UDP,
+        Some(Protocol::Sctp) if random.random_bool(0.7) => class::SCTP,
+        Some(Protocol::Icmp) if random.random_bool(0.7) => class::ICMP,
+        _ => random.random_range(0..class::COUNT),
     };
     let (mut source_port, mut destination_port) = (0, 0);
-    if protocol < protocol::ICMP {
+    if protocol < class::ICMP {
         source_port = port_at_edge(target.map(|rule| &rule.source_ports), random);
         destination_port = port_at_edge(target.map(|rule| &rule.ports), random);
     }

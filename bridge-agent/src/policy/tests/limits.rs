@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -66,7 +66,7 @@ fn many_rules_are_still_judged_right() {
             let packet = Packet {
                 source: address("10.0.0.0/8", index).addr(),
                 destination: pod.addr(),
-                protocol: if rule.protocol == Protocol::Udp { protocol::UDP } else { protocol::TCP },
+                protocol: if rule.protocol == Protocol::Udp { class::UDP } else { class::TCP },
                 source_port: 1,
                 destination_port: port,
             };

@@ -4,7 +4,10 @@ use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::{address::Address, counters::Reason};
 use bridge_ebpf::protocol;
 
-use super::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Word, general::tcp_header, is_ethernet};
+use super::{
+    general::tcp_header,
+    words::{ETH_P_IP, ETH_P_IPV6, ETHERNET, Word, is_ethernet},
+};
 use crate::packet::{Kind, Packet, tcp};
 
 /// Length of a UDP header, and of a TCP header without options.

@@ -6,8 +6,9 @@ use bridge_common::filter::{address::Address, counters::Reason};
 use bridge_ebpf::protocol;
 
 use super::{
-    Word, load,
+    icmp::{icmp_kind, icmpv6_kind},
     quoted::{QUOTED, parse_quoted_l4},
+    words::{Word, load},
 };
 use crate::packet::{Kind, Packet, sctp, tcp};
 
@@ -235,26 +236,4 @@ fn parse_icmp(skb: *mut __sk_buff, packet: &mut Packet, kind: fn(u8) -> Option<K
         None => packet.problem = Reason::icmp_type,
     }
     packet.end - packet.l4 >= 8
-}
-
-/// RFC 792, RFC 950.
-#[inline(always)]
-pub(super) fn icmp_kind(icmp_type: u8) -> Option<Kind> {
-    match icmp_type {
-        8 | 13 | 15 | 17 => Some(Kind::Query),
-        0 | 14 | 16 | 18 => Some(Kind::Reply),
-        3 | 4 | 5 | 11 | 12 => Some(Kind::Error),
-        _ => None,
-    }
-}
-
-/// RFC 4443.
-#[inline(always)]
-pub(super) fn icmpv6_kind(icmp_type: u8) -> Option<Kind> {
-    match icmp_type {
-        128 => Some(Kind::Query),
-        129 => Some(Kind::Reply),
-        1..=4 => Some(Kind::Error),
-        _ => None,
-    }
 }

@@ -1,24 +1,13 @@
-//! Reads the packet inside an ICMP error.
+//! Reads layer 4 of the packet inside an ICMP error.
 
 use aya_ebpf::bindings::__sk_buff;
 use bridge_ebpf::protocol;
 
 use super::{
-    general::{icmp_kind, icmpv6_kind, parse_ip},
-    load,
+    icmp::{icmp_kind, icmpv6_kind},
+    words::load,
 };
 use crate::packet::{Kind, Packet};
-
-/// Reads the packet that an ICMP error quotes, which holds at least 8 bytes of layer 4 (RFC 792). Returns `false` if its
-/// ports cannot be read.
-#[inline(always)]
-pub(crate) fn parse_quoted(skb: *mut __sk_buff, error: &Packet, quoted: &mut Packet) -> bool {
-    parse_ip(skb, error.l4 + 8, u32::from(error.version) | QUOTED, quoted) != 0
-        && quoted.is_intact()
-        && quoted.kind != Kind::LaterFragment
-        // Not the padding of a short frame behind the error.
-        && quoted.l4 <= error.end - 8
-}
 
 /// Beside the IP version: the packet is quoted by an ICMP error.
 pub(super) const QUOTED: u32 = 1 << 8;

@@ -1,6 +1,6 @@
 //! Beside a story, with flows of their own: datagrams with VLAN tags, and datagrams from where their source cannot be.
 
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 
 use super::super::dice::Dice;
 use super::super::{Difference, Expected, Flow, Sent};
@@ -33,7 +33,7 @@ impl Story<'_> {
         let most = if dice.percent(75) { 3 } else { 2 * MAX_TAGS };
         let count = 1 + dice.below(most);
         let packet = (0..count).fold(self.there().udp(a, b, &self.mark()), |packet, _| packet.vlan(0));
-        let opens = self.opens(protocol::UDP);
+        let opens = self.opens(class::UDP);
         // The kernel has moved the first one out of the buffer.
         let followed = count <= MAX_TAGS + 1;
         let expected = Expected::differing(Difference::Tags, opens && followed, opens);

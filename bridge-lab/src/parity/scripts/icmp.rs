@@ -1,6 +1,6 @@
 //! ICMP and ICMPv6: queries, replies, errors.
 
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 
 use super::super::dice::Dice;
 use super::super::{Difference, Expected, Flow, endpoints};
@@ -22,7 +22,7 @@ impl Story<'_> {
             let [high, low] = id.to_be_bytes();
             Icmp::Other(kind, 0, [high, low, 0, 1], mark)
         };
-        let (opens, free) = (self.opens(protocol::ICMP), self.is_free(protocol::ICMP));
+        let (opens, free) = (self.opens(class::ICMP), self.is_free(class::ICMP));
         match dice.below(10) {
             0 | 1 => {
                 let packet = self.there().icmp(&message(reply, self.mark()));
@@ -46,7 +46,7 @@ impl Story<'_> {
                 let packet = self.there().icmp(&message(request, self.mark()));
                 self.send("another echo request", true, packet, opens);
                 if dice.percent(30) {
-                    let other = self.mirrored().opens(protocol::ICMP);
+                    let other = self.mirrored().opens(class::ICMP);
                     let packet = self.back().icmp(&message(request, self.mark()));
                     self.send("echo request of the other side", false, packet, other);
                     let packet = self.back().icmp(&message(reply, self.mark()));
@@ -65,9 +65,9 @@ impl Story<'_> {
     pub(super) fn icmp_error(&mut self, dice: &mut Dice) {
         let Flow { source, destination, source_port: a, destination_port: b } = self.flow;
         let (of, first) = if dice.percent(50) {
-            (protocol::UDP, self.there().udp(a, b, &self.mark()))
+            (class::UDP, self.there().udp(a, b, &self.mark()))
         } else {
-            (protocol::TCP, self.there().tcp(self.tcp_syn()))
+            (class::TCP, self.there().tcp(self.tcp_syn()))
         };
         let opens = self.opens(of);
         let quoted = [first.ip(), self.mark()].concat();
@@ -86,7 +86,7 @@ impl Story<'_> {
             if from_router { endpoints::beyond(dice, self.policy, destination) } else { destination };
         let back = Flow { source: router, destination: source, source_port: 0, destination_port: 0 };
         let back = Story { flow: back, ..self.mirrored() };
-        let unjudged = back.is_free(protocol::ICMP);
+        let unjudged = back.is_free(class::ICMP);
         let foreign = back.is_foreign() && back.to_pod();
         let what = match (known, from_router) {
             (true, false) => "error about a known flow",

@@ -7,7 +7,7 @@ mod tcp;
 
 use bridge_agent::model::{Action, Policy, Protocol};
 use bridge_agent::policy::reference;
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 use std::net::IpAddr;
 
 use etherparse::{IpNumber, TcpHeader, UdpHeader};
@@ -164,10 +164,10 @@ impl Story<'_> {
     }
 
     fn udp(&mut self, dice: &mut Dice) {
-        let opens = self.opens(protocol::UDP);
+        let opens = self.opens(class::UDP);
         let packet = self.there().udp(self.flow.source_port, self.flow.destination_port, &self.mark());
         if dice.percent(12) {
-            let expected = Expected::differing(Difference::Damage, opens, self.is_free(protocol::UDP));
+            let expected = Expected::differing(Difference::Damage, opens, self.is_free(class::UDP));
             let (what, packet) = if dice.percent(70) {
                 ("datagram with a wrong checksum", self.with_another(&packet, 6))
             } else {
@@ -176,16 +176,16 @@ impl Story<'_> {
             self.send(what, true, packet, expected);
             return;
         }
-        let (packet, what, expected) = self.dressed(dice, packet, "datagram", protocol::UDP);
+        let (packet, what, expected) = self.dressed(dice, packet, "datagram", class::UDP);
         self.send(what, true, packet, expected);
     }
 
     fn udp_exchange(&mut self, dice: &mut Dice) {
-        let opens = self.opens(protocol::UDP);
+        let opens = self.opens(class::UDP);
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         self.send("question", true, self.there().udp(a, b, &self.mark()), opens);
         // If the question was denied, the answer may be a question that a rule allows.
-        let answer = opens || self.mirrored().opens(protocol::UDP);
+        let answer = opens || self.mirrored().opens(class::UDP);
         self.send("answer", false, self.back().udp(b, a, &self.mark()), answer);
         // In half of them enough that the last ones may take the fast path.
         for _ in 0..1 + dice.below(7).saturating_sub(3) {
@@ -200,9 +200,9 @@ impl Story<'_> {
         let payload = [self.mark(), vec![0x55; 40 + 8 * dice.below(20)]].concat();
         let (packet, header, protocol) = match number {
             IpNumber::TCP => {
-                (self.there().tcp(self.tcp_syn().payload(&payload)), TcpHeader::MIN_LEN, protocol::TCP)
+                (self.there().tcp(self.tcp_syn().payload(&payload)), TcpHeader::MIN_LEN, class::TCP)
             }
-            _ => (self.there().udp(a, b, &payload), UdpHeader::LEN, protocol::UDP),
+            _ => (self.there().udp(a, b, &payload), UdpHeader::LEN, class::UDP),
         };
         let size = 8 * (1 + dice.below(6));
         let (free, opens) = (self.is_free(protocol), self.opens(protocol));
@@ -244,16 +244,16 @@ impl Story<'_> {
     fn other(&mut self, dice: &mut Dice, number: u8) {
         if IpNumber(number) == IpNumber::IPV6_NO_NEXT_HEADER {
             let packet = self.there().raw(IpNumber(number), &self.mark());
-            self.send("no next header", true, packet, self.is_free(protocol::OTHER));
+            self.send("no next header", true, packet, self.is_free(class::OTHER));
             return;
         }
-        let opens = self.opens(protocol::OTHER);
+        let opens = self.opens(class::OTHER);
         // Zeroes are a plain GRE header, and an ESP header with its index; the mark is behind.
         let payload = |mark: Vec<u8>| [vec![0; 8], mark].concat();
         let packet = self.there().raw(IpNumber(number), &payload(self.mark()));
         self.send("another protocol", true, packet, opens);
         if dice.percent(50) {
-            let answer = opens || self.mirrored().opens(protocol::OTHER);
+            let answer = opens || self.mirrored().opens(class::OTHER);
             let packet = self.back().raw(IpNumber(number), &payload(self.mark()));
             self.send("answer in another protocol", false, packet, answer);
         }
@@ -293,7 +293,7 @@ impl Story<'_> {
                 (packet, "with a segment left to go to", expected)
             }
             (false, _) => {
-                let as_a_protocol = self.opens(protocol::OTHER);
+                let as_a_protocol = self.opens(class::OTHER);
                 let expected = Expected::differing(Difference::AuthenticationHeader, opens, as_a_protocol);
                 (packet.authentication(), "with an authentication header", expected)
             }

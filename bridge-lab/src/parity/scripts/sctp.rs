@@ -1,6 +1,6 @@
 //! SCTP: openings, whole associations, and packets of none.
 
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 
 use super::super::dice::Dice;
 use super::super::{Difference, Expected, Flow, local};
@@ -18,7 +18,7 @@ impl Story<'_> {
     pub(super) fn sctp(&mut self, dice: &mut Dice) {
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         if dice.percent(40) {
-            self.send("INIT", true, self.there().sctp_init(a, b), self.opens(protocol::SCTP));
+            self.send("INIT", true, self.there().sctp_init(a, b), self.opens(class::SCTP));
             return;
         }
         if dice.percent(40) && !local().contains(&self.flow.destination) {
@@ -35,7 +35,7 @@ impl Story<'_> {
             ("ABORT", 6),
         ]);
         let packet = self.there().sctp(a, b, self.tag | 1, &self.chunk(chunk, 0, 1));
-        let passes = self.is_free(protocol::SCTP);
+        let passes = self.is_free(class::SCTP);
         self.send(what, true, packet, passes);
     }
 
@@ -66,8 +66,8 @@ impl Story<'_> {
 
     /// RFC 9260, section 5.1; on the way, packets with other tags.
     fn sctp_association(&mut self, dice: &mut Dice) {
-        let opens = self.opens(protocol::SCTP);
-        let free = self.is_free(protocol::SCTP);
+        let opens = self.opens(class::SCTP);
+        let free = self.is_free(class::SCTP);
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         let init = self.there().sctp_init(a, b);
         self.send("INIT of an association", true, init, opens);
@@ -94,7 +94,7 @@ impl Story<'_> {
     }
 
     fn sctp_with_a_wrong_tag(&mut self, dice: &mut Dice) {
-        let (opens, free) = (self.opens(protocol::SCTP), self.is_free(protocol::SCTP));
+        let (opens, free) = (self.opens(class::SCTP), self.is_free(class::SCTP));
         let from_opener = dice.percent(50);
         let (own, other) = if from_opener { (MINE, THEIRS) } else { (THEIRS, MINE) };
         let wrong = *dice.pick(&[0, own, other ^ 1, other.wrapping_add(1)]);

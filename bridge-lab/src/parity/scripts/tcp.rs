@@ -1,6 +1,6 @@
 //! TCP: openings, whole connections, and stray segments.
 
-use bridge_common::filter::policy::protocol;
+use bridge_common::filter::policy::class;
 
 use super::super::dice::Dice;
 use super::super::{Difference, Expected, Flow};
@@ -42,7 +42,7 @@ impl Story<'_> {
     }
 
     pub(super) fn tcp_opening(&mut self, dice: &mut Dice) {
-        let opens = self.opens(protocol::TCP);
+        let opens = self.opens(class::TCP);
         let (what, syn) = if dice.percent(20) {
             ("SYN that asks for ECN", self.tcp_syn_for_ecn())
         } else {
@@ -50,11 +50,11 @@ impl Story<'_> {
         };
         let packet = self.there().tcp(syn);
         if dice.percent(7) {
-            let expected = Expected::differing(Difference::Damage, opens, self.is_free(protocol::TCP));
+            let expected = Expected::differing(Difference::Damage, opens, self.is_free(class::TCP));
             self.send("SYN with a wrong checksum", true, self.with_another(&packet, CHECKSUM), expected);
             return;
         }
-        let (packet, what, expected) = self.dressed(dice, packet, what, protocol::TCP);
+        let (packet, what, expected) = self.dressed(dice, packet, what, class::TCP);
         self.send(what, true, packet, expected);
     }
 
@@ -71,13 +71,13 @@ impl Story<'_> {
     pub(super) fn tcp_stray(&mut self, dice: &mut Dice) {
         let (what, flags) = *dice.pick(&STRAYS);
         let packet = self.there().tcp(self.flags(flags, self.numbers().0));
-        let free = self.is_free(protocol::TCP);
+        let free = self.is_free(class::TCP);
         self.send(what, true, packet, free);
     }
 
     /// A SYN that is answered by an RST, and comes again.
     pub(super) fn tcp_refusal(&mut self, dice: &mut Dice) {
-        let opens = self.opens(protocol::TCP);
+        let opens = self.opens(class::TCP);
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         self.send("SYN that is refused", true, self.there().tcp(self.tcp_syn()), opens);
         let mut refusal = Tcp::ack(b, a, 0, self.numbers().0.wrapping_add(1));
@@ -90,7 +90,7 @@ impl Story<'_> {
 
     /// A handshake, data both ways, and now and then an end; on the way, stray segments.
     pub(super) fn tcp_connection(&mut self, dice: &mut Dice) {
-        let (opens, free) = (self.opens(protocol::TCP), self.is_free(protocol::TCP));
+        let (opens, free) = (self.opens(class::TCP), self.is_free(class::TCP));
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         let (mine, theirs) = self.numbers();
         self.send("SYN of a connection", true, self.there().tcp(self.tcp_syn()), opens);
@@ -131,7 +131,7 @@ impl Story<'_> {
 
     /// Sends stray segments in the middle of a connection.
     fn tcp_intrusion(&mut self, dice: &mut Dice, mine: u32, theirs: u32) {
-        let (opens, free) = (self.opens(protocol::TCP), self.is_free(protocol::TCP));
+        let (opens, free) = (self.opens(class::TCP), self.is_free(class::TCP));
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         match dice.below(8) {
             0 => {
@@ -158,7 +158,7 @@ impl Story<'_> {
     }
 
     fn tcp_end(&mut self, dice: &mut Dice, mine: u32, theirs: u32) {
-        let (opens, free) = (self.opens(protocol::TCP), self.is_free(protocol::TCP));
+        let (opens, free) = (self.opens(class::TCP), self.is_free(class::TCP));
         let Flow { source_port: a, destination_port: b, .. } = self.flow;
         let ended = match dice.below(4) {
             0 => {
@@ -174,7 +174,7 @@ impl Story<'_> {
                 true
             }
             2 => {
-                let turned = self.mirrored().opens(protocol::TCP);
+                let turned = self.mirrored().opens(class::TCP);
                 let by_iptables = if opens { free } else { turned };
                 let expected = Expected::differing(Difference::TurnedRound, turned, by_iptables);
                 let syn = self.back().tcp(Tcp::syn(b, a));
