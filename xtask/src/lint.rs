@@ -42,6 +42,10 @@ pub(crate) fn check(steps: &mut Steps, ready: &Ready, checks: &Checks) {
         cmd::run(deny.current_dir(workspace::root()))
     });
     advisories(steps, checks);
+    steps.step("unused dependencies", || {
+        let mut machete = cmd::command(&checks.machete);
+        cmd::run(machete.arg("--skip-target-dir").current_dir(workspace::root()))
+    });
     steps.step("ABI", abi::check);
     steps.step("words", prose::check_words);
     steps.step("links of the documentation", docs::check);

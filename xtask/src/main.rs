@@ -55,7 +55,7 @@ enum Command {
         /// Part of the name of a test
         filter: Option<String>,
     },
-    /// Check formatting, lints, licences, the ABI, the words and links of the pages, and commit subjects
+    /// Check formatting, lints, licences, unused dependencies, the ABI, the words and links of the pages, and commit subjects
     Lint,
     /// Count the words that the style avoids, or list the lines with one of them
     Words {

@@ -105,6 +105,8 @@ pub(crate) struct Checks {
     pub(crate) nextest: PathBuf,
     /// `cargo-deny`.
     pub(crate) deny: PathBuf,
+    /// `cargo-machete`.
+    pub(crate) machete: PathBuf,
 }
 
 /// Installs the missing tools of `scope`; prints nothing if there are none.
@@ -123,8 +125,9 @@ pub(crate) fn ensure(scope: Scope) -> Result<Ready> {
         let bin = |cargo: &Path| cargo.parent().map(Path::to_owned).unwrap_or_default();
         rust_tools::components(&mut apt, &bin(&user_side), &[rust_tools::RUSTFMT, rust_tools::CLIPPY])?;
         rust_tools::components(&mut apt, &bin(&ebpf.cargo), &[rust_tools::CLIPPY])?;
-        let [nextest, deny] = [rust_tools::NEXTEST, rust_tools::DENY].map(|tool| tool.ensure());
-        Some(Checks { nextest: nextest?, deny: deny? })
+        let [nextest, deny, machete] =
+            [rust_tools::NEXTEST, rust_tools::DENY, rust_tools::MACHETE].map(|tool| tool.ensure());
+        Some(Checks { nextest: nextest?, deny: deny?, machete: machete? })
     } else {
         None
     };
@@ -185,6 +188,7 @@ pub(crate) fn main() -> Result<()> {
     if let Some(checks) = ready.checks {
         println!("cargo-nextest   {}", checks.nextest.display());
         println!("cargo-deny      {}", checks.deny.display());
+        println!("cargo-machete   {}", checks.machete.display());
     }
     println!("everything is in place");
     Ok(())

@@ -27,6 +27,8 @@ pub(super) const DENY: RustTool = RustTool {
     version: "0.20.2",
     why: "checks licences, bans and sources of dependencies",
 };
+pub(super) const MACHETE: RustTool =
+    RustTool { name: "cargo-machete", version: "0.9.2", why: "finds unused dependencies" };
 
 pub(super) const AUDITABLE: RustTool = RustTool {
     name: "cargo-auditable",
