@@ -15,7 +15,6 @@ use crate::{
 /// Errors of a change to the packet path. The former state stays active.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// See the cause.
     #[error(transparent)]
     Datapath(#[from] datapath::Error),
     /// The rules cannot be compiled.

@@ -2,40 +2,36 @@
 
 use std::{
     collections::BTreeSet,
-    io,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use bridge_common::filter::{
-    control::Control,
-    fast_path::{ability, protocols},
-};
+use bridge_common::filter::{control::Control, fast_path::ability};
 
 use super::{
     desired::{Desired, Error, Prepared, compile},
-    fast_path::{self, Keeper, Tracking},
+    fast_path::Switch,
     named::Named,
+    seed::seed,
     sweeper::Sweeper,
     term::Term,
 };
 use crate::{
     config::Config,
-    conntrack::{self, Forgetting},
+    conntrack::Forgetting,
     datapath::{
         self, Behaviour, Change, Datapath, Displaced, Displacement, Maps, Mechanism, Options, Pins, Published,
     },
     interfaces::{Bindings, Chosen, Device, Hosted, Observer, Selection, Snapshot},
     kernel::backoff::Backoff,
     policy::{Tables, TablesStats},
-    state::{ActivePolicy, AttachedInterface, Enforcement, FastPathStatus},
+    state::{ActivePolicy, AttachedInterface, Enforcement},
 };
 
 /// Target of log lines from the programs: `--log-level enforce=debug` enables them.
 const KERNEL_LOG: &str = "enforce";
 
-/// See the module.
 #[derive(Debug)]
 pub(super) struct Enforcer {
     datapath: Datapath,
@@ -55,8 +51,7 @@ pub(super) struct Enforcer {
     former: Option<(Desired, Instant)>,
     /// Abilities that each of the chosen interfaces has, bits of [`ability`].
     abilities: Vec<u32>,
-    keeper: Option<Keeper>,
-    fast_path: FastPathStatus,
+    fast_path: Switch,
     pins_restored: u64,
     programs_restored: u64,
     /// Programs that are not where they should be.
@@ -77,8 +72,6 @@ struct Again {
     follow: Backoff,
     /// To remove the remains of another version.
     remove: Backoff,
-    /// To begin to keep the fast path.
-    keep: Backoff,
     /// To put the programs of bridge before those of others.
     order: Backoff,
 }
@@ -106,7 +99,7 @@ impl Enforcer {
         let named = Named::load(state);
         let chosen = Chosen::by_name(named.known().clone());
         let (seeded, published, stats) = (None, None, None);
-        let (abilities, keeper, fast_path) = (Vec::new(), None, FastPathStatus::default());
+        let fast_path = Switch::new(Arc::clone(&maps));
         let mut enforcer = Self {
             datapath,
             sweeper: None,
@@ -122,8 +115,7 @@ impl Enforcer {
             bindings,
             hosted: Hosted::default(),
             former: None,
-            abilities,
-            keeper,
+            abilities: Vec::new(),
             fast_path,
             pins_restored: 0,
             programs_restored: 0,
@@ -147,7 +139,7 @@ impl Enforcer {
             }
             return Err(error);
         }
-        enforcer.keep_fast_path();
+        enforcer.fast_path.set(enforcer.desired.fast_path);
         // Last: reading the log takes its map from programs that are not loaded yet.
         if let Err(error) = enforcer.datapath.forward_log() {
             tracing::warn!(%error, "cannot read the log of the programs");
@@ -179,7 +171,7 @@ impl Enforcer {
             self.attach()?;
             crate::fault::point("start:lenient");
             self.carry_over();
-            self.seeded = self.seed(tables);
+            self.seeded = seed(&self.maps, tables);
             // Flows that it has learned meanwhile.
             self.carry_over();
         }
@@ -278,47 +270,6 @@ impl Enforcer {
         }
     }
 
-    /// Takes over the connections that conntrack knows. Without them, they would be cut; that is no reason not to
-    /// enforce.
-    fn seed(&self, tables: &Tables) -> Option<usize> {
-        let scope = conntrack::Scope::new(tables);
-        let now = datapath::now();
-        let (mut known, mut seeded, mut failure) = (0_usize, 0, None);
-        let read = conntrack::for_each(|connection| {
-            known += 1;
-            match self.maps.seed_flows(&scope.flows(&connection, now)) {
-                Ok(count) => seeded += count,
-                Err(error) => failure = Some(error),
-            }
-        });
-        match (read, failure) {
-            (Err(error), _) if error.kind() == io::ErrorKind::Unsupported => {
-                tracing::warn!(
-                    "this kernel has no conntrack: connections that are already open must be opened again"
-                );
-                None
-            }
-            (Err(error), _) => {
-                tracing::warn!(%error, seeded, "conntrack could not be read: open connections may be cut");
-                Some(seeded)
-            }
-            (Ok(()), Some(error)) => {
-                tracing::warn!(%error, seeded, "not all open connections could be taken over");
-                Some(seeded)
-            }
-            (Ok(()), None) if known == 0 => {
-                tracing::info!(
-                    "conntrack knows no connections here: if some are open, they must be opened again"
-                );
-                Some(0)
-            }
-            (Ok(()), None) => {
-                tracing::info!(known, seeded, "took over open connections from conntrack");
-                Some(seeded)
-            }
-        }
-    }
-
     /// Applies another configuration. After an error, the former one is still active.
     pub(super) fn reload(&mut self, prepared: Prepared, term: Term<'_>) -> Result<(), Error> {
         self.restore_pins()?;
@@ -332,7 +283,7 @@ impl Enforcer {
         let snapshot_before = std::mem::replace(&mut self.snapshot, snapshot);
         let former_before = std::mem::replace(&mut self.former, former);
         if self.desired.has_other_scope(&before) {
-            self.seed(&tables);
+            seed(&self.maps, &tables);
         }
         if let Err(error) = self.publish(&tables, trial) {
             (self.desired, self.snapshot, self.former) = (before, snapshot_before, former_before);
@@ -343,7 +294,7 @@ impl Enforcer {
             self.former = Some((before, Instant::now() + time));
         }
         self.attach_as_far_as_possible();
-        self.keep_fast_path();
+        self.fast_path.set(self.desired.fast_path);
         Ok(())
     }
 
@@ -419,9 +370,9 @@ impl Enforcer {
         }
         self.try_again();
         self.restore_order();
-        if self.keeper.is_some() {
+        if self.fast_path.is_on() {
             self.allow_fast_path();
-            self.judge_conntrack(false);
+            self.fast_path.check();
         }
     }
 
@@ -441,8 +392,8 @@ impl Enforcer {
         if self.again.remove.is_due() {
             self.remove_other_versions();
         }
-        if self.again.keep.is_due() {
-            self.keep_fast_path();
+        if self.fast_path.is_due() {
+            self.fast_path.set(self.desired.fast_path);
         }
     }
 
@@ -518,60 +469,6 @@ impl Enforcer {
         self.abilities = abilities;
     }
 
-    /// Begins, goes on, or ends to keep the fast path, as is wanted.
-    fn keep_fast_path(&mut self) {
-        if !self.desired.fast_path {
-            self.keeper = None;
-            self.again.keep = Backoff::default();
-            self.maps.fast_path().stop();
-            self.fast_path = FastPathStatus::default();
-            return;
-        }
-        if self.keeper.is_none() {
-            let started = Keeper::start(Arc::clone(&self.maps));
-            self.again.keep.note(started.is_ok());
-            match started {
-                Ok(keeper) => self.keeper = Some(keeper),
-                Err(error) => {
-                    self.maps.fast_path().stop();
-                    let remark = format!("no fast path: routes and neighbours cannot be watched: {error}");
-                    tracing::warn!("{remark}");
-                    self.fast_path = fast_path::status(0, vec![remark]);
-                    return;
-                }
-            }
-        }
-        self.judge_conntrack(true);
-    }
-
-    /// Lets those protocols take the fast path that conntrack does not mind. `relax`: it is made not to mind.
-    fn judge_conntrack(&mut self, relax: bool) {
-        let Some(keeper) = &self.keeper else { return };
-        let mut tracking = Tracking::read();
-        let mut failure = None;
-        if relax && matches!(tracking, Ok(Tracking::Strict)) {
-            failure = Tracking::relax().err();
-            tracking = Tracking::read();
-        }
-        let status = match tracking {
-            Ok(Tracking::Absent | Tracking::Liberal) => {
-                keeper.allow(protocols::TCP | protocols::UDP);
-                fast_path::status(protocols::TCP | protocols::UDP, Vec::new())
-            }
-            other => {
-                keeper.allow(protocols::UDP);
-                let failure = failure.or(other.err());
-                fast_path::status(protocols::UDP, vec![Tracking::remark(failure.as_ref())])
-            }
-        };
-        if status.protocols != self.fast_path.protocols {
-            for remark in &status.remarks {
-                tracing::warn!("{remark}");
-            }
-            self.fast_path = status;
-        }
-    }
-
     pub(super) fn selection(&self) -> &Selection {
         &self.desired.selection
     }
@@ -629,7 +526,7 @@ impl Enforcer {
             adopted: self.datapath.adopted(),
             seeded: self.seeded,
             interfaces,
-            fast_path: self.fast_path.clone(),
+            fast_path: self.fast_path.status().clone(),
             pins_restored: self.pins_restored,
             programs_restored: self.programs_restored,
             displaced: self.displaced.iter().map(ToString::to_string).collect(),

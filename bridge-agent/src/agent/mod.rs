@@ -17,6 +17,7 @@ mod port_pool;
 mod port_ranges;
 mod probe;
 mod routing;
+mod seed;
 mod service_manager;
 mod sweeper;
 mod term;

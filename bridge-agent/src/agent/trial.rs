@@ -31,7 +31,6 @@ use crate::{
     state::{Probe, ProbeStatus, TrialStatus, WriteError, time_left},
 };
 
-/// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Record {

@@ -19,7 +19,7 @@ const UNACKNOWLEDGED: &str = "netfilter/nf_conntrack_tcp_timeout_unacknowledged"
 
 /// Whether TCP may pass conntrack by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::agent) enum Tracking {
+pub(super) enum Tracking {
     /// There is none.
     Absent,
     /// It minds neither windows nor acknowledgements.
@@ -30,7 +30,7 @@ pub(in crate::agent) enum Tracking {
 
 impl Tracking {
     /// Of the network namespace of this process.
-    pub(in crate::agent) fn read() -> io::Result<Self> {
+    pub(super) fn read() -> io::Result<Self> {
         let liberal = match read(BE_LIBERAL) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::Absent),
             value => value?.trim() != "0",
@@ -40,7 +40,7 @@ impl Tracking {
     }
 
     /// Makes it liberal.
-    pub(in crate::agent) fn relax() -> io::Result<()> {
+    pub(super) fn relax() -> io::Result<()> {
         let (established, unacknowledged) = (seconds(ESTABLISHED)?, seconds(UNACKNOWLEDGED)?);
         if unacknowledged < established {
             sysctl::write_net(UNACKNOWLEDGED, &established.to_string())?;
@@ -49,7 +49,7 @@ impl Tracking {
     }
 
     /// Returns the reason that keeps TCP from the fast path.
-    pub(in crate::agent) fn remark(error: Option<&io::Error>) -> String {
+    pub(super) fn remark(error: Option<&io::Error>) -> String {
         let why = error.map(|error| format!(" ({error})")).unwrap_or_default();
         format!(
             "TCP takes no fast path: conntrack would take it for out of window, or forget it too soon, and that cannot be \

@@ -21,7 +21,6 @@ const PATIENCE: Duration = Duration::from_millis(150);
 /// Ends that may wait; more are not looked at.
 const MOST: usize = 1 << 16;
 
-/// See the module.
 pub(super) struct Ends {
     reader: EndReader,
     waiting: VecDeque<(Instant, Ended)>,
