@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use bridge_agent::cli::{Cli, kubectl};
+use bridge_agent::cli::{Cli, kubectl, show};
 use bridge_agent::log;
 
 /// As clap's own exit code for wrong usage.
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     match cli.run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            error.show(&cli.global);
+            show(&error, cli.global.json);
             ExitCode::from(error.exit_code())
         }
     }

@@ -7,10 +7,10 @@ use std::{
 };
 
 use super::{
-    Agent, Error, cluster,
+    Agent, Error,
     enforcer::Enforcer,
     engines::wants_ebpf,
-    probe,
+    following, probe,
     term::Term,
     trial::{Files, Record, Trial},
 };
@@ -29,7 +29,6 @@ use crate::{
 const AGAIN: Duration = Duration::from_secs(1);
 
 impl Agent {
-    /// See the module.
     pub(super) fn apply(&mut self, request: &ApplyRequest) -> Result<Applied, ApplyError> {
         if let Some(trial) = &self.trial {
             return Err(ApplyError::OnTrial(trial.status().seconds_left));
@@ -182,7 +181,7 @@ impl Agent {
     fn save_rules(&mut self, files: &Files) {
         let Some(filter) = &mut self.filter else { return };
         let saved = config::load(files.config()).map_err(Error::from).and_then(|loaded| {
-            Ok(filter.reload(&cluster::with(self.cluster.as_ref(), loaded.config), false)?)
+            Ok(filter.reload(&following::with(self.cluster.as_ref(), loaded.config), false)?)
         });
         if let Err(error) = saved {
             tracing::error!(%error, "the iptables rules were not saved for the next boot");

@@ -5,7 +5,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Agent, Error, term::Term, unknown_cluster};
+use super::{Agent, Error, following::Following, term::Term, unknown_cluster};
 use crate::config::{Config, Role};
 use crate::interfaces::Selection;
 use crate::kernel::memory;
@@ -16,36 +16,6 @@ const TRIM: Duration = Duration::from_secs(1);
 
 /// Applies the engines' part of a configuration.
 pub(super) type Engines = fn(&mut Agent, &Config, Term<'_>) -> Result<(), Error>;
-
-/// A cluster that is followed.
-pub(super) struct Following {
-    follower: Follower,
-    /// The configuration file.
-    file: Config,
-    /// The same with the additions of the cluster: the active configuration.
-    config: Config,
-    /// While `file` is on trial: the configuration that returns, with the additions of the cluster.
-    former: Option<Config>,
-    trimmed: Instant,
-}
-
-/// Waits until the cluster has changed; for ever, if none is followed.
-pub(super) async fn changed(following: Option<&mut Following>) {
-    match following {
-        Some(following) => following.follower.changed().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Returns a configuration file with the known state of its cluster, if that is followed.
-pub(super) fn with(following: Option<&Following>, file: Config) -> Config {
-    match following {
-        Some(following) if following.follower.is_for(&file) => {
-            unknown_cluster::plan(&following.follower, &file).0.config
-        }
-        _ => file,
-    }
-}
 
 impl Agent {
     /// Returns the interfaces and routes to follow while the cluster is not known.

@@ -11,6 +11,7 @@ mod divergence;
 mod enforcer;
 mod engines;
 mod fast_path;
+mod following;
 mod named;
 mod packet_filter;
 mod port_pool;
@@ -42,9 +43,9 @@ pub(crate) use port_pool::places as pool_places;
 pub(crate) use trial::forget as forget_trial;
 
 use self::{
-    cluster::Following,
     denial_log::DenialLog,
     enforcer::Enforcer,
+    following::Following,
     packet_filter::{Leftovers, PacketFilter},
     port_pool::PortPool,
     routing::Routing,
@@ -308,7 +309,7 @@ impl Agent {
                 }
                 _ = look.tick() => self.look(),
                 // When the time of a trial is over, the former configuration comes first.
-                () = cluster::changed(self.cluster.as_mut()),
+                () = following::changed(self.cluster.as_mut()),
                     if self.trial.as_ref().is_none_or(|trial| !trial.left().is_zero()) => self.cluster_changed(),
                 Some(request) = from.requests.recv() => match request {
                     // That the client is gone changes nothing.

@@ -1,11 +1,8 @@
-//! Reads durations, and asks a running agent.
-
-use std::time::Duration;
+//! Asks a running agent.
 
 use super::{error::Error, global::Global};
 use crate::{
     api::client::{self, Client},
-    config::{TimeSpan, leaf::Leaf as _},
     state::Status,
 };
 
@@ -21,13 +18,6 @@ pub(super) fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
             Err(error) => Err(error.into()),
         }
     })
-}
-
-/// Reads a duration of an option.
-pub(super) fn time(text: &str) -> Result<Duration, String> {
-    TimeSpan::parse(text)
-        .map(TimeSpan::duration)
-        .map_err(|problem| format!("{}; {}", problem.message, problem.help))
 }
 
 /// Waits for the answer of an agent.

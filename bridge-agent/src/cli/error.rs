@@ -2,17 +2,11 @@
 
 use std::{io, path::PathBuf};
 
-use annotate_snippets::Level;
-
-use super::{
-    discover,
-    global::Global,
-    output::{print_diagnostics, print_json, renderer, to_stderr},
-};
+use super::discover;
 use crate::{
     agent,
     api::{self, client},
-    config::{ConfigErrors, Diagnostics},
+    config::ConfigErrors,
     datapath,
 };
 
@@ -46,7 +40,6 @@ pub enum Error {
     Named {
         /// The action that failed.
         action: &'static str,
-        /// The file.
         path: PathBuf,
         /// Why it failed.
         source: io::Error,
@@ -149,7 +142,7 @@ pub enum Error {
 
 impl Error {
     /// Returns a remedy, where the message does not name one.
-    fn help(&self) -> Option<&'static str> {
+    pub(super) fn help(&self) -> Option<&'static str> {
         match self {
             // These say so.
             Self::Config(_)
@@ -197,41 +190,6 @@ impl Error {
             Self::NoAgent | Self::Client(client::Error::NotRunning { .. }) => NOT_RUNNING,
             Self::ChangesDue => CHANGES_DUE,
             _ => 1,
-        }
-    }
-
-    /// Shows the error: for people on standard error, with `--json` as an object on standard output.
-    pub fn show(&self, global: &Global) {
-        if matches!(self, Self::Silent | Self::NoAgent | Self::ChangesDue) {
-            // The result is printed already.
-            return;
-        }
-        // Where neither stream can be written to, the exit code is all that is left.
-        let _ = if global.json { print_json(&self.to_json()) } else { self.print() };
-    }
-
-    fn to_json(&self) -> serde_json::Value {
-        match self {
-            Self::Config(ConfigErrors(Diagnostics { list, left_off }))
-            | Self::Agent(agent::Error::Config(ConfigErrors(Diagnostics { list, left_off }))) => {
-                serde_json::json!({ "ok": false, "diagnostics": list, "leftOff": left_off })
-            }
-            other => serde_json::json!({ "ok": false, "error": other.to_string(), "help": other.help() }),
-        }
-    }
-
-    fn print(&self) -> Result<(), Error> {
-        match self {
-            Self::Config(errors) | Self::Agent(agent::Error::Config(errors)) => print_diagnostics(&errors.0),
-            other => {
-                let message = other.to_string();
-                let title = Level::ERROR.primary_title(&message);
-                let group = match other.help() {
-                    Some(help) => title.element(Level::HELP.message(help)),
-                    None => annotate_snippets::Group::with_title(title),
-                };
-                to_stderr(&format!("{}\n", renderer().render(&[group])))
-            }
         }
     }
 }

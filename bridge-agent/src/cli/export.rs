@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::routes::{setup, warn};
+use super::route_setup::{setup, warn};
 use super::{Error, Global, block_on, print, print_json};
 use crate::api::client::{self, Client};
 use crate::kernel::file_watch::FileWatch;

@@ -6,10 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clap::{Args, CommandFactory as _};
+use clap::{Args, Command};
 use clap_complete::Shell;
 
-use super::{Cli, Error, Global, print, print_json};
+use super::{Error, Global, print, print_json};
 
 /// Write man pages and shell completions into a directory, or print the description of the API; needs no privilege
 #[derive(Debug, Args)]
@@ -23,9 +23,9 @@ pub struct Generate {
 }
 
 impl Generate {
-    pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
+    pub(super) fn run(&self, global: &Global, command: fn() -> Command) -> Result<(), Error> {
         let Some(directory) = &self.directory else { return print_json(&crate::api::document()) };
-        write_all(directory)
+        write_all(directory, command)
             .map_err(|source| Error::Process { action: "cannot write man pages and completions", source })?;
         if global.json {
             return print_json(&serde_json::json!({ "ok": true, "directory": directory }));
@@ -34,11 +34,11 @@ impl Generate {
     }
 }
 
-/// Writes `man/*.1`, one page a command, and `completions/{bash,zsh,fish}/*` below `directory`.
-fn write_all(directory: &Path) -> io::Result<()> {
+/// Writes, for `command`, `man/*.1`, one page a command, and `completions/{bash,zsh,fish}/*` below `directory`.
+fn write_all(directory: &Path, command: fn() -> Command) -> io::Result<()> {
     let man = directory.join("man");
     fs::create_dir_all(&man)?;
-    clap_mangen::generate_to(Cli::command(), &man)?;
+    clap_mangen::generate_to(command(), &man)?;
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         let folder = directory.join("completions").join(shell.to_string());
         fs::create_dir_all(&folder)?;
@@ -47,24 +47,22 @@ fn write_all(directory: &Path) -> io::Result<()> {
             Shell::Zsh => "_bridge-agent",
             _ => "bridge-agent.fish",
         };
-        clap_complete::generate(
-            shell,
-            &mut Cli::command(),
-            "bridge-agent",
-            &mut File::create(folder.join(file))?,
-        );
+        clap_complete::generate(shell, &mut command(), "bridge-agent", &mut File::create(folder.join(file))?);
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
+    use crate::cli::Cli;
 
     #[test]
     fn every_command_has_a_man_page_and_is_completed() {
         let directory = tempfile::tempdir().unwrap();
-        write_all(directory.path()).unwrap();
+        write_all(directory.path(), Cli::command).unwrap();
         let bash = fs::read_to_string(directory.path().join("completions/bash/bridge-agent")).unwrap();
         for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
             let name = command.get_name();

@@ -26,22 +26,25 @@ mod nodeport_range;
 mod output;
 mod ports;
 mod progress;
+mod route_setup;
 mod routes;
 mod rules;
 mod run;
 mod status;
 mod suggest;
 mod table;
+mod time;
 mod ui;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use self::{
-    ask::{block_on, nobody_keeps_routes, time},
+    ask::{block_on, nobody_keeps_routes},
     global::DEFAULT_CONFIG,
     output::{Output, print, print_diagnostics, print_json},
+    time::time,
 };
-pub use self::{error::Error, global::Global};
+pub use self::{error::Error, global::Global, output::show};
 
 const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no agent runs, 4 changes are due \
                           (routes plan --exit-code).";
@@ -174,7 +177,7 @@ impl Cli {
     /// Runs the command.
     ///
     /// # Errors
-    /// Whatever made it fail, to be shown by [`Error::show`].
+    /// Whatever made it fail, to be shown by [`show`].
     pub fn run(&self) -> Result<(), Error> {
         if let Some(task) = self.task() {
             progress::start(task);
@@ -204,7 +207,7 @@ impl Cli {
             Command::Bugreport(command) => command.run(&self.global),
             Command::Discover(command) => command.run(&self.global),
             Command::Crds(command) => command.run(&self.global),
-            Command::Generate(command) => command.run(&self.global),
+            Command::Generate(command) => command.run(&self.global, Self::command),
             Command::DialStdio(command) => command.run(&self.global),
             Command::Down(command) => command.run(&self.global),
             Command::NodeportRange(command) => command.run(&self.global),

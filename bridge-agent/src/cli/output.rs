@@ -11,12 +11,15 @@ use std::{
     time::Duration,
 };
 
-use annotate_snippets::Renderer;
+use annotate_snippets::{Level, Renderer};
 use clap::Args;
 use serde::Serialize;
 
-use super::{Error, progress, time};
-use crate::config::Diagnostics;
+use super::{error::Error, progress, time::time};
+use crate::{
+    agent,
+    config::{ConfigErrors, Diagnostics},
+};
 
 /// Format of results.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,6 +75,41 @@ pub(super) fn renderer() -> Renderer {
 /// Shows findings in a configuration.
 pub(super) fn print_diagnostics(diagnostics: &Diagnostics) -> Result<(), Error> {
     to_stderr(&diagnostics.render(&renderer()))
+}
+
+/// Shows an error: for people on standard error, with `json` as an object on standard output.
+pub fn show(error: &Error, json: bool) {
+    if matches!(error, Error::Silent | Error::NoAgent | Error::ChangesDue) {
+        // The result is printed already.
+        return;
+    }
+    // Where neither stream can be written to, the exit code is all that is left.
+    let _ = if json { print_json(&to_json(error)) } else { print_error(error) };
+}
+
+fn to_json(error: &Error) -> serde_json::Value {
+    match error {
+        Error::Config(ConfigErrors(Diagnostics { list, left_off }))
+        | Error::Agent(agent::Error::Config(ConfigErrors(Diagnostics { list, left_off }))) => {
+            serde_json::json!({ "ok": false, "diagnostics": list, "leftOff": left_off })
+        }
+        other => serde_json::json!({ "ok": false, "error": other.to_string(), "help": other.help() }),
+    }
+}
+
+fn print_error(error: &Error) -> Result<(), Error> {
+    match error {
+        Error::Config(errors) | Error::Agent(agent::Error::Config(errors)) => print_diagnostics(&errors.0),
+        other => {
+            let message = other.to_string();
+            let title = Level::ERROR.primary_title(&message);
+            let group = match other.help() {
+                Some(help) => title.element(Level::HELP.message(help)),
+                None => annotate_snippets::Group::with_title(title),
+            };
+            to_stderr(&format!("{}\n", renderer().render(&[group])))
+        }
+    }
 }
 
 pub(super) fn to_stderr(text: &str) -> Result<(), Error> {

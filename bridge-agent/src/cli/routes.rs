@@ -8,11 +8,10 @@ use super::export::Export;
 use super::{
     Error, Global, nobody_keeps_routes,
     output::{Watch, print, print_json},
+    route_setup::{setup, warn},
     table,
 };
-use crate::config;
-use crate::routes::sources::FileError;
-use crate::routes::{Comparison, Observed, Operation, Setup, Verdict, carry_out, withdrawal};
+use crate::routes::{Comparison, Observed, Operation, Verdict, carry_out, withdrawal};
 
 /// List, plan, apply, withdraw or export the routes to pods.
 #[derive(Debug, Args)]
@@ -76,18 +75,6 @@ impl Routes {
             }
             Action::Export(export) => export.run(global),
         }
-    }
-}
-
-pub(super) fn setup(global: &Global) -> Result<Setup, Error> {
-    let loaded = config::load(&global.config)?;
-    Ok(Setup::offline(&loaded.config, &global.state_directory().boot())?)
-}
-
-/// Says that the routes of a file are missing, and that the others are shown.
-pub(super) fn warn(missing: Option<&FileError>) {
-    if let Some(error) = missing {
-        eprintln!("warning: {error}; its routes are left out");
     }
 }
 

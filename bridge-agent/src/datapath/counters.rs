@@ -2,6 +2,7 @@
 
 use bridge_common::filter::{
     counters::{Counter, Counters, Reason},
+    fast_path::{Outcome, Outcomes},
     policy::direction,
 };
 use schemars::JsonSchema;
@@ -55,7 +56,42 @@ pub struct RuleCount {
     pub bytes: u64,
 }
 
+/// Packets of established flows of one direction that fared alike.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OutcomeCount {
+    /// `inbound`, `outbound` or `nodeport`.
+    pub direction: String,
+    /// `forwarded`, or the name of the [`Outcome`] that says why the packet took the normal path.
+    pub outcome: String,
+    pub packets: u64,
+    /// Their lengths from the link layer header on, in bytes.
+    pub bytes: u64,
+}
+
 impl Maps {
+    /// What became of packets of established flows, also what became of none: by direction, then by outcome.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn outcome_counts(&self) -> Result<Vec<OutcomeCount>> {
+        let mut counts = Vec::with_capacity(direction::COUNT * Outcome::COUNT);
+        for (index, name) in (0..).zip(direction::NAMES) {
+            let rows = self.outcomes.get(&index, 0).map_err(Error::aya_map("outcomes"))?;
+            for outcome in Outcome::ALL {
+                let of = |row: &Outcomes| row.by_outcome[*outcome as usize];
+                counts.push(OutcomeCount {
+                    direction: name.to_owned(),
+                    outcome: outcome.name().to_owned(),
+                    packets: rows.iter().map(|row| of(row).packets).sum(),
+                    bytes: rows.iter().map(|row| of(row).bytes).sum(),
+                });
+            }
+        }
+        Ok(counts)
+    }
+
     /// Every counter, also those at zero: by direction, then by reason.
     ///
     /// # Errors

@@ -1,20 +1,12 @@
-//! The fast path, as the user side sees it: whether flows may take it, by which interfaces, and what became of packets.
+//! Allows and stops the fast path, by a word that is shared with the kernel.
 
-use crate::kernel::{bpf, mapping::SharedWord};
 use std::time::Duration;
 
 use aya::maps::MapData;
-use bridge_common::filter::{
-    fast_path::{Control, Outcome, Outcomes},
-    policy::direction,
-};
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use bridge_common::filter::fast_path::Control;
 
-use super::{
-    error::{Error, Result},
-    maps::{Maps, now},
-};
+use super::error::{Error, Result};
+use crate::kernel::{bpf, clock::monotonic_ns, mapping::SharedWord};
 
 /// Whether flows may take the fast path: a [`Control`] that is shared with the kernel.
 #[derive(Debug)]
@@ -41,7 +33,7 @@ impl FastPath {
     /// long, unless that is put off by another call.
     pub fn allow(&self, protocols: u32, time: Duration) {
         self.rest.update(|rest| join([split(rest)[0].max(1), protocols]));
-        self.until.store(now().saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)));
+        self.until.store(monotonic_ns().saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)));
     }
 
     /// No flow may take it any longer.
@@ -67,48 +59,4 @@ fn split(word: u64) -> [u32; 2] {
 fn join([epoch, protocols]: [u32; 2]) -> u64 {
     let ([a, b, c, d], [e, f, g, h]) = (epoch.to_ne_bytes(), protocols.to_ne_bytes());
     u64::from_ne_bytes([a, b, c, d, e, f, g, h])
-}
-
-/// Packets of established flows of one direction that fared alike.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct OutcomeCount {
-    /// `inbound`, `outbound` or `nodeport`.
-    pub direction: String,
-    /// `forwarded`, or the name of the [`Outcome`] that says why the packet took the normal path.
-    pub outcome: String,
-    /// Packets.
-    pub packets: u64,
-    /// Their lengths from the link layer header on, in bytes.
-    pub bytes: u64,
-}
-
-impl Maps {
-    /// Whether flows may take the fast path.
-    #[must_use]
-    pub const fn fast_path(&self) -> &FastPath {
-        &self.fast_path
-    }
-
-    /// What became of packets of established flows, also what became of none: by direction, then by outcome.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Map`].
-    pub fn outcome_counts(&self) -> Result<Vec<OutcomeCount>> {
-        let mut counts = Vec::with_capacity(direction::COUNT * Outcome::COUNT);
-        for (index, name) in (0..).zip(direction::NAMES) {
-            let rows = self.outcomes.get(&index, 0).map_err(Error::aya_map("outcomes"))?;
-            for outcome in Outcome::ALL {
-                let of = |row: &Outcomes| row.by_outcome[*outcome as usize];
-                counts.push(OutcomeCount {
-                    direction: name.to_owned(),
-                    outcome: outcome.name().to_owned(),
-                    packets: rows.iter().map(|row| of(row).packets).sum(),
-                    bytes: rows.iter().map(|row| of(row).bytes).sum(),
-                });
-            }
-        }
-        Ok(counts)
-    }
 }

@@ -84,7 +84,7 @@ pub struct Maps {
     pub(super) other_flows: MapData,
     pub(super) half_open: MapData,
     pub(super) flow_stamps: SharedCounters,
-    pub(super) fast_path: FastPath,
+    fast_path: FastPath,
     pub(super) outcomes: PerCpuArray<MapData, Outcomes>,
     pub(super) counters: PerCpuArray<MapData, Counters>,
     pub(super) audited: PerCpuArray<MapData, Counters>,
@@ -101,7 +101,6 @@ const FILLED: [&str; 5] = ["flows", "other_flows", "half_open", "fragments", "in
 /// How full a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fill {
-    /// Its name.
     pub map: &'static str,
     /// Entries, alive or not.
     pub entries: u64,
@@ -176,6 +175,12 @@ impl Maps {
     #[must_use]
     pub fn control(&self) -> Control {
         Control { word: self.control.load() }
+    }
+
+    /// Whether flows may take the fast path.
+    #[must_use]
+    pub const fn fast_path(&self) -> &FastPath {
+        &self.fast_path
     }
 
     pub(super) fn set_control(&self, control: Control) {

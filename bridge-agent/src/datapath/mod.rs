@@ -29,13 +29,13 @@ mod tables;
 pub use crate::model::{Hook, Role, Target};
 pub use attach::order::{Displaced, Displacement};
 pub use change::{Action, Change};
-pub use counters::{ReasonCount, RuleCount};
+pub use counters::{OutcomeCount, ReasonCount, RuleCount};
 pub use denials::{Denial, DenialClass};
 pub use down::{Removed, down, undo};
 pub use ends::{End, EndReader, Ended, Unended};
 pub use error::{Error, Result};
 pub use events::{EventReader, Verdict, VerdictFilter};
-pub use fast_path::{FastPath, OutcomeCount};
+pub use fast_path::FastPath;
 pub use flows::{
     FlowCounts, FlowFilter, FlowView, InvalidFilter, RuleNames, is_usable, protocol_name, protocol_of,
 };

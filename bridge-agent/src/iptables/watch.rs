@@ -7,6 +7,7 @@
 //!   round, and less often its content is copied out and hashed without the counters.
 
 mod comparison;
+mod peace;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,10 +15,13 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use self::comparison::Comparison;
+use self::peace::Peace;
 use super::divergence::Divergence;
 use super::driver::Iptables;
 use super::error::Error;
+use super::observe::OwnRules;
 use super::question::{Answer, Question};
+use super::ruleset::{Family, Table};
 use super::walk::{self, Packet, Verdict};
 use crate::firewall::survey::Survey;
 use crate::firewall::{Firewall, Hits, Remains, Surveyor};
@@ -32,9 +36,6 @@ const LONGEST: Duration = Duration::from_millis(700);
 /// Denied packets that wait to be held against the rules, and how many are at a time.
 const WAITING: usize = 256;
 const AT_A_TIME: usize = 16;
-/// Another program that insists on the first place keeps it for this long, after [`PATIENCE`] repairs in a row.
-const TRUCE: Duration = Duration::from_secs(30);
-const PATIENCE: u32 = 5;
 /// With less time than this between policies, [`MANY`] times in a row, the thread saves the rules and begins to compare the
 /// engines after a pause of this length: a change waits for neither.
 const LULL: Duration = Duration::from_secs(1);
@@ -307,6 +308,53 @@ impl Shared {
         self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn count_now_and_then(&self) {
+        let mut state = self.state();
+        if state.comparison.as_ref().is_some_and(Comparison::is_due) {
+            let begun = Instant::now();
+            self.count(&mut state);
+            if let Some(comparison) = &mut state.comparison {
+                comparison.done(begun);
+            }
+        }
+    }
+
+    fn count(&self, state: &mut State) {
+        let State { firewall, policy, comparison: Some(comparison), .. } = state else {
+            return;
+        };
+        match firewall.read_back() {
+            Ok(tables) => comparison.add(&tables, policy.mode, &mut self.status().divergence),
+            Err(error) => tracing::debug!(%error, "the counters cannot be read"),
+        }
+    }
+
+    /// Compares packets that eBPF has denied with the rules that are in the kernel now.
+    fn compare(&self, packets: &[Packet], question: &mut Question, known: Option<&Answer>) {
+        let answer = question.ask().ok();
+        let state = self.state();
+        if state.comparison.is_none() {
+            return;
+        }
+        let unharmed = answer.is_some() && answer.as_ref() == known;
+        let read = if unharmed { None } else { Some(state.firewall.read_back()) };
+        let changed: BTreeMap<(Family, Table), OwnRules>;
+        let rules = match read {
+            None => state.firewall.written(),
+            Some(Ok(tables)) => {
+                changed = tables.iter().map(|(key, table)| (*key, table.own())).collect();
+                &changed
+            }
+            Some(Err(error)) => {
+                tracing::debug!(%error, "denied packets cannot be compared");
+                self.status().divergence.not_compared += packets.len() as u64;
+                return;
+            }
+        };
+        let audit = state.policy.mode == Mode::Audit;
+        comparison::compare(packets, rules, audit, &mut self.status().divergence);
+    }
+
     /// Waits for the end, for packets to compare (but not before `rested`), or until `round`.
     fn wait(&self, round: Instant, rested: Instant) -> Woken {
         let mut mail = self.mail();
@@ -480,7 +528,7 @@ impl Shared {
             return Seen::Failed;
         }
         if let Some(comparison) = comparison {
-            self.add(comparison, &changed.tables, policy.mode);
+            comparison.add(&changed.tables, policy.mode, &mut self.status().divergence);
         }
         match firewall.repair(policy, &changed) {
             Ok(chains) => {
@@ -509,46 +557,5 @@ impl Status {
             tracing::error!("{failure}");
             self.failure = Some(failure.to_owned());
         }
-    }
-}
-
-/// Keeps two programs that both put their jump first from doing nothing else.
-#[derive(Debug, Default)]
-struct Peace {
-    last: Option<Instant>,
-    in_a_row: u32,
-}
-
-impl Peace {
-    fn may_repair(&mut self, drift: &str, now: Instant) -> bool {
-        if !drift.ends_with("no longer first") {
-            return true;
-        }
-        let since = self.last.map(|last| now.saturating_duration_since(last));
-        match since {
-            Some(since) if since < TRUCE && self.in_a_row >= PATIENCE => return false,
-            Some(since) if since < TRUCE => self.in_a_row += 1,
-            _ => self.in_a_row = 1,
-        }
-        self.last = Some(now);
-        true
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_program_that_insists_on_being_first_is_let_win_for_a_while() {
-        let mut peace = Peace::default();
-        let start = Instant::now();
-        let drift = "IPv4 table filter, chain FORWARD: the jump to bridge is no longer first";
-        for round in 0..PATIENCE {
-            assert!(peace.may_repair(drift, start + Duration::from_secs(u64::from(round))));
-        }
-        assert!(!peace.may_repair(drift, start + Duration::from_secs(6)));
-        assert!(peace.may_repair("IPv4 table filter: chain BRIDGE-FORWARD was removed", start));
-        assert!(peace.may_repair(drift, start + Duration::from_secs(6) + TRUCE));
     }
 }

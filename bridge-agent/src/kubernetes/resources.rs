@@ -19,6 +19,8 @@ pub use crate::config::GROUP;
 
 /// The served version.
 pub const VERSION: &str = crate::config::VERSION;
+/// The field manager of everything that agents write.
+pub(super) const MANAGER: &str = "bridge-agent";
 /// The reason for which a policy of a namespace is refused.
 pub(super) const NAMESPACE_POLICIES_OFF: &str = "policies of namespaces are off; an administrator of the cluster may write `kubernetes: {namespacePolicies: true}` into the \
      configuration of the agents";
@@ -228,7 +230,7 @@ pub struct BridgeNodeStatus {
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ObservedPolicy {
-    /// Its name.
+    /// Name of the policy; of a namespace, `namespace/name`.
     pub name: String,
     /// The `metadata.generation` that is enforced.
     pub observed_generation: i64,
@@ -238,7 +240,7 @@ pub struct ObservedPolicy {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RefusedPolicy {
-    /// Its name.
+    /// Name of the policy; of a namespace, `namespace/name`.
     pub name: String,
     /// The `metadata.generation` that is refused.
     pub generation: i64,

@@ -7,12 +7,12 @@ mod cluster;
 mod files;
 mod guard;
 mod proxy;
+mod source;
 
 use std::{
     convert::Infallible,
     io,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -20,11 +20,10 @@ use axum::{Router, middleware, routing::get};
 use bridge_common::filter::counters::Reason;
 use tokio::net::TcpListener;
 
+pub use self::source::Source;
+
 use self::guard::Guard;
-use crate::{
-    api::{Connections, pause},
-    kubectl::Access,
-};
+use crate::api::{Connections, pause};
 
 /// Why the page cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -38,20 +37,10 @@ pub enum Error {
     /// The address is in use, or not of this machine.
     #[error("cannot listen on {address}: {source}; choose another --listen")]
     Listen {
-        /// The address.
         address: SocketAddr,
         /// Error of the kernel.
         source: io::Error,
     },
-}
-
-/// The agents that a page shows.
-#[derive(Clone, Debug)]
-pub enum Source {
-    /// The agent of this machine.
-    Socket(PathBuf),
-    /// The agents of a cluster.
-    Cluster(Access),
 }
 
 /// A page that listens and is not served yet.

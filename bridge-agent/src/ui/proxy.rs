@@ -14,7 +14,7 @@ use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Method, Request};
 
-use super::{Source, cluster::Cluster};
+use super::{cluster::Cluster, source::Source};
 use crate::api::{ErrorBody, client::Client};
 
 const EVENTS: &str = "/api/events";

@@ -1,7 +1,8 @@
 //! `bridge-agent discover`: behind which node a pod is.
 
+mod failure;
+
 use std::collections::BTreeMap;
-use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,15 +12,20 @@ use ipnet::IpNet;
 use serde_json::json;
 use tokio::sync::broadcast::{self, error::RecvError};
 
-use super::{Error, Global, block_on, print, print_json, time};
+pub(super) use self::failure::Failure;
+use super::{
+    Error, Global, block_on,
+    output::{print, print_json, show},
+    time,
+};
 use crate::api::client::{self, Client};
 use crate::config;
 use crate::routes::discovery::listen;
 use crate::routes::discovery::message::Status;
-use crate::routes::discovery::probe::{self, ProbeError, probe};
+use crate::routes::discovery::probe::{self, probe};
+use crate::routes::discovery::read_key;
 use crate::routes::discovery::registry::Rules;
 use crate::routes::discovery::sniff::Sniffer;
-use crate::routes::discovery::{KeyError, read_key};
 use crate::routes::{Service, Setup, SourceKind};
 
 /// Learn behind which node a pod is.
@@ -94,44 +100,6 @@ struct Sniff {
     /// End after this time, such as 20s
     #[arg(long = "for", value_name = "TIME", value_parser = time)]
     duration: Option<Duration>,
-}
-
-/// Why nothing was discovered.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// The key.
-    #[error(transparent)]
-    Key(#[from] KeyError),
-    /// No answer.
-    #[error(transparent)]
-    Probe(#[from] ProbeError),
-    /// The host said no.
-    #[error("{host} refused: {text}")]
-    Refused {
-        /// The host.
-        host: SocketAddr,
-        /// Its words.
-        text: String,
-    },
-    /// The name of the host.
-    #[error("{name}: {reason}; write HOST:PORT, for example 192.168.31.67:12345")]
-    Name {
-        /// As written.
-        name: String,
-        /// Why.
-        reason: String,
-    },
-    /// No packet socket.
-    #[error("cannot see packets: {0}; this takes CAP_NET_RAW")]
-    Sniff(#[source] io::Error),
-    /// Two would undo each other's routes.
-    #[error(
-        "the agent is running and takes announcements itself if `routes.discovery` is configured; its events are those of `bridge-agent monitor`"
-    )]
-    AgentRuns,
-    /// No address to listen on.
-    #[error("{} configures no routes.discovery; add it, or write --listen and --key-file", .0.display())]
-    NotConfigured(PathBuf),
 }
 
 impl Discover {
@@ -225,7 +193,7 @@ impl Probe {
                 (Err(error), Some(_)) => {
                     // Once, until it works again.
                     if !std::mem::replace(&mut failed, true) {
-                        error.show(global);
+                        show(&error, global.json);
                     }
                 }
             }

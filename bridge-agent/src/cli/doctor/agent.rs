@@ -1,6 +1,6 @@
 //! The running agent.
 
-use super::{Context, Finding};
+use super::{context::Context, finding::Finding};
 use crate::{
     api::client::{self, Client},
     cli::{Error, block_on},

@@ -7,7 +7,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Context, Finding};
+use super::{context::Context, finding::Finding};
 use crate::{
     cli::{Error, block_on},
     kubernetes::examine::{self, Examination},

@@ -7,7 +7,7 @@ use std::{
     path::PathBuf,
 };
 
-use super::{Context, Finding};
+use super::{context::Context, finding::Finding};
 use crate::{
     agent::firewall_settings,
     datapath,

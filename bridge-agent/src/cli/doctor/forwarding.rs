@@ -13,9 +13,9 @@ use netlink_packet_route::{
 };
 
 use super::{
-    Context, Finding,
+    context::{Context, read},
+    finding::Finding,
     netfilter::{self, Ruleset},
-    read,
 };
 use crate::{config::Config, interfaces::Route, kernel::netlink, model::Role};
 

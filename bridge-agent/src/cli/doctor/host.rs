@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::{Context, Finding};
+use super::{context::Context, finding::Finding};
 use crate::{
     config::Config,
     kernel::netlink,

@@ -5,7 +5,10 @@ use std::{fs, path::Path};
 use aya_obj::generated::bpf_attach_type;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::{Context, Finding, read};
+use super::{
+    context::{Context, read},
+    finding::Finding,
+};
 use crate::{kernel::bpf, pool::attach};
 
 /// `BPF_FS_MAGIC` (linux/magic.h).

@@ -2,7 +2,9 @@
 
 mod agent;
 mod cluster;
+mod context;
 mod engines;
+mod finding;
 mod forwarding;
 mod host;
 mod kernel;
@@ -12,17 +14,15 @@ mod ports;
 use std::fmt::Write as _;
 
 use clap::{Args, ValueEnum};
-use serde::Serialize;
 
+use self::context::Context;
+pub(super) use self::finding::{Finding, Outcome};
 use super::{
     Error, Global,
     output::{print, print_json},
     progress,
 };
-use crate::{
-    config::{self, Config, Role},
-    interfaces::{Chosen, Observer, Selection, Snapshot},
-};
+use crate::config::{self, Config, Role};
 
 /// Find settings of this machine that keep bridge from working.
 ///
@@ -59,99 +59,8 @@ enum Scope {
     Agent,
 }
 
-/// Result of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum Outcome {
-    Ok,
-    Warn,
-    Fail,
-    NotRun,
-}
-
-impl Outcome {
-    const fn shown(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Warn => "warn",
-            Self::Fail => "FAIL",
-            Self::NotRun => "NOT RUN",
-        }
-    }
-}
-
-/// A check and its result.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Finding {
-    /// Its name, such as `forwarding.ip-forward`.
-    pub(super) check: &'static str,
-    pub(super) outcome: Outcome,
-    /// Facts that were found, or the reason why the check was not run.
-    pub(super) seen: String,
-    /// One line: the consequence and the remedy.
-    #[serde(rename = "do", skip_serializing_if = "Option::is_none")]
-    pub(super) remedy: Option<String>,
-}
-
-impl Finding {
-    fn ok(check: &'static str, seen: impl Into<String>) -> Self {
-        Self { check, outcome: Outcome::Ok, seen: seen.into(), remedy: None }
-    }
-
-    fn not_run(check: &'static str, reason: impl Into<String>) -> Self {
-        Self { check, outcome: Outcome::NotRun, seen: reason.into(), remedy: None }
-    }
-
-    fn warn(check: &'static str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check, outcome: Outcome::Warn, seen: seen.into(), remedy: Some(remedy.into()) }
-    }
-
-    fn fail(check: &'static str, seen: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { check, outcome: Outcome::Fail, seen: seen.into(), remedy: Some(remedy.into()) }
-    }
-}
-
 /// Runs the checks of a scope.
 type Group = fn(&Context<'_>) -> Vec<Finding>;
-
-/// Facts that several checks need.
-struct Context<'a> {
-    global: &'a Global,
-    /// The configuration, where it is valid.
-    config: Option<Config>,
-    /// Links, addresses and routes.
-    snapshot: Snapshot,
-    /// Interfaces towards LAN and pods.
-    chosen: Chosen,
-}
-
-impl<'a> Context<'a> {
-    fn new(global: &'a Global, config: Option<Config>) -> Self {
-        let selection = config.as_ref().map(selection).unwrap_or_default();
-        // Without names, so that routes to the LAN are read as well.
-        let by_route = Selection { external: Vec::new(), internal: Vec::new(), ..selection.clone() };
-        let read = Observer::open().and_then(|mut observer| observer.snapshot(&by_route));
-        let snapshot = read.unwrap_or_default();
-        let chosen = selection.choose(&snapshot);
-        Self { global, config, snapshot, chosen }
-    }
-
-    /// The configuration of a node; `None` on a LAN host.
-    fn node(&self) -> Option<&Config> {
-        self.config.as_ref().filter(|config| config.role == Role::Node)
-    }
-}
-
-fn selection(config: &Config) -> Selection {
-    let interfaces = config.enforcement.interfaces.clone();
-    let networks = |list: &[config::Network]| list.iter().map(|network| network.net()).collect();
-    Selection {
-        external: interfaces.external,
-        internal: interfaces.internal,
-        external_networks: networks(&config.networks.external),
-        pod_networks: networks(&config.networks.pods),
-    }
-}
 
 impl Doctor {
     pub(super) fn run(&self, global: &Global) -> Result<(), Error> {
@@ -242,9 +151,4 @@ fn text(findings: &[Finding]) -> String {
         count(Outcome::NotRun)
     );
     text
-}
-
-/// Reads a file of the kernel, without the newline at its end.
-fn read(path: &str) -> Option<String> {
-    Some(std::fs::read_to_string(path).ok()?.trim().to_owned())
 }

@@ -1,6 +1,6 @@
 //! The port pool against other users of ports.
 
-use super::{Context, Finding};
+use super::{context::Context, finding::Finding};
 use crate::{
     config::Config,
     model::{PortRange, PortSet},

@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::{Shared, State};
-use crate::iptables::divergence::Counters;
+use crate::iptables::divergence::{Counters, Divergence};
 use crate::iptables::driver::Rewritten;
 use crate::iptables::observe::{ObservedTable, OwnRules};
-use crate::iptables::question::{Answer, Question};
 use crate::iptables::ruleset::{Family, Table};
 use crate::iptables::walk::{self, Packet, Verdict};
 use crate::model::Mode;
@@ -35,74 +33,44 @@ impl Comparison {
     pub(super) fn rewritten(&mut self, chains: &Rewritten) {
         self.counters.rewritten(chains);
     }
-}
 
-impl Shared {
+    /// Counts the packets that iptables has denied since the last reading.
     pub(super) fn add(
-        &self,
-        Comparison { counters, .. }: &mut Comparison,
+        &mut self,
         tables: &BTreeMap<(Family, Table), ObservedTable>,
         mode: Mode,
+        divergence: &mut Divergence,
     ) {
         // In audit mode eBPF passes everything, also packets that it would have denied.
         if mode == Mode::Enforce {
-            counters.count(tables, &mut self.status().divergence.denied_by_iptables);
+            self.counters.count(tables, &mut divergence.denied_by_iptables);
         }
     }
 
-    pub(super) fn count_now_and_then(&self) {
-        let mut state = self.state();
-        if state.comparison.as_ref().is_some_and(|comparison| Instant::now() >= comparison.next) {
-            let begun = Instant::now();
-            self.count(&mut state);
-            if let Some(comparison) = &mut state.comparison {
-                comparison.next = Instant::now() + COUNTING.max(begun.elapsed() * COUNTING_SHARE);
-            }
-        }
+    /// Whether the counters are to be read now.
+    pub(super) fn is_due(&self) -> bool {
+        Instant::now() >= self.next
     }
 
-    pub(super) fn count(&self, state: &mut State) {
-        let State { firewall, policy, comparison: Some(comparison), .. } = state else {
-            return;
-        };
-        match firewall.read_back() {
-            Ok(tables) => self.add(comparison, &tables, policy.mode),
-            Err(error) => tracing::debug!(%error, "the counters cannot be read"),
-        }
+    /// Takes note of a reading that began at `begun`.
+    pub(super) fn done(&mut self, begun: Instant) {
+        self.next = Instant::now() + COUNTING.max(begun.elapsed() * COUNTING_SHARE);
     }
+}
 
-    /// Holds packets that eBPF has denied against the rules as they stand in the kernel now.
-    pub(super) fn compare(&self, packets: &[Packet], question: &mut Question, known: Option<&Answer>) {
-        let answer = question.ask().ok();
-        let state = self.state();
-        if state.comparison.is_none() {
-            return;
-        }
-        let unharmed = answer.is_some() && answer.as_ref() == known;
-        let read = if unharmed { None } else { Some(state.firewall.read_back()) };
-        let changed: BTreeMap<(Family, Table), OwnRules>;
-        let rules = match read {
-            None => state.firewall.written(),
-            Some(Ok(tables)) => {
-                changed = tables.iter().map(|(key, table)| (*key, table.own())).collect();
-                &changed
-            }
-            Some(Err(error)) => {
-                tracing::debug!(%error, "denied packets cannot be compared");
-                self.status().divergence.not_compared += packets.len() as u64;
-                return;
-            }
-        };
-        let audit = state.policy.mode == Mode::Audit;
-        let mut status = self.status();
-        let divergence = &mut status.divergence;
-        for packet in packets {
-            let verdict = walk::verdict(rules, packet, audit);
-            *if verdict.is_some() { &mut divergence.compared } else { &mut divergence.not_compared } += 1;
-            if verdict == Some(Verdict::Passes) {
-                divergence.denied_by_ebpf += 1;
-                divergence.last = Some(*packet);
-            }
+/// Compares packets that eBPF has denied with `rules`.
+pub(super) fn compare(
+    packets: &[Packet],
+    rules: &BTreeMap<(Family, Table), OwnRules>,
+    audit: bool,
+    divergence: &mut Divergence,
+) {
+    for packet in packets {
+        let verdict = walk::verdict(rules, packet, audit);
+        *if verdict.is_some() { &mut divergence.compared } else { &mut divergence.not_compared } += 1;
+        if verdict == Some(Verdict::Passes) {
+            divergence.denied_by_ebpf += 1;
+            divergence.last = Some(*packet);
         }
     }
 }

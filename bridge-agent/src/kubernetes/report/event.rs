@@ -11,8 +11,7 @@ use kube::{Api, Client};
 
 use super::super::connect::cause;
 use super::super::engines::Engines;
-use super::super::resources::{GROUP, VERSION};
-use super::MANAGER;
+use super::super::resources::{GROUP, MANAGER, VERSION};
 
 /// The namespace of events about objects without one.
 const NAMESPACE: &str = "default";

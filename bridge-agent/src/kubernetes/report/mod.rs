@@ -26,8 +26,6 @@ use super::state::State;
 use crate::config::Kubernetes;
 use crate::kernel::backoff::Backoff;
 
-/// The field manager of everything that agents write.
-const MANAGER: &str = "bridge-agent";
 /// Changes within this time become one write.
 const COALESCE: Duration = Duration::from_millis(50);
 /// The use of the port pool is checked this often.

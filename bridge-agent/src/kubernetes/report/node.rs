@@ -13,9 +13,8 @@ use tokio::task::JoinHandle;
 
 use super::super::engines::Engines;
 use super::super::objects::{BridgeNodeMeta, NodeObject};
-use super::super::resources::{BridgeNodeStatus, Condition, GROUP, PoolUse, VERSION};
+use super::super::resources::{BridgeNodeStatus, Condition, GROUP, MANAGER, PoolUse, VERSION};
 use super::super::state::State;
-use super::MANAGER;
 use super::conditions::{condition, now, truth};
 
 /// An agent that has not written its heartbeat for a few of these is dead or cut off.

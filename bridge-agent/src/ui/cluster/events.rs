@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     convert::Infallible,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -23,11 +23,14 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{Cluster, LIST_EVERY, Node, get, link::Link};
+use super::{
+    link::Link,
+    nodes::{LIST_EVERY, Node, Nodes, get},
+};
 use crate::{
     kernel::lock::lock,
     kubectl::Agent,
-    state::{EventId, Received, Start},
+    state::{EventId, Journal, Received, Start},
 };
 
 /// Events of the past that a node is asked for at first, and those that a browser gets.
@@ -44,30 +47,44 @@ const LINGER: Duration = Duration::from_secs(30);
 
 /// An event of a node.
 #[derive(Clone, Debug)]
-pub(super) struct Item {
+struct Item {
     kind: &'static str,
     /// JSON with the node as `agent`.
     data: Arc<str>,
 }
 
+/// The events of all nodes.
+#[derive(Debug)]
+pub(super) struct Events {
+    nodes: Arc<Nodes>,
+    journal: Journal<Item>,
+    watch: Mutex<Watch>,
+}
+
+impl Events {
+    pub(super) fn new(nodes: Arc<Nodes>) -> Self {
+        Self { nodes, journal: Journal::default(), watch: Mutex::default() }
+    }
+}
+
 /// Browsers that look, and the task that keeps the followers.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+struct Watch {
     viewers: usize,
     task: Option<JoinHandle<()>>,
 }
 
 /// A browser that looks, until it is dropped.
-struct Viewer(Arc<Cluster>);
+struct Viewer(Arc<Events>);
 
 impl Viewer {
-    fn new(cluster: &Arc<Cluster>) -> Self {
-        let mut watch = lock(&cluster.watch);
+    fn new(events: &Arc<Events>) -> Self {
+        let mut watch = lock(&events.watch);
         watch.viewers += 1;
         if watch.task.is_none() {
-            watch.task = Some(tokio::spawn(follow_all(Arc::clone(cluster))));
+            watch.task = Some(tokio::spawn(follow_all(Arc::clone(events))));
         }
-        Self(Arc::clone(cluster))
+        Self(Arc::clone(events))
     }
 }
 
@@ -87,10 +104,10 @@ impl Drop for Follower {
 }
 
 /// Answers with the events of all nodes, resuming after `last`.
-pub(super) fn serve(cluster: &Arc<Cluster>, last: Option<EventId>) -> Response {
+pub(super) fn serve(events: &Arc<Events>, last: Option<EventId>) -> Response {
     let start = last.map_or(Start::Last(PAST_OF_ALL), Start::After);
-    let reader = cluster.journal.read(start);
-    let events = stream::unfold((reader, Viewer::new(cluster)), async |(mut reader, viewer)| {
+    let reader = events.journal.read(start);
+    let stream = stream::unfold((reader, Viewer::new(events)), async |(mut reader, viewer)| {
         let event = sse::Event::default();
         let event = match reader.next().await {
             Received::Event(id, Item { kind, data }) => event.id(id.to_string()).event(kind).data(data),
@@ -99,23 +116,23 @@ pub(super) fn serve(cluster: &Arc<Cluster>, last: Option<EventId>) -> Response {
         };
         Some((Ok::<_, Infallible>(event), (reader, viewer)))
     });
-    Sse::new(events).keep_alive(KeepAlive::new().interval(Duration::from_secs(5))).into_response()
+    Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(5))).into_response()
 }
 
 /// Keeps a follower for each node while a browser looks.
-async fn follow_all(cluster: Arc<Cluster>) {
+async fn follow_all(events: Arc<Events>) {
     let mut followers: BTreeMap<Agent, Follower> = BTreeMap::new();
     let mut watched = Instant::now();
     loop {
         // The error of the list is part of the status.
-        let nodes = cluster.nodes().await.unwrap_or_default();
+        let nodes = events.nodes.list().await.unwrap_or_default();
         followers.retain(|agent, _| nodes.iter().any(|node| node.agent == *agent));
         for node in nodes {
-            let follow = || Follower(tokio::spawn(follow(Arc::clone(&cluster), Arc::clone(&node))));
+            let follow = || Follower(tokio::spawn(follow(Arc::clone(&events), Arc::clone(&node))));
             followers.entry(node.agent.clone()).or_insert_with(follow);
         }
         {
-            let mut watch = lock(&cluster.watch);
+            let mut watch = lock(&events.watch);
             if watch.viewers > 0 {
                 watched = Instant::now();
             } else if watched.elapsed() > LINGER {
@@ -128,23 +145,23 @@ async fn follow_all(cluster: Arc<Cluster>) {
 }
 
 /// Follows one node, and connects again for ever.
-async fn follow(cluster: Arc<Cluster>, node: Arc<Node>) {
+async fn follow(events: Arc<Events>, node: Arc<Node>) {
     loop {
-        if let Err(error) = follow_once(&cluster, &node).await {
+        if let Err(error) = follow_once(&events, &node).await {
             tracing::debug!(node = node.agent.node, error, "the events of a node broke off");
         }
         sleep(RETRY).await;
     }
 }
 
-async fn follow_once(cluster: &Cluster, node: &Node) -> Result<(), String> {
+async fn follow_once(events: &Events, node: &Node) -> Result<(), String> {
     let last = lock(&node.last_event).clone();
     let mut headers = vec![("accept", "text/event-stream")];
     headers.extend(last.as_deref().map(|last| ("last-event-id", last)));
     let request = get(&format!("/v1/events?last={PAST}"), &headers)?;
-    let permit = cluster.starts.acquire().await;
-    let link = Link::open(&cluster.access, &node.agent).await?;
-    let (_link, response) = link.request(&cluster.access, request).await?;
+    let permit = events.nodes.starts.acquire().await;
+    let link = Link::open(events.nodes.access(), &node.agent).await?;
+    let (_link, response) = link.request(events.nodes.access(), request).await?;
     drop(permit);
     if !response.status().is_success() {
         return Err(format!("the agent answers {}", response.status()));
@@ -157,7 +174,7 @@ async fn follow_once(cluster: &Cluster, node: &Node) -> Result<(), String> {
         let Some(data) = frame.data_ref() else { continue };
         parser.buffer.extend_from_slice(data);
         while let Some(event) = parser.next() {
-            publish(cluster, node, event);
+            publish(events, node, event);
         }
         if parser.buffer.len() > MAX_EVENT {
             return Err("the agent sends an event without an end".to_owned());
@@ -165,7 +182,7 @@ async fn follow_once(cluster: &Cluster, node: &Node) -> Result<(), String> {
     }
 }
 
-fn publish(cluster: &Cluster, node: &Node, event: Event) {
+fn publish(events: &Events, node: &Node, event: Event) {
     if event.id.is_some() {
         *lock(&node.last_event) = event.id;
     }
@@ -177,7 +194,7 @@ fn publish(cluster: &Cluster, node: &Node, event: Event) {
     };
     if let Ok(Value::Object(mut fields)) = serde_json::from_str(&event.data) {
         fields.insert("agent".to_owned(), node.agent.node.clone().into());
-        cluster.journal.publish(Item { kind, data: Value::Object(fields).to_string().into() });
+        events.journal.publish(Item { kind, data: Value::Object(fields).to_string().into() });
     }
 }
 

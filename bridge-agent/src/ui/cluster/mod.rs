@@ -2,11 +2,9 @@
 
 mod events;
 mod link;
+mod nodes;
 
-use std::{
-    sync::{Arc, Mutex},
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
 use axum::{
     Json,
@@ -15,147 +13,51 @@ use axum::{
 };
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::Full;
 use hyper::{Method, Request, header};
 use serde_json::{Map, Value, json};
-use tokio::{
-    process::Command,
-    sync::{Mutex as AsyncMutex, Semaphore},
-    time::timeout,
-};
+use tokio::sync::Semaphore;
 
-use self::{events::Watch, link::Link};
+use self::{
+    events::Events,
+    nodes::{Answer, Node, Nodes, PARALLEL, get},
+};
 use crate::{
     api::ErrorBody,
-    kubectl::{Access, Agent, Error},
-    state::{EventId, Journal},
+    kubectl::{Access, Agent},
+    state::EventId,
 };
 
-/// Time between two lists of the agents' pods.
-const LIST_EVERY: Duration = Duration::from_secs(5);
-/// Nodes that are asked at the same time: each start of kubectl costs a tenth of a second of CPU time.
-const PARALLEL: usize = 16;
 /// Bytes of the answers of all nodes to a query.
 const MAX_ANSWERS: usize = 16 << 20;
 /// Flows of a node that are asked for at least, however many nodes there are.
 const MIN_FLOWS: usize = 100;
 
-/// An agent and the connection to it.
-#[derive(Debug)]
-struct Node {
-    agent: Agent,
-    link: AsyncMutex<Option<Link>>,
-    last_event: Mutex<Option<String>>,
-}
-
-#[derive(Debug, Default)]
-struct Listed {
-    when: Option<Instant>,
-    nodes: Vec<Arc<Node>>,
-    problem: Option<String>,
-}
-
 /// All agents of a cluster.
 #[derive(Debug)]
 pub(super) struct Cluster {
-    access: Access,
-    listed: AsyncMutex<Listed>,
+    nodes: Arc<Nodes>,
+    events: Arc<Events>,
     /// Queries whose answers are in memory: one at a time.
     turn: Semaphore,
-    /// Starts of kubectl for events.
-    starts: Semaphore,
-    journal: Journal<events::Item>,
-    watch: Mutex<Watch>,
-}
-
-/// An answer of a node, or the reason why there is none.
-type Answer = Result<(StatusCode, Bytes), String>;
-
-fn get(path: &str, headers: &[(&str, &str)]) -> Result<Request<Full<Bytes>>, String> {
-    let request = Request::builder().uri(path).header(header::HOST, "bridge");
-    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
-    request.body(Full::default()).map_err(|_| "the query is not a query string".to_owned())
-}
-
-impl Node {
-    /// Asks over the open link; over another one if that has broken.
-    async fn ask(&self, access: &Access, request: &Request<Full<Bytes>>, most: usize) -> Answer {
-        let mut link = self.link.lock().await;
-        let open = match link.take() {
-            Some(open) => open.request(access, request.clone()).await.ok(),
-            None => None,
-        };
-        let (open, response) = match open {
-            Some(answer) => answer,
-            None => Link::open(access, &self.agent).await?.request(access, request.clone()).await?,
-        };
-        let status = response.status();
-        let body = timeout(link::ANSWER, Limited::new(response.into_body(), most).collect()).await;
-        let body = body.map_err(|_| "the answer does not end".to_owned())?;
-        // A body that was cut short leaves no link to go on with.
-        let body =
-            body.map_err(|error| format!("the answer cannot be read: {error}; select fewer --node"))?;
-        *link = Some(open);
-        Ok((status, body.to_bytes()))
-    }
 }
 
 impl Cluster {
     pub(super) fn new(access: Access) -> Arc<Self> {
-        Arc::new(Self {
-            access,
-            listed: AsyncMutex::default(),
-            turn: Semaphore::new(1),
-            starts: Semaphore::new(PARALLEL),
-            journal: Journal::default(),
-            watch: Mutex::default(),
-        })
-    }
-
-    /// Returns the agents, from a list that is a few seconds old at most.
-    async fn nodes(&self) -> Result<Vec<Arc<Node>>, String> {
-        let mut listed = self.listed.lock().await;
-        if listed.when.is_none_or(|when| when.elapsed() >= LIST_EVERY) {
-            let output = Command::from(self.access.list()).kill_on_drop(true).output().await;
-            match self.access.listed(output) {
-                Ok(agents) => {
-                    let known = std::mem::take(&mut listed.nodes);
-                    let node = |agent: Agent| match known.iter().find(|node| node.agent == agent) {
-                        Some(node) => Arc::clone(node),
-                        None => Arc::new(Node {
-                            agent,
-                            link: AsyncMutex::default(),
-                            last_event: Mutex::default(),
-                        }),
-                    };
-                    listed.nodes = agents.into_iter().map(node).collect();
-                    listed.problem = None;
-                }
-                // While the API server is away, the links that are open go on.
-                Err(error) => {
-                    if matches!(error, Error::NoAgents { .. }) {
-                        listed.nodes.clear();
-                    }
-                    listed.problem = Some(error.to_string());
-                }
-            }
-            listed.when = Some(Instant::now());
-        }
-        match &listed.problem {
-            Some(problem) if listed.nodes.is_empty() => Err(problem.clone()),
-            _ => Ok(listed.nodes.clone()),
-        }
+        let nodes = Arc::new(Nodes::new(access));
+        let events = Arc::new(Events::new(Arc::clone(&nodes)));
+        Arc::new(Self { nodes, events, turn: Semaphore::new(1) })
     }
 
     /// Sends a query to every node; the answers are in order of nodes.
     async fn ask_all(&self, path: &str) -> Result<Vec<(Arc<Node>, Answer)>, String> {
-        let nodes = self.nodes().await?;
+        let nodes = self.nodes.list().await?;
         let request = get(&share(path, nodes.len()), &[])?;
         let most = MAX_ANSWERS / nodes.len().max(1);
         let answers = stream::iter(nodes).map(|node| {
             let request = &request;
             async move {
-                let answer = node.ask(&self.access, request, most).await;
+                let answer = node.ask(self.nodes.access(), request, most).await;
                 (node, answer)
             }
         });
@@ -206,7 +108,7 @@ impl Cluster {
                 Err(error) => json!({ "node": node, "pod": pod, "error": error }),
             }
         };
-        let problem = self.listed.lock().await.problem.clone();
+        let problem = self.nodes.problem().await;
         let nodes: Vec<Value> = answers.into_iter().map(row).collect();
         Json(json!({ "nodes": nodes, "problem": problem })).into_response()
     }
@@ -224,14 +126,14 @@ impl Cluster {
             return (StatusCode::BAD_REQUEST, Json(ErrorBody { code: "query".to_owned(), error: text }))
                 .into_response();
         };
-        let nodes = self.nodes().await.unwrap_or_default();
+        let nodes = self.nodes.list().await.unwrap_or_default();
         let Some(node) = nodes.into_iter().find(|node| node.agent.node == name) else {
             return unreachable(format!("no agent runs on {name}"));
         };
         let body = Full::new(Bytes::from(Value::Object(fields).to_string()));
         let request = Request::builder().method(Method::POST).uri("/v1/explain");
         let request = request.header(header::HOST, "bridge").body(body).unwrap_or_default();
-        match node.ask(&self.access, &request, MAX_ANSWERS).await {
+        match node.ask(self.nodes.access(), &request, MAX_ANSWERS).await {
             Ok((status, body)) => {
                 (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
             }
@@ -239,8 +141,8 @@ impl Cluster {
         }
     }
 
-    pub(super) fn events(self: &Arc<Self>, last: Option<EventId>) -> Response {
-        events::serve(self, last)
+    pub(super) fn events(&self, last: Option<EventId>) -> Response {
+        events::serve(&self.events, last)
     }
 }
 
