@@ -18,7 +18,6 @@ use crate::model::Policy;
 /// Packets and bytes that a rule matched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Hits {
-    /// Packets.
     pub packets: u64,
     /// Bytes, layer 3 header included.
     pub bytes: u64,

@@ -56,7 +56,6 @@ const BIND_TRIES: u32 = 8;
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// See the text.
     #[error(
         "cannot talk to the agent at {path}: {source}; is bridge-agent running, and may this user open the socket?"
     )]
@@ -66,7 +65,6 @@ pub enum Error {
         /// Error of the kernel.
         source: io::Error,
     },
-    /// See the text.
     #[error("the agent refused: {text}")]
     Refused {
         /// The kind: `exhausted`, `quota`, `destination`…
@@ -74,10 +72,8 @@ pub enum Error {
         /// The message, with the remedy.
         text: String,
     },
-    /// See the text.
     #[error("the agent's answer makes no sense: {0}; it may be of another version")]
     Protocol(String),
-    /// See the text.
     #[error("every port of {first}-{last} is in use; wait, or allow more ports")]
     Exhausted {
         /// Lowest port.

@@ -25,7 +25,6 @@ rules:
 /// One more, for [`DENIED`].
 pub(crate) const MORE: &str = "  - {name: more, direction: inbound, protocol: tcp, ports: [40003]}\n";
 
-/// See the module.
 pub(crate) struct Node {
     pub(crate) lab: Lab,
 }

@@ -97,7 +97,6 @@ pub enum Error {
         "cannot look up the group {group}: {source}; check nsswitch.conf(5), or write the number of the group"
     )]
     Group {
-        /// Its name.
         group: String,
         /// The error of getgrnam(3).
         source: io::Error,

@@ -74,7 +74,6 @@ impl RuleName {
         Self::parse(text)
     }
 
-    /// The name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

@@ -69,7 +69,7 @@ pub enum Via {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DetailedVia {
-    /// The address.
+    /// Address of the next hop.
     pub via: IpAddr,
     /// The interface.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -171,7 +171,6 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
 }
 
 impl Via {
-    /// The address.
     #[must_use]
     pub const fn address(&self) -> IpAddr {
         match self {

@@ -92,7 +92,6 @@ pub enum CasesError {
     Case {
         /// From 1.
         number: usize,
-        /// Its name.
         name: Option<String>,
         /// The fault.
         source: ParseError,

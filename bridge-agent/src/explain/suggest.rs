@@ -33,7 +33,6 @@ pub struct Choice {
 /// A rule, with the connections that it is for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Suggested {
-    /// The rule.
     pub rule: Rule,
     /// Connections: a LAN host, a pod and a port. The rule allows exactly these.
     pub pairs: usize,

@@ -106,7 +106,6 @@ pub enum ParseError {
     /// A pod with several addresses, any of which could be meant.
     #[error("`{name}` has {} addresses of this IP version ({}): write one of them", .addresses.len(), show(.addresses))]
     Ambiguous {
-        /// The name.
         name: String,
         /// Its addresses.
         addresses: Vec<IpAddr>,
@@ -114,7 +113,6 @@ pub enum ParseError {
     /// A pod without an address of the other end's version.
     #[error("`{name}` has no address of the IP version of {other}")]
     NoAddress {
-        /// The name.
         name: String,
         /// The other end.
         other: String,

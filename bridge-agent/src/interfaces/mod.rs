@@ -39,7 +39,6 @@ pub struct Selection {
 /// An interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Its name.
     pub name: String,
     /// Its `ARPHRD_*` type (linux/if_arp.h).
     pub kind: u16,

@@ -18,7 +18,6 @@ use super::ruleset::is_own;
 use super::ruleset::{Family, Table};
 use super::walk::Packet;
 
-/// See the module.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Divergence {
     /// Packets that iptables denied though eBPF had let them through, by the name of the rule: `bridge:...`, or `rule`

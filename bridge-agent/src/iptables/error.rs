@@ -22,7 +22,6 @@ pub enum Error {
     Run {
         /// Path of the program.
         program: String,
-        /// Why.
         source: io::Error,
     },
     /// Another program holds the lock that all users of iptables-legacy share.
@@ -118,7 +117,6 @@ pub enum Error {
     Save {
         /// Which file.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// The kernel did not answer as it should.

@@ -12,7 +12,6 @@ use super::{
     pins::{self, Error, Result},
 };
 
-/// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct PinGuard {
     objects: BTreeMap<PathBuf, OwnedFd>,

@@ -18,7 +18,6 @@ pub const DEFAULT: &str = "/var/lib/bridge";
 /// Prefix of a directory that belongs to one boot.
 const BOOT: &str = "boot-";
 
-/// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateDirectory(PathBuf);
 

@@ -31,7 +31,6 @@ pub enum Error {
     /// The kubeconfig.
     #[error("{}: {reason}; check it with `kubectl --kubeconfig {} version`", path.display(), path.display())]
     Kubeconfig {
-        /// The file.
         path: PathBuf,
         /// The fault.
         reason: String,

@@ -22,7 +22,6 @@ use crate::model::{Action, Direction, Protocol};
 use crate::policy::budget::{self, Cost};
 use crate::routes::{DesiredRoute, SourceKind};
 
-/// See the module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Planned {
     /// The configuration file with the additions of the cluster. No rule in it selects by labels any more.

@@ -14,7 +14,6 @@ use crate::kernel::{
     state_directory,
 };
 
-/// See the module.
 #[derive(Debug)]
 pub(super) struct Saved {
     place: PathBuf,

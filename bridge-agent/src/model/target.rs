@@ -7,9 +7,8 @@ use super::Role;
 /// An interface that programs are attached to.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Target {
-    /// Its index.
+    /// Index of the interface.
     pub index: u32,
-    /// Its name.
     pub name: String,
     /// Pods or LAN.
     pub role: Role,

@@ -80,7 +80,6 @@ pub enum Error {
     Save {
         /// Which file.
         path: PathBuf,
-        /// Why.
         source: io::Error,
     },
     /// The kernel did not answer as it should.

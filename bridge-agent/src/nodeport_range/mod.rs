@@ -26,7 +26,6 @@ pub enum Error {
     /// The manifest is invalid.
     #[error("{path}: {problem}; {remedy}", path = .path.display())]
     Manifest {
-        /// The file.
         path: PathBuf,
         /// The fault, in one clause.
         problem: String,

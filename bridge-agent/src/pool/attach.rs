@@ -8,7 +8,6 @@ use std::{
 /// Why a control group cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// See the text.
     #[error("cannot read {path}: {source}")]
     Read {
         /// The file that was read.
@@ -16,13 +15,11 @@ pub enum CgroupError {
         /// Error of the kernel.
         source: io::Error,
     },
-    /// See the text.
     #[error(
         "no cgroup2 file system is mounted, so no program can be hooked; mount one: mkdir -p /sys/fs/cgroup/unified && \
          mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified"
     )]
     NotMounted,
-    /// See the text.
     #[error("there is no control group {path}: {source}; see the directories below {mount}")]
     Missing {
         /// The directory.

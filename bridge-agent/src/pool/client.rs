@@ -102,9 +102,7 @@ pub enum PoolEvent {
     Released {
         /// The lease.
         id: u64,
-        /// Its port.
         port: u16,
-        /// Why.
         reason: &'static str,
     },
     /// A program was refused a port.
@@ -119,7 +117,6 @@ pub enum PoolEvent {
         pid: u32,
         /// Its user.
         uid: u32,
-        /// Its name.
         command: String,
     },
 }
@@ -127,7 +124,6 @@ pub enum PoolEvent {
 /// The reason of a refused request.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ServiceError {
-    /// See the text.
     #[error(
         "{destination} is not a destination of the pool ({networks}); add it to portPool.destinations, or connect without the pool"
     )]
@@ -137,7 +133,6 @@ pub enum ServiceError {
         /// The networks of the pool.
         networks: String,
     },
-    /// See the text.
     #[error("{count} ports are asked for, the pool has {available}")]
     TooMany {
         /// Asked for.
@@ -145,12 +140,10 @@ pub enum ServiceError {
         /// In the pool.
         available: u32,
     },
-    /// See the text.
     #[error(
         "the network namespace of the client cannot be found out: this kernel is older than 5.14 (SO_NETNS_COOKIE)"
     )]
     Stranger,
-    /// See the text.
     #[error("no port for this destination: {}; {}", remedy::cause(*.0), remedy::remedy(*.0))]
     Refused(Refusal),
     /// The client would hold more than its share of leases.
@@ -166,10 +159,8 @@ pub enum ServiceError {
         /// The most that one client may hold.
         limit: usize,
     },
-    /// See the text.
     #[error("there is no lease {0}; it may have ended with its time or its connection")]
     NoLease(u64),
-    /// See the text.
     #[error("lease {0} belongs to another user, pod or network namespace")]
     NotYours(u64),
 }

@@ -34,7 +34,6 @@ pub struct Occupied {
 /// Why there is no pool.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
-    /// See the text.
     #[error(
         "no port is left in the pool: of {asked} ports {excluded} are excluded, {node_ports} are NodePorts and \
          {reserved} are in net.ipv4.ip_local_reserved_ports; choose other portPool.ports"
@@ -49,7 +48,6 @@ pub enum LayoutError {
         /// Of the rest, reserved by others.
         reserved: u32,
     },
-    /// See the text.
     #[error(
         "the pool in the kernel spans ports {first} to {last}, and ports outside are wanted now; run `bridge-agent down` \
          and start again to make it again (established connections live on, their ports are not tracked any more)"

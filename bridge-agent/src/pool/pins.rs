@@ -30,7 +30,6 @@ pub struct Shape {
 /// Why a pin cannot be used again.
 #[derive(Debug, thiserror::Error)]
 pub enum PinError {
-    /// See the text.
     #[error("cannot read the pinned map {path}: {source}")]
     Read {
         /// The pin.
@@ -38,7 +37,6 @@ pub enum PinError {
         /// Error of the kernel.
         source: MapError,
     },
-    /// See the text.
     #[error(
         "the pinned map {path} has {field} {found}, this version needs {wanted}: the range of the pool grew beyond \
          what is pinned, or another version made it; run `bridge-agent down` to remove the pins (established \
@@ -54,7 +52,6 @@ pub enum PinError {
         /// The required value.
         wanted: u64,
     },
-    /// See the text.
     #[error("cannot use {path} for pins: {source}; is a bpf file system mounted at /sys/fs/bpf?")]
     Directory {
         /// The directory.

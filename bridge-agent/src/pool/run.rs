@@ -57,18 +57,14 @@ impl Places {
 /// Why there is no pool.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// See there.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// See there.
     #[error(transparent)]
     Kernel(#[from] KernelPoolError),
-    /// See the text.
     #[error(
         "cannot keep the pool's ports from other programs (net.ipv4.ip_local_reserved_ports): {0}; in a container, mount the host's /proc/sys/net at /host/proc/sys/net"
     )]
     Reserve(io::Error),
-    /// See the text.
     #[error("cannot set up portPool.masquerade: {0}; install nftables, or remove the key")]
     Masquerade(io::Error),
 }

@@ -12,7 +12,6 @@ use crate::kernel::clock;
 pub struct RouteEvent {
     /// RFC 3339, UTC.
     pub time: String,
-    /// Its kind.
     pub kind: EventKind,
     /// To which route or next hop, and why.
     pub text: String,

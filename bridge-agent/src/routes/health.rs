@@ -91,7 +91,6 @@ pub struct Change {
     pub hop: Hop,
     /// Down, up, or damped.
     pub kind: EventKind,
-    /// Why.
     pub reason: String,
 }
 

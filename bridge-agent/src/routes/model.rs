@@ -275,7 +275,6 @@ pub const RTPROT_KERNEL: u8 = 2;
 /// An interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Its name.
     pub name: String,
     /// `IFF_UP`: routes through it may exist.
     pub up: bool,

@@ -105,7 +105,6 @@ pub enum Refusal {
     NoSuchDevice {
         /// The desired route.
         route: String,
-        /// The name.
         dev: String,
     },
     /// Addresses that are never routed between hosts.

@@ -38,7 +38,6 @@ pub enum Error {
     Listen {
         /// Where.
         address: SocketAddr,
-        /// Why.
         #[source]
         error: std::io::Error,
     },

@@ -219,7 +219,7 @@ fn row(desired: &Arc<DesiredRoute>, state: State, route: String, reason: Option<
 /// A node on the way to pods, and whether it answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct NextHopStatus {
-    /// Its address.
+    /// Address of the next hop.
     pub address: IpAddr,
     /// The interface it is on.
     pub dev: String,

@@ -480,7 +480,6 @@ impl Cluster {
 /// A pod that runs.
 #[derive(Clone, Debug)]
 pub struct Pod {
-    /// Its name.
     pub name: String,
     /// The name of its node.
     pub node: String,

@@ -49,22 +49,16 @@ pub enum KeyError {
     /// It cannot be read.
     #[error("{}: {error}; make one with `head -c 32 /dev/urandom | base64 > FILE; chmod 600 FILE`, the same on both sides", path.display())]
     Read {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         error: io::Error,
     },
     /// It holds too little.
     #[error("{}: shorter than {} bytes; make one with `head -c 32 /dev/urandom | base64 > FILE`", path.display(), Key::MIN)]
-    Short {
-        /// The file.
-        path: PathBuf,
-    },
+    Short { path: PathBuf },
     /// Others can read it.
     #[error("{}: other users can read it (mode {mode:o}); `chmod 600` it and, if it was open for long, make a new one", path.display())]
     Open {
-        /// The file.
         path: PathBuf,
         /// Its permission bits.
         mode: u32,

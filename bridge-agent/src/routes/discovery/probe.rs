@@ -38,9 +38,7 @@ pub enum ProbeError {
         "cannot connect to {host}: {error}; check that `bridge-agent discover listen` runs there and that the port is allowed"
     )]
     Connect {
-        /// The host.
         host: SocketAddr,
-        /// Why.
         #[source]
         error: io::Error,
     },
@@ -51,16 +49,13 @@ pub enum ProbeError {
     Bind {
         /// Where.
         address: SocketAddr,
-        /// Why.
         #[source]
         error: io::Error,
     },
     /// The conversation broke off. A host that holds another key hangs up without a word.
     #[error("{host}: {error}; if it hung up at once, compare the key files and look at its events")]
     Exchange {
-        /// The host.
         host: SocketAddr,
-        /// Why.
         #[source]
         error: ExchangeError,
     },

@@ -59,7 +59,6 @@ pub struct Node {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Pod {
-    /// Its address.
     pub address: IpAddr,
     /// The name of its node.
     pub node: String,
@@ -75,16 +74,13 @@ pub enum FileError {
     /// It cannot be read.
     #[error("{}: {error}; create it, or take `routes.file` out of the configuration", path.display())]
     Read {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         error: std::io::Error,
     },
     /// It is not YAML, or not of this form.
     #[error("{}: {text}; write lists `nodes` and `pods` as docs/routes.md has them", path.display())]
     Syntax {
-        /// The file.
         path: PathBuf,
         /// Place and reason.
         text: String,
@@ -92,7 +88,6 @@ pub enum FileError {
     /// It contradicts itself.
     #[error("{}: {text}", path.display())]
     Content {
-        /// The file.
         path: PathBuf,
         /// What, and what to write instead.
         text: String,
