@@ -13,11 +13,17 @@ pub mod protocol;
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
 pub const ABI_VERSION: u32 = 4;
 
-/// Marks types that may be copied from and to a BPF map as bytes, and asserts their size.
+/// Asserts the sizes of types that are copied from and to BPF maps as bytes. On the user side, their derives prove that they
+/// have no padding but named fields, and that every bit pattern is a value.
 macro_rules! plain_old_data {
     ($($type:ty: $size:literal),+ $(,)?) => {$(
         const _: () = assert!(core::mem::size_of::<$type>() == $size);
-        // SAFETY: `repr(C)`, integers and byte arrays only, padding explicit: every bit pattern is a value.
+        #[cfg(feature = "user")]
+        const _: () = {
+            const fn proven<T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy>() {}
+            proven::<$type>();
+        };
+        // SAFETY: `proven` above.
         #[cfg(feature = "user")]
         unsafe impl aya::Pod for $type {}
     )+};

@@ -26,6 +26,8 @@ use bridge_common::filter::{
     policy::{RuleHits, direction},
 };
 
+use zerocopy::FromBytes as _;
+
 use crate::packet::Packet;
 
 /// Addresses that the policy knows as the node's own.
@@ -381,9 +383,7 @@ impl Node {
         let mut ring: RingBuf<MapData> = open(&self.pins, "events").expect("the ring buffer");
         let mut events = Vec::new();
         while let Some(item) = ring.next() {
-            assert_eq!(item.len(), size_of::<Event>());
-            // SAFETY: as long as an event, which is plain old data.
-            events.push(unsafe { item.as_ptr().cast::<Event>().read_unaligned() });
+            events.push(Event::read_from_bytes(&item).expect("an event"));
         }
         events
     }

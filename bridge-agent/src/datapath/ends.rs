@@ -10,6 +10,7 @@ use bridge_common::filter::{
     flow::{END_LOW, FlowKey, state},
     policy::direction,
 };
+use zerocopy::FromBytes as _;
 
 use super::{
     error::{Error, Result},
@@ -55,9 +56,7 @@ impl Iterator for EndReader {
 
     fn next(&mut self) -> Option<Ended> {
         let record = self.0.next()?;
-        // SAFETY: the length is checked; any bit pattern is a `FlowKey`.
-        (record.len() >= size_of::<FlowKey>())
-            .then(|| Ended(unsafe { record.as_ptr().cast::<FlowKey>().read_unaligned() }))
+        FlowKey::read_from_prefix(&record).ok().map(|(key, _)| Ended(key))
     }
 }
 

@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 
 use aya_obj::generated::bpf_map_info;
 use bridge_common::filter::flow::{Flow, FlowKey, flag};
+use zerocopy::FromBytes;
 
 use super::{
     error::{Error, Result},
@@ -84,7 +85,7 @@ fn insert<K: aya::Pod, V: aya::Pod>(
 }
 
 /// Converts every entry of a map of another version to our layout; returns the sum of the results of `take`.
-fn migrate<K: aya::Pod, V: aya::Pod>(
+fn migrate<K: FromBytes, V: FromBytes>(
     from: &Pins,
     name: &'static str,
     mut take: impl FnMut(K, V) -> Result<usize>,
@@ -113,7 +114,7 @@ fn migrate<K: aya::Pod, V: aya::Pod>(
             None => Some((key.to_vec(), value.to_vec())),
         };
         let Some((key, value)) = converted else { return };
-        let (Some(key), Some(value)) = (of_bytes(&key), of_bytes(&value)) else { return };
+        let (Ok(key), Ok(value)) = (K::read_from_bytes(&key), V::read_from_bytes(&value)) else { return };
         match take(key, value) {
             Ok(count) => taken += count,
             Err(error) => failure = Some(error),
@@ -128,9 +129,4 @@ fn own_layouts(pins: &Pins, name: &str) -> Result<Option<Layouts>> {
     let map = bpf::obj_get(&path).map_err(Error::path("opening", &path))?;
     let info = bpf::map_info(map.as_fd()).map_err(Error::path("looking at", &path))?;
     Layouts::of(&info).map_err(Error::path("looking at", &path))
-}
-
-fn of_bytes<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
-    // SAFETY: of the type's size; any bit pattern is a value of a `Pod` type.
-    (bytes.len() == size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }

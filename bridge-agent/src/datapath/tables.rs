@@ -21,6 +21,7 @@ use bridge_common::filter::{
 };
 use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
+use zerocopy::IntoBytes as _;
 
 use super::{
     error::{Error, Result},
@@ -458,25 +459,23 @@ fn digest(tables: &Tables) -> Digest {
     for (prefix, info) in &tables.addresses {
         hash.update(Address::from(prefix.addr()).octets);
         hash.update([prefix.prefix_len(), prefix.max_prefix_len()]);
-        hash.update(bytes(&[*info]));
+        hash.update(info.as_bytes());
     }
     for (key, sets) in &tables.pairs {
-        hash.update(bytes(&[*key]));
-        hash.update(bytes(&[*sets]));
+        hash.update(key.as_bytes());
+        hash.update(sets.as_bytes());
     }
-    for table in
-        [bytes(&tables.rule_sets), bytes(&tables.narrows), bytes(&tables.pages), bytes(&tables.rules)]
-    {
+    for table in [
+        tables.rule_sets.as_bytes(),
+        tables.narrows.as_bytes(),
+        tables.pages.as_bytes(),
+        tables.rules.as_bytes(),
+    ] {
         hash.update((table.len() as u64).to_le_bytes());
         hash.update(table);
     }
-    hash.update(bytes(&tables.global_sets));
-    hash.update(bytes(&tables.node_ports));
+    hash.update(tables.global_sets.as_bytes());
+    hash.update(tables.node_ports.as_bytes());
     hash.update(tables.node_port_root.to_ne_bytes());
     hash.finalize().into()
-}
-
-fn bytes<T: Pod>(values: &[T]) -> &[u8] {
-    // SAFETY: plain old data without padding of the compiler's; the length is that of the slice.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }

@@ -100,7 +100,7 @@ impl Layout {
             slots: affordable.min(MAX_SLOTS),
             flags,
             quota: settings.quota.unwrap_or(0),
-            reserved: 0,
+            padding: 0,
         };
         Ok(Self { config, ports, unconnected })
     }

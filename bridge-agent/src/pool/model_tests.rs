@@ -264,7 +264,7 @@ fn a_port_that_was_given_back_and_left_the_pool_for_a_while_is_not_given_back_tw
     let index = slots::claim(&tables, seat, false).unwrap().index;
     let (destinations, owners) = (
         [(destination(1), seat.slot)],
-        [(Owner { netns_cookie: 1, slot: seat.slot, reserved: 0 }, seat.owner_slot)],
+        [(Owner { netns_cookie: 1, slot: seat.slot, padding: 0 }, seat.owner_slot)],
     );
     let touched = sweep::marks(&tables, &owners);
     let held = HashMap::from([((seat.slot, index), seat.owner_slot)]);
@@ -480,7 +480,7 @@ fn a_warm_port_that_conntrack_knows_stays_warm() {
     slots::release(&tables, seat, claim.index);
     let (destinations, owners) = (
         [(destination(1), seat.slot)],
-        [(Owner { netns_cookie: 1, slot: seat.slot, reserved: 0 }, seat.owner_slot)],
+        [(Owner { netns_cookie: 1, slot: seat.slot, padding: 0 }, seat.owner_slot)],
     );
     let mut sweeper = Sweeper::default();
     let mut round = |known: bool| {

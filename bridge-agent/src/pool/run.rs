@@ -11,6 +11,7 @@ use aya::maps::{MapData, RingBuf};
 use bridge_common::pool::Event;
 use tokio::{io::unix::AsyncFd, sync::watch};
 use tracing::{debug, info, warn};
+use zerocopy::FromBytes as _;
 
 use super::{
     KernelPool, Layout, Settings, attach,
@@ -433,9 +434,7 @@ async fn report(service: Arc<Service>, events: Option<RingBuf<MapData>>) {
     loop {
         let Ok(mut ready) = events.readable_mut().await else { return };
         while let Some(item) = ready.get_inner_mut().next() {
-            if item.len() >= size_of::<Event>() {
-                // SAFETY: as many bytes, and any bytes are an event.
-                let event = unsafe { item.as_ptr().cast::<Event>().read_unaligned() };
+            if let Ok((event, _)) = Event::read_from_prefix(&item) {
                 service.report(&event);
             }
         }

@@ -3,7 +3,6 @@
 use std::{
     fs::File,
     io::{self, Read as _},
-    mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
@@ -86,9 +85,8 @@ impl Walker {
         if !rest.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        // SAFETY: a lease is plain data, any bytes are one.
-        let leases = leases.iter().map(|bytes| unsafe { mem::transmute::<_, Lease>(*bytes) });
-        Ok(leases.filter(|lease| lease.state & LEASE_HELD != 0).collect())
+        let leases = leases.iter().map(|bytes| zerocopy::transmute!(*bytes));
+        Ok(leases.filter(|lease: &Lease| lease.state & LEASE_HELD != 0).collect())
     }
 }
 

@@ -12,6 +12,7 @@ pub const SLOTS: u32 = 3;
 /// milliseconds of `CLOCK_MONOTONIC`; 0: none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Control {
     /// See the type.
     pub word: u64,
@@ -61,6 +62,7 @@ impl Control {
 /// Settings of a policy beside its rules.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Settings {
     /// How long a flow may be silent, in nanoseconds, by [`flow::state`].
     pub timeouts: [u64; flow::state::COUNT],

@@ -3,6 +3,7 @@
 /// Number of packets and bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Counter {
     pub packets: u64,
     /// Their lengths from the link layer header on, in bytes.
@@ -40,6 +41,7 @@ macro_rules! reasons {
         /// Packets judged, by reason: one such record for each direction and CPU.
         #[repr(C)]
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
         pub struct Counters {
             $(#[doc = $text] pub $name: Counter,)+
         }

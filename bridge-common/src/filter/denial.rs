@@ -15,6 +15,7 @@ pub const WAYS: usize = 4;
 /// Connections that a rule distinguishes by their source port alone.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct DenialKey {
     /// The LAN host.
     pub external: Address,
@@ -64,6 +65,7 @@ const fn fold(word: u64) -> u64 {
 /// A class of connections.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Denial {
     /// The class.
     pub key: DenialKey,
@@ -90,6 +92,7 @@ pub struct Denial {
 /// Classes of one set.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct DenialSet {
     /// In no order.
     pub ways: [Denial; WAYS],

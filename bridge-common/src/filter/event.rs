@@ -5,6 +5,7 @@ use crate::filter::address::Address;
 /// A verdict on a packet.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Event {
     /// Nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
@@ -59,6 +60,7 @@ pub mod verdict {
 /// How many events and answers a CPU has sent in the current second, and how many events it has kept back since its last one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct EventBudget {
     /// When the second ends, in nanoseconds of `CLOCK_MONOTONIC`.
     pub until: u64,

@@ -13,6 +13,7 @@ use crate::protocol;
 /// Whether flows may take the fast path; kept by the agent, in a map that it shares with the kernel side.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Control {
     /// The deadline of the fast path, in nanoseconds of `CLOCK_MONOTONIC`; 0: disabled. The agent extends it as long as
     /// it watches the inputs of the fast path.
@@ -48,6 +49,7 @@ pub mod protocols {
 /// A way from interface to interface. Flows that take the same share it: an element of an array of [`PATHS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Path {
     /// The epoch in which it was learnt; 0: none yet; [`WRITING`]: just now.
     pub epoch: u32,
@@ -75,6 +77,7 @@ pub const WRITING: u32 = u32::MAX;
 /// The lease of a [`Path`] for one direction of a flow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Lease {
     /// Until when, in [`ticks`].
     pub expires: u32,
@@ -231,6 +234,7 @@ outcomes! {
 /// Packets of established flows, by outcome: one such record for each direction and CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Outcomes {
     /// By [`Outcome`].
     pub by_outcome: [Counter; Outcome::COUNT],

@@ -11,6 +11,7 @@ use crate::protocol;
 /// For ICMP queries both ports hold the identifier.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct FlowKey {
     /// Address of the smaller end.
     pub low: Address,
@@ -82,6 +83,7 @@ impl FlowKey {
 /// State of a flow: with its key and the kernel's own fields, two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Flow {
     /// Time of the last packet, nanoseconds of `CLOCK_MONOTONIC`, coarse and updated at most once a second.
     pub last_seen: u64,
@@ -263,6 +265,7 @@ pub mod flag {
 /// Two hosts between which a first fragment was let through.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct FragmentKey {
     /// Source address.
     pub source: Address,

@@ -3,6 +3,7 @@
 /// Value of the interface table, by interface index.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Interface {
     /// One of [`role`].
     pub role: u32,

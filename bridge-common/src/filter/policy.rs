@@ -23,6 +23,7 @@ pub mod direction {
 /// The properties of an address, by its longest matching prefix.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct AddressInfo {
     /// Addresses of one class are named by the same rules.
     pub class: u32,
@@ -56,6 +57,7 @@ pub mod origin {
 /// Key of the sets of rules that name both sides.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct PairKey {
     /// Class of the LAN host's address.
     pub external: u32,
@@ -66,6 +68,7 @@ pub struct PairKey {
 /// Sets of the rules that name both sides, by direction (inbound, outbound); 0: none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct PairSets {
     /// Index of a [`RuleSet`], by direction.
     pub sets: [u32; 2],
@@ -91,6 +94,7 @@ pub mod class {
 /// result is again no leaf, by source port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct RuleSet {
     /// By [`protocol`].
     pub roots: [u32; class::COUNT],
@@ -129,6 +133,7 @@ pub const INTERVALS: usize = 10;
 /// A partition of the ports into few intervals: one cache line.
 #[repr(C, align(4))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct PortIntervals {
     /// First port of each interval, host byte order, ascending; the first is 0. Unused ones repeat the last.
     pub first: [u16; INTERVALS],
@@ -141,6 +146,7 @@ pub struct PortIntervals {
 /// A table of 256 references; see [`reference::DIRECTORY`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct PortPage {
     /// By high or low byte of the port.
     pub references: [u32; 256],
@@ -149,6 +155,7 @@ pub struct PortPage {
 /// How often a rule decided about the first packet of a flow.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct RuleHits {
     pub packets: u64,
     /// Their lengths from the link layer header on, in bytes.
@@ -158,6 +165,7 @@ pub struct RuleHits {
 /// Name of a rule, for readers of the maps.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct RuleInfo {
     /// UTF-8, filled up with zeros.
     pub name: [u8; 64],

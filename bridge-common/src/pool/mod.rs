@@ -98,6 +98,7 @@ pub const FLAG_BIND_UDP: u32 = 2;
 /// Layout of the pool and its settings; the only element of map `POOL_CONFIG`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Config {
     /// Lowest port of the span, host byte order; a multiple of 64.
     pub base: u32,
@@ -109,11 +110,9 @@ pub struct Config {
     pub flags: u32,
     /// Most ports that one namespace may hold at once towards one destination; 0 for no limit.
     pub quota: u32,
-    /// Explicit padding.
-    pub reserved: u32,
+    /// Zero.
+    pub padding: u32,
 }
-
-const _: () = assert!(size_of::<Config>() == 24 && align_of::<Config>() == 4);
 
 /// Where the words of a slot lie; follows from [`Config`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,24 +200,24 @@ pub const ALLOCATOR: Bitmap = Bitmap { at: 0, summary: ALLOCATOR_SUMMARY, words:
 /// (`u32`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Destination {
     /// Network byte order; an IPv4 address is v4-mapped (RFC 4291 section 2.5.5.2).
     address: [u8; 16],
     /// Network byte order.
     port: [u8; 2],
-    /// [`TCP`] or [`UDP`].
+    /// [`protocol::TCP`] or [`protocol::UDP`].
     protocol: u8,
-    reserved: u8,
+    /// Zero.
+    padding: u8,
 }
-
-const _: () = assert!(size_of::<Destination>() == 20 && align_of::<Destination>() == 1);
 
 impl Destination {
     /// A destination from the bytes of a packet or a `sockaddr`: address and port in network byte order.
     #[inline(always)]
     #[must_use]
     pub const fn from_network(address: [u8; 16], port: [u8; 2], protocol: u8) -> Self {
-        Self { address, port, protocol, reserved: 0 }
+        Self { address, port, protocol, padding: 0 }
     }
 
     /// An IPv4 destination from the bytes of a packet or a `sockaddr_in`: address and port in network byte order.
@@ -265,7 +264,7 @@ impl Destination {
         u16::from_be_bytes(self.port)
     }
 
-    /// [`TCP`] or [`UDP`].
+    /// [`protocol::TCP`] or [`protocol::UDP`].
     #[must_use]
     pub const fn protocol(&self) -> u8 {
         self.protocol
@@ -275,20 +274,20 @@ impl Destination {
 /// Key of map `POOL_OWNERS`; its value is a slot (`u32`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Owner {
     /// `SO_NETNS_COOKIE` of the namespace; never 0.
     pub netns_cookie: u64,
     /// Slot of the destination.
     pub slot: u32,
-    /// Explicit padding.
-    pub reserved: u32,
+    /// Zero.
+    pub padding: u32,
 }
-
-const _: () = assert!(size_of::<Owner>() == 16 && align_of::<Owner>() == 8);
 
 /// The port a socket holds, and for whom; kept in the socket's own storage (map `POOL_LEASES`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Lease {
     /// `LEASE_*`; changed by atomic operations only. The side that clears [`LEASE_HELD`] gives the port back.
     pub state: u64,
@@ -312,11 +311,10 @@ pub struct Lease {
     pub destination: Destination,
     /// Name of the connecting thread, padded with zeros.
     pub comm: [u8; 16],
-    /// Explicit padding.
-    pub reserved: u32,
+    /// Zero.
+    pub padding: [u32; 2],
 }
 
-const _: () = assert!(size_of::<Lease>() == 96 && align_of::<Lease>() == 8);
 const _: () = assert!(core::mem::offset_of!(Lease, destination) == 52);
 
 /// A port that the agent has claimed for a client that will bind it itself. Key of map `POOL_GRANTS`.
@@ -325,14 +323,13 @@ const _: () = assert!(core::mem::offset_of!(Lease, destination) == 52);
 /// succeeds owns the port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Grant {
     /// Where the port leads to.
     pub destination: Destination,
     /// The port, counted from [`Config::base`], in the byte order of the host.
     index: [u8; 4],
 }
-
-const _: () = assert!(size_of::<Grant>() == 24 && align_of::<Grant>() == 1);
 
 impl Grant {
     /// The grant of the port `index` (counted from [`Config::base`]) towards `destination`.
@@ -352,6 +349,7 @@ impl Grant {
 /// Value of map `POOL_GRANTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Granted {
     /// The namespace the port was granted to; no other may use it.
     pub netns_cookie: u64,
@@ -361,14 +359,13 @@ pub struct Granted {
     pub owner_slot: u32,
 }
 
-const _: () = assert!(size_of::<Granted>() == 16 && align_of::<Granted>() == 8);
-
 /// A port that rests: the kernel would refuse it, so no socket gets it. Key of map `POOL_RESTING`.
 ///
 /// It is in no bitmap meanwhile and counts as a live claim of both slots. The hook or the agent ends the rest by removing
 /// the entry; the one whose removal succeeds releases the port.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct RestingPort {
     /// Slot of the destination.
     pub slot: u32,
@@ -376,21 +373,18 @@ pub struct RestingPort {
     pub index: u32,
 }
 
-const _: () = assert!(size_of::<RestingPort>() == 8 && align_of::<RestingPort>() == 4);
-
 /// Value of map `POOL_RESTING`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Rest {
     /// `CLOCK_MONOTONIC`, in nanoseconds, of its end.
     pub until_ns: u64,
     /// Slot of the namespace's warm ports.
     pub owner_slot: u32,
-    /// Explicit padding.
-    pub reserved: u32,
+    /// Zero.
+    pub padding: u32,
 }
-
-const _: () = assert!(size_of::<Rest>() == 16 && align_of::<Rest>() == 8);
 
 /// Why a connect failed for want of a port (`EADDRNOTAVAIL` to the program, except for [`Refusal::KERNEL`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -468,6 +462,7 @@ pub mod counter {
 /// A refused connect, in ring buffer `POOL_EVENTS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Event {
     /// `CLOCK_MONOTONIC`, in nanoseconds.
     pub time_ns: u64,
@@ -487,28 +482,14 @@ pub struct Event {
     pub comm: [u8; 16],
 }
 
-const _: () = assert!(size_of::<Event>() == 72 && align_of::<Event>() == 8);
-
-#[cfg(feature = "user")]
-mod user {
-    use super::{Config, Destination, Event, Grant, Granted, Lease, Owner, Rest, RestingPort};
-
-    // SAFETY: repr(C), no padding outside named fields, every bit pattern is a value.
-    unsafe impl aya::Pod for Config {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Destination {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Owner {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Lease {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Grant {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Granted {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Event {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for RestingPort {}
-    // SAFETY: as above.
-    unsafe impl aya::Pod for Rest {}
-}
+crate::plain_old_data!(
+    Config: 24,
+    Destination: 20,
+    Owner: 16,
+    Lease: 96,
+    Grant: 24,
+    Granted: 16,
+    RestingPort: 8,
+    Rest: 16,
+    Event: 72,
+);

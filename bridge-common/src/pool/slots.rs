@@ -178,7 +178,7 @@ pub fn enter<T: Tables>(
     while tries < ENTER_TRIES {
         tries += 1;
         let Some(slot) = enter_destination(tables, destination, netns_cookie)? else { continue };
-        let owner = Owner { netns_cookie, slot, reserved: 0 };
+        let owner = Owner { netns_cookie, slot, padding: 0 };
         match enter_owner(tables, &owner) {
             Ok(Some(owner_slot)) => {
                 if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
@@ -412,7 +412,7 @@ pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
         return remove(tables, slot, &Destination::from_words(key));
     }
     let (netns_cookie, destination) = (key[0], key[1] as u32);
-    tables.remove_owner(&Owner { netns_cookie, slot: destination, reserved: 0 });
+    tables.remove_owner(&Owner { netns_cookie, slot: destination, padding: 0 });
     tables.reduce_share(netns_cookie);
     free_slot(tables, slot);
     depart(tables, tables.geometry(), destination);

@@ -25,7 +25,7 @@ pub(crate) fn rest(seat: Seat, index: u32, duration: u64) -> bool {
     let port = RestingPort { slot: seat.slot, index };
     // SAFETY: the helper takes no argument.
     let until_ns = unsafe { bpf_ktime_get_ns() } + duration;
-    let rest = Rest { until_ns, owner_slot: seat.owner_slot, reserved: 0 };
+    let rest = Rest { until_ns, owner_slot: seat.owner_slot, padding: 0 };
     if POOL_RESTING.insert(port, rest, BPF_NOEXIST).is_err() {
         return false;
     }
