@@ -9,8 +9,7 @@ use std::{
 use super::{
     Agent, Error,
     enforcer::Enforcer,
-    engines::wants_ebpf,
-    following, probe,
+    following, packet_path, probe,
     term::Term,
     trial::{Files, Record, Trial},
 };
@@ -33,7 +32,7 @@ impl Agent {
         if let Some(trial) = &self.trial {
             return Err(ApplyError::OnTrial(trial.status().seconds_left));
         }
-        let Loaded { config, warnings } = config::parse(&request.config, Some(&self.path))?;
+        let Loaded { config, warnings } = config::parse(&request.config, Some(&self.file))?;
         let warnings = warnings.list.iter().map(|warning| warning.message.clone()).collect();
         let files = self.files();
         files.stage(&request.config)?;
@@ -52,7 +51,7 @@ impl Agent {
         }
         let deadline = self.trial.as_ref().map(|trial| clock::at(SystemTime::now() + trial.left()));
         tracing::info!(until = deadline, "a configuration was applied");
-        Ok(Applied { generation: self.enforcer.as_ref().map(Enforcer::generation), deadline, warnings })
+        Ok(Applied { generation: self.path.enforcer.as_ref().map(Enforcer::generation), deadline, warnings })
     }
 
     fn apply_for_good(
@@ -89,7 +88,7 @@ impl Agent {
         }
         let engines = |config: &Config| {
             let filter = config.enforcement.engines.iter().copied().find(|engine| *engine != Engine::Ebpf);
-            (wants_ebpf(config), filter)
+            (packet_path::is_wanted(config), filter)
         };
         if engines(config) != engines(&before) {
             return Err(ApplyError::NoWayBack("enforcement.engines"));
@@ -150,7 +149,7 @@ impl Agent {
             return Err(ApplyError::FileChanged(files.config().to_owned()));
         }
         // In the kernel first: it may be too late there.
-        let control = match &mut self.enforcer {
+        let control = match &mut self.path.enforcer {
             Some(enforcer) if in_kernel => {
                 Some(enforcer.confirm().map_err(|error| ApplyError::Kernel(error.into()))?)
             }
@@ -158,8 +157,8 @@ impl Agent {
         };
         crate::fault::point("trial:confirmed");
         if let Err(error) = files.commit() {
-            if let (Some(enforcer), Some(control)) = (&mut self.enforcer, control) {
-                enforcer.reinstate(control);
+            if let (Some(enforcer), Some(control)) = (&mut self.path.enforcer, control) {
+                enforcer.unconfirm(control);
             }
             return Err(error.into());
         }
@@ -167,19 +166,19 @@ impl Agent {
         files.clear();
         self.trial = None;
         self.note_file(candidate);
-        if let Some(enforcer) = &mut self.enforcer {
-            enforcer.settle();
+        if let Some(enforcer) = &mut self.path.enforcer {
+            enforcer.end_trial();
         }
         self.save_rules(&files);
         self.show_end(outcome);
         tracing::info!(?outcome, "the configuration on trial is the one that counts now");
-        let generation = self.enforcer.as_ref().map(Enforcer::generation);
+        let generation = self.path.enforcer.as_ref().map(Enforcer::generation);
         Ok(Applied { generation, deadline: None, warnings: Vec::new() })
     }
 
     /// The iptables rules of a policy on trial are not saved for the boot; now they are.
     fn save_rules(&mut self, files: &Files) {
-        let Some(filter) = &mut self.filter else { return };
+        let Some(filter) = &mut self.filters.active else { return };
         let saved = config::load(files.config()).map_err(Error::from).and_then(|loaded| {
             Ok(filter.reload(&following::with(self.cluster.as_ref(), loaded.config), false)?)
         });
@@ -198,7 +197,7 @@ impl Agent {
             let failure = self.shared.status().trial.and_then(|trial| trial.failure);
             return Err(ApplyError::NotReverted(failure.unwrap_or_default()));
         }
-        let generation = self.enforcer.as_ref().map(Enforcer::generation);
+        let generation = self.path.enforcer.as_ref().map(Enforcer::generation);
         Ok(Applied { generation, deadline: None, warnings: Vec::new() })
     }
 
@@ -206,12 +205,12 @@ impl Agent {
     pub(super) fn end_trial(&mut self, outcome: TrialOutcome) {
         let Some(trial) = &self.trial else { return };
         let files = trial.files.clone();
-        if let Some(enforcer) = &mut self.enforcer {
+        if let Some(enforcer) = &mut self.path.enforcer {
             enforcer.fall_back();
         }
         let result = files.former().map_err(Error::from).and_then(|former| {
             self.compare(false);
-            let result = self.change_file(&former, Term::Good, Self::reload_engines);
+            let result = self.change_file(&former, Term::Good);
             self.compare(true);
             result
         });
@@ -233,7 +232,7 @@ impl Agent {
         self.show_end(outcome);
         memory::trim();
         tracing::warn!(?outcome, "restored the configuration from before the trial");
-        if hash(&self.path).is_some_and(|now| Some(now) != self.in_force) {
+        if hash(&self.file).is_some_and(|now| Some(now) != self.in_force) {
             drop(self.reload("the file has changed during the trial"));
         }
     }
@@ -250,14 +249,14 @@ impl Agent {
             tracing::warn!("a change of `api` takes effect when the agent is restarted");
         }
         self.compare(false);
-        let result = self.change_file(config, trial.map_or(Term::Good, Term::Trial), Self::reload_engines);
+        let result = self.change_file(config, trial.map_or(Term::Good, Term::Trial));
         self.compare(true);
         result.map_err(|error| ApplyError::Refused(error.into()))
     }
 
     /// The deadline of a policy on trial in the kernel.
     fn kernel_deadline(&self) -> Option<u64> {
-        let maps = Arc::clone(self.enforcer.as_ref()?.maps());
+        let maps = Arc::clone(self.path.enforcer.as_ref()?.maps());
         maps.trial().ok().flatten().map(|datapath::Trial { deadline, .. }| deadline)
     }
 
@@ -286,7 +285,7 @@ impl Agent {
     }
 
     fn files(&self) -> Files {
-        Files::new(&self.path, &self.state.boot())
+        Files::new(&self.file, &self.state.boot())
     }
 
     /// The agent itself has written the configuration file, and has applied it.

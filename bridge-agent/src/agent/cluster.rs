@@ -14,9 +14,6 @@ use crate::kubernetes::Follower;
 /// Memory that reading a large cluster has taken is given back, at most so often.
 const TRIM: Duration = Duration::from_secs(1);
 
-/// Applies the engines' part of a configuration.
-pub(super) type Engines = fn(&mut Agent, &Config, Term<'_>) -> Result<(), Error>;
-
 impl Agent {
     /// Returns the interfaces and routes to follow while the cluster is not known.
     pub(super) fn unknown_cluster(&self) -> Option<Selection> {
@@ -25,16 +22,11 @@ impl Agent {
         unknown.then(|| unknown_cluster::selection(&following.file))
     }
 
-    /// Applies a configuration file with the known state of the cluster that it names, for the lifetime `term`;
-    /// `engines` applies the engines' part. Nothing is changed if that fails.
-    pub(super) fn change_file(
-        &mut self,
-        file: &Config,
-        term: Term<'_>,
-        engines: Engines,
-    ) -> Result<(), Error> {
+    /// Applies a configuration file with the known state of the cluster that it names, for the lifetime `term`. Nothing is
+    /// changed if that fails.
+    pub(super) fn change_file(&mut self, file: &Config, term: Term<'_>) -> Result<(), Error> {
         let Some(section) = &file.kubernetes else {
-            self.change(file, |agent, config| engines(agent, config, term))?;
+            self.change(file, term)?;
             self.cluster = None;
             self.shared.set_kubernetes(None);
             return Ok(());
@@ -50,9 +42,7 @@ impl Agent {
             let follower = fresh.as_ref().or(there).expect("one is there, or has just been made");
             let (planned, version) = unknown_cluster::plan(follower, file);
             let former = term.former().map(|former| unknown_cluster::plan(follower, former).0.config);
-            let changed = self.change(&planned.config, |agent, config| {
-                engines(agent, config, term.against(former.as_ref()))
-            });
+            let changed = self.change(&planned.config, term.against(former.as_ref()));
             let Err(error) = changed else { break (planned, version, former) };
             // One policy keeps neither the configuration nor the other policies from being applied.
             let there = self.cluster.as_ref().map(|following| &following.follower);
@@ -101,7 +91,7 @@ impl Agent {
                 (Some((_, left)), Some(former)) => Term::Rest(former, *left),
                 _ => Term::Good,
             };
-            match self.change(&planned.config, |agent, config| agent.reload_engines(config, term)) {
+            match self.change(&planned.config, term) {
                 Ok(()) => {
                     following.config.clone_from(&planned.config);
                     following.former = former;

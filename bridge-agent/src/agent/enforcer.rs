@@ -63,6 +63,19 @@ pub(super) struct Enforcer {
     again: Again,
 }
 
+/// State before a commit.
+#[derive(Debug)]
+pub(super) struct Before {
+    desired: Desired,
+    snapshot: Snapshot,
+    observer: Observer,
+    former: Option<(Desired, Instant)>,
+    published: Option<Published>,
+    stats: Option<TablesStats>,
+    /// The active policy; `None` if the commit overwrites a policy of a trial.
+    control: Option<Control>,
+}
+
 /// What has failed and is due again.
 #[derive(Debug, Default)]
 struct Again {
@@ -270,8 +283,8 @@ impl Enforcer {
         }
     }
 
-    /// Applies another configuration. After an error, the former one is still active.
-    pub(super) fn reload(&mut self, prepared: Prepared, term: Term<'_>) -> Result<(), Error> {
+    /// Applies another configuration. Returns the state before; after an error that is still active.
+    pub(super) fn commit(&mut self, prepared: Prepared, term: Term<'_>) -> Result<Before, Error> {
         self.restore_pins()?;
         let Prepared { desired, snapshot, observer, tables, former } = prepared;
         let (former, trial) = match term {
@@ -279,23 +292,46 @@ impl Enforcer {
             Term::Trial(time) => (None, Some(time)),
             Term::Rest(_, left) => (former.map(|former| (former, Instant::now() + left)), None),
         };
-        let before = std::mem::replace(&mut self.desired, desired);
-        let snapshot_before = std::mem::replace(&mut self.snapshot, snapshot);
-        let former_before = std::mem::replace(&mut self.former, former);
-        if self.desired.has_other_scope(&before) {
+        // In the rest of a trial the place of the former policy is written again.
+        let control = former.is_none().then(|| self.datapath.checkpoint());
+        let before = Before {
+            desired: std::mem::replace(&mut self.desired, desired),
+            snapshot: std::mem::replace(&mut self.snapshot, snapshot),
+            observer: std::mem::replace(&mut self.observer, observer),
+            former: std::mem::replace(&mut self.former, former),
+            published: self.published,
+            stats: self.stats,
+            control,
+        };
+        if self.desired.has_other_scope(&before.desired) {
             seed(&self.maps, &tables);
         }
         if let Err(error) = self.publish(&tables, trial) {
-            (self.desired, self.snapshot, self.former) = (before, snapshot_before, former_before);
+            self.restore(before);
             return Err(error);
         }
-        self.observer = observer;
         if let Some(time) = trial {
-            self.former = Some((before, Instant::now() + time));
+            self.former = Some((before.desired.clone(), Instant::now() + time));
         }
         self.attach_as_far_as_possible();
         self.fast_path.set(self.desired.fast_path);
-        Ok(())
+        Ok(before)
+    }
+
+    /// Takes [`Enforcer::commit`] back.
+    pub(super) fn rollback(&mut self, before: Before) {
+        self.restore(before);
+        self.attach_as_far_as_possible();
+        self.fast_path.set(self.desired.fast_path);
+    }
+
+    fn restore(&mut self, before: Before) {
+        let Before { desired, snapshot, observer, former, published, stats, control } = before;
+        if let Some(control) = control {
+            self.datapath.rollback(control);
+        }
+        (self.desired, self.snapshot, self.observer, self.former) = (desired, snapshot, observer, former);
+        (self.published, self.stats) = (published, stats);
     }
 
     /// The policy is active, even if single interfaces fail.
@@ -338,17 +374,17 @@ impl Enforcer {
         Ok(())
     }
 
-    /// Makes the policy on trial final; to be followed by [`Enforcer::settle`] or [`Enforcer::reinstate`].
+    /// Makes the policy on trial final; to be followed by [`Enforcer::end_trial`] or [`Enforcer::unconfirm`].
     pub(super) fn confirm(&mut self) -> Result<Control, Error> {
         Ok(self.datapath.confirm()?)
     }
 
     /// Takes [`Enforcer::confirm`] back.
-    pub(super) fn reinstate(&mut self, control: Control) {
-        self.datapath.reinstate(control);
+    pub(super) fn unconfirm(&mut self, control: Control) {
+        self.datapath.rollback(control);
     }
 
-    /// Activates the policy before the one on trial, if one is; [`Enforcer::reload`] must follow.
+    /// Activates the policy before the one on trial, if one is; [`Enforcer::commit`] must follow.
     pub(super) fn fall_back(&mut self) {
         self.datapath.fall_back();
         if let Some((_, until)) = &mut self.former {
@@ -357,13 +393,13 @@ impl Enforcer {
     }
 
     /// Releases state that only a policy on trial needs.
-    pub(super) fn settle(&mut self) {
+    pub(super) fn end_trial(&mut self) {
         self.former = None;
         self.attach_as_far_as_possible();
     }
 
     /// Polls for changes that the kernel sends no notification for.
-    pub(super) fn look(&mut self) {
+    pub(super) fn check(&mut self) {
         drop(self.restore_pins());
         if self.sweeper.is_none() {
             self.sweeper = Sweeper::start(Arc::clone(&self.maps)).ok();
@@ -486,6 +522,11 @@ impl Enforcer {
             pool: self.desired.pool.clone(),
             local: self.snapshot.addresses.iter().copied().collect(),
         }
+    }
+
+    /// Whether programs of an earlier run were there at the start.
+    pub(super) fn adopted(&self) -> bool {
+        self.datapath.adopted()
     }
 
     pub(super) fn maps(&self) -> &Arc<Maps> {

@@ -9,11 +9,12 @@ mod denial_log;
 mod desired;
 mod divergence;
 mod enforcer;
-mod engines;
+mod error;
 mod fast_path;
 mod following;
 mod named;
 mod packet_filter;
+mod packet_path;
 mod port_pool;
 mod port_ranges;
 mod probe;
@@ -22,6 +23,7 @@ mod seed;
 mod service_manager;
 mod sweeper;
 mod term;
+mod transaction;
 pub(crate) mod trial;
 mod unknown_cluster;
 
@@ -38,6 +40,7 @@ use tokio::{
 };
 
 pub use desired::Error as EnforcerError;
+pub use error::Error;
 pub use packet_filter::{Kind as PacketFilterKind, nftables_settings, settings as firewall_settings};
 pub(crate) use port_pool::places as pool_places;
 pub(crate) use trial::forget as forget_trial;
@@ -46,10 +49,12 @@ use self::{
     denial_log::DenialLog,
     enforcer::Enforcer,
     following::Following,
-    packet_filter::{Leftovers, PacketFilter},
+    packet_filter::{Filters, PacketFilter},
+    packet_path::PacketPath,
     port_pool::PortPool,
     routing::Routing,
     term::Term,
+    transaction::Next,
     trial::{Files, Trial},
 };
 use crate::{
@@ -57,13 +62,11 @@ use crate::{
     datapath::{EventReader, Pins},
     interfaces::Watch,
     kernel::{
-        backoff::Backoff,
         clock,
         file_watch::{self, FileWatch, Hash},
         memory,
-        state_directory::{StateDirectory, UnusableState},
+        state_directory::StateDirectory,
     },
-    kubernetes, pool, routes,
     state::{Reload, ReloadError, Reloads, Request, Shared, Status, TrialOutcome},
 };
 
@@ -80,40 +83,6 @@ pub struct Options {
     pub state: StateDirectory,
 }
 
-/// Why the agent ended.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The configuration is not valid.
-    #[error(transparent)]
-    Config(#[from] ConfigErrors),
-    /// The packet path is not as it should be.
-    #[error(transparent)]
-    Enforcer(#[from] EnforcerError),
-    /// The rules of the packet filter are not as they should be.
-    #[error(transparent)]
-    Firewall(#[from] packet_filter::Error),
-    /// The routes cannot be looked after.
-    #[error(transparent)]
-    Routes(#[from] routes::Error),
-    /// The port pool is not as it should be.
-    #[error(transparent)]
-    Pool(#[from] pool::run::StartError),
-    /// The state directory.
-    #[error(transparent)]
-    State(#[from] UnusableState),
-    /// The cluster cannot be followed.
-    #[error(transparent)]
-    Kubernetes(#[from] kubernetes::Error),
-    /// Something that the loop itself needs.
-    #[error("{action}: {source}")]
-    Io {
-        /// The action that failed.
-        action: &'static str,
-        /// Error of the kernel.
-        source: io::Error,
-    },
-}
-
 fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { action, source }
 }
@@ -124,7 +93,8 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// The agent: [`open`](Self::open), then [`start`](Self::start), then [`run`](Self::run).
 pub struct Agent {
-    path: PathBuf,
+    /// The configuration file.
+    file: PathBuf,
     socket: PathBuf,
     state: StateDirectory,
     pins: Pins,
@@ -135,19 +105,14 @@ pub struct Agent {
     trial: Option<Trial>,
     /// As it was at the start: it takes no other effect later.
     api: Api,
-    enforcer: Option<Enforcer>,
-    filter: Option<PacketFilter>,
-    /// Rules of iptables that could not be removed.
-    leftovers: Leftovers,
-    routing: Routing,
     pool: PortPool,
+    filters: Filters,
+    path: PacketPath,
+    routing: Routing,
     /// The cluster, if it is followed.
     cluster: Option<Following>,
-    events: Option<EventReader>,
     /// The system log, if denied packets go there.
     denials: Option<DenialLog>,
-    /// Events could not be read.
-    events_again: Backoff,
     shared: Shared,
     /// The configuration to start with.
     first: Option<Config>,
@@ -184,23 +149,21 @@ impl Agent {
         let config = load(&options.config)?;
         let (shared, requests) = Shared::new(first_status(&options.config, &config));
         let socket = options.socket.clone().unwrap_or_else(|| config.api.socket.0.clone());
+        let (pins, boot) = (Pins::new(&options.pin_root), options.state.boot());
         Ok(Self {
-            path: options.config.clone(),
+            file: options.config.clone(),
             state: options.state.clone(),
-            pins: Pins::new(&options.pin_root),
+            pins: pins.clone(),
             in_force: known,
             written: None,
             trial: None,
             api: config.api.clone(),
-            enforcer: None,
-            filter: None,
-            leftovers: Leftovers::default(),
-            routing: Routing::default(),
             pool: PortPool::new(port_pool::places(&options.pin_root, &options.state), shared.clone()),
+            filters: Filters::new(pins.clone()),
+            path: PacketPath::new(pins, boot.clone(), shared.clone()),
+            routing: Routing::new(boot, shared.route_events.clone()),
             cluster: None,
-            events: None,
             denials: None,
-            events_again: Backoff::default(),
             shared,
             socket,
             first: Some(config),
@@ -234,7 +197,7 @@ impl Agent {
         let Some(mut config) = self.first.take() else { return Ok(()) };
         self.state.prepare()?;
         self.pool.take_over(&self.socket);
-        let on_trial = Trial::resume(Files::new(&self.path, &self.state.boot()), &self.pins).map(
+        let on_trial = Trial::resume(Files::new(&self.file, &self.state.boot()), &self.pins).map(
             |(trial, candidate)| {
                 tracing::warn!(left = ?trial.left(), "the agent resumes a trial");
                 config = candidate;
@@ -246,7 +209,9 @@ impl Agent {
         );
         let left = self.trial.as_ref().map_or(Duration::ZERO, Trial::left);
         let term = on_trial.as_ref().map_or(Term::Good, |before| Term::Rest(before, left));
-        self.change_file(&config, term, Self::start_engines)?;
+        self.change_file(&config, term)?;
+        self.compare(true);
+        self.show_enforcement();
         self.note_deadline();
         // With many rules the configuration takes much memory, and is not needed again.
         drop((config, on_trial));
@@ -261,7 +226,7 @@ impl Agent {
     pub async fn run(&mut self) -> Result<(), Error> {
         let Some(sources) = self.sources.take() else { return Ok(()) };
         service_manager::ready();
-        tracing::info!(config = %self.path.display(), socket = %self.socket.display(), "ready");
+        tracing::info!(config = %self.file.display(), socket = %self.socket.display(), "ready");
         self.serve(sources).await?;
         // No client can confirm it any more: both engines roll back together.
         self.end_trial(TrialOutcome::Stopped);
@@ -274,11 +239,11 @@ impl Agent {
         loop {
             let unknown = self.unknown_cluster();
             let selection = unknown.clone().unwrap_or_else(|| {
-                self.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default()
+                self.path.enforcer.as_ref().map(|enforcer| enforcer.selection().clone()).unwrap_or_default()
             });
-            let bridges = self.enforcer.as_ref().map(Enforcer::bridges).unwrap_or_default();
+            let bridges = self.path.enforcer.as_ref().map(Enforcer::bridges).unwrap_or_default();
             // Packets judged by an earlier policy are not compared with the present rules.
-            let generation = self.enforcer.as_ref().map_or(0, Enforcer::generation);
+            let generation = self.path.enforcer.as_ref().map_or(0, Enforcer::generation);
             if let Some(written) = self.written.take() {
                 from.file.expect(written);
             }
@@ -287,7 +252,7 @@ impl Agent {
                 biased;
                 _ = from.terminate.recv() => return Ok(()),
                 _ = from.interrupt.recv() => return Ok(()),
-                changed = from.interfaces.changed(&selection, &bridges), if self.enforcer.is_some() || unknown.is_some() => {
+                changed = from.interfaces.changed(&selection, &bridges), if self.path.enforcer.is_some() || unknown.is_some() => {
                     if let Err(error) = changed {
                         tracing::error!(%error, "cannot watch the interfaces; the agent tries again");
                         tokio::time::sleep(LOOK).await;
@@ -302,7 +267,7 @@ impl Agent {
                     drop(self.reload("SIGHUP"));
                 }
                 content = from.file.changed() => {
-                    let (path, known) = (self.path.clone(), file_watch::hash_of(&content));
+                    let (path, known) = (self.file.clone(), file_watch::hash_of(&content));
                     drop(self.reload_from("the file has changed", || {
                         Ok((warn(config::load_content(content, &path)?), Some(known)))
                     }));
@@ -323,46 +288,49 @@ impl Agent {
                         }
                     }
                 },
-                read = read_events(self.events.as_mut(), &self.shared, self.filter.as_ref(), self.denials.as_mut(), generation) => {
+                read = read_events(self.path.events.as_mut(), &self.shared, self.filters.active.as_ref(), self.denials.as_mut(), generation) => {
                     if let Err(error) = read {
                         tracing::error!(%error, "events can no longer be read; the agent tries again");
-                        self.events = None;
-                        self.events_again.note(false);
+                        self.path.close_events();
                     }
                 }
             }
         }
     }
 
-    /// Applies `config`; `engines` applies the engines' part. Nothing is changed if that fails.
-    fn change(
-        &mut self,
-        config: &Config,
-        engines: impl FnOnce(&mut Self, &Config) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    /// Applies `config` for the lifetime `term`. Nothing is changed if that fails.
+    fn change(&mut self, config: &Config, term: Term<'_>) -> Result<(), Error> {
         let start = Instant::now();
-        let routes = self.routing.prepare(config, &self.state.boot(), &self.shared.route_events)?;
-        let before = self.pool.prepare(config)?;
-        if let Err(error) = engines(self, config) {
-            self.pool.undo(before);
-            return Err(error);
-        }
-        self.pool.settle(config);
+        let Self { pool, filters, path, routing, .. } = self;
+        // The packet path last: the packet filter refuses a change as a whole.
+        transaction::apply([pool, filters, path, routing], Next { config, term })?;
         let warnings = port_ranges::look(config);
         self.shared.update(|status| status.warnings = warnings);
         self.shared.set_names(&config.names);
-        self.routing.commit(routes);
         self.shared.set_routes(self.routing.view());
         self.denials = DenialLog::following(self.denials.take(), config.enforcement.syslog.as_ref());
         self.shared.apply_time.observe(start.elapsed().as_secs_f64());
         Ok(())
     }
 
+    /// Begins, or ends, to compare the engines, if there are two.
+    fn compare(&mut self, begin: bool) {
+        if let Some(filter) = &mut self.filters.active {
+            filter.compare(begin && self.path.enforcer.is_some());
+        }
+    }
+
+    fn report_divergence(&mut self) {
+        if let Some(filter) = &mut self.filters.active {
+            filter.report(self.path.enforcer.as_ref().map(|enforcer| &**enforcer.maps()));
+        }
+    }
+
     fn show_enforcement(&self) {
-        let enforcement = self.enforcer.as_ref().map(Enforcer::status);
-        let firewall = self.filter.as_ref().map(PacketFilter::status);
-        let of_filter = || self.filter.as_ref().map(PacketFilter::active);
-        self.shared.set_active(self.enforcer.as_ref().map(Enforcer::active).or_else(of_filter));
+        let enforcement = self.path.enforcer.as_ref().map(Enforcer::status);
+        let firewall = self.filters.active.as_ref().map(PacketFilter::status);
+        let of_filter = || self.filters.active.as_ref().map(PacketFilter::active);
+        self.shared.set_active(self.path.enforcer.as_ref().map(Enforcer::active).or_else(of_filter));
         self.shared.update(|status| {
             status.enforcement = enforcement;
             status.firewall = firewall;
@@ -372,16 +340,11 @@ impl Agent {
     /// Polls for changes that the kernel sends no notification for.
     fn look(&mut self) {
         self.report_divergence();
-        self.leftovers.try_again();
+        self.filters.try_again();
         self.routing.try_again();
         self.pool.try_again();
         self.write_record();
-        if self.events_again.is_due() {
-            self.open_events();
-        }
-        if let Some(enforcer) = &mut self.enforcer {
-            enforcer.look();
-        }
+        self.path.check();
         self.show_enforcement();
     }
 
@@ -389,7 +352,7 @@ impl Agent {
         if self.unknown_cluster().is_some() {
             self.cluster_changed();
         }
-        if let Some(enforcer) = &mut self.enforcer {
+        if let Some(enforcer) = &mut self.path.enforcer {
             if let Err(error) = enforcer.interfaces_changed() {
                 tracing::error!(%error, "cannot follow a change of the interfaces");
             }
@@ -399,7 +362,7 @@ impl Agent {
 
     /// Applies the configuration file again. An invalid one changes nothing.
     fn reload(&mut self, why: &str) -> Result<(), ReloadError> {
-        let path = self.path.clone();
+        let path = self.file.clone();
         self.reload_from(why, || {
             let known = file_watch::hash(&path);
             Ok((load(&path)?, known))
@@ -442,7 +405,7 @@ impl Agent {
         if config.api != self.api {
             tracing::warn!("a change of `api` takes effect when the agent starts again");
         }
-        let applied = self.change_file(&config, Term::Good, Self::reload_engines);
+        let applied = self.change_file(&config, Term::Good);
         applied.map_err(|error| ReloadError::Refused(error.into()))?;
         self.in_force = known;
         Ok(())

@@ -4,8 +4,11 @@ use std::{fs, path::Path};
 
 use tokio::{sync::watch, task::JoinHandle};
 
+use super::{
+    error::Error,
+    transaction::{Change, Next, Part},
+};
 use crate::{
-    config::Config,
     datapath::object,
     kernel::{
         backoff::Backoff,
@@ -14,7 +17,7 @@ use crate::{
     pool::{
         Settings,
         pods::OptedIn,
-        run::{self, Places, StartError, Started},
+        run::{self, Places, Started},
     },
     state::Shared,
 };
@@ -40,9 +43,6 @@ struct Running {
     /// Whether its hooks were there before.
     adopted: bool,
 }
-
-/// State to which [`PortPool::undo`] returns.
-pub(super) struct Before(Option<Settings>);
 
 impl PortPool {
     /// No pool yet.
@@ -73,59 +73,6 @@ impl PortPool {
         });
     }
 
-    /// Applies the configuration: starts a pool, or changes the present one. A pool that is no longer wanted stays,
-    /// until [`PortPool::settle`].
-    ///
-    /// # Errors
-    /// [`StartError`]; nothing has changed then.
-    pub(super) fn prepare(&mut self, config: &Config) -> Result<Before, StartError> {
-        if config.kubernetes.is_none() {
-            // No later message will name them.
-            self.set_pods(Default::default());
-        }
-        let wanted = Settings::from_config(config);
-        let before = Before(self.running.as_ref().map(|running| running.started.settings().clone()));
-        match (&mut self.running, &wanted) {
-            (Some(running), Some(settings)) => running.started.change(settings)?,
-            (None, Some(settings)) => {
-                let adopted = self.places.is_pinned();
-                let mut started = run::start(object::POOL, settings, &self.places)?;
-                self.shared.set_pool(Some(started.service.clone()));
-                self.left = Backoff::default();
-                let keeper = tokio::spawn(started.keep(self.pods.subscribe()));
-                self.running = Some(Running { started, keeper, adopted });
-            }
-            (_, None) => {}
-        }
-        Ok(before)
-    }
-
-    /// Returns to the state before [`PortPool::prepare`], since another part of the agent failed.
-    pub(super) fn undo(&mut self, before: Before) {
-        match (&mut self.running, before.0) {
-            (Some(running), Some(settings)) => {
-                if let Err(error) = running.started.change(&settings) {
-                    tracing::error!(%error, "the port pool has the ports of the configuration that was refused");
-                }
-            }
-            (Some(running), None) if !running.adopted => self.withdraw(),
-            // An agent before this one left it: it goes on as it did before.
-            (running, _) => {
-                if let Some(running) = running.take() {
-                    running.keeper.abort();
-                }
-                self.shared.set_pool(None);
-            }
-        }
-    }
-
-    /// Takes the pool away if the configuration asks for none; also one of an earlier agent.
-    pub(super) fn settle(&mut self, config: &Config) {
-        if Settings::from_config(config).is_none() && (self.running.is_some() || self.places.is_pinned()) {
-            self.withdraw();
-        }
-    }
-
     /// Removes the remains of a pool that is no longer wanted, if it is time for another attempt.
     pub(super) fn try_again(&mut self) {
         if self.running.is_none() && self.left.is_due() {
@@ -150,5 +97,75 @@ impl PortPool {
             }
         }
         self.left.note(done);
+    }
+}
+
+/// A change of the pool.
+struct PoolChange<'a> {
+    pool: &'a mut PortPool,
+    wanted: Option<Settings>,
+    /// Settings of the pool before, if there was one.
+    before: Option<Settings>,
+    /// Whether pods of a cluster may opt in.
+    has_cluster: bool,
+}
+
+impl Part for PortPool {
+    fn prepare<'a>(&'a mut self, next: Next<'a>) -> Result<Box<dyn Change + 'a>, Error> {
+        let wanted = Settings::from_config(next.config);
+        let before = self.running.as_ref().map(|running| running.started.settings().clone());
+        let has_cluster = next.config.kubernetes.is_some();
+        Ok(Box::new(PoolChange { pool: self, wanted, before, has_cluster }))
+    }
+}
+
+impl Change for PoolChange<'_> {
+    /// Starts a pool, or changes the present one.
+    fn commit(&mut self) -> Result<(), Error> {
+        let pool = &mut *self.pool;
+        match (&mut pool.running, &self.wanted) {
+            (Some(running), Some(settings)) => running.started.change(settings)?,
+            (None, Some(settings)) => {
+                let adopted = pool.places.is_pinned();
+                let mut started = run::start(object::POOL, settings, &pool.places)?;
+                pool.shared.set_pool(Some(started.service.clone()));
+                pool.left = Backoff::default();
+                let keeper = tokio::spawn(started.keep(pool.pods.subscribe()));
+                pool.running = Some(Running { started, keeper, adopted });
+            }
+            (_, None) => {}
+        }
+        Ok(())
+    }
+
+    fn rollback(&mut self) {
+        let pool = &mut *self.pool;
+        match (&mut pool.running, &self.before) {
+            (Some(running), Some(settings)) => {
+                if let Err(error) = running.started.change(settings) {
+                    tracing::error!(%error, "the port pool has the ports of the configuration that was refused");
+                }
+            }
+            (Some(running), None) if !running.adopted => pool.withdraw(),
+            // An agent before this one left it: it goes on as it did before.
+            (running, _) => {
+                if let Some(running) = running.take() {
+                    running.keeper.abort();
+                }
+                pool.shared.set_pool(None);
+            }
+        }
+    }
+
+    /// Takes the pool away if the configuration asks for none; also one of an earlier agent.
+    fn finish(self: Box<Self>) {
+        let pool = self.pool;
+        if !self.has_cluster {
+            // No later message will name them.
+            pool.set_pods(Default::default());
+        }
+        if self.wanted.is_none() && (pool.running.is_some() || pool.places.is_pinned()) {
+            pool.withdraw();
+        }
     }
 }

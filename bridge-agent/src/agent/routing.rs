@@ -2,67 +2,88 @@
 //!
 //! Wanted where the configuration has a section `routes`, whatever the role. When the agent ends, they stay.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use tokio::sync::broadcast;
 
-use crate::config::Config;
+use super::{
+    error::Error,
+    transaction::{Change, Next, Part},
+};
 use crate::kernel::backoff::Backoff;
 use crate::routes::{
-    Change, DesiredRoute, Error, RouteEvent, Service, Setup, SourceKind, View, carry_out, withdrawal,
+    self, DesiredRoute, RouteEvent, Service, Setup, SourceKind, View, carry_out, withdrawal,
 };
 
 /// The routes, while they are wanted.
-#[derive(Default)]
 pub(super) struct Routing {
     service: Option<Service>,
+    /// State of this boot.
+    state: PathBuf,
+    events: broadcast::Sender<RouteEvent>,
     /// Routes of an earlier configuration could not be withdrawn.
     left: Backoff,
 }
 
 /// A configuration of which everything has been done that can fail.
-pub(super) enum Prepared {
+enum Prepared {
     /// The routes are not wanted.
     Unwanted,
-    /// They are from now on.
+    /// They are from now on. The service begins when the run loop next waits, and never if it is dropped before.
     Started(Box<Service>),
     /// They were, and still are.
-    Changed(Box<Change>),
+    Changed(Box<routes::Change>),
 }
 
-impl Routing {
-    /// Performs every step that can fail, without changing the active state. (A new service begins when the run loop
-    /// next waits, and never if it is dropped before.)
-    pub(super) fn prepare(
-        &self,
-        config: &Config,
-        state: &Path,
-        happenings: &broadcast::Sender<RouteEvent>,
-    ) -> Result<Prepared, Error> {
-        if config.routes.is_none() {
-            return Ok(Prepared::Unwanted);
-        }
-        let setup = Setup::from_config(config, state)?;
-        Ok(match &self.service {
-            Some(service) => Prepared::Changed(Box::new(service.prepare(setup)?)),
-            None => Prepared::Started(Box::new(Service::start(setup, happenings.clone())?)),
-        })
+struct RouteChange<'a> {
+    routing: &'a mut Routing,
+    prepared: Prepared,
+}
+
+impl Part for Routing {
+    fn prepare<'a>(&'a mut self, next: Next<'a>) -> Result<Box<dyn Change + 'a>, Error> {
+        let prepared = if next.config.routes.is_none() {
+            Prepared::Unwanted
+        } else {
+            let setup = Setup::from_config(next.config, &self.state)?;
+            match &self.service {
+                Some(service) => Prepared::Changed(Box::new(service.prepare(setup)?)),
+                None => Prepared::Started(Box::new(Service::start(setup, self.events.clone())?)),
+            }
+        };
+        Ok(Box::new(RouteChange { routing: self, prepared }))
+    }
+}
+
+impl Change for RouteChange<'_> {
+    /// Changes nothing yet: a withdrawn route could not be rolled back without a gap.
+    fn commit(&mut self) -> Result<(), Error> {
+        Ok(())
     }
 
-    /// Applies a prepared configuration.
-    pub(super) fn commit(&mut self, prepared: Prepared) {
-        match (prepared, &mut self.service) {
+    fn rollback(&mut self) {}
+
+    fn finish(self: Box<Self>) {
+        let Self { routing, prepared } = *self;
+        match (prepared, &mut routing.service) {
             (Prepared::Unwanted, service) => {
                 // Its tasks end with it, so that nothing is put back.
                 *service = None;
-                self.left.note(withdraw());
+                routing.left.note(withdraw());
                 return;
             }
             (Prepared::Changed(change), Some(service)) => service.commit(*change),
-            (Prepared::Started(service), _) => self.service = Some(*service),
+            (Prepared::Started(service), _) => routing.service = Some(*service),
             (Prepared::Changed(_), None) => unreachable!("a change is prepared by a service that is there"),
         }
-        self.left = Backoff::default();
+        routing.left = Backoff::default();
+    }
+}
+
+impl Routing {
+    /// No routes yet.
+    pub(super) fn new(state: PathBuf, events: broadcast::Sender<RouteEvent>) -> Self {
+        Self { service: None, state, events, left: Backoff::default() }
     }
 
     /// Withdraws routes that are left, if it is time for another attempt.

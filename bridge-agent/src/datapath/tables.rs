@@ -211,7 +211,7 @@ impl Datapath {
 
     /// Makes a policy on trial final.
     ///
-    /// Returns the state that [`Datapath::reinstate`] needs to put it on trial again.
+    /// Returns the state that [`Datapath::rollback`] needs to put it on trial again.
     ///
     /// # Errors
     ///
@@ -225,8 +225,16 @@ impl Datapath {
         Ok(control)
     }
 
-    /// Takes [`Datapath::confirm`] back: the deadline is the one from before.
-    pub fn reinstate(&mut self, control: Control) {
+    /// Returns the present state for [`Datapath::rollback`].
+    #[must_use]
+    pub fn checkpoint(&self) -> Control {
+        let control = self.maps.control();
+        if is_trial(control) { control } else { Control::slot(control.slot_at(now())) }
+    }
+
+    /// Activates the policies of an earlier control word again. No policy must have been written since but one that was
+    /// active.
+    pub fn rollback(&mut self, control: Control) {
         self.maps.set_control(control);
     }
 

@@ -33,9 +33,9 @@ pub(in crate::agent) struct Filter {
     reporter: Reporter,
 }
 
-/// State to which a failed reload returns.
+/// Applied rules, for a roll-back.
 #[derive(Debug)]
-pub(in crate::agent) struct InForce {
+pub(in crate::agent) struct Applied {
     policy: Policy,
     settings: Settings,
 }
@@ -126,10 +126,10 @@ impl Filter {
             self.guard.set_saving(wanted.saves(on_trial));
             return self.guard.update(config.policy());
         }
-        let before = self.in_force();
+        let before = self.applied();
         let result = self.replace(wanted, config.policy(), on_trial);
         if result.is_err() {
-            self.restore(before);
+            self.rollback(before);
         }
         result
     }
@@ -150,13 +150,13 @@ impl Filter {
     }
 
     /// Returns the active state, for a roll-back.
-    pub(super) fn in_force(&self) -> InForce {
-        InForce { policy: Policy::clone(&self.guard.policy()), settings: self.settings.clone() }
+    pub(super) fn applied(&self) -> Applied {
+        Applied { policy: Policy::clone(&self.guard.policy()), settings: self.settings.clone() }
     }
 
     /// Rolls back to a former state.
-    pub(super) fn restore(&mut self, before: InForce) {
-        let InForce { policy, settings } = before;
+    pub(super) fn rollback(&mut self, before: Applied) {
+        let Applied { policy, settings } = before;
         // The former state is never on trial: while one is, no other is applied.
         let result = if self.guard.watches() && self.settings == settings {
             self.guard.set_saving(settings.saves(false));

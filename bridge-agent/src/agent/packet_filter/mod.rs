@@ -2,6 +2,7 @@
 
 mod iptables;
 mod nftables;
+mod part;
 mod surroundings;
 
 use crate::{
@@ -11,9 +12,10 @@ use crate::{
     state::{ActivePolicy, FirewallStatus},
 };
 
-pub(super) use iptables::Leftovers;
+use iptables::Leftovers;
 pub use iptables::settings;
 pub use nftables::settings as nftables_settings;
+pub(super) use part::Filters;
 
 /// Why an engine cannot do its work.
 #[derive(Debug, thiserror::Error)]
@@ -74,19 +76,19 @@ pub(super) enum PacketFilter {
     Nftables(nftables::Filter),
 }
 
-/// State to which a failed reload returns.
+/// Applied rules, for a roll-back.
 #[derive(Debug)]
-pub(super) enum InForce {
-    Iptables(iptables::InForce),
-    Nftables(nftables::InForce),
+enum Applied {
+    Iptables(iptables::Applied),
+    Nftables(nftables::Applied),
 }
 
-pub(super) fn is_wanted(config: &Config) -> bool {
+fn is_wanted(config: &Config) -> bool {
     config.role == Role::Node && config.enforcement.engines.iter().any(|engine| *engine != Engine::Ebpf)
 }
 
 /// Checks the size of the policy, if an engine is wanted, before anything is written.
-pub(super) fn check(config: &Config) -> Result<(), Error> {
+fn check(config: &Config) -> Result<(), Error> {
     match Kind::of(config) {
         None => {}
         Some(Kind::Iptables) => by_iptables::check(&config.policy())?,
@@ -97,7 +99,7 @@ pub(super) fn check(config: &Config) -> Result<(), Error> {
 
 impl PacketFilter {
     /// Applies the rules; `None` if the configuration wants none.
-    pub(super) fn start(config: &Config, on_trial: bool) -> Result<Option<Self>, Error> {
+    fn start(config: &Config, on_trial: bool) -> Result<Option<Self>, Error> {
         Ok(match Kind::of(config) {
             None => None,
             Some(Kind::Iptables) => Some(Self::Iptables(iptables::Filter::start(config, on_trial)?)),
@@ -113,7 +115,7 @@ impl PacketFilter {
     }
 
     /// Whether a configuration wants this packet filter. `auto` keeps the present one.
-    pub(super) fn is_of(&self, config: &Config) -> bool {
+    fn is_of(&self, config: &Config) -> bool {
         let engines = &config.enforcement.engines;
         is_wanted(config) && (engines.contains(&Engine::Auto) || Kind::of(config) == Some(self.kind()))
     }
@@ -137,18 +139,18 @@ impl PacketFilter {
     }
 
     /// Returns the active state, for a roll-back.
-    pub(super) fn in_force(&self) -> InForce {
+    fn applied(&self) -> Applied {
         match self {
-            Self::Iptables(filter) => InForce::Iptables(filter.in_force()),
-            Self::Nftables(filter) => InForce::Nftables(filter.in_force()),
+            Self::Iptables(filter) => Applied::Iptables(filter.applied()),
+            Self::Nftables(filter) => Applied::Nftables(filter.applied()),
         }
     }
 
     /// Rolls back to a former state of the same engine.
-    pub(super) fn restore(&mut self, before: InForce) {
+    fn rollback(&mut self, before: Applied) {
         match (self, before) {
-            (Self::Iptables(filter), InForce::Iptables(before)) => filter.restore(before),
-            (Self::Nftables(filter), InForce::Nftables(before)) => filter.restore(before),
+            (Self::Iptables(filter), Applied::Iptables(before)) => filter.rollback(before),
+            (Self::Nftables(filter), Applied::Nftables(before)) => filter.rollback(before),
             _ => tracing::error!("the rules are not those of the active configuration"),
         }
     }
@@ -184,7 +186,7 @@ impl PacketFilter {
     }
 
     /// Removes every rule. Failures are logged; the remains are to be removed later.
-    pub(super) fn take_down(self) -> Leftovers {
+    fn take_down(self) -> Leftovers {
         match self {
             Self::Iptables(filter) => filter.take_down(),
             Self::Nftables(filter) => {
@@ -195,7 +197,7 @@ impl PacketFilter {
     }
 
     /// Removes the rules that an earlier run has left in the other packet filter, now that these hold.
-    pub(super) fn remove_other(&self, config: &Config) -> Leftovers {
+    fn remove_other(&self, config: &Config) -> Leftovers {
         match self {
             Self::Iptables(_) => {
                 nftables::remove_leftovers(config);
