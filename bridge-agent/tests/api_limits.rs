@@ -156,7 +156,7 @@ fn clients_that_do_not_read_keep_neither_memory_nor_other_clients() {
     let grown = resident().saturating_sub(before);
     assert!(grown < 32 << 20, "60 slow readers cost {grown} bytes");
     agent.answers_at_once("with slow readers");
-    // Each slow reader loses its turn, and the others are told that the agent is busy.
+    // Each slow reader loses its turn, and the others get the answer that the agent is busy.
     eventually(Duration::from_secs(60), "a reader gets its answer", || {
         agent.get("/v1/leases").len() > 1 << 20
     });

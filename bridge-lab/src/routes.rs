@@ -32,7 +32,7 @@ pub struct Agent {
     /// Its counters.
     pub counters: Arc<Counters>,
     /// Its events from the start.
-    pub happenings: broadcast::Receiver<RouteEvent>,
+    pub events: broadcast::Receiver<RouteEvent>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -50,7 +50,7 @@ impl Agent {
             runtime.block_on(async move {
                 let mut reconciler = Reconciler::new(settings, wishes).unwrap();
                 ready
-                    .send((reconciler.status(), reconciler.counters(), reconciler.happenings().subscribe()))
+                    .send((reconciler.status(), reconciler.counters(), reconciler.events().subscribe()))
                     .unwrap();
                 tokio::select! {
                     error = reconciler.run() => panic!("the reconciler ended: {error}"),
@@ -58,8 +58,8 @@ impl Agent {
                 }
             });
         });
-        let (status, counters, happenings) = started.recv().unwrap();
-        Self { desired, status, counters, happenings, stop: Some(stop), thread: Some(thread) }
+        let (status, counters, events) = started.recv().unwrap();
+        Self { desired, status, counters, events, stop: Some(stop), thread: Some(thread) }
     }
 
     /// One static source that wants these.

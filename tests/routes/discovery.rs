@@ -53,7 +53,7 @@ impl Host {
                 // A child that another test is just forking holds the socket of an earlier run until it execs.
                 let (mut bound, mut waited) = (None, 0);
                 while bound.is_none() {
-                    match Listener::bind(options.clone(), reconciler.status(), reconciler.happenings()) {
+                    match Listener::bind(options.clone(), reconciler.status(), reconciler.events()) {
                         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && waited < 100 => {
                             waited += 1;
                             tokio::time::sleep(Duration::from_millis(20)).await;

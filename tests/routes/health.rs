@@ -86,7 +86,7 @@ fn a_dead_node_yields_to_the_backup_or_loses_its_routes_until_it_answers_again()
     until("all is as before", DEADLINE, || host.own_routes() == healthy.clone().into());
     assert_eq!(agent.counters.next_hops_up.load(Ordering::Relaxed), 2);
     let mut kinds = Vec::new();
-    while let Ok(event) = agent.happenings.try_recv() {
+    while let Ok(event) = agent.events.try_recv() {
         kinds.push(event.kind);
     }
     let count = |kind| kinds.iter().filter(|seen| **seen == kind).count();

@@ -252,7 +252,7 @@ impl Enforcer {
         hosted
     }
 
-    /// Tells the kernel side which pods this node has. Pods that have gone take their flows with them.
+    /// Writes the pods of this node for the kernel side, and removes the flows of pods that have gone.
     fn host(&mut self) -> Result<(), Error> {
         let hosted = self.desired.selection.hosted(&self.snapshot, &mut self.bindings);
         for (address, port) in hosted.refused.difference(&self.hosted.refused) {

@@ -88,9 +88,9 @@ async fn from_agent(client: &mut Client, filter: &VerdictFilter, printer: &mut P
                 let names = Arc::clone(&printer.names);
                 return printer.show(&verdict, |verdict| text(verdict, &lock(&names)));
             }
-            if let Ok(happening) = serde_json::from_slice(line) {
+            if let Ok(event) = serde_json::from_slice(line) {
                 return printer
-                    .show(&happening, |RouteEvent { time, kind, text }| format!("{time} {kind} {text}"));
+                    .show(&event, |RouteEvent { time, kind, text }| format!("{time} {kind} {text}"));
             }
             // Neither: it says how many were missed.
             tracing::warn!("too slow: {}", String::from_utf8_lossy(line));

@@ -23,7 +23,7 @@ use super::{
     maps::{Maps, now},
 };
 
-/// Connections that a rule does not tell apart but by their source port.
+/// Connections that differ in their source port alone.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DenialClass {

@@ -62,7 +62,7 @@ pub struct Suggestion {
     pub reported: Vec<Reported>,
 }
 
-/// What rules of one protocol and direction tell apart.
+/// Direction and protocol of a rule.
 type Kind = (Direction, model::Protocol);
 
 /// Ports by pod and LAN host.

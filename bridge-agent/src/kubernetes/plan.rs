@@ -335,7 +335,7 @@ impl Planned {
         }
     }
 
-    /// Denies what this node translates to pods of other nodes: nothing in the rules tells one such pod from another, and their
+    /// Denies what this node translates to pods of other nodes: the rules cannot distinguish such pods, and their
     /// own node sees this node as the peer.
     fn deny_remote_pods(&mut self, cluster: &Cluster, node: Option<&str>, reason: &str) {
         let own: Vec<IpNet> =

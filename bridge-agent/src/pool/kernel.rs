@@ -434,7 +434,7 @@ fn has_set_retval() -> bool {
     is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(true)
 }
 
-/// Whether the hooks can tell subflows of MPTCP from other sockets (Linux 5.19 with `CONFIG_MPTCP`).
+/// Whether the hooks can distinguish subflows of MPTCP from other sockets (Linux 5.19 with `CONFIG_MPTCP`).
 fn has_mptcp() -> bool {
     let helper = is_helper_supported(ProgramType::SockOps, BpfHelper::BPF_FUNC_skc_to_mptcp_sock);
     helper.unwrap_or(false) && Path::new("/proc/sys/net/mptcp").exists()

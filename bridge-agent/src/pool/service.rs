@@ -393,7 +393,7 @@ impl Service {
     /// Every port in use: leases, and the connections of hooked sockets.
     ///
     /// # Errors
-    /// This kernel cannot tell which ports sockets hold.
+    /// This kernel cannot list the ports that sockets hold.
     pub fn list(&self) -> io::Result<Vec<Holding>> {
         let now = Instant::now();
         let mut list: Vec<Holding> = lock(&self.leases)

@@ -24,8 +24,8 @@ pub struct Settings {
     /// Whether UDP sockets that bind port 0 get a port of the pool, so that they may send without connecting. The
     /// highest eighth of the ports is set aside for them.
     pub bind_udp: bool,
-    /// Clients whose connections bridge masquerades itself, with a port of the pool, before anybody else does; empty:
-    /// nobody's.
+    /// Clients whose connections bridge masquerades itself, with a port of the pool, before any other rule does; empty:
+    /// of no client.
     pub masquerade: Vec<IpNet>,
     /// kube-apiserver's `--service-node-port-range`: not given out.
     pub node_ports: Option<PortRange>,

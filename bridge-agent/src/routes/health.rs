@@ -1,10 +1,10 @@
-//! Whether next hops answer. Pure: it is told the time, what the kernel knows of neighbours, and how TCP checks
-//! ended; the reconciler does the asking.
+//! Whether next hops answer. Pure: takes the time, the kernel's neighbour entries and the results of TCP checks, which
+//! the reconciler makes.
 //!
 //! - *Neighbour*: the kernel asks by ARP or neighbour discovery. `NUD_FAILED` is down at once: the kernel has asked
 //!   three times by then. `NUD_REACHABLE` is up.
-//! - *TCP*: optional, a port of the node that must accept connections; so many failures in a row are down, so many
-//!   successes up.
+//! - *TCP*: optional, a port of the node that must accept connections; a number of failures in a row means
+//!   down, a number of successes up.
 //! - *Damping* (RFC 2439): each time a next hop goes down it gets a penalty that halves with time. Above one limit it
 //!   stays down even if it answers, until the penalty has fallen below another one.
 
@@ -186,7 +186,7 @@ impl Health {
         track.turn(now, up, hop, &self.options.damping, &reason)
     }
 
-    /// Lets go of those that have been quiet for long enough.
+    /// Releases next hops that have been stable for long enough.
     pub fn decay(&mut self, now: Instant) -> Vec<Change> {
         let damping = &self.options.damping;
         let mut changes = Vec::new();
@@ -393,9 +393,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens: down is exactly what the events say, and nobody is held down for longer than allowed.
+        /// The state down follows from the events alone, and no next hop is held down for longer than allowed.
         #[test]
-        fn events_tell_the_whole_story(steps in prop::collection::vec((0u64..20_000, 0u8..4, 17u8..19), 0..60)) {
+        fn the_state_follows_from_the_events(steps in prop::collection::vec((0u64..20_000, 0u8..4, 17u8..19), 0..60)) {
             let (mut health, mut now) = watching(Options { tcp: Some(1), fall: 2, rise: 1, ..Options::default() }, &[hop(17), hop(18)]);
             let mut down = BTreeSet::new();
             for (wait, what, last) in steps {

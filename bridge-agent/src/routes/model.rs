@@ -13,7 +13,7 @@ pub use crate::config::{DEFAULT_METRIC, TABLE_LOCAL, TABLE_MAIN};
 /// The routing protocol number (`rtm_protocol`) that marks a route as bridge's own.
 ///
 /// Free in iproute2's `rt_protos`, in `linux/rtnetlink.h`, and not used by FRR (193-197), OVN (84) or Calico (80).
-/// A route with another number is foreign and is never changed; a route with this one that nobody wants is removed.
+/// A route with another number is foreign and is never changed; a route with this one that no source wants is removed.
 pub const PROTOCOL: u8 = 98;
 
 /// A next hop in the kernel: its address, and the index of its interface.
@@ -99,7 +99,7 @@ pub enum Target {
     Blackhole,
 }
 
-/// A route that somebody wants.
+/// A route that a source wants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct DesiredRoute {
     /// The network, host bits zero.
@@ -236,7 +236,7 @@ pub struct KernelRoute {
     pub kind: RouteKind,
     /// Sorted; empty for kinds that do not forward.
     pub hops: Vec<KernelHop>,
-    /// Whether it bears attributes bridge never sets (metrics such as an MTU, a preferred source, an
+    /// Whether it has attributes that bridge never sets (metrics such as an MTU, a preferred source, an
     /// encapsulation, a nexthop object): then it is not what bridge wrote, even if all else is the same.
     pub altered: bool,
 }
@@ -283,7 +283,7 @@ pub struct Link {
 /// An address of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address {
-    /// The interface that bears it.
+    /// The interface that has it.
     pub ifindex: u32,
     /// Address and prefix length, host bits kept.
     pub net: IpNet,

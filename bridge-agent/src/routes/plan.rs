@@ -1,6 +1,6 @@
 //! The plan: pure, `(desired, observed) -> operations`.
 //!
-//! What is refused is not in the kernel afterwards: if somebody else makes a route that overlaps one of ours, ours
+//! What is refused is not in the kernel afterwards: if another program makes a route that overlaps one of ours, ours
 //! is withdrawn. The outcome therefore depends on what is wanted and what others did, never on who came first, and
 //! is the same after a restart.
 
@@ -28,7 +28,7 @@ pub enum Operation {
         /// What shall be there.
         new: Arc<KernelRoute>,
     },
-    /// Ours is there and nobody wants it.
+    /// Ours is there and no source wants it.
     Delete(Arc<KernelRoute>),
 }
 
@@ -90,10 +90,10 @@ pub struct Plan {
     pub next_hops: BTreeSet<Hop>,
 }
 
-/// Compares what is wanted with what is there.
+/// Compares the desired routes with the observed ones.
 ///
 /// `desired` has no two routes to one network in one table; [`super::sources`] sees to that. With
-/// `keep_unwanted`, own routes that nobody wants stay: some source has not spoken yet.
+/// `keep_unwanted`, own routes that no source wants stay: some source has not spoken yet.
 #[must_use]
 pub fn plan<R: Borrow<DesiredRoute>>(
     desired: &[R],

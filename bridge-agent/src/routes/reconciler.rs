@@ -44,12 +44,12 @@ pub struct Reconciler {
     desired: Desired,
     changes: watch::Receiver<u64>,
     netlink: Netlink,
-    events: Events,
+    kernel_events: Events,
     merged: Arc<Merged>,
     version: u64,
     interest: Interest,
     snapshot: watch::Sender<Arc<Snapshot>>,
-    happenings: broadcast::Sender<RouteEvent>,
+    events: broadcast::Sender<RouteEvent>,
     counters: Arc<Counters>,
     retry: Duration,
     next: Next,
@@ -86,7 +86,7 @@ impl Reconciler {
     /// Opens its sockets in the network namespace of the calling thread; needs a tokio runtime with I/O and time.
     pub fn new(settings: Settings, desired: Desired) -> Result<Self, Error> {
         let netlink = Netlink::open()?;
-        let events = Events::open(netlink.port(), EVENT_BUFFER)?;
+        let kernel_events = Events::open(netlink.port(), EVENT_BUFFER)?;
         let now = Instant::now();
         let (set, setting) = watch::channel(settings.clone());
         Ok(Self {
@@ -97,12 +97,12 @@ impl Reconciler {
             setting,
             desired,
             netlink,
-            events,
+            kernel_events,
             merged: Arc::default(),
             version: 0,
             interest: Interest::default(),
             snapshot: watch::Sender::default(),
-            happenings: broadcast::Sender::new(1024),
+            events: broadcast::Sender::new(1024),
             counters: Arc::default(),
             retry: RETRY_MIN,
             next: Next { at: now, rested: now },
@@ -119,14 +119,14 @@ impl Reconciler {
 
     /// What happens from here on.
     #[must_use]
-    pub fn happenings(&self) -> broadcast::Sender<RouteEvent> {
-        self.happenings.clone()
+    pub fn events(&self) -> broadcast::Sender<RouteEvent> {
+        self.events.clone()
     }
 
-    /// Tells what happens through this channel instead of its own: for listeners that outlive it.
+    /// Sends events through this channel instead of its own: for receivers that outlive it.
     #[must_use]
-    pub fn telling(mut self, happenings: broadcast::Sender<RouteEvent>) -> Self {
-        self.happenings = happenings;
+    pub fn sending_to(mut self, events: broadcast::Sender<RouteEvent>) -> Self {
+        self.events = events;
         self
     }
 
@@ -139,7 +139,7 @@ impl Reconciler {
     /// Opens new sockets in the place of those that [`Self::run`] gave up.
     pub fn reopen(&mut self) -> Result<(), Error> {
         self.netlink = Netlink::open()?;
-        self.events = Events::open(self.netlink.port(), EVENT_BUFFER)?;
+        self.kernel_events = Events::open(self.netlink.port(), EVENT_BUFFER)?;
         let now = Instant::now();
         self.next = Next { at: now, rested: now };
         Ok(())
@@ -175,7 +175,7 @@ impl Reconciler {
                     Ok(())
                 }
                 check = next_check(&mut self.watchdog) => self.ask(check),
-                read = self.events.next(&mut events) => read.and_then(|()| self.events.drain(&mut events)),
+                read = self.kernel_events.next(&mut events) => read.and_then(|()| self.kernel_events.drain(&mut events)),
             };
             match outcome {
                 Ok(()) => {}
@@ -322,7 +322,7 @@ impl Reconciler {
         let mut failures = BTreeMap::new();
         for chunk in planned.operations.chunks(CHUNK) {
             let failed = self.netlink.apply(chunk)?;
-            self.events.drain(events)?;
+            self.kernel_events.drain(events)?;
             let mut failed = failed.into_iter().peekable();
             for (index, operation) in chunk.iter().enumerate() {
                 let failure =
@@ -380,12 +380,12 @@ impl Reconciler {
     /// An event for each refusal that was not there before.
     fn report_refusals(&self, verdicts: &[Verdict]) {
         let before = self.snapshot.borrow().clone();
-        let told: BTreeMap<_, _> = (before.merged.routes.iter().zip(&before.verdicts))
+        let reported: BTreeMap<_, _> = (before.merged.routes.iter().zip(&before.verdicts))
             .filter_map(|(route, verdict)| Some(((route.table, route.to), verdict.refusal()?)))
             .collect();
         for (route, verdict) in self.merged.routes.iter().zip(verdicts) {
             if let Some(refusal) = verdict.refusal()
-                && told.get(&(route.table, route.to)) != Some(&refusal)
+                && reported.get(&(route.table, route.to)) != Some(&refusal)
             {
                 self.happened(EventKind::RouteRefused, || refusal.to_string());
             }
@@ -394,7 +394,7 @@ impl Reconciler {
 
     fn happened(&self, kind: EventKind, text: impl FnOnce() -> String) {
         let worth = matches!(kind, EventKind::RouteRefused | EventKind::RouteFailed);
-        if self.happenings.receiver_count() == 0 && !worth && !tracing::enabled!(tracing::Level::INFO) {
+        if self.events.receiver_count() == 0 && !worth && !tracing::enabled!(tracing::Level::INFO) {
             return;
         }
         let text = text();
@@ -403,8 +403,8 @@ impl Reconciler {
         } else {
             tracing::info!(?kind, "{text}");
         }
-        // Nobody listening is fine.
-        _ = self.happenings.send(RouteEvent::now(kind, text));
+        // An event without a receiver is dropped.
+        _ = self.events.send(RouteEvent::now(kind, text));
     }
 }
 

@@ -31,7 +31,7 @@ pub struct Service {
     settings: watch::Sender<Settings>,
     desired: Desired,
     view: View,
-    happenings: broadcast::Sender<RouteEvent>,
+    events: broadcast::Sender<RouteEvent>,
     file: Option<Task>,
     discovery: Option<(Task, Handle)>,
     _reconciler: Task,
@@ -73,13 +73,12 @@ impl Drop for Task {
 }
 
 impl Service {
-    /// Opens everything; needs a tokio runtime whose threads are in the network namespace the routes belong to. What
-    /// happens is told through `happenings`. Sources that are not part of the setup (Kubernetes) are added through
+    /// Opens everything; needs a tokio runtime whose threads are in the network namespace the routes belong to. Events go to
+    /// `events`. Sources that are not part of the setup (Kubernetes) are added through
     /// [`Self::desired`].
-    pub fn start(setup: Setup, happenings: broadcast::Sender<RouteEvent>) -> Result<Self, Error> {
+    pub fn start(setup: Setup, events: broadcast::Sender<RouteEvent>) -> Result<Self, Error> {
         let desired = Desired::default();
-        let reconciler =
-            Reconciler::new(setup.settings.clone(), desired.clone())?.telling(happenings.clone());
+        let reconciler = Reconciler::new(setup.settings.clone(), desired.clone())?.sending_to(events.clone());
         let (failed, failure) = watch::channel(None);
         let view =
             View { status: reconciler.status(), counters: reconciler.counters(), failure, discovery: None };
@@ -88,7 +87,7 @@ impl Service {
             settings: reconciler.settings(),
             desired,
             view,
-            happenings,
+            events,
             file: None,
             discovery: None,
             _reconciler: Task::spawn(keep(reconciler, failed)),
@@ -96,7 +95,7 @@ impl Service {
         // What keeps discovery from listening now, an address that comes later for instance, keeps nothing else from beginning.
         let listener = setup.discovery.as_ref().map(|options| {
             let status = service.view.status.clone();
-            Listener::bind_eventually(options.clone(), status, service.happenings.clone())
+            Listener::bind_eventually(options.clone(), status, service.events.clone())
         });
         service.commit(Change { setup, listener });
         Ok(service)
@@ -107,7 +106,7 @@ impl Service {
         let old = self.setup.discovery.as_ref().map(|options| options.listen);
         let new = setup.discovery.as_ref().filter(|options| Some(options.listen) != old);
         let listener = new.map(|options| {
-            Listener::bind(options.clone(), self.view.status.clone(), self.happenings.clone())
+            Listener::bind(options.clone(), self.view.status.clone(), self.events.clone())
                 .map_err(|error| Error::Listen { address: options.listen, error })
         });
         Ok(Change { listener: listener.transpose()?, setup })

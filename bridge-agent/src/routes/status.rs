@@ -1,4 +1,4 @@
-//! What the reconciler tells: the state of each route, events as they happen, counters.
+//! Reports of the reconciler: the state of each route, events, counters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -12,7 +12,7 @@ use super::health::{Change, Health, Options};
 use super::model::Hop;
 use super::netlink::{Error, Netlink};
 
-/// The next hops are asked in so many parts of the interval, so that a large cluster does not get all of it at once.
+/// The interval is divided into this many parts, each for a part of the next hops: a large cluster gets no burst of probes.
 const PARTS: u32 = 10;
 
 /// Watches the next hops of a plan.

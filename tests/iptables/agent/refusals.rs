@@ -61,7 +61,7 @@ fn a_policy_that_ebpf_refuses_does_not_reach_iptables() -> Result<()> {
                     format!("{}\nand not\n{before}\n{}", node.dump().unwrap_or_default(), agent.log())
                 })
         };
-        // The file and the signal may have set off a reload each, of which the second may be going on: the agent tells of
+        // The file and the signal may have set off a reload each, of which the second may be going on: the agent reports
         // the first meanwhile.
         as_before()?;
         node.holds()?;

@@ -79,7 +79,7 @@ struct Shared {
     options: Mutex<Arc<Options>>,
     registry: Mutex<Registry>,
     status: watch::Receiver<Arc<Snapshot>>,
-    happenings: broadcast::Sender<RouteEvent>,
+    events: broadcast::Sender<RouteEvent>,
     counters: Arc<DiscoveryCounters>,
     renewed: Notify,
     warned: Mutex<Option<Instant>>,
@@ -117,7 +117,7 @@ impl DiscoveryCounters {
     }
 }
 
-/// To look at a [`Listener`] that runs, and to tell it other options.
+/// Reads the state of a running [`Listener`], and changes its options.
 #[derive(Clone)]
 pub struct Handle {
     shared: Arc<Shared>,
@@ -166,15 +166,15 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 impl Listener {
-    /// Binds, inside a tokio runtime. `status` and `happenings` are those of the reconciler that gets the routes: an announcement is
+    /// Binds, inside a tokio runtime. `status` and `events` are those of the reconciler that gets the routes: an announcement is
     /// answered once the kernel has its route, and refused with the reason if it does not get there.
     pub fn bind(
         options: Options,
         status: watch::Receiver<Arc<Snapshot>>,
-        happenings: broadcast::Sender<RouteEvent>,
+        events: broadcast::Sender<RouteEvent>,
     ) -> io::Result<Self> {
         let socket = bind(options.listen)?;
-        Ok(Self::new(Some(socket), options, status, happenings))
+        Ok(Self::new(Some(socket), options, status, events))
     }
 
     /// As [`bind`](Self::bind), but an address that cannot be bound yet, for instance since its interface comes later, is bound
@@ -183,14 +183,14 @@ impl Listener {
     pub fn bind_eventually(
         options: Options,
         status: watch::Receiver<Arc<Snapshot>>,
-        happenings: broadcast::Sender<RouteEvent>,
+        events: broadcast::Sender<RouteEvent>,
     ) -> Self {
         let (address, socket) = (options.listen, bind(options.listen));
         let failure = socket.as_ref().err().map(|error| format!("cannot listen on {address}: {error}"));
         if let Some(reason) = &failure {
             tracing::warn!(reason, "discovery takes no announcements yet; the agent tries again");
         }
-        let listener = Self::new(socket.ok(), options, status, happenings);
+        let listener = Self::new(socket.ok(), options, status, events);
         *lock(&listener.shared.failure) = failure;
         listener
     }
@@ -199,13 +199,13 @@ impl Listener {
         socket: Option<TcpListener>,
         options: Options,
         status: watch::Receiver<Arc<Snapshot>>,
-        happenings: broadcast::Sender<RouteEvent>,
+        events: broadcast::Sender<RouteEvent>,
     ) -> Self {
         let shared = Shared {
             options: Mutex::new(Arc::new(options)),
             registry: Mutex::default(),
             status,
-            happenings,
+            events,
             counters: Arc::default(),
             renewed: Notify::new(),
             warned: Mutex::default(),
@@ -214,7 +214,7 @@ impl Listener {
         Self { socket, shared: Arc::new(shared) }
     }
 
-    /// To look at it and to tell it other options while it runs.
+    /// Returns a handle to read its state and change its options while it runs.
     #[must_use]
     pub fn handle(&self) -> Handle {
         Handle { shared: self.shared.clone() }
@@ -521,8 +521,8 @@ impl Shared {
 
     fn happened(&self, kind: EventKind, text: String) {
         tracing::info!(?kind, "{text}");
-        // Nobody listening is fine.
-        _ = self.happenings.send(RouteEvent::now(kind, text));
+        // An event without a receiver is dropped.
+        _ = self.events.send(RouteEvent::now(kind, text));
     }
 
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {

@@ -18,7 +18,7 @@ use super::settings::Settings;
 
 /// Writes the routes in a format. `dev` is the interface of the other host that faces the nodes.
 ///
-/// Backup next hops are left out: without the agent nobody would know when to use them.
+/// Backup next hops are left out: only the agent knows when to use them.
 pub fn export<'a>(
     format: Format,
     routes: impl IntoIterator<Item = &'a DesiredRoute>,

@@ -126,7 +126,7 @@ impl Netlink {
                 };
                 (RTM_NEWNEIGH, flags, codec::encode_neighbour(*address, *ifindex, *ask))
             });
-            // An entry that vanished meanwhile is resolved the next time; a link that vanished is planned anew.
+            // An entry that vanished meanwhile is resolved the next time; after a vanished link the plan is made again.
             for error in self.socket.request(requests)?.into_iter().flatten() {
                 tracing::debug!(%error, "the kernel does not ask for a neighbour");
             }
