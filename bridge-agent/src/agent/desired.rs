@@ -50,12 +50,7 @@ impl Desired {
             answers_per_second: ANSWERS_PER_SECOND,
             report_allowed: enforcement.events.allowed,
         };
-        let selection = Selection {
-            external: enforcement.interfaces.external.clone(),
-            internal: enforcement.interfaces.internal.clone(),
-            external_networks: policy.external.clone(),
-            pod_networks: policy.pods.clone(),
-        };
+        let selection = Selection::of(config);
         // Audit mode leaves the path of packets as it is without bridge.
         let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
         Self { policy: Arc::new(policy), pool: config.pool_scope(), behaviour, selection, fast_path }

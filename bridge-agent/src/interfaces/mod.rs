@@ -19,7 +19,7 @@ pub use hosted::{Bindings, Hosted};
 pub use observe::{Observer, Watch};
 
 use crate::{
-    config::InterfacePattern,
+    config::{Config, InterfacePattern},
     model::{Role, Target, Tunnel},
 };
 
@@ -142,6 +142,18 @@ impl Chosen {
 }
 
 impl Selection {
+    /// Returns the choice of interfaces of a configuration.
+    #[must_use]
+    pub fn of(config: &Config) -> Self {
+        let interfaces = &config.enforcement.interfaces;
+        Self {
+            external: interfaces.external.clone(),
+            internal: interfaces.internal.clone(),
+            external_networks: config.networks.external_nets(),
+            pod_networks: config.networks.pod_nets(),
+        }
+    }
+
     /// Whether routes matter at all.
     #[must_use]
     pub fn needs_routes(&self) -> bool {

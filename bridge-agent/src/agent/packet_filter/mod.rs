@@ -1,17 +1,19 @@
 //! The engine beside eBPF, or in its place: the kernel's own packet filter, by iptables or by nftables.
 
+mod filter;
 mod iptables;
 mod nftables;
 mod part;
 mod surroundings;
 
 use crate::{
-    config::{Config, Engine, Role},
+    config::{self, Config, Engine, Role},
     datapath::{Maps, Verdict},
     iptables as by_iptables, nftables as by_nftables,
     state::{ActivePolicy, FirewallStatus},
 };
 
+use filter::Filter;
 use iptables::Leftovers;
 pub use iptables::settings;
 pub use nftables::settings as nftables_settings;
@@ -72,15 +74,15 @@ impl Kind {
 /// The engine, while it is wanted.
 #[derive(Debug)]
 pub(super) enum PacketFilter {
-    Iptables(iptables::Filter),
-    Nftables(nftables::Filter),
+    Iptables(Filter<iptables::Watched>),
+    Nftables(Filter<nftables::Watched>),
 }
 
 /// Applied rules, for a roll-back.
 #[derive(Debug)]
 enum Applied {
-    Iptables(iptables::Applied),
-    Nftables(nftables::Applied),
+    Iptables(filter::Applied<config::Iptables>),
+    Nftables(filter::Applied<config::Nftables>),
 }
 
 fn is_wanted(config: &Config) -> bool {
@@ -102,8 +104,8 @@ impl PacketFilter {
     fn start(config: &Config, on_trial: bool) -> Result<Option<Self>, Error> {
         Ok(match Kind::of(config) {
             None => None,
-            Some(Kind::Iptables) => Some(Self::Iptables(iptables::Filter::start(config, on_trial)?)),
-            Some(Kind::Nftables) => Some(Self::Nftables(nftables::Filter::start(config, on_trial)?)),
+            Some(Kind::Iptables) => Some(Self::Iptables(Filter::start(config, on_trial)?)),
+            Some(Kind::Nftables) => Some(Self::Nftables(Filter::start(config, on_trial)?)),
         })
     }
 

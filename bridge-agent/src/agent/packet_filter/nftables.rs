@@ -1,18 +1,19 @@
 //! The nftables engine as the run loop keeps it: started, updated and taken down with the configuration.
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::surroundings;
+use super::{
+    filter::{self, Engine, Filter},
+    surroundings,
+};
 use crate::{
-    config::{self, Config, Save, Scope},
+    config::{self, Config},
     firewall::{Firewall, Remains},
-    interfaces::Selection,
     kernel::clock,
     model::Policy,
     nftables::{
-        self, Error, Nftables, Options, Programs,
+        self, Error, Nftables, Programs,
         save::Saving,
         watch::{self, Guard},
     },
@@ -22,58 +23,24 @@ use crate::{
 /// Between two messages about packets that only nftables denied.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// The engine, while it is wanted.
+/// The rules, and the watch over them.
 #[derive(Debug)]
-pub(in crate::agent) struct Filter {
+pub(in crate::agent) struct Watched {
     guard: Guard,
-    settings: Settings,
-    /// Whether eBPF is beside it.
-    compares: bool,
     /// Packets that only nftables denied: how many were reported, and when the next report may be.
     reported: (u64, Instant),
 }
 
-/// Applied rules, for a roll-back.
-#[derive(Debug)]
-pub(in crate::agent) struct Applied {
-    policy: Policy,
-    settings: Settings,
-}
-
-/// All of the configuration but the rules.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Settings {
-    scope: Scope,
-    /// Which interfaces lead where.
-    selection: Selection,
-    save: Save,
-    section: config::Nftables,
-}
+type Settings = filter::Settings<config::Nftables>;
 
 impl Settings {
-    /// Returns whether rules are saved for the boot. A policy on trial never is: after a reboot no agent would roll it
-    /// back.
-    fn saves(&self, on_trial: bool) -> bool {
-        self.save == Save::Auto && !on_trial
-    }
-
     fn of(config: &Config) -> Self {
-        Self {
-            scope: config.enforcement.scope,
-            selection: surroundings::selection(config),
-            save: config.persistence.save,
-            section: config.enforcement.nftables,
-        }
+        Self::new(config, config.enforcement.nftables)
     }
 
     fn driver(&self, on_trial: bool) -> nftables::Config {
         nftables::Config {
-            options: Options {
-                scope: self.scope,
-                mark: self.section.mark.get(),
-                log_per_second: NonZeroU32::new(self.section.log_rate),
-                ..Options::default()
-            },
+            options: self.options(self.section.mark.get(), self.section.log_rate),
             programs: Programs::default(),
             saving: Saving { enabled: self.saves(on_trial), ..Saving::default() },
         }
@@ -101,82 +68,67 @@ fn log(remains: Remains<Error>) {
     }
 }
 
-impl Filter {
-    pub(super) fn start(config: &Config, on_trial: bool) -> Result<Self, Error> {
-        Self::enforce(Settings::of(config), config.policy(), watch::Status::default(), on_trial)
+impl Engine for Watched {
+    type Section = config::Nftables;
+    type Error = Error;
+    const NAME: &'static str = "nftables";
+
+    fn section(config: &Config) -> Self::Section {
+        config.enforcement.nftables
     }
 
-    fn enforce(
-        settings: Settings,
+    fn start(
+        settings: &Settings,
         policy: Policy,
-        before: watch::Status,
         on_trial: bool,
+        former: Option<&mut Self>,
     ) -> Result<Self, Error> {
         let firewall = Nftables::new(settings.driver(on_trial))?;
         let surveyor = surroundings::surveyor(&settings.selection)
             .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
-        let guard = Guard::start(firewall, policy, Some(surveyor))?.after(before);
+        let guard = Guard::start(firewall, policy, Some(surveyor))?;
         tracing::info!(table = nftables::TABLE, "nftables rules active");
-        Ok(Self { guard, settings, compares: false, reported: (0, Instant::now()) })
+        Ok(match former {
+            None => Self { guard, reported: (0, Instant::now()) },
+            Some(former) => Self {
+                guard: guard.after(watch::Status { failure: None, ..former.guard.status() }),
+                reported: former.reported,
+            },
+        })
     }
 
-    pub(super) fn reload(&mut self, config: &Config, on_trial: bool) -> Result<(), Error> {
-        let wanted = Settings::of(config);
-        if self.settings == wanted {
-            self.guard.set_saving(wanted.saves(on_trial));
-            return self.guard.update(config.policy());
-        }
-        let before = self.applied();
-        let result = self.replace(wanted, config.policy(), on_trial);
-        if result.is_err() {
-            self.rollback(before);
-        }
-        result
+    fn update(&self, policy: Policy) -> Result<(), Error> {
+        self.guard.update(policy)
     }
 
-    /// Returns the applied policy.
-    pub(super) fn policy(&self) -> Arc<Policy> {
+    fn set_saving(&self, enabled: bool) {
+        self.guard.set_saving(enabled);
+    }
+
+    fn policy(&self) -> Arc<Policy> {
         self.guard.policy()
     }
 
-    /// With another driver.
-    fn replace(&mut self, next: Settings, policy: Policy, on_trial: bool) -> Result<(), Error> {
-        // It would take the new driver's changes for damage.
+    fn watches(&self) -> bool {
+        self.guard.watches()
+    }
+
+    fn stop(&mut self) {
         self.guard.stop();
-        let before = watch::Status { failure: None, ..self.guard.status() };
-        let Self { guard, .. } = Self::enforce(next.clone(), policy, before, on_trial)?;
-        (self.guard, self.settings) = (guard, next);
-        Ok(())
     }
 
-    pub(super) fn applied(&self) -> Applied {
-        Applied { policy: Policy::clone(&self.guard.policy()), settings: self.settings.clone() }
+    fn compare(&self, begin: bool) -> bool {
+        self.guard.compare(begin)
     }
+}
 
-    pub(super) fn rollback(&mut self, before: Applied) {
-        let Applied { policy, settings } = before;
-        // The former state is never on trial: while one is, no other is applied.
-        let result = if self.guard.watches() && self.settings == settings {
-            self.guard.set_saving(settings.saves(false));
-            self.guard.update(policy)
-        } else {
-            self.replace(settings, policy, false)
-        };
-        if let Err(error) = result {
-            tracing::error!(%error, "the nftables rules are not those of the active configuration");
-        }
-    }
-
-    pub(super) fn compare(&mut self, begin: bool) {
-        self.compares = self.guard.compare(begin);
-    }
-
+impl Filter<Watched> {
     pub(super) fn report(&mut self) {
-        let denied = self.guard.status().denied;
+        let denied = self.engine.guard.status().denied;
         // Packets that connection tracking calls invalid are often late packets of a flow that has ended.
         let others = denied.iter().filter(|(reason, _)| *reason != "bridge:invalid");
         let packets: u64 = others.map(|(_, packets)| packets).sum();
-        let (reported, next) = self.reported;
+        let (reported, next) = self.engine.reported;
         if !self.compares || packets <= reported || Instant::now() < next {
             return;
         }
@@ -186,11 +138,11 @@ impl Filter {
             "nftables has denied packets that eBPF let through: see `bridge-agent status`, and whether eBPF is attached to \
              every interface that pods and LAN hosts are behind"
         );
-        self.reported = (packets, Instant::now() + PAUSE);
+        self.engine.reported = (packets, Instant::now() + PAUSE);
     }
 
     pub(super) fn status(&self) -> FirewallStatus {
-        let seen = self.guard.status();
+        let seen = self.engine.guard.status();
         let (repaired, last_repair) = seen.last_repair.unzip();
         FirewallStatus {
             engine: "nftables".into(),
@@ -206,6 +158,6 @@ impl Filter {
     }
 
     pub(super) fn take_down(self) {
-        log(self.guard.teardown());
+        log(self.engine.guard.teardown());
     }
 }

@@ -7,23 +7,10 @@ use std::{
 };
 
 use crate::{
-    config::Config,
     conntrack::Forgetting,
     firewall::Surveyor,
     interfaces::{Bindings, Observer, Selection},
 };
-
-/// Returns which interfaces lead where, by a configuration.
-pub(super) fn selection(config: &Config) -> Selection {
-    let interfaces = &config.enforcement.interfaces;
-    let policy = config.policy();
-    Selection {
-        external: interfaces.external.clone(),
-        internal: interfaces.internal.clone(),
-        external_networks: policy.external,
-        pod_networks: policy.pods,
-    }
-}
 
 /// Returns a reader of the interfaces in the network namespace of this thread.
 pub(super) fn surveyor(selection: &Selection) -> io::Result<Surveyor> {

@@ -2,7 +2,7 @@
 
 use crate::{
     cli::Global,
-    config::{self, Config, Role},
+    config::{Config, Role},
     interfaces::{Chosen, Observer, Selection, Snapshot},
 };
 
@@ -19,7 +19,7 @@ pub(super) struct Context<'a> {
 
 impl<'a> Context<'a> {
     pub(super) fn new(global: &'a Global, config: Option<Config>) -> Self {
-        let selection = config.as_ref().map(selection).unwrap_or_default();
+        let selection = config.as_ref().map(Selection::of).unwrap_or_default();
         // Without names, so that routes to the LAN are read as well.
         let by_route = Selection { external: Vec::new(), internal: Vec::new(), ..selection.clone() };
         let read = Observer::open().and_then(|mut observer| observer.snapshot(&by_route));
@@ -31,17 +31,6 @@ impl<'a> Context<'a> {
     /// The configuration of a node; `None` on a LAN host.
     pub(super) fn node(&self) -> Option<&Config> {
         self.config.as_ref().filter(|config| config.role == Role::Node)
-    }
-}
-
-fn selection(config: &Config) -> Selection {
-    let interfaces = config.enforcement.interfaces.clone();
-    let networks = |list: &[config::Network]| list.iter().map(|network| network.net()).collect();
-    Selection {
-        external: interfaces.external,
-        internal: interfaces.internal,
-        external_networks: networks(&config.networks.external),
-        pod_networks: networks(&config.networks.pods),
     }
 }
 
