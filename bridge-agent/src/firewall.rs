@@ -3,6 +3,7 @@
 //! A driver plans from a policy and the observed rules (pure), applies the plan, and verifies the result.
 
 mod options;
+pub(crate) mod saver;
 pub(crate) mod survey;
 
 use std::collections::BTreeMap;

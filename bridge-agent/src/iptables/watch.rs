@@ -23,9 +23,9 @@ use super::observe::OwnRules;
 use super::question::{Answer, Question};
 use super::ruleset::{Family, Table};
 use super::walk::{self, Packet, Verdict};
+use crate::firewall::saver::Saver;
 use crate::firewall::survey::Survey;
 use crate::firewall::{Firewall, Hits, Remains, Surveyor};
-use crate::kernel::backoff::Backoff;
 use crate::model::{Mode, Policy, Topology};
 
 /// Between two rounds.
@@ -98,8 +98,7 @@ struct State {
     in_a_row: u32,
     /// The rules are to be saved then.
     save_at: Option<Instant>,
-    /// Saving has failed.
-    unsaved: Backoff,
+    saver: Saver,
     /// With eBPF beside it.
     comparison: Option<Comparison>,
     /// The comparison is to begin then.
@@ -138,7 +137,7 @@ impl Guard {
             changed: Instant::now(),
             in_a_row: 0,
             save_at: None,
-            unsaved: Backoff::default(),
+            saver: Saver::default(),
             comparison: None,
             compare_at: None,
         };
@@ -381,14 +380,7 @@ impl State {
     /// Saves the rules for the next boot; after a failure the watch tries again.
     fn save(&mut self) {
         self.save_at = None;
-        let saved = self.firewall.save(&self.policy);
-        let again = self.unsaved != Backoff::default();
-        self.unsaved.note(saved.is_ok());
-        match saved {
-            Ok(files) => files.iter().for_each(|file| tracing::info!(file = %file.display(), "rules saved")),
-            Err(error) if again => tracing::debug!(%error, "the rules still cannot be saved"),
-            Err(error) => tracing::error!(%error, "the rules are not saved; the agent tries again"),
-        }
+        self.saver.save(&self.firewall, &self.policy);
     }
 }
 
@@ -411,7 +403,7 @@ impl State {
     /// Does the work that changes have put off.
     fn catch_up(&mut self) {
         let is_due = |at: Option<Instant>| at.is_some_and(|at| Instant::now() >= at);
-        if is_due(self.save_at) || self.unsaved.is_due() {
+        if is_due(self.save_at) || self.saver.is_due() {
             self.save();
         }
         if is_due(self.compare_at) {

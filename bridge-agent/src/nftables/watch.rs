@@ -11,9 +11,9 @@ use std::time::{Duration, Instant, SystemTime};
 use super::driver::Nftables;
 use super::error::Error;
 use super::ruleset::TABLE;
+use crate::firewall::saver::Saver;
 use crate::firewall::survey::Survey;
 use crate::firewall::{Firewall, Hits, Remains, Surveyor};
-use crate::kernel::backoff::Backoff;
 use crate::kernel::nftables::Changes;
 use crate::model::{Mode, Policy, Topology};
 
@@ -65,8 +65,7 @@ struct State {
     changes: Changes,
     /// Changes were notified that were not looked at yet.
     unread: bool,
-    /// Saving has failed.
-    unsaved: Backoff,
+    saver: Saver,
     /// The counters as last read, with eBPF beside.
     comparison: Option<Comparison>,
 }
@@ -97,7 +96,7 @@ impl Guard {
             policy: Arc::new(policy),
             changes,
             unread: false,
-            unsaved: Backoff::default(),
+            saver: Saver::default(),
             comparison: None,
         };
         state.save();
@@ -229,14 +228,7 @@ impl State {
 
     /// Saves the rules for the next boot; after a failure the watch tries again.
     fn save(&mut self) {
-        let saved = self.firewall.save(&self.policy);
-        let again = self.unsaved != Backoff::default();
-        self.unsaved.note(saved.is_ok());
-        match saved {
-            Ok(files) => files.iter().for_each(|file| tracing::info!(file = %file.display(), "rules saved")),
-            Err(error) if again => tracing::debug!(%error, "the rules still cannot be saved"),
-            Err(error) => tracing::error!(%error, "the rules are not saved; the agent tries again"),
-        }
+        self.saver.save(&self.firewall, &self.policy);
     }
 }
 
@@ -249,7 +241,7 @@ fn watch(shared: &Shared, mut survey: Option<Survey>) {
         }
         let mut state = shared.state();
         let repaired = state.look() && shared.check(&mut state);
-        if state.unsaved.is_due() {
+        if state.saver.is_due() {
             state.save();
         }
         let counted = state.comparison.as_ref().is_some_and(|comparison| begun >= comparison.next);
