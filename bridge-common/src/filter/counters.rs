@@ -10,32 +10,12 @@ pub struct Counter {
     pub bytes: u64,
 }
 
-/// Defines the reasons three times over, in one order: as numbers, as names, and as fields of [`Counters`].
+/// Defines [`Reason`], and the fields of [`Counters`] in the same order.
 macro_rules! reasons {
     ($($name:ident, $number:literal, $text:literal;)+) => {
-        /// Why a packet passed (below [`FIRST_DENY`]) or was denied; the index into [`Counters`].
-        #[repr(u8)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[expect(non_camel_case_types, reason = "one spelling for the number, the field and the operator's text")]
-        pub enum Reason {
-            $(#[doc = $text] $name = $number,)+
-        }
-
-        impl Reason {
-            /// Every reason, by number.
-            pub const ALL: &[Self] = &[$(Self::$name),+];
-
-            /// The name, as it is shown.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$name => stringify!($name),)+ }
-            }
-
-            /// Returns the meaning, in a sentence.
-            #[must_use]
-            pub const fn text(self) -> &'static str {
-                match self { $(Self::$name => $text,)+ }
-            }
+        crate::named! {
+            /// Why a packet passed (below [`FIRST_DENY`]) or was denied; the index into [`Counters`].
+            Reason { $($name, $number, $text;)+ }
         }
 
         /// Packets judged, by reason: one such record for each direction and CPU.

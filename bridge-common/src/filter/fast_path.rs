@@ -186,49 +186,20 @@ impl Lease {
     }
 }
 
-/// Defines the outcomes twice: as numbers and as names.
-macro_rules! outcomes {
-    ($($name:ident, $number:literal, $text:literal;)+) => {
-        /// Result for a packet of an established flow; index of [`Outcomes::by_outcome`].
-        #[repr(u8)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        #[expect(non_camel_case_types, reason = "one spelling for the number and the operator's text")]
-        pub enum Outcome {
-            $(#[doc = $text] $name = $number,)+
-        }
-
-        impl Outcome {
-            /// Every outcome, by number.
-            pub const ALL: &[Self] = &[$(Self::$name),+];
-            /// How many there are.
-            pub const COUNT: usize = Self::ALL.len();
-
-            /// The name, as it is shown.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$name => stringify!($name),)+ }
-            }
-
-            /// Returns the meaning, in a sentence.
-            #[must_use]
-            pub const fn text(self) -> &'static str {
-                match self { $(Self::$name => $text,)+ }
-            }
-        }
-    };
-}
-
-outcomes! {
-    forwarded, 0, "Took the fast path.";
-    off, 1, "The fast path is off, or no agent keeps it.";
-    protocol, 2, "Neither TCP nor UDP.";
-    state, 3, "The flow is beginning or ending, or the packet changes its state (SYN, FIN, RST).";
-    header, 4, "IP options, extension headers, a fragment, or a VLAN tag.";
-    unseen, 5, "Not both directions have come out at the far side under the same addresses: just opened, translated, filtered, or its interfaces do not allow it.";
-    expired, 6, "The lease of the path has expired, or an input has changed: the path is learned again.";
-    interface, 7, "Came in by another interface than those before it, or is for another host.";
-    ttl, 8, "Its time to live is over with this node, which answers.";
-    mtu, 9, "Longer than fits the way out: the node answers, or makes fragments.";
+crate::named! {
+    /// Result for a packet of an established flow; index of [`Outcomes::by_outcome`].
+    Outcome {
+        forwarded, 0, "Took the fast path.";
+        off, 1, "The fast path is off, or no agent keeps it.";
+        protocol, 2, "Neither TCP nor UDP.";
+        state, 3, "The flow is beginning or ending, or the packet changes its state (SYN, FIN, RST).";
+        header, 4, "IP options, extension headers, a fragment, or a VLAN tag.";
+        unseen, 5, "Not both directions have come out at the far side under the same addresses: just opened, translated, filtered, or its interfaces do not allow it.";
+        expired, 6, "The lease of the path has expired, or an input has changed: the path is learned again.";
+        interface, 7, "Came in by another interface than those before it, or is for another host.";
+        ttl, 8, "Its time to live is over with this node, which answers.";
+        mtu, 9, "Longer than fits the way out: the node answers, or makes fragments.";
+    }
 }
 
 /// Packets of established flows, by outcome: one such record for each direction and CPU.
