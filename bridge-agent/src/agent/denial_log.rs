@@ -126,23 +126,7 @@ mod tests {
     use super::*;
 
     fn verdict(rule: Option<&str>) -> Verdict {
-        Verdict {
-            time: "2026-01-02T03:04:05.000000Z".into(),
-            verdict: "reject".into(),
-            reason: "no_rule".into(),
-            direction: "inbound".into(),
-            protocol: "tcp".into(),
-            source: [192, 168, 31, 67].into(),
-            source_port: 50_000,
-            destination: [10, 200, 1, 91].into(),
-            destination_port: 22,
-            rule: rule.map(ToOwned::to_owned),
-            interface: "eth0".into(),
-            length: 74,
-            detail: 2,
-            generation: 1,
-            suppressed: 0,
-        }
+        Verdict { rule: rule.map(ToOwned::to_owned), ..Verdict::sample() }
     }
 
     #[test]

@@ -145,21 +145,11 @@ mod tests {
 
     fn verdict(reason: &str, protocol: &str, direction: &str) -> Verdict {
         Verdict {
-            time: String::new(),
-            verdict: "reject".into(),
             reason: reason.into(),
             direction: direction.into(),
             protocol: protocol.into(),
-            source: [192, 168, 31, 67].into(),
-            source_port: 50_000,
-            destination: [10, 200, 1, 91].into(),
-            destination_port: 22,
-            rule: None,
-            interface: "eth0".into(),
-            length: 74,
             detail: 8,
-            generation: 1,
-            suppressed: 0,
+            ..Verdict::sample()
         }
     }
 

@@ -198,13 +198,11 @@ fn wall_clock(monotonic: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_filter_means_either_side() {
-        let verdict = Verdict {
-            time: String::new(),
+impl Verdict {
+    /// A refused SYN of a LAN host.
+    pub(crate) fn sample() -> Self {
+        Self {
+            time: "2026-01-02T03:04:05.000000Z".into(),
             verdict: "reject".into(),
             reason: "no_rule".into(),
             direction: "inbound".into(),
@@ -219,7 +217,17 @@ mod tests {
             detail: 2,
             generation: 1,
             suppressed: 0,
-        };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_means_either_side() {
+        let verdict = Verdict::sample();
         for (filter, expected) in [
             (VerdictFilter::default(), true),
             (VerdictFilter { verdict: Some("reject".into()), ..Default::default() }, true),
