@@ -193,11 +193,6 @@ impl Container {
         fs::read_to_string(self.directory.join("log")).unwrap_or_default()
     }
 
-    /// The directory of the host that is /run/bridge in the container.
-    pub fn run_directory(&self) -> PathBuf {
-        self.directory.join("run")
-    }
-
     /// The directory of the host that is /sys/fs/bpf in the container.
     pub fn pins(&self) -> &Path {
         &self.pins

@@ -6,7 +6,12 @@ use clap::Args;
 use serde::Deserialize;
 
 use super::output::{self, Output};
-use crate::{config::DEFAULT_SOCKET, datapath::Pins, kernel::state_directory::StateDirectory, log};
+use crate::{
+    config::DEFAULT_SOCKET,
+    datapath::{DEFAULT_ROOT, Pins},
+    kernel::state_directory::StateDirectory,
+    log,
+};
 
 /// Default path of the configuration.
 pub(super) const DEFAULT_CONFIG: &str = "/etc/bridge/bridge.yaml";
@@ -32,7 +37,7 @@ pub struct Global {
     #[arg(long, global = true, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
     /// The directory of pinned maps and links, on a BPF file system
-    #[arg(long, global = true, value_name = "DIR", default_value = "/sys/fs/bpf/bridge")]
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_ROOT)]
     pub pin_root: PathBuf,
     /// How log lines are written to standard error
     #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t)]

@@ -188,15 +188,6 @@ impl Reconciler {
         }
     }
 
-    /// Brings the kernel into line now. For `routes apply` and for tests; [`Self::run`] does it by itself.
-    pub fn sync_now(&mut self) -> Result<Arc<Snapshot>, Error> {
-        self.merge();
-        let mut events = Vec::new();
-        self.sync(&mut events)?;
-        let snapshot = self.snapshot.borrow().clone();
-        Ok(snapshot)
-    }
-
     /// Takes up what is wanted and how, both at one moment: no comparison sees the new of one and the old of the other.
     fn merge(&mut self) {
         let settings = self.setting.borrow_and_update().clone();
