@@ -117,8 +117,9 @@ fn busy(work: &Work, lab: &Lab, host: &Host) -> Result<(Agent, Box<dyn Any>)> {
                 &format!("#!/bin/sh\npython3 -c \"{notify}\"\nexec {} \"$@\"\n", program.display()),
             )?;
             let agent = Agent::start_program(wrapper, lab, host, &config("ebpf", "", 100_000))?;
-            // It has begun to read them.
-            eventually(DEADLINE, || peak_kib(agent.pid()).ok().filter(|kib| *kib > 24 * 1024))
+            // It listens for signals, and is reading the rules.
+            let is_reading = || peak_kib(agent.pid()).ok().filter(|kib| *kib > 80 * 1024);
+            eventually(DEADLINE, || is_reading().filter(|_| catches_sigterm(agent.pid())))
                 .with_context(|| agent.log())?;
             (agent, Box::new(()))
         }
@@ -246,6 +247,13 @@ fn ask(agent: &Agent, path: &str) -> Result<Duration> {
     stream.read_to_string(&mut answer)?;
     ensure!(answer.starts_with("HTTP/1.1 200"), "{}", answer.chars().take(200).collect::<String>());
     Ok(start.elapsed())
+}
+
+fn catches_sigterm(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught =
+        status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix("SigCgt:")?.trim(), 16).ok());
+    caught.is_some_and(|caught| caught >> (libc::SIGTERM - 1) & 1 == 1)
 }
 
 fn peak_kib(pid: u32) -> Result<u64> {
