@@ -148,6 +148,8 @@ fn the_deb_enforces_within_a_minute_and_upgrades_under_flows_and_a_purge_leaves_
             system.run("journalctl -u bridge-agent; systemctl status bridge-agent || true")?
         )
     })?;
+    let units = system.run("systemctl is-enabled bridge-agent bridge-nftables || true")?;
+    ensure!(units == "enabled\nenabled\n", "the rules of the boot are not enabled with the agent: {units}");
     enforces(&lab, "after the start")?;
     ensure!(
         start.elapsed() < patience(MINUTE),

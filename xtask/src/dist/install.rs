@@ -117,7 +117,8 @@ pub(super) fn rpm(dist: &Dist) -> Result<()> {
         let query = |arguments: &[&str]| cmd::output(cmd::command("rpm").args(arguments).arg(&rpm));
         ensure!(query(&["-qp", "--qf", "%{ARCH}"])? == architecture.machine());
         let files = query(&["-qpl"])?;
-        for file in ["/usr/bin/bridge-agent", "/usr/lib/systemd/system/bridge-agent.service"] {
+        let units = packages::UNITS.map(|unit| format!("/usr/lib/systemd/system/{unit}"));
+        for file in units.iter().map(String::as_str).chain(["/usr/bin/bridge-agent"]) {
             ensure!(files.lines().any(|line| line == file), "{} lacks {file}", rpm.display());
         }
         query(&["--checksig", "--nosignature"])?;

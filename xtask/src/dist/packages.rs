@@ -11,6 +11,9 @@ use anyhow::{Context, Result, ensure};
 use super::{Architecture, Dist};
 use crate::{cmd, workspace};
 
+/// Units of deploy/systemd that both packages install.
+pub(super) const UNITS: [&str; 2] = ["bridge-agent.service", "bridge-nftables.service"];
+
 /// Writes the .deb and the .rpm of each architecture into `dist.out`.
 pub(super) fn build(dist: &Dist) -> Result<()> {
     let generated = generate(dist)?;
@@ -42,6 +45,17 @@ fn remove(folder: &Path) -> Result<()> {
     }
 }
 
+/// Returns a unit of deploy/systemd with the paths of a package.
+fn packaged(unit: &str) -> Result<String> {
+    let unit = unit
+        .replace("/usr/local/bin/", "/usr/bin/")
+        .replace("/usr/local/share/doc/bridge/", "/usr/share/doc/bridge-agent/docs/")
+        .replace(": copy to /etc/systemd/system, the binary to /usr/local/bin.", ".")
+        .replace(": copy to /etc/systemd/system.", ".");
+    ensure!(!unit.contains("/usr/local") && !unit.contains("copy to"), "the unit names /usr/local:\n{unit}");
+    Ok(unit)
+}
+
 /// Makes the tree that both packages install.
 fn tree(dist: &Dist, architecture: Architecture, generated: &Path) -> Result<()> {
     let root = dist.tree(architecture);
@@ -63,15 +77,12 @@ fn tree(dist: &Dist, architecture: Architecture, generated: &Path) -> Result<()>
         let to = format!("usr/lib/systemd/{to}").replace("systemd/../", "");
         install(&source(&format!("deploy/packages/bridge-agent.{from}")), &to, 0o644)?;
     }
-    let unit = fs::read_to_string(source("deploy/systemd/bridge-agent.service"))?;
-    let unit = unit
-        .replace("/usr/local/bin/", "/usr/bin/")
-        .replace("/usr/local/share/doc/bridge/", "/usr/share/doc/bridge-agent/docs/")
-        .replace(": copy to /etc/systemd/system, the binary to /usr/local/bin.", ".");
-    ensure!(!unit.contains("/usr/local"), "the unit names /usr/local");
-    let path = root.join("usr/lib/systemd/system/bridge-agent.service");
-    fs::create_dir_all(path.parent().context("a file without a folder")?)?;
-    fs::write(&path, unit)?;
+    for name in UNITS {
+        let text = fs::read_to_string(source(&format!("deploy/systemd/{name}")))?;
+        let path = root.join("usr/lib/systemd/system").join(name);
+        fs::create_dir_all(path.parent().context("a file without a folder")?)?;
+        fs::write(&path, packaged(&text)?)?;
+    }
     for page in fs::read_dir(generated.join("man"))? {
         let page = page?;
         let to = format!("usr/share/man/man1/{}", page.file_name().to_string_lossy());
@@ -193,4 +204,25 @@ fn rpm(dist: &Dist, architecture: Architecture) -> Result<()> {
     let built = top.join("out").join(architecture.machine()).join(package.file_name().unwrap_or_default());
     fs::copy(&built, &package).with_context(|| built.display().to_string())?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_unit_is_packaged_listed_and_enabled_with_the_agent() -> Result<()> {
+        let read = |path: &str| fs::read_to_string(workspace::root().join("deploy").join(path));
+        let (spec, preset) = (read("packages/bridge-agent.spec")?, read("packages/bridge-agent.preset")?);
+        for file in fs::read_dir(workspace::root().join("deploy/systemd"))? {
+            let name = file?.file_name().to_string_lossy().into_owned();
+            assert!(UNITS.contains(&name.as_str()), "no package installs {name}");
+            packaged(&read(&format!("systemd/{name}"))?).with_context(|| name.clone())?;
+            assert!(spec.contains(&format!("\n/usr/lib/systemd/system/{name}\n")), "{name}: {spec}");
+            assert!(preset.contains(&format!("disable {name}\n")), "{name}: {preset}");
+        }
+        // Enabling the agent enables the rules of the boot.
+        assert!(read("systemd/bridge-agent.service")?.contains("\nAlso=bridge-nftables.service\n"));
+        Ok(())
+    }
 }
