@@ -330,7 +330,7 @@ fn follow(found: u32, active: &Active, sides: &mut Sides, packet: &Packet) {
         direction: direction::OUTBOUND,
         generation: active.settings.generation,
         rule: u32::MAX,
-        flags: flag::UNRESTRICTED,
+        flags: sides.flags as u8,
         interface: sides.interface,
     };
     let _ = track::open(packet, &admission, active.settings, active.now, found == FLOW_OF_PORTS);

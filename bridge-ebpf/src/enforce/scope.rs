@@ -232,7 +232,8 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     }
     let source = lookup(active.slot, &packet.source, packet.version);
     if source.side != side::POD {
-        // Routed to an interface of pods, but not in their networks: out of scope.
+        // Routed to an interface of pods, but not in their networks: out of scope, unless it answers for a NodePort.
+        sides.mark = mark::NONE;
         return PASS;
     }
     // SAFETY: the context is valid while the program runs.
@@ -366,12 +367,19 @@ fn external_egress(
     // SAFETY: the context is valid while the program runs.
     let input = unsafe { (*skb).ingress_ifindex };
     let destination = lookup(active.slot, &packet.destination, packet.version);
+    let source = lookup(active.slot, &packet.source, packet.version).side;
     sides.flags = flag::TRANSLATED.into();
     match destination.side {
-        side::EXTERNAL => {
+        // Another one is restricted by nothing, but answers: a translated flow is followed as its peer sees it, too.
+        side::EXTERNAL | 0 => {
             // SAFETY: only copied.
             let from_lan =
                 unsafe { INTERFACES.get(&input) }.is_some_and(|interface| interface.role == role::EXTERNAL);
+            let restricted = destination.side == side::EXTERNAL;
+            // Answers to the node's own address need no entry.
+            if !restricted && source != side::POD {
+                return PASS;
+            }
             let Sender::Pod(info) = sender(skb, active, packet, input, mark) else { return PASS };
             // Pods of other nodes in transit were judged by theirs.
             if from_lan {
@@ -379,10 +387,14 @@ fn external_egress(
             }
             sides.direction = u32::from(direction::OUTBOUND);
             (sides.internal, sides.external) = (info, destination);
-            JUDGE
+            if restricted {
+                return JUDGE;
+            }
+            sides.flags |= u32::from(flag::UNRESTRICTED);
+            FOLLOW
         }
         side::POD => {
-            if lookup(active.slot, &packet.source, packet.version).side != side::LOCAL {
+            if source != side::LOCAL {
                 return PASS;
             }
             sides.direction = u32::from(direction::INBOUND);
