@@ -113,7 +113,7 @@ mod tests {
         let text = r#"{"nftables": [{"metainfo": {"version": "1.0.6"}}, {"table": {"name": "bridge-agent"}},
             {"counter": {"family": "inet", "name": "no-rule", "table": "t", "handle": 6, "packets": 3, "bytes": 180}},
             {"set": {"name": "pods4", "elem": [{"prefix": {"addr": "10.200.1.0", "len": 24}}]}},
-            {"map": {"name": "in4-allow-ports-0", "elem": [
+            {"map": {"name": "in4-allow-tcp-hd-0", "elem": [
               [{"elem": {"val": {"concat": ["192.168.31.1", 6]}, "comment": "web", "counter": {"packets": 1, "bytes": 60}}}, {"accept": null}],
               [{"elem": {"val": {"concat": ["192.168.31.2", 6]}, "comment": "web", "counter": {"packets": 2, "bytes": 120}}}, {"accept": null}]]}},
             {"chain": {"name": "forward"}}, {"rule": {"chain": "forward", "expr": []}}]}"#;

@@ -10,6 +10,8 @@ pub const TABLE: &str = "bridge-agent";
 pub struct Collection {
     /// The expressions that an element is looked up by, joined by ` . `.
     pub key: String,
+    /// Whether no element has a prefix or range: it is found by a hash of the key.
+    pub exact: bool,
     /// Whether packets are counted by element.
     pub counts: bool,
     /// By key; sets have no verdicts.

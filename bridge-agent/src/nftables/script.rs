@@ -72,10 +72,8 @@ fn declare(text: &mut String, from: &Ruleset, to: &Ruleset) {
             let verdict = if kind == "map" { " : verdict" } else { "" };
             let counter = if collection.counts { " counter;" } else { "" };
             let key = &collection.key;
-            line(
-                &mut body,
-                format_args!("\t{kind} {name} {{ typeof {key}{verdict}; flags interval;{counter} }}"),
-            );
+            let interval = if collection.exact { "" } else { " flags interval;" };
+            line(&mut body, format_args!("\t{kind} {name} {{ typeof {key}{verdict};{interval}{counter} }}"));
         }
     }
     for (name, Chain { hook, .. }) in to.chains.iter().filter(|(name, _)| !from.chains.contains_key(*name)) {

@@ -9,15 +9,14 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
-use super::parts::{DENY, Family, Renderer, select, text};
+use super::parts::{DENY, Family, Renderer, select};
+use super::shape::Shape;
 use crate::model::{Action, Direction, Policy, PortRange, Protocol, Rule};
 use crate::nftables::layers::{self, Cube};
 use crate::nftables::ruleset::{Collection, Element};
 
 /// The goto of elements that deny.
 const DENY_RULE: &str = "deny-rule";
-/// Protocols with ports.
-const WITH_PORTS: &str = "{ 6, 17, 132 }";
 
 /// A rule with the prefixes it has in one family.
 struct Selected<'a> {
@@ -186,11 +185,6 @@ const fn word(action: Action) -> &'static str {
     }
 }
 
-/// Returns whether a rule of this direction names source ports.
-fn use_source_ports(rules: &[Rule], direction: Direction) -> bool {
-    rules.iter().any(|rule| rule.direction == direction && !rule.source_ports.is_empty())
-}
-
 /// The outcome for a packet that matches a rule.
 #[derive(Clone, Copy)]
 enum Outcome {
@@ -210,17 +204,15 @@ impl Outcome {
 }
 
 /// The maps of one section: how elements are looked up and named.
-struct Section<'n> {
+pub(super) struct Section<'n> {
     /// The chain that looks the maps up.
     chain: &'n str,
     /// Begins the names of the maps.
     prefix: &'n str,
-    family: Family,
-    direction: Direction,
+    pub(super) family: Family,
+    pub(super) direction: Direction,
     /// Whether the pod is part of the key.
     with_pods: bool,
-    /// Whether a rule of the direction names source ports.
-    with_source_ports: bool,
 }
 
 impl Renderer<'_> {
@@ -228,27 +220,22 @@ impl Renderer<'_> {
     pub(super) fn judge(&mut self, family: Family, direction: Direction) {
         let name = if direction == Direction::Inbound { "in" } else { "out" };
         let chain = family.of(name);
-        self.silently_deny_for(&*chain, "ct state invalid", "invalid");
+        // Towards a pod, the chain before has refused them.
+        if direction == Direction::Outbound {
+            self.silently_deny_for(&*chain, "ct state invalid", "invalid");
+        }
         if family == Family::V6 {
             // Connection tracking takes more for a query than RFC 4443 does, and leaves neighbour discovery alone.
             self.silently_deny_for(&*chain, "icmpv6 type != 128", "icmp-type");
         }
         self.openers(&chain);
         let policy = self.policy;
-        let with_source_ports = use_source_ports(&policy.rules, direction);
         self.audited(&chain, family, direction);
         for action in [Action::Deny, Action::Allow] {
             let rules = selected(&policy.rules, family, direction, action);
             let form = Form::choose(&rules);
             let prefix = format!("{chain}-{}", word(action));
-            let section = Section {
-                chain: &chain,
-                prefix: &prefix,
-                family,
-                direction,
-                with_pods: true,
-                with_source_ports,
-            };
+            let section = Section { chain: &chain, prefix: &prefix, family, direction, with_pods: true };
             let plain = rules.iter().filter(|rule| form.by_pod.is_empty() || !rule.is_wide());
             self.maps(&section, plain, Outcome::of(action));
             self.by_pod(&section, &form, action);
@@ -259,7 +246,6 @@ impl Renderer<'_> {
     /// Adds the chain of the rules in audit mode, which counts, and returns whatever matches.
     fn audited(&mut self, judging: &str, family: Family, direction: Direction) {
         let policy = self.policy;
-        let with_source_ports = use_source_ports(&policy.audited, direction);
         let chain = format!("{judging}-audited");
         for action in [Action::Deny, Action::Allow] {
             let rules = selected(&policy.audited, family, direction, action);
@@ -270,14 +256,7 @@ impl Renderer<'_> {
                 self.rules.rule(judging, format!("jump {chain}"));
             }
             let prefix = format!("{chain}-{}", word(action));
-            let section = Section {
-                chain: &chain,
-                prefix: &prefix,
-                family,
-                direction,
-                with_pods: true,
-                with_source_ports,
-            };
+            let section = Section { chain: &chain, prefix: &prefix, family, direction, with_pods: true };
             self.maps(&section, rules.iter(), Outcome::Return);
         }
     }
@@ -304,7 +283,7 @@ impl Renderer<'_> {
             }
         }
         self.rules.rule(section.chain, format!("{key} vmap @{map}"));
-        self.rules.maps.insert(map, Collection { key, counts: false, elements });
+        self.rules.maps.insert(map, Collection { key, exact: false, counts: false, elements });
     }
 
     /// Adds the maps of rules of one action, and the rules that look them up.
@@ -347,9 +326,10 @@ impl Renderer<'_> {
     }
 
     fn layered(&mut self, section: &Section<'_>, cubes: &[(Cube, &Rule)], outcome: Outcome, ports: bool) {
-        let Section { chain, prefix, .. } = section;
+        let cubes: Vec<(Cube, &Rule)> =
+            cubes.iter().map(|(cube, rule)| (self.widened(*cube), *rule)).collect();
         let layers = layers::assign(&cubes.iter().map(|(cube, _)| *cube).collect::<Vec<_>>());
-        let mut maps: BTreeMap<usize, BTreeMap<String, Element>> = BTreeMap::new();
+        let mut maps: BTreeMap<(usize, Shape), BTreeMap<String, Element>> = BTreeMap::new();
         let verdict = match outcome {
             Outcome::Accept => "accept".to_owned(),
             Outcome::Return => "return".to_owned(),
@@ -362,52 +342,38 @@ impl Renderer<'_> {
         };
         for ((cube, rule), layer) in cubes.iter().zip(layers) {
             let Some(layer) = layer else { continue };
+            let shape = Shape::of(cube, ports);
             let element = Element { rule: rule.name.clone(), verdict: verdict.clone() };
-            maps.entry(layer).or_default().insert(section.element(cube, ports), element);
+            maps.entry((layer, shape)).or_default().insert(shape.element(cube), element);
         }
-        let key = section.key(ports);
-        for (layer, elements) in maps {
-            let source = if ports && section.with_source_ports { "-s" } else { "" };
-            let name = format!("{prefix}-{}{source}-{layer}", if ports { "ports" } else { "other" });
-            let not = if ports { "" } else { "!= " };
-            self.rules.rule(*chain, format!("meta l4proto {not}{WITH_PORTS} {key} vmap @{name}"));
-            self.rules.maps.insert(name, Collection { key: key.clone(), counts: true, elements });
+        // Boxes of a layer do not overlap: the smallest map comes first, as a lookup costs the more the more elements there are.
+        let mut maps: Vec<_> = maps.into_iter().collect();
+        maps.sort_by_key(|((layer, _), elements)| (*layer, elements.len()));
+        for ((layer, shape), elements) in maps {
+            let name = format!("{}-{}-{layer}", section.prefix, shape.name());
+            let key = shape.key(section);
+            self.rules.rule(section.chain, format!("{}{key} vmap @{name}", shape.protocols()));
+            let other =
+                self.rules.maps.insert(name, Collection { key, exact: shape.exact, counts: true, elements });
+            debug_assert!(other.is_none(), "two maps of one name");
         }
     }
-}
 
-impl Section<'_> {
-    fn key(&self, ports: bool) -> String {
-        let protocol = self.family.protocol();
-        let (external, pods) = match self.direction {
-            Direction::Inbound => ("saddr", "daddr"),
-            Direction::Outbound => ("daddr", "saddr"),
-        };
-        let mut key = format!("{protocol} {external}");
-        if self.with_pods {
-            key += &format!(" . {protocol} {pods}");
-        }
-        key += " . meta l4proto";
-        if ports {
-            key += if self.with_source_ports { " . th sport . th dport" } else { " . th dport" };
-        }
-        key
-    }
-
-    fn element(&self, cube: &Cube, ports: bool) -> String {
-        let mut element = text(&cube.external);
-        if self.with_pods {
-            element += &format!(" . {}", text(&cube.pods));
-        }
-        let (first, last) = cube.protocols;
-        element += &if first == last { format!(" . {first}") } else { format!(" . {first}-{last}") };
-        if ports {
-            if self.with_source_ports {
-                element += &format!(" . {}", cube.source_ports);
+    /// Returns a box without the prefixes that each packet matches that gets as far as the rules.
+    fn widened(&self, cube: Cube) -> Cube {
+        let widen = |prefix: IpNet, networks: &[IpNet]| {
+            let of_family = |net: &&IpNet| net.addr().is_ipv4() == prefix.addr().is_ipv4();
+            let all = networks.iter().filter(of_family).all(|network| prefix.contains(network));
+            if !all {
+                return prefix;
             }
-            element += &format!(" . {}", cube.ports);
+            if prefix.addr().is_ipv4() { Family::V4.everything() } else { Family::V6.everything() }
+        };
+        Cube {
+            external: widen(cube.external, &self.policy.external),
+            pods: widen(cube.pods, &self.policy.pods),
+            ..cube
         }
-        element
     }
 }
 

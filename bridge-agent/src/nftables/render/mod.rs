@@ -22,11 +22,13 @@
 mod judge;
 mod node_ports;
 mod parts;
+mod shape;
 mod sources;
 
 pub(super) use self::judge::count;
 use self::parts::{
-    DENY, FILTER, FORWARD, Family, Networks, REJECTS, Renderer, SCOPE, joined, list, quoted, select, text,
+    DENY, FILTER, FORWARD, Family, Networks, REJECTS, Renderer, SCOPE, among, joined, list, quoted, select,
+    takes_a_set, text,
 };
 use super::ruleset::{Collection, Element, Ruleset};
 use crate::config::Scope;
@@ -72,10 +74,12 @@ pub fn ruleset(policy: &Policy, options: &Options) -> Ruleset {
 impl Renderer<'_> {
     fn networks(&mut self, family: Family, of: &Networks) {
         let sets = [("pods", &of.pods), ("external", &of.external), ("nodes", &of.nodes)];
-        for (name, prefixes) in sets.into_iter().filter(|(_, prefixes)| !prefixes.is_empty()) {
+        for (name, prefixes) in sets.into_iter().filter(|(_, prefixes)| takes_a_set(prefixes)) {
             let elements = prefixes.iter().map(|prefix| (text(prefix), Element::default())).collect();
             let key = format!("{} saddr", family.protocol());
-            self.rules.sets.insert(family.of(name), Collection { key, counts: false, elements });
+            self.rules
+                .sets
+                .insert(family.of(name), Collection { key, exact: false, counts: false, elements });
         }
     }
 
@@ -98,11 +102,11 @@ impl Renderer<'_> {
             self.judged_node_ports(SCOPE);
         }
         for (family, of) in families.iter().filter(|(_, of)| !of.pods.is_empty()) {
-            let (f, protocol) = (*family, family.protocol());
-            self.rules.rule(SCOPE, format!("{protocol} daddr @{} goto {}", f.of("pods"), f.of("to-pod")));
-            if !of.external.is_empty() {
-                self.rules
-                    .rule(SCOPE, format!("{protocol} daddr @{} goto {}", f.of("external"), f.of("to-lan")));
+            let f = *family;
+            for (name, prefixes, to) in [("pods", &of.pods, "to-pod"), ("external", &of.external, "to-lan")] {
+                for matches in among(f, "daddr", name, prefixes) {
+                    self.rules.rule(SCOPE, format!("{matches} goto {}", f.of(to)));
+                }
             }
         }
         if strict {
@@ -120,12 +124,10 @@ impl Renderer<'_> {
     }
 
     fn pass_nodes(&mut self, chain: &str, family: Family, of: &Networks, strict: bool) {
-        if of.nodes.is_empty() {
-            return;
-        }
         for side in ["saddr", "daddr"] {
-            let matches = format!("{} {side} @{}", family.protocol(), family.of("nodes"));
-            self.leave(chain, &matches, strict);
+            for matches in among(family, side, "nodes", &of.nodes) {
+                self.leave(chain, &matches, strict);
+            }
         }
     }
 
@@ -143,7 +145,9 @@ impl Renderer<'_> {
         self.pass_nodes(&chain, family, of, strict);
         self.neighbour_discovery(&chain, family);
         // Prerouting has refused pods' addresses that came by a wrong interface.
-        self.leave(&chain, &format!("{} saddr @{}", family.protocol(), family.of("pods")), strict);
+        for matches in among(family, "saddr", "pods", &of.pods) {
+            self.leave(&chain, &matches, strict);
+        }
         // Pods of other nodes are judged there, by the real peer, unless this node hides it.
         for RemotePods { interface, .. } in &self.options.topology.remote {
             let out = format!("oifname {}", quoted(interface));
@@ -153,9 +157,8 @@ impl Renderer<'_> {
         self.rules.rule(chain, format!("goto {peer}"));
 
         self.silently_deny_for(&*peer, "ct state invalid", "invalid");
-        if !of.external.is_empty() {
-            let from = format!("{} saddr @{}", family.protocol(), family.of("external"));
-            self.rules.rule(&*peer, format!("{from} goto {}", family.of("in")));
+        for matches in among(family, "saddr", "external", &of.external) {
+            self.rules.rule(&*peer, format!("{matches} goto {}", family.of("in")));
         }
         // No rule can name another source.
         self.deny_for(peer, "", "foreign");
@@ -173,8 +176,9 @@ impl Renderer<'_> {
                 self.leave(&chain, &from, strict);
             }
         }
-        let from = format!("{} saddr @{}", family.protocol(), family.of("pods"));
-        self.rules.rule(&*chain, format!("{from} goto {}", family.of("out")));
+        for matches in among(family, "saddr", "pods", &of.pods) {
+            self.rules.rule(&*chain, format!("{matches} goto {}", family.of("out")));
+        }
         if strict {
             self.deny_for(chain, "", "strict");
         }

@@ -7,7 +7,7 @@
 //! The packet gets a mark, by which the filter knows that the allow list of `nodePorts` decides, and not the rules for the
 //! pod it is translated to.
 
-use super::parts::{FILTER, Family, Networks, Renderer};
+use super::parts::{FILTER, Family, Networks, Renderer, among};
 use crate::model::{NodePorts, PortRange};
 
 const MANGLE: i32 = -150;
@@ -31,11 +31,12 @@ impl Renderer<'_> {
         // The node's traffic to itself comes through prerouting of the loopback device.
         self.rules.rule(SOURCE, "fib saddr type local accept");
         for (family, of) in families.iter().filter(|(_, of)| !of.external.is_empty()) {
-            let from = |set| format!("{} saddr @{}", family.protocol(), family.of(set));
-            if !of.nodes.is_empty() {
-                self.rules.rule(SOURCE, format!("{} accept", from("nodes")));
+            for matches in among(*family, "saddr", "nodes", &of.nodes) {
+                self.rules.rule(SOURCE, format!("{matches} accept"));
             }
-            self.rules.rule(SOURCE, format!("{} goto {MARK}", from("external")));
+            for matches in among(*family, "saddr", "external", &of.external) {
+                self.rules.rule(SOURCE, format!("{matches} goto {MARK}"));
+            }
         }
         self.silently_deny_for(MARK, "ct state invalid", "invalid");
         self.rules.rule(MARK, format!("meta mark set meta mark | {:#x}", self.options.mark));

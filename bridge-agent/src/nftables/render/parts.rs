@@ -68,6 +68,23 @@ impl Networks {
     }
 }
 
+/// The most prefixes that are compared one by one; with more, a set is faster.
+const FEW: usize = 3;
+
+/// Returns a match for each of few prefixes, else one for the set of them; `side` is `saddr` or `daddr`.
+pub(super) fn among(family: Family, side: &str, name: &str, prefixes: &[IpNet]) -> Vec<String> {
+    let protocol = family.protocol();
+    if prefixes.len() > FEW {
+        return vec![format!("{protocol} {side} @{}", family.of(name))];
+    }
+    prefixes.iter().map(|prefix| format!("{protocol} {side} {}", text(prefix))).collect()
+}
+
+/// Whether [`among`] takes a set.
+pub(super) const fn takes_a_set(prefixes: &[IpNet]) -> bool {
+    prefixes.len() > FEW
+}
+
 /// Rules under construction.
 pub(super) struct Renderer<'a> {
     pub(super) policy: &'a Policy,

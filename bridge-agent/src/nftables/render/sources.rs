@@ -3,7 +3,7 @@
 //! `fib saddr . iif oif 0` is true where no route leads back to the source by the interface of the packet, for IPv4 and IPv6
 //! alike, whatever the `rp_filter` sysctls say.
 
-use super::parts::{Family, Networks, Renderer, list, quoted, select};
+use super::parts::{Family, Networks, Renderer, among, list, quoted, select};
 use crate::model::{Mode, RemotePods, Tunnel};
 
 const RAW: i32 = -300;
@@ -36,27 +36,29 @@ impl Renderer<'_> {
     fn sources_of(&mut self, family: Family, of: &Networks, chain: &str) {
         let options = self.options;
         let topology = &options.topology;
-        let (protocol, pods, nodes) = (family.protocol(), family.of("pods"), family.of("nodes"));
+        let (protocol, of_pod) = (family.protocol(), family.of("pod-source"));
         let rules = &mut self.rules;
-        let mut spoofed = |matches: &str| rules.rule(chain, format!("{matches} goto {SPOOFED}"));
+        let spoofed = |matches: &str| format!("{matches} goto {SPOOFED}");
         if family == Family::V6 {
             for side in ["saddr", "daddr"] {
-                spoofed(&format!("ip6 {side} {MAPPED}"));
+                rules.rule(chain, spoofed(&format!("ip6 {side} {MAPPED}")));
             }
         }
-        spoofed(&format!("fib saddr type local {NO_WAY_BACK}"));
-        spoofed(&format!("{protocol} saddr @{pods} {NO_WAY_BACK}"));
+        rules.rule(chain, spoofed(&format!("fib saddr type local {NO_WAY_BACK}")));
+        for matches in among(family, "saddr", "pods", &of.pods) {
+            rules.rule(chain, format!("{matches} jump {of_pod}"));
+        }
+        rules.rule(&*of_pod, spoofed(NO_WAY_BACK));
         // A pod address without a route of its own leads where the default route leads: that proves nothing.
         for RemotePods { interface, pods } in &topology.remote {
             let prefixes = select(pods, family);
             if !prefixes.is_empty() {
                 let from = format!("iifname {} {protocol} saddr {}", quoted(interface), list(&prefixes));
-                self.rules.rule(chain, format!("{from} accept"));
+                rules.rule(&*of_pod, format!("{from} accept"));
             }
         }
         for interface in &topology.external {
-            let from = format!("iifname {} {protocol} saddr @{pods}", quoted(interface));
-            self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
+            rules.rule(&*of_pod, spoofed(&format!("iifname {}", quoted(interface))));
         }
         // Before the nodes: a pod may forge the address of one.
         for interface in &topology.internal {
@@ -67,13 +69,17 @@ impl Renderer<'_> {
         }
         if !of.nodes.is_empty() {
             let node = family.of("node");
-            self.rules.rule(chain, format!("{protocol} saddr @{nodes} goto {node}"));
+            for matches in among(family, "saddr", "nodes", &of.nodes) {
+                self.rules.rule(chain, format!("{matches} goto {node}"));
+            }
             // A node may send through a tunnel with its LAN address: the outer packets are checked.
             for interface in &topology.tunnel_interfaces {
                 self.rules.rule(node.clone(), format!("iifname {} accept", quoted(interface)));
             }
             // Towards the node itself, an address of another node by another way is not bridge's business.
-            self.rules.rule(node, format!("{protocol} daddr @{pods} {NO_WAY_BACK} goto {SPOOFED}"));
+            for matches in among(family, "daddr", "pods", &of.pods) {
+                self.rules.rule(node.clone(), format!("{matches} {NO_WAY_BACK} goto {SPOOFED}"));
+            }
         }
         // Without a list of the nodes, any host may be the other end of a tunnel.
         if !of.nodes.is_empty() {
