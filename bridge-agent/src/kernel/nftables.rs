@@ -2,6 +2,7 @@
 //! the kernel's notifications, which name the tables that changed.
 
 use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
@@ -55,6 +56,30 @@ const GROUP: u32 = 7;
 /// The name of the table in messages about tables, chains, rules, sets, elements and objects alike.
 const TABLE_NAME: u16 = 1;
 
+/// `NFT_MSG_DELTABLE` (linux/netfilter/nf_tables.h).
+const DELETE_TABLE: u16 = (10 << 8) | 2;
+/// `NFPROTO_INET` (linux/netfilter.h).
+const INET: u8 = 1;
+/// Bytes of notifications that may wait: those of a transaction of some 20,000 elements.
+const WAITING: usize = 8 << 20;
+
+/// What notifications say about a table.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Touched {
+    /// Nothing but transactions of the caller.
+    #[default]
+    No,
+    /// Some were lost, or may be about transactions of the caller.
+    Perhaps,
+    /// Another program has changed it.
+    Changed,
+    /// Another program has removed it.
+    Removed,
+}
+
+/// Generations of the ruleset, first and last, among which is a transaction of the caller.
+pub type Transaction = (u32, u32);
+
 /// Notifications of changes, from the time it was opened, in the network namespace of the thread that opens it.
 pub struct Changes {
     socket: netlink_sys::Socket,
@@ -74,21 +99,34 @@ impl Changes {
     /// Of `socket(2)` and `setsockopt(2)`.
     pub fn open() -> io::Result<Self> {
         let socket = netlink::subscribe_to(NETLINK_NETFILTER, &[GROUP])?;
+        // Without the privilege the usual size has to do: more is lost then, and reported as such.
+        let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, WAITING);
         Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
     }
 
-    /// Returns whether a table of this name may have changed since the last call; does not wait.
+    /// Returns a descriptor that can be read while notifications wait: for poll(2) beside calls of [`Self::touched`].
     ///
-    /// Other programs may write more at once than the socket holds: then every table may have.
+    /// # Errors
+    /// Of `fcntl(2)`.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.socket.as_fd().try_clone_to_owned()
+    }
+
+    /// Returns what has become of the table of family inet with this name since the last call, apart from the caller's `own`
+    /// transactions and those before the generation `since`; does not wait. One transaction may be notified of in several parts.
     ///
     /// # Errors
     /// Of `recv(2)`.
-    pub fn touched(&mut self, table: &str) -> io::Result<bool> {
-        let mut touched = false;
+    pub fn touched(&mut self, table: &str, own: &[Transaction], since: Option<u32>) -> io::Result<Touched> {
+        let mut touched = Touched::No;
         loop {
             match receive(&self.socket, &mut self.buffer) {
-                Ok(()) => touched |= messages(&self.buffer).any(|message| names(message, table)),
-                Err(Error::Overrun | Error::Malformed(_)) => touched = true,
+                Ok(()) => {
+                    let each = messages(&self.buffer).map(|message| about(message, table, own, since));
+                    touched = each.fold(touched, Ord::max);
+                }
+                // Other programs may write more at once than the socket holds.
+                Err(Error::Overrun | Error::Malformed(_)) => touched = touched.max(Touched::Perhaps),
                 Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => return Ok(touched),
                 Err(error) => return Err(error.into()),
             }
@@ -96,9 +134,66 @@ impl Changes {
     }
 }
 
-/// Whether a notification is about this table, or cannot be read.
-fn names(message: Result<(netlink::Header, &[u8]), Error>, table: &str) -> bool {
-    let Ok((_, body)) = message else { return true };
-    let name = body.get(NFGEN_HEADER..).and_then(|attributes| attribute(attributes, TABLE_NAME));
-    name.and_then(|name| name.strip_suffix(&[0])) == Some(table.as_bytes())
+/// What a notification says about a table.
+fn about(
+    message: Result<(netlink::Header, &[u8]), Error>,
+    table: &str,
+    own: &[Transaction],
+    since: Option<u32>,
+) -> Touched {
+    let Ok((header, body)) = message else { return Touched::Perhaps };
+    // `struct nfgenmsg`: the family, a version, and the lower half of the generation in network byte order.
+    let Some((&[family, _, high, low], attributes)) = body.split_first_chunk::<NFGEN_HEADER>() else {
+        return Touched::Perhaps;
+    };
+    let name = attribute(attributes, TABLE_NAME).and_then(|name| name.strip_suffix(&[0]));
+    if family != INET || name != Some(table.as_bytes()) {
+        return Touched::No;
+    }
+    let generation = u16::from_be_bytes([high, low]);
+    if let Some([.., high, low]) = since.map(u32::to_be_bytes)
+        && generation.wrapping_sub(u16::from_be_bytes([high, low])) > u16::MAX / 2
+    {
+        return Touched::No;
+    }
+    let within = |&&(first, last): &&Transaction| {
+        let [.., high, low] = first.to_be_bytes();
+        let after_first = generation.wrapping_sub(u16::from_be_bytes([high, low]));
+        u32::from(after_first) <= last.wrapping_sub(first)
+    };
+    match own.iter().rev().find(within) {
+        Some((first, last)) if first == last => Touched::No,
+        Some(_) => Touched::Perhaps,
+        None if header.kind == DELETE_TABLE => Touched::Removed,
+        None => Touched::Changed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::netlink::encode_attribute;
+
+    #[test]
+    fn own_transactions_are_not_taken_for_those_of_others() {
+        let said = |kind, family, generation: u32, own: &[Transaction]| {
+            let [.., high, low] = generation.to_be_bytes();
+            let body = [&[family, 0, high, low][..], &encode_attribute(TABLE_NAME, b"mine\0")].concat();
+            let header = netlink::Header { kind, flags: 0, sequence: 0, port: 0 };
+            about(Ok((header, &body)), "mine", own, Some(4))
+        };
+        const NEW: u16 = 10 << 8;
+        assert_eq!(said(NEW, INET, 7, &[]), Touched::Changed);
+        assert_eq!(said(NEW, INET, 7, &[(7, 7)]), Touched::No);
+        assert_eq!(said(NEW, INET, 7, &[(6, 8)]), Touched::Perhaps);
+        assert_eq!(said(NEW, INET, 9, &[(6, 8)]), Touched::Changed);
+        assert_eq!(said(NEW, INET, 5, &[(6, 8)]), Touched::Changed);
+        assert_eq!(said(DELETE_TABLE, INET, 9, &[(6, 8)]), Touched::Removed);
+        // The lower half of the generation alone is sent.
+        assert_eq!(said(NEW, INET, 0x2_0006, &[(0x1_ffff, 0x2_0006)]), Touched::Perhaps);
+        assert_eq!(said(NEW, 2, 7, &[]), Touched::No);
+        // What came before the table was written again.
+        assert_eq!(said(DELETE_TABLE, INET, 3, &[]), Touched::No);
+        assert_eq!(said(DELETE_TABLE, INET, 4, &[]), Touched::Removed);
+    }
 }

@@ -1,7 +1,8 @@
 //! The driver: the pure parts put together with nft.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::programs::Programs;
@@ -9,7 +10,7 @@ use super::render::{self, Options};
 use super::ruleset::Ruleset;
 use super::{read, save, script};
 use crate::firewall::{Firewall, Hits, Remains};
-use crate::kernel::nftables::Ruleset as Generation;
+use crate::kernel::nftables::{Ruleset as Generation, Transaction};
 use crate::model::{Policy, Topology};
 
 /// How the driver works.
@@ -29,15 +30,27 @@ pub struct Nftables {
     config: Config,
     /// The last rules that the kernel took.
     written: Option<Written>,
+    /// The last transactions that it took, oldest first.
+    transactions: VecDeque<Transaction>,
+    /// The first generation that the last writing of the whole table may have had: what was changed before is no more.
+    rewritten: Option<u32>,
 }
+
+/// Transactions whose notifications may still wait.
+const RECENT: usize = 16;
+/// Time from a write until the rules are read back.
+const AT_LEISURE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 struct Written {
     rules: Ruleset,
+    at: Instant,
     /// The generation of the kernel's ruleset right after, if no other program wrote at the same time.
     generation: Option<u32>,
     /// As read back; `None`: not read back yet.
     fingerprint: Option<Option<u64>>,
+    /// The script that writes all of it, for a repair; made at leisure.
+    whole: Option<String>,
 }
 
 /// See [`Firewall::Observed`]: a hash of the table, if there is one.
@@ -58,7 +71,7 @@ impl Nftables {
     /// If it is not installed.
     pub fn new(config: Config) -> Result<Self, Error> {
         config.programs.nft()?;
-        Ok(Self { config, written: None })
+        Ok(Self { config, written: None, transactions: VecDeque::new(), rewritten: None })
     }
 
     pub(super) const fn topology(&self) -> &Topology {
@@ -78,6 +91,56 @@ impl Nftables {
         self.written.as_ref().is_some_and(|written| written.fingerprint.is_some())
     }
 
+    /// Whether the rules should be read back now: soon after they were written, if another program wrote at the same time.
+    pub(super) fn is_due(&self) -> bool {
+        self.written.as_ref().is_some_and(|written| {
+            let due = written.generation.is_none() || written.at.elapsed() >= AT_LEISURE;
+            due && written.fingerprint.is_none()
+        })
+    }
+
+    /// Returns the last transactions of this driver, and the generation before which changes of the table do not matter.
+    pub(super) fn transactions(&mut self) -> (&[Transaction], Option<u32>) {
+        (self.transactions.make_contiguous(), self.rewritten)
+    }
+
+    /// Writes the whole table as it was written last, whatever stands there.
+    pub(super) fn restore(&mut self, policy: &Policy) -> Result<(), Error> {
+        let Some(Written { rules, whole: script, .. }) = self.written.take() else {
+            return self.rewrite(policy);
+        };
+        self.write_whole(rules, script)
+    }
+
+    fn write_whole(&mut self, rules: Ruleset, script: Option<String>) -> Result<(), Error> {
+        let script = script.unwrap_or_else(|| whole(&rules));
+        self.write(rules, &script)?;
+        self.rewritten = self.transactions.back().map(|(first, _)| *first);
+        if let Some(written) = &mut self.written {
+            written.whole = Some(script);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, rules: Ruleset, script: &str) -> Result<(), Error> {
+        if script.is_empty() {
+            return Ok(());
+        }
+        crate::fault::point("nftables:apply");
+        let before = generation()?;
+        self.config.programs.apply(script)?;
+        // One transaction counts as one.
+        let (first, last) = (before.wrapping_add(1), generation()?);
+        if self.transactions.len() == RECENT {
+            self.transactions.pop_front();
+        }
+        self.transactions.push_back((first, last));
+        let generation = (first == last).then_some(last);
+        self.written =
+            Some(Written { rules, at: Instant::now(), generation, fingerprint: None, whole: None });
+        Ok(())
+    }
+
     fn rules(&self, policy: &Policy) -> Ruleset {
         render::ruleset(policy, &self.config.options)
     }
@@ -85,8 +148,7 @@ impl Nftables {
     /// Writes the whole table, whatever stands there.
     pub(super) fn rewrite(&mut self, policy: &Policy) -> Result<(), Error> {
         let rules = self.rules(policy);
-        let script = whole(&rules);
-        self.apply(&Plan { rules, script })
+        self.write_whole(rules, None)
     }
 
     /// Reads the counters that say why packets were denied, by `bridge:REASON`.
@@ -123,16 +185,7 @@ impl Firewall for Nftables {
     }
 
     fn apply(&mut self, plan: &Plan) -> Result<(), Error> {
-        if plan.script.is_empty() {
-            return Ok(());
-        }
-        crate::fault::point("nftables:apply");
-        let before = generation()?;
-        self.config.programs.apply(&plan.script)?;
-        // One transaction counts as one.
-        let generation = Some(generation()?).filter(|now| *now == before.wrapping_add(1));
-        self.written = Some(Written { rules: plan.rules.clone(), generation, fingerprint: None });
-        Ok(())
+        self.write(plan.rules.clone(), &plan.script)
     }
 
     fn verify(&mut self, _policy: &Policy) -> Result<(), Error> {
@@ -153,6 +206,9 @@ impl Firewall for Nftables {
             }
         }
         written.fingerprint = Some(fingerprint);
+        if written.whole.is_none() {
+            written.whole = Some(whole(&written.rules));
+        }
         Ok(())
     }
 
@@ -194,7 +250,7 @@ impl Firewall for Nftables {
         if let Some(Written { rules, .. }) = &self.written {
             let wanted = self.rules(policy);
             let script = script::change(rules, &wanted);
-            match self.apply(&Plan { rules: wanted, script }) {
+            match self.write(wanted, &script) {
                 Ok(()) => return Ok(()),
                 // Another program has changed the table.
                 Err(error) => tracing::debug!(%error, "the whole table is written"),

@@ -1,12 +1,16 @@
 //! Notices within a second that another program changed the rules, and restores them.
 //!
-//! The kernel notifies of every change of nf_tables, with the name of the table. Only if bridge's is among them (or if more
-//! was changed at once than a socket holds) the rules are read.
+//! The kernel notifies of every change of nf_tables, with the name of the table and the number of the transaction. A change of
+//! bridge's table by another transaction than its own is damage, and the table is written again. Only where that is uncertain
+//! (more was changed at once than a socket holds, or another program wrote at the same time) the rules are read.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::driver::Nftables;
 use super::error::Error;
@@ -14,14 +18,16 @@ use super::ruleset::TABLE;
 use crate::firewall::saver::Saver;
 use crate::firewall::survey::Survey;
 use crate::firewall::{Firewall, Hits, Remains, Surveyor};
-use crate::kernel::nftables::Changes;
+use crate::kernel::nftables::{Changes, Touched};
 use crate::model::{Mode, Policy, Topology};
 
-/// Between two rounds.
+/// Between two rounds without a notification.
 const INTERVAL: Duration = Duration::from_millis(200);
-/// Rounds must leave this many times their own duration free, up to [`LONGEST`].
-const IDLE_SHARE: u32 = 19;
-const LONGEST: Duration = Duration::from_millis(700);
+/// Rounds leave this many times their own duration free, between these bounds, whatever is notified: the ruleset may be that of
+/// a program that writes without end.
+const IDLE_SHARE: u32 = 9;
+const SHORTEST: Duration = Duration::from_millis(20);
+const LONGEST: Duration = Duration::from_millis(400);
 /// Between two readings of the counters, while eBPF is beside.
 const COUNTING: Duration = Duration::from_secs(5);
 /// Reasons that are none of eBPF's business: `scope: strict` is for the packet filter alone.
@@ -54,8 +60,8 @@ struct Shared {
     state: Mutex<State>,
     /// Apart from the state, so that it can be had while rules are being written.
     status: Mutex<Status>,
-    stop: Mutex<bool>,
-    stopped: Condvar,
+    /// Can be read once the watch is to end.
+    stop: OwnedFd,
 }
 
 #[derive(Debug)]
@@ -63,8 +69,8 @@ struct State {
     firewall: Nftables,
     policy: Arc<Policy>,
     changes: Changes,
-    /// Changes were notified that were not looked at yet.
-    unread: bool,
+    /// Changes by others that were notified and not looked at yet.
+    unread: Touched,
     saver: Saver,
     /// The counters as last read, with eBPF beside.
     comparison: Option<Comparison>,
@@ -91,26 +97,26 @@ impl Guard {
         let changes = Changes::open()
             .map_err(|source| Error::Kernel { request: "watch the changes of nf_tables".into(), source })?;
         firewall.converge(&policy)?;
+        let notified = changes
+            .descriptor()
+            .map_err(|source| Error::Kernel { request: "watch the changes of nf_tables".into(), source })?;
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|error| Error::Kernel { request: "make an event".into(), source: error.into() })?;
         let mut state = State {
             firewall,
             policy: Arc::new(policy),
             changes,
-            unread: false,
+            unread: Touched::No,
             saver: Saver::default(),
             comparison: None,
         };
         state.save();
-        let shared = Arc::new(Shared {
-            state: Mutex::new(state),
-            status: Mutex::default(),
-            stop: Mutex::default(),
-            stopped: Condvar::new(),
-        });
+        let shared = Arc::new(Shared { state: Mutex::new(state), status: Mutex::default(), stop });
         let thread = std::thread::Builder::new()
             .name("nftables-watch".into())
             .spawn({
                 let shared = Arc::clone(&shared);
-                move || watch(&shared, survey)
+                move || watch(&shared, &notified, survey)
             })
             .map_err(|source| Error::Kernel { request: "start a thread".into(), source })?;
         Ok(Self { shared, thread: Some(thread) })
@@ -185,8 +191,9 @@ impl Guard {
 
     /// Ends the watch and leaves the rules.
     pub fn stop(&mut self) {
-        *self.shared.stop.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.shared.stopped.notify_all();
+        if let Err(error) = rustix::io::write(&self.shared.stop, &1_u64.to_ne_bytes()) {
+            tracing::error!(%error, "the watch over nftables cannot be ended");
+        }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -205,25 +212,39 @@ impl State {
     /// Applies a policy. Where another program has changed the table since it was last looked at, all of it is written:
     /// a foreign rule must not be taken for one that belongs there.
     fn converge(&mut self, policy: &Policy) -> Result<(), Error> {
-        if self.look() && !self.is_unharmed() {
-            return self.firewall.rewrite(policy);
+        let harmed = match self.look() {
+            Touched::No => false,
+            Touched::Perhaps => !matches!(self.drift(), Ok(None)),
+            Touched::Changed | Touched::Removed => true,
+        };
+        if !harmed {
+            return self.firewall.converge(policy);
         }
-        self.firewall.converge(policy)
+        self.firewall.rewrite(policy)?;
+        self.unread = Touched::No;
+        Ok(())
     }
 
-    /// Whether changes were notified since the table was last found as it should be.
-    fn look(&mut self) -> bool {
-        let touched = self.changes.touched(TABLE).unwrap_or_else(|error| {
+    /// Returns the changes by others that were notified since the table was last found as it should be.
+    fn look(&mut self) -> Touched {
+        let (own, since) = self.firewall.transactions();
+        let touched = self.changes.touched(TABLE, own, since).unwrap_or_else(|error| {
             tracing::debug!(%error, "notifications of nf_tables cannot be read");
-            true
+            Touched::Perhaps
         });
-        self.unread |= touched || !self.firewall.is_verified();
+        self.unread = self.unread.max(touched);
         self.unread
     }
 
-    fn is_unharmed(&mut self) -> bool {
-        let verified = self.firewall.is_verified() || self.firewall.verify(&self.policy).is_ok();
-        verified && matches!(self.firewall.drift(), Ok(None))
+    /// Reads the rules; returns the difference from those written, if there is one.
+    fn drift(&mut self) -> Result<Option<String>, Error> {
+        if self.firewall.is_verified() {
+            return self.firewall.drift().map(|drift| drift.map(|(drift, _)| drift));
+        }
+        match self.firewall.verify(&self.policy) {
+            Err(Error::NotAsWritten { found }) => Ok(Some(format!("table inet {TABLE}: {found}"))),
+            result => result.map(|()| None),
+        }
     }
 
     /// Saves the rules for the next boot; after a failure the watch tries again.
@@ -232,15 +253,17 @@ impl State {
     }
 }
 
-fn watch(shared: &Shared, mut survey: Option<Survey>) {
-    let mut pause = INTERVAL;
-    while !shared.stops_within(pause) {
+fn watch(shared: &Shared, notified: &OwnedFd, mut survey: Option<Survey>) {
+    let mut pause = SHORTEST;
+    // What is notified during the pause is looked at after it, at once.
+    while !shared.stops_within(None, pause) && !shared.stops_within(Some(notified), INTERVAL) {
         let begun = Instant::now();
         if let Some(topology) = survey.as_mut().and_then(|survey| survey.take(begun)) {
             shared.follow(topology);
         }
         let mut state = shared.state();
-        let repaired = state.look() && shared.check(&mut state);
+        let wanted = state.look() != Touched::No || state.firewall.is_due();
+        let repaired = wanted && shared.check(&mut state);
         if state.saver.is_due() {
             state.save();
         }
@@ -250,7 +273,7 @@ fn watch(shared: &Shared, mut survey: Option<Survey>) {
         }
         drop(state);
         // The other program may not have finished: look again soon.
-        pause = if repaired { INTERVAL } else { (begun.elapsed() * IDLE_SHARE).clamp(INTERVAL, LONGEST) };
+        pause = if repaired { SHORTEST } else { (begun.elapsed() * IDLE_SHARE).clamp(SHORTEST, LONGEST) };
     }
 }
 
@@ -263,11 +286,24 @@ impl Shared {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the end, or for the pause to pass.
-    fn stops_within(&self, pause: Duration) -> bool {
-        let stop = self.stop.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = self.stopped.wait_timeout_while(stop, pause, |stop| !*stop);
-        *waited.unwrap_or_else(PoisonError::into_inner).0
+    /// Waits for the end of the watch, for a notification on `notified`, or for the pause to pass. Returns whether it was the
+    /// end.
+    fn stops_within(&self, notified: Option<&OwnedFd>, pause: Duration) -> bool {
+        let events = std::iter::once(&self.stop).chain(notified);
+        let mut events: Vec<_> =
+            events.map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
+        let until = Instant::now() + pause;
+        loop {
+            let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
+            match poll(&mut events, left.as_ref()) {
+                Ok(_) => return events.first().is_some_and(|stop| !stop.revents().is_empty()),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the watch over nftables cannot wait");
+                    return true;
+                }
+            }
+        }
     }
 
     /// Renders the rules for another topology.
@@ -294,17 +330,14 @@ impl Shared {
 
     /// Checks the rules, and restores them. Returns whether they were restored.
     fn check(&self, state: &mut State) -> bool {
-        let drift = if state.firewall.is_verified() {
-            state.firewall.drift().map(|drift| drift.map(|(what, _)| what))
-        } else {
-            match state.firewall.verify(&state.policy) {
-                Err(Error::NotAsWritten { found }) => Ok(Some(format!("table inet {TABLE}: {found}"))),
-                result => result.map(|()| None),
-            }
+        let drift = match state.unread {
+            Touched::Removed => Ok(Some(format!("table inet {TABLE} was removed"))),
+            Touched::Changed => Ok(Some(format!("table inet {TABLE} was changed by another program"))),
+            Touched::No | Touched::Perhaps => state.drift(),
         };
         let drift = match drift {
             Ok(None) => {
-                state.unread = false;
+                state.unread = Touched::No;
                 self.status().failure = None;
                 return false;
             }
@@ -315,8 +348,9 @@ impl Shared {
             }
         };
         self.count(state);
-        match state.firewall.rewrite(&state.policy) {
+        match state.firewall.restore(&state.policy) {
             Ok(()) => {
+                state.unread = Touched::No;
                 // The counters begin at zero.
                 if let Some(comparison) = &mut state.comparison {
                     comparison.counters.clear();
