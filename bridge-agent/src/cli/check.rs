@@ -6,6 +6,7 @@ use std::path::Path;
 use clap::Args;
 
 use super::{Error, Global, print, print_diagnostics, print_json, table};
+use crate::agent::PacketFilterKind;
 use crate::config::{self, Config, Loaded, Manifests, Role};
 use crate::explain::{
     Offline,
@@ -52,9 +53,12 @@ impl Check {
             return expect(cases, &config, global);
         }
         let effective = config.effective();
+        let chosen = PacketFilterKind::chosen(&config);
         if global.json {
+            let auto = chosen.map(|(kind, why)| serde_json::json!({ "engine": kind.name(), "why": why }));
             return print_json(&serde_json::json!({
                 "ok": true,
+                "auto": auto,
                 "diagnostics": warnings.list,
                 "leftOff": warnings.left_off,
                 "config": effective,
@@ -62,7 +66,10 @@ impl Check {
         }
         print_diagnostics(&warnings)?;
         let yaml = effective.to_yaml().map_err(|error| Error::Format(error.to_string()))?;
-        print(&format!("# {} is valid: {}\n{yaml}", path.display(), summary(&config)))
+        let auto = chosen
+            .map(|(kind, why)| format!("# engine auto is {} on this node: {why}\n", kind.name()))
+            .unwrap_or_default();
+        print(&format!("# {} is valid: {}\n{auto}{yaml}", path.display(), summary(&config)))
     }
 }
 

@@ -28,6 +28,10 @@ pub struct StatusCommand {
     watch: Watch,
 }
 
+/// Features that a packet filter alone lacks.
+const WITHOUT_EBPF: &str = "no eBPF enforcement: without it there are no hooks of the port pool, no events of `monitor`, and no \
+                            fast path; the packet filter enforces alone";
+
 /// State found in the pins, of whichever agent made them.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -167,7 +171,8 @@ impl Report {
                 line("fast path", format!("{direction} {outcome}: {packets} packets"));
             }
         } else {
-            line("policy", "no eBPF enforcement".into());
+            let alone = self.agent.as_ref().is_some_and(|status| status.firewall.is_some());
+            line("policy", if alone { WITHOUT_EBPF.into() } else { "no eBPF enforcement".into() });
         }
         if let Some(status) = &self.agent {
             if let Some(trial) = &status.trial {
@@ -176,12 +181,15 @@ impl Report {
             if let Some(TrialEnd { time, outcome }) = &status.last_trial {
                 line("last trial", format!("{time}, {}", ended(*outcome)));
             }
-            if let Some(FirewallStatus { engine, backend, repairs, last_repair, failure, .. }) =
+            if let Some(FirewallStatus { engine, backend, chosen, repairs, last_repair, failure, .. }) =
                 &status.firewall
             {
                 let engine = if engine == "nftables" { "nftables" } else { "iptables" };
                 let last = last_repair.as_ref().map(|why| format!(", last: {why}")).unwrap_or_default();
                 line(engine, format!("active ({backend}), restored {repairs} times{last}"));
+                if let Some(why) = chosen {
+                    line(engine, format!("chosen by auto: {why}"));
+                }
                 if let Some(divergence) = &status.firewall.as_ref().and_then(|f| f.divergence.as_ref()) {
                     line("divergence", self::divergence(divergence));
                 }

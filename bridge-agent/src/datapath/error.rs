@@ -20,7 +20,8 @@ pub enum Error {
     Pins(#[from] pins::Error),
     /// The process lacks the privileges to load programs.
     #[error(
-        "missing {missing}: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add)"
+        "missing {missing}: run as root, or grant it (systemd: AmbientCapabilities=, Kubernetes: securityContext.capabilities.add); where BPF is forbidden, \
+         `enforcement.engines: [nftables]` enforces without it"
     )]
     Capability {
         /// Names of capabilities, with `,` between them.

@@ -83,18 +83,50 @@ fn body(family: u8, resource: u16, attributes: &[u8]) -> Vec<u8> {
 
 /// The x_tables tables that exist in this network namespace; asking for one by name would make it.
 pub(super) fn legacy_tables(family: Family) -> Vec<String> {
+    read_legacy_tables(family).unwrap_or_default()
+}
+
+fn read_legacy_tables(family: Family) -> io::Result<Vec<String>> {
     let file = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",
     };
-    // Not there: the kernel has no x_tables for this family, so no tables either.
-    std::fs::read_to_string(file).unwrap_or_default().lines().map(str::to_owned).collect()
+    match std::fs::read_to_string(file) {
+        Ok(names) => Ok(names.lines().map(str::to_owned).collect()),
+        // The kernel has no x_tables for this family, so no tables either.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }
 
-/// Whether iptables-legacy has tables in this network namespace.
-#[must_use]
-pub fn uses_legacy() -> bool {
-    Family::ALL.into_iter().any(|family| !legacy_tables(family).is_empty())
+/// Returns the tables of iptables-legacy with rules or chains in this network namespace, each named once. A table that was only
+/// listed exists, and holds nothing. Without CAP_NET_ADMIN every table that exists counts.
+///
+/// # Errors
+/// This user may not see them.
+pub fn legacy_in_use() -> io::Result<Vec<String>> {
+    let mut used = Vec::new();
+    for family in Family::ALL {
+        let socket = Legacy::open(family);
+        for table in read_legacy_tables(family)? {
+            let holds =
+                socket.as_ref().map_or(true, |socket| socket.info(&table).map_or(true, |info| holds(&info)));
+            if holds && !used.contains(&table) {
+                used.push(table);
+            }
+        }
+    }
+    Ok(used)
+}
+
+/// Whether a table holds more than a policy for each of its hooks, and its end.
+fn holds(outline: &Outline) -> bool {
+    let word = |at: usize| {
+        let bytes = outline.get(at..at + 4).and_then(|bytes| bytes.try_into().ok()).unwrap_or_default();
+        u32::from_ne_bytes(bytes)
+    };
+    let (valid_hooks, entries) = (word(32), word(76));
+    entries > valid_hooks.count_ones() + 1
 }
 
 /// A socket to the tables of x_tables in the network namespace it was opened in.
@@ -126,8 +158,13 @@ impl Legacy {
 
     /// Whatever is added or removed changes it, by size if not by count. The table must exist, or it is made.
     pub(super) fn outline(&self, table: Table) -> io::Result<Outline> {
+        self.info(table.name())
+    }
+
+    fn info(&self, table: &str) -> io::Result<Outline> {
         let mut info = [0; Self::INFO];
-        info[..table.name().len()].copy_from_slice(table.name().as_bytes());
+        let name = info.get_mut(..table.len().min(31)).unwrap_or_default();
+        name.copy_from_slice(&table.as_bytes()[..name.len()]);
         self.getsockopt(Self::GET_INFO, &mut info)?;
         Ok(info)
     }

@@ -22,5 +22,5 @@ pub mod watch;
 pub use budget::{MAX_LINES, check};
 pub use driver::{Config, Iptables, Observed, Plan};
 pub use error::Error;
-pub use kernel::uses_legacy;
+pub use kernel::legacy_in_use;
 pub use programs::{Backend, Programs};

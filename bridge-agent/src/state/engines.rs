@@ -75,6 +75,9 @@ pub struct FirewallStatus {
     pub engine: String,
     /// Of iptables `nft` or `legacy`, of nftables the family and name of its table.
     pub backend: String,
+    /// Why `auto` has taken this engine; `None` if the configuration names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<String>,
     /// How often the agent repaired rules that another program had changed.
     pub repairs: u64,
     /// Damage found at the last repair.

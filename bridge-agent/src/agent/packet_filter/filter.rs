@@ -82,6 +82,8 @@ pub(in crate::agent) struct Filter<E: Engine> {
     pub(super) settings: Settings<E::Section>,
     /// Whether eBPF is beside it.
     pub(super) compares: bool,
+    /// Why `auto` has taken it, if it has.
+    pub(super) chosen: Option<String>,
 }
 
 /// Applied rules, for a roll-back.
@@ -95,7 +97,7 @@ impl<E: Engine> Filter<E> {
     pub(super) fn start(config: &Config, on_trial: bool) -> Result<Self, E::Error> {
         let settings = Settings::new(config, E::section(config));
         let engine = E::start(&settings, config.policy(), on_trial, None)?;
-        Ok(Self { engine, settings, compares: false })
+        Ok(Self { engine, settings, compares: false, chosen: None })
     }
 
     /// Applies another configuration; the former one stays active if it is refused.

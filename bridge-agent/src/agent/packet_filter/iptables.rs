@@ -147,6 +147,7 @@ impl Filter<Watched> {
         FirewallStatus {
             engine: "iptables".into(),
             backend: self.engine.backend.clone(),
+            chosen: None,
             repairs: seen.repairs,
             last_repair,
             last_repair_time: repaired.map(clock::at),

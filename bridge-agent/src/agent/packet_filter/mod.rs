@@ -59,15 +59,37 @@ impl Kind {
             Engine::Ebpf => None,
             Engine::Iptables => Some(Self::Iptables),
             Engine::Nftables => Some(Self::Nftables),
-            Engine::Auto => Some(Self::of_this_host()),
+            Engine::Auto => Some(Self::of_this_host().0),
         })
     }
 
-    /// nftables, if it is installed and no table of iptables-legacy stands beside it: rules of one system are easier to
+    /// Returns the packet filter that `auto` takes on this host, and why; `None` if the configuration leaves nothing to choose.
+    #[must_use]
+    pub fn chosen(config: &Config) -> Option<(Self, String)> {
+        let leaves = config.role == Role::Node && config.enforcement.engines.contains(&Engine::Auto);
+        leaves.then(Self::of_this_host)
+    }
+
+    /// nftables, if it is installed and no rules of iptables-legacy stand beside it: rules of one system are easier to
     /// understand than those of two.
-    fn of_this_host() -> Self {
-        let has_nft = by_nftables::Programs::default().nft().is_ok();
-        if has_nft && !by_iptables::uses_legacy() { Self::Nftables } else { Self::Iptables }
+    fn of_this_host() -> (Self, String) {
+        if by_nftables::Programs::default().nft().is_err() {
+            return (Self::Iptables, "nft is not installed".into());
+        }
+        match by_iptables::legacy_in_use() {
+            Ok(tables) if tables.is_empty() => {
+                (Self::Nftables, "nft is installed, and no rules of iptables-legacy are in use".into())
+            }
+            Ok(tables) => {
+                (Self::Iptables, format!("rules of iptables-legacy are in use, in {}", tables.join(", ")))
+            }
+            Err(error) => (
+                Self::Nftables,
+                format!(
+                    "nft is installed; whether rules of iptables-legacy are in use cannot be read: {error}"
+                ),
+            ),
+        }
     }
 }
 
@@ -102,11 +124,15 @@ fn check(config: &Config) -> Result<(), Error> {
 impl PacketFilter {
     /// Applies the rules; `None` if the configuration wants none.
     fn start(config: &Config, on_trial: bool) -> Result<Option<Self>, Error> {
-        Ok(match Kind::of(config) {
-            None => None,
-            Some(Kind::Iptables) => Some(Self::Iptables(Filter::start(config, on_trial)?)),
-            Some(Kind::Nftables) => Some(Self::Nftables(Filter::start(config, on_trial)?)),
-        })
+        let chosen = Kind::chosen(config);
+        let kind = chosen.as_ref().map(|(kind, _)| *kind).or_else(|| Kind::of(config));
+        let mut started = match kind {
+            None => return Ok(None),
+            Some(Kind::Iptables) => Self::Iptables(Filter::start(config, on_trial)?),
+            Some(Kind::Nftables) => Self::Nftables(Filter::start(config, on_trial)?),
+        };
+        started.set_chosen(chosen.map(|(_, why)| why));
+        Ok(Some(started))
     }
 
     const fn kind(&self) -> Kind {
@@ -128,7 +154,20 @@ impl PacketFilter {
             Self::Iptables(filter) => filter.reload(config, on_trial)?,
             Self::Nftables(filter) => filter.reload(config, on_trial)?,
         }
+        self.set_chosen(match Kind::chosen(config) {
+            Some((kind, why)) if kind == self.kind() => Some(why),
+            Some(_) => Some("it was active before; a restart chooses again".into()),
+            None => None,
+        });
         Ok(())
+    }
+
+    /// Notes why `auto` has taken this packet filter, if it has.
+    fn set_chosen(&mut self, why: Option<String>) {
+        match self {
+            Self::Iptables(filter) => filter.chosen = why,
+            Self::Nftables(filter) => filter.chosen = why,
+        }
     }
 
     /// Returns the policy of the rules.
@@ -181,10 +220,11 @@ impl PacketFilter {
     }
 
     pub(super) fn status(&self) -> FirewallStatus {
-        match self {
-            Self::Iptables(filter) => filter.status(),
-            Self::Nftables(filter) => filter.status(),
-        }
+        let (status, chosen) = match self {
+            Self::Iptables(filter) => (filter.status(), &filter.chosen),
+            Self::Nftables(filter) => (filter.status(), &filter.chosen),
+        };
+        FirewallStatus { chosen: chosen.clone(), ..status }
     }
 
     /// Removes every rule. Failures are logged; the remains are to be removed later.

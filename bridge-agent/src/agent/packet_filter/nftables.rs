@@ -147,6 +147,7 @@ impl Filter<Watched> {
         FirewallStatus {
             engine: "nftables".into(),
             backend: format!("inet {}", nftables::TABLE),
+            chosen: None,
             repairs: seen.repairs,
             last_repair,
             last_repair_time: repaired.map(clock::at),
