@@ -16,6 +16,7 @@ use bridge_common::filter::flow::state;
 
 use super::asked::Rules;
 use super::node::{Node, SIDES};
+use super::translated::{self, Service};
 use super::{Side, local};
 
 /// No flow expires while a case lasts. In nanoseconds.
@@ -26,6 +27,11 @@ const ETHERNET: u32 = 14;
 pub(super) trait Engine {
     /// Forgets every flow, and activates the policy.
     fn enforce(&mut self, policy: &Policy) -> Result<()>;
+
+    /// Forgets every flow.
+    fn forget(&mut self) -> Result<()> {
+        forget_flows()
+    }
 
     /// Reads the rules of the kernel as `explain` does; `None`: the engine is no packet filter.
     fn rules(&self) -> Result<Option<Rules>> {
@@ -81,6 +87,21 @@ fn options() -> FirewallOptions {
     let [lan, pods] = SIDES.map(|(_, name, _)| name.to_owned());
     let topology = Topology { external: vec![lan], internal: vec![pods], ..Topology::default() };
     FirewallOptions { topology, ..FirewallOptions::default() }
+}
+
+/// Runs `work` while the node translates flows to services, in the network namespace of this thread.
+pub(super) fn translating<T>(services: &[Service], work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let nft = |script: String| -> Result<()> {
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), script)?;
+        let output = Command::new("nft").arg("-f").arg(file.path()).output().context("start nft")?;
+        ensure!(output.status.success(), "nft: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    nft(translated::table(services))?;
+    let done = work();
+    nft("delete table inet translated\n".to_owned())?;
+    done
 }
 
 fn forget_flows() -> Result<()> {
@@ -142,5 +163,11 @@ impl Engine for ByEbpf {
         self.datapath.allow_fast_path(&self.targets).1?;
         self.datapath.maps.delete_flows(&FlowFilter::default())?;
         Ok(())
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.datapath.maps.delete_flows(&FlowFilter::default())?;
+        // The node's own connection tracking translates.
+        forget_flows()
     }
 }

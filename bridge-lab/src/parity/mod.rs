@@ -15,6 +15,7 @@ mod node;
 pub(crate) mod policies;
 mod run;
 mod scripts;
+mod translated;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -25,6 +26,7 @@ use self::dice::Dice;
 pub use self::endpoints::Flow;
 pub use self::expected::{Difference, Expected};
 pub use self::run::{Nodes, PACKETS_PER_POLICY, REGRESSIONS, Report};
+pub use self::translated::Service;
 use crate::packet::Packet;
 
 /// Addresses that the node routes to the LAN.
@@ -67,6 +69,8 @@ pub struct Sent {
     pub from: Side,
     /// The packet, or its fragments in the order to be sent.
     pub packets: Vec<Packet>,
+    /// The packet that comes out, if the node translates it.
+    pub arrives: Option<Packet>,
     /// Expected verdict if all packets before it were sent, by the documentation.
     pub expected: Expected,
 }
@@ -80,6 +84,10 @@ pub struct Case {
     pub policy: Policy,
     /// To be sent in order. No two stories share a flow.
     pub sent: Vec<Sent>,
+    /// How many of them come before the services.
+    pub plain: usize,
+    /// Translate the rest.
+    pub services: Vec<Service>,
 }
 
 impl Case {
@@ -102,7 +110,10 @@ impl Case {
                 sent.extend(packets);
             }
         }
-        Self { seed, policy, sent }
+        let plain = sent.len();
+        let (services, translated) = translated::stories(seed, &policy, tag);
+        sent.extend(translated);
+        Self { seed, policy, sent, plain, services }
     }
 }
 

@@ -117,7 +117,8 @@ impl Node {
         }
         let passed = |sent: &Sent| -> Result<bool> {
             let mut assembly = Assembly::default();
-            let whole = sent.packets.iter().find_map(|packet| assembly.add(&packet.ip()));
+            let out = sent.arrives.as_ref().map_or(sent.packets.as_slice(), std::slice::from_ref);
+            let whole = out.iter().find_map(|packet| assembly.add(&packet.ip()));
             let identity = whole.context("fragments that make no whole")?;
             let to = if local().contains(&identity.destination) { None } else { Some(sent.from.other()) };
             Ok(seen.contains(&(to, identity)))

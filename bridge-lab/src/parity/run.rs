@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use bridge_agent::datapath::{Maps, Pins};
 use bridge_common::filter::fast_path::Outcome;
 
-use super::engines::{ByEbpf, ByIptables, ByNftables, Engine};
+use super::engines::{ByEbpf, ByIptables, ByNftables, Engine, translating};
 use super::node::Node;
 use super::{Case, Difference, Sent};
 use crate::cpu::stay_on;
@@ -20,7 +20,7 @@ use crate::lab::Lab;
 /// Packets of a policy, at least.
 pub const PACKETS_PER_POLICY: usize = 500;
 /// Seeds of cases that once showed a fault of an engine, and that fault.
-pub const REGRESSIONS: [(u64, &str); 4] = [
+pub const REGRESSIONS: [(u64, &str); 6] = [
     (68, "eBPF let a TCP header in fragments of 8 or 16 octets through to a denied NodePort"),
     (
         105,
@@ -28,6 +28,11 @@ pub const REGRESSIONS: [(u64, &str); 4] = [
     ),
     (110, "eBPF let an IPv6 packet without next header through by a rule for any protocol"),
     (113, "eBPF denied a LAN router's ICMP error about a flow out of scope"),
+    (
+        80,
+        "eBPF denied answers to a pod whose connection a Service led to a host outside of networks.external",
+    ),
+    (312, "eBPF denied a connection to an allowed NodePort whose backend is outside of networks.pods"),
 ];
 /// Cases that wait for a slower engine.
 const AHEAD: usize = 2;
@@ -58,6 +63,8 @@ pub struct Report {
     pub passed: usize,
     /// How many of the node that enforces by eBPF took the fast path.
     pub fast: u64,
+    /// How many of the packets a node had to translate.
+    pub translated: usize,
     /// How many met each intended difference.
     pub intended: BTreeMap<Difference, usize>,
     /// How many were treated by an engine in another way than expected.
@@ -85,6 +92,7 @@ impl fmt::Display for Report {
         writeln!(f, "{} policies", self.policies)?;
         let passed = 100 * self.passed / self.packets.max(1);
         writeln!(f, "{} packets through each engine, {passed} % passed all", self.packets)?;
+        writeln!(f, "{} were to be translated", self.translated)?;
         writeln!(f, "{} took the fast path of eBPF", self.fast)?;
         writeln!(f, "{:.0} packets per second ({:.0} s)", self.rate(), self.took.as_secs_f64())?;
         for difference in Difference::ALL {
@@ -124,8 +132,12 @@ impl Worker {
             let mut engine = engine(&node)?;
             let mut judge = |case: &Case| -> Result<Seen> {
                 engine.enforce(&case.policy)?;
-                let explained = engine.rules()?.map(|rules| rules.ask(&case.sent)).unwrap_or_default();
-                Ok(Seen { passed: node.send(&case.sent)?, explained })
+                let (plain, translated) = case.sent.split_at(case.plain);
+                let explained = engine.rules()?.map(|rules| rules.ask(plain)).unwrap_or_default();
+                let mut passed = node.send(plain)?;
+                engine.forget()?;
+                passed.extend(translating(&case.services, || node.send(translated))?);
+                Ok(Seen { passed, explained })
             };
             for case in next {
                 let seen = judge(&case).with_context(|| format!("seed {}", case.seed));
@@ -217,6 +229,7 @@ impl Report {
         }
         self.policies += 1;
         self.packets += case.sent.len();
+        self.translated += case.sent.len() - case.plain;
         for (number, sent) in case.sent.iter().enumerate() {
             let seen = verdicts.map(|of| of.get(number).copied().unwrap_or_default());
             if seen != sent.expected.by_engine() {
@@ -274,6 +287,9 @@ fn describe(case: &Case, number: usize, seen: [bool; 3]) -> String {
         let _ = writeln!(text, "  from {:?}, {source} to {destination}, {}: {hex}", other.from, other.label);
     }
     let _ = writeln!(text, "  {:?}", case.policy);
+    if number >= case.plain {
+        let _ = writeln!(text, "  {:?}", case.services);
+    }
     let _ = write!(text, "  again: cargo xtask parity --packets 1 --seed {}", case.seed);
     text
 }

@@ -68,7 +68,17 @@ fn every_packet_comes_from_its_side_and_can_be_told_from_all_others() {
 }
 
 /// Packets that no policy restricts: pods may open flows to hosts outside of `networks.external`, and get their answers.
-const UNRESTRICTED: [&str; 2] = ["question to a foreign host", "answer of a foreign host"];
+/// And packets of translated flows that were opened.
+const UNRESTRICTED: [&str; 8] = [
+    "question to a foreign host",
+    "answer of a foreign host",
+    "SYN ACK of a service",
+    "ACK to a service",
+    "data to a service",
+    "data of a service",
+    "answer of a service",
+    "another answer of a service",
+];
 
 /// Packets that no policy allows.
 const DENIED: [&str; 2] = ["datagram of a foreign host", FORGED];

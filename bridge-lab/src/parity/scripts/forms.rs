@@ -49,6 +49,7 @@ impl Story<'_> {
             label: "datagram with a forged source",
             from,
             packets,
+            arrives: None,
             expected: false.into(),
         });
     }

@@ -155,7 +155,7 @@ impl Story<'_> {
         expected: impl Into<Expected>,
     ) {
         let from = if from_opener { self.flow.from() } else { self.flow.from().other() };
-        self.sent.push(Sent { label: what, from, packets, expected: expected.into() });
+        self.sent.push(Sent { label: what, from, packets, arrives: None, expected: expected.into() });
     }
 
     /// The same story with the other side first.
