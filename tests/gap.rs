@@ -14,11 +14,21 @@ fn nothing_is_lost_and_nothing_comes_through(engines: Engines) -> Result<()> {
 }
 
 #[test]
-fn kills_upgrades_and_ten_thousand_rules_lose_nothing_in_ebpf() -> Result<()> {
+fn nothing_is_lost_or_leaked_with_ebpf() -> Result<()> {
     nothing_is_lost_and_nothing_comes_through(Engines::Ebpf)
 }
 
 #[test]
-fn kills_upgrades_and_ten_thousand_rules_lose_nothing_in_both_engines() -> Result<()> {
-    nothing_is_lost_and_nothing_comes_through(Engines::Both)
+fn nothing_is_lost_or_leaked_with_ebpf_and_iptables() -> Result<()> {
+    nothing_is_lost_and_nothing_comes_through(Engines::EbpfIptables)
+}
+
+#[test]
+fn nothing_is_lost_or_leaked_with_ebpf_and_nftables() -> Result<()> {
+    nothing_is_lost_and_nothing_comes_through(Engines::EbpfNftables)
+}
+
+#[test]
+fn nothing_is_lost_or_leaked_with_nftables_alone() -> Result<()> {
+    nothing_is_lost_and_nothing_comes_through(Engines::Nftables)
 }

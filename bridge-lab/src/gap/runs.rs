@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::{Meter, Reading, frames};
 use crate::agent::{Agent, program};
 use crate::lab::Lab;
-use crate::wait::eventually;
+use crate::wait::{eventually, patience};
 
 /// Duration of the first, undisturbed measurement, which shows the losses of the lab itself.
 const CALM: Duration = Duration::from_secs(1);
@@ -26,20 +26,45 @@ pub enum Engines {
     /// eBPF alone, with no connection tracking on the node.
     Ebpf,
     /// eBPF and iptables.
-    Both,
+    EbpfIptables,
+    /// eBPF and nftables.
+    EbpfNftables,
+    /// nftables alone.
+    Nftables,
+    /// iptables alone.
+    Iptables,
 }
 
 impl Engines {
     /// Each.
-    pub const ALL: [Self; 2] = [Self::Ebpf, Self::Both];
+    pub const ALL: [Self; 5] =
+        [Self::Ebpf, Self::EbpfIptables, Self::EbpfNftables, Self::Nftables, Self::Iptables];
 
     /// As they are written in a configuration.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
-            Self::Both => "ebpf, iptables",
+            Self::EbpfIptables => "ebpf, iptables",
+            Self::EbpfNftables => "ebpf, nftables",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
         }
+    }
+
+    const fn has_ebpf(self) -> bool {
+        matches!(self, Self::Ebpf | Self::EbpfIptables | Self::EbpfNftables)
+    }
+
+    /// The same with the other packet filter; `None` without one.
+    const fn with_other_filter(self) -> Option<Self> {
+        Some(match self {
+            Self::Ebpf => return None,
+            Self::EbpfIptables => Self::EbpfNftables,
+            Self::EbpfNftables => Self::EbpfIptables,
+            Self::Nftables => Self::Iptables,
+            Self::Iptables => Self::Nftables,
+        })
     }
 }
 
@@ -150,12 +175,25 @@ pub fn all(engines: Engines, effort: Effort, mut show: impl FnMut(&Row)) -> Resu
     let Effort { kills, times, rules, .. } = bench.effort;
     add(bench.row("nothing", 1, |_, _| wait(CALM))?);
     add(bench.row("kill -9 and start", kills, |agent, _| agent.restart())?);
-    add(bench.row("upgrade, other programs", times, other_programs)?);
-    add(bench.row("upgrade, other ABI version", times, other_version)?);
+    if engines.has_ebpf() {
+        add(bench.row("upgrade, other programs", times, other_programs)?);
+        add(bench.row("upgrade, other ABI version", times, other_version)?);
+    }
     add(bench.row(&format!("reload of {rules} rules"), times, |agent, _| {
         agent.reload(&configuration(engines, rules))?;
         agent.reload(&configuration(engines, 0))
     })?);
+    add(bench.row("trial that is confirmed, trial that expires", times, |agent, lab| {
+        trial(agent, lab, engines, rules, true)?;
+        trial(agent, lab, engines, rules, false)
+    })?);
+    if let Some(other) = engines.with_other_filter() {
+        let event = format!("change to {} and back", other.name());
+        add(bench.row(&event, times, |agent, _| {
+            change(agent, other, rules)?;
+            change(agent, engines, 0)
+        })?);
+    }
     add(down(&mut bench)?);
     drop(bench);
     add(first_start(engines, effort)?);
@@ -164,6 +202,37 @@ pub fn all(engines: Engines, effort: Effort, mut show: impl FnMut(&Row)) -> Resu
 
 fn wait(time: Duration) -> Result<()> {
     eventually(time, || None::<()>);
+    Ok(())
+}
+
+/// Replaces the packet filter by a reload.
+fn change(agent: &mut Agent, engines: Engines, rules: u32) -> Result<()> {
+    agent.reload(&configuration(engines, rules))?;
+    let status: Value = serde_json::from_str(&agent.run(&["status", "--json"])?)?;
+    let engine = status["agent"]["firewall"]["engine"].as_str();
+    ensure!(engine.is_some_and(|engine| engines.name().ends_with(engine)), "{status}\n{}", agent.log());
+    Ok(())
+}
+
+/// Applies a configuration with more rules on trial, and confirms it, or waits until the former one is active again.
+fn trial(agent: &mut Agent, lab: &Lab, engines: Engines, rules: u32, confirmed: bool) -> Result<()> {
+    let candidate = lab.directory().join("trial.yaml");
+    let api = format!("api: {{socket: {}}}\n", agent.socket().display());
+    fs::write(&candidate, configuration(engines, rules) + &api)?;
+    agent.run(&["apply", &candidate.to_string_lossy(), "--confirm", if confirmed { "10m" } else { "1s" }])?;
+    if confirmed {
+        agent.run(&["confirm"])?;
+    }
+    let over = || -> Option<()> {
+        let status: Value = serde_json::from_str(&agent.run(&["status", "--json"]).ok()?).ok()?;
+        let (trial, last) = (&status["agent"]["trial"], &status["agent"]["lastTrial"]["outcome"]);
+        (trial.is_null() && last == if confirmed { "confirmed" } else { "expired" }).then_some(())
+    };
+    let over = eventually(patience(Duration::from_secs(60)), over);
+    ensure!(over.is_some(), "the trial does not end: {}\n{}", agent.run(&["status"])?, agent.log());
+    if confirmed {
+        agent.reload(&configuration(engines, 0))?;
+    }
     Ok(())
 }
 
