@@ -6,6 +6,7 @@
 pub(crate) mod agent;
 pub mod forward;
 pub mod kube;
+mod nftables;
 mod packet;
 mod policy;
 pub mod pool;
@@ -78,6 +79,7 @@ pub const GROUPS: &[Group] = &[
     ("policy", policy::measure),
     ("agent", agent::measure),
     ("packet", packet::measure),
+    ("nftables", nftables::measure),
     ("routes", routes::measure),
     ("pool", pool::measure),
 ];

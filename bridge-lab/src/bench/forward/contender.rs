@@ -4,6 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use bridge_agent::nftables::MAX_ELEMENTS;
 
 use super::packets::{DropAt, Packets};
 use super::ruleset;
@@ -19,6 +20,8 @@ pub(super) enum Contender {
     NftablesSet,
     Ebpf,
     EbpfIptables,
+    EbpfNftables,
+    Nftables,
     FastPath,
     IptablesRaw,
     TcDrop,
@@ -32,7 +35,7 @@ const FAST_PATH: &str = "fastPath";
 
 impl Contender {
     /// In the order of display.
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::None,
         Self::TcDrop,
         Self::XdpDrop,
@@ -42,16 +45,20 @@ impl Contender {
         Self::NftablesSet,
         Self::Ebpf,
         Self::EbpfIptables,
+        Self::EbpfNftables,
+        Self::Nftables,
         Self::FastPath,
     ];
     /// Those that forward by a policy; the first is the reference of the others.
-    pub(super) const FORWARD: [Self; 7] = [
+    pub(super) const FORWARD: [Self; 9] = [
         Self::None,
         Self::IptablesLegacy,
         Self::IptablesNft,
         Self::NftablesSet,
         Self::Ebpf,
         Self::EbpfIptables,
+        Self::EbpfNftables,
+        Self::Nftables,
         Self::FastPath,
     ];
     /// Those that deny; the first is the reference of the others.
@@ -75,6 +82,8 @@ impl Contender {
             Self::NftablesSet => "nftables-set",
             Self::Ebpf => "ebpf",
             Self::EbpfIptables => "ebpf-iptables",
+            Self::EbpfNftables => "ebpf-nftables",
+            Self::Nftables => "nftables",
             Self::FastPath => "fastpath",
             Self::IptablesRaw => "iptables-raw",
             Self::TcDrop => "tc-drop",
@@ -91,6 +100,8 @@ impl Contender {
             Self::NftablesSet => "nftables, interval set",
             Self::Ebpf => "bridge, eBPF",
             Self::EbpfIptables => "bridge, eBPF and iptables",
+            Self::EbpfNftables => "bridge, eBPF and nftables",
+            Self::Nftables => "bridge, nftables",
             Self::FastPath => "bridge, fast path",
             Self::IptablesRaw => "iptables-legacy, drop in raw",
             Self::TcDrop => "bare drop at TC",
@@ -104,11 +115,15 @@ impl Contender {
         if list && rules > LONGEST_LIST {
             return Ok(Some(format!("a list of {rules} rules takes milliseconds for each new flow")));
         }
+        let set = matches!(self, Self::EbpfNftables | Self::Nftables);
+        if set && rules as usize > MAX_ELEMENTS {
+            return Ok(Some(format!("the engine takes {MAX_ELEMENTS} elements")));
+        }
         let tool = match self {
             Self::None | Self::Ebpf | Self::TcDrop | Self::XdpDrop => return Ok(None),
             Self::IptablesLegacy | Self::IptablesRaw => "iptables-legacy-restore",
             Self::IptablesNft => "iptables-nft-restore",
-            Self::NftablesSet => "nft",
+            Self::NftablesSet | Self::EbpfNftables | Self::Nftables => "nft",
             Self::EbpfIptables => "iptables-restore",
             Self::FastPath => {
                 return Ok((!knows_fast_path()?).then(|| format!("this agent knows no {FAST_PATH}")));
@@ -142,6 +157,8 @@ impl Contender {
             Self::NftablesSet => return load(lab, "nft", &["-f"], &ruleset::nftables(rules)).map(|()| None),
             Self::Ebpf => format!("engines: [ebpf]{}", fast_path("off")?),
             Self::EbpfIptables => format!("engines: [ebpf, iptables]{}", fast_path("off")?),
+            Self::EbpfNftables => format!("engines: [ebpf, nftables]{}", fast_path("off")?),
+            Self::Nftables => "engines: [nftables]".to_owned(),
             Self::FastPath => format!("engines: [ebpf]{}", fast_path("auto")?),
         };
         Agent::start(lab, lab.b(), &ruleset::agent(rules, &engines)).map(Some)

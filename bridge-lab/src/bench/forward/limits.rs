@@ -92,7 +92,7 @@ pub(super) fn limits(figures: &Figures) -> Vec<Limit> {
 
 /// Those of new flows.
 pub(super) fn new_flows(figures: &Figures) -> Vec<Limit> {
-    use Contender::{Ebpf, FastPath, IptablesLegacy, NftablesSet};
+    use Contender::{Ebpf, EbpfNftables, FastPath, IptablesLegacy, Nftables, NftablesSet};
     let mut limits = Vec::new();
     for (other, limit) in [(IptablesLegacy, 4.0), (NftablesSet, 1.3)] {
         for own in [FastPath, Ebpf] {
@@ -103,6 +103,18 @@ pub(super) fn new_flows(figures: &Figures) -> Vec<Limit> {
             });
         }
     }
+    let many = figures.get(EbpfNftables, Traffic::NewFlows, 10_000);
+    limits.push(Limit {
+        promise: format!("new flows at 10000 rules, {} to no firewall", EbpfNftables.title()),
+        measured: many.and_then(|figure| figure.ratio()).map(|ratio| ratio.median),
+        limit: Bound::AtLeast(0.25),
+    });
+    let alone = figures.between(Nftables, NftablesSet, Traffic::NewFlows, 10_000);
+    limits.push(Limit {
+        promise: format!("new flows at 10000 rules, {} to {}", Nftables.title(), NftablesSet.title()),
+        measured: alone.map(|ratio| ratio.median),
+        limit: Bound::AtLeast(1.0),
+    });
     limits
 }
 

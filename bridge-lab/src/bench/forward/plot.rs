@@ -12,7 +12,9 @@ const PANEL: (f64, f64) = (430.0, 270.0);
 /// Left, top, right, bottom.
 const MARGIN: (f64, f64, f64, f64) = (46.0, 34.0, 14.0, 34.0);
 const COLUMNS: usize = 2;
-const LEGEND: f64 = 54.0;
+const LEGEND: f64 = 70.0;
+/// Contenders in a line of the legend.
+const LEGEND_COLUMNS: usize = 5;
 
 /// Distinguishable also for those who do not see red and green (Okabe and Ito).
 fn colour(contender: Contender) -> &'static str {
@@ -23,6 +25,8 @@ fn colour(contender: Contender) -> &'static str {
         Contender::NftablesSet => "#cc79a7",
         Contender::Ebpf => "#56b4e9",
         Contender::EbpfIptables => "#0072b2",
+        Contender::EbpfNftables => "#7b3294",
+        Contender::Nftables => "#8c6d31",
         Contender::FastPath => "#009e73",
         Contender::IptablesRaw | Contender::TcDrop | Contender::XdpDrop => "#999999",
     }
@@ -40,13 +44,15 @@ pub(super) fn svg(figures: &Figures, machine: &str) -> String {
         escaped(machine)
     );
     for (index, contender) in Contender::FORWARD.into_iter().enumerate() {
-        let x = 10.0 + 122.0 * index as f64;
+        let x = 10.0 + 168.0 * (index % LEGEND_COLUMNS) as f64;
+        let y = 28.0 + 16.0 * (index / LEGEND_COLUMNS) as f64;
         let colour = colour(contender);
         writeln!(
             text,
-            "<rect x=\"{x}\" y=\"28\" width=\"10\" height=\"10\" fill=\"{colour}\"/><text x=\"{}\" y=\"37\" \
+            "<rect x=\"{x}\" y=\"{y}\" width=\"10\" height=\"10\" fill=\"{colour}\"/><text x=\"{}\" y=\"{}\" \
              font-size=\"9.5\">{}</text>",
             x + 14.0,
+            y + 9.0,
             escaped(contender.title())
         )
         .expect("writing to a string");
