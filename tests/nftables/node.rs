@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use bridge_lab::agent::{Agent, program};
 use bridge_lab::lab::{Family, Lab};
 use bridge_lab::traffic::{Attempt, tcp};
+use bridge_lab::wait::eventually;
 use serde_json::Value;
 
 pub(crate) const ALLOWED: u16 = 40002;
@@ -81,6 +82,11 @@ impl Node {
         Ok(self.dump()?.contains("table inet bridge-agent {"))
     }
 
+    /// Whether bridge's table has a chain of this name; quickly, also of large tables.
+    pub(crate) fn has_chain(&self, name: &str) -> bool {
+        self.run(&format!("nft list chain inet bridge-agent {name}")).is_ok()
+    }
+
     /// Returns the result of the LAN host's connection to a port of the pod with a listener.
     pub(crate) fn connect(&self, family: Family, port: u16) -> Result<Attempt<()>> {
         let c1 = self.lab.c1();
@@ -94,6 +100,13 @@ impl Node {
             let (allowed, denied) = (self.connect(family, ALLOWED)?, self.connect(family, DENIED)?);
             ensure!(allowed.succeeded() && denied.refused(), "{family:?}: {allowed}; {denied}");
         }
+        Ok(())
+    }
+
+    /// Waits until both verdicts are as in [`Self::holds`].
+    pub(crate) fn settles(&self, agent: &Agent) -> Result<()> {
+        let holds = eventually(DEADLINE, || self.holds().ok());
+        ensure!(holds.is_some(), "{:?}\n{}\n{}", self.holds(), agent.log(), self.dump()?);
         Ok(())
     }
 
