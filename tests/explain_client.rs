@@ -324,7 +324,7 @@ fn the_routes_of_a_lan_host_are_explained() -> Result<()> {
     });
     refused.with_context(|| format!("{:#}", ask(&agent, &[]).unwrap_or_default()))?;
 
-    // No route at all: what to write.
+    // No route at all: the remedy.
     agent.reload(&host("  static: []\n"))?;
     let none = ask(&agent, &[])?;
     expect(&none, "route", "unknown", &["bridge wants no route to 10.200.1.91"])?;

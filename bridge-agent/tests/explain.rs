@@ -134,9 +134,9 @@ fn refused(arguments: &[&str], code: i32) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
 
-/// Wrong ports, processes, names and files are one line that says what to write, in every command that takes them.
+/// Wrong ports, processes, names and files are one line with the remedy, in every command that takes them.
 #[test]
-fn each_command_says_what_to_write_instead_of_bad_input() {
+fn bad_input_of_each_command_is_one_line_with_the_remedy() {
     let directory = tempfile::tempdir().expect("a directory");
     let file = |name: &str, text: &str| {
         let path = directory.path().join(name);

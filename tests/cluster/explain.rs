@@ -128,7 +128,7 @@ fn verify(mode: &str) -> Result<()> {
         ensure!(connects(c1, port, plc_service)? == (verdict == "allow"), "{mode} {port}");
         ensure!(
             seen(&found, "masquerade").is_none(),
-            "{mode}: kube-proxy masquerades what it has marked: {found:#}"
+            "{mode}: kube-proxy masquerades packets with its mark: {found:#}"
         );
     }
     let error = agent.run(&["explain", &pod, "service/plant/none"]).unwrap_err().to_string();

@@ -33,7 +33,7 @@ fn an_ipv6_next_hop_that_does_not_answer_fails() -> Result<()> {
     station.expect("host.next-hops", "ok", "1 next hops answer")?;
     let station = Station::new(&lab, lab.a(), &config("fd31::250"))?;
     station.expect("host.next-hops", "fail", "fd31::250")?;
-    // One that has answered once, and is gone: what the kernel remembers is no answer.
+    // One that has answered once, and is gone: the memory of the kernel is no answer.
     let station = Station::new(&lab, lab.a(), &config("fd31::17"))?;
     lab.b().netns.ip("link set eth0 down")?;
     station.expect("host.next-hops", "fail", "fd31::17")

@@ -3,7 +3,7 @@
 use super::{Client, Hook, PoolFacts, Question, Stage, StageOutcome, nearly};
 use crate::{config::PoolScope, model::PortRange};
 
-/// The ports that Linux gives to clients unless it is told otherwise (`net.ipv4.ip_local_port_range`).
+/// The ports that Linux gives to clients by default (`net.ipv4.ip_local_port_range`).
 const EPHEMERAL: PortRange = PortRange { first: 32768, last: 60999 };
 
 /// The end that opens the connection, if no process is named.

@@ -310,7 +310,7 @@ mod tests {
         assert_eq!((found.dropped_by, found.may_drop.len()), (None, 1));
     }
 
-    /// kube-proxy masquerades what it has marked, and nothing else.
+    /// kube-proxy masquerades packets with its mark, and nothing else.
     #[test]
     fn marks_decide_about_a_masquerade() {
         let post = "-A POSTROUTING -j KUBE-POSTROUTING\n-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN\n\

@@ -1,4 +1,4 @@
-//! What concerns a host beside its policy: its routes, and the port pool with its clients.
+//! Routes of a host, and the port pool with its clients.
 
 use std::{
     net::{IpAddr, SocketAddr},

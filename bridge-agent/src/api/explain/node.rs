@@ -131,7 +131,7 @@ impl<'a> Live<'a> {
         if names.is_empty() {
             stage.outcome = StageOutcome::Unknown;
             stage.seen += ", attached to no interface: nothing is judged there";
-            // The hook behind it judges what this one has not seen, but for NodePorts.
+            // Packets that this hook has not seen are judged by the one behind it, but for NodePorts.
             let behind = match explanation.direction.as_deref() {
                 Some("inbound") => " internal_egress",
                 Some("outbound") => " external_egress",

@@ -59,7 +59,7 @@ fn cni(directory: &Path) -> Finding {
         Some(plugin) => Finding::warn(
             CHECK,
             format!("{shown}: the plugin {} has ipMasq", kind(plugin)),
-            "LAN hosts see the node's address instead of the pod's: set ipMasq to false, and masquerade what leaves for other \
+            "LAN hosts see the node's address instead of the pod's: set ipMasq to false, and masquerade packets to other \
              networks than networks.external by a rule of your own",
         ),
     }

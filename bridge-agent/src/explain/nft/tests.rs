@@ -196,7 +196,7 @@ fn a_service_of_kube_proxy_is_found_by_its_name() {
     assert!(rules.service("plant", "pl").is_empty() && rules.service("lant", "plc").is_empty());
 }
 
-/// kube-proxy masquerades what it has marked: a LAN host at a cluster IP, and no direct connection.
+/// kube-proxy masquerades packets with its mark: a LAN host at a cluster IP, and no direct connection.
 #[test]
 fn a_mark_decides_about_a_masquerade() {
     let rules = kube_proxy("");
