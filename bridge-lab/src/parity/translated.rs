@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use bridge_agent::model::{Action, Policy, Protocol};
 use bridge_agent::policy::reference;
-use bridge_common::filter::policy::{direction, protocol};
+use bridge_common::filter::policy::{class, direction};
 
 use super::dice::Dice;
 use super::endpoints::{self, Flow, side};
@@ -130,7 +130,7 @@ struct Story<'a> {
 impl Story<'_> {
     /// The allow list of NodePorts decides about them; about all else the rules, by the client and the end behind.
     fn opens(&self) -> bool {
-        let number = if self.service.protocol == Protocol::Tcp { protocol::TCP } else { protocol::UDP };
+        let number = if self.service.protocol == Protocol::Tcp { class::TCP } else { class::UDP };
         let asked = |destination, destination_port| reference::Packet {
             source: self.flow.source,
             destination,
