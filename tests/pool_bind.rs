@@ -7,7 +7,7 @@ use bridge_agent::{model::PortRange, pool::Settings};
 use bridge_common::pool::{Event, Refusal, counter};
 use bridge_lab::{
     lab::{Family, Lab, Netns},
-    pool::{Stand, output, python, serve},
+    pool::{Stand, end, line, output, python, serve},
 };
 
 const PORTS: PortRange = PortRange { first: 61001, last: 61100 };
@@ -154,6 +154,55 @@ fn udp_lite_does_not_leave_from_outside_a_strict_pool() -> Result<()> {
     let stand = Stand::new(&lab, &Settings { strict: false, ..settings()? })?;
     let seen: String = run(&stand, &lab.c1().netns, script)?;
     ensure!(seen == "connected", "{seen}");
+    Ok(())
+}
+
+/// A datagram to an address leaves from a port that no other socket uses towards it, whatever the socket did before.
+#[test]
+fn datagrams_to_an_address_never_leave_from_a_port_of_another_socket() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let stand = Stand::new(&lab, &settings()?)?;
+    for (family, kind) in [(Family::V4, "AF_INET"), (Family::V6, "AF_INET6")] {
+        let to = lab.a().ip(family);
+        let new = format!(
+            "def udp(port=None):\n    s = socket.socket(socket.{kind}, socket.SOCK_DGRAM)\n    \
+                           s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n    if port: s.bind(('', port))\n    return s\n"
+        );
+        let mut command = python(&format!(
+            "{PRELUDE}{new}import sys\ns = udp()\ns.connect(('{to}', 53))\nprint(port(s), flush=True)\nsys.stdin.read()"
+        ));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = lab.c1().netns.spawn_command(stand.hooked(command))?;
+        let taken: u16 = line(&mut holder)?.parse()?;
+        let free = if taken == PORTS.first { taken + 1 } else { taken - 1 };
+        let outside = 40000;
+        // The last two: connected elsewhere, then back to no destination.
+        let script = format!(
+            "{new}import ctypes\ndef disconnect(s): assert ctypes.CDLL(None).connect(s.fileno(), bytes(16), 16) == 0\n\
+             def moved(p):\n    s = udp(p)\n    s.connect(('{to}', 54))\n    disconnect(s)\n    return s\n\
+             seen = [code(lambda: s.sendto(b'x', ('{to}', 53))) for s in (udp({taken}), udp({free}), udp({outside}), moved({taken}), moved({free}))]\n\
+             print(json.dumps(seen))"
+        );
+        let seen: Vec<String> = run(&stand, &lab.c2().netns, &script)?;
+        ensure!(
+            seen == ["EADDRNOTAVAIL", "connected", "EADDRNOTAVAIL", "EADDRNOTAVAIL", "connected"],
+            "{kind}: {seen:?}"
+        );
+        // And the port that it was sent from stays with that namespace.
+        let script = format!("{new}print(json.dumps(code(lambda: udp({free}).connect(('{to}', 53)))))");
+        let seen: [String; 2] =
+            [run(&stand, &lab.c1().netns, &script)?, run(&stand, &lab.c2().netns, &script)?];
+        ensure!(seen == ["EADDRNOTAVAIL", "connected"], "{kind}: {seen:?}");
+        // A port of those for every destination is one for all sockets.
+        let script = format!(
+            "{new}first, second = udp(61099), udp(61099)\nseen = [code(lambda: s.connect(('{to}', p))) for s, p in ((first, 53), (second, 54), (udp(61100), 54))]\n\
+             print(json.dumps([seen, port(first)]))"
+        );
+        let (seen, used): (Vec<String>, u16) = run(&stand, &lab.c2().netns, &script)?;
+        ensure!(seen == ["connected", "EADDRNOTAVAIL", "connected"] && used == 61099, "{kind}: {seen:?}");
+        end(holder)?;
+    }
+    stand.settled(SOON)?;
     Ok(())
 }
 

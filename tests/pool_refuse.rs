@@ -1,6 +1,7 @@
 //! Refusals are never silent: each one has a counter, an event and a sentence in `status` with the remedy.
 
 use std::{
+    fs,
     io::{BufRead as _, BufReader},
     path::Path,
     process::Stdio,
@@ -12,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use bridge_lab::{
     agent::Agent,
     lab::{Host, Lab},
-    pool::{in_cgroup, output, python, serve},
+    pool::{in_cgroup, line, output, python, serve},
     wait::eventually,
 };
 use serde_json::Value;
@@ -96,6 +97,18 @@ fn each_refusal_has_a_counter_an_event_and_a_sentence() -> Result<()> {
     for case in &cases {
         refuse(&agent, lab.b(), &cgroup, case)?;
     }
+    // Without room for options the kernel gives a socket no storage.
+    let room = fs::read_to_string("/proc/sys/net/core/optmem_max")?;
+    lab.c2().netns.set_sysctl("core/optmem_max", "1")?;
+    let memory = case("memory", lab.c2(), format!("many(1, lambda: tcp('{a}'))"), "EADDRNOTAVAIL");
+    refuse(&agent, lab.b(), &cgroup, &memory)?;
+    lab.c2().netns.set_sysctl("core/optmem_max", room.trim())?;
+    // Two of 16 ports are for sockets without a destination; the third socket has a port of the kernel's choice.
+    let unconnected = format!(
+        "def udp():\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.bind(('', 0))\n    s.sendto(b'x', ('{a}', 53))\n    \
+         return s\nmany(3, udp)"
+    );
+    refuse(&agent, lab.b(), &cgroup, &case("share", lab.c1(), unconnected, "EADDRNOTAVAIL"))?;
     agent.reload(&yaml("  quota: 4\n"))?;
     let udp = format!(
         "def udp():\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.connect(('{a}', 53))\n    return s\n\
@@ -107,6 +120,45 @@ fn each_refusal_has_a_counter_an_event_and_a_sentence() -> Result<()> {
     for case in &cases {
         ensure!(text.contains(&format!("({})", case.reason)), "{}: {text}", case.reason);
     }
+    Ok(())
+}
+
+/// A pod whose connects are refused all the time: the one refusal of another pod has its event and its sentence.
+#[test]
+fn a_storm_of_refusals_hides_no_refusal_of_another_pod() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let (storms, victims) = (lab.cgroup("storms")?, lab.cgroup("victims")?);
+    let mount = bridge_agent::pool::attach::mount_point()?;
+    let below = |group: &Path| format!("/{}", group.strip_prefix(&mount).unwrap_or(group).display());
+    let yaml = format!(
+        "role: node\nnetworks: {{pods: [10.200.0.0/16], external: [192.168.31.0/24]}}\nenforcement: {{engines: [ebpf]}}\n\
+         rules:\n  - {{name: pool, direction: outbound, protocol: tcp, ports: [\"1-65535\"], sourcePorts: [\"61001-61016\"]}}\n\
+         persistence: {{save: never}}\nportPool:\n  ports: [\"61001-61016\"]\n  transparent: {{cgroups: [\"{}\", \"{}\"]}}\n",
+        below(&storms),
+        below(&victims)
+    );
+    let agent = Agent::start(&lab, lab.b(), &yaml)?;
+    let to = lab.a().v4;
+    // A name that a terminal would act on.
+    let outside = |name: &str| {
+        format!(
+            "{PRELUDE}open('/proc/self/comm', 'w').write('{name}')\ndef outside():\n    try: tcp('{to}', 40000)\n    except OSError: pass\n"
+        )
+    };
+    let storm = format!("{}print('ready', flush=True)\nwhile True: outside()", outside("storm\\x1b[31m"));
+    let mut running = Vec::new();
+    for _ in 0..2 {
+        let mut command = in_cgroup(&storms, python(&storm));
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        running.push(lab.c1().netns.spawn_command(command)?);
+        ensure!(line(running.last_mut().context("a storm")?)? == "ready");
+    }
+    let victim = format!("{}outside()", outside("victim"));
+    output(&lab.c2().netns, in_cgroup(&victims, python(&victim)), SOON)?;
+    let text = eventually(SOON, || agent.run(&["status"]).ok().filter(|text| text.contains("victim (pid ")));
+    let text = text.context("no sentence about the victim")?;
+    ensure!(text.contains("storm?[31m (pid ") && !text.contains("\u{1b}[31m (pid"), "{text}");
+    drop(running);
     Ok(())
 }
 

@@ -169,6 +169,30 @@ fn resident() -> usize {
 }
 
 #[test]
+fn many_namespaces_of_a_pod_leave_leases_to_others() {
+    let agent = Agent::start();
+    let client = |pid, netns| Client { connection: 0, pid, uid: 0, netns: Some(netns) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let acquire = |client: &Client, host: u64| {
+        let request = LeaseRequest {
+            destination: format!("192.0.2.{host}:443").parse().unwrap(),
+            transport: Transport::Tcp,
+            count: 1_000,
+            wait: Duration::ZERO,
+            time: Some(Duration::from_secs(600)),
+        };
+        runtime.block_on(agent.service.acquire(client, &request))
+    };
+    // Namespaces of one process, each with a client's full share.
+    let own = std::process::id();
+    let granted = (1..=64).filter(|netns| acquire(&client(own, *netns), *netns).is_ok()).count();
+    assert_eq!(granted, 49, "three quarters of 65,536");
+    assert!(matches!(acquire(&client(own, 100), 100), Err(ServiceError::Share { limit: 49_152, .. })));
+    // No process has this number: it is in no control group.
+    acquire(&client(u32::MAX, 101), 101).expect("another pod has its share");
+}
+
+#[test]
 fn a_lease_is_ended_by_its_owner_only() {
     let agent = Agent::start();
     let client = |uid, netns| Client { connection: 0, pid: std::process::id(), uid, netns: Some(netns) };

@@ -7,7 +7,8 @@ use std::{
 
 use bridge_common::pool::{
     Destination, Grant, Granted, Lease, Refusal,
-    slots::{self, Seat},
+    bitmap::Memory as _,
+    slots::{self, Seat, Tables as _},
 };
 
 use super::{
@@ -69,11 +70,11 @@ impl Backend {
         }
     }
 
-    /// Claims a port for a client in the network namespace `netns`.
+    /// Claims a port for a client in the network namespace `netns` and the control group `group`.
     ///
     /// # Errors
     /// Why there is none.
-    pub fn acquire(&self, destination: &Destination, netns: u64) -> Result<Claimed, Refusal> {
+    pub fn acquire(&self, destination: &Destination, netns: u64, group: u64) -> Result<Claimed, Refusal> {
         let pool = match self {
             Self::Kernel(pool) => lock(pool),
             Self::Userspace(pool) => {
@@ -82,18 +83,21 @@ impl Backend {
             }
         };
         let (tables, config) = (pool.tables(), pool.layout().config);
-        let seat = slots::enter(tables, destination, netns, config.quota)?;
+        let seat = slots::enter(tables, destination, netns, group)?;
         let mut tries = 0;
+        let mut woken = false;
         let index = loop {
-            match slots::claim(tables, seat, tries > 0) {
+            match slots::claim(tables, seat, config.quota, tries > 0) {
                 Ok(claim) if tries < SETTLE_TRIES && slots::settling(tables, seat, claim) => {
-                    slots::unclaim(tables, seat.owner_slot, claim);
+                    slots::unclaim(tables, seat, config.quota, claim);
                     tries += 1;
                 }
                 Ok(claim) => break claim.index,
+                Err(_) if !woken && tables.wake_usable(seat).is_ok_and(|woken| woken > 0) => woken = true,
                 Err(refusal) => {
+                    let rests = tables.load(tables.geometry().resting(seat.owner_slot)) != 0;
                     slots::leave(tables, seat);
-                    return Err(refusal);
+                    return Err(if rests { Refusal::RESTING } else { refusal });
                 }
             }
         };

@@ -236,7 +236,11 @@ impl KernelPool {
             for place in warm.chain([slot]) {
                 for word in 0..geometry.words {
                     let bits = ports.word((self.layout.config.base / 64 + word) as usize);
-                    self.tables.fetch_and(geometry.free(*place).word(word), bits);
+                    let before = self.tables.fetch_and(geometry.free(*place).word(word), bits);
+                    if place != slot {
+                        let gone = u64::from((before & !bits).count_ones());
+                        self.tables.fetch_add(geometry.owned(*place), gone.wrapping_neg());
+                    }
                 }
             }
         }
@@ -337,7 +341,7 @@ impl KernelPool {
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
         let swept = self.sweeper.round(&self.tables, &self.layout, &view, known);
-        self.tables.correct_shares().map_err(map("POOL_SHARES"))?;
+        self.tables.correct_shares(self.layout.config.quota != 0).map_err(map("POOL_SHARES"))?;
         Ok(swept)
     }
 

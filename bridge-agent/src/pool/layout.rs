@@ -100,7 +100,7 @@ impl Layout {
             slots: affordable.min(MAX_SLOTS),
             flags,
             quota: settings.quota.unwrap_or(0),
-            padding: 0,
+            unconnected: u32::try_from(set_aside).unwrap_or(u32::MAX),
         };
         Ok(Self { config, ports, unconnected })
     }

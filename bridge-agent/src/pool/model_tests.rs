@@ -7,14 +7,13 @@ use std::{
     sync::Mutex,
 };
 
-use bridge_common::{
-    pool::{
-        self, Destination, Geometry, Owner, Refusal,
-        bitmap::{self, Bitmap, Memory},
-        slots::{self, Seat, Tables},
-    },
-    protocol,
+use bridge_common::pool::{
+    self, Destination, Geometry, Owner, Refusal,
+    bitmap::{self, Bitmap, Memory},
+    shares,
+    slots::{self, Seat, Tables},
 };
+use bridge_common::protocol;
 use proptest::prelude::*;
 
 use super::{
@@ -89,14 +88,19 @@ impl Tables for Private {
         let mut map = lock(&self.owners);
         !map.contains_key(owner) && map.insert(*owner, slot).is_none()
     }
-    fn share(&self, netns_cookie: u64) -> u64 {
-        lock(&self.shares).get(&netns_cookie).copied().unwrap_or(0)
+    fn share(&self, key: u64) -> u64 {
+        lock(&self.shares).get(&key).copied().unwrap_or(0)
     }
-    fn extend_share(&self, netns_cookie: u64) {
-        *lock(&self.shares).entry(netns_cookie).or_default() += 1;
+    fn extend_share(&self, key: u64) -> u64 {
+        let mut shares = lock(&self.shares);
+        let share = shares.entry(key).or_default();
+        *share += 1;
+        *share - 1
     }
-    fn reduce_share(&self, netns_cookie: u64) {
-        *lock(&self.shares).entry(netns_cookie).or_default() -= 1;
+    fn reduce_share(&self, key: u64, n: u64) {
+        if let Some(share) = lock(&self.shares).get_mut(&key) {
+            *share = share.wrapping_sub(n);
+        }
     }
     fn remove_destination(&self, destination: &Destination) {
         lock(&self.destinations).remove(destination);
@@ -164,7 +168,7 @@ proptest! {
             match step {
                 Step::Claim { to, by } => {
                     let seat = slots::enter(&tables, &destination(to), by, 0).unwrap();
-                    match slots::claim(&tables, seat, false) {
+                    match slots::claim(&tables, seat, 0, false) {
                         Ok(claim) => {
                             prop_assert!(layout.ports.contains(layout.port(claim.index)));
                             prop_assert!(held.iter().all(|(d, _, i)| (*d, *i) != (to, claim.index)));
@@ -248,7 +252,7 @@ fn a_port_that_was_given_back_and_left_the_pool_for_a_while_is_not_given_back_tw
     let layout = layout(&[(61001, 61003)]);
     let (tables, mut sweeper) = (Private::new(&layout), Sweeper::default());
     let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
-    let index = slots::claim(&tables, seat, false).unwrap().index;
+    let index = slots::claim(&tables, seat, 0, false).unwrap().index;
     // Another one holds its seat all the time: no slot is taken back.
     let other = slots::enter(&tables, &destination(1), 1, 0).unwrap();
     tables.sweep(&layout, &mut sweeper, &[(1, seat, index)]);
@@ -261,7 +265,7 @@ fn a_port_that_was_given_back_and_left_the_pool_for_a_while_is_not_given_back_tw
 
     // Given back after it was seen to be held, within the round itself.
     let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
-    let index = slots::claim(&tables, seat, false).unwrap().index;
+    let index = slots::claim(&tables, seat, 0, false).unwrap().index;
     let (destinations, owners) = (
         [(destination(1), seat.slot)],
         [(Owner { netns_cookie: 1, slot: seat.slot, padding: 0 }, seat.owner_slot)],
@@ -282,7 +286,7 @@ fn the_seat_of_a_port_that_got_lost_ends_even_if_the_port_was_used_before() {
     let (tables, mut sweeper) = (Private::new(&layout), Sweeper::default());
     let claim = || {
         let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
-        (seat, slots::claim(&tables, seat, false).unwrap().index)
+        (seat, slots::claim(&tables, seat, 0, false).unwrap().index)
     };
     let (seat, index) = claim();
     slots::release(&tables, seat, index);
@@ -300,7 +304,7 @@ fn a_count_below_zero_is_repaired_and_others_are_left_alone() {
     let tables = Private::new(&layout);
     let claim = |to| {
         let seat = slots::enter(&tables, &destination(to), 1, 0).unwrap();
-        (seat, slots::claim(&tables, seat, false).unwrap().index)
+        (seat, slots::claim(&tables, seat, 0, false).unwrap().index)
     };
     let ((wrong, index), (right, _)) = (claim(1), claim(2));
     for _ in 0..5 {
@@ -321,31 +325,50 @@ fn a_full_pool_says_so_and_a_warm_port_is_for_its_owner_only() {
     let (one, other) = (1, 2);
     let seat = || slots::enter(&tables, &destination(1), one, 0).unwrap();
     let held: Vec<_> =
-        (0..3).map(|_| seat()).map(|s| (s, slots::claim(&tables, s, false).unwrap())).collect();
+        (0..3).map(|_| seat()).map(|s| (s, slots::claim(&tables, s, 0, false).unwrap())).collect();
     let late = slots::enter(&tables, &destination(1), other, 0).unwrap();
-    assert_eq!(slots::claim(&tables, late, false), Err(Refusal::EXHAUSTED));
+    assert_eq!(slots::claim(&tables, late, 0, false), Err(Refusal::EXHAUSTED));
     let (seat, claim) = held[1];
     slots::release(&tables, seat, claim.index);
-    assert_eq!(slots::claim(&tables, late, false), Err(Refusal::EXHAUSTED));
-    assert_eq!(slots::claim_exact(&tables, late, claim.index), Err(Refusal::TAKEN));
+    assert_eq!(slots::claim(&tables, late, 0, false), Err(Refusal::EXHAUSTED));
+    assert_eq!(slots::claim_exact(&tables, late, 0, claim.index), Err(Refusal::TAKEN));
     let again = slots::enter(&tables, &destination(1), one, 0).unwrap();
-    assert_eq!(slots::claim(&tables, again, false).unwrap().index, claim.index);
+    assert_eq!(slots::claim(&tables, again, 0, false).unwrap().index, claim.index);
     // Towards another destination all three are free.
     let elsewhere = slots::enter(&tables, &destination(2), other, 0).unwrap();
-    assert!((0..3).all(|_| slots::claim(&tables, elsewhere, false).is_ok()));
+    assert!((0..3).all(|_| slots::claim(&tables, elsewhere, 0, false).is_ok()));
 }
 
 #[test]
-fn a_quota_counts_what_is_held_at_once() {
+fn a_quota_counts_what_is_kept_from_others() {
     let layout = layout(&[(61001, 61100)]);
     let tables = Private::new(&layout);
-    let first = slots::enter(&tables, &destination(1), 1, 2).unwrap();
-    let claim = slots::claim(&tables, first, false).unwrap();
-    slots::enter(&tables, &destination(1), 1, 2).unwrap();
-    assert_eq!(slots::enter(&tables, &destination(1), 1, 2), Err(Refusal::QUOTA));
-    assert!(slots::enter(&tables, &destination(1), 2, 2).is_ok());
-    slots::release(&tables, first, claim.index);
-    assert!(slots::enter(&tables, &destination(1), 1, 2).is_ok());
+    let claim = |netns, group, fresh_first| {
+        let seat = slots::enter(&tables, &destination(1), netns, group).unwrap();
+        slots::claim(&tables, seat, 2, fresh_first).map(|claim| (seat, claim.index))
+    };
+    let (seat, index) = claim(1, 7, false).unwrap();
+    claim(1, 7, false).unwrap();
+    assert_eq!(claim(1, 7, false), Err(Refusal::QUOTA));
+    claim(2, 8, false).unwrap();
+    slots::release(&tables, seat, index);
+    // A warm port is kept from others as well: it may be used again, but no other one.
+    let free = |index: &u32| bitmap::is_free(&tables, layout.geometry().free(seat.slot), *index);
+    let other = (0..64).find(free).unwrap();
+    assert_eq!(slots::claim_exact(&tables, seat, 2, other), Err(Refusal::QUOTA));
+    assert_eq!(claim(1, 7, true).unwrap().1, index);
+    assert_eq!(claim(1, 7, true), Err(Refusal::QUOTA));
+    // However many namespaces a group has, it has two quotas.
+    claim(3, 7, false).unwrap();
+    claim(4, 7, false).unwrap();
+    assert_eq!(claim(5, 7, false), Err(Refusal::QUOTA));
+    claim(6, 9, false).unwrap();
+    // One that is put back counts no more.
+    let seat = slots::enter(&tables, &destination(1), 10, 10).unwrap();
+    for _ in 0..5 {
+        let claim = slots::claim(&tables, seat, 1, false).unwrap();
+        slots::unclaim(&tables, seat, 1, claim);
+    }
 }
 
 #[test]
@@ -380,6 +403,23 @@ fn a_namespace_leaves_slots_to_others_however_many_destinations_it_has() {
     assert!(slots::enter(&tables, &known, 3, 0).is_ok());
 }
 
+#[test]
+fn many_namespaces_of_a_group_leave_slots_to_other_groups() {
+    let layout = narrow(16_000);
+    let tables = Private::new(&layout);
+    let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], protocol::TCP);
+    // Each of a thousand namespaces holds what it can get.
+    let mut refused = 0;
+    for netns in 1..=1000 {
+        let mut held = (0..100_u32).map(|n| slots::enter(&tables, &to(netns * 1000 + n), netns.into(), 7));
+        refused += u32::from(held.any(|result| result == Err(Refusal::SHARE)));
+    }
+    assert!(refused > 900, "{refused}");
+    let free = tables.load(pool::FREE_SLOTS);
+    assert!((999..=1001).contains(&free), "{free} of 16,000 slots are left");
+    assert!((0..300).all(|n| slots::enter(&tables, &to(n), 2000, 8).is_ok()));
+}
+
 /// A pool with room for this number of slots.
 fn narrow(slots: u32) -> Layout {
     let mut layout = layout(&[(61001, 61040)]);
@@ -394,7 +434,7 @@ fn a_namespace_without_open_sockets_reaches_any_number_of_destinations() {
     let to = |n: u32| Destination::from_network_v4(n.to_be_bytes(), [1, 187], protocol::TCP);
     let connect = |by: u64, n: u32| {
         let seat = slots::enter(&tables, &to(n), by, 0).unwrap();
-        let claim = slots::claim(&tables, seat, false).unwrap();
+        let claim = slots::claim(&tables, seat, 0, false).unwrap();
         slots::release(&tables, seat, claim.index);
         claim.index
     };
@@ -409,7 +449,7 @@ fn a_namespace_without_open_sockets_reaches_any_number_of_destinations() {
     );
     assert_eq!(connect(2, 1), port, "the idle slots of another namespace stay");
     assert_eq!(
-        tables.share(1),
+        tables.share(shares::namespace(1)),
         lock(&tables.owners).keys().filter(|owner| owner.netns_cookie == 1).count() as u64
     );
     // Held: now the share counts, and is given back with the sockets.
@@ -440,7 +480,7 @@ fn threads_that_take_slots_from_each_other_never_hold_the_same_port() {
                         refused.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
                         continue;
                     };
-                    let Ok(claim) = slots::claim(tables, seat, false) else {
+                    let Ok(claim) = slots::claim(tables, seat, 0, false) else {
                         slots::leave(tables, seat);
                         continue;
                     };
@@ -476,7 +516,7 @@ fn a_warm_port_that_conntrack_knows_stays_warm() {
     let layout = layout(&[(61001, 61001)]);
     let tables = Private::new(&layout);
     let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
-    let claim = slots::claim(&tables, seat, false).unwrap();
+    let claim = slots::claim(&tables, seat, 0, false).unwrap();
     slots::release(&tables, seat, claim.index);
     let (destinations, owners) = (
         [(destination(1), seat.slot)],
@@ -505,7 +545,7 @@ fn threads_never_hold_the_same_port() {
             scope.spawn(move || {
                 for _ in 0..20_000 {
                     let seat = slots::enter(tables, &destination(1), owner, 0).unwrap();
-                    let Ok(claim) = slots::claim(tables, seat, false) else {
+                    let Ok(claim) = slots::claim(tables, seat, 0, false) else {
                         slots::leave(tables, seat);
                         continue;
                     };
@@ -525,10 +565,10 @@ fn a_port_that_was_just_given_back_is_known_to_be_settling() {
     let tables = Private::new(&layout);
     let seat = || slots::enter(&tables, &destination(1), 1, 0).unwrap();
     let first = seat();
-    let claim = slots::claim(&tables, first, false).unwrap();
+    let claim = slots::claim(&tables, first, 0, false).unwrap();
     assert!(!slots::settling(&tables, first, claim), "never used");
     slots::release(&tables, first, claim.index);
-    let again = slots::claim(&tables, seat(), false).unwrap();
+    let again = slots::claim(&tables, seat(), 0, false).unwrap();
     assert_eq!(again.index, claim.index, "the only warm one");
     assert!(!slots::settling(&tables, first, again), "on the same processor it is over");
     tables.processor.store(1, std::sync::atomic::Ordering::SeqCst);

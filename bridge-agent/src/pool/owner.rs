@@ -1,13 +1,20 @@
 //! Who a process is: its command, its control group, its pod, its network namespace.
 
 use std::{
-    fs, io,
-    os::fd::{AsFd, AsRawFd as _},
+    fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _},
+        unix::fs::MetadataExt as _,
+    },
     path::Path,
 };
 
 use schemars::JsonSchema;
 use serde::Serialize;
+
+use super::attach;
 
 /// Facts about a process from `/proc`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
@@ -28,17 +35,40 @@ pub struct Owner {
 }
 
 impl Owner {
+    /// Returns a number that stands for the pod or the control group: the id that the hooks see, if the group is found below
+    /// the mount. 1, as of the root, if neither is
+    /// known.
+    #[must_use]
+    pub fn group(&self) -> u64 {
+        let Some(cgroup) = &self.cgroup else { return 1 };
+        let directory = attach::mount_point().map(|mount| mount.join(cgroup.trim_start_matches('/')));
+        let id = directory.ok().and_then(|directory| fs::metadata(directory).ok());
+        id.map_or_else(
+            || {
+                let mut hasher = DefaultHasher::new();
+                self.pod.as_ref().unwrap_or(cgroup).hash(&mut hasher);
+                hasher.finish() >> 1
+            },
+            |metadata| metadata.ino(),
+        )
+    }
+
     /// Returns the facts about a process by its id; fields stay empty if the process has ended.
     #[must_use]
     pub fn of(pid: u32, uid: u32, command: Option<String>) -> Self {
         let proc = Path::new("/proc").join(pid.to_string());
         let read = |name: &str| fs::read_to_string(proc.join(name)).ok();
         let command =
-            command.or_else(|| read("comm").map(|comm| comm.trim_end().to_owned())).unwrap_or_default();
+            command.or_else(|| read("comm").map(|comm| printable(comm.trim_end()))).unwrap_or_default();
         let cgroup = read("cgroup").and_then(|table| cgroup_of(&table).map(str::to_owned));
         let pod = cgroup.as_deref().and_then(pod_of);
         Self { pid, uid, command, cgroup, pod }
     }
+}
+
+/// Replaces characters that a terminal acts on.
+pub(super) fn printable(text: &str) -> String {
+    text.replace(char::is_control, "?")
 }
 
 /// The version 2 line of `/proc/PID/cgroup`.

@@ -75,7 +75,7 @@ pub fn shapes(words: u32) -> [Shape; 11] {
         shape("POOL_NETWORKS", MapType::LpmTrie, 20, 4, Some(4096), NO_PREALLOC),
         shape("POOL_DESTINATIONS", MapType::Hash, size_of::<Destination>(), 4, Some(65536), NO_PREALLOC),
         shape("POOL_OWNERS", MapType::Hash, size_of::<Owner>(), 4, Some(65536), NO_PREALLOC),
-        shape("POOL_SHARES", MapType::Hash, 8, 8, Some(65536), NO_PREALLOC),
+        shape("POOL_SHARES", MapType::Hash, 8, 8, Some(262_144), NO_PREALLOC),
         shape(
             "POOL_GRANTS",
             MapType::Hash,
@@ -89,7 +89,7 @@ pub fn shapes(words: u32) -> [Shape; 11] {
             MapType::Hash,
             size_of::<RestingPort>(),
             size_of::<Rest>(),
-            Some(262_144),
+            Some(pool::MAX_RESTS),
             NO_PREALLOC,
         ),
         shape("POOL_LEASES", MapType::SkStorage, 4, size_of::<Lease>(), None, NO_PREALLOC),

@@ -23,16 +23,21 @@ pub fn cause(refusal: Refusal) -> &'static str {
         Refusal::TAKEN => {
             "the program bound its socket to a port that another connection to this destination uses"
         }
-        Refusal::QUOTA => "this network namespace has as many ports as its share allows",
+        Refusal::QUOTA => {
+            "this network namespace keeps as many ports towards this destination, in use or used lately, as its share allows"
+        }
         Refusal::TABLE_FULL => "the table of destinations and network namespaces is full",
         Refusal::BIND => "sockets outside the pool have bound every port that was tried",
         Refusal::SHARE => {
-            "this network namespace has open sockets to more destinations than its share of the table holds"
+            "this network namespace, or its control group, has open sockets to more destinations than its share of the table \
+             holds, or more UDP sockets on port 0 than its share of the ports for these"
         }
         Refusal::MEMORY => "the kernel had no memory for the storage of the socket",
-        Refusal::RESTING => "every free port is in TIME_WAIT, since the peer does not use TCP timestamps",
+        Refusal::RESTING => {
+            "every port that is not in use is in TIME_WAIT, since the peer does not use TCP timestamps"
+        }
         Refusal::PROTOCOL => {
-            "the pool serves TCP and UDP, and a socket of UDP-Lite would leave from any port"
+            "the pool serves TCP and UDP, and a socket of UDP-Lite, SCTP or DCCP would leave from any port"
         }
         Refusal::KERNEL => {
             "the kernel refused the connection after it had a port: there is no route, or the 4-tuple is in TIME_WAIT"
@@ -59,7 +64,7 @@ pub fn remedy(refusal: Refusal) -> &'static str {
         Refusal::RESTING => {
             "enlarge portPool.ports to the connections of a minute, enable TCP timestamps on the peer, or let it close first"
         }
-        Refusal::PROTOCOL => "use UDP, or set portPool.strict to false",
+        Refusal::PROTOCOL => "use TCP or UDP, or set portPool.strict to false",
         Refusal::KERNEL => {
             "`ip route get` shows whether there is a route; if there is one, enlarge portPool.ports, or enable TCP timestamps \
              on the peer"
@@ -68,9 +73,12 @@ pub fn remedy(refusal: Refusal) -> &'static str {
     }
 }
 
-/// The last refusal of each kind.
+/// How many groups `status` mentions for each kind of refusal: those that were refused last.
+const GROUPS: usize = 4;
+
+/// The last refusal of each kind and group, so that one that is refused all the time does not hide others.
 #[derive(Debug, Default)]
-pub(super) struct Recent(BTreeMap<u32, Refused>);
+pub(super) struct Recent(BTreeMap<(u32, u64), Refused>);
 
 #[derive(Debug)]
 struct Refused {
@@ -81,17 +89,31 @@ struct Refused {
 }
 
 impl Recent {
-    pub(super) fn note(&mut self, refusal: Refusal, destination: SocketAddr, command: &str, pid: u32) {
+    /// `group` is the id of a control group, or stands for one.
+    pub(super) fn note(
+        &mut self,
+        refusal: Refusal,
+        group: u64,
+        destination: SocketAddr,
+        command: &str,
+        pid: u32,
+    ) {
         // The creation of a socket has no destination yet.
         let destination = (destination.port() != 0).then_some(destination);
         let refused = Refused { at: Instant::now(), destination, command: command.to_owned(), pid };
-        self.0.insert(refusal.0, refused);
+        self.0.insert((refusal.0, group), refused);
+        let of_kind = self.0.range((refusal.0, 0)..=(refusal.0, u64::MAX));
+        if of_kind.clone().count() > GROUPS
+            && let Some(oldest) = of_kind.min_by_key(|(_, refused)| refused.at).map(|(key, _)| *key)
+        {
+            self.0.remove(&oldest);
+        }
     }
 
-    /// Returns one sentence for each kind of refusal within the last ten minutes.
+    /// Returns one sentence for each kind of refusal, and group, within the last ten minutes.
     pub(super) fn sentences(&mut self) -> Vec<String> {
         self.0.retain(|_, refused| refused.at.elapsed() < RECENT);
-        let sentence = |(code, refused): (&u32, &Refused)| {
+        let sentence = |((code, _), refused): (&(u32, u64), &Refused)| {
             let refusal = Refusal(*code);
             let Refused { at, destination, command, pid } = refused;
             let to = destination.map(|to| format!(" towards {to}")).unwrap_or_default();
@@ -116,8 +138,8 @@ mod tests {
     fn each_kind_of_refusal_has_a_sentence_of_its_own() {
         let mut recent = Recent::default();
         for code in 1..Refusal::COUNT {
-            recent.note(Refusal(code), "192.0.2.1:443".parse().unwrap(), "curl", 7);
-            recent.note(Refusal(code), "192.0.2.2:443".parse().unwrap(), "wget", 8);
+            recent.note(Refusal(code), 7, "192.0.2.1:443".parse().unwrap(), "curl", 7);
+            recent.note(Refusal(code), 7, "192.0.2.2:443".parse().unwrap(), "wget", 8);
         }
         let sentences = recent.sentences();
         assert_eq!(sentences.len(), Refusal::COUNT as usize - 1, "{sentences:#?}");
@@ -129,5 +151,21 @@ mod tests {
         let causes: std::collections::BTreeSet<_> =
             (1..Refusal::COUNT).map(|code| cause(Refusal(code))).collect();
         assert_eq!(causes.len(), sentences.len());
+    }
+
+    #[test]
+    fn a_group_that_is_refused_all_the_time_hides_no_other() {
+        let mut recent = Recent::default();
+        let to = "192.0.2.1:443".parse().unwrap();
+        recent.note(Refusal::EXHAUSTED, 1, to, "victim", 1);
+        for pid in 2..1000 {
+            recent.note(Refusal::EXHAUSTED, 2, to, &format!("storm{pid}"), pid);
+        }
+        let sentences = recent.sentences();
+        assert!(sentences.len() == 2 && sentences[0].contains("victim"), "{sentences:?}");
+        for group in 3..100 {
+            recent.note(Refusal::EXHAUSTED, group, to, "many", 1);
+        }
+        assert_eq!(recent.sentences().len(), GROUPS);
     }
 }

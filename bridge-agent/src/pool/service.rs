@@ -44,6 +44,7 @@ const WAIT_STEP: Duration = Duration::from_millis(10);
 struct HeldLease {
     claimed: Claimed,
     client: ShareKey,
+    group: u64,
     connection: Option<u64>,
     until: Option<Instant>,
     since: Instant,
@@ -53,9 +54,11 @@ struct HeldLease {
     transport: Transport,
 }
 
-/// Most leases of one client at once, over all destinations: the table that leases share with connections has room for
-/// eight such clients.
+/// Most leases of one client at once, over all destinations.
 pub const MAX_LEASES: usize = 1024;
+
+/// Leases that the table has room for.
+const ALL_LEASES: usize = 65_536;
 
 /// The unit that has a share of the leases: a network namespace, and in the agent's own one a user. Processes of a pod can
 /// change their user.
@@ -220,16 +223,17 @@ impl Service {
     ) -> Result<Vec<LeasedPort>, ServiceError> {
         let destination = self.check(request)?;
         let netns = client.netns.ok_or(ServiceError::Stranger)?;
-        self.check_share(client, request)?;
+        let owner = Owner::of(client.pid, client.uid, None);
+        let group = owner.group();
+        self.check_share(client, group, request)?;
         let deadline = Instant::now() + request.wait;
         loop {
             let freed = self.freed.notified();
-            let claimed = self.claim(&destination, netns, request.count).or_else(|refusal| {
-                // The task that ends leases may be delayed by a long reload.
-                if self.end_overdue() { self.claim(&destination, netns, request.count) } else { Err(refusal) }
-            });
+            let claim = || self.claim(&destination, netns, group, request.count);
+            // The task that ends leases may be delayed by a long reload.
+            let claimed = claim().or_else(|refusal| if self.end_overdue() { claim() } else { Err(refusal) });
             match claimed {
-                Ok(claimed) => match self.note(client, request, &claimed) {
+                Ok(claimed) => match self.note(client, (&owner, group), request, &claimed) {
                     Ok(leased) => return Ok(leased),
                     Err(error) => {
                         claimed.iter().for_each(|port| self.backend.release(port));
@@ -264,10 +268,10 @@ impl Service {
     }
 
     /// Whether the client may hold these ports in addition to its leases.
-    fn check_share(&self, client: &Client, request: &LeaseRequest) -> Result<(), ServiceError> {
-        let mut result = share(&lock(&self.leases), client, request.count);
+    fn check_share(&self, client: &Client, group: u64, request: &LeaseRequest) -> Result<(), ServiceError> {
+        let mut result = share(&lock(&self.leases), client, group, request.count);
         if result.is_err() && self.end_overdue() {
-            result = share(&lock(&self.leases), client, request.count);
+            result = share(&lock(&self.leases), client, group, request.count);
         }
         if result.is_err() {
             self.refused(client, request, Refusal::QUOTA);
@@ -275,10 +279,16 @@ impl Service {
         result
     }
 
-    fn claim(&self, destination: &Destination, netns: u64, count: u32) -> Result<Vec<Claimed>, Refusal> {
+    fn claim(
+        &self,
+        destination: &Destination,
+        netns: u64,
+        group: u64,
+        count: u32,
+    ) -> Result<Vec<Claimed>, Refusal> {
         let mut claimed = Vec::new();
         for _ in 0..count {
-            match self.backend.acquire(destination, netns) {
+            match self.backend.acquire(destination, netns, group) {
                 Ok(port) => claimed.push(port),
                 Err(refusal) => {
                     claimed.iter().for_each(|port| self.backend.release(port));
@@ -293,19 +303,20 @@ impl Service {
     fn note(
         &self,
         client: &Client,
+        (owner, group): (&Owner, u64),
         request: &LeaseRequest,
         claimed: &[Claimed],
     ) -> Result<Vec<LeasedPort>, ServiceError> {
-        let owner = Owner::of(client.pid, client.uid, None);
         let now = Instant::now();
         let mut leases = lock(&self.leases);
-        share(&leases, client, request.count)?;
+        share(&leases, client, group, request.count)?;
         lock(&self.counted).acquired += claimed.len() as u64;
         let note = |claimed: &Claimed| {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
             let lease = HeldLease {
                 claimed: *claimed,
                 client: ShareKey::of(client),
+                group,
                 connection: request.time.is_none().then_some(client.connection),
                 until: request.time.map(|time| now + time),
                 since: now,
@@ -326,7 +337,7 @@ impl Service {
     fn refused(&self, client: &Client, request: &LeaseRequest, refusal: Refusal) {
         let owner = Owner::of(client.pid, client.uid, None);
         lock(&self.counted).count_refusal(refusal);
-        lock(&self.recent).note(refusal, request.destination, &owner.command, client.pid);
+        lock(&self.recent).note(refusal, owner.group(), request.destination, &owner.command, client.pid);
         let _ = self.events.send(PoolEvent::Refused {
             reason: refusal.name(),
             destination: request.destination,
@@ -431,7 +442,7 @@ impl Service {
         if matches!(refusal, Refusal::EXHAUSTED | Refusal::TABLE_FULL | Refusal::SHARE) {
             self.starved.store(true, Ordering::Relaxed);
         }
-        lock(&self.recent).note(refusal, to, &text(&event.comm), event.pid);
+        lock(&self.recent).note(refusal, event.cgroup_id, to, &text(&event.comm), event.pid);
         let _ = self.events.send(PoolEvent::Refused {
             reason: Refusal(event.refusal).name(),
             destination: socket_addr(&event.destination),
@@ -443,12 +454,23 @@ impl Service {
     }
 }
 
-/// Whether a client may hold `count` more leases.
-fn share(leases: &HashMap<u64, HeldLease>, client: &Client, count: u32) -> Result<(), ServiceError> {
+/// Whether a client may hold `count` more leases. All namespaces of a group together leave a quarter of the table to others.
+fn share(
+    leases: &HashMap<u64, HeldLease>,
+    client: &Client,
+    group: u64,
+    count: u32,
+) -> Result<(), ServiceError> {
     let key = ShareKey::of(client);
     let held = leases.values().filter(|lease| lease.client == key).count();
     if held + count as usize > MAX_LEASES {
         return Err(ServiceError::Share { held, count, limit: MAX_LEASES });
+    }
+    let held = leases.values().filter(|lease| lease.group == group).count();
+    let others = leases.len() - held;
+    let limit = (ALL_LEASES - others.min(ALL_LEASES)) * 3 / 4;
+    if held + count as usize > limit {
+        return Err(ServiceError::Share { held, count, limit });
     }
     Ok(())
 }
@@ -467,8 +489,9 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Returns the name of a thread, which any program chooses: without characters that a terminal acts on.
 fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
+    owner::printable(&String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()))
 }
 
 pub(super) fn destination(address: SocketAddr, transport: Transport) -> Destination {

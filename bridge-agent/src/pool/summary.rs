@@ -71,6 +71,9 @@ pub struct Counters {
     /// Connects that the kernel refused after the pool had bound a port.
     #[serde(default)]
     pub connect_failures: u64,
+    /// Ports that should have rested, and did not: their control group had as many at rest as it may.
+    #[serde(default)]
+    pub rests_denied: u64,
     /// Connects that were refused.
     pub refusals: Refusals,
 }
@@ -185,6 +188,7 @@ impl Counters {
             events_lost: count(counter::EVENTS_LOST),
             rests: count(counter::RESTS),
             connect_failures: count(counter::CONNECT_FAILURES),
+            rests_denied: count(counter::RESTS_DENIED),
             refusals,
         }
     }

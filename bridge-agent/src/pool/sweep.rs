@@ -97,7 +97,9 @@ impl Sweeper {
             {
                 bitmap::free(tables, layout.geometry().free(slot), index);
                 if let Some(&owner_slot) = self.holders.get(&(slot, index)) {
-                    slots::leave(tables, Seat { slot, owner_slot });
+                    let seat = Seat { slot, owner_slot };
+                    slots::disown(tables, seat);
+                    slots::leave(tables, seat);
                 }
                 slots::unpin(tables, slot);
                 swept.recovered += 1;
@@ -116,7 +118,7 @@ pub fn marks<T: Tables>(tables: &T, owners: &[(Owner, u32)]) -> HashSet<(u32, u3
     let geometry = tables.geometry();
     let mut marks = HashSet::new();
     for (owner, owner_slot) in owners {
-        if !slots::pin(tables, *owner_slot, &slots::owner_key(owner)) {
+        if !slots::pin(tables, *owner_slot, &slots::owner_key(owner, 0)) {
             continue;
         }
         for word in 0..geometry.words {
@@ -140,7 +142,7 @@ impl<'a, T: Tables> Pins<'a, T> {
         if !slots::pin(tables, owner.slot, &destination.words()) {
             return None;
         }
-        if !slots::pin(tables, owner_slot, &slots::owner_key(owner)) {
+        if !slots::pin(tables, owner_slot, &slots::owner_key(owner, 0)) {
             slots::unpin(tables, owner.slot);
             return None;
         }
@@ -189,7 +191,10 @@ impl<T: Tables> Cooling<'_, T> {
                 if tables.load(geometry.touched(owner_slot) + word) & mask != 0 {
                     // It was claimed and given back after the marks were collected.
                     bitmap::free(tables, warm, index);
-                } else if template.contains(self.layout.port(index)) {
+                    continue;
+                }
+                slots::disown(tables, Seat { slot: owner.slot, owner_slot });
+                if template.contains(self.layout.port(index)) {
                     bitmap::free(tables, free, index);
                     self.swept.cooled += 1;
                 }
@@ -245,7 +250,7 @@ fn retire<T: Tables>(tables: &T, view: &View<'_>) -> u32 {
     };
     for (owner, slot) in view.owners {
         let idle = || (0..geometry.words).all(|word| tables.load(geometry.free(*slot).word(word)) == 0);
-        retire(*slot, &slots::owner_key(owner), &idle);
+        retire(*slot, &slots::owner_key(owner, 0), &idle);
     }
     for (destination, slot) in view.destinations {
         retire(*slot, &destination.words(), &|| true);

@@ -6,6 +6,7 @@ use aya::maps::{HashMap, MapData, MapError};
 use bridge_common::pool::{
     Destination, Geometry, Grant, Granted, Owner, Rest, RestingPort,
     bitmap::Memory,
+    shares,
     slots::{self, Seat, Tables},
 };
 
@@ -55,11 +56,32 @@ impl KernelTables {
     /// # Errors
     /// The kernel refuses to list the map.
     pub fn wake(&self) -> Result<u32, MapError> {
-        let mut woken = 0;
         let now = monotonic_ns();
-        for (port, rest) in self.resting()?.into_iter().filter(|(_, rest)| rest.until_ns <= now) {
+        self.wake_if(|_, rest| rest.until_ns <= now)
+    }
+
+    /// Releases the ports of a seat that the kernel has normally released by now; returns their number.
+    ///
+    /// # Errors
+    /// The kernel refuses to list the map.
+    pub fn wake_usable(&self, seat: Seat) -> Result<u32, MapError> {
+        if self.load(self.geometry.resting(seat.owner_slot)) == 0 {
+            return Ok(0);
+        }
+        let now = monotonic_ns();
+        self.wake_if(|port, rest| {
+            (port.slot, rest.owner_slot) == (seat.slot, seat.owner_slot) && rest.usable_ns <= now
+        })
+    }
+
+    fn wake_if(&self, which: impl Fn(&RestingPort, &Rest) -> bool) -> Result<u32, MapError> {
+        let mut woken = 0;
+        for (port, rest) in self.resting()?.into_iter().filter(|(port, rest)| which(port, rest)) {
             // A hook may have removed it first: then it has released the port.
             if lock(&self.resting).remove(&port).is_ok() {
+                self.reduce_share(shares::resting(rest.group), 1);
+                self.reduce_share(shares::ALL_RESTING, 1);
+                self.fetch_add(self.geometry.resting(rest.owner_slot), u64::MAX);
                 slots::release(self, Seat { slot: port.slot, owner_slot: rest.owner_slot }, port.index);
                 woken += 1;
             }
@@ -83,24 +105,38 @@ impl KernelTables {
         lock(&self.owners).iter().collect()
     }
 
-    /// Corrects the number of destinations of each namespace.
+    /// Corrects the counts of [`shares`]. Those of ports are only there for unconnected UDP, and if there is a quota.
     ///
     /// # Errors
     /// A system call fails.
-    pub fn correct_shares(&self) -> Result<(), MapError> {
+    pub fn correct_shares(&self, quota: bool) -> Result<(), MapError> {
         let mut actual: BTreeMap<u64, u64> = BTreeMap::new();
-        for (owner, _) in self.owners()? {
-            *actual.entry(owner.netns_cookie).or_default() += 1;
+        let unconnected = lock(&self.destinations).get(&Destination::ANY_UDP, 0).ok();
+        for (owner, slot) in self.owners()? {
+            let group = slots::group_of(self, slot);
+            *actual.entry(shares::namespace(owner.netns_cookie)).or_default() += 1;
+            *actual.entry(shares::group(group)).or_default() += 1;
+            let owned = self.load(self.geometry.owned(slot));
+            let unconnected = unconnected == Some(owner.slot);
+            if owned.cast_signed() > 0 && (quota || unconnected) {
+                *actual.entry(shares::ports(group, owner.slot)).or_default() += owned;
+                if unconnected {
+                    *actual.entry(shares::all_ports(owner.slot)).or_default() += owned;
+                }
+            }
+        }
+        for (_, rest) in self.resting()? {
+            *actual.entry(shares::resting(rest.group)).or_default() += 1;
+            *actual.entry(shares::ALL_RESTING).or_default() += 1;
         }
         let mut shares = lock(&self.shares);
-        let counted: Vec<(u64, u64)> = shares.iter().collect::<Result<_, _>>()?;
-        for (netns_cookie, count) in counted {
-            match actual.get(&netns_cookie) {
-                None => shares.remove(&netns_cookie)?,
-                // A hook may count meanwhile: the next round finds that.
-                Some(actual) if *actual != count => shares.insert(netns_cookie, actual, BPF_EXIST)?,
-                Some(_) => {}
-            }
+        let counted: BTreeMap<u64, u64> = shares.iter().collect::<Result<_, _>>()?;
+        // A hook may count meanwhile: the next round finds that.
+        for key in counted.keys().filter(|key| !actual.contains_key(key)) {
+            shares.remove(key)?;
+        }
+        for (key, count) in actual.iter().filter(|(key, count)| counted.get(key) != Some(count)) {
+            shares.insert(key, count, 0)?;
         }
         Ok(())
     }
@@ -157,22 +193,24 @@ impl Tables for KernelTables {
         lock(&self.owners).insert(owner, slot, BPF_NOEXIST).is_ok()
     }
 
-    fn share(&self, netns_cookie: u64) -> u64 {
-        lock(&self.shares).get(&netns_cookie, 0).unwrap_or(0)
+    fn share(&self, key: u64) -> u64 {
+        lock(&self.shares).get(&key, 0).unwrap_or(0)
     }
 
-    fn extend_share(&self, netns_cookie: u64) {
+    fn extend_share(&self, key: u64) -> u64 {
         let mut shares = lock(&self.shares);
-        let share = shares.get(&netns_cookie, 0).unwrap_or(0);
-        // An error can only mean that more namespaces than the map has room for are counted: this one is not.
-        let _ = shares.insert(netns_cookie, share + 1, 0);
+        let share = shares.get(&key, 0).unwrap_or(0);
+        // An error can only mean that the map is full: this one is not counted.
+        let _ = shares.insert(key, share.wrapping_add(1), 0);
+        share
     }
 
-    fn reduce_share(&self, netns_cookie: u64) {
+    fn reduce_share(&self, key: u64, n: u64) {
         let mut shares = lock(&self.shares);
-        let share = shares.get(&netns_cookie, 0).unwrap_or(0).saturating_sub(1);
-        // An error can only mean that it is gone.
-        let _ = shares.insert(netns_cookie, share, BPF_EXIST);
+        if let Ok(share) = shares.get(&key, 0) {
+            // An error can only mean that it is gone.
+            let _ = shares.insert(key, share.wrapping_sub(n), BPF_EXIST);
+        }
     }
 
     fn remove_destination(&self, destination: &Destination) {

@@ -6,8 +6,9 @@
 //! ([`Geometry::stride`] words each):
 //!
 //! ```text
-//! header (14) state, live claims, eight ports that were given back lately, and when (owner slots only), the key in the
-//!             tables (3), the time of the last use
+//! header (17) state, live claims, eight ports that were given back lately, and when (owner slots only), the key in the
+//!             tables (3), the time of the last use; of owner slots also: ports that are in use, warm or rest, ports that rest,
+//!             and the time of the last search among those
 //! summary (S) bit w is set while word w of `free` may have a set bit
 //! free (W)    bit i is set while port `base + i` may be taken
 //! touched (W) bit i is set when port `base + i` came back since the last sweep (owner slots only)
@@ -19,6 +20,8 @@
 //! The live claims of a destination slot include one for each of its owner slots.
 
 pub mod bitmap;
+mod room;
+pub mod shares;
 pub mod slots;
 
 use bitmap::Bitmap;
@@ -28,6 +31,9 @@ pub use bitmap::MAX_WORDS;
 
 /// Changes whenever a type or the layout in this module does; part of the path under which the maps are pinned.
 pub const ABI_VERSION: u32 = 2;
+
+/// Protocols with ports that leave without a hook of the pool: `IPPROTO_DCCP`, `IPPROTO_SCTP`, `IPPROTO_UDPLITE`.
+pub const UNSERVED: [u8; 3] = [33, 132, 136];
 
 /// Words of the bitmap of free slots.
 pub const ALLOCATOR_WORDS: u32 = 1024;
@@ -42,7 +48,7 @@ pub const CURSOR: u32 = ALL_SLOTS + 1;
 /// Most slots there can be.
 pub const MAX_SLOTS: u32 = ALLOCATOR_WORDS * 64;
 /// Words before the summary of a slot.
-pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS + KEY_WORDS + 1;
+pub const HEADER_WORDS: u32 = 2 + CLOSING_WORDS + KEY_WORDS + 4;
 /// Words of a slot's key in the tables.
 pub const KEY_WORDS: u32 = 3;
 /// Words of a slot that remember a port that was given back lately.
@@ -84,6 +90,8 @@ pub const LEASE_CONNECTING: u64 = 16;
 pub const LEASE_TIMESTAMPS: u64 = 32;
 /// [`Lease::state`]: this end closed first, so the kernel keeps the tuple in TIME_WAIT.
 pub const LEASE_TIME_WAIT: u64 = 64;
+/// [`Lease::state`]: the port was free for everybody when it was claimed.
+pub const LEASE_FRESH: u64 = 128;
 /// The bits of [`Lease::state`] that belong to one connection of a socket.
 pub const LEASE_OF_CONNECTION: u64 =
     LEASE_FILE_CLOSED | LEASE_TCP_CLOSED | LEASE_CONNECTING | LEASE_TIMESTAMPS | LEASE_TIME_WAIT;
@@ -108,10 +116,10 @@ pub struct Config {
     pub slots: u32,
     /// `FLAG_*`.
     pub flags: u32,
-    /// Most ports that one namespace may hold at once towards one destination; 0 for no limit.
+    /// Most ports that one namespace may keep from others towards one destination; 0 for no limit.
     pub quota: u32,
-    /// Zero.
-    pub padding: u32,
+    /// Ports of [`TEMPLATE_UDP_ANY`].
+    pub unconnected: u32,
 }
 
 /// Where the words of a slot lie; follows from [`Config`].
@@ -169,6 +177,28 @@ impl Geometry {
     #[must_use]
     pub const fn used(self, slot: u32) -> u32 {
         self.key(slot) + KEY_WORDS
+    }
+
+    /// Index of the number of ports that the namespace of an owner slot keeps from others: in use, warm, or at rest.
+    #[inline(always)]
+    #[must_use]
+    pub const fn owned(self, slot: u32) -> u32 {
+        self.used(slot) + 1
+    }
+
+    /// Index of the number of ports of an owner slot that rest.
+    #[inline(always)]
+    #[must_use]
+    pub const fn resting(self, slot: u32) -> u32 {
+        self.used(slot) + 2
+    }
+
+    /// Index of the time (as [`Geometry::used`]) of the last search among the ports of an owner slot that rest; 0 if it found
+    /// one that the kernel has released.
+    #[inline(always)]
+    #[must_use]
+    pub const fn searched(self, slot: u32) -> u32 {
+        self.used(slot) + 3
     }
 
     /// The bitmap of ports that may be taken from a slot.
@@ -229,6 +259,18 @@ impl Destination {
 
     /// Stands for all destinations of an unconnected UDP socket.
     pub const ANY_UDP: Self = Self::from_network([0; 16], [0; 2], protocol::UDP);
+
+    /// Whether the address is an IPv4 address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_v4(&self) -> bool {
+        let [first, second, _] = self.words();
+        first == 0
+            && second.to_ne_bytes()[0] == 0
+            && second.to_ne_bytes()[1] == 0
+            && second.to_ne_bytes()[2] == 0xff
+            && second.to_ne_bytes()[3] == 0xff
+    }
 
     /// Network byte order, IPv4 as v4-mapped.
     #[must_use]
@@ -311,8 +353,12 @@ pub struct Lease {
     pub destination: Destination,
     /// Name of the connecting thread, padded with zeros.
     pub comm: [u8; 16],
+    /// Index of the interface that the socket is bound to; 0: none. Since the SYN.
+    pub device: u32,
+    /// Source address, in network byte order, IPv4 as v4-mapped. Since the SYN.
+    pub source: [u8; 16],
     /// Zero.
-    pub padding: [u32; 2],
+    pub padding: u32,
 }
 
 const _: () = assert!(core::mem::offset_of!(Lease, destination) == 52);
@@ -378,13 +424,22 @@ pub struct RestingPort {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Rest {
-    /// `CLOCK_MONOTONIC`, in nanoseconds, of its end.
+    /// `CLOCK_MONOTONIC`, in nanoseconds, of the time when the kernel has normally released the port.
+    pub usable_ns: u64,
+    /// The same of its end: by then the kernel has released the port even if the peer has closed late.
     pub until_ns: u64,
+    /// [`Lease::cgroup_id`] of the socket.
+    pub group: u64,
     /// Slot of the namespace's warm ports.
     pub owner_slot: u32,
-    /// Zero.
-    pub padding: u32,
+    /// As [`Lease::device`].
+    pub device: u32,
+    /// As [`Lease::source`]; all zeros: no socket had the port, and it may serve at once if there is no other.
+    pub source: [u8; 16],
 }
+
+/// Most ports that rest at once, over all destinations.
+pub const MAX_RESTS: u32 = 262_144;
 
 /// Why a connect failed for want of a port (`EADDRNOTAVAIL` to the program, except for [`Refusal::KERNEL`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -398,7 +453,7 @@ impl Refusal {
     pub const OUTSIDE: Self = Self(2);
     /// The socket is bound to a port that another connection to the destination uses.
     pub const TAKEN: Self = Self(3);
-    /// The namespace holds as many ports towards the destination as its quota allows.
+    /// The namespace keeps as many ports towards the destination as its quota allows.
     pub const QUOTA: Self = Self(4);
     /// No slot is left for one more destination or namespace.
     pub const TABLE_FULL: Self = Self(5);
@@ -406,11 +461,11 @@ impl Refusal {
     pub const BIND: Self = Self(6);
     /// The kernel had no memory for the socket's storage.
     pub const MEMORY: Self = Self(7);
-    /// A socket of a protocol that no hook of the pool runs for (UDP-Lite) must not be created.
+    /// A socket of a protocol of [`UNSERVED`] must not be created.
     pub const PROTOCOL: Self = Self(8);
     /// Every port that is not in use towards the destination is in TIME_WAIT, at a peer without TCP timestamps.
     pub const RESTING: Self = Self(9);
-    /// The namespace uses its share of the slots for destinations.
+    /// The namespace uses its share of the slots for destinations, or of the ports for unconnected UDP.
     pub const SHARE: Self = Self(10);
     /// The kernel refused the connection after it had got a port: no SYN was sent. The program sees the kernel's own error.
     pub const KERNEL: Self = Self(11);
@@ -453,6 +508,8 @@ pub mod counter {
     pub const RESTS: u32 = 5;
     /// Connects that the kernel refused after the hook had bound a port: no SYN was sent.
     pub const CONNECT_FAILURES: u32 = 6;
+    /// Ports that should have rested, and did not: the control group has its share of such ports, or there is no memory.
+    pub const RESTS_DENIED: u32 = 7;
     /// Counters of refusals begin here, in the order of [`super::Refusal`].
     pub const REFUSALS: u32 = 8;
     /// How many there are.
@@ -486,10 +543,10 @@ crate::plain_old_data!(
     Config: 24,
     Destination: 20,
     Owner: 16,
-    Lease: 96,
+    Lease: 112,
     Grant: 24,
     Granted: 16,
     RestingPort: 8,
-    Rest: 16,
+    Rest: 48,
     Event: 72,
 );

@@ -5,25 +5,18 @@
 //! never be held twice.
 
 use super::bitmap::{self, Bitmap, Memory};
+pub use super::room::{
+    MAX_SAMPLE, Room, Search, close, evict, find_room, group_of, has_key, make_room, owner_key, pin, reopen,
+    take_away, unpin,
+};
 use super::{
-    ALL_SLOTS, ALLOCATOR, CURSOR, Destination, FIRST_SLOT, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_CLOSED,
-    SLOT_OPEN, SLOT_PINNED, TEMPLATE_EMPTY, TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY,
+    ALLOCATOR, Destination, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_CLOSED, SLOT_OPEN, TEMPLATE_EMPTY,
+    TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, shares,
 };
 use crate::protocol;
 
 /// Number of tries of [`enter`] when a slot is taken away meanwhile.
 const ENTER_TRIES: u32 = 4;
-
-/// With fewer free slots than this, a namespace within its share takes idle slots of any other.
-const RESERVE: u64 = 64;
-
-/// Slots that a search for an idle slot checks if it finds one among them.
-pub const SAMPLE: u32 = 64;
-/// Slots that it checks at most.
-pub const MAX_SAMPLE: u32 = 4096;
-
-/// Marks the third word of the key of an owner slot; that of a destination is below.
-const OWNER_KEY: u64 = 1 << 63;
 
 /// How long, in microseconds, a port that was given back on another processor is passed over if there is another one.
 ///
@@ -55,12 +48,12 @@ pub trait Tables: Memory {
     fn owner_slot(&self, owner: &Owner) -> Option<u32>;
     /// Enters an owner unless it is there; `false` if it is, or if the table is full.
     fn insert_owner(&self, owner: &Owner, slot: u32) -> bool;
-    /// Destinations that a namespace has slots for.
-    fn share(&self, netns_cookie: u64) -> u64;
-    /// Adds one to [`Tables::share`].
-    fn extend_share(&self, netns_cookie: u64);
-    /// Subtracts one from [`Tables::share`].
-    fn reduce_share(&self, netns_cookie: u64);
+    /// The count under a key of [`shares`]; 0 if there is none.
+    fn share(&self, key: u64) -> u64;
+    /// Adds one to [`Tables::share`]; returns the former count.
+    fn extend_share(&self, key: u64) -> u64;
+    /// Subtracts from [`Tables::share`], if there is a count.
+    fn reduce_share(&self, key: u64, n: u64);
     /// Removes a destination from the table.
     fn remove_destination(&self, destination: &Destination);
     /// Removes an owner from the table.
@@ -82,12 +75,9 @@ pub trait Tables: Memory {
         new_slot(self, template, key)
     }
 
-    /// [`make_room`].
-    ///
-    /// # Errors
-    /// [`Refusal::SHARE`] or [`Refusal::TABLE_FULL`].
-    fn make_room(&self, netns_cookie: u64) -> Result<(), Refusal> {
-        make_room(self, netns_cookie)
+    /// [`find_room`].
+    fn find_room(&self, netns_cookie: u64, group: u64) -> Room {
+        find_room(self, netns_cookie, group)
     }
 
     /// Checks slots with [`Search::check`] until it ends the search.
@@ -104,12 +94,22 @@ pub trait Tables: Memory {
         evict(self, slot)
     }
 
+    /// [`begin_fresh`].
+    fn begin_fresh(&self, seat: Seat, quota: u32) -> bool {
+        begin_fresh(self, seat, quota)
+    }
+
+    /// [`cancel_fresh`].
+    fn cancel_fresh(&self, seat: Seat, quota: u32) {
+        cancel_fresh(self, seat, quota);
+    }
+
     /// [`claim_exact`].
     ///
     /// # Errors
-    /// [`Refusal::TAKEN`].
-    fn claim_exact(&self, seat: Seat, index: u32) -> Result<Claim, Refusal> {
-        claim_exact(self, seat, index)
+    /// [`Refusal::TAKEN`] or [`Refusal::QUOTA`].
+    fn claim_exact(&self, seat: Seat, quota: u32, index: u32) -> Result<Claim, Refusal> {
+        claim_exact(self, seat, quota, index)
     }
 
     /// [`arrive`].
@@ -164,29 +164,22 @@ pub fn template(destination: &Destination) -> u32 {
 /// claim, which keeps the slot as it is, and then looks it up again.
 ///
 /// # Errors
-/// [`Refusal::SHARE`] or [`Refusal::TABLE_FULL`] as [`make_room`], [`Refusal::QUOTA`] if the namespace has `quota` live
-/// claims already (0: no limit).
+/// [`Refusal::SHARE`] or [`Refusal::TABLE_FULL`] as [`make_room`].
 #[inline(always)]
 pub fn enter<T: Tables>(
     tables: &T,
     destination: &Destination,
     netns_cookie: u64,
-    quota: u32,
+    group: u64,
 ) -> Result<Seat, Refusal> {
     let geometry = tables.geometry();
     let mut tries = 0;
     while tries < ENTER_TRIES {
         tries += 1;
-        let Some(slot) = enter_destination(tables, destination, netns_cookie)? else { continue };
+        let Some(slot) = enter_destination(tables, destination, netns_cookie, group)? else { continue };
         let owner = Owner { netns_cookie, slot, padding: 0 };
-        match enter_owner(tables, &owner) {
-            Ok(Some(owner_slot)) => {
-                if quota != 0 && tables.load(geometry.live(owner_slot)) > u64::from(quota) {
-                    leave(tables, Seat { slot, owner_slot });
-                    return Err(Refusal::QUOTA);
-                }
-                return Ok(Seat { slot, owner_slot });
-            }
+        match enter_owner(tables, &owner, group) {
+            Ok(Some(owner_slot)) => return Ok(Seat { slot, owner_slot }),
             Ok(None) => depart(tables, geometry, slot),
             Err(refusal) => {
                 depart(tables, geometry, slot);
@@ -203,6 +196,7 @@ fn enter_destination<T: Tables>(
     tables: &T,
     destination: &Destination,
     netns_cookie: u64,
+    group: u64,
 ) -> Result<Option<u32>, Refusal> {
     if let Some(slot) = tables.destination_slot(destination) {
         if !tables.arrive(slot) {
@@ -214,7 +208,7 @@ fn enter_destination<T: Tables>(
         depart(tables, tables.geometry(), slot);
         return Ok(None);
     }
-    tables.make_room(netns_cookie)?;
+    make_room(tables, netns_cookie, group)?;
     let Some(slot) = tables.new_slot(template(destination), &destination.words()) else { return Ok(None) };
     if tables.insert_destination(destination, slot) {
         return Ok(Some(slot));
@@ -225,7 +219,7 @@ fn enter_destination<T: Tables>(
 
 /// Finds or makes the slot of an owner, with one more live claim. `None`: another processor was faster.
 #[inline(always)]
-fn enter_owner<T: Tables>(tables: &T, owner: &Owner) -> Result<Option<u32>, Refusal> {
+fn enter_owner<T: Tables>(tables: &T, owner: &Owner, group: u64) -> Result<Option<u32>, Refusal> {
     if let Some(slot) = tables.owner_slot(owner) {
         if !tables.arrive(slot) {
             return Ok(None);
@@ -236,196 +230,16 @@ fn enter_owner<T: Tables>(tables: &T, owner: &Owner) -> Result<Option<u32>, Refu
         depart(tables, tables.geometry(), slot);
         return Ok(None);
     }
-    tables.make_room(owner.netns_cookie)?;
-    let Some(slot) = tables.new_slot(TEMPLATE_EMPTY, &owner_key(owner)) else { return Ok(None) };
+    make_room(tables, owner.netns_cookie, group)?;
+    let Some(slot) = tables.new_slot(TEMPLATE_EMPTY, &owner_key(owner, group)) else { return Ok(None) };
     if tables.insert_owner(owner, slot) {
-        tables.extend_share(owner.netns_cookie);
+        tables.extend_share(shares::namespace(owner.netns_cookie));
+        tables.extend_share(shares::group(group));
         tables.fetch_add(tables.geometry().live(owner.slot), 1);
         return Ok(Some(slot));
     }
     discard(tables, slot);
     Ok(None)
-}
-
-/// Makes sure that a namespace may take one more slot, if need be by taking an idle one away.
-///
-/// A namespace has its share as long as its destinations use at most three times as many slots as are free: one that takes
-/// all it can leaves a quarter of the table to others, two leave a sixteenth. Beyond its share it takes the place of its
-/// own idle slots. So it is refused only for sockets that it holds itself.
-///
-/// # Errors
-/// [`Refusal::SHARE`] beyond the share, if all its slots are in use; [`Refusal::TABLE_FULL`] if all slots are.
-#[expect(clippy::cast_possible_truncation, reason = "slots are 32-bit numbers, kept in 64-bit words")]
-#[inline(always)]
-pub fn make_room<T: Tables + ?Sized>(tables: &T, netns_cookie: u64) -> Result<(), Refusal> {
-    let free = tables.load(FREE_SLOTS);
-    let in_share = 2 * tables.share(netns_cookie) < 3 * free;
-    if in_share && free >= RESERVE {
-        return Ok(());
-    }
-    let any = in_share || free == 0;
-    let start = tables.fetch_add(CURSOR, u64::from(SAMPLE)) as u32;
-    let mut search = Search {
-        netns_cookie,
-        any: u64::from(any),
-        oldest: u64::MAX,
-        start,
-        checked: 0,
-        found: 0,
-        words: tables.geometry().words,
-    };
-    tables.search(&mut search);
-    if search.found() != 0 && tables.evict(search.found()) || in_share && free > 0 {
-        return Ok(());
-    }
-    Err(if any { Refusal::TABLE_FULL } else { Refusal::SHARE })
-}
-
-/// The search for the slot that was idle longest in a sample.
-#[repr(C)]
-#[derive(Debug)]
-pub struct Search {
-    netns_cookie: u64,
-    /// 1: slots of every namespace, not only of this one.
-    any: u64,
-    /// The time when the slot that was found was last used.
-    oldest: u64,
-    start: u32,
-    checked: u32,
-    /// The result; 0: none.
-    found: u32,
-    /// As [`Geometry::words`], for [`Tables::search`] in the kernel.
-    pub words: u32,
-}
-
-impl Search {
-    /// Checks the next slot; returns whether the search ends.
-    #[expect(clippy::cast_possible_truncation, reason = "slots are 32-bit numbers, kept in 64-bit words")]
-    #[inline(always)]
-    pub fn check<T: Tables + ?Sized>(&mut self, tables: &T) -> bool {
-        let geometry = tables.geometry();
-        let slots = (tables.load(ALL_SLOTS) as u32).max(FIRST_SLOT + 1) - FIRST_SLOT;
-        let slot = FIRST_SLOT + self.start.wrapping_add(self.checked) % slots;
-        self.checked += 1;
-        if tables.load(geometry.slot(slot)) == SLOT_OPEN && tables.load(geometry.live(slot)) == 0 {
-            let key = geometry.key(slot);
-            let owner = tables.load(key + 2) & OWNER_KEY != 0;
-            // Nothing depends on the slot of a destination without owners.
-            let usable = !owner || self.any != 0 || tables.load(key) == self.netns_cookie;
-            let used = if owner { tables.load(geometry.used(slot)) } else { 0 };
-            if usable && used < self.oldest {
-                self.oldest = used;
-                self.found = slot;
-            }
-        }
-        self.checked >= slots || self.checked >= SAMPLE && self.found != 0
-    }
-
-    /// Volatile: in the kernel, a callback has written it.
-    #[inline(always)]
-    fn found(&self) -> u32 {
-        // SAFETY: an initialised field.
-        unsafe { (&raw const self.found).read_volatile() }
-    }
-}
-
-/// Closes a slot, for the only caller that may take it away then. `false`: it has a live claim, or another one closes it.
-///
-/// This closes the slot before it looks at the count; [`arrive`] counts before it looks at the state: one of them sees the
-/// other.
-#[inline(always)]
-pub fn close<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
-    let (state, live) = (tables.geometry().slot(slot), tables.geometry().live(slot));
-    if tables.load(live) != 0 || tables.load(state) != SLOT_OPEN {
-        return false;
-    }
-    let before = tables.fetch_or(state, SLOT_CLOSED);
-    if before == SLOT_OPEN && tables.load(live) == 0 {
-        return true;
-    }
-    if before & SLOT_CLOSED == 0 {
-        reopen(tables, slot);
-    }
-    false
-}
-
-/// Undoes [`close`].
-#[inline(always)]
-pub fn reopen<T: Tables + ?Sized>(tables: &T, slot: u32) {
-    tables.fetch_and(tables.geometry().slot(slot), !SLOT_CLOSED);
-}
-
-/// Keeps a slot as it is, without a live claim, which would count for the quota. `false`: it is being taken away, or has
-/// another key.
-pub fn pin<T: Tables + ?Sized>(tables: &T, slot: u32, key: &[u64; 3]) -> bool {
-    let before = tables.fetch_or(tables.geometry().slot(slot), SLOT_PINNED);
-    if before & (SLOT_OPEN | SLOT_CLOSED) == SLOT_OPEN && has_key(tables, slot, key) {
-        return true;
-    }
-    unpin(tables, slot);
-    false
-}
-
-/// Undoes [`pin`].
-pub fn unpin<T: Tables + ?Sized>(tables: &T, slot: u32) {
-    tables.fetch_and(tables.geometry().slot(slot), !SLOT_PINNED);
-}
-
-/// Whether a slot, which does not change meanwhile, has this key.
-#[must_use]
-pub fn has_key<T: Tables + ?Sized>(tables: &T, slot: u32, key: &[u64; 3]) -> bool {
-    key_of(tables, slot) == *key
-}
-
-#[inline(always)]
-fn key_of<T: Tables + ?Sized>(tables: &T, slot: u32) -> [u64; 3] {
-    let key = tables.geometry().key(slot);
-    [tables.load(key), tables.load(key + 1), tables.load(key + 2)]
-}
-
-/// The key of an owner's slot.
-#[inline(always)]
-#[must_use]
-pub const fn owner_key(owner: &Owner) -> [u64; 3] {
-    [owner.netns_cookie, owner.slot as u64, OWNER_KEY]
-}
-
-/// Takes an idle slot out of its table and hands it back to the allocator; with an owner its destination, if that has no
-/// other. `false`: it is in use.
-///
-/// Ports that are warm in it become free for every namespace.
-#[inline(always)]
-pub fn evict<T: Tables + ?Sized>(tables: &T, slot: u32) -> bool {
-    let closed = close(tables, slot);
-    if closed {
-        take_away(tables, slot);
-    }
-    closed
-}
-
-/// [`evict`] for a slot that the caller has closed.
-#[expect(clippy::cast_possible_truncation, reason = "slots are 32-bit numbers, kept in 64-bit words")]
-#[inline(always)]
-pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
-    let key = key_of(tables, slot);
-    if key[2] & OWNER_KEY == 0 {
-        return remove(tables, slot, &Destination::from_words(key));
-    }
-    let (netns_cookie, destination) = (key[0], key[1] as u32);
-    tables.remove_owner(&Owner { netns_cookie, slot: destination, padding: 0 });
-    tables.reduce_share(netns_cookie);
-    free_slot(tables, slot);
-    depart(tables, tables.geometry(), destination);
-    if close(tables, destination) {
-        remove(tables, destination, &Destination::from_words(key_of(tables, destination)));
-    }
-}
-
-/// Removes a destination whose slot is closed.
-#[inline(always)]
-fn remove<T: Tables + ?Sized>(tables: &T, slot: u32, destination: &Destination) {
-    tables.remove_destination(destination);
-    free_slot(tables, slot);
 }
 
 /// Undoes [`enter`], for a claim that failed.
@@ -436,41 +250,95 @@ pub fn leave<T: Tables>(tables: &T, seat: Seat) {
     depart(tables, geometry, seat.slot);
 }
 
-/// Takes any port: a warm one first, then one that has not been used lately. `fresh_first` turns that around.
+/// Takes any port: a warm one first, then one that has not been used lately. `fresh_first` turns that around. `quota` is
+/// for [`claim_exact`], too.
 ///
 /// # Errors
-/// [`Refusal::EXHAUSTED`].
+/// [`Refusal::EXHAUSTED`]; [`Refusal::QUOTA`] if the namespace keeps `quota` ports from others already, in use, warm or
+/// resting, or all namespaces of its group twice as many (0: no limit).
 #[inline(always)]
-pub fn claim<T: Tables>(tables: &T, seat: Seat, fresh_first: bool) -> Result<Claim, Refusal> {
-    let geometry = tables.geometry();
+pub fn claim<T: Tables>(tables: &T, seat: Seat, quota: u32, fresh_first: bool) -> Result<Claim, Refusal> {
     let random = tables.random();
-    let (first, second) =
-        if fresh_first { (seat.slot, seat.owner_slot) } else { (seat.owner_slot, seat.slot) };
-    if let Some(index) = tables.claim(geometry.free(first), random) {
-        return Ok(Claim { index, from: first });
+    let warm = tables.geometry().free(seat.owner_slot);
+    if !fresh_first && let Some(index) = tables.claim(warm, random) {
+        return Ok(Claim { index, from: seat.owner_slot });
     }
-    match tables.claim(geometry.free(second), random) {
-        Some(index) => Ok(Claim { index, from: second }),
-        None => Err(Refusal::EXHAUSTED),
+    let refusal = if tables.begin_fresh(seat, quota) {
+        if let Some(index) = tables.claim(tables.geometry().free(seat.slot), random) {
+            return Ok(Claim { index, from: seat.slot });
+        }
+        tables.cancel_fresh(seat, quota);
+        Refusal::EXHAUSTED
+    } else {
+        Refusal::QUOTA
+    };
+    if fresh_first && let Some(index) = tables.claim(warm, random) {
+        return Ok(Claim { index, from: seat.owner_slot });
+    }
+    Err(refusal)
+}
+
+/// Counts one more port that a namespace keeps from others. `false`: that is one too many.
+#[inline(always)]
+pub fn begin_fresh<T: Tables + ?Sized>(tables: &T, seat: Seat, quota: u32) -> bool {
+    let owned = tables.geometry().owned(seat.owner_slot);
+    let before = tables.fetch_add(owned, 1);
+    if quota == 0 {
+        return true;
+    }
+    let quota = u64::from(quota);
+    // One below zero is an error of counting.
+    if before < quota || before.cast_signed() < 0 {
+        let group = group_of(tables, seat.owner_slot);
+        if shares::take(tables, shares::ports(group, seat.slot), 2 * quota) {
+            return true;
+        }
+    }
+    tables.fetch_add(owned, u64::MAX);
+    false
+}
+
+/// Undoes [`begin_fresh`].
+#[inline(always)]
+pub fn cancel_fresh<T: Tables + ?Sized>(tables: &T, seat: Seat, quota: u32) {
+    tables.fetch_add(tables.geometry().owned(seat.owner_slot), u64::MAX);
+    if quota != 0 {
+        tables.reduce_share(shares::ports(group_of(tables, seat.owner_slot), seat.slot), 1);
     }
 }
 
-/// Takes a random port for a socket that may send to every destination: a resolver relies on it (RFC 5452).
+/// Notes that a port of a namespace is free for everybody from now on, or nowhere.
+pub fn disown<T: Tables + ?Sized>(tables: &T, seat: Seat) {
+    let group = group_of(tables, seat.owner_slot);
+    tables.fetch_add(tables.geometry().owned(seat.owner_slot), u64::MAX);
+    tables.reduce_share(shares::ports(group, seat.slot), 1);
+    tables.reduce_share(shares::all_ports(seat.slot), 1);
+}
+
+/// Takes a random port for a socket that may send to every destination: a resolver relies on it (RFC 5452). There are `all`
+/// ports for such sockets.
 ///
 /// A namespace takes unused ports only until it has as many warm ones as are left for others, so that a program that
-/// binds in a loop leaves ports to other namespaces. This compares within one word, chosen at random.
+/// binds in a loop leaves ports to other namespaces; this compares within one word, chosen at random. And it leaves a quarter
+/// of them to others if it keeps its sockets, its group a sixteenth.
 ///
 /// # Errors
-/// [`Refusal::EXHAUSTED`].
+/// [`Refusal::EXHAUSTED`], or [`Refusal::SHARE`].
 #[inline(always)]
-pub fn claim_random<T: Tables>(tables: &T, seat: Seat) -> Result<Claim, Refusal> {
+pub fn claim_random<T: Tables>(tables: &T, seat: Seat, all: u32) -> Result<Claim, Refusal> {
     /// The ports of [`TEMPLATE_UDP_ANY`] are the highest eighth: the search starts there.
     const HIGHEST_EIGHTH: u32 = 7 << 29;
     let geometry = tables.geometry();
     let (unused, warm) = (geometry.free(seat.slot), geometry.free(seat.owner_slot));
     let random = tables.random() | HIGHEST_EIGHTH;
-    let Some(index) = tables.claim(unused, random) else {
-        let index = tables.claim(warm, random).ok_or(Refusal::EXHAUSTED)?;
+    let group = shares::ports(group_of(tables, seat.owner_slot), seat.slot);
+    let free = u64::from(all).saturating_sub(tables.share(shares::all_ports(seat.slot)));
+    let in_share = shares::leaves_a_quarter(tables.load(geometry.owned(seat.owner_slot)), free)
+        && shares::leaves_a_sixteenth(tables.share(group), free);
+    let index = if in_share { tables.claim(unused, random) } else { None };
+    let Some(index) = index else {
+        let refusal = if in_share { Refusal::EXHAUSTED } else { Refusal::SHARE };
+        let index = tables.claim(warm, random).ok_or(refusal)?;
         return Ok(Claim { index, from: seat.owner_slot });
     };
     let claim = Claim { index, from: seat.slot };
@@ -480,27 +348,43 @@ pub fn claim_random<T: Tables>(tables: &T, seat: Seat) -> Result<Claim, Refusal>
         let turn = tables.random() & 63;
         let index = (word << 6) + ((bitmap::lowest(own.rotate_right(turn)) + turn) & 63);
         if bitmap::take(tables, warm, index) {
-            unclaim(tables, seat.owner_slot, claim);
+            touch(tables, seat.owner_slot, claim.index);
+            bitmap::free(tables, unused, claim.index);
             return Ok(Claim { index, from: seat.owner_slot });
         }
     }
+    tables.fetch_add(geometry.owned(seat.owner_slot), 1);
+    tables.extend_share(group);
+    tables.extend_share(shares::all_ports(seat.slot));
     Ok(claim)
 }
 
 /// Takes this very port if it is warm with the namespace or free for everybody.
 ///
 /// # Errors
-/// [`Refusal::TAKEN`].
+/// [`Refusal::TAKEN`], or [`Refusal::QUOTA`] as [`claim`].
 #[inline(always)]
-pub fn claim_exact<T: Tables + ?Sized>(tables: &T, seat: Seat, index: u32) -> Result<Claim, Refusal> {
+pub fn claim_exact<T: Tables + ?Sized>(
+    tables: &T,
+    seat: Seat,
+    quota: u32,
+    index: u32,
+) -> Result<Claim, Refusal> {
     let geometry = tables.geometry();
     if bitmap::take(tables, geometry.free(seat.owner_slot), index) {
-        Ok(Claim { index, from: seat.owner_slot })
-    } else if bitmap::take(tables, geometry.free(seat.slot), index) {
-        Ok(Claim { index, from: seat.slot })
-    } else {
-        Err(Refusal::TAKEN)
+        return Ok(Claim { index, from: seat.owner_slot });
     }
+    if !bitmap::is_free(tables, geometry.free(seat.slot), index) {
+        return Err(Refusal::TAKEN);
+    }
+    if !tables.begin_fresh(seat, quota) {
+        return Err(Refusal::QUOTA);
+    }
+    if bitmap::take(tables, geometry.free(seat.slot), index) {
+        return Ok(Claim { index, from: seat.slot });
+    }
+    tables.cancel_fresh(seat, quota);
+    Err(Refusal::TAKEN)
 }
 
 /// Whether a port was given back so lately that its connection may still have something to send.
@@ -516,12 +400,14 @@ pub fn settling<T: Tables>(tables: &T, seat: Seat, claim: Claim) -> bool {
     same_port && !same_processor && age < SETTLING_US
 }
 
-/// Puts a port that was never used back to where it came from. The seat, of which this wants the slot of the namespace,
-/// stays.
+/// Puts a port that was never used back to where it came from; the seat stays. `quota` as it was claimed with.
 #[inline(always)]
-pub fn unclaim<T: Tables>(tables: &T, owner_slot: u32, claim: Claim) {
-    touch(tables, owner_slot, claim.index);
+pub fn unclaim<T: Tables>(tables: &T, seat: Seat, quota: u32, claim: Claim) {
+    touch(tables, seat.owner_slot, claim.index);
     bitmap::free(tables, tables.geometry().free(claim.from), claim.index);
+    if claim.from == seat.slot {
+        tables.cancel_fresh(seat, quota);
+    }
 }
 
 /// Notes that a port was given back, for the sweep and for the search for ports that got lost.
@@ -539,6 +425,8 @@ pub fn release<T: Tables>(tables: &T, seat: Seat, index: u32) {
     touch(tables, seat.owner_slot, index);
     if bitmap::is_free(tables, geometry.free(TEMPLATE_TCP), index) {
         bitmap::free(tables, geometry.free(seat.owner_slot), index);
+    } else {
+        tables.fetch_add(geometry.owned(seat.owner_slot), u64::MAX);
     }
     tables.store(geometry.used(seat.owner_slot), tables.now());
     leave(tables, seat);
@@ -573,6 +461,9 @@ pub fn new_slot<T: Tables + ?Sized>(tables: &T, template: u32, key: &[u64; 3]) -
     tables.store(geometry.key(slot) + 1, key[1]);
     tables.store(geometry.key(slot) + 2, key[2]);
     tables.store(geometry.used(slot), tables.now());
+    tables.store(geometry.owned(slot), 0);
+    tables.store(geometry.resting(slot), 0);
+    tables.store(geometry.searched(slot), 0);
     // Added: a hook with an earlier look-up of this slot may be counting, and finds that it came too late.
     tables.fetch_add(geometry.live(slot), 1);
     tables.fetch_or(geometry.slot(slot), SLOT_OPEN);

@@ -9,34 +9,33 @@ use aya_ebpf::{
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use bridge_common::{
-    pool::{
-        Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal,
-        TEMPLATE_TCP, TEMPLATE_UDP, TEMPLATE_UDP_ANY, bitmap, slots,
-    },
-    protocol::{TCP, UDP},
+use bridge_common::pool::{
+    Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal, TEMPLATE_TCP,
+    TEMPLATE_UDP, TEMPLATE_UDP_ANY, bitmap,
+    slots::{self, Tables as _},
 };
+use bridge_common::protocol::{TCP, UDP};
 use bridge_ebpf::atomic::fetch_add;
 
 use crate::{
     claim::{enter, note},
     maps::{POOL_BIND_CURSOR, POOL_CONFIG},
-    refuse::{PASS, refuse},
+    refuse::{PASS, note_refusal, refuse},
     sock::{Family, destination, is_in_networks, lease, lease_or_new, protocol, reuse_address, socket},
-    tables::Maps,
+    tables::{Maps, pool_put_back},
 };
 
 /// `BPF_F_CURRENT_NETNS`.
-const CURRENT_NETNS: u64 = u64::MAX;
+pub(crate) const CURRENT_NETNS: u64 = u64::MAX;
 /// Sizes of `struct bpf_sock_tuple`: remote address, local address, remote port, local port.
-const TUPLE_V4: u32 = 12;
-const TUPLE_V6: u32 = 36;
+pub(crate) const TUPLE_V4: u32 = 12;
+pub(crate) const TUPLE_V6: u32 = 36;
 
 /// `struct bpf_sock_tuple`, of either family.
 #[repr(C)]
 #[derive(Default)]
-struct Tuple {
-    words: [u32; 9],
+pub(crate) struct Tuple {
+    pub(crate) words: [u32; 9],
 }
 
 /// `bind` of an IPv4 socket.
@@ -193,13 +192,30 @@ fn bind_udp(ctx: &SockAddrContext, config: &Config) {
         return;
     }
     let tables = Maps { words: config.words };
-    let Ok(seat) = enter(ctx, config, &Destination::ANY_UDP) else { return };
-    let Ok(claim) = slots::claim_random(&tables, seat) else { return slots::leave(&tables, seat) };
+    let claimed = match enter(ctx, config, &Destination::ANY_UDP) {
+        Ok(seat) => match slots::claim_random(&tables, seat, config.unconnected) {
+            Ok(claim) => Ok((seat, claim)),
+            Err(refusal) => {
+                slots::leave(&tables, seat);
+                Err(refusal)
+            }
+        },
+        Err(refusal) => Err(refusal),
+    };
+    let (seat, claim) = match claimed {
+        Ok(claimed) => claimed,
+        // Each `sendto` from the port that the kernel chooses now would only show that it is outside.
+        Err(refusal) if config.flags & FLAG_STRICT != 0 => {
+            return note_refusal(ctx, &Destination::ANY_UDP, refusal);
+        }
+        Err(_) => return,
+    };
     set_port(ctx, (config.base + claim.index) as u16);
     note(ctx, lease, seat, claim.index, &Destination::ANY_UDP, LEASE_ANY);
 }
 
-/// Refuses what would leave from a port outside the pool.
+/// Refuses a datagram that would leave from a port outside the pool, or from one that another socket uses towards the same
+/// destination.
 #[inline(always)]
 fn send(ctx: &SockAddrContext, family: Family) -> i32 {
     let Some(destination) = destination(ctx.sock_addr, family) else { return PASS };
@@ -207,22 +223,58 @@ fn send(ctx: &SockAddrContext, family: Family) -> i32 {
         return PASS;
     }
     let Some(config) = POOL_CONFIG.get(0) else { return PASS };
+    if config.flags & FLAG_STRICT == 0 {
+        return PASS;
+    }
     let socket = socket(ctx.sock_addr);
     let lease = lease(socket);
-    // SAFETY: the storage of a socket of the context.
-    let held = !lease.is_null() && unsafe { (&raw const (*lease).state).read_volatile() } & LEASE_HELD != 0;
-    if held || config.flags & FLAG_STRICT == 0 {
-        return PASS;
+    if !lease.is_null() {
+        // SAFETY: the storage of a socket of the context. A `connect` in another thread may change it meanwhile, and then
+        // the datagram goes to either destination.
+        let (held, own) =
+            unsafe { ((&raw const (*lease).state).read_volatile(), (*lease).destination == destination) };
+        if held & LEASE_HELD != 0 && (held & LEASE_ANY != 0 || own) {
+            return PASS;
+        }
     }
     // SAFETY: the socket of the context; host byte order.
     let index = unsafe { (*socket).src_port }.wrapping_sub(config.base);
+    match lend(ctx, config, &destination, index) {
+        Ok(()) => PASS,
+        Err(refusal) => refuse(ctx, &destination, refusal),
+    }
+}
+
+/// Makes sure that no other namespace, and no other socket, uses a port that the program has bound itself: the port is warm
+/// from now on, so that it stays with the namespace. The socket holds no claim, since it may send anywhere at any time.
+#[inline(always)]
+fn lend(
+    ctx: &SockAddrContext,
+    config: &Config,
+    destination: &Destination,
+    index: u32,
+) -> Result<(), Refusal> {
     let tables = Maps { words: config.words };
     let geometry = Geometry { words: config.words };
-    if index < config.words * 64
-        && (bitmap::is_free(&tables, geometry.free(TEMPLATE_UDP), index)
-            || bitmap::is_free(&tables, geometry.free(TEMPLATE_UDP_ANY), index))
-    {
-        return PASS;
+    if index >= config.words * 64 {
+        return Err(Refusal::OUTSIDE);
     }
-    refuse(ctx, &destination, Refusal::OUTSIDE)
+    let destination = if bitmap::is_free(&tables, geometry.free(TEMPLATE_UDP), index) {
+        destination
+    } else if bitmap::is_free(&tables, geometry.free(TEMPLATE_UDP_ANY), index) {
+        &Destination::ANY_UDP
+    } else {
+        return Err(Refusal::OUTSIDE);
+    };
+    let seat = enter(ctx, config, destination)?;
+    match tables.claim_exact(seat, config.quota, index) {
+        Ok(_) => {
+            pool_put_back(config.words, seat.slot, seat.owner_slot, index);
+            Ok(())
+        }
+        Err(refusal) => {
+            slots::leave(&tables, seat);
+            Err(refusal)
+        }
+    }
 }

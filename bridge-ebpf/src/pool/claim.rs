@@ -13,13 +13,13 @@ use aya_ebpf::{
 };
 use bridge_common::pool::{
     Config, Destination, Grant, LEASE_HELD, Lease, MAX_SLOTS, MAX_WORDS, Refusal, counter,
-    slots::{self, Seat, Tables as _},
+    slots::{self, Claim, Seat, Tables as _},
 };
 use bridge_ebpf::atomic::fetch_or;
 
 use crate::{
     maps::{POOL_GRANTS, count},
-    rest::pool_wake,
+    rest::{Woken, wake},
     sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address, socket},
     tables::{Maps, pool_unclaim},
 };
@@ -58,11 +58,14 @@ struct Search {
     context: *mut bpf_sock_addr,
     base: u32,
     words: u32,
+    quota: u32,
     seat: Seat,
     /// The port where the second phase begins.
     start: u32,
     /// The result: a port, counted from the base, or [`NOT_FOUND`].
     index: u32,
+    /// The slot that it was taken from.
+    from: u32,
     refusal: u32,
 }
 
@@ -81,31 +84,35 @@ pub(crate) fn claim_and_bind(
     family: Family,
     config: &Config,
     seat: Seat,
-) -> Result<u32, Refusal> {
+) -> Result<Claim, Refusal> {
     reuse_address(ctx);
     let ports = config.words * 64;
     let mut search = Search {
         context: ctx.sock_addr,
         base: config.base,
         words: config.words,
+        quota: config.quota,
         seat,
         // SAFETY: the helper takes no argument.
         start: unsafe { bpf_get_prandom_u32() } % ports.max(1),
         index: NOT_FOUND,
+        from: 0,
         refusal: Refusal::BIND.0,
     };
     let result = run(family, &mut search);
-    if result != Err(Refusal::EXHAUSTED) {
+    if !matches!(result, Err(Refusal::EXHAUSTED | Refusal::QUOTA)) {
         return result;
     }
-    let resting = pool_wake(config.words, seat.slot) != 0;
-    let result = run(family, &mut search);
-    if resting && result == Err(Refusal::EXHAUSTED) { Err(Refusal::RESTING) } else { result }
+    match wake(ctx.sock_addr, config.base, config.words, seat) {
+        Woken::NoneRests => result,
+        Woken::None => Err(Refusal::RESTING),
+        Woken::Some => run(family, &mut search),
+    }
 }
 
 /// Searches until a port is bound, or none is left.
 #[inline(always)]
-fn run(family: Family, search: &mut Search) -> Result<u32, Refusal> {
+fn run(family: Family, search: &mut Search) -> Result<Claim, Refusal> {
     let turns = QUICK_TURNS + search.words * 64;
     let turn = match family {
         Family::V4 => search_turn_v4 as *const (),
@@ -114,9 +121,12 @@ fn run(family: Family, search: &mut Search) -> Result<u32, Refusal> {
     // SAFETY: a callback with the arguments that the helper gives it, and memory that outlives the call.
     unsafe { bpf_loop(turns, turn.cast_mut().cast(), ptr::from_mut(search).cast(), 0) };
     // SAFETY: initialised by the caller; volatile, since the callback wrote it.
-    let (index, refusal) =
-        unsafe { ((&raw const search.index).read_volatile(), (&raw const search.refusal).read_volatile()) };
-    if index == NOT_FOUND { Err(Refusal(refusal)) } else { Ok(index) }
+    unsafe {
+        match (&raw const search.index).read_volatile() {
+            NOT_FOUND => Err(Refusal((&raw const search.refusal).read_volatile())),
+            index => Ok(Claim { index, from: (&raw const search.from).read_volatile() }),
+        }
+    }
 }
 
 #[inline(never)]
@@ -134,11 +144,11 @@ extern "C" fn search_turn_v6(turn: u64, search: *mut Search) -> i64 {
 /// Claims one port and tries to bind it.
 #[inline(always)]
 fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
-    let Search { words, seat, .. } = *search;
+    let Search { words, seat, quota, .. } = *search;
     let tables = Maps { words };
     let claim = if turn < QUICK_TURNS {
         // A warm port that another program has bound would be found warm again at once.
-        match slots::claim(&tables, seat, turn > 0) {
+        match slots::claim(&tables, seat, quota, turn > 0) {
             Ok(claim) => claim,
             Err(refusal) => {
                 search.refusal = refusal.0;
@@ -148,24 +158,31 @@ fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
     } else {
         let ports = words * 64;
         let index = (search.start + turn) % ports.max(1);
-        match tables.claim_exact(seat, index) {
+        match tables.claim_exact(seat, quota, index) {
             Ok(claim) => claim,
             Err(_) => return NEXT,
         }
     };
     // If all others are taken it has to be this one.
     if turn < SETTLE_TURNS && slots::settling(&tables, seat, claim) {
-        pool_unclaim(words, seat.owner_slot, claim.index, claim.from);
+        unclaim(search, claim);
         return NEXT;
     }
     let error = bind(search.context, family, (search.base + claim.index) as u16);
     if error == 0 {
         search.index = claim.index;
+        search.from = claim.from;
         return STOP;
     }
-    pool_unclaim(words, seat.owner_slot, claim.index, claim.from);
+    unclaim(search, claim);
     count(counter::BIND_RETRIES);
     if error == -EADDRINUSE { NEXT } else { STOP }
+}
+
+#[inline(always)]
+fn unclaim(search: &Search, claim: Claim) {
+    let seat = pack(Ok(search.seat)).cast_unsigned();
+    pool_unclaim(search.words, seat, search.quota, claim.index, claim.from);
 }
 
 /// Takes over the port that the agent has granted to this namespace, together with the seat that the grant has.
@@ -194,13 +211,15 @@ pub(crate) fn enter(
     config: &Config,
     destination: &Destination,
 ) -> Result<Seat, Refusal> {
-    unpack(seat(config.words, destination, netns_cookie(ctx), config.quota))
+    // SAFETY: the helper takes no argument.
+    let group = unsafe { bpf_get_current_cgroup_id() };
+    unpack(seat(config.words, destination, netns_cookie(ctx), group))
 }
 
 /// [`slots::enter`], as a function for the same reason as [`granted`].
 #[inline(never)]
-extern "C" fn seat(words: u32, destination: &Destination, netns_cookie: u64, quota: u32) -> i64 {
-    pack(slots::enter(&Maps { words }, destination, netns_cookie, quota))
+extern "C" fn seat(words: u32, destination: &Destination, netns_cookie: u64, group: u64) -> i64 {
+    pack(slots::enter(&Maps { words }, destination, netns_cookie, group))
 }
 
 #[inline(always)]

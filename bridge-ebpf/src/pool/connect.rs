@@ -1,14 +1,12 @@
 //! `connect`: the moment a source port is chosen.
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
-use bridge_common::{
-    pool::{
-        Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_CONNECTING, LEASE_HELD, LEASE_OF_CONNECTION,
-        Lease, Refusal, bitmap, counter,
-        slots::{self, Seat, Tables as _},
-    },
-    protocol::TCP,
+use bridge_common::pool::{
+    Config, Destination, FLAG_STRICT, LEASE_ANY, LEASE_CONNECTING, LEASE_FRESH, LEASE_HELD,
+    LEASE_OF_CONNECTION, Lease, Refusal, TEMPLATE_UDP_ANY, bitmap, counter,
+    slots::{self, Claim, Seat, Tables as _},
 };
+use bridge_common::protocol::{TCP, UDP};
 use bridge_ebpf::atomic::fetch_and;
 
 use crate::{
@@ -16,6 +14,7 @@ use crate::{
     maps::{POOL_CONFIG, count},
     refuse::{PASS, note_earlier_failure, refuse},
     release::give_back,
+    rest::wake_port,
     sock::{Family, destination, is_in_networks, lease_or_new, socket},
     tables::Maps,
 };
@@ -69,35 +68,45 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
     // SAFETY: the socket of the context; host byte order.
     let bound = unsafe { (*socket).src_port };
     let index = bound.wrapping_sub(config.base);
-    if bound != 0 && !is_of_the_pool(config, destination, index) {
-        return if config.flags & FLAG_STRICT != 0 { Err(Refusal::OUTSIDE) } else { Ok(()) };
-    }
-    let (seat, index) = if bound == 0 {
+    let mut extra = 0;
+    let (seat, claim) = if bound == 0 {
         let seat = enter(ctx, config, destination)?;
         match claim_and_bind(ctx, family, config, seat) {
-            Ok(index) => (seat, index),
+            Ok(claim) => (seat, claim),
             Err(refusal) => return Err(stand(config, seat, refusal)),
         }
     } else {
-        let seat = adopt(ctx, config, destination, index)?;
+        let adopted = if is_of(config, slots::template(destination), index) {
+            adopt(ctx, config, destination, index)?
+        } else if destination.protocol() == UDP && is_of(config, TEMPLATE_UDP_ANY, index) {
+            extra = LEASE_ANY;
+            adopt(ctx, config, &Destination::ANY_UDP, index)?
+        } else if config.flags & FLAG_STRICT != 0 {
+            return Err(Refusal::OUTSIDE);
+        } else {
+            return Ok(());
+        };
         count(counter::ADOPTIONS);
-        (seat, index)
+        adopted
     };
     if held & LEASE_HELD != 0 {
         // The socket was connected elsewhere before and keeps its port, towards a new destination.
         give_back(lease);
     }
     reopen(lease);
-    note(ctx, lease, seat, index, destination, 0);
+    if claim.from == seat.slot {
+        extra |= LEASE_FRESH;
+    }
+    let destination = if extra & LEASE_ANY != 0 { &Destination::ANY_UDP } else { destination };
+    note(ctx, lease, seat, claim.index, destination, extra);
     Ok(())
 }
 
-/// Whether a port, counted from the base, is one that this destination may be reached from.
+/// Whether a port, counted from the base, is one of a template.
 #[inline(always)]
-fn is_of_the_pool(config: &Config, destination: &Destination, index: u32) -> bool {
+fn is_of(config: &Config, template: u32, index: u32) -> bool {
     let tables = Maps { words: config.words };
-    let template = tables.geometry().free(slots::template(destination));
-    index < config.words * 64 && bitmap::is_free(&tables, template, index)
+    index < config.words * 64 && bitmap::is_free(&tables, tables.geometry().free(template), index)
 }
 
 /// Claims the port that the program has bound itself.
@@ -107,13 +116,20 @@ fn adopt(
     config: &Config,
     destination: &Destination,
     index: u32,
-) -> Result<Seat, Refusal> {
+) -> Result<(Seat, Claim), Refusal> {
     if let Some(seat) = take_grant(ctx, destination, index) {
-        return Ok(seat);
+        return Ok((seat, Claim { index, from: seat.owner_slot }));
     }
     let seat = enter(ctx, config, destination)?;
-    match (Maps { words: config.words }).claim_exact(seat, index) {
-        Ok(_) => Ok(seat),
+    let tables = Maps { words: config.words };
+    let claim = match tables.claim_exact(seat, config.quota, index) {
+        Err(_) if wake_port(ctx.sock_addr, config.base, config.words, seat, index) => {
+            tables.claim_exact(seat, config.quota, index)
+        }
+        claim => claim,
+    };
+    match claim {
+        Ok(claim) => Ok((seat, claim)),
         Err(refusal) => Err(stand(config, seat, refusal)),
     }
 }

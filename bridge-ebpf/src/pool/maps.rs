@@ -1,11 +1,11 @@
 //! The maps of the pool. Sizes that depend on the configuration are set by the loader.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use bridge_common::pool::{
-    Config, Destination, Event, Grant, Granted, Lease, Owner, Rest, RestingPort, counter,
+    Config, Destination, Event, Grant, Granted, Lease, MAX_RESTS, Owner, Rest, RestingPort, counter,
 };
 
 /// `BPF_F_MMAPABLE`: the agent claims ports in the same words.
@@ -30,9 +30,9 @@ pub(crate) static POOL_DESTINATIONS: HashMap<Destination, u32, 65536, NO_PREALLO
 #[btf_map]
 pub(crate) static POOL_OWNERS: HashMap<Owner, u32, 65536, NO_PREALLOC> = HashMap::new();
 
-/// Destinations that each namespace (`SO_NETNS_COOKIE`) has slots for; the agent corrects it in each sweep.
+/// Counts by a key of [`bridge_common::pool::shares`]; the agent corrects them in each sweep.
 #[btf_map]
-pub(crate) static POOL_SHARES: HashMap<u64, u64, 65536, NO_PREALLOC> = HashMap::new();
+pub(crate) static POOL_SHARES: HashMap<u64, u64, 262_144, NO_PREALLOC> = HashMap::new();
 
 #[btf_map]
 pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = HashMap::new();
@@ -42,7 +42,8 @@ pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = Has
 pub(crate) static POOL_BIND_CURSOR: Array<u64, 1> = Array::new();
 
 #[btf_map]
-pub(crate) static POOL_RESTING: HashMap<RestingPort, Rest, 262_144, NO_PREALLOC> = HashMap::new();
+pub(crate) static POOL_RESTING: HashMap<RestingPort, Rest, { MAX_RESTS as usize }, NO_PREALLOC> =
+    HashMap::new();
 
 #[btf_map]
 pub(crate) static POOL_LEASES: SkStorage<Lease> = SkStorage::new();
@@ -50,9 +51,9 @@ pub(crate) static POOL_LEASES: SkStorage<Lease> = SkStorage::new();
 #[btf_map]
 pub(crate) static POOL_COUNTERS: PerCpuArray<u64, { counter::COUNT as usize }> = PerCpuArray::new();
 
-/// `CLOCK_MONOTONIC`, in nanoseconds, of the last event on each CPU.
+/// `CLOCK_MONOTONIC`, in nanoseconds, of the last event of each control group.
 #[btf_map]
-pub(crate) static POOL_LAST_EVENT: PerCpuArray<u64, 1> = PerCpuArray::new();
+pub(crate) static POOL_LAST_EVENTS: LruHashMap<u64, u64, 4096> = LruHashMap::new();
 
 #[btf_map]
 pub(crate) static POOL_EVENTS: RingBuf<Event, 262_144> = RingBuf::new();

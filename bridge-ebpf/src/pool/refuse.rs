@@ -9,7 +9,7 @@ use aya_ebpf::{
 use bridge_common::pool::{Destination, Refusal, counter};
 
 use crate::{
-    maps::{POOL_EVENTS, POOL_LAST_EVENT, count},
+    maps::{POOL_EVENTS, POOL_LAST_EVENTS, count},
     sock::netns_cookie,
 };
 
@@ -19,7 +19,8 @@ const REFUSE: i32 = 0;
 const EPROTONOSUPPORT: i32 = 93;
 const EADDRNOTAVAIL: i32 = 99;
 
-/// Minimum time between two events on each CPU, in nanoseconds; the counters see all.
+/// Minimum time between two events of a control group, in nanoseconds, so that the events of others have room; the counters
+/// see all.
 const EVENT_INTERVAL_NS: u64 = 10_000_000;
 
 /// Whether the kernel has `bpf_set_retval` (Linux 5.18). Without it the program sees EPERM. Set by the loader.
@@ -32,6 +33,13 @@ pub(crate) fn refuse(ctx: &SockAddrContext, destination: &Destination, refusal: 
     count(counter::REFUSALS + refusal.0);
     report_connect(ctx.sock_addr, destination, refusal.0);
     answer(EADDRNOTAVAIL)
+}
+
+/// Counts and reports that the pool had no port; the call goes on without one.
+#[inline(always)]
+pub(crate) fn note_refusal(ctx: &SockAddrContext, destination: &Destination, refusal: Refusal) {
+    count(counter::REFUSALS + refusal.0);
+    report_connect(ctx.sock_addr, destination, refusal.0);
 }
 
 /// Counts and reports that a socket is not created; the program will see EPROTONOSUPPORT.
@@ -77,20 +85,22 @@ extern "C" fn report_connect(context: *mut bpf_sock_addr, destination: &Destinat
 fn report(ctx: &impl EbpfContext, destination: &Destination, refusal: Refusal) {
     // SAFETY: the helper takes no argument.
     let now = unsafe { bpf_ktime_get_ns() };
-    let Some(last) = POOL_LAST_EVENT.get_ptr_mut(0) else { return };
-    // SAFETY: this CPU's element of a map; that a preempting hook may write in between costs one event more or less.
-    if now - unsafe { last.read_volatile() } < EVENT_INTERVAL_NS {
+    // SAFETY: the helper takes no argument.
+    let group = unsafe { bpf_get_current_cgroup_id() };
+    // SAFETY: a pointer to a map's value; that another hook may write in between costs one event more or less.
+    let last = POOL_LAST_EVENTS.get_ptr(group).map(|last| unsafe { last.read_volatile() });
+    if last.is_some_and(|last| now.wrapping_sub(last) < EVENT_INTERVAL_NS) {
         return count(counter::EVENTS_LOST);
     }
-    // SAFETY: as above.
-    unsafe { last.write_volatile(now) };
+    // An error can only mean that another hook of the group reports now.
+    let _ = POOL_LAST_EVENTS.insert(group, now, 0);
     let Some(mut entry) = POOL_EVENTS.reserve(0) else { return count(counter::EVENTS_LOST) };
     let event = entry.as_mut_ptr();
     // SAFETY: memory of the ring buffer, of an event's size; every field is written. In place: the stack is short.
     unsafe {
         (*event).time_ns = now;
         (*event).netns_cookie = netns_cookie(ctx);
-        (*event).cgroup_id = bpf_get_current_cgroup_id();
+        (*event).cgroup_id = group;
         (*event).refusal = refusal.0;
         (*event).pid = ctx.tgid();
         (*event).uid = ctx.uid();

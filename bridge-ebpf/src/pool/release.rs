@@ -12,22 +12,20 @@ use aya_ebpf::{
     macros::{cgroup_sock, sock_ops},
     programs::{SockContext, SockOpsContext},
 };
-use bridge_common::{
-    pool::{
-        LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT, LEASE_TIMESTAMPS,
-        Lease, counter,
-        slots::{self, Seat},
-    },
-    protocol::TCP,
+use bridge_common::pool::{
+    LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_FRESH, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT,
+    LEASE_TIMESTAMPS, Lease, counter,
+    slots::{self, Seat},
 };
+use bridge_common::protocol::TCP;
 use bridge_ebpf::atomic::{fetch_and, fetch_or};
 
 use crate::{
     maps::{POOL_CONFIG, count},
     refuse::note_failure,
-    rest::rest,
+    rest::{avoid, rest},
     sock::lease,
-    tables::Maps,
+    tables::{Maps, pool_put_back, pool_unclaim},
 };
 
 // States of TCP (include/net/tcp_states.h).
@@ -60,11 +58,13 @@ pub(crate) fn pool_release(ctx: SockContext) -> i32 {
             let before = fetch_or(&raw mut (*lease).state, LEASE_FILE_CLOSED);
             (before, (*ctx.sock).state, (*ctx.sock).protocol)
         };
-        if protocol == u32::from(TCP) && before & LEASE_HELD != 0 && before & LEASE_CONNECTING == 0 {
+        let silent = before & LEASE_CONNECTING == 0;
+        if protocol == u32::from(TCP) && before & LEASE_HELD != 0 && silent && state == TCP_CLOSE {
             // SAFETY: the storage of the socket of the context.
             note_failure(&ctx, unsafe { &(*lease).destination });
         }
-        if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != u32::from(TCP) {
+        // Without a SYN there is no callback: the socket listens by now, or its SYN was to go with the first data.
+        if before & LEASE_TCP_CLOSED != 0 || state == TCP_CLOSE || protocol != u32::from(TCP) || silent {
             give_back(lease);
         }
     }
@@ -78,6 +78,11 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             let lease = lease(sock_ops_socket(ctx.ops));
             if !lease.is_null() {
+                // SAFETY: the storage of the socket of the context.
+                unsafe {
+                    note_source(&ctx, lease);
+                    fetch_and(&raw mut (*lease).state, !LEASE_FRESH);
+                }
                 let own = if is_subflow(sock_ops_socket(ctx.ops)) { LEASE_FILE_CLOSED } else { 0 };
                 // SAFETY: the storage of the socket of the context.
                 unsafe { fetch_or(&raw mut (*lease).state, LEASE_CONNECTING | own) };
@@ -117,19 +122,61 @@ pub(crate) fn pool_sock_ops(ctx: SockOpsContext) -> u32 {
 pub(crate) extern "C" fn give_back(lease: *mut Lease) {
     // SAFETY: the storage of a socket. Once LEASE_HELD is cleared no one else reads or writes the other fields.
     let (before, seat, index) = unsafe {
-        let before = fetch_and(&raw mut (*lease).state, !LEASE_HELD);
+        let before = fetch_and(&raw mut (*lease).state, !(LEASE_HELD | LEASE_FRESH));
         (before, Seat { slot: (*lease).slot, owner_slot: (*lease).owner_slot }, (*lease).index)
     };
     if before & LEASE_HELD == 0 {
         return;
     }
     if let Some(config) = POOL_CONFIG.get(0) {
-        let waits = before & (LEASE_TIME_WAIT | LEASE_TIMESTAMPS) == LEASE_TIME_WAIT;
-        if waits && rest(seat, index, POOL_REST_NS.load()) {
-            return count(counter::RELEASES);
-        }
-        slots::release(&Maps { words: config.words }, seat, index);
+        // SAFETY: as above.
+        let tcp = unsafe { (*lease).destination.protocol() } == TCP;
         count(counter::RELEASES);
+        let silent = tcp && before & LEASE_CONNECTING == 0;
+        if silent && before & LEASE_FRESH != 0 {
+            // No packet has left from the port: it is as free as it was.
+            let (tables, packed) =
+                (Maps { words: config.words }, u64::from(seat.owner_slot) << 32 | u64::from(seat.slot));
+            pool_unclaim(config.words, packed, config.quota, index, seat.slot);
+            return slots::leave(&tables, seat);
+        }
+        let rests = if before & (LEASE_TIME_WAIT | LEASE_TIMESTAMPS) == LEASE_TIME_WAIT {
+            rest(config.words, lease, seat, index, POOL_REST_NS.load())
+        } else {
+            silent && avoid(config.words, lease, seat, index)
+        };
+        if !rests {
+            pool_put_back(config.words, seat.slot, seat.owner_slot, index);
+        }
+    }
+}
+
+/// Notes the address that a connection leaves from, and the interface that its socket is bound to.
+///
+/// # Safety
+/// `lease` is the storage of the socket of the context.
+#[inline(always)]
+unsafe fn note_source(ctx: &SockOpsContext, lease: *mut Lease) {
+    let socket = sock_ops_socket(ctx.ops);
+    let ops = ctx.ops;
+    // SAFETY: the caller's promise, and a context; volatile, since it allows single 32-bit reads but no wider ones. Each field
+    // is read on every path: its offset must be a constant.
+    unsafe {
+        let v4 = (&raw const (*ops).local_ip4).read_volatile();
+        let v6 = [
+            (&raw const (*ops).local_ip6[0]).read_volatile(),
+            (&raw const (*ops).local_ip6[1]).read_volatile(),
+            (&raw const (*ops).local_ip6[2]).read_volatile(),
+            (&raw const (*ops).local_ip6[3]).read_volatile(),
+        ];
+        let mapped = [0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), v4];
+        let words = if (*lease).destination.is_v4() { mapped } else { v6 };
+        let source = (&raw mut (*lease).source).cast::<[u8; 4]>();
+        source.write(words[0].to_ne_bytes());
+        source.add(1).write(words[1].to_ne_bytes());
+        source.add(2).write(words[2].to_ne_bytes());
+        source.add(3).write(words[3].to_ne_bytes());
+        (*lease).device = if socket.is_null() { 0 } else { (*socket).bound_dev_if };
     }
 }
 

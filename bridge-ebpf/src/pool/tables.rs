@@ -8,7 +8,7 @@ use aya_ebpf::helpers::generated::{
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner, Refusal,
     bitmap::{self, Bitmap, Memory},
-    slots::{self, Claim, MAX_SAMPLE, Search, Seat, Tables},
+    slots::{self, Claim, MAX_SAMPLE, Room, Search, Seat, Tables},
 };
 
 use bridge_ebpf::atomic::{fetch_add, fetch_and, fetch_or};
@@ -103,18 +103,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn share(&self, netns_cookie: u64) -> u64 {
-        pool_share(netns_cookie)
+    fn share(&self, key: u64) -> u64 {
+        pool_share(key)
     }
 
     #[inline(always)]
-    fn extend_share(&self, netns_cookie: u64) {
-        pool_extend_share(netns_cookie);
+    fn extend_share(&self, key: u64) -> u64 {
+        pool_extend_share(key)
     }
 
     #[inline(always)]
-    fn reduce_share(&self, netns_cookie: u64) {
-        pool_reduce_share(netns_cookie);
+    fn reduce_share(&self, key: u64, n: u64) {
+        pool_reduce_share(key, n);
     }
 
     #[inline(always)]
@@ -130,11 +130,9 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn make_room(&self, netns_cookie: u64) -> Result<(), Refusal> {
-        match pool_make_room(self.words, netns_cookie) {
-            0 => Ok(()),
-            refusal => Err(Refusal(refusal)),
-        }
+    fn find_room(&self, netns_cookie: u64, group: u64) -> Room {
+        let packed = pool_find_room(self.words, netns_cookie, group);
+        Room { evictable: (packed >> 32) as u32, refusal: packed as u32 }
     }
 
     #[inline(always)]
@@ -185,10 +183,20 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn claim_exact(&self, seat: Seat, index: u32) -> Result<Claim, Refusal> {
-        match u32::try_from(pool_claim_exact(self.words, seat.slot, seat.owner_slot, index)) {
-            Ok(from) => Ok(Claim { index, from }),
-            Err(_) => Err(Refusal::TAKEN),
+    fn begin_fresh(&self, seat: Seat, quota: u32) -> bool {
+        pool_begin_fresh(self.words, seat.slot, seat.owner_slot, quota) != 0
+    }
+
+    #[inline(always)]
+    fn cancel_fresh(&self, seat: Seat, quota: u32) {
+        pool_cancel_fresh(self.words, seat.slot, seat.owner_slot, quota);
+    }
+
+    #[inline(always)]
+    fn claim_exact(&self, seat: Seat, quota: u32, index: u32) -> Result<Claim, Refusal> {
+        match pool_claim_exact(self.words, seat.slot, seat.owner_slot, quota, index) {
+            refusal if refusal < 0 => Err(Refusal(refusal.unsigned_abs() as u32)),
+            from => Ok(Claim { index, from: from.cast_unsigned() as u32 }),
         }
     }
 
@@ -233,20 +241,24 @@ extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 
 /// [`Tables::share`]; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_share(netns_cookie: u64) -> u64 {
+pub(crate) extern "C" fn pool_share(key: u64) -> u64 {
     // SAFETY: an aligned u64 that is changed by atomic operations.
-    unsafe { POOL_SHARES.get(netns_cookie) }.copied().unwrap_or(0)
+    unsafe { POOL_SHARES.get(key) }.copied().unwrap_or(0)
 }
 
 /// [`Tables::extend_share`]; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_extend_share(netns_cookie: u64) -> u64 {
-    if POOL_SHARES.insert(netns_cookie, 1, BPF_NOEXIST).is_ok() {
+pub(crate) extern "C" fn pool_extend_share(key: u64) -> u64 {
+    if let Some(share) = POOL_SHARES.get_ptr_mut(key) {
+        // SAFETY: a pointer to a map's value.
+        return unsafe { fetch_add(share, 1) };
+    }
+    if POOL_SHARES.insert(key, 1, BPF_NOEXIST).is_ok() {
         return 0;
     }
-    match POOL_SHARES.get_ptr_mut(netns_cookie) {
-        // SAFETY: a pointer to a map's value.
+    match POOL_SHARES.get_ptr_mut(key) {
+        // SAFETY: as above.
         Some(share) => unsafe { fetch_add(share, 1) },
         None => 0,
     }
@@ -255,26 +267,38 @@ extern "C" fn pool_extend_share(netns_cookie: u64) -> u64 {
 /// [`Tables::reduce_share`]; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_reduce_share(netns_cookie: u64) -> u64 {
-    match POOL_SHARES.get_ptr_mut(netns_cookie) {
+pub(crate) extern "C" fn pool_reduce_share(key: u64, n: u64) -> u64 {
+    match POOL_SHARES.get_ptr_mut(key) {
         // SAFETY: a pointer to a map's value.
-        Some(share) => unsafe { fetch_add(share, u64::MAX) },
+        Some(share) => unsafe { fetch_add(share, n.wrapping_neg()) },
         None => 0,
     }
 }
 
-/// [`slots::make_room`]; global for the same reason as [`pool_find`].
-/// Answers a [`Refusal`], or 0.
+/// [`slots::begin_fresh`]; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_make_room(words: u32, netns_cookie: u64) -> u32 {
-    match slots::make_room(&Maps { words }, netns_cookie) {
-        Ok(()) => 0,
-        Err(refusal) => refusal.0,
-    }
+extern "C" fn pool_begin_fresh(words: u32, slot: u32, owner_slot: u32, quota: u32) -> u32 {
+    u32::from(slots::begin_fresh(&Maps { words }, Seat { slot, owner_slot }, quota))
 }
 
-/// One step of [`slots::make_room`]'s search.
+/// [`slots::cancel_fresh`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_cancel_fresh(words: u32, slot: u32, owner_slot: u32, quota: u32) -> u32 {
+    slots::cancel_fresh(&Maps { words }, Seat { slot, owner_slot }, quota);
+    0
+}
+
+/// [`slots::find_room`]; global for the same reason as [`pool_find`]. The upper half of the answer has the slot.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_find_room(words: u32, netns_cookie: u64, group: u64) -> u64 {
+    let room = slots::find_room(&Maps { words }, netns_cookie, group);
+    u64::from(room.evictable) << 32 | u64::from(room.refusal)
+}
+
+/// One step of [`slots::find_room`]'s search.
 #[inline(never)]
 extern "C" fn search_turn(_turn: u64, search: *mut Search) -> i64 {
     // SAFETY: the memory that [`Tables::search`] gave to `bpf_loop`.
@@ -302,13 +326,13 @@ extern "C" fn pool_new_slot(words_and_template: u64, first: u64, second: u64, th
 }
 
 /// [`slots::claim_exact`]; global for the same reason as [`pool_find`].
-/// Answers the slot that the port was taken from, or -1.
+/// Answers the slot that the port was taken from, or a [`Refusal`] below zero.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn pool_claim_exact(words: u32, slot: u32, owner_slot: u32, index: u32) -> i64 {
-    match slots::claim_exact(&Maps { words }, Seat { slot, owner_slot }, index) {
+extern "C" fn pool_claim_exact(words: u32, slot: u32, owner_slot: u32, quota: u32, index: u32) -> i64 {
+    match slots::claim_exact(&Maps { words }, Seat { slot, owner_slot }, quota, index) {
         Ok(claim) => i64::from(claim.from),
-        Err(_) => -1,
+        Err(refusal) => -i64::from(refusal.0),
     }
 }
 
@@ -322,8 +346,17 @@ extern "C" fn pool_arrive(words: u32, slot: u32) -> u32 {
 /// [`slots::unclaim`]; global for the same reason as [`pool_find`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn pool_unclaim(words: u32, owner_slot: u32, index: u32, from: u32) -> i64 {
-    slots::unclaim(&Maps { words }, owner_slot, Claim { index, from });
+pub(crate) extern "C" fn pool_unclaim(words: u32, seat: u64, quota: u32, index: u32, from: u32) -> i64 {
+    let seat = Seat { slot: seat as u32, owner_slot: (seat >> 32) as u32 };
+    slots::unclaim(&Maps { words }, seat, quota, Claim { index, from });
+    0
+}
+
+/// [`slots::release`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn pool_put_back(words: u32, slot: u32, owner_slot: u32, index: u32) -> i64 {
+    slots::release(&Maps { words }, Seat { slot, owner_slot }, index);
     0
 }
 

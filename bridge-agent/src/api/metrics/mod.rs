@@ -399,6 +399,11 @@ fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Resu
     single(encoder, adoptions, COUNTER, counters.adoptions)?;
     let rests = ("pool_rests", "Ports that began to rest, in TIME_WAIT at a peer without TCP timestamps");
     single(encoder, rests, COUNTER, counters.rests)?;
+    let denied = (
+        "pool_rests_denied",
+        "Ports in TIME_WAIT that did not rest, since their group had its share of these",
+    );
+    single(encoder, denied, COUNTER, counters.rests_denied)?;
     let failures = ("pool_connect_failures", "Connects that the kernel refused after they had got a port");
     single(encoder, failures, COUNTER, counters.connect_failures)?;
     let refusals = [("hook", counters.refusals), ("agent", leases.refusals)];

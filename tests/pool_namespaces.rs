@@ -1,0 +1,179 @@
+//! A pod that makes network namespaces, or keeps what it is given, leaves slots and ports to other pods.
+
+use std::{
+    collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::Path, process::Stdio, time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bridge_agent::{
+    model::PortRange,
+    pool::{Settings, attach},
+};
+use bridge_common::pool::{MAX_RESTS, Refusal, counter, shares, slots::Tables as _};
+use bridge_lab::{
+    lab::{Lab, Netns, Process},
+    pool::{Stand, end, in_cgroup, line, output, python, serve},
+};
+
+const SOON: Duration = Duration::from_secs(60);
+
+const PRELUDE: &str = r"
+import ctypes, errno, json, resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+def code(f):
+    try:
+        f()
+        return 'connected'
+    except OSError as e:
+        return errno.errorcode[e.errno]
+";
+
+/// A second control group whose connections use the pool.
+fn second_group(lab: &Lab, stand: &mut Stand) -> Result<std::path::PathBuf> {
+    let group = lab.cgroup("victim")?;
+    let mount = attach::mount_point()?;
+    stand.pool.attach(&mount, group.strip_prefix(&mount)?)?;
+    Ok(group)
+}
+
+/// Runs a hooked program that prints one line and holds what it has until its standard input ends.
+fn hold(netns: &Netns, group: &Path, script: &str) -> Result<(Process, String)> {
+    let mut command = in_cgroup(group, python(&format!("{PRELUDE}{script}\nsys.stdin.read()")));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut process = netns.spawn_command(command)?;
+    let text = line(&mut process)?;
+    Ok((process, text))
+}
+
+#[test]
+fn many_namespaces_of_a_pod_leave_slots_to_others() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    // So wide that the table has room for about 2,200 destinations.
+    let ports = vec![PortRange { first: 2048, last: 62000 }];
+    let mut stand = Stand::new(&lab, &Settings { ports, destinations, ..Settings::default() })?;
+    let victims = second_group(&lab, &mut stand)?;
+    // No route leads out of a new namespace; the socket has its slots nevertheless, as long as it is open.
+    let script = r"
+held = []
+for netns in range(30):
+    assert ctypes.CDLL(None).unshare(0x40000000) == 0
+    for n in range(300):
+        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        held.append(s)
+        if code(lambda: s.connect(('192.168.31.200', 1 + netns * 300 + n))) == 'EADDRNOTAVAIL': break
+print(len(held), flush=True)
+";
+    let (hostile, _) = hold(&lab.c1().netns, &stand.cgroup, script)?;
+    ensure!(stand.counter(counter::REFUSALS + Refusal::SHARE.0)? > 0);
+    let script = format!(
+        "{PRELUDE}held = []\ndef one(n):\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    held.append(s)\n    \
+         s.connect(('192.168.31.201', n))\nprint(json.dumps([code(lambda: one(n)) for n in range(1, 61)]))"
+    );
+    let seen: Vec<String> =
+        serde_json::from_str(&output(&lab.c2().netns, in_cgroup(&victims, python(&script)), SOON)?)?;
+    ensure!(seen.iter().all(|code| code == "connected"), "{seen:?}");
+    ensure!(stand.counter(counter::REFUSALS + Refusal::TABLE_FULL.0)? == 0);
+    end(hostile)
+}
+
+#[test]
+fn a_pod_that_keeps_its_udp_sockets_leaves_ports_to_others() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = PortRange { first: 61001, last: 62000 };
+    let mut stand = Stand::new(&lab, &Settings { ports: vec![ports], destinations, ..Settings::default() })?;
+    let victims = second_group(&lab, &mut stand)?;
+    let mut events = stand.pool.take_events().context("no events")?;
+    // The highest eighth, 125 ports, is for these.
+    let script = |namespaces: u32, count: u32| {
+        format!(
+            "held = []\nfor n in range({namespaces}):\n    if n: assert ctypes.CDLL(None).unshare(0x40000000) == 0\n    for _ in range({count}):\n        \
+             s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n        s.bind(('', 0))\n        held.append(s)\n\
+             print(json.dumps([s.getsockname()[1] for s in held]), flush=True)"
+        )
+    };
+    let of_pool = |text: &str| -> Result<BTreeSet<u16>> {
+        Ok(serde_json::from_str::<Vec<u16>>(text)?.into_iter().filter(|port| ports.contains(*port)).collect())
+    };
+    let (one, text) = hold(&lab.c1().netns, &stand.cgroup, &script(1, 300))?;
+    let own = of_pool(&text)?;
+    ensure!((90..=95).contains(&own.len()), "{} ports of 125", own.len());
+    ensure!(stand.counter(counter::REFUSALS + Refusal::SHARE.0)? > 0 && events.next().is_some());
+    // A sixteenth is left, however many namespaces the pod has.
+    let (two, text) = hold(&lab.c1().netns, &stand.cgroup, &script(20, 30))?;
+    let all = own.len() + of_pool(&text)?.difference(&own).count();
+    ensure!(all <= 119, "{all} ports of 125");
+    let (three, text) = hold(&lab.c2().netns, &victims, &script(1, 3))?;
+    let others = of_pool(&text)?;
+    ensure!(others.len() == 3 && others.is_disjoint(&own), "{others:?}");
+    [one, two, three].into_iter().try_for_each(end)
+}
+
+#[test]
+fn a_pod_with_its_share_of_ports_at_rest_leaves_room_to_others() -> Result<()> {
+    let lab = Lab::builder().second_host().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = vec![PortRange { first: 61001, last: 61064 }];
+    let settings = Settings { ports, destinations, ..Settings::default() };
+    let mut stand = Stand::new(&lab, &settings)?;
+    let victims = second_group(&lab, &mut stand)?;
+    lab.a2().netns.set_sysctl("ipv4/tcp_timestamps", "0")?;
+    let _server = serve(&lab.a2().netns, 8080)?;
+    // As if so many ports of the pod rested, towards other destinations.
+    let group = fs::metadata(&stand.cgroup)?.ino();
+    for _ in 0..MAX_RESTS / 4 * 3 {
+        stand.pool.tables().extend_share(shares::resting(group));
+        stand.pool.tables().extend_share(shares::ALL_RESTING);
+    }
+    let script = format!(
+        "{PRELUDE}def one():\n    with socket.create_connection(('{}', 8080)) as s:\n        s.shutdown(socket.SHUT_WR)\n        s.recv(1)\n\
+         print([code(one) for _ in range(4)].count('connected'))",
+        lab.a2().v4
+    );
+    let seen = output(&lab.c1().netns, stand.hooked(python(&script)), SOON)?;
+    ensure!(seen.trim() != "0");
+    let denied = stand.counter(counter::RESTS_DENIED)?;
+    ensure!(denied > 0 && stand.counter(counter::RESTS)? == 0, "{denied}");
+    let seen = output(&lab.c2().netns, in_cgroup(&victims, python(&script)), SOON)?;
+    ensure!(seen.trim() == "4", "{seen}");
+    ensure!((stand.counter(counter::RESTS)?, stand.counter(counter::RESTS_DENIED)?) == (4, denied));
+    Ok(())
+}
+
+#[test]
+fn the_quota_counts_ports_that_are_kept_from_others_in_all_namespaces_of_a_pod() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = vec![PortRange { first: 61001, last: 61064 }];
+    let settings = Settings { ports, destinations, quota: Some(4), bind_udp: false, ..Settings::default() };
+    let mut stand = Stand::new(&lab, &settings)?;
+    let victims = second_group(&lab, &mut stand)?;
+    let connect = "def one(held):\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    result = code(lambda: s.connect(('192.168.31.200', 53)))\n    \
+                   if held is not None and result != 'EADDRNOTAVAIL': held.append(s)\n    return result\n";
+    // Ports that the pod has used and closed are kept for it: it gets those again, and no more than four.
+    let script = format!(
+        "{PRELUDE}{connect}def burst(n):\n    held = []\n    results = [one(held) for _ in range(n)]\n    \
+         return results.count('connected'), sorted(s.getsockname()[1] for s in held)\n\
+         print(json.dumps([burst(6) for _ in range(5)]))"
+    );
+    let text = output(&lab.c1().netns, stand.hooked(python(&script)), SOON)?;
+    let bursts: Vec<(u32, Vec<u16>)> = serde_json::from_str(&text)?;
+    ensure!(bursts.iter().all(|burst| burst.0 == 4 && burst.1 == bursts[0].1), "{bursts:?}");
+    ensure!(stand.counter(counter::REFUSALS + Refusal::QUOTA.0)? == 10);
+    // All namespaces of the pod together get twice as many.
+    let script = format!(
+        "{connect}held = []\nfor _ in range(10):\n    assert ctypes.CDLL(None).unshare(0x40000000) == 0\n    \
+         while one(held) != 'EADDRNOTAVAIL': pass\nprint(len(held), flush=True)"
+    );
+    let (hostile, text) = hold(&lab.c1().netns, &stand.cgroup, &script)?;
+    ensure!(text == "4", "{text} ports beside those of the first namespace");
+    let (other, text) = hold(
+        &lab.c2().netns,
+        &victims,
+        &format!("{connect}print([one([]) for _ in range(4)].count('connected'), flush=True)"),
+    )?;
+    ensure!(text == "4", "{text}");
+    end(hostile)?;
+    end(other)
+}
