@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
-use super::parts::{DENY, Family, Renderer, select};
+use super::parts::{DENY, Family, Renderer, Section, select};
 use super::shape::Shape;
 use crate::model::{Action, Direction, Policy, PortRange, Protocol, Rule};
 use crate::nftables::layers::{self, Cube};
@@ -201,18 +201,6 @@ impl Outcome {
             Action::Deny => Self::Deny,
         }
     }
-}
-
-/// The maps of one section: how elements are looked up and named.
-pub(super) struct Section<'n> {
-    /// The chain that looks the maps up.
-    chain: &'n str,
-    /// Begins the names of the maps.
-    prefix: &'n str,
-    pub(super) family: Family,
-    pub(super) direction: Direction,
-    /// Whether the pod is part of the key.
-    with_pods: bool,
 }
 
 impl Renderer<'_> {

@@ -3,7 +3,7 @@
 use ipnet::IpNet;
 
 use crate::firewall::Options;
-use crate::model::{Mode, Policy};
+use crate::model::{Direction, Mode, Policy};
 use crate::nftables::ruleset::Ruleset;
 
 /// Before the other filters of the host, so that reasons are counted also where those deny as well.
@@ -83,6 +83,18 @@ pub(super) fn among(family: Family, side: &str, name: &str, prefixes: &[IpNet]) 
 /// Whether [`among`] takes a set.
 pub(super) const fn takes_a_set(prefixes: &[IpNet]) -> bool {
     prefixes.len() > FEW
+}
+
+/// The maps of one section: how elements are looked up and named.
+pub(super) struct Section<'n> {
+    /// The chain that looks the maps up.
+    pub(super) chain: &'n str,
+    /// Begins the names of the maps.
+    pub(super) prefix: &'n str,
+    pub(super) family: Family,
+    pub(super) direction: Direction,
+    /// Whether the pod is part of the key.
+    pub(super) with_pods: bool,
 }
 
 /// Rules under construction.

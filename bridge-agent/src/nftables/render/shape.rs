@@ -3,11 +3,9 @@
 //! Each part of a key costs a comparison with every element, so boxes that leave a part open are in maps without it. Boxes without
 //! prefixes and ranges are in maps of their own, which find an element by a hash, however many there are.
 
-use super::parts::text;
+use super::parts::{Section, text};
 use crate::model::{Direction, PortRange};
 use crate::nftables::layers::Cube;
-
-use super::judge::Section;
 
 /// Protocols with ports.
 const WITH_PORTS: &str = "{ 6, 17, 132 }";
