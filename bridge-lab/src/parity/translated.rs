@@ -72,7 +72,7 @@ pub(super) fn stories(seed: u64, policy: &Policy, mut tag: u32) -> (Vec<Service>
         let protocol = if protocol == Protocol::Udp { protocol } else { Protocol::Tcp };
         let Flow { source_port, destination_port, .. } = flow;
         let service = service(&mut dice, policy, flow, protocol);
-        // Neither two services at a port, nor two flows that a masquerade would have to tell apart.
+        // Neither two services at a port, nor two flows that a masquerade would have to distinguish.
         let fresh = used.insert((service.at, service.port)) && used.insert((service.to.0, source_port));
         if source_port == 0 || destination_port == 0 || !fresh {
             continue;

@@ -235,7 +235,7 @@ impl<'a> Walk<'a> {
                     let matches = if matches == Some(true) { found } else { None };
                     return match verdict.and_then(verdict_of) {
                         Some(action) => (matches, action, of_element),
-                        // One of several that are not told apart here.
+                        // One of several that are not distinguished here.
                         None => (None, Action::End(Ends { accept: true, drop: true, back: true }), None),
                     };
                 }

@@ -1,4 +1,4 @@
-//! Policies of namespaces where the configuration of the agents gives them no effect: their authors are told, by the one agent
+//! Policies of namespaces where the configuration of the agents gives them no effect: a condition says so, written by the one agent
 //! that writes conditions. No other agent reads them.
 
 use std::collections::HashMap;
