@@ -120,7 +120,7 @@ fn a_pod_with_its_share_of_ports_at_rest_leaves_room_to_others() -> Result<()> {
     let victims = second_group(&lab, &mut stand)?;
     lab.a2().netns.set_sysctl("ipv4/tcp_timestamps", "0")?;
     let _server = serve(&lab.a2().netns, 8080)?;
-    // As if so many ports of the pod rested, towards other destinations.
+    // As if this many ports of the pod rested, towards other destinations.
     let group = fs::metadata(&stand.cgroup)?.ino();
     for _ in 0..MAX_RESTS / 4 * 3 {
         stand.pool.tables().extend_share(shares::resting(group));

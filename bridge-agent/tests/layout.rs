@@ -31,6 +31,10 @@ const LAYERS: &[&[&str]] = &[
     &["fault", "kubectl", "log"],
 ];
 
+/// Circles of files that are still to be cut: the folder, and the number of files in its largest circle. The test fails as
+/// well when a circle has become smaller, so that the list shrinks.
+const CIRCLES: &[(&str, usize)] = &[("bridge-common/src/pool", 3), ("bridge-ebpf/src/pool", 3)];
+
 /// The most lines that a file has.
 const MAX_LINES: usize = 600;
 
@@ -334,6 +338,7 @@ fn folders_depend_on_lower_layers_only() {
 #[test]
 fn files_depend_on_each_other_in_no_circle() {
     let mut found = Vec::new();
+    let mut largest = BTreeMap::new();
     for root in [
         "bridge-agent/src/lib.rs",
         "bridge-common/src/lib.rs",
@@ -341,15 +346,32 @@ fn files_depend_on_each_other_in_no_circle() {
         "bridge-ebpf/src/generate/main.rs",
         "bridge-ebpf/src/pool/main.rs",
     ] {
-        let graph = graph(&workspace().join(root));
+        let root = workspace().join(root);
+        let base = root.parent().unwrap().strip_prefix(workspace()).unwrap().display().to_string();
+        let graph = graph(&root);
         for circle in circles(&graph) {
-            let inside = |file: &str| graph[file].iter().filter(|to| circle.contains(to.as_str())).cloned();
-            let edges: BTreeMap<_, _> =
-                circle.iter().map(|file| ((*file).to_owned(), inside(file).collect::<Vec<_>>())).collect();
-            found.push((root, edges));
+            let files: BTreeSet<_> = circle.iter().map(|file| format!("{base}/{file}")).collect();
+            let within =
+                |(folder, _): &&(&str, usize)| files.iter().all(|file| Path::new(file).starts_with(folder));
+            let known = CIRCLES.iter().find(within);
+            if let Some((folder, _)) = known {
+                let size: &mut usize = largest.entry(*folder).or_default();
+                *size = files.len().max(*size);
+            }
+            if known.is_none_or(|(_, most)| files.len() > *most) {
+                let inside =
+                    |file: &&str| graph[*file].iter().filter(|to| circle.contains(to.as_str())).cloned();
+                let edges: BTreeMap<_, _> = circle
+                    .iter()
+                    .map(|file| ((*file).to_owned(), inside(file).collect::<Vec<_>>()))
+                    .collect();
+                found.push((base.clone(), edges));
+            }
         }
     }
     assert!(found.is_empty(), "files that depend on each other in a circle: {found:#?}");
+    let listed: BTreeMap<_, _> = CIRCLES.iter().copied().collect();
+    assert_eq!(largest, listed, "circles that have become smaller: lower their figure in CIRCLES");
 }
 
 /// Adds the Rust files below a directory that have more than `most` lines.
