@@ -1,5 +1,7 @@
 //! `bridge-agent ui --kubernetes`: one page for every node, over pods/exec.
 
+#[path = "../ui/attack.rs"]
+mod attack;
 #[path = "../ui/browser.rs"]
 #[expect(dead_code, reason = "the page of one node uses all of it")]
 mod browser;
@@ -10,7 +12,9 @@ use std::{
     net::{SocketAddr, TcpStream},
     path::Path,
     process::{Command, Stdio},
-    time::Duration,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -23,7 +27,10 @@ use bridge_lab::{
 };
 use serde_json::{Value, json};
 
-use self::browser::Browser;
+use self::{
+    attack::{ATTACK, attack, resident_kib},
+    browser::Browser,
+};
 
 const PORT: u16 = 8080;
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -189,6 +196,7 @@ fn one_page_shows_every_node_and_follows_a_replaced_agent() -> Result<()> {
     let namespace = cluster.lab().b().netns.clone();
     namespace.run(|| watch(&cluster, &page, &pods))?;
     bounded(pid)?;
+    attacked(&cluster, &page, &names)?;
     drop(page);
 
     // Errors name the remedy.
@@ -264,17 +272,56 @@ fn watch(cluster: &Cluster, page: &Page<'_>, pods: &[(Pod, tcp::Server)]) -> Res
     browser.shows("#strip", "2 of 2 answer", DEADLINE)?;
     denied(PORT + 2, &pods[0].0)?;
     denied(PORT + 2, &pods[1].0)?;
+    browser.asked_only(page.url.split("/#").next().unwrap_or_default())?;
     let console = browser.console()?;
     // Queries fail while the agent is away.
     ensure!(console.iter().all(|line| line.contains("502")), "{console:?}");
     Ok(())
 }
 
+/// Plays readers of the page that are slow, read nothing or never end a request: the page stays small, answers others
+/// meanwhile and all nodes afterwards, and the agents hold no connection of theirs.
+fn attacked(cluster: &Cluster, page: &Page<'_>, names: &[&str]) -> Result<()> {
+    let (origin, token) = page.url.split_once("/#token=").with_context(|| page.url.clone())?;
+    let host = origin.trim_start_matches("http://");
+    let queries = ["events?last=1000", "flows?limit=10000", "rules", "status"].map(|path| {
+        format!("GET /api/{path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {token}\r\n\r\n")
+    });
+    let unfinished = ["GET / HT".to_owned(), format!("GET /app.js HTTP/1.1\r\nHost: {host}\r\n\r\n")];
+    let requests = [&queries[..], &unfinished].concat();
+    let open = || {
+        let stream = TcpStream::connect(host)?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
+    };
+    let netns = &cluster.lab().b().netns;
+    let stop = AtomicBool::new(false);
+    let (answers, most, opened) = thread::scope(|scope| {
+        let attackers = [(); 2].map(|()| scope.spawn(|| netns.run(|| attack(&requests, open, &stop))));
+        let (mut answers, mut most) = (0, 0);
+        let start = Instant::now();
+        let mut measured = Ok(());
+        while measured.is_ok() && start.elapsed() < ATTACK {
+            // The page may be full: the next try takes the place of a reader that stalls.
+            answers += usize::from(page.ask("/api/status").is_ok_and(|(status, _)| status == 200));
+            measured = resident_kib(page.process.id()).map(|resident| most = resident.max(most));
+            thread::sleep(Duration::from_millis(100));
+        }
+        stop.store(true, Ordering::Relaxed);
+        let opened: usize = attackers.map(|attacker| attacker.join().unwrap_or(0)).iter().sum();
+        measured.map(|()| (answers, most, opened))
+    })?;
+    println!("{opened} connections of attackers: {answers} answers to others, {most} KiB");
+    ensure!(opened > 100, "the attackers opened {opened} connections only");
+    ensure!(answers > 0, "the page answered no one else");
+    ensure!(most < 96 * 1024, "the page held {most} KiB");
+    let after = eventually(DEADLINE, || page.answers_for(names).ok());
+    after.context("the page does not recover")
+}
+
 /// Asserts that the page's own process is small.
 fn bounded(pid: u32) -> Result<()> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-    let resident: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    let resident = resident_kib(pid)?;
     println!("the page's process holds {resident} KiB");
     ensure!(resident < 96 * 1024, "the page holds {resident} KiB");
     Ok(())

@@ -181,15 +181,34 @@ impl Browser {
         fs::write(file, base64(encoded)?).context("write the picture")
     }
 
+    /// Asserts that the browser asked the server at this origin alone since the last call.
+    pub(crate) fn asked_only(&self, origin: &str) -> Result<()> {
+        let requests = self.requests()?;
+        // Pages of the browser itself (chrome:) and data: URLs are no requests.
+        let on_network = |url: &&String| ["http", "ws", "ftp"].iter().any(|scheme| url.starts_with(scheme));
+        let foreign: Vec<_> =
+            requests.iter().filter(on_network).filter(|url| !url.starts_with(origin)).collect();
+        ensure!(foreign.is_empty(), "requests left the page's own server: {foreign:?}");
+        ensure!(
+            requests.iter().any(|url| url.contains("/api/events")),
+            "no request was recorded: {requests:?}"
+        );
+        Ok(())
+    }
+
     /// The addresses that the browser asked for, since the last call.
-    pub(crate) fn requests(&self) -> Result<Vec<String>> {
+    fn requests(&self) -> Result<Vec<String>> {
         let log = self.call("POST", "/se/log", &json!({ "type": "performance" }))?;
         let entries = log.as_array().into_iter().flatten();
         let message = |entry: &Value| serde_json::from_str::<Value>(entry["message"].as_str()?).ok();
         let url = |message: Value| {
             let message = &message["message"];
-            let asked = message["method"] == "Network.requestWillBeSent";
-            asked.then(|| message["params"]["request"]["url"].as_str().unwrap_or_default().to_owned())
+            let url = match message["method"].as_str()? {
+                "Network.requestWillBeSent" => &message["params"]["request"]["url"],
+                "Network.webSocketCreated" => &message["params"]["url"],
+                _ => return None,
+            };
+            Some(url.as_str().unwrap_or_default().to_owned())
         };
         Ok(entries.filter_map(message).filter_map(url).collect())
     }

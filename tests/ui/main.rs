@@ -1,5 +1,6 @@
 //! The page of `bridge-agent ui` in a real browser, with real traffic of the lab.
 
+mod attack;
 mod browser;
 mod hostile;
 mod refusals;
@@ -59,19 +60,7 @@ fn a_refused_syn_is_a_row_within_two_seconds_and_the_filter_is_the_url() -> Resu
     let focused = browser.run("return document.activeElement.className")?;
     ensure!(focused == "grid", "the focus is lost when the details close: {focused}");
     ensure!(browser.console()?.is_empty(), "{:?}", browser.console()?);
-    only_this_machine(&browser, &stage)
-}
-
-/// Asserts that the browser asked the page's own server alone.
-fn only_this_machine(browser: &Browser, stage: &Stage) -> Result<()> {
-    let requests = browser.requests()?;
-    // Pages of the browser itself (chrome:) and data: URLs are no requests.
-    let on_network = |url: &&String| ["http", "ws", "ftp"].iter().any(|scheme| url.starts_with(scheme));
-    let own = |url: &&String| url.starts_with(&stage.origin());
-    let foreign: Vec<_> = requests.iter().filter(on_network).filter(|url| !own(url)).collect();
-    ensure!(foreign.is_empty(), "requests left the page's own server: {foreign:?}");
-    ensure!(requests.iter().any(|url| url.contains("/api/events")), "no request was recorded: {requests:?}");
-    Ok(())
+    browser.asked_only(&stage.origin())
 }
 
 #[test]
