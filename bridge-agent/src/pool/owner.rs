@@ -36,11 +36,10 @@ pub struct Owner {
 
 impl Owner {
     /// Returns a number that stands for the pod or the control group: the id that the hooks see, if the group is found below
-    /// the mount. 1, as of the root, if neither is
-    /// known.
+    /// the mount. 0: neither is known.
     #[must_use]
     pub fn group(&self) -> u64 {
-        let Some(cgroup) = &self.cgroup else { return 1 };
+        let Some(cgroup) = &self.cgroup else { return 0 };
         let directory = attach::mount_point().map(|mount| mount.join(cgroup.trim_start_matches('/')));
         let id = directory.ok().and_then(|directory| fs::metadata(directory).ok());
         id.map_or_else(
