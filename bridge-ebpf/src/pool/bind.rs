@@ -21,22 +21,12 @@ use crate::{
     claim::{enter, note},
     maps::{POOL_BIND_CURSOR, POOL_CONFIG},
     refuse::{PASS, note_refusal, refuse},
-    sock::{Family, destination, is_in_networks, lease, lease_or_new, protocol, reuse_address, socket},
+    sock::{
+        CURRENT_NETNS, Family, TUPLE_V4, TUPLE_V6, Tuple, destination, is_in_networks, lease, lease_or_new,
+        protocol, reuse_address, socket,
+    },
     tables::{Maps, pool_put_back},
 };
-
-/// `BPF_F_CURRENT_NETNS`.
-pub(crate) const CURRENT_NETNS: u64 = u64::MAX;
-/// Sizes of `struct bpf_sock_tuple`: remote address, local address, remote port, local port.
-pub(crate) const TUPLE_V4: u32 = 12;
-pub(crate) const TUPLE_V6: u32 = 36;
-
-/// `struct bpf_sock_tuple`, of either family.
-#[repr(C)]
-#[derive(Default)]
-pub(crate) struct Tuple {
-    pub(crate) words: [u32; 9],
-}
 
 /// `bind` of an IPv4 socket.
 #[cgroup_sock_addr(bind4)]

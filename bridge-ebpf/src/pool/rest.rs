@@ -17,8 +17,8 @@ use bridge_common::pool::{
 };
 
 use crate::{
-    bind::{CURRENT_NETNS, TUPLE_V4, TUPLE_V6, Tuple},
     maps::{POOL_RESTING, count},
+    sock::{CURRENT_NETNS, TUPLE_V4, TUPLE_V6, Tuple},
     tables::{Maps, pool_extend_share, pool_put_back, pool_reduce_share, pool_share},
 };
 

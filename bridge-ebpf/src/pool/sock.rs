@@ -23,6 +23,19 @@ const SOL_SOCKET: i32 = 1;
 const SO_REUSEADDR: i32 = 2;
 const BPF_SK_STORAGE_GET_F_CREATE: u64 = 1;
 
+/// `BPF_F_CURRENT_NETNS`.
+pub(crate) const CURRENT_NETNS: u64 = u64::MAX;
+/// Sizes of `struct bpf_sock_tuple`: remote address, local address, remote port, local port.
+pub(crate) const TUPLE_V4: u32 = 12;
+pub(crate) const TUPLE_V6: u32 = 36;
+
+/// `struct bpf_sock_tuple`, of either family.
+#[repr(C)]
+#[derive(Default)]
+pub(crate) struct Tuple {
+    pub(crate) words: [u32; 9],
+}
+
 /// Which family a hook is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Family {
