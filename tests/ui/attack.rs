@@ -5,10 +5,10 @@ use std::{
     io::{self, Read, Write},
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 /// Connections that one attacker holds at a time.
 const HELD: usize = 300;
@@ -51,22 +51,4 @@ pub(crate) fn resident_kib(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
-}
-
-/// The time of one request, whose answer must be whole.
-pub(crate) fn timed(mut stream: impl Read + Write, request: &str) -> Result<Duration> {
-    let start = Instant::now();
-    stream.write_all(request.as_bytes())?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let text = String::from_utf8_lossy(&answer);
-    ensure!(text.contains(" 200 OK") && text.ends_with('}'), "{text}");
-    Ok(start.elapsed())
-}
-
-/// The median over the attack of the best of five times, since this machine has other work.
-pub(crate) fn typical(times: &[Duration]) -> Result<Duration> {
-    let mut best: Vec<_> = times.chunks(5).filter_map(|some| some.iter().min().copied()).collect();
-    best.sort_unstable();
-    best.get(best.len() / 2).copied().context("no time was taken")
 }
