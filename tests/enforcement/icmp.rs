@@ -1,6 +1,6 @@
 //! ICMP and ICMPv6 echo: by a rule, in the direction that it names.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Family, Host, Lab};
 use bridge_lab::traffic::icmp::echo;
@@ -35,15 +35,15 @@ fn echo_passes_by_its_rule_and_not_without() -> Result<()> {
     let ports = "rules: [{name: in, direction: inbound, protocol: tcp, ports: [1-65535]}]\n";
     let mut agent = Agent::start(&lab, lab.b(), &config("", ports))?;
     for family in Family::BOTH {
-        is_denied(&lab, a, c1, family)?;
-        is_denied(&lab, c1, a, family)?;
+        is_denied(&lab, a, c1, family).context("no rule")?;
+        is_denied(&lab, c1, a, family).context("no rule")?;
     }
     for (direction, from, to) in [("inbound", a, c1), ("outbound", c1, a)] {
         agent.reload(&config("", &rule(direction)))?;
         for family in Family::BOTH {
             let attempt = echo(&from.netns, to.ip(family), SECOND)?;
             ensure!(attempt.succeeded(), "{direction}, {family:?}: {attempt}");
-            is_denied(&lab, to, from, family)?;
+            is_denied(&lab, to, from, family).with_context(|| format!("{direction} rule"))?;
         }
     }
     Ok(())
