@@ -83,8 +83,8 @@ enum Class {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Row {
     Pass,
-    /// Passes, and opens a flow that no rule restricts.
-    Follow,
+    /// Passes, and opens a flow that no rule restricts; the interface of the pod.
+    Follow(u32),
     Deny(u8, Reason),
     /// By the rules of this direction; the interface of the pod.
     Judge(u8, u32),
@@ -239,7 +239,7 @@ impl Model {
             Class::External => Row::Judge(OUTBOUND, LAN_INTERFACE),
             Class::Pod | Class::Node => Row::Pass,
             _ if stays_on_link(header.destination) => Row::Pass,
-            Class::Local | Class::Foreign => Row::Follow,
+            Class::Local | Class::Foreign => Row::Follow(LAN_INTERFACE),
         }
     }
 
@@ -266,6 +266,10 @@ impl Model {
             // By an interface towards the LAN no pod of this node comes in.
             (Class::Pod, Class::External) if self.hosts(header.source) == input && input != LAN_INTERFACE => {
                 Row::Judge(OUTBOUND, 0)
+            }
+            // Perhaps translated: its answers come from there.
+            (Class::Pod, Class::Foreign) if self.hosts(header.source) == input && input != LAN_INTERFACE => {
+                Row::Follow(0)
             }
             (Class::Local, Class::Pod) => Row::Deny(INBOUND, Reason::unattributed),
             _ => Row::Pass,
@@ -294,8 +298,8 @@ impl Model {
         }
         match row {
             Row::Pass => Expected::UNRESTRICTED,
-            Row::Follow => {
-                self.follow(header, key, source);
+            Row::Follow(interface) => {
+                self.follow(header, key, source, interface);
                 Expected::UNRESTRICTED
             }
             Row::Deny(direction, reason) => self.deny(header, direction, reason, true),
@@ -333,7 +337,11 @@ impl Model {
             return Expected::UNRESTRICTED;
         }
         match row {
-            Row::Pass | Row::Follow => Expected::UNRESTRICTED,
+            Row::Pass => Expected::UNRESTRICTED,
+            Row::Follow(interface) => {
+                self.follow(header, key, source, interface);
+                Expected::UNRESTRICTED
+            }
             Row::Deny(direction, reason) => self.deny(header, direction, reason, false),
             Row::Judge(direction, interface) => self.decide(header, direction, interface, false),
         }
@@ -415,7 +423,7 @@ impl Model {
     }
 
     /// A packet of a pod that no rule restricts.
-    fn follow(&mut self, header: &Header, key: Key, source: End) {
+    fn follow(&mut self, header: &Header, key: Key, source: End, interface: u32) {
         if !names_flow(header) {
             return;
         }
@@ -426,7 +434,7 @@ impl Model {
             return;
         }
         let mut flow = Flow::new(source, OUTBOUND, &header.content);
-        (flow.unrestricted, flow.interface) = (true, LAN_INTERFACE);
+        (flow.unrestricted, flow.interface) = (true, interface);
         // A wrong tag changes nothing.
         let stray = matches!(&header.content, Content::Sctp(chunk) if !chunk.is_init());
         if !stray || self.usable(&self.flows, &key).is_none() {
