@@ -393,7 +393,7 @@ fn starting_keeps_the_ports_from_others_and_stopping_gives_them_back() -> Result
     // What the agent itself has reserved does not keep it from starting again.
     ensure!(start(&object()?)?.service.backend().layout().ports.len() == 29);
     node.run(|| run::stop(&places))?;
-    ensure!(!places.pins.join("pool-1").exists());
+    ensure!(!places.pins.join(format!("pool-{}", bridge_common::pool::ABI_VERSION)).exists());
     ensure!(reserved()?.trim() == "8080,61003", "{}", reserved()?);
     // A kernel that does not take the object: the agent leases by itself.
     let started = start(b"not an object")?;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_agent::{model::PortRange, pool::programs::PROGRAMS};
+use bridge_agent::{datapath::Pins, model::PortRange, pool::programs::PROGRAMS};
 use bridge_lab::{
     agent::{Agent, program},
     lab::{Host, Lab},
@@ -301,20 +301,55 @@ fn a_pool_that_cannot_be_fails_the_start_and_leaves_nothing() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_start_that_fails_after_the_pool_has_begun_takes_it_away() -> Result<()> {
-    let lab = Lab::builder().build()?;
-    let first = Agent::start(&lab, lab.b(), &config("node", &[]).replace("portPool:\n", ""))?;
+/// Runs an agent that ends with an error, and returns that and its log.
+fn fails_to_start(lab: &Lab, pins: &Path) -> Result<String> {
     let (file, socket) = (lab.directory().join("second.yaml"), lab.directory().join("second.sock"));
     let yaml = config("node", &["ports: [\"61001-61040\"]"]);
     fs::write(&file, format!("{yaml}api: {{socket: {}}}\n", socket.display()))?;
-    let mut second = Command::new(program()?);
-    second.args(["run", "--config"]).arg(&file).arg("--pin-root").arg(first.pins());
-    let error = lab.b().netns.output(second).unwrap_err().to_string();
+    let mut agent = Command::new(program()?);
+    agent.args(["run", "--config"]).arg(&file).arg("--pin-root").arg(pins);
+    Ok(lab.b().netns.output(agent).unwrap_err().to_string())
+}
+
+/// Whether a pool is pinned below `root`.
+fn has_pool(root: &Path) -> Result<bool> {
+    let names = fs::read_dir(root)
+        .context("the pins")?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.into_iter().any(|name| name.starts_with("pool-")))
+}
+
+#[test]
+fn an_agent_beside_another_one_begins_no_pool() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let first = Agent::start(&lab, lab.b(), &config("node", &[]).replace("portPool:\n", ""))?;
+    let error = fails_to_start(&lab, first.pins())?;
     ensure!(error.contains(&format!("an agent (pid {}) already works", first.pid())), "{error}");
+    ensure!(!error.contains("is left"), "{error}");
+    ensure!(reserved(lab.b())?.is_empty(), "{}", reserved(lab.b())?);
+    ensure!(pool(&first)?.is_null());
+    ensure!(!has_pool(first.pins())?);
+    Ok(())
+}
+
+#[test]
+fn a_start_that_fails_after_the_pool_has_begun_takes_it_away() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let root = lab.pin_directory()?.join("foreign");
+    // The packet path, which comes after the pool, meets a map that is none of its own.
+    let foreign = Pins::new(&root).map("settings");
+    fs::create_dir_all(foreign.parent().context("a folder")?)?;
+    let mut bpftool = Command::new("bpftool");
+    bpftool.args(["map", "create"]).arg(&foreign);
+    bpftool.args(["type", "hash", "key", "4", "value", "8", "entries", "3", "name", "settings"]);
+    ensure!(bpftool.status()?.success());
+    let error = fails_to_start(&lab, &root)?;
+    ensure!(error.contains("its map type is 1, expected 2"), "{error}");
     ensure!(error.contains("port pool withdrawn") && !error.contains("is left"), "{error}");
     ensure!(reserved(lab.b())?.is_empty(), "{}", reserved(lab.b())?);
-    ensure!(pool(&first)?.is_null() && !first.pins().join("pool-1").exists());
+    let left: Vec<_> =
+        fs::read_dir(&root)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    ensure!(!left.iter().any(|name| name.starts_with("pool-")), "{left:?}");
     Ok(())
 }
 
