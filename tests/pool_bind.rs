@@ -14,14 +14,8 @@ const PORTS: PortRange = PortRange { first: 61001, last: 61100 };
 const SOON: Duration = Duration::from_secs(30);
 
 const PRELUDE: &str = r"
-import errno, json, socket
+import json, socket
 def port(s): return s.getsockname()[1]
-def code(f):
-    try:
-        f()
-        return 'connected'
-    except OSError as e:
-        return errno.errorcode[e.errno]
 ";
 
 fn settings() -> Result<Settings> {

@@ -21,19 +21,13 @@ const SOON: Duration = Duration::from_secs(20);
 
 /// Beginning of every Python program here.
 const PRELUDE: &str = r"
-import errno, json, socket, sys, time
+import json, socket, sys, time
 def tcp(to, family=socket.AF_INET):
     s = socket.socket(family)
     s.settimeout(10)
     s.connect(to)
     return s
 def port(s): return s.getsockname()[1]
-def code(f):
-    try:
-        f()
-        return 'connected'
-    except OSError as e:
-        return errno.errorcode[e.errno]
 ";
 
 fn settings() -> Result<Settings> {

@@ -1,4 +1,4 @@
-//! A pod that makes network namespaces, or keeps what it is given, leaves slots and ports to other pods.
+//! A pod that makes network namespaces, or keeps its slots and ports, leaves as many to other pods.
 
 use std::{
     collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::Path, process::Stdio, time::Duration,
@@ -18,14 +18,8 @@ use bridge_lab::{
 const SOON: Duration = Duration::from_secs(60);
 
 const PRELUDE: &str = r"
-import ctypes, errno, json, resource, socket, sys
+import ctypes, json, resource, socket, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-def code(f):
-    try:
-        f()
-        return 'connected'
-    except OSError as e:
-        return errno.errorcode[e.errno]
 ";
 
 /// A second control group whose connections use the pool.
@@ -36,7 +30,7 @@ fn second_group(lab: &Lab, stand: &mut Stand) -> Result<std::path::PathBuf> {
     Ok(group)
 }
 
-/// Runs a hooked program that prints one line and holds what it has until its standard input ends.
+/// Runs a hooked program that prints one line and keeps its sockets until its standard input ends.
 fn hold(netns: &Netns, group: &Path, script: &str) -> Result<(Process, String)> {
     let mut command = in_cgroup(group, python(&format!("{PRELUDE}{script}\nsys.stdin.read()")));
     command.stdin(Stdio::piped()).stdout(Stdio::piped());

@@ -19,14 +19,8 @@ fn stand(lab: &Lab, ports: PortRange) -> Result<Stand> {
 
 fn run<T: serde::de::DeserializeOwned>(stand: &Stand, netns: &Netns, script: &str) -> Result<T> {
     let prelude = r"
-import errno, json, resource, socket
+import json, resource, socket
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-def code(f):
-    try:
-        f()
-        return 'connected'
-    except OSError as e:
-        return errno.errorcode[e.errno]
 ";
     let text = output(netns, stand.hooked(python(&format!("{prelude}{script}"))), SOON)?;
     serde_json::from_str(&text).with_context(|| text)

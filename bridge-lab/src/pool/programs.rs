@@ -26,10 +26,21 @@ pub fn in_cgroup(cgroup: &Path, mut command: Command) -> Command {
     command
 }
 
-/// A python3 command.
+/// Begins every script.
+const PRELUDE: &str = r"
+import errno
+def code(f):
+    try:
+        f()
+        return 'connected'
+    except OSError as e:
+        return errno.errorcode[e.errno]
+";
+
+/// A python3 command; the script may call `code(f)`, which returns `connected` or the name of the error of `f()`.
 pub fn python(script: &str) -> Command {
     let mut command = Command::new("python3");
-    command.args(["-c", script]);
+    command.args(["-c", &format!("{PRELUDE}{script}")]);
     command
 }
 
