@@ -30,6 +30,11 @@ pub(super) struct Rule {
     pub(super) comment: Option<String>,
 }
 
+/// Returns the kind and the contents of a statement or an expression: an object with one field. `None`: it is none.
+pub(super) fn statement(json: &Value) -> Option<(&String, &Value)> {
+    json.as_object()?.iter().next()
+}
+
 /// A ruleset of nftables.
 #[derive(Clone, Debug, Default)]
 pub struct Ruleset {

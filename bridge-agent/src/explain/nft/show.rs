@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::ruleset::{Place, Rule};
+use super::ruleset::{Place, Rule, statement};
 
 /// Shows a rule: family, table and chain, the conditions, and the verdict.
 pub(super) fn rule((family, table, chain): &Place, rule: &Rule) -> String {
@@ -34,7 +34,7 @@ fn value(json: &Value) -> String {
         let items = items.as_array().map(Vec::as_slice).unwrap_or_default();
         items.iter().map(value).collect::<Vec<_>>().join(between)
     };
-    let Some((kind, inner)) = json.as_object().and_then(|fields| fields.iter().next()) else {
+    let Some((kind, inner)) = statement(json) else {
         return match json {
             Value::String(text) => text.clone(),
             Value::Array(_) => list(json, ","),

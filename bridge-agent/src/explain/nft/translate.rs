@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde_json::Value as Json;
 
 use super::{
-    ruleset::{Chain, Owner, Place, Ruleset, Way},
+    ruleset::{Chain, Owner, Place, Ruleset, Way, statement},
     show,
     value::{At, Value},
     walk::DEPTH,
@@ -144,7 +144,7 @@ impl<'a> Walk<'a> {
             let mut holds = Some(true);
             let mut targets: Vec<(bool, Target<'a>)> = Vec::new();
             for part in &rule.parts {
-                let Some((kind, inner)) = part.as_object().and_then(|fields| fields.iter().next()) else {
+                let Some((kind, inner)) = statement(part) else {
                     continue;
                 };
                 match kind.as_str() {
@@ -228,7 +228,7 @@ impl<'a> Walk<'a> {
             match self.ruleset.fits(&key, &element[0], place) {
                 Some(false) => {}
                 fits => {
-                    let verdict = element[1].as_object().and_then(|fields| fields.iter().next());
+                    let verdict = statement(&element[1]);
                     let target = verdict.and_then(|(kind, inner)| target(kind, inner));
                     found.extend(target.map(|target| (fits == Some(true), target)));
                 }

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde_json::Value as Json;
 
-use super::ruleset::{Place, Ruleset};
+use super::ruleset::{Place, Ruleset, statement};
 use crate::iptables::walk::Packet;
 
 const ICMP: u64 = 1;
@@ -55,7 +55,7 @@ impl At<'_> {
 
     /// Returns the value of an expression.
     pub(super) fn value(&self, expression: &Json) -> Value {
-        let Some((kind, inner)) = expression.as_object().and_then(|fields| fields.iter().next()) else {
+        let Some((kind, inner)) = statement(expression) else {
             return constant(expression);
         };
         let text = |key: &str| inner[key].as_str().unwrap_or_default();
@@ -224,7 +224,7 @@ impl Ruleset {
             let set = self.elements.get(&(family.clone(), table.clone(), name.to_owned()))?;
             return self.is_in(value, set, place);
         }
-        let Some((kind, inner)) = pattern.as_object().and_then(|fields| fields.iter().next()) else {
+        let Some((kind, inner)) = statement(pattern) else {
             return equals(value, &constant(pattern));
         };
         match kind.as_str() {

@@ -3,7 +3,7 @@
 use serde_json::Value as Json;
 
 use super::{
-    ruleset::{Chain, Owner, Place, Rule, Ruleset, Way},
+    ruleset::{Chain, Owner, Place, Rule, Ruleset, Way, statement},
     show,
     value::{At, Value},
 };
@@ -218,7 +218,7 @@ impl<'a> Walk<'a> {
         let mut matches = Some(true);
         let mut name = None;
         for part in &rule.parts {
-            let Some((kind, inner)) = part.as_object().and_then(|fields| fields.iter().next()) else {
+            let Some((kind, inner)) = statement(part) else {
                 continue;
             };
             match kind.as_str() {
