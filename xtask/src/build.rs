@@ -20,9 +20,8 @@ const PACKAGE: &str = "bridge-ebpf";
 const TARGET: &str = "bpfel-unknown-none";
 
 /// Variables that cargo and rustup set for our own toolchain, and those that would change the kernel-side build.
-const FOREIGN_ENVIRONMENT: [&str; 9] = [
+const FOREIGN_ENVIRONMENT: [&str; 8] = [
     "CARGO",
-    "CARGO_BUILD_TARGET",
     "CARGO_ENCODED_RUSTFLAGS",
     "LD_LIBRARY_PATH",
     "RUSTC",
@@ -31,6 +30,9 @@ const FOREIGN_ENVIRONMENT: [&str; 9] = [
     "RUSTFLAGS",
     "RUSTUP_TOOLCHAIN",
 ];
+
+/// Beginnings of the variables that stand for settings in cargo's configuration.
+const FOREIGN_SETTINGS: [&str; 4] = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_", "CARGO_UNSTABLE_"];
 
 /// `cargo xtask build`.
 ///
@@ -112,13 +114,21 @@ pub(crate) fn lint_objects(toolchain: &EbpfToolchain) -> Result<()> {
     cmd::run(command.env("CARGO", &toolchain.cargo).args(["--", "-D", "warnings"]))
 }
 
+/// Whether an environment variable would change the kernel-side build.
+fn is_foreign(name: &str) -> bool {
+    FOREIGN_ENVIRONMENT.contains(&name)
+        || FOREIGN_SETTINGS.iter().any(|beginning| name.starts_with(beginning))
+}
+
 /// Runs `program` (a cargo, or a subcommand of it) with `action` on the kernel side.
 fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Result<Command> {
     let mut command = cmd::command(program);
-    for name in FOREIGN_ENVIRONMENT {
+    for (name, _) in env::vars_os().filter(|(name, _)| is_foreign(&name.to_string_lossy())) {
         command.env_remove(name);
     }
     command.current_dir(workspace::root()).env("RUSTC", &toolchain.rustc);
+    // An incremental build is another program: rustc inlines nothing then.
+    command.env("CARGO_INCREMENTAL", "0");
     if toolchain.stable {
         command.env("RUSTC_BOOTSTRAP", "1");
     }
@@ -126,6 +136,9 @@ fn ebpf_cargo(toolchain: &EbpfToolchain, program: &Path, action: &str) -> Result
     let flags = [
         format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
         "-Cdebuginfo=2".into(),
+        // LLVM alone inlines: what rustc has inlined before costs the verifier half as much again, and more stack than
+        // there is.
+        "-Zinline-mir=no".into(),
         format!("-Clinker={}", toolchain.linker.display()),
         "-Clink-arg=--btf".into(),
         format!("--remap-path-prefix={}=/cargo", workspace::cargo_home()?.display()),
@@ -175,6 +188,24 @@ fn publish(from: &Path, to: &Path, names: &[String]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_setting_of_the_environment_reaches_the_kernel_side() {
+        let names = ["RUSTFLAGS", "CARGO_PROFILE_RELEASE_LTO", "CARGO_BUILD_TARGET", "CARGO_TARGET_DIR"];
+        assert!(names.into_iter().all(is_foreign));
+        assert!(!["PATH", "HOME", "CARGO_HOME", "CARGO_NET_OFFLINE"].into_iter().any(is_foreign));
+
+        let toolchain = EbpfToolchain {
+            name: "rustc".into(),
+            cargo: "cargo".into(),
+            rustc: "rustc".into(),
+            stable: true,
+            linker: "bpf-linker".into(),
+        };
+        let command = ebpf_cargo(&toolchain, Path::new("cargo"), "build").unwrap();
+        let incremental = command.get_envs().find(|(name, _)| *name == "CARGO_INCREMENTAL");
+        assert_eq!(incremental, Some(("CARGO_INCREMENTAL".as_ref(), Some("0".as_ref()))));
+    }
 
     #[test]
     fn publishing_writes_changed_files_and_removes_old_ones() {

@@ -25,7 +25,9 @@ pub(crate) fn main() -> Result<()> {
 pub(crate) fn prepare(steps: &mut Steps) -> Option<(Ready, Checks)> {
     let mut ready = steps.step("setup", || setup::ensure(Scope::Test))?;
     let checks = ready.checks.take()?;
-    steps.step("eBPF objects", || build::objects(&ready.ebpf))?;
+    let built = steps.step("eBPF objects", || build::objects(&ready.ebpf));
+    steps.closing(Some(format!("compiled by {}", ready.ebpf.name)));
+    built?;
     Some((ready, checks))
 }
 
