@@ -84,6 +84,25 @@ fn a_foreign_pin_is_refused_and_nothing_is_changed() -> Result<()> {
 }
 
 #[test]
+fn a_first_start_that_meets_a_foreign_pin_leaves_it_and_nothing_else() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    let path = pins.map("settings");
+    std::fs::create_dir_all(pins.directory())?;
+    let mut create = Command::new("bpftool");
+    create.args(["map", "create"]).arg(&path);
+    create.args(["type", "hash", "key", "4", "value", "8", "entries", "3", "name", "settings"]);
+    ensure!(create.status()?.success());
+    let before = bpftool(&["map", "show", "pinned"], &path)?;
+    let error = load(&lab, &options(&pins)).unwrap_err();
+    assert!(matches!(error, Error::ForeignPin { .. }), "{error}");
+    assert_eq!(bpftool(&["map", "show", "pinned"], &path)?["id"], before["id"], "the pin was replaced");
+    let left = std::fs::read_dir(pins.directory())?.map(|entry| anyhow::Ok(entry?.path()));
+    assert_eq!(left.collect::<Result<Vec<_>>>()?, [path]);
+    Ok(())
+}
+
+#[test]
 fn a_start_that_fails_leaves_nothing() -> Result<()> {
     let lab = Lab::builder().pods(0).build()?;
     let pins = pins(&lab)?;

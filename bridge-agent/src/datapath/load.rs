@@ -121,10 +121,11 @@ impl Datapath {
         pins.prepare_root()?;
         let lock = pins.lock()?;
         let adopted = pins.exist();
+        let before = pins::entries(pins.directory())?;
         let result = Self::load_locked(options, adopted, lock);
         if result.is_err() && !adopted {
             let mut errors: Vec<Error> = Vec::new();
-            pins::remove_tree(pins.directory(), &mut errors);
+            pins::remove_tree_except(pins.directory(), &|path| before.iter().any(|p| p == path), &mut errors);
             for error in errors {
                 tracing::warn!(%error, "left behind after a failed start");
             }
