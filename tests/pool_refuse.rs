@@ -94,27 +94,27 @@ fn each_refusal_has_a_counter_an_event_and_a_sentence() -> Result<()> {
             error: "EADDRNOTAVAIL",
         },
     ];
-    for case in &cases {
-        refuse(&agent, lab.b(), &cgroup, case)?;
+    for (case, json) in cases.iter().zip([false, true].into_iter().cycle()) {
+        refuse(&agent, lab.b(), &cgroup, case, json)?;
     }
     // Without room for options the kernel gives a socket no storage.
     let room = fs::read_to_string("/proc/sys/net/core/optmem_max")?;
     lab.c2().netns.set_sysctl("core/optmem_max", "1")?;
     let memory = case("memory", lab.c2(), format!("many(1, lambda: tcp('{a}'))"), "EADDRNOTAVAIL");
-    refuse(&agent, lab.b(), &cgroup, &memory)?;
+    refuse(&agent, lab.b(), &cgroup, &memory, true)?;
     lab.c2().netns.set_sysctl("core/optmem_max", room.trim())?;
     // Two of 16 ports are for sockets without a destination; the third socket has a port of the kernel's choice.
     let unconnected = format!(
         "def udp():\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.bind(('', 0))\n    s.sendto(b'x', ('{a}', 53))\n    \
          return s\nmany(3, udp)"
     );
-    refuse(&agent, lab.b(), &cgroup, &case("share", lab.c1(), unconnected, "EADDRNOTAVAIL"))?;
+    refuse(&agent, lab.b(), &cgroup, &case("share", lab.c1(), unconnected, "EADDRNOTAVAIL"), false)?;
     agent.reload(&yaml("  quota: 4\n"))?;
     let udp = format!(
         "def udp():\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.connect(('{a}', 53))\n    return s\n\
          many(5, udp)"
     );
-    refuse(&agent, lab.b(), &cgroup, &case("quota", lab.c2(), udp, "EADDRNOTAVAIL"))?;
+    refuse(&agent, lab.b(), &cgroup, &case("quota", lab.c2(), udp, "EADDRNOTAVAIL"), true)?;
     // All of them stay in sight.
     let text = agent.run(&["status"])?;
     for case in &cases {
@@ -162,8 +162,8 @@ fn a_storm_of_refusals_hides_no_refusal_of_another_pod() -> Result<()> {
     Ok(())
 }
 
-/// Provokes a refusal and finds its traces.
-fn refuse(agent: &Agent, node: &Host, cgroup: &Path, case: &Case<'_>) -> Result<()> {
+/// Provokes a refusal and finds its traces, of which the events are asked for as JSON or as sentences.
+fn refuse(agent: &Agent, node: &Host, cgroup: &Path, case: &Case<'_>, json: bool) -> Result<()> {
     let Case { reason, client, hooked, script, error } = case;
     let metric = || -> Result<u64> {
         let (text, name) =
@@ -172,7 +172,8 @@ fn refuse(agent: &Agent, node: &Host, cgroup: &Path, case: &Case<'_>) -> Result<
         Ok(value.parse()?)
     };
     let before = metric()?;
-    let mut watch = agent.command(&["ports", "watch"]);
+    let arguments: &[&str] = if json { &["ports", "watch", "--json"] } else { &["ports", "watch"] };
+    let mut watch = agent.command(arguments);
     watch.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut watch = node.netns.spawn_command(watch)?;
     let events: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -200,6 +201,10 @@ fn refuse(agent: &Agent, node: &Host, cgroup: &Path, case: &Case<'_>) -> Result<
     };
     eventually(SOON, event).with_context(|| format!("{reason}: no event in {:?}", events.lock().unwrap()))?;
     watch.kill()?;
+    // JSON is for those who ask for it.
+    let is_object = |line: &String| serde_json::from_str::<Value>(line).is_ok_and(|event| event.is_object());
+    let lines = events.lock().expect("a lock").clone();
+    ensure!(lines.iter().all(|line| is_object(line) == json), "{lines:?}");
     ensure!(metric()? > before, "{reason} is not counted");
     let text = agent.run(&["status"])?;
     let sentence = text.lines().find(|line| line.contains(&format!("({reason})"))).unwrap_or_default();

@@ -1,5 +1,7 @@
 //! The configuration and the interfaces change while the agent runs.
 
+use std::io::{Seek as _, Write as _};
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
@@ -144,5 +146,38 @@ fn a_flow_that_is_deleted_is_over_with_its_next_packet() -> Result<()> {
             ensure!(answered.is_err(), "{family:?}, fast path {fast_path}: it goes on");
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_terminal_is_asked_before_all_flows_are_deleted() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let agent = Agent::start(&lab, lab.b(), &config("", USUAL_RULES))?;
+    let to = lab.c1().at(Family::V4, INBOUND);
+    let _server = tcp::Server::echo(&lab.c1().netns, to)?;
+    let mut connection = open(lab.a(), to)?;
+    connection.round_trip(SECOND)?;
+    // script(1) gives a command a terminal, and types there what it reads itself.
+    let on_terminal = |arguments: &[&str], typed: &str| -> Result<String> {
+        let command = agent.command(arguments);
+        let words: Vec<_> = [command.get_program()].into_iter().chain(command.get_args()).collect();
+        let line = words.iter().map(|word| format!("'{}'", word.display())).collect::<Vec<_>>().join(" ");
+        let mut script = Command::new("script");
+        script.args(["--quiet", "--return", "--command", &line, "/dev/null"]);
+        let mut input = tempfile::tempfile()?;
+        input.write_all(typed.as_bytes())?;
+        input.rewind()?;
+        script.stdin(input);
+        lab.b().netns.output_with(script, &[1])
+    };
+    let shown = on_terminal(&["flows", "--delete"], "n\n")?;
+    ensure!(shown.contains("[y/N]") && shown.contains("nothing was done"), "{shown}");
+    connection.round_trip(SECOND).context("forgotten though the answer was no")?;
+    let shown = on_terminal(&["flows", "--delete", "--dry-run"], "")?;
+    ensure!(!shown.contains("[y/N]") && shown.contains("established"), "{shown}");
+    connection.round_trip(SECOND).context("forgotten by --dry-run")?;
+    let shown = on_terminal(&["flows", "--delete"], "y\n")?;
+    ensure!(shown.contains("[y/N]") && shown.contains("Forgot 1 flows."), "{shown}");
+    ensure!(connection.round_trip(SECOND).is_err(), "it goes on");
     Ok(())
 }
