@@ -5,8 +5,9 @@ use bridge_lab::agent::Agent;
 use bridge_lab::lab::{Family, Host, Lab};
 use bridge_lab::traffic::icmp::echo;
 use bridge_lab::traffic::{tcp, udp};
+use bridge_lab::wait::eventually;
 
-use crate::support::{SECOND, SILENCE, config, open};
+use crate::support::{DEADLINE, SECOND, SILENCE, USUAL_RULES, config, open};
 
 /// TCP, UDP and echo from one to the other, at an address that the other has.
 fn talks(client: &Host, server: &Host, family: Family, port: u16) -> Result<()> {
@@ -51,6 +52,38 @@ fn what_is_out_of_scope_is_untouched() -> Result<()> {
         }
         agent.stop()?;
         agent.run(&["down"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_node_whose_routes_lead_to_no_interface_of_pods_is_not_ready() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let b = lab.b();
+    for engines in ["[ebpf]", "[iptables]", "[nftables]"] {
+        const INTERFACES: &str = "interfaces: {external: [eth0], internal: [\"cali*\"]}";
+        let named = config("", USUAL_RULES).replace("[ebpf]", engines);
+        let by_routes = named.replace(INTERFACES, "interfaces: {external: [eth0]}");
+        let mut agent = Agent::start(&lab, b, &by_routes)?;
+        agent.run(&["status", "--ready"]).context(engines)?;
+        // As Cilium has it, whose programs bring packets from there to the pods.
+        b.netns.ip("link add cilium_host type veth peer name cilium_net")?;
+        b.netns.ip("link set cilium_net up")?;
+        b.netns.ip("link set cilium_host up")?;
+        b.netns.ip("route add 10.200.1.128/25 dev cilium_host")?;
+        let why = eventually(DEADLINE, || {
+            agent.run(&["status", "--ready"]).err().map(|error| format!("{error:#}"))
+        });
+        let why = why.with_context(|| format!("{engines}: ready"))?;
+        ensure!(
+            why.contains("cilium_host") && why.contains("enforcement.interfaces.internal"),
+            "{engines}: {why}"
+        );
+        agent.reload(&named)?;
+        let ready = eventually(DEADLINE, || agent.run(&["status", "--ready"]).ok());
+        ready.with_context(|| format!("{engines}: not ready"))?;
+        drop(agent);
+        b.netns.ip("link delete cilium_host")?;
     }
     Ok(())
 }

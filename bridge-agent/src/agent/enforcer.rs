@@ -240,6 +240,9 @@ impl Enforcer {
         for remark in chosen.remarks.iter().filter(|remark| !self.chosen.remarks.contains(remark)) {
             tracing::warn!("{remark}");
         }
+        if let Some(why) = chosen.misled.as_ref().filter(|_| chosen.misled != self.chosen.misled) {
+            tracing::error!("{why}");
+        }
         let (changes, result) = self.datapath.attach(&chosen.targets);
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
@@ -571,6 +574,7 @@ impl Enforcer {
             pins_restored: self.pins_restored,
             programs_restored: self.programs_restored,
             displaced: self.displaced.iter().map(ToString::to_string).collect(),
+            misled: self.chosen.misled.clone(),
             remarks: self.unpinned.iter().chain(&self.chosen.remarks).cloned().collect(),
         }
     }

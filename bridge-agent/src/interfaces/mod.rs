@@ -121,6 +121,8 @@ pub struct Chosen {
     pub targets: Vec<Target>,
     /// Warnings: missing interfaces, and interfaces whose packets cannot be judged.
     pub remarks: Vec<String>,
+    /// Why pods are behind other interfaces than these ([`Selection::misled`]).
+    pub misled: Option<String>,
     /// The configured name of each interface that was chosen by name, by index.
     named: BTreeMap<u32, String>,
     /// The selection that chose them.
@@ -229,7 +231,8 @@ impl Selection {
     /// Chooses.
     #[must_use]
     pub fn choose(&self, snapshot: &Snapshot) -> Chosen {
-        let mut chosen = Chosen { by: Some(self.clone()), ..Chosen::default() };
+        let misled = self.misled(snapshot);
+        let mut chosen = Chosen { by: Some(self.clone()), misled, ..Chosen::default() };
         let external = if self.external.is_empty() {
             self.external_networks.iter().flat_map(|net| towards_lan(*net, &snapshot.routes)).collect()
         } else {
@@ -289,6 +292,27 @@ impl Selection {
 }
 
 impl Selection {
+    /// Returns why routes do not show the interfaces of pods, if so: they lead to a veth pair with both ends on this node,
+    /// such as `cilium_host`, from which programs of the network plugin bring packets to the pods.
+    #[must_use]
+    pub fn misled(&self, snapshot: &Snapshot) -> Option<String> {
+        if !self.internal.is_empty() {
+            return None;
+        }
+        let indexes: BTreeSet<u32> =
+            self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot)).collect();
+        let links = indexes.iter().filter_map(|index| snapshot.links.get(index));
+        let here = links.filter(|link| link.device == Device::Veth && !link.reaches_out && link.upper == 0);
+        let names: Vec<&str> = here.map(|link| link.name.as_str()).collect();
+        (!names.is_empty()).then(|| {
+            format!(
+                "routes to pods lead to {}, whose other end is on this node too, so the pods are behind interfaces that are not judged; \
+                 name those in enforcement.interfaces.internal, such as [\"lxc*\"] with Cilium",
+                names.join(", ")
+            )
+        })
+    }
+
     /// Returns the tunnels that lead to pods of other nodes.
     fn tunnels_to_pods(&self, snapshot: &Snapshot) -> BTreeSet<u32> {
         let is_tunnel = |index: &u32| snapshot.links.get(index).is_some_and(|link| link.tunnel.is_some());

@@ -39,6 +39,9 @@ pub struct Enforcement {
     /// Programs that are not attached, or not the first ones, at this moment.
     #[serde(default)]
     pub displaced: Vec<String>,
+    /// Why pods are behind interfaces that are not judged; `None`: they are not.
+    #[serde(default)]
+    pub misled: Option<String>,
     /// Problems that the operator should know.
     pub remarks: Vec<String>,
 }

@@ -23,6 +23,8 @@ impl Status {
                 );
             }
         }
+        let misled = self.enforcement.as_ref().and_then(|enforcement| enforcement.misled.as_ref());
+        reasons.extend(misled.map(|why| format!("eBPF: {why}")));
         if let Some(Enforcement { displaced, .. }) = &self.enforcement
             && !displaced.is_empty()
         {
@@ -74,6 +76,11 @@ mod tests {
         assert!(reason(&node(&["external"], 0)).contains("no policy"));
         let nothing = Status { enforcement: None, ..node(&[], 1) };
         assert_eq!(reason(&nothing), "no engine is active");
+        let mut misled = node(&["internal", "external"], 1);
+        if let Some(enforcement) = &mut misled.enforcement {
+            enforcement.misled = Some("routes to pods lead to cilium_host".to_owned());
+        }
+        assert_eq!(reason(&misled), "eBPF: routes to pods lead to cilium_host");
         let cluster = |known| {
             let waiting_for = vec!["pods".to_owned()];
             let kubernetes =

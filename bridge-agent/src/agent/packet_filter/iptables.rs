@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     filter::{self, Engine, Filter},
-    surroundings,
+    surroundings::{self, Misled},
 };
 use crate::{
     agent::divergence::{self, Reporter},
@@ -27,6 +27,7 @@ pub(in crate::agent) struct Watched {
     guard: Guard,
     backend: String,
     reporter: Reporter,
+    misled: Misled,
 }
 
 type Settings = filter::Settings<config::Iptables>;
@@ -84,16 +85,17 @@ impl Engine for Watched {
     ) -> Result<Self, Error> {
         let firewall = Iptables::new(settings.driver(on_trial))?;
         let backend = firewall.choice().backend.name().to_owned();
-        let surveyor = surroundings::surveyor(&settings.selection)
+        let (surveyor, misled) = surroundings::surveyor(&settings.selection)
             .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
         let guard = Guard::start_with(firewall, policy, Some(surveyor))?;
         tracing::info!(backend, "iptables rules active");
         Ok(match former {
-            None => Self { guard, backend, reporter: Reporter::default() },
+            None => Self { guard, backend, reporter: Reporter::default(), misled },
             Some(former) => Self {
                 guard: guard.after(watch::Status { failure: None, ..former.guard.status() }),
                 backend,
                 reporter: std::mem::take(&mut former.reporter),
+                misled,
             },
         })
     }
@@ -151,7 +153,7 @@ impl Filter<Watched> {
             repairs: seen.repairs,
             last_repair,
             last_repair_time: repaired.map(clock::at),
-            failure: seen.failure,
+            failure: seen.failure.or_else(|| self.engine.misled.why()),
             divergence: self.compares.then(|| divergence::status(seen.divergence)),
         }
     }

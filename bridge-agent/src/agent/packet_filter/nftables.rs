@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{
     filter::{self, Engine, Filter},
-    surroundings,
+    surroundings::{self, Misled},
 };
 use crate::{
     config::{self, Config},
@@ -29,6 +29,7 @@ pub(in crate::agent) struct Watched {
     guard: Guard,
     /// Packets that only nftables denied: how many were reported, and when the next report may be.
     reported: (u64, Instant),
+    misled: Misled,
 }
 
 type Settings = filter::Settings<config::Nftables>;
@@ -84,15 +85,16 @@ impl Engine for Watched {
         former: Option<&mut Self>,
     ) -> Result<Self, Error> {
         let firewall = Nftables::new(settings.driver(on_trial))?;
-        let surveyor = surroundings::surveyor(&settings.selection)
+        let (surveyor, misled) = surroundings::surveyor(&settings.selection)
             .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
         let guard = Guard::start(firewall, policy, Some(surveyor))?;
         tracing::info!(table = nftables::TABLE, "nftables rules active");
         Ok(match former {
-            None => Self { guard, reported: (0, Instant::now()) },
+            None => Self { guard, reported: (0, Instant::now()), misled },
             Some(former) => Self {
                 guard: guard.after(watch::Status { failure: None, ..former.guard.status() }),
                 reported: former.reported,
+                misled,
             },
         })
     }
@@ -151,7 +153,7 @@ impl Filter<Watched> {
             repairs: seen.repairs,
             last_repair,
             last_repair_time: repaired.map(clock::at),
-            failure: seen.failure,
+            failure: seen.failure.or_else(|| self.engine.misled.why()),
             divergence: self
                 .compares
                 .then(|| DivergenceStatus { denied_by_nftables: seen.denied, ..DivergenceStatus::default() }),
