@@ -185,3 +185,50 @@ fn definitions_in_another_version_fail() -> Result<()> {
     ensure!(found.is_some(), "{:?}", station.check("cluster.definitions")?);
     Ok(())
 }
+
+#[test]
+fn routes_that_lead_to_no_pod_fail() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let mut station = Station::node(&lab)?;
+    station.config = NODE.replace(", internal: ['cali*']", "");
+    station.expect("engines.interfaces", "ok", "(route fd20:1::91/128)")?;
+    lab.b().netns.ip("link add cilium_host type veth peer name cilium_net")?;
+    lab.b().netns.ip("link set cilium_host up")?;
+    lab.b().netns.ip("route add 10.200.1.128/25 dev cilium_host")?;
+    station.expect("engines.interfaces", "fail", "routes to pods lead to cilium_host")
+}
+
+#[test]
+fn a_bridge_past_iptables_is_named() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let netns = &lab.b().netns;
+    let mut station = Station::node(&lab)?;
+    station.config = NODE.replace("'cali*'", "'cali*', cni0");
+    netns.ip("link add cni0 type bridge")?;
+    netns.ip("link add veth0 type veth peer name veth1")?;
+    netns.ip("link set veth0 master cni0")?;
+    netns.set_sysctl("bridge/bridge-nf-call-iptables", "1")?;
+    station.expect("forwarding.br-netfilter", "ok", "bridge-nf-call-iptables is 1")?;
+    netns.set_sysctl("bridge/bridge-nf-call-iptables", "0")?;
+    station.expect("forwarding.br-netfilter", "warn", "bridge-nf-call-iptables is 0")?;
+    // Without pods at ports of a bridge it does not matter.
+    station.config = NODE.to_owned();
+    station.expect("forwarding.br-netfilter", "ok", "bridge-nf-call-iptables is 0")
+}
+
+#[test]
+fn a_masquerade_with_random_ports_is_named() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let mut station = Station::node(&lab)?;
+    station.config += "portPool: {ports: [61001-61100], destinations: [192.168.31.0/24]}\n";
+    station.expect("ports.settings", "ok", "no port of the pool")?;
+    nft(
+        lab.b(),
+        "table ip other { chain post { type nat hook postrouting priority srcnat; ip saddr 10.200.1.0/24 masquerade \
+                  fully-random; }; }",
+    )?;
+    station.expect("ports.masquerade", "warn", "fully-random")?;
+    // The pool's own rule comes before.
+    station.config = station.config.replace("portPool: {", "portPool: {masquerade: true, ");
+    station.expect("ports.settings", "ok", "no port of the pool")
+}

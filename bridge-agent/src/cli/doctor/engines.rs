@@ -78,6 +78,13 @@ fn interfaces(context: &Context<'_>) -> Finding {
             "nothing from the LAN would be judged: name it in enforcement.interfaces.external, or add the route",
         );
     }
+    if let Some(why) = &context.chosen.misled {
+        return Finding::fail(
+            CHECK,
+            why,
+            "add enforcement.interfaces.internal; `ip link` shows the interfaces of pods",
+        );
+    }
     if pods.is_empty() {
         return Finding::warn(
             CHECK,
