@@ -10,3 +10,4 @@ pub mod flow;
 pub mod flow_cache;
 pub mod interface;
 pub mod policy;
+pub mod shield;

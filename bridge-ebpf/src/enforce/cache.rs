@@ -7,6 +7,7 @@ use aya_ebpf::{
     helpers::{bpf_get_smp_processor_id, generated::bpf_get_prandom_u32},
 };
 use bridge_common::filter::{
+    address::Address,
     counters::Reason,
     fast_path::{Outcome, ticks},
     flow::{Flow, FlowKey},
@@ -23,6 +24,7 @@ use crate::{
     hook::Hook,
     maps::{FLOW_CACHE, FLOW_STAMPS, Route, Scratch, scratch},
     mark,
+    packet::Packet,
     parse::fast::{Headers, established_v4},
     paths, report,
 };
@@ -85,6 +87,36 @@ pub(crate) extern "C" fn serve(skb: *mut __sk_buff, hook: u32) -> i32 {
     place.entry = entry;
     (place.set, place.known) = (index, 1);
     MISS
+}
+
+/// Whether [`serve`] may pass a packet from the LAN that [`crate::parse::fast::read_frame`] has read. The entry of a flow outlives
+/// that of the flow table for a while, if the table needs its room.
+#[inline(always)]
+pub(crate) fn may_serve(packet: &Packet, active: &Active) -> bool {
+    if packet.version != 4 {
+        return false;
+    }
+    let word = |address: &Address| u32::from_ne_bytes(address.v4());
+    let ([a, b], [c, d]) = (packet.source_port, packet.destination_port);
+    let sought = Entry {
+        source: word(&packet.source),
+        destination: word(&packet.destination),
+        ports: u32::from_ne_bytes([a, b, c, d]),
+        protocol: packet.protocol,
+        hook: Hook::EXTERNAL_INGRESS as u8,
+        direction: 0,
+        interface_high: 0,
+        generation: active.settings.generation,
+        stamp: 0,
+        expires: 0,
+        path: NO_PATH,
+        interface: 0,
+    };
+    let Some(set) = FLOW_CACHE.get_ptr(set_index(&sought)) else { return true };
+    // SAFETY: a valid element, of this CPU alone.
+    let set = unsafe { &*set };
+    let now = ticks(active.now);
+    set.ways.iter().any(|way| way.is_of(&sought) && way.is_fresh(now))
 }
 
 /// Index of the set of this CPU for packets like this one.

@@ -39,13 +39,23 @@ mod policy;
 mod reject;
 mod report;
 mod scope;
+mod shield;
 mod sides;
 mod track;
 mod values;
 mod verdict;
 
-use aya_ebpf::{macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    macros::{classifier, xdp},
+    programs::{TcContext, XdpContext},
+};
 use hook::Hook;
+
+/// LAN to node, in the driver: a shield in front of [`external_ingress`].
+#[xdp(frags)]
+pub fn external_shield(ctx: XdpContext) -> u32 {
+    shield::shield(ctx.ctx)
+}
 
 /// LAN to pod, and LAN to a NodePort of this node.
 #[classifier]

@@ -17,6 +17,7 @@ use bridge_common::filter::{
     policy::{
         AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleHits, RuleInfo, RuleSet, direction,
     },
+    shield::Shielded,
 };
 use bridge_ebpf::{apart, protocol};
 
@@ -126,6 +127,9 @@ pub(crate) static DENIALS: PerCpuArray<DenialSet, { denial::SETS as usize }> = P
 /// The rate limit of events.
 #[btf_map(name = "event_budget")]
 pub(crate) static EVENT_BUDGET: PerCpuArray<EventBudget, 1> = PerCpuArray::new();
+/// Packets that the shield dropped, and those that it left to the hook behind it.
+#[btf_map(name = "shielded")]
+pub(crate) static SHIELDED: PerCpuArray<Shielded, 1> = PerCpuArray::new();
 
 /// Index of the interface that leads to a pod of this node, by the pod's address.
 #[btf_map(name = "hosted")]

@@ -62,7 +62,7 @@ pub(crate) struct EventInfo {
 
 /// Returns the budget of this CPU for the current second.
 #[inline(always)]
-fn budget(now: u64) -> Option<&'static mut EventBudget> {
+pub(crate) fn budget(now: u64) -> Option<&'static mut EventBudget> {
     // SAFETY: the element is this CPU's own.
     let budget = unsafe { &mut *EVENT_BUDGET.get_ptr_mut(0)? };
     if now >= budget.until {
@@ -95,10 +95,22 @@ pub(crate) fn emit(skb: *mut __sk_buff, active: &Active, info: &EventInfo) {
     }
 }
 
+/// Counts a denied packet of [`scratch`] as [`emit`] does where it sends no event.
+#[inline(always)]
+pub(crate) fn suppress(info: &EventInfo, active: &Active) {
+    if info.reason == Reason::no_rule as u8 || info.reason == Reason::deny_rule as u8 {
+        note(info, active.settings.generation);
+    }
+    if let Some(budget) = budget(active.now) {
+        budget.suppressed += 1;
+        budget.suppressed_total += 1;
+    }
+}
+
 /// Counts the connection that the packet of [`scratch`] asks for in its class. Returns how many were counted.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn note(info: *const EventInfo, generation: u32) -> u32 {
+pub(crate) extern "C" fn note(info: *const EventInfo, generation: u32) -> u32 {
     // SAFETY: the caller's own, or null as far as the verifier knows.
     let Some(info) = (unsafe { info.as_ref() }) else { return 0 };
     let Some(Scratch { packet, denial, .. }) = scratch() else { return 0 };

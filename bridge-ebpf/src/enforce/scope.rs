@@ -36,7 +36,7 @@ pub(crate) const UNATTRIBUTED: u32 = 4;
 
 /// Returns the index of the interface that leads to a pod of this node; 0: none is known to the agent.
 #[inline(always)]
-fn hosted(address: &Address) -> u32 {
+pub(crate) fn hosted(address: &Address) -> u32 {
     // SAFETY: only copied.
     unsafe { HOSTED.get(address) }.copied().unwrap_or(0)
 }

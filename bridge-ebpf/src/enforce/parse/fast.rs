@@ -30,7 +30,6 @@ fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool
     // SAFETY: the context is valid while the program runs; the verifier checks the access, and every read
     // below follows a comparison with the end.
     let (start, end) = unsafe { ((*skb).data as usize, (*skb).data_end as usize) };
-    let words = |offset: usize| (start + offset) as *const Word;
     if start + ETHERNET + 20 + UDP_HEADER > end {
         return false;
     }
@@ -38,8 +37,19 @@ fn read_plain(skb: *mut __sk_buff, ether_type: u16, packet: &mut Packet) -> bool
     if !is_ethernet(skb, unsafe { *(start as *const u8) }) {
         return false;
     }
-    // SAFETY: as above. To the kernel, words of a header are aligned where it lets programs read them
-    // (`check_pkt_ptr_alignment`, kernel/bpf/verifier.c).
+    read_frame(start, end, ether_type, packet)
+}
+
+/// Reads an Ethernet frame of this type from `start` to `end`, which point into the packet. Returns `false` for every packet
+/// that is not plain; see [`parse_plain`].
+#[inline(always)]
+pub(crate) fn read_frame(start: usize, end: usize, ether_type: u16, packet: &mut Packet) -> bool {
+    let words = |offset: usize| (start + offset) as *const Word;
+    if start + ETHERNET + 20 + UDP_HEADER > end {
+        return false;
+    }
+    // SAFETY: every read follows a comparison with the end. To the kernel, words of a header are aligned where it lets programs
+    // read them (`check_pkt_ptr_alignment`, kernel/bpf/verifier.c).
     let word = |offset: usize| unsafe { *words(ETHERNET + offset) };
     packet.l3 = 0;
     packet.kind = Kind::Plain;
