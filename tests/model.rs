@@ -25,6 +25,8 @@ fn programs_model_and_explain_say_the_same_of_every_packet() -> Result<()> {
         ensure!(report.packets >= CASES * PACKETS_PER_CASE * 99 / 100, "{report}");
         // `explain` cannot be asked about fragments, ICMP errors, handshakes in progress and headers that cannot be read.
         ensure!(report.explained > report.packets / 2, "{report}");
+        // Every other case has the shield.
+        ensure!(report.shielded > report.packets / 100, "{report}");
         if seed == fixed {
             let met: BTreeSet<_> = report.met.keys().map(|(_, reason, _)| *reason).collect();
             // No table is full here.

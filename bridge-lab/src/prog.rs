@@ -7,10 +7,10 @@ use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
     maps::{Array, HashMap, Map, MapData, PerCpuArray, RingBuf},
-    programs::SchedClassifier,
+    programs::{SchedClassifier, Xdp},
 };
 use bridge_agent::{
-    datapath::{Behaviour, CacheSize, Datapath, Hook, Mechanism, Options, Pins, now, object},
+    datapath::{Behaviour, CacheSize, Datapath, Hook, Mechanism, Options, Pins, SHIELD_PROGRAM, now, object},
     model::Policy,
     policy,
 };
@@ -60,6 +60,7 @@ pub struct Node {
     pins: Pins,
     counted: Tally,
     audited: Tally,
+    shielded: bool,
 }
 
 /// A hook, and the interface that a packet came in by; at ingress hooks that is [`LAN_INTERFACE`] whatever it says.
@@ -97,6 +98,8 @@ pub struct Judged {
     pub audited: Option<(u8, Reason)>,
     /// The frame as the program left it.
     pub frame: Vec<u8>,
+    /// Whether the shield has dropped it.
+    pub shielded: bool,
 }
 
 /// Return value of a program (include/uapi/linux/pkt_cls.h, include/uapi/linux/bpf.h).
@@ -178,8 +181,9 @@ impl Node {
         for hook in Hook::ALL {
             program(&mut programs, hook)?.load()?;
         }
+        shield(&mut programs)?.load()?;
         let (counted, audited) = (Tally::open(&pins, "counters")?, Tally::open(&pins, "audited")?);
-        Ok(Self { datapath, programs, root, pins, counted, audited })
+        Ok(Self { datapath, programs, root, pins, counted, audited, shielded: false })
     }
 
     /// Activates another policy.
@@ -273,12 +277,50 @@ impl Node {
         open(&self.pins, "flow_stamps")
     }
 
-    /// Runs the program of a hook on a frame.
+    /// Puts the shield before [`Hook::ExternalIngress`], or takes it away.
+    pub fn set_shield(&mut self, on: bool) {
+        self.shielded = on;
+    }
+
+    /// Runs the shield on a frame. Returns the reason that it was dropped and counted for; `None`: it goes on, as it was.
+    ///
+    /// # Errors
+    /// The kernel refused to run it, it changed the frame, or a frame that goes on was counted.
+    pub fn run_shield(&mut self, frame: &[u8]) -> Result<Option<Reason>> {
+        let mut out = vec![0; frame.len() + 256];
+        let options =
+            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ..TestRunOptions::new() };
+        let result = shield(&mut self.programs)?.test_run(options)?;
+        out.truncate(result.data_size_out as usize);
+        let (counted, audited) = (self.counted.more()?, self.audited.more()?);
+        ensure!(audited.is_none() && out == frame, "the shield only drops");
+        match (result.return_value, counted) {
+            // XDP_DROP and XDP_PASS (linux/bpf.h).
+            (1, Some((direction::INBOUND, reason))) => Ok(Some(reason)),
+            (2, None) => Ok(None),
+            (action, counted) => anyhow::bail!("the shield returned {action} and counted {counted:?}"),
+        }
+    }
+
+    /// Runs the program of a hook on a frame, behind the shield if that is there.
     ///
     /// # Errors
     /// The kernel refused to run it, or the packet was counted more than once.
     pub fn run(&mut self, place: impl Into<Place>, frame: &[u8]) -> Result<Judged> {
         let Place { hook, input } = place.into();
+        if self.shielded
+            && hook == Hook::ExternalIngress
+            && let Some(reason) = self.run_shield(frame)?
+        {
+            let counted = Some((direction::INBOUND, reason));
+            return Ok(Judged {
+                action: Action::Drop,
+                counted,
+                audited: None,
+                frame: frame.to_vec(),
+                shielded: true,
+            });
+        }
         let mut out = vec![0; frame.len() + 256];
         let mut context = [0; INGRESS_IFINDEX + size_of::<u32>()];
         context[INGRESS_IFINDEX..].copy_from_slice(&input.to_ne_bytes());
@@ -297,7 +339,23 @@ impl Node {
             7 => Action::Answer,
             other => anyhow::bail!("{} returned {other}", hook.name()),
         };
-        Ok(Judged { action, counted: self.counted.more()?, audited: self.audited.more()?, frame: out })
+        Ok(Judged {
+            action,
+            counted: self.counted.more()?,
+            audited: self.audited.more()?,
+            frame: out,
+            shielded: false,
+        })
+    }
+
+    /// As [`Node::cost`], of the shield.
+    ///
+    /// # Errors
+    /// The kernel refused to run it.
+    pub fn cost_of_shield(&mut self, frame: &[u8], packets: u32) -> Result<f64> {
+        let options = TestRunOptions { data_in: Some(frame), repeat: packets, ..TestRunOptions::new() };
+        let result = shield(&mut self.programs)?.test_run(options)?;
+        Ok(result.duration.as_secs_f64() * 1e9)
     }
 
     /// Nanoseconds that the program of `hook` takes for a frame, as the mean over `packets` runs.
@@ -446,6 +504,10 @@ fn publish(datapath: &mut Datapath, policy: &Policy, behaviour: &Behaviour) -> R
 
 fn program(ebpf: &mut Ebpf, hook: Hook) -> Result<&mut SchedClassifier> {
     Ok(ebpf.program_mut(hook.name()).context("a program of the object")?.try_into()?)
+}
+
+fn shield(ebpf: &mut Ebpf) -> Result<&mut Xdp> {
+    Ok(ebpf.program_mut(SHIELD_PROGRAM).context("a program of the object")?.try_into()?)
 }
 
 fn open<T: TryFrom<Map, Error = aya::maps::MapError>>(pins: &Pins, name: &'static str) -> Result<T> {

@@ -9,4 +9,5 @@ mod path_mtu;
 mod reject;
 mod reload;
 mod scope;
+mod shield;
 mod support;

@@ -12,6 +12,7 @@ mod ports;
 mod reject;
 mod scope;
 mod sctp;
+mod shield;
 mod sources;
 mod tcp;
 mod transport;

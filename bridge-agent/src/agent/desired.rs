@@ -5,7 +5,7 @@ use std::{io, net::IpAddr, sync::Arc};
 use bridge_common::filter::flow::state;
 
 use crate::{
-    config::{Config, FastPath, PoolScope, Timeouts},
+    config::{Config, FastPath, PoolScope, Timeouts, Xdp},
     datapath::{self, Behaviour},
     interfaces::{Observer, Selection, Snapshot},
     model::{Mode, OnDeny, Policy},
@@ -36,6 +36,8 @@ pub(super) struct Desired {
     pub(super) behaviour: Behaviour,
     pub(super) selection: Selection,
     pub(super) fast_path: bool,
+    /// Why interfaces towards the LAN have no shield; `None`: they have one.
+    pub(super) unshielded: Option<&'static str>,
 }
 
 impl Desired {
@@ -53,7 +55,13 @@ impl Desired {
         let selection = Selection::of(config);
         // Audit mode leaves the path of packets as it is without bridge.
         let fast_path = enforcement.fast_path == FastPath::Auto && policy.mode == Mode::Enforce;
-        Self { policy: Arc::new(policy), pool: config.pool_scope(), behaviour, selection, fast_path }
+        let unshielded = match (enforcement.xdp, policy.mode) {
+            (Xdp::Off, _) => Some("enforcement.xdp is off"),
+            (Xdp::Auto, Mode::Audit) => Some("audit mode denies nothing"),
+            (Xdp::Auto, Mode::Enforce) => None,
+        };
+        let policy = Arc::new(policy);
+        Self { policy, pool: config.pool_scope(), behaviour, selection, fast_path, unshielded }
     }
 
     /// Whether connections may be in scope that were not with `before`.

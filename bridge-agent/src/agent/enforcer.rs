@@ -1,7 +1,9 @@
 //! Keeps the packet path as the configuration and the interfaces of the node want it.
 
+mod status;
+
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -21,12 +23,14 @@ use crate::{
     config::Config,
     conntrack::Forgetting,
     datapath::{
-        self, Behaviour, Change, Datapath, Displaced, Displacement, Maps, Mechanism, Options, Pins, Published,
+        self, Behaviour, Change, Datapath, Displaced, Displacement, Maps, Mechanism, Options, Pins,
+        Published, Shield,
     },
     interfaces::{Bindings, Chosen, Device, Hosted, Observer, Selection, Snapshot},
     kernel::backoff::Backoff,
+    model::Role,
     policy::{Tables, TablesStats},
-    state::{ActivePolicy, AttachedInterface, Enforcement},
+    state::ActivePolicy,
 };
 
 /// Target of log lines from the programs: `--log-level enforce=debug` enables them.
@@ -52,6 +56,8 @@ pub(super) struct Enforcer {
     /// Abilities that each of the chosen interfaces has, bits of [`ability`].
     abilities: Vec<u32>,
     fast_path: Switch,
+    /// State of the shield at each interface towards the LAN, by index.
+    shields: BTreeMap<u32, Shield>,
     pins_restored: u64,
     programs_restored: u64,
     /// Programs that are not where they should be.
@@ -130,6 +136,7 @@ impl Enforcer {
             former: None,
             abilities: Vec::new(),
             fast_path,
+            shields: BTreeMap::new(),
             pins_restored: 0,
             programs_restored: 0,
             displaced: Vec::new(),
@@ -243,6 +250,8 @@ impl Enforcer {
         if let Some(why) = chosen.misled.as_ref().filter(|_| chosen.misled != self.chosen.misled) {
             tracing::error!("{why}");
         }
+        let keep = if self.desired.unshielded.is_none() { chosen.targets.as_slice() } else { &[] };
+        let unshielded = self.datapath.unshield(keep);
         let (changes, result) = self.datapath.attach(&chosen.targets);
         for Change { interface, hook, action } in changes {
             tracing::info!(interface, hook = hook.name(), ?action, "interface");
@@ -251,8 +260,35 @@ impl Enforcer {
         self.chosen = chosen;
         let hosted = self.host();
         self.allow_fast_path();
+        self.shield(true);
         result?;
+        unshielded?;
         hosted
+    }
+
+    /// Shields the interfaces towards the LAN, if the configuration says so. `again`: also those that could not be lately.
+    fn shield(&mut self, again: bool) {
+        let targets = &self.chosen.targets;
+        let shields = match self.desired.unshielded {
+            None => {
+                let (shields, result) = self.datapath.shield(targets, again);
+                if let Err(error) = result {
+                    tracing::warn!(%error, "a shield is left");
+                }
+                shields
+            }
+            Some(reason) => {
+                let lan = targets.iter().filter(|target| target.role == Role::External);
+                lan.map(|target| (target.index, Shield::Off(reason.to_owned()))).collect()
+            }
+        };
+        for target in targets {
+            let shield = shields.get(&target.index);
+            if let Some(shield) = shield.filter(|_| shield != self.shields.get(&target.index)) {
+                tracing::info!(interface = target.name, xdp = %shield, "shield");
+            }
+        }
+        self.shields = shields;
     }
 
     /// Writes the pods of this node for the kernel side, and removes the flows of pods that have gone.
@@ -409,6 +445,9 @@ impl Enforcer {
         }
         self.try_again();
         self.restore_order();
+        if self.desired.unshielded.is_none() {
+            self.shield(false);
+        }
         if self.fast_path.is_on() {
             self.allow_fast_path();
             self.fast_path.check();
@@ -539,44 +578,6 @@ impl Enforcer {
     /// Returns the number of the active policy.
     pub(super) fn generation(&self) -> u32 {
         self.published.map_or(0, Published::generation)
-    }
-
-    pub(super) fn status(&self) -> Enforcement {
-        let interfaces = self
-            .chosen
-            .targets
-            .iter()
-            .zip(self.abilities.iter().chain(std::iter::repeat(&0)))
-            .map(|(target, abilities)| AttachedInterface {
-                name: target.name.clone(),
-                index: target.index,
-                role: if target.tunnel {
-                    "tunnel".to_owned()
-                } else {
-                    format!("{:?}", target.role).to_lowercase()
-                },
-                fast_path: names(*abilities),
-            })
-            .collect();
-        Enforcement {
-            mode: if self.desired.behaviour.audit { "audit" } else { "enforce" }.to_owned(),
-            generation: self.generation(),
-            tables: self.stats,
-            switched_in_us: match self.published {
-                Some(Published::Switched { took, .. }) => u64::try_from(took.as_micros()).ok(),
-                _ => None,
-            },
-            mechanism: if self.datapath.uses_tcx() { "tcx" } else { "clsact" }.to_owned(),
-            adopted: self.datapath.adopted(),
-            seeded: self.seeded,
-            interfaces,
-            fast_path: self.fast_path.status().clone(),
-            pins_restored: self.pins_restored,
-            programs_restored: self.programs_restored,
-            displaced: self.displaced.iter().map(ToString::to_string).collect(),
-            misled: self.chosen.misled.clone(),
-            remarks: self.unpinned.iter().chain(&self.chosen.remarks).cloned().collect(),
-        }
     }
 
     /// Detaches everything and forgets every policy.

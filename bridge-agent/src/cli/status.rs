@@ -14,8 +14,8 @@ use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
 use crate::state::{
-    DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus, ProbeStatus, Reload,
-    RoutesStatus, Status, TrialEnd, TrialOutcome, TrialStatus,
+    AttachedInterface, DiscoveryStatus, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus,
+    ProbeStatus, Reload, RoutesStatus, Status, TrialEnd, TrialOutcome, TrialStatus,
 };
 
 /// Show the active enforcement, whether the agent runs or not; exit code 3: no agent runs.
@@ -47,6 +47,8 @@ struct Kernel {
     denied: Vec<ReasonCount>,
     /// Packets of established flows so far, by direction and by their result at the fast path.
     fast_path: Vec<OutcomeCount>,
+    /// Those of the denied packets that drivers dropped (`enforcement.xdp`).
+    xdp_dropped: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -119,6 +121,7 @@ impl Kernel {
             trial: maps.trial()?,
             denied: denied.into_iter().filter(was_denied).collect(),
             fast_path: maps.outcome_counts()?.into_iter().filter(|count| count.packets > 0).collect(),
+            xdp_dropped: maps.shielded()?.packets,
         })
     }
 }
@@ -142,7 +145,8 @@ impl Report {
             None => line("agent", "not running".into()),
         }
         if let Some(kernel) = &self.enforcement {
-            let Kernel { generation, mode, rules, interfaces, flows, trial, denied, fast_path } = kernel;
+            let Kernel { generation, mode, rules, interfaces, flows, trial, denied, fast_path, xdp_dropped } =
+                kernel;
             line("policy", format!("generation {generation}, {mode}, {rules} rules"));
             line("interfaces", if interfaces.is_empty() { "none".into() } else { interfaces.join(", ") });
             line(
@@ -166,6 +170,9 @@ impl Report {
                     "denied",
                     format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"),
                 );
+            }
+            if *xdp_dropped > 0 {
+                line("xdp", format!("dropped {xdp_dropped} of the denied packets"));
             }
             for OutcomeCount { direction, outcome, packets, .. } in fast_path {
                 line("fast path", format!("{direction} {outcome}: {packets} packets"));
@@ -225,12 +232,17 @@ impl Report {
             for warning in &status.warnings {
                 line("warning", warning.clone());
             }
-            if let Some(Enforcement { mechanism, remarks, fast_path, .. }) = &status.enforcement {
+            if let Some(Enforcement { mechanism, remarks, fast_path, interfaces, .. }) = &status.enforcement {
                 line("mechanism", mechanism.clone());
                 let FastPathStatus { protocols, remarks: why } = fast_path;
                 line("fast path", if protocols.is_empty() { "off".into() } else { protocols.join(", ") });
                 for why in why {
                     line("remark", why.clone());
+                }
+                for AttachedInterface { name, xdp, .. } in interfaces {
+                    if let Some(xdp) = xdp {
+                        line("xdp", format!("{name}: {xdp}"));
+                    }
                 }
                 for remark in remarks {
                     line("remark", remark.clone());

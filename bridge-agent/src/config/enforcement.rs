@@ -33,6 +33,8 @@ pub struct Enforcement {
     pub interfaces: Interfaces,
     /// Whether packets of established flows go from interface to interface past the network stack.
     pub fast_path: FastPath,
+    /// Whether drivers of interfaces towards the LAN drop denied packets before the network stack sees them.
+    pub xdp: Xdp,
     /// How long an idle flow stays known, by its state.
     pub timeouts: Timeouts,
     /// Which events are reported, and how many.
@@ -55,6 +57,7 @@ impl Default for Enforcement {
             nftables: Nftables::default(),
             interfaces: Interfaces::default(),
             fast_path: FastPath::default(),
+            xdp: Xdp::default(),
             timeouts: Timeouts::default(),
             events: Events::default(),
             syslog: None,
@@ -108,6 +111,17 @@ pub enum FastPath {
     #[default]
     Auto,
     /// None.
+    Off,
+}
+
+/// Whether drivers of interfaces towards the LAN drop denied packets before the network stack sees them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Xdp {
+    /// Those that have native XDP, where no other XDP program is attached. On some cards attaching resets the queues.
+    Auto,
+    /// None.
+    #[default]
     Off,
 }
 

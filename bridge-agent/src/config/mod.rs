@@ -51,7 +51,7 @@ use serde::{Deserialize, Serialize};
 
 pub use api::{Api, DEFAULT_SOCKET};
 pub(crate) use convert::{Conversion, convert};
-pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts};
+pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts, Xdp};
 pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
 pub use kubernetes::{FollowedPods, Kubernetes, PodNetworks};

@@ -140,6 +140,16 @@ impl Maps {
             .collect())
     }
 
+    /// Returns the packets that the shield has dropped; each of them is also one of [`Maps::reason_counts`].
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn shielded(&self) -> Result<Counter> {
+        let shields = self.shielded.get(&0, 0).map_err(Error::aya_map("shielded"))?;
+        Ok(shields.iter().map(|shield| shield.dropped).fold(Counter::default(), add))
+    }
+
     /// Returns the number of events that were suppressed so far, by the rate limit or a full buffer.
     ///
     /// # Errors
@@ -152,8 +162,9 @@ impl Maps {
 }
 
 fn sum(per_cpu: &[Counters], reason: Reason) -> Counter {
-    per_cpu.iter().map(|counters| counters.get(reason)).fold(Counter::default(), |sum, counter| Counter {
-        packets: sum.packets + counter.packets,
-        bytes: sum.bytes + counter.bytes,
-    })
+    per_cpu.iter().map(|counters| counters.get(reason)).fold(Counter::default(), add)
+}
+
+const fn add(sum: Counter, counter: Counter) -> Counter {
+    Counter { packets: sum.packets + counter.packets, bytes: sum.bytes + counter.bytes }
 }

@@ -85,6 +85,19 @@ impl Datapath {
 }
 
 fn remove_version(pins: &Pins, removed: &mut Removed, errors: &mut Vec<Error>) {
+    // First: behind it, packets are to be judged as long as it drops any.
+    match pins::entries(&pins.shields()) {
+        Ok(links) => {
+            for link in links {
+                crate::fault::point("down:shield");
+                match detach(&link, None) {
+                    Ok(()) => removed.attachments += 1,
+                    Err(error) => errors.push(error),
+                }
+            }
+        }
+        Err(error) => errors.push(error.into()),
+    }
     match pins.attached_links() {
         Ok(links) => {
             for link in links {

@@ -9,6 +9,7 @@ use std::{
     collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
     path::Path,
+    time::Instant,
 };
 
 use aya::{Ebpf, EbpfLoader, maps::MapData, programs::SchedClassifier};
@@ -62,6 +63,8 @@ pub struct Datapath {
     adopted: bool,
     debug: bool,
     pub(super) guard: PinGuard,
+    /// Interfaces that could not be shielded, by index: why, and when that was.
+    pub(super) shields: BTreeMap<u32, (String, Instant)>,
     lock: Lock,
 }
 
@@ -177,7 +180,18 @@ impl Datapath {
         let tcx = options.mechanism == Mechanism::Best && has_tcx();
         let mut guard = PinGuard::default();
         guard.keep_all(pins.directory())?;
-        Ok(Self { pins, ebpf, maps, templates, tcx, adopted, debug: options.debug, guard, lock })
+        Ok(Self {
+            pins,
+            ebpf,
+            maps,
+            templates,
+            tcx,
+            adopted,
+            debug: options.debug,
+            guard,
+            shields: BTreeMap::new(),
+            lock,
+        })
     }
 
     /// Restores pins that another process has removed, also into another BPF file system mounted at the same place. Returns

@@ -17,6 +17,7 @@ use bridge_common::filter::{
     flow_cache::STAMPS,
     interface::Interface,
     policy::{RuleHits, RuleInfo},
+    shield::Shielded,
 };
 
 use super::{
@@ -90,6 +91,7 @@ pub struct Maps {
     pub(super) audited: PerCpuArray<MapData, Counters>,
     pub(super) denials: PerCpuArray<MapData, DenialSet>,
     pub(super) event_budget: PerCpuArray<MapData, EventBudget>,
+    pub(super) shielded: PerCpuArray<MapData, Shielded>,
     pub(super) interfaces: HashMap<MapData, u32, Interface>,
     pub(super) hosted: HashMap<MapData, Address, u32>,
     pub(super) tunnels: HashMap<MapData, u32, u32>,
@@ -158,6 +160,7 @@ impl Maps {
             audited: typed(pins, "audited")?,
             denials: typed(pins, "denials")?,
             event_budget: typed(pins, "event_budget")?,
+            shielded: typed(pins, "shielded")?,
             interfaces: typed(pins, "interfaces")?,
             hosted: typed(pins, "hosted")?,
             tunnels: typed(pins, "tunnels")?,

@@ -24,6 +24,7 @@ mod maps;
 mod migrate;
 pub mod object;
 mod pins;
+mod shield;
 mod tables;
 
 pub use crate::model::{Hook, Role, Target};
@@ -43,4 +44,5 @@ pub use foreign::programs_before;
 pub use load::{CacheSize, Datapath, Mechanism, Options};
 pub use maps::{Fill, Maps, Trial, now};
 pub use pins::{DEFAULT_ROOT, Pins};
+pub use shield::{SHIELD_PROGRAM, Shield, is_shielded};
 pub use tables::{Behaviour, Published};

@@ -4,6 +4,7 @@
 //! <root>/v<ABI_VERSION>/<map>                      one pin per map
 //! <root>/v<ABI_VERSION>/policy/<slot>/<table>      the tables of each policy
 //! <root>/v<ABI_VERSION>/links/<interface>-<hook>   the attached link (TCX)
+//! <root>/v<ABI_VERSION>/shields/<ifindex>          the link of the shield (XDP)
 //! <root>/v<ABI_VERSION>/filters/<ifindex>-<interface>-<hook>   the attached filter (clsact), as a pinned program
 //! <root>/v<ABI_VERSION>/qdiscs/<ifindex>-<interface>           directory: this clsact qdisc is bridge's
 //! ```
@@ -127,6 +128,14 @@ impl Pins {
         self.directory.join("links")
     }
 
+    pub(super) fn shields(&self) -> PathBuf {
+        self.directory.join("shields")
+    }
+
+    pub(super) fn shield(&self, index: u32) -> PathBuf {
+        self.shields().join(index.to_string())
+    }
+
     pub(super) fn filters(&self) -> PathBuf {
         self.directory.join("filters")
     }
@@ -150,7 +159,7 @@ impl Pins {
     /// Makes the directories of this version.
     pub(super) fn prepare_directories(&self) -> Result<()> {
         make_directory(&self.directory)?;
-        for below in ["links", "filters", "qdiscs", "policy"] {
+        for below in ["links", "shields", "filters", "qdiscs", "policy"] {
             make_directory(&self.directory.join(below))?;
         }
         (0..bridge_common::filter::control::SLOTS)

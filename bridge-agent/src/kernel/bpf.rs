@@ -14,7 +14,8 @@ use std::{
 
 use aya::{Pod, maps::MapData};
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_attr__bindgen_ty_3, bpf_btf_info, bpf_cmd, bpf_link_info, bpf_map_info,
+    XDP_FLAGS_DRV_MODE, bpf_attach_type, bpf_attr, bpf_attr__bindgen_ty_3, bpf_btf_info, bpf_cmd,
+    bpf_link_info, bpf_map_info,
 };
 
 /// Calls `bpf(2)`.
@@ -210,6 +211,35 @@ pub(crate) fn tcx_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
     let info = link_info(fd)?;
     // SAFETY: every member of the union is made of integers.
     Ok((info.prog_id, unsafe { info.__bindgen_anon_1.tcx.ifindex }))
+}
+
+/// Attaches a program to an interface of the calling thread's network namespace by XDP, in the driver, where no other program
+/// is. It stays attached for as long as there is a descriptor of the link, or a pin.
+pub(crate) fn xdp_attach(program: BorrowedFd<'_>, interface: u32) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = raw(program);
+    attr.link_create.__bindgen_anon_2.target_ifindex = interface;
+    attr.link_create.attach_type = bpf_attach_type::BPF_XDP as u32;
+    attr.link_create.flags = XDP_FLAGS_DRV_MODE;
+    // SAFETY: takes no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) }.map(owned)
+}
+
+/// As [`tcx_link_info`], of an XDP link.
+pub(crate) fn xdp_link_info(fd: BorrowedFd<'_>) -> io::Result<(u32, u32)> {
+    let info = link_info(fd)?;
+    // SAFETY: every member of the union is made of integers.
+    Ok((info.prog_id, unsafe { info.__bindgen_anon_1.xdp.ifindex }))
+}
+
+/// Puts another program in place of that of a link.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.link_update.link_fd = raw(link);
+    attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
+    // SAFETY: takes no pointers.
+    unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr)? };
+    Ok(())
 }
 
 /// Id of the program of a link.

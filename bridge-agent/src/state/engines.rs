@@ -57,6 +57,9 @@ pub struct AttachedInterface {
     /// Use of the interface by the fast path: `in`, `out`, `peer` (straight to its other end).
     #[serde(default)]
     pub fast_path: Vec<String>,
+    /// Towards the LAN, whether the driver drops denied packets (`enforcement.xdp`): `native`, or `off` and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xdp: Option<String>,
 }
 
 /// Protocols that may take the fast path.

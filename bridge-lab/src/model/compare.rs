@@ -42,6 +42,8 @@ pub struct Report {
     pub packets: u64,
     /// Packets that `bridge-agent explain` was asked about as well.
     pub explained: u64,
+    /// Packets that the shield dropped; it is there in every other case.
+    pub shielded: u64,
     /// Packets by verdict, reason and protocol.
     pub met: BTreeMap<Met, u64>,
     /// Where model and programs disagree: one at most for each thread.
@@ -101,6 +103,7 @@ pub fn compare(seed: u64, packets: u64, progress: impl Fn(u64) + Sync) -> Result
             let report = report?;
             whole.packets += report.packets;
             whole.explained += report.explained;
+            whole.shielded += report.shielded;
             whole.differences.extend(report.differences);
             for (met, count) in report.met {
                 *whole.met.entry(met).or_default() += count;
@@ -116,13 +119,15 @@ pub fn compare(seed: u64, packets: u64, progress: impl Fn(u64) + Sync) -> Result
 struct Programs {
     node: Node,
     slots: Vec<u32>,
+    /// Whether the shield is there. No packet is answered then: the shield passes those that are.
+    shielded: bool,
 }
 
 fn run_case(seed: u64, programs: &mut Option<Programs>, report: &mut Report) -> Result<()> {
     let mut dice = Dice::new(seed);
     let regimes = traffic::regimes(&mut dice);
-    let programs =
-        Programs::prepare(programs, &regimes).with_context(|| format!("policies of seed {seed}"))?;
+    let programs = Programs::prepare(programs, &regimes, seed % 2 == 1)
+        .with_context(|| format!("policies of seed {seed}"))?;
     for _ in 0..ROUNDS {
         let steps = traffic::round(&mut dice, &regimes, STEPS);
         if let Some((index, _, _)) = programs.run(&regimes, &steps, Some(report))? {
@@ -139,15 +144,21 @@ fn run_case(seed: u64, programs: &mut Option<Programs>, report: &mut Report) -> 
 }
 
 impl Programs {
-    fn prepare<'a>(programs: &'a mut Option<Self>, regimes: &[Regime]) -> Result<&'a mut Self> {
+    fn prepare<'a>(
+        programs: &'a mut Option<Self>,
+        regimes: &[Regime],
+        shielded: bool,
+    ) -> Result<&'a mut Self> {
         if programs.is_none() {
-            let node = Node::with_room(&regimes[0].policy, &behaviour_of(&regimes[0]), 1 << 16)?;
-            *programs = Some(Self { node, slots: Vec::new() });
+            let node = Node::with_room(&regimes[0].policy, &behaviour_of(&regimes[0], shielded), 1 << 16)?;
+            *programs = Some(Self { node, slots: Vec::new(), shielded });
         }
         let programs = programs.as_mut().context("made just now")?;
         programs.slots.clear();
+        programs.shielded = shielded;
+        programs.node.set_shield(shielded);
         for regime in regimes {
-            programs.node.publish(&regime.policy, &behaviour_of(regime))?;
+            programs.node.publish(&regime.policy, &behaviour_of(regime, shielded))?;
             programs.slots.push(programs.node.slot());
         }
         Ok(programs)
@@ -184,7 +195,10 @@ impl Programs {
                     explainer.host(*pod, *interface);
                 }
                 Step::Packet(place, frame) => {
-                    let expected = model.judge(*place, frame);
+                    let mut expected = model.judge(*place, frame);
+                    if self.shielded && expected.action == Action::Answer {
+                        expected.action = Action::Drop;
+                    }
                     if let Some(key) = model.moved() {
                         // The flow cache notes no numbers.
                         self.node.forget_cached(&key.of_table());
@@ -195,6 +209,7 @@ impl Programs {
                         Expected { action: judged.action, counted: judged.counted, audited: judged.audited };
                     if let Some(report) = &mut report {
                         report.packets += 1;
+                        report.shielded += u64::from(judged.shielded);
                         *report.met.entry(met(frame, &expected)).or_default() += 1;
                     }
                     if seen != expected {
@@ -240,7 +255,7 @@ impl Programs {
     }
 }
 
-fn behaviour_of(regime: &Regime) -> Behaviour {
+fn behaviour_of(regime: &Regime, shielded: bool) -> Behaviour {
     let mut timeouts = [0; state::COUNT];
     for (nanoseconds, seconds) in timeouts.iter_mut().zip(regime.timeouts) {
         *nanoseconds = seconds * 1_000_000_000;
@@ -250,7 +265,7 @@ fn behaviour_of(regime: &Regime) -> Behaviour {
         audit: regime.policy.mode == Mode::Audit,
         reject: regime.policy.on_deny == OnDeny::Reject,
         events_per_second: 0,
-        answers_per_second: u32::MAX,
+        answers_per_second: if shielded { 0 } else { u32::MAX },
         report_allowed: false,
     }
 }
@@ -316,9 +331,10 @@ impl fmt::Display for Report {
         writeln!(f, "{table}")?;
         write!(
             f,
-            "{} packets, {} of them explained, in {:.1} s, {:.0} per second, {} differences",
+            "{} packets, {} of them explained, {} dropped by the shield, in {:.1} s, {:.0} per second, {} differences",
             self.packets,
             self.explained,
+            self.shielded,
             self.took.as_secs_f64(),
             self.rate(),
             self.differences.len()

@@ -127,7 +127,8 @@ impl Explainer {
                 denied = true;
             }
         }
-        let rejects = regimes[self.active].policy.on_deny == OnDeny::Reject;
+        let rejects =
+            regimes[self.active].policy.on_deny == OnDeny::Reject && slot.settings.answers_per_second != 0;
         let action = if seen.action == Action::Next { "passes" } else { "denied" };
         let expected = (
             if denied { "denied" } else { "passes" },

@@ -68,6 +68,7 @@ impl<'a> Live<'a> {
                 index: target.index,
                 role: format!("{:?}", target.role).to_lowercase(),
                 fast_path: Vec::new(),
+                xdp: None,
             })
             .collect();
     }

@@ -86,6 +86,8 @@ struct Scrape {
     /// Rules beyond the last series.
     rules_omitted: u64,
     outcomes: Vec<OutcomeCount>,
+    /// Packets that drivers dropped; `None`: eBPF does not enforce.
+    shielded: Option<u64>,
     fills: Vec<Fill>,
     events_missed: u64,
     stalled_clients: u64,
@@ -115,6 +117,7 @@ impl Scrape {
         let reasons = part(maps, &mut errors, Maps::reason_counts);
         let (rules, rules_omitted) = most_hit(part(maps, &mut errors, Maps::rule_counts));
         let outcomes = part(maps, &mut errors, Maps::outcome_counts);
+        let shielded = maps.map(|_| part(maps, &mut errors, Maps::shielded).packets);
         let fills = part(maps, &mut errors, Maps::fill);
         let status = shared.status();
         errors += u64::from(maps.is_some() && (status.flows.is_none() || status.suppressed_events.is_none()));
@@ -127,6 +130,7 @@ impl Scrape {
             rules,
             rules_omitted,
             outcomes,
+            shielded,
             fills,
             events_missed,
             stalled_clients,
@@ -231,6 +235,14 @@ impl Collector for Scrape {
             COUNTER,
             self.outcomes.iter().map(|count| (outcome(count), count.packets)),
         )?;
+
+        if let Some(dropped) = self.shielded {
+            let name = (
+                "xdp_dropped_packets",
+                "Denied packets that drivers dropped; bridge_packets_total counts them as well",
+            );
+            single(encoder, name, COUNTER, dropped)?;
+        }
 
         if let Some(flows) = self.status.flows {
             let tables = [

@@ -76,6 +76,7 @@ fn whole() -> Scrape {
             packets: 1,
             bytes: 74,
         }],
+        shielded: Some(1),
         fills: vec![Fill { map: "flows", entries: 1, capacity: 1 }],
         ..Scrape::default()
     }

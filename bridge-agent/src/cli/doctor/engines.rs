@@ -10,6 +10,7 @@ use std::{
 use super::{context::Context, finding::Finding};
 use crate::{
     agent::firewall_settings,
+    config::Xdp,
     datapath,
     interfaces::Route,
     iptables::{Programs, backend},
@@ -20,7 +21,14 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     if context.node().is_none() {
         return vec![Finding::not_run("engines", "this is no node: a LAN host enforces nothing")];
     }
-    vec![backends(context), xtables_lock(), interfaces(context), programs(context), pins(context)]
+    vec![
+        backends(context),
+        xtables_lock(),
+        interfaces(context),
+        programs(context),
+        shields(context),
+        pins(context),
+    ]
 }
 
 fn backends(context: &Context<'_>) -> Finding {
@@ -127,6 +135,34 @@ fn programs(context: &Context<'_>) -> Finding {
         format!("programs of others are first: {}", alien.join(", ")),
         "they may pass packets before bridge judges them: `bpftool net show dev NAME` names them; restart the agent to move \
          bridge's to the front",
+    )
+}
+
+fn shields(context: &Context<'_>) -> Finding {
+    const CHECK: &str = "engines.xdp";
+    if context.config.as_ref().is_none_or(|config| config.enforcement.xdp == Xdp::Off) {
+        return Finding::ok(CHECK, "off: enforcement.xdp is off");
+    }
+    if !context.global.pins().exist() {
+        return Finding::not_run(CHECK, "no agent enforces yet");
+    }
+    let (mut native, mut off) = (Vec::new(), Vec::new());
+    for target in context.chosen.targets.iter().filter(|target| target.role == Role::External) {
+        match datapath::is_shielded(&context.global.pins(), target) {
+            Ok(true) => native.push(target.name.clone()),
+            Ok(false) => off.push(target.name.clone()),
+            Err(error) => return Finding::not_run(CHECK, format!("{}: {error}", target.name)),
+        }
+    }
+    if off.is_empty() {
+        return Finding::ok(CHECK, format!("native: {}", native.join(", ")));
+    }
+    let native = if native.is_empty() { String::new() } else { format!("; native: {}", native.join(", ")) };
+    Finding::warn(
+        CHECK,
+        format!("off: {}{native}", off.join(", ")),
+        "denied packets meet the hooks behind instead, and rules hold all the same: `bridge-agent status` of a running agent \
+         says why",
     )
 }
 

@@ -64,7 +64,7 @@ fn unknown_keys_get_a_suggestion() {
     assert_snapshot!(findings(&format!("{MINIMAL}rule: []\nenforcement: {{ondeny: drop, colour: red}}\nmode: audit\nnode-ports: {{}}\n")), @r"
     3:1 rule: unknown key `rule`; did you mean `rules`?
     4:15 ondeny: unknown key `ondeny`; did you mean `onDeny`?
-    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, fastPath, flows, interfaces, iptables, mode, nftables, onDeny, scope, syslog, timeouts
+    4:29 colour: unknown key `colour`; remove it, or write one of: engines, events, fastPath, flows, interfaces, iptables, mode, nftables, onDeny, scope, syslog, timeouts, xdp
     5:1 mode: unknown key `mode`; write it under `api` or `enforcement`
     6:1 node-ports: unknown key `node-ports`; did you mean `nodePorts`?
     ");

@@ -13,7 +13,7 @@ use crate::config::leaf::Leaf;
 use crate::config::{
     Backend, Config, Enforcement, Engine, Events, FastPath, Flows, InterfacePattern, Interfaces, Iptables,
     Network, Networks, Nftables, NodePorts, PacketMark, PortItem, PortPool, Ports, Role, Rule, RuleName,
-    Scope, Syslog, TimeSpan, Timeouts,
+    Scope, Syslog, TimeSpan, Timeouts, Xdp,
 };
 use crate::model::{Action, Direction, Mode, OnDeny, PortRange, Protocol};
 
@@ -125,6 +125,7 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
                 syslog: allowed.then(|| Syslog { rate: rate.clamp(1, 10_000), ..Syslog::default() }),
                 flows: Flows { established: flows, half_open: flows },
                 fast_path: if one { FastPath::Off } else { FastPath::Auto },
+                xdp: if drop { Xdp::Auto } else { Xdp::Off },
             }
         })
 }
