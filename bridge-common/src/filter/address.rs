@@ -50,6 +50,26 @@ impl Address {
         high == 0 && low >> 32 == 0xffff
     }
 
+    /// The address as two words, as they lie in memory.
+    #[must_use]
+    #[inline(always)]
+    pub const fn words(&self) -> [u64; 2] {
+        // SAFETY: of the same size; it is aligned as its words, and any bits are words.
+        unsafe { core::mem::transmute::<[u8; 16], [u64; 2]>(self.octets) }
+    }
+
+    /// Copies another address, word by word: where the two might overlap, the compiler calls a loop over bytes to assign one.
+    #[inline(always)]
+    pub fn set(&mut self, other: &Self) {
+        let [first, second] = other.words();
+        let words = (&raw mut *self).cast::<u64>();
+        // SAFETY: it has two words, and is aligned as they are.
+        unsafe {
+            words.write_volatile(first);
+            words.add(1).write_volatile(second);
+        }
+    }
+
     /// The address as two numbers, the more significant first.
     #[must_use]
     #[inline(always)]

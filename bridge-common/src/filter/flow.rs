@@ -66,8 +66,14 @@ impl FlowKey {
         } else {
             u16::from_be_bytes(source_port) <= u16::from_be_bytes(destination_port)
         };
-        self.protocol = protocol;
-        self.padding = [0; 3];
+        // As one word: of a few zeros in a row the compiler makes a call of a loop over bytes.
+        // SAFETY: protocol and padding are the last four bytes, aligned to them.
+        unsafe {
+            (&raw mut *self)
+                .cast::<u32>()
+                .add(size_of::<Self>() / 4 - 1)
+                .write_volatile(u32::from(protocol).to_le());
+        }
         if source_is_low {
             (self.low, self.low_port) = (*source, source_port);
             (self.high, self.high_port) = (*destination, destination_port);

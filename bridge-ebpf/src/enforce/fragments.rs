@@ -12,8 +12,8 @@ const LIFETIME: u64 = 60_000_000_000;
 
 #[inline(always)]
 fn fill(key: &mut FragmentKey, packet: &Packet) {
-    key.source = packet.source;
-    key.destination = packet.destination;
+    key.source.set(&packet.source);
+    key.destination.set(&packet.destination);
 }
 
 /// Notes that a packet was let through, if it is a first fragment.
