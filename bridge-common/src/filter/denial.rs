@@ -2,6 +2,8 @@
 //!
 //! Each CPU has a table of its own: sets of a few classes. A class that finds its set full takes the place of the one that was
 //! not seen for the longest time.
+//!
+//! The table is a cache of verdicts as well: see [`Denial::settled`].
 
 use core::mem::transmute;
 
@@ -11,6 +13,9 @@ use crate::filter::address::Address;
 pub const SETS: u32 = 512;
 /// Classes of a set.
 pub const WAYS: usize = 4;
+
+/// The bytes of a key's last word that are in the packet: all but the reason.
+const KIND: u64 = u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
 
 /// Connections that a rule distinguishes by their source port alone.
 #[repr(C)]
@@ -36,19 +41,52 @@ pub struct DenialKey {
 impl DenialKey {
     /// Returns the key as it lies in memory.
     #[inline(always)]
-    const fn words(self) -> [u64; 5] {
+    const fn words(&self) -> &[u64; 5] {
         // SAFETY: of the same size and alignment, without padding, and any bits are words.
-        unsafe { transmute::<Self, [u64; 5]>(self) }
+        unsafe { transmute::<&Self, &[u64; 5]>(self) }
     }
 
-    /// Returns the number of its set.
+    /// Returns the number of its set. It does not depend on the reason.
     #[must_use]
     #[inline(always)]
-    pub const fn set(self) -> u32 {
+    pub const fn set(&self) -> u32 {
+        Class(*self.words()).set()
+    }
+}
+
+/// A key but for its reason, in registers.
+#[derive(Clone, Copy, Debug)]
+pub struct Class([u64; 5]);
+
+impl Class {
+    /// From the fields of [`DenialKey`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(external: &Address, pod: &Address, port: [u8; 2], protocol: u8, direction: u8) -> Self {
+        let ([a, b], [c, d]) = (external.words(), pod.words());
+        let kind = [port[0], port[1], protocol, direction, 0, 0, 0, 0];
+        Self([a, b, c, d, u64::from_ne_bytes(kind)])
+    }
+
+    /// Returns the key of the class with the number of a reason.
+    #[must_use]
+    #[inline(always)]
+    pub const fn because(self, reason: u8) -> DenialKey {
+        let Self([a, b, c, d, kind]) = self;
+        let kind = kind & KIND | u64::from_ne_bytes([0, 0, 0, 0, reason, 0, 0, 0]);
+        // SAFETY: of the same size, without padding, and any bits are a key.
+        unsafe { transmute::<[u64; 5], DenialKey>([a, b, c, d, kind]) }
+    }
+
+    /// As [`DenialKey::set`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn set(&self) -> u32 {
         // Odd constants with about as many ones as zeros.
         const A: u64 = 0x9e37_79b9_7f4a_7c15;
         const B: u64 = 0xc2b2_ae3d_27d4_eb4f;
-        let [a, b, c, d, kind] = self.words();
+        let [a, b, c, d, kind] = self.0;
+        let kind = kind & KIND;
         // Addresses differ in their last octets, the highest bits of b and d: these come down before they are multiplied.
         let external = fold(b ^ c.rotate_left(17) ^ kind.rotate_left(31)).wrapping_mul(A);
         let both = (external ^ external >> 29).wrapping_add(d) ^ a.rotate_left(29) ^ kind;
@@ -85,8 +123,24 @@ pub struct Denial {
     pub highest: u16,
     /// Verdict on the latest: one of [`crate::filter::event::verdict`].
     pub verdict: u8,
+    /// 1: in the policy of [`Denial::generation`], every packet from the LAN that asks for a connection of this class is
+    /// denied by [`Denial::rule`], whatever its source port, as long as the pod is one of this node. 0: unknown.
+    pub settled: u8,
     /// Zero.
-    pub padding: [u8; 3],
+    pub padding: [u8; 2],
+}
+
+impl Denial {
+    /// Includes a source port, in host byte order.
+    #[inline(always)]
+    pub const fn widen(&mut self, port: u16) {
+        if port < self.lowest {
+            self.lowest = port;
+        }
+        if port > self.highest {
+            self.highest = port;
+        }
+    }
 }
 
 /// Classes of one set.
@@ -101,6 +155,22 @@ pub struct DenialSet {
 }
 
 impl DenialSet {
+    /// Returns the entry of a class, whatever the reason, if it is settled in the policy with this number.
+    #[inline(always)]
+    pub fn settled(&mut self, class: &Class, generation: u32) -> Option<&mut Denial> {
+        let words = class.0;
+        self.ways.iter_mut().find(|way| {
+            let known = way.key.words();
+            known[1] == words[1]
+                && known[3] == words[3]
+                && known[4] & KIND == words[4] & KIND
+                && known[0] == words[0]
+                && known[2] == words[2]
+                && way.settled == 1
+                && way.generation == generation
+        })
+    }
+
     /// Counts a connection; `seen` has a count of 1, and one time and one port.
     #[inline(always)]
     pub fn note(&mut self, seen: &Denial) {
@@ -122,12 +192,8 @@ impl DenialSet {
                 way.count += 1;
                 way.last = seen.last;
                 (way.rule, way.generation, way.verdict) = (seen.rule, seen.generation, seen.verdict);
-                if seen.lowest < way.lowest {
-                    way.lowest = seen.lowest;
-                }
-                if seen.highest > way.highest {
-                    way.highest = seen.highest;
-                }
+                way.settled = seen.settled;
+                way.widen(seen.lowest);
                 return;
             }
         }

@@ -18,7 +18,7 @@ use crate::{
     maps::{HALF_OPEN, INTERFACES, Route, Scratch, established, scratch},
     mark,
     packet::{Kind, Packet},
-    parse, policy, report, scope,
+    parse, policy, refusals, report, scope,
     sides::Sides,
     track::{self, Admission, TrackVerdict},
     verdict::{self, Verdict},
@@ -93,6 +93,16 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
                 }
             };
             cache::remember(flow, active.now);
+            return action;
+        }
+    }
+    // What the policy is known to deny needs no second judgement, unless it may belong to a flow.
+    if hook == Hook::EXTERNAL_INGRESS
+        && packet.is_intact()
+        && (opens_tcp || packet.protocol == protocol::UDP && found == 0)
+    {
+        let action = refusals::repeat(skb, active.slot, active.now);
+        if action != refusals::MISS {
             return action;
         }
     }

@@ -36,6 +36,7 @@ mod packet;
 mod parse;
 mod paths;
 mod policy;
+mod refusals;
 mod reject;
 mod report;
 mod scope;

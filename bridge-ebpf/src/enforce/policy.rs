@@ -16,6 +16,7 @@ use crate::{
     maps::{NARROWS, PAGES, PAIRS, RULE_HITS, RULE_SETS, SETTINGS, Scratch, scratch},
     packet::Packet,
     report::{self, EventInfo},
+    sides::SETTLED,
 };
 
 /// The rules that decide.
@@ -39,23 +40,25 @@ pub(crate) extern "C" fn evaluate(slot: u32, rules: u32) -> u32 {
         if rules != ENFORCED {
             return 0;
         }
-        return resolve(slot, settings.node_port_root, &ports);
+        return resolve(slot, settings.node_port_root, &ports, &mut sides.flags);
     }
     let class = class_of(packet);
     let audited = rules != ENFORCED;
     let outbound = sides.direction == u32::from(direction::OUTBOUND);
     let of_direction = |sets: &[u32; 2]| if outbound { sets[1] } else { sets[0] };
 
-    let mut best = evaluate_set(slot, of_direction(&settings.global_sets), class, audited, &ports);
-    best = stronger(best, evaluate_set(slot, of_direction(&sides.external.sets), class, audited, &ports));
-    best = stronger(best, evaluate_set(slot, of_direction(&sides.internal.sets), class, audited, &ports));
+    let flags = &mut sides.flags;
+    let mut of_set = |set: u32| evaluate_set(slot, set, class, audited, &ports, flags);
+    let mut best = of_set(of_direction(&settings.global_sets));
+    best = stronger(best, of_set(of_direction(&sides.external.sets)));
+    best = stronger(best, of_set(of_direction(&sides.internal.sets)));
     let pair = PairKey { external: sides.external.class, pod: sides.internal.class };
     if settings.pair_count != 0
         && let Some(pairs) = PAIRS.get(slot)
     {
         // SAFETY: the tables of a slot are not written to while the slot is active.
         if let Some(sets) = unsafe { pairs.get(&pair) } {
-            best = stronger(best, evaluate_set(slot, of_direction(&sets.sets), class, audited, &ports));
+            best = stronger(best, of_set(of_direction(&sets.sets)));
         }
     }
     best
@@ -88,19 +91,20 @@ fn stronger(a: u32, b: u32) -> u32 {
 
 /// Returns the leaf of one set.
 #[inline(always)]
-fn evaluate_set(slot: u32, set: u32, class: usize, audited: bool, ports: &Ports) -> u32 {
+fn evaluate_set(slot: u32, set: u32, class: usize, audited: bool, ports: &Ports, flags: &mut u32) -> u32 {
     if set == 0 {
         return 0;
     }
     let Some(rule_set) = RULE_SETS.get_value(slot, &set) else { return 0 };
     let roots = if audited { &rule_set.audited } else { &rule_set.roots };
     let Some(root) = roots.get(class) else { return 0 };
-    resolve(slot, *root, ports)
+    resolve(slot, *root, ports, flags)
 }
 
-/// Follows a reference by destination port, then by source port.
+/// Follows a reference by destination port, then by source port: then others of its class may be judged otherwise, and
+/// nothing is settled.
 #[inline(always)]
-fn resolve(slot: u32, root: u32, ports: &Ports) -> u32 {
+fn resolve(slot: u32, root: u32, ports: &Ports, flags: &mut u32) -> u32 {
     if reference::tag(root) == reference::LEAF {
         return root;
     }
@@ -108,6 +112,7 @@ fn resolve(slot: u32, root: u32, ports: &Ports) -> u32 {
     if reference::tag(by_destination) == reference::LEAF {
         return by_destination;
     }
+    *flags &= !SETTLED;
     by_port(slot, by_destination, u32::from(ports.source))
 }
 
@@ -172,7 +177,7 @@ pub(crate) extern "C" fn audit(skb: *mut __sk_buff, slot: u32, enforced: u32, no
         verdict,
         reason: reason as u8,
         direction: sides.direction as u8,
-        padding: 0,
+        settled: 0,
     };
     let Some(active) = Active::of_slot(slot, now) else { return 0 };
     report::emit(skb, &active, &info);

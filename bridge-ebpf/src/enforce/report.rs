@@ -4,8 +4,8 @@ use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::{
     control::Settings,
     counters::{Counter, Counters, Reason},
-    denial::{Denial, DenialKey},
-    event::{Event, EventBudget, verdict},
+    denial::{Class, Denial},
+    event::{Event, EventBudget},
     policy::direction,
 };
 use bridge_ebpf::protocol;
@@ -57,7 +57,8 @@ pub(crate) struct EventInfo {
     pub(crate) verdict: u8,
     pub(crate) reason: u8,
     pub(crate) direction: u8,
-    pub(crate) padding: u8,
+    /// See `Denial::settled`.
+    pub(crate) settled: u8,
 }
 
 /// Returns the budget of this CPU for the current second.
@@ -81,13 +82,19 @@ pub(crate) fn may_answer(settings: &Settings, now: u64) -> bool {
     may
 }
 
+/// As [`emit`]; and counts the connection that the packet asks for, if rules deny it, in its class.
+#[inline(always)]
+pub(crate) fn emit_denial(skb: *mut __sk_buff, active: &Active, info: &EventInfo) {
+    let by_rules = info.reason == Reason::no_rule as u8 || info.reason == Reason::deny_rule as u8;
+    if by_rules {
+        note(info, active.settings.generation);
+    }
+    emit(skb, active, info);
+}
+
 /// Sends an event about the packet of [`scratch`], unless this CPU is rate limited or the ring buffer is full.
 #[inline(always)]
 pub(crate) fn emit(skb: *mut __sk_buff, active: &Active, info: &EventInfo) {
-    let by_rules = info.reason == Reason::no_rule as u8 || info.reason == Reason::deny_rule as u8;
-    if by_rules && info.verdict != verdict::ALLOW {
-        note(info, active.settings.generation);
-    }
     let Some(budget) = budget(active.now) else { return };
     if budget.sent >= active.settings.events_per_second || send(skb, active.slot, info) == 0 {
         budget.suppressed += 1;
@@ -119,17 +126,11 @@ pub(crate) extern "C" fn note(info: *const EventInfo, generation: u32) -> u32 {
         if is_outbound { (packet.destination, packet.source) } else { (packet.source, packet.destination) };
     let has_ports = matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
     let source_port = if has_ports { u16::from_be_bytes(packet.source_port) } else { 0 };
+    let port = if has_ports { packet.destination_port } else { [0; 2] };
+    let class = Class::new(&external, &pod, port, packet.protocol, info.direction);
     // On the stack it would leave too little of 512 bytes on Linux 6.1.
     *denial = Denial {
-        key: DenialKey {
-            external,
-            pod,
-            port: if has_ports { packet.destination_port } else { [0; 2] },
-            protocol: packet.protocol,
-            direction: info.direction,
-            reason: info.reason,
-            padding: [0; 3],
-        },
+        key: class.because(info.reason),
         count: 1,
         first: info.now,
         last: info.now,
@@ -138,7 +139,8 @@ pub(crate) extern "C" fn note(info: *const EventInfo, generation: u32) -> u32 {
         lowest: source_port,
         highest: source_port,
         verdict: info.verdict,
-        padding: [0; 3],
+        settled: info.settled,
+        padding: [0; 2],
     };
     let Some(set) = DENIALS.get_ptr_mut(denial.key.set()) else { return 0 };
     // SAFETY: the element is this CPU's own.

@@ -20,7 +20,7 @@ use crate::{
     maps::{HOSTED, INTERFACES, ORIGINS, Scratch, TUNNELS, scratch},
     mark,
     packet::{Kind, Packet},
-    sides::Sides,
+    sides::{SETTLED, Sides},
 };
 
 /// The packet passes unjudged.
@@ -157,10 +157,13 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     let destination = lookup_cached(active, &packet.destination, packet.version);
     sides.direction = u32::from(direction::INBOUND);
     let generation = active.settings.generation;
-    sides.external = AddressInfo::default();
+    // Rules can allow no other side than `side::EXTERNAL`.
+    sides.external = source;
     sides.mark = mark::FOREIGN;
     match source.side {
         side::LOCAL => return SPOOFED,
+        // The table of hosted addresses is cheaper to ask than the routing table.
+        side::POD if hosted(&packet.source) != 0 => return SPOOFED,
         side::POD | side::NODE => {
             let upper = bridge_of(ifindex);
             // A node may send through a tunnel with its LAN address. Who may send into the tunnel was checked outside of it.
@@ -176,10 +179,7 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
                 return SPOOFED;
             }
         }
-        side::EXTERNAL => {
-            sides.external = source;
-            sides.mark = mark::of_origin(&source, generation);
-        }
+        side::EXTERNAL => sides.mark = mark::of_origin(&source, generation),
         _ => {}
     }
     sides.internal = destination;
@@ -202,6 +202,9 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
                 return PASS;
             }
             sides.interface = out;
+        } else if source.side != side::NODE {
+            // A node's address that comes by another way than the node's own is a foreign one, as long as that is the way.
+            sides.flags = SETTLED;
         }
         return JUDGE;
     }

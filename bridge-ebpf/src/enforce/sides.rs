@@ -15,6 +15,9 @@ pub(crate) struct Sides {
     pub(crate) mark: u32,
     /// Index of the pod's interface; 0: unknown.
     pub(crate) interface: u32,
-    /// Bits of [`bridge_common::filter::flow::flag`] for the flow that it opens.
+    /// Bits of [`bridge_common::filter::flow::flag`] for the flow that it opens, in the lowest byte; [`SETTLED`].
     pub(crate) flags: u32,
 }
+
+/// Packets between these addresses are judged alike as long as the policy is active and the pod is one of this node.
+pub(crate) const SETTLED: u32 = 1 << 8;

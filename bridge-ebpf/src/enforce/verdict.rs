@@ -12,7 +12,7 @@ use crate::{
     packet::Packet,
     reject,
     report::{self, EventInfo},
-    sides::Sides,
+    sides::{SETTLED, Sides},
     track::{self, Admission},
 };
 
@@ -55,7 +55,7 @@ pub(crate) fn conclude(
         verdict: shown::ALLOW,
         reason: verdict.reason as u8,
         direction,
-        padding: 0,
+        settled: 0,
     };
     if !verdict.reason.denies() {
         if verdict.silent {
@@ -93,19 +93,30 @@ pub(crate) fn conclude(
         }
         report::count_audited(direction, verdict.reason, length);
         info.verdict = shown::AUDIT;
-        report::emit(skb, active, &info);
+        report::emit_denial(skb, active, &info);
         return NEXT;
     }
     report::count(direction, verdict.reason, length);
-    let answerable = settings.reject != 0
-        && hook <= Hook::INTERNAL_INGRESS
-        && reject::is_answerable(packet, verdict.reason)
-        && report::may_answer(settings, active.now);
+    // A rule in audit mode is to count each packet.
+    info.settled =
+        u8::from(sides.flags & SETTLED != 0 && hook == Hook::EXTERNAL_INGRESS && settings.has_audited == 0);
+    let answerable = hook <= Hook::INTERNAL_INGRESS && may_answer(active, packet, verdict.reason);
     info.verdict = if answerable { shown::REJECT } else { shown::DROP };
-    report::emit(skb, active, &info);
-    if !answerable {
-        return DROP;
-    }
+    report::emit_denial(skb, active, &info);
+    if answerable { answer(skb, packet) } else { DROP }
+}
+
+/// Whether this CPU answers the packet, which is denied for this reason at an ingress hook; counts the answer.
+#[inline(always)]
+pub(crate) fn may_answer(active: &Active, packet: &Packet, reason: Reason) -> bool {
+    active.settings.reject != 0
+        && reject::is_answerable(packet, reason)
+        && report::may_answer(active.settings, active.now)
+}
+
+/// Answers a denied packet. Returns the TC action.
+#[inline(always)]
+pub(crate) fn answer(skb: *mut __sk_buff, packet: &Packet) -> i32 {
     let action = reject::answer(skb);
     if action == DROP {
         debug!(&TcContext::new(skb), "no room for an answer to protocol {}: dropped", packet.protocol);
