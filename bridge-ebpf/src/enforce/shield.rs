@@ -127,7 +127,7 @@ fn drop_denied(xdp: *mut xdp_md) -> Option<()> {
         verdict: verdict::DROP,
         reason: reason as u8,
         direction: direction::INBOUND,
-        padding: 0,
+        settled: 0,
     };
     report::suppress(&info, &active);
     Some(())
