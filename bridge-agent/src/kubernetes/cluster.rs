@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::ops::Bound;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -40,6 +42,20 @@ pub(super) struct Policy {
     /// The conditions in its status.
     #[serde(skip)]
     pub(super) reported: Vec<Condition>,
+    /// Identifies `rules`: the generation of an object that was deleted and made again begins at 1.
+    #[serde(skip)]
+    pub(super) stamp: Stamp,
+}
+
+/// Differs from that of every other policy that was read in this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp(u64);
+
+impl Default for Stamp {
+    fn default() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
 }
 
 impl PartialEq for Policy {
@@ -118,6 +134,13 @@ impl<T> Default for Table<T> {
 impl<T: PartialEq> Table<T> {
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &T)> + Clone {
         self.items.iter().map(|(key, value)| (&**key, value))
+    }
+
+    /// Returns the object with the lowest key above `key`; without `key`, the first.
+    pub(super) fn after(&self, key: Option<&str>) -> Option<(&str, &T)> {
+        let from = key.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut next = self.items.range::<str, _>((from, Bound::Unbounded));
+        next.next().map(|(key, value)| (&**key, value))
     }
 
     pub(super) fn get(&self, key: &str) -> Option<&T> {

@@ -1,6 +1,6 @@
 //! Follows a cluster for as long as it is wanted, and publishes its known state.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -187,7 +187,8 @@ impl Follower {
 
     /// Logs each refused policy once a generation.
     fn log_refused(&mut self, planned: &Planned) {
-        self.logged.retain(|name, _| planned.refused.iter().any(|policy| policy.name == *name));
+        let refused: HashSet<&str> = planned.refused.iter().map(|policy| policy.name.as_str()).collect();
+        self.logged.retain(|name, _| refused.contains(name.as_str()));
         for policy in &planned.refused {
             if self.logged.insert(policy.name.clone(), policy.generation) != Some(policy.generation) {
                 let (name, generation, reason) = (&policy.name, policy.generation, &policy.message);

@@ -222,7 +222,8 @@ impl Planned {
         let pods = self.config.networks.pod_nets();
         let mut names: HashSet<String> =
             self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
-        let mut outside = 0;
+        let surroundings = budgets.surroundings(&external, &pods, cluster);
+        let mut outside = Vec::new();
         let mut candidates = Vec::new();
         let allowed = self.config.kubernetes.as_ref().is_some_and(|section| section.namespace_policies);
         for (policy, content) in cluster.all_policies() {
@@ -242,8 +243,18 @@ impl Planned {
                 self.refused.push(RefusedPolicy::new(policy, content.generation, reason));
                 continue;
             }
+            let observed =
+                ObservedPolicy { name: policy.to_owned(), observed_generation: content.generation };
+            let selects = namespace.is_some() || rules.iter().any(Rule::selects);
+            let from = (content.stamp, surroundings[usize::from(selects)]);
+            let known = budgets.of(policy, from).cloned();
+            if let Some(Err(exceeded)) = &known {
+                self.refuse(&observed, exceeded);
+                continue;
+            }
             let mut unresolved = Vec::with_capacity(rules.len());
             let mut resolved = Vec::with_capacity(rules.len());
+            let mut nowhere = Vec::new();
             for rule in rules {
                 let mut rule = rule.clone();
                 let name = unique(&format!("{}.{}", policy.replace('/', "."), rule.name), &mut names);
@@ -252,25 +263,33 @@ impl Planned {
                 let named = rule.external.as_ref().is_some_and(|list| !list.is_empty());
                 restrict(&mut rule.external, &external);
                 if named && rule.external.as_ref().is_some_and(Vec::is_empty) {
-                    outside += 1;
-                    if outside <= REMARKS {
-                        self.remarks.push(format!(
-                            "rule {} matches nothing here: its `external` is outside `networks.external` of this node",
-                            rule.name
-                        ));
-                    }
+                    nowhere.push(rule.name.clone());
                 }
                 unresolved.push(rule.clone());
                 resolve(&mut rule, cluster, Reach::Own, namespace);
                 restrict(&mut rule.pods, &pods);
                 resolved.push(rule);
             }
-            let policy = ObservedPolicy { name: policy.to_owned(), observed_generation: content.generation };
-            match budgets.check(&policy.name, Reach::Own, &resolved) {
-                Ok(cost) => candidates.push(AcceptedPolicy { policy, unresolved, rules: resolved, cost }),
-                Err(exceeded) => self.refuse(&policy, &exceeded),
+            let outcome = known.unwrap_or_else(|| budgets.check(policy, Reach::Own, &resolved, Some(from)));
+            match outcome {
+                Ok(cost) => {
+                    outside.append(&mut nowhere);
+                    candidates.push(AcceptedPolicy { policy: observed, unresolved, rules: resolved, cost });
+                }
+                Err(exceeded) => {
+                    // Its names are free for others.
+                    for rule in &resolved {
+                        names.remove(rule.name.as_str());
+                    }
+                    self.refuse(&observed, &exceeded);
+                }
             }
         }
+        self.remarks.extend(outside.iter().take(REMARKS).map(|rule| {
+            format!(
+                "rule {rule} matches nothing here: its `external` is outside `networks.external` of this node"
+            )
+        }));
         let costs: Vec<(Option<&str>, Cost)> = candidates
             .iter()
             .map(|candidate| (namespace_of(&candidate.policy.name), candidate.cost))
@@ -319,7 +338,7 @@ impl Planned {
                 resolve(rule, cluster, Reach::All, namespace);
                 restrict(&mut rule.pods, &pods);
             }
-            let checked = budgets.check(&accepted.policy.name, Reach::All, &resolved);
+            let checked = budgets.check(&accepted.policy.name, Reach::All, &resolved, None);
             let cost = checked.map_err(|exceeded| format!("policy {}: {exceeded}", accepted.policy.name))?;
             costs.push((namespace, cost));
             rules.append(&mut resolved);

@@ -1,4 +1,4 @@
-use super::super::cluster::{Labels, Node, Pod, Policy, Refusal};
+use super::super::cluster::{Labels, Node, Pod, Policy, Refusal, Stamp};
 use super::*;
 
 const FILE: &str = r#"role: node
@@ -32,7 +32,7 @@ fn policy(rules: &str) -> Option<Policy> {
     let rules =
         crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#), crate::config::PolicyScope::Cluster);
     let rules = rules.map_err(|error| Refusal { reason: "Invalid".into(), message: error.to_string() });
-    Some(Policy { generation: 1, rules, reported: Vec::new() })
+    Some(Policy { generation: 1, rules, reported: Vec::new(), stamp: Stamp::default() })
 }
 
 fn cluster() -> Cluster {
@@ -282,4 +282,84 @@ fn too_many_pods_of_other_nodes_cost_no_policy_of_this_node() {
     assert!(rules.starts_with("pods-of-other-nodes: [10.200.3.0/24 10.201.0.0/16]"), "{rules:.200}");
     assert!(rules.ends_with("p.r: [10.200.2.91/32]"), "{rules:.200}");
     assert!(planned.remarks[0].contains("iptables rules"), "{:?}", planned.remarks);
+}
+
+/// Rules with a selector, of which each selected pod costs 1,000 iptables rules.
+fn expensive(name: &str, selector: &str) -> Option<Policy> {
+    let ports = |from: u16| (0..60).map(|port| (from + port * 7).to_string()).collect::<Vec<_>>().join(", ");
+    let hosts: Vec<String> = (1..=40).map(|host| format!("\"192.168.31.{host}/32\"")).collect();
+    policy(&format!(
+        r#"{{"rules": [{{"name": "{name}", "direction": "inbound", "protocol": "tcp", "ports": [{}], "sourcePorts": [{}],
+            "external": [{}], {selector}}}]}}"#,
+        ports(1),
+        ports(2),
+        hosts.join(", ")
+    ))
+}
+
+#[test]
+fn a_plan_with_known_budgets_is_that_of_a_first_start() {
+    use rand::rngs::StdRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
+    const BY_POD: &str = r#""podSelector": {"matchLabels": {"app": "api"}}"#;
+    const BY_NAMESPACE: &str = r#""namespaceSelector": {"matchLabels": {"tier": "gold"}}"#;
+    let here = crate::config::parse(FILE, None).unwrap().config;
+    let elsewhere =
+        crate::config::parse(&FILE.replace("192.168.31.0/24", "10.99.0.0/16"), None).unwrap().config;
+    let mut dice = StdRng::seed_from_u64(1);
+    let (mut cluster, mut budgets) = (cluster(), Budgets::default());
+    let mut refused = [0; 2];
+    for step in 0..400 {
+        let name = format!("p{}", dice.random_range(0..4));
+        match dice.random_range(0..6) {
+            // Of the same generation as the one before it.
+            0 => drop(cluster.policies.apply(name.into(), expensive("h", BY_POD))),
+            1 => drop(cluster.policies.apply(name.into(), expensive("h", BY_NAMESPACE))),
+            2 => drop(cluster.policies.apply(name.into(), expensive("h", r#""pods": ["10.200.2.0/24"]"#))),
+            3 => drop(cluster.policies.apply(name.into(), None)),
+            4 => {
+                let labels = labels(&[("tier", if dice.random() { "gold" } else { "iron" })]);
+                cluster.namespaces.apply("shop".into(), Some(labels));
+            }
+            _ => {
+                let many = dice.random();
+                for number in 100..140 {
+                    let app = if many { "api" } else { "web" };
+                    cluster
+                        .pods
+                        .apply(format!("shop/{number}").into(), pod(app, &format!("10.200.2.{number}")));
+                }
+            }
+        }
+        let file = if dice.random_range(0..4) == 0 { &elsewhere } else { &here };
+        let planned = plan_with(file, &cluster, Some("b"), &mut budgets, &Quarantine::default());
+        budgets.retain(&cluster);
+        assert_eq!(planned, plan(file, &cluster, Some("b")), "step {step}");
+        refused[usize::from(planned.refused.is_empty())] += 1;
+    }
+    assert!(refused.iter().all(|count| *count > 50), "{refused:?}");
+}
+
+#[test]
+fn a_refused_policy_takes_no_name() {
+    let mut cluster = cluster();
+    for number in 100..140 {
+        cluster.pods.apply(format!("shop/{number}").into(), pod("api", &format!("10.200.2.{number}")));
+    }
+    // Both have a rule named a.b.h.
+    let by_label = r#""podSelector": {"matchLabels": {"app": "api"}}"#;
+    cluster.policies.apply("a".into(), expensive("b.h", by_label));
+    cluster.policies.apply(
+        "a.b".into(),
+        policy(r#"{"rules": [{"name": "h", "direction": "inbound", "protocol": "icmp"}]}"#),
+    );
+    let mut budgets = Budgets::default();
+    for _ in 0..2 {
+        let config = crate::config::parse(FILE, None).unwrap().config;
+        let planned = plan_with(&config, &cluster, Some("b"), &mut budgets, &Quarantine::default());
+        let names: Vec<&str> = planned.config.rules.iter().map(|rule| rule.name.as_str()).collect();
+        assert!(names.contains(&"a.b.h"), "{names:?}");
+        assert_eq!(planned.refused.len(), 1);
+    }
 }

@@ -70,7 +70,7 @@ impl Quarantine {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cluster::Policy;
+    use super::super::cluster::{Policy, Stamp};
     use super::*;
 
     /// Applies policies, of which those named `bad` cannot be, until nothing changes any more. Returns the active ones.
@@ -93,7 +93,8 @@ mod tests {
     }
 
     fn add(cluster: &mut Cluster, name: &str, generation: i64) {
-        let policy = Policy { generation, rules: Ok(Vec::new()), reported: Vec::new() };
+        let policy =
+            Policy { generation, rules: Ok(Vec::new()), reported: Vec::new(), stamp: Stamp::default() };
         cluster.policies.apply(name.into(), Some(policy));
     }
 

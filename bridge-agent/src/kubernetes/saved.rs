@@ -5,9 +5,10 @@ use std::io::{self, BufReader};
 use std::ops::Deref;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::ser::{SerializeMap as _, SerializeStruct as _};
+use serde::{Deserialize, Serialize, Serializer};
 
-use super::cluster::Cluster;
+use super::cluster::{Cluster, Table};
 use crate::config::Kubernetes;
 use crate::kernel::{
     files::{self, Ownership},
@@ -22,10 +23,71 @@ pub(super) struct Saved {
 }
 
 #[derive(Serialize)]
-struct Out<'a> {
+struct Out<'a, C: Serialize> {
     node: &'a str,
     section: &'a Kubernetes,
-    cluster: &'a Cluster,
+    cluster: C,
+}
+
+/// A cluster that is locked for one object at a time: a change never waits for a file of many large policies.
+struct Shared<L>(L);
+
+impl<C: Deref<Target = Cluster>, L: Fn() -> C> Serialize for Shared<L> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        const TABLES: usize = 9;
+        let mut out = serializer.serialize_struct("Cluster", TABLES)?;
+        let lock = &self.0;
+        out.serialize_field("nodes", &SharedTable { lock, table: |cluster| &cluster.nodes })?;
+        out.serialize_field("pods", &SharedTable { lock, table: |cluster| &cluster.pods })?;
+        out.serialize_field("remote_pods", &SharedTable { lock, table: |cluster| &cluster.remote_pods })?;
+        out.serialize_field("namespaces", &SharedTable { lock, table: |cluster| &cluster.namespaces })?;
+        out.serialize_field("policies", &SharedTable { lock, table: |cluster| &cluster.policies })?;
+        out.serialize_field(
+            "namespace_policies",
+            &SharedTable { lock, table: |cluster| &cluster.namespace_policies },
+        )?;
+        out.serialize_field("blocks", &SharedTable { lock, table: |cluster| &cluster.blocks })?;
+        out.serialize_field("affinities", &SharedTable { lock, table: |cluster| &cluster.affinities })?;
+        out.serialize_field("cilium", &SharedTable { lock, table: |cluster| &cluster.cilium })?;
+        out.end()
+    }
+}
+
+struct SharedTable<'a, L, T> {
+    lock: &'a L,
+    table: fn(&Cluster) -> &Table<T>,
+}
+
+impl<C: Deref<Target = Cluster>, L: Fn() -> C, T: Clone + PartialEq + Serialize> Serialize
+    for SharedTable<'_, L, T>
+{
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut out = serializer.serialize_struct("Table", 2)?;
+        out.serialize_field("items", &SharedItems(self))?;
+        let known = (self.table)(&(self.lock)()).is_known();
+        out.serialize_field("known", &known)?;
+        out.end()
+    }
+}
+
+struct SharedItems<'a, L, T>(&'a SharedTable<'a, L, T>);
+
+impl<C: Deref<Target = Cluster>, L: Fn() -> C, T: Clone + PartialEq + Serialize> Serialize
+    for SharedItems<'_, L, T>
+{
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let SharedTable { lock, table } = self.0;
+        let mut out = serializer.serialize_map(None)?;
+        let mut last: Option<Box<str>> = None;
+        loop {
+            // The lock ends before the object is written.
+            let next =
+                table(&lock()).after(last.as_deref()).map(|(key, value)| (Box::from(key), value.clone()));
+            let Some((key, value)) = next else { return out.end() };
+            out.serialize_entry(&key, &value)?;
+            last = Some(key);
+        }
+    }
 }
 
 /// Content of the file.
@@ -73,12 +135,10 @@ impl Saved {
         }
     }
 
-    /// In one step: a reader never finds half of it. `cluster` is locked while it is written, and not while the disk is waited
-    /// for.
-    pub(super) fn save<C: Deref<Target = Cluster>>(&self, cluster: impl FnOnce() -> C) -> io::Result<()> {
+    /// In one step: a reader never finds half of it. `cluster` is locked for one object at a time.
+    pub(super) fn save<C: Deref<Target = Cluster>>(&self, cluster: impl Fn() -> C) -> io::Result<()> {
         files::replace_with(&self.place, Ownership::Private, |file| {
-            let cluster = cluster();
-            let out = Out { node: &self.node, section: &self.section, cluster: &cluster };
+            let out = Out { node: &self.node, section: &self.section, cluster: Shared(&cluster) };
             serde_json::to_writer(file, &out).map_err(io::Error::from)
         })
     }
@@ -86,7 +146,7 @@ impl Saved {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cluster::{Node, Pod, Refusal};
+    use super::super::cluster::{Node, Pod, Refusal, Stamp};
     use super::*;
 
     #[test]
@@ -110,7 +170,12 @@ mod tests {
         };
         cluster.pods.apply("n/c1".into(), Some(pod));
         let refusal = || Refusal { reason: "Invalid".into(), message: "why".into() };
-        let policy = |rules| super::super::cluster::Policy { generation: 1, rules, reported: Vec::new() };
+        let policy = |rules| super::super::cluster::Policy {
+            generation: 1,
+            rules,
+            reported: Vec::new(),
+            stamp: Stamp::default(),
+        };
         let json = r#"{"spec": {"rules": [{"name": "a", "direction": "inbound", "protocol": "tcp", "ports": [1, "5-9"], "podSelector": {"matchLabels": {"app": "api"}}}]}}"#;
         cluster.policies.apply(
             "good".into(),
@@ -126,5 +191,28 @@ mod tests {
         assert_eq!(saved("b", other).load(), None);
         std::fs::write(folder.path().join("kubernetes.json"), "{").unwrap();
         assert_eq!(here.load(), None);
+    }
+
+    #[test]
+    fn a_shared_cluster_is_written_as_one_that_nothing_else_uses() {
+        let mut cluster = Cluster::default();
+        let node = Node { addresses: ["192.168.31.17".parse().unwrap()].into(), networks: [].into() };
+        for name in ["a", "b", "c"] {
+            cluster.nodes.apply(name.into(), Some(node.clone()));
+            cluster.cilium.apply(name.into(), Some(node.clone()));
+            cluster.namespaces.apply(name.into(), Some([(Box::from("key"), Box::from(name))].into()));
+        }
+        for table in 0..5 {
+            let mut cluster = cluster.clone();
+            match table {
+                0 => cluster.pods.absent(),
+                1 => cluster.remote_pods.absent(),
+                2 => cluster.policies.absent() && cluster.namespace_policies.absent(),
+                3 => cluster.blocks.absent() && cluster.nodes.complete(),
+                _ => cluster.affinities.absent(),
+            };
+            let alone = serde_json::to_value(&cluster).unwrap();
+            assert_eq!(serde_json::to_value(Shared(|| &cluster)).unwrap(), alone);
+        }
     }
 }

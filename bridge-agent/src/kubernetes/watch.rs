@@ -130,23 +130,24 @@ pub(super) async fn follow<T: Followed>(client: Client, query: Query, state: Sta
 
 fn take_in<T: Followed>(event: Event<T>, state: &State) {
     let complete = matches!(event, Event::InitDone);
-    state.change(|cluster| {
-        let table = T::table(cluster);
-        match event {
-            Event::Init => false,
-            Event::InitApply(object) => {
-                table.listed(key(&object), object.keep());
-                false
-            }
-            Event::InitDone => table.complete(),
-            Event::Apply(mut object) => {
-                let key = key(&object);
-                let refreshed = table.get_mut(&key).is_some_and(|known| object.refresh(known));
-                !refreshed && table.apply(key, object.keep())
-            }
-            Event::Delete(object) => table.apply(key(&object), None),
+    // Many policies take long to read: nothing else waits for that.
+    match event {
+        Event::Init => {}
+        Event::InitApply(object) => {
+            let (key, kept) = (key(&object), object.keep());
+            T::table(&mut state.cluster()).listed(key, kept);
         }
-    });
+        Event::InitDone => state.change(|cluster| T::table(cluster).complete()),
+        Event::Apply(mut object) => {
+            let key = key(&object);
+            if T::table(&mut state.cluster()).get_mut(&key).is_some_and(|known| object.refresh(known)) {
+                return;
+            }
+            let kept = object.keep();
+            state.change(|cluster| T::table(cluster).apply(key, kept));
+        }
+        Event::Delete(object) => state.change(|cluster| T::table(cluster).apply(key(&object), None)),
+    }
     if complete {
         state.set_listed(T::NAME);
     }

@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value as Json;
 
-use super::cluster::{Cluster, Labels, Node, Pod, Policy, Refusal, Table};
+use super::cluster::{Cluster, Labels, Node, Pod, Policy, Refusal, Stamp, Table};
 use super::resources::{Condition, GROUP, RefusedPolicy};
 use crate::config::PolicyScope;
 use crate::pool::pods;
@@ -409,6 +409,7 @@ fn policy(
         rules: crate::config::policy_rules(&json, scope)
             .map_err(|errors| Refusal { reason: "Invalid".to_owned(), message: one_line(&errors) }),
         reported: status.conditions,
+        stamp: Stamp::default(),
     }
 }
 
