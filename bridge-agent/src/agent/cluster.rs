@@ -102,7 +102,7 @@ impl Agent {
                     error = Some(failure.to_string());
                 }
             }
-            self.compare(true);
+            self.compare_soon();
             self.show_enforcement();
         }
         tracing::debug!(?planning, took = ?start.elapsed(), "followed a change of the cluster");

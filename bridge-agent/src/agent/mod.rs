@@ -320,6 +320,13 @@ impl Agent {
         }
     }
 
+    /// Begins to compare the engines, if there are two, after the present event.
+    fn compare_soon(&mut self) {
+        if let Some(filter) = self.filters.active.as_mut().filter(|_| self.path.enforcer.is_some()) {
+            filter.compare_soon();
+        }
+    }
+
     fn report_divergence(&mut self) {
         if let Some(filter) = &mut self.filters.active {
             filter.report(self.path.enforcer.as_ref().map(|enforcer| &**enforcer.maps()));

@@ -1,6 +1,7 @@
 //! The driver: the pure parts put together with the programs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hasher as _};
 use std::path::{Path, PathBuf};
 
 use super::backend;
@@ -119,6 +120,22 @@ impl Iptables {
         self.read_all(self.backend())
     }
 
+    /// Returns a number that stays the same as long as no rule of bridge denies a packet, and all are those that were there
+    /// before; `None` if it takes as long to get as the rules themselves.
+    pub(super) fn denied(&self) -> Option<u64> {
+        if self.backend() != Backend::Nft {
+            return None;
+        }
+        let mut nft = Nft::open().ok()?;
+        let mut hasher = DefaultHasher::new();
+        for family in Family::ALL {
+            for table in Table::ALL {
+                nft.denied(family, table, &mut hasher).ok()?;
+            }
+        }
+        Some(hasher.finish())
+    }
+
     fn rulesets(&self, policy: &Policy) -> [Ruleset; 2] {
         Family::ALL.map(|family| render::ruleset(policy, &self.config.options, family))
     }
@@ -144,13 +161,13 @@ impl Iptables {
         Ok(parse(&text).remove(table.name()).unwrap_or_default())
     }
 
-    /// Reads both families; IPv6 as far as the host has it.
+    /// Reads both families, side by side; IPv6 as far as the host has it.
     fn read_all(&self, backend: Backend) -> Result<BTreeMap<(Family, Table), ObservedTable>, Error> {
-        let mut tables = BTreeMap::new();
-        for family in Family::ALL {
+        let of = |family| {
+            let mut tables = Vec::new();
             for table in Table::ALL {
                 match self.read(backend, family, table) {
-                    Ok(observed) => drop(tables.insert((family, table), observed)),
+                    Ok(observed) => tables.push(((family, table), observed)),
                     // A host without IPv6 has no use for ip6tables. If the policy needs it, applying the policy fails.
                     Err(error) if family == Family::V6 && self.may_be_missing(backend, family, &error) => {
                         tracing::debug!(%error, "no ip6tables");
@@ -158,8 +175,10 @@ impl Iptables {
                     Err(error) => return Err(error),
                 }
             }
-        }
-        Ok(tables)
+            Ok(tables)
+        };
+        let [v4, v6] = side_by_side(Family::ALL, of);
+        Ok(v4?.into_iter().chain(v6?).collect())
     }
 
     /// Puts back the chains and jumps that were found changed, and leaves the others alone, with their counters: with
@@ -239,10 +258,16 @@ impl Iptables {
             && before.zip(commits).map(|(before, commits)| before.wrapping_add(commits)) == generation;
         if alone {
             let mut tables = observed.tables;
-            for key in &written {
-                let there = self.read(self.backend(), key.0, key.1)?;
-                self.accept(key.0, key.1, wanted_of(rulesets, *key), &there)?;
-                tables.insert(*key, there.without_own_rules());
+            let read = side_by_side(Family::ALL, |family| {
+                let of_family = written.iter().filter(|(of, _)| *of == family);
+                let read = of_family.map(|key| Ok((*key, self.read(self.backend(), key.0, key.1)?)));
+                read.collect::<Result<Vec<_>, Error>>()
+            });
+            for there in read {
+                for (key, there) in there? {
+                    self.accept(key.0, key.1, wanted_of(rulesets, key), &there)?;
+                    tables.insert(key, there.without_own_rules());
+                }
             }
             self.seen = generation.map(|generation| Seen { generation, tables });
             return Ok(());
@@ -324,6 +349,15 @@ impl Iptables {
             )),
         })
     }
+}
+
+/// Runs `work` for two families at the same time: most of it is waiting for programs.
+fn side_by_side<T: Send>([one, other]: [Family; 2], work: impl Fn(Family) -> T + Sync) -> [T; 2] {
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| work(other));
+        let first = work(one);
+        [first, second.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))]
+    })
 }
 
 fn wanted_of(rulesets: &[Ruleset], (family, table): (Family, Table)) -> Option<&TableRules> {

@@ -8,9 +8,10 @@ use netlink_packet_core::NLM_F_ACK;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use rustix::net::{AddressFamily, SocketType};
 
-use super::ruleset::{Family, Table};
+use super::render::DENY;
+use super::ruleset::{Family, Table, is_own};
 use crate::kernel::{
-    netlink::{Socket, encode_attribute},
+    netlink::{Socket, attribute, attributes, encode_attribute},
     nftables,
 };
 
@@ -21,7 +22,22 @@ const NFNL_MSG_BATCH_END: u16 = 17;
 const NFNL_BATCH_GENID: u16 = 1;
 const NFT_MSG_GETTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 1;
 const NFT_MSG_DELTABLE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 2;
+const NFT_MSG_GETRULE: u16 = (NFNL_SUBSYS_NFTABLES << 8) | 7;
 const NFTA_TABLE_NAME: u16 = 1;
+const NFTA_RULE_CHAIN: u16 = 2;
+const NFTA_RULE_HANDLE: u16 = 3;
+const NFTA_RULE_EXPRESSIONS: u16 = 4;
+const NFTA_EXPR_NAME: u16 = 1;
+const NFTA_EXPR_DATA: u16 = 2;
+const NFTA_COUNTER_PACKETS: u16 = 2;
+const NFTA_TARGET_NAME: u16 = 1;
+const NFTA_IMMEDIATE_DATA: u16 = 2;
+const NFTA_DATA_VERDICT: u16 = 2;
+const NFTA_VERDICT_CODE: u16 = 1;
+const NFTA_VERDICT_CHAIN: u16 = 2;
+const NF_DROP: &[u8] = &0_u32.to_be_bytes();
+/// Bytes of `struct nfgenmsg`.
+const NFGEN_HEADER: usize = 4;
 
 /// A socket to nf_tables in the network namespace it was opened in.
 #[derive(Debug)]
@@ -50,6 +66,21 @@ impl Nft {
         }
     }
 
+    /// Hashes the packet counters of the rules of own chains that deny, apart from those of the chain that all denied packets
+    /// come to: as long as it is the same, none of them has denied a packet.
+    pub(super) fn denied(
+        &mut self,
+        family: Family,
+        table: Table,
+        hasher: &mut impl Hasher,
+    ) -> io::Result<()> {
+        let request = body(protocol(family), 0, &name(table));
+        let rules =
+            self.socket.dump(NFT_MSG_GETRULE, &request, |_, rule| denial(rule.get(NFGEN_HEADER..)?))?;
+        rules.hash(hasher);
+        Ok(())
+    }
+
     /// Removes a table with its chains, if the ruleset still has this generation.
     ///
     /// # Errors
@@ -62,6 +93,33 @@ impl Nft {
             (NFNL_MSG_BATCH_END, 0, body(0, NFNL_SUBSYS_NFTABLES, &[])),
         ])?)
     }
+}
+
+/// Returns handle and packets of a rule of an own chain that denies, as it is in big-endian byte order.
+fn denial(rule: &[u8]) -> Option<(Vec<u8>, Vec<u8>)> {
+    let text = |of, kind| std::str::from_utf8(attribute(of, kind)?.strip_suffix(&[0])?).ok();
+    let chain = text(rule, NFTA_RULE_CHAIN)?;
+    if !is_own(chain) || chain == DENY {
+        return None;
+    }
+    let (mut packets, mut denies) = (&[][..], false);
+    for (_, expression) in attributes(attribute(rule, NFTA_RULE_EXPRESSIONS)?) {
+        let Some(data) = attribute(expression, NFTA_EXPR_DATA) else { continue };
+        match text(expression, NFTA_EXPR_NAME) {
+            Some("counter") => packets = attribute(data, NFTA_COUNTER_PACKETS).unwrap_or_default(),
+            Some("reject") => denies = true,
+            Some("target") => denies |= text(data, NFTA_TARGET_NAME) == Some("REJECT"),
+            Some("immediate") => {
+                let verdict = attribute(data, NFTA_IMMEDIATE_DATA)
+                    .and_then(|data| attribute(data, NFTA_DATA_VERDICT))
+                    .unwrap_or_default();
+                let drops = attribute(verdict, NFTA_VERDICT_CODE) == Some(NF_DROP);
+                denies |= drops || text(verdict, NFTA_VERDICT_CHAIN) == Some(DENY);
+            }
+            _ => {}
+        }
+    }
+    denies.then(|| (attribute(rule, NFTA_RULE_HANDLE).unwrap_or_default().to_vec(), packets.to_vec()))
 }
 
 fn name(table: Table) -> Vec<u8> {

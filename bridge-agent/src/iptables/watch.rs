@@ -76,6 +76,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Mail {
     stop: bool,
+    /// The next round is due at once.
+    due: bool,
     /// Packets that eBPF has denied.
     denied: VecDeque<Packet>,
 }
@@ -225,10 +227,7 @@ impl Guard {
     ///
     /// Returns whether it has begun: not if the counters cannot be read, which is logged.
     pub fn compare(&self, begin: bool) -> bool {
-        let mut state = self.shared.state();
-        self.shared.mail().denied.clear();
-        self.shared.count(&mut state);
-        (state.comparison, state.compare_at) = (None, None);
+        let mut state = self.end_comparison();
         if !begin {
             return false;
         }
@@ -237,6 +236,24 @@ impl Guard {
             return true;
         }
         state.begin_comparison()
+    }
+
+    /// As [`Guard::compare`] that begins, but the thread reads the counters, so that the caller does not wait for them.
+    pub fn compare_soon(&self) {
+        let mut state = self.end_comparison();
+        let pause = if state.is_busy() { LULL } else { Duration::ZERO };
+        state.compare_at = Some(Instant::now() + pause);
+        drop(state);
+        self.shared.mail().due = pause.is_zero();
+        self.shared.arrived.notify_all();
+    }
+
+    fn end_comparison(&self) -> MutexGuard<'_, State> {
+        let mut state = self.shared.state();
+        self.shared.mail().denied.clear();
+        self.shared.count(&mut state);
+        (state.comparison, state.compare_at) = (None, None);
+        state
     }
 
     /// Takes in the first packet of a flow, which eBPF has denied (in audit mode: would have).
@@ -322,8 +339,10 @@ impl Shared {
         let State { firewall, policy, comparison: Some(comparison), .. } = state else {
             return;
         };
-        match firewall.read_back() {
-            Ok(tables) => comparison.add(&tables, policy.mode, &mut self.status().divergence),
+        // The status is not locked while the rules are read.
+        let mut divergence = self.status().divergence.clone();
+        match comparison.count(firewall, policy.mode, &mut divergence) {
+            Ok(()) => self.status().divergence.denied_by_iptables = divergence.denied_by_iptables,
             Err(error) => tracing::debug!(%error, "the counters cannot be read"),
         }
     }
@@ -362,7 +381,7 @@ impl Shared {
             if mail.stop {
                 return Woken::Stop;
             }
-            if now >= round {
+            if now >= round || std::mem::take(&mut mail.due) {
                 return Woken::Time;
             }
             if !mail.denied.is_empty() && now >= rested {
@@ -393,8 +412,8 @@ impl State {
     /// Begins to compare with the counters of now. Returns whether they can be read.
     fn begin_comparison(&mut self) -> bool {
         self.compare_at = None;
-        match self.firewall.read_back() {
-            Ok(tables) => self.comparison = Some(Comparison::begin(&tables)),
+        match Comparison::begin(&self.firewall) {
+            Ok(comparison) => self.comparison = Some(comparison),
             Err(error) => tracing::warn!(%error, "iptables cannot be compared with eBPF"),
         }
         self.comparison.is_some()
@@ -466,8 +485,8 @@ impl Shared {
         firewall.set_topology(topology);
         match firewall.converge(policy) {
             Ok(()) => {
-                if let Some(comparison) = comparison {
-                    *comparison = Comparison::begin(&firewall.read_back().unwrap_or_default());
+                if comparison.is_some() {
+                    *comparison = Comparison::begin(firewall).ok();
                 }
                 state.save();
                 tracing::info!("iptables rules follow the interfaces of this node");

@@ -44,6 +44,11 @@ pub(in crate::agent) trait Engine: Sized {
 
     /// Begins, or ends, to compare with eBPF. Returns whether it has begun.
     fn compare(&self, begin: bool) -> bool;
+
+    /// Begins to compare with eBPF; the caller need not wait for the counters. Returns whether it begins.
+    fn compare_soon(&self) -> bool {
+        self.compare(true)
+    }
 }
 
 /// All of the configuration but the rules.
@@ -157,5 +162,10 @@ impl<E: Engine> Filter<E> {
     /// Begins, or ends, to compare with eBPF.
     pub(super) fn compare(&mut self, begin: bool) {
         self.compares = self.engine.compare(begin);
+    }
+
+    /// Begins to compare with eBPF, after the caller has gone on.
+    pub(super) fn compare_soon(&mut self) {
+        self.compares = self.engine.compare_soon();
     }
 }

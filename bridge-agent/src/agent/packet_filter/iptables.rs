@@ -123,6 +123,11 @@ impl Engine for Watched {
     fn compare(&self, begin: bool) -> bool {
         self.guard.compare(begin)
     }
+
+    fn compare_soon(&self) -> bool {
+        self.guard.compare_soon();
+        true
+    }
 }
 
 impl Filter<Watched> {

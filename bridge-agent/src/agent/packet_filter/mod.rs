@@ -204,6 +204,14 @@ impl PacketFilter {
         }
     }
 
+    /// Begins to compare with eBPF; the caller need not wait for the counters.
+    pub(super) fn compare_soon(&mut self) {
+        match self {
+            Self::Iptables(filter) => filter.compare_soon(),
+            Self::Nftables(filter) => filter.compare_soon(),
+        }
+    }
+
     /// Records the verdict of eBPF on a packet.
     pub(super) fn judged_by_ebpf(&self, verdict: &Verdict) {
         if let Self::Iptables(filter) = self {

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use crate::iptables::Error;
 use crate::iptables::divergence::{Counters, Divergence};
-use crate::iptables::driver::Rewritten;
+use crate::iptables::driver::{Iptables, Rewritten};
 use crate::iptables::observe::{ObservedTable, OwnRules};
 use crate::iptables::ruleset::{Family, Table};
 use crate::iptables::walk::{self, Packet, Verdict};
@@ -17,16 +18,40 @@ const COUNTING_SHARE: u32 = 200;
 #[derive(Debug)]
 pub(super) struct Comparison {
     counters: Counters,
+    /// [`Iptables::denied`] right before the counters were read.
+    denied: Option<u64>,
     /// When the counters are to be read again.
     next: Instant,
 }
 
 impl Comparison {
     /// Begins with the counters of now.
-    pub(super) fn begin(tables: &BTreeMap<(Family, Table), ObservedTable>) -> Self {
+    ///
+    /// # Errors
+    /// The rules cannot be read.
+    pub(super) fn begin(firewall: &Iptables) -> Result<Self, Error> {
+        let denied = firewall.denied();
         let mut counters = Counters::default();
-        counters.begin(tables);
-        Self { counters, next: Instant::now() + COUNTING }
+        counters.begin(&firewall.read_back()?);
+        Ok(Self { counters, denied, next: Instant::now() + COUNTING })
+    }
+
+    /// Counts the packets that iptables has denied since the last reading, if there are any.
+    ///
+    /// # Errors
+    /// The rules cannot be read.
+    pub(super) fn count(
+        &mut self,
+        firewall: &Iptables,
+        mode: Mode,
+        divergence: &mut Divergence,
+    ) -> Result<(), Error> {
+        let denied = firewall.denied();
+        if mode == Mode::Enforce && (denied.is_none() || denied != self.denied) {
+            self.add(&firewall.read_back()?, mode, divergence);
+            self.denied = denied;
+        }
+        Ok(())
     }
 
     /// See [`Counters::rewritten`].
