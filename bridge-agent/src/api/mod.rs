@@ -48,7 +48,7 @@ use axum::{
 };
 use rustix::io::Errno;
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer as _};
 use tokio::sync::{
     broadcast::{self, error::RecvError},
     oneshot,
@@ -514,7 +514,11 @@ async fn flows(
 
 async fn rules(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
     let maps = shared.maps().ok_or_else(no_ebpf)?;
-    turn.json(move || Ok(maps.rule_counts()?)).await
+    let read = move || Ok(maps.each_rule_count()?);
+    turn.answer("application/json", read, |rules, chunks| {
+        Ok(serde_json::Serializer::new(chunks).collect_seq(rules)?)
+    })
+    .await
 }
 
 async fn counters(State(shared): State<Shared>) -> Result<Json<Vec<ReasonCount>>, Problem> {

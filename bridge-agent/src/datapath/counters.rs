@@ -124,20 +124,26 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn rule_counts(&self) -> Result<Vec<RuleCount>> {
+        Ok(self.each_rule_count()?.collect())
+    }
+
+    /// As [`Self::rule_counts`], one after the other: of 100,000 rules, texts take three times the memory of the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn each_rule_count(&self) -> Result<impl Iterator<Item = RuleCount> + use<>> {
         let both = |slot| Ok((self.rule_info(slot)?, self.rule_hits(slot)?));
         let (_, (rules, hits)) = self.of_one_policy(|| self.slot(), both)?;
-        Ok((0..)
-            .zip(rules.iter().zip(hits))
-            .map(|(index, (rule, hits))| RuleCount {
-                index,
-                name: rule_name(rule),
-                direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
-                action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
-                mode: if rule.audit == 0 { Mode::Enforce } else { Mode::Audit },
-                hits: hits.packets,
-                bytes: hits.bytes,
-            })
-            .collect())
+        Ok((0..).zip(rules.into_iter().zip(hits)).map(|(index, (rule, hits))| RuleCount {
+            index,
+            name: rule_name(&rule),
+            direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
+            action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
+            mode: if rule.audit == 0 { Mode::Enforce } else { Mode::Audit },
+            hits: hits.packets,
+            bytes: hits.bytes,
+        }))
     }
 
     /// Returns the packets that the shield has dropped; each of them is also one of [`Maps::reason_counts`].

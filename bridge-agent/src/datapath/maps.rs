@@ -307,8 +307,12 @@ impl Maps {
     /// [`Error::Map`].
     pub fn rule_info(&self, slot: u32) -> Result<Vec<RuleInfo>> {
         let count = self.settings(slot)?.rule_count as usize;
-        let mut rules: Vec<RuleInfo> = self.inner_values(slot, Table::RuleInfo)?;
-        rules.truncate(count);
+        let mut rules = Vec::with_capacity(count);
+        self.each_inner_value(slot, Table::RuleInfo, |rule: RuleInfo| {
+            if rules.len() < count {
+                rules.push(rule);
+            }
+        })?;
         Ok(rules)
     }
 
@@ -321,25 +325,25 @@ impl Maps {
         let count = self.settings(slot)?.rule_count as usize;
         let mut sums = vec![RuleHits::default(); count];
         if count > 0 {
-            for row in self.inner_values::<RuleHits>(slot, Table::RuleHits)?.chunks_exact(count) {
-                for (sum, hits) in sums.iter_mut().zip(row) {
-                    sum.packets += hits.packets;
-                    sum.bytes += hits.bytes;
-                }
-            }
+            let mut index = 0;
+            self.each_inner_value(slot, Table::RuleHits, |hits: RuleHits| {
+                let sum: &mut RuleHits = &mut sums[index % count];
+                sum.packets += hits.packets;
+                sum.bytes += hits.bytes;
+                index += 1;
+            })?;
         }
         Ok(sums)
     }
 
-    /// Every value of one of the arrays that a policy is made of; none if the slot was never written.
-    fn inner_values<V: aya::Pod>(&self, slot: u32, table: Table) -> Result<Vec<V>> {
+    /// Visits every value of one of the arrays that a policy is made of, by index; none if the slot was never written.
+    fn each_inner_value<V: aya::Pod>(&self, slot: u32, table: Table, mut visit: impl FnMut(V)) -> Result<()> {
         let path = self.pins.table(slot, table.name());
         if !path.exists() {
-            return Ok(Vec::new());
+            return Ok(());
         }
         let map = MapData::from_pin(path).map_err(Error::aya_map(table.name()))?;
-        let entries = bpf::lookup_all::<u32, V>(bpf::fd(&map)).map_err(Error::map(table.name()))?;
-        Ok(entries.into_iter().map(|(_, value)| value).collect())
+        bpf::for_each(bpf::fd(&map), |_: u32, value| visit(value)).map_err(Error::map(table.name()))
     }
 
     /// Number of the latest policy; 0: there has never been one.

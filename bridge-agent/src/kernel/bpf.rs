@@ -386,13 +386,6 @@ pub(crate) fn for_each_raw(
     }
 }
 
-/// Every entry of a hash or an array; see [`for_each`].
-pub(crate) fn lookup_all<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
-    let mut entries = Vec::new();
-    for_each(map, |key, value| entries.push((key, value)))?;
-    Ok(entries)
-}
-
 /// Reads one entry; `None`: it is not there.
 pub(crate) fn lookup<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
     let mut value = MaybeUninit::<V>::uninit();

@@ -115,7 +115,7 @@ impl Scrape {
         }
         let maps = maps.as_deref();
         let reasons = part(maps, &mut errors, Maps::reason_counts);
-        let (rules, rules_omitted) = most_hit(part(maps, &mut errors, Maps::rule_counts));
+        let (rules, rules_omitted) = part(maps, &mut errors, |maps| Ok(most_hit(maps.each_rule_count()?)));
         let outcomes = part(maps, &mut errors, Maps::outcome_counts);
         let shielded = maps.map(|_| part(maps, &mut errors, Maps::shielded).packets);
         let fills = part(maps, &mut errors, Maps::fill);
@@ -140,8 +140,8 @@ impl Scrape {
 }
 
 /// The rules that decided about a flow, those with most flows if there are too many; and the number of the others.
-fn most_hit(mut rules: Vec<RuleCount>) -> (Vec<RuleCount>, u64) {
-    rules.retain(|rule| rule.hits > 0);
+fn most_hit(rules: impl IntoIterator<Item = RuleCount>) -> (Vec<RuleCount>, u64) {
+    let mut rules: Vec<RuleCount> = rules.into_iter().filter(|rule| rule.hits > 0).collect();
     let omitted = rules.len().saturating_sub(MAX_RULES);
     if omitted > 0 {
         rules.sort_unstable_by_key(|rule| (Reverse(rule.hits), rule.index));
