@@ -1,6 +1,7 @@
 //! Agents that follow a real API server, on real packets.
 
 mod crowd;
+mod events;
 mod follow;
 mod limits;
 mod measure;
