@@ -278,6 +278,40 @@ mod tests {
     use super::*;
 
     #[test]
+    fn rules_that_deny_are_found_with_their_packets() {
+        let text = |kind, text: &str| encode_attribute(kind, &[text.as_bytes(), &[0]].concat());
+        let expression = |name, data: &[u8]| {
+            let parts = [text(NFTA_EXPR_NAME, name), encode_attribute(NFTA_EXPR_DATA, data)];
+            encode_attribute(1, &parts.concat())
+        };
+        let counter = expression("counter", &encode_attribute(NFTA_COUNTER_PACKETS, &7_u64.to_be_bytes()));
+        let found = |chain: &str, last: Vec<u8>| {
+            let expressions = encode_attribute(NFTA_RULE_EXPRESSIONS, &[counter.clone(), last].concat());
+            let handle = encode_attribute(NFTA_RULE_HANDLE, &5_u64.to_be_bytes());
+            denial(&[text(NFTA_RULE_CHAIN, chain), handle, expressions].concat())
+        };
+        let verdict = |code: i32, chain: Option<&str>| {
+            let chain = chain.map(|chain| text(NFTA_VERDICT_CHAIN, chain)).unwrap_or_default();
+            let verdict = [encode_attribute(NFTA_VERDICT_CODE, &code.to_be_bytes()), chain].concat();
+            let data = encode_attribute(NFTA_DATA_VERDICT, &verdict);
+            expression("immediate", &encode_attribute(NFTA_IMMEDIATE_DATA, &data))
+        };
+        const CHAIN: &str = "BRIDGE-INBOUND";
+        const GOTO: i32 = -4;
+        let denies = Some((5_u64.to_be_bytes().to_vec(), 7_u64.to_be_bytes().to_vec()));
+        assert_eq!(found(CHAIN, verdict(0, None)), denies);
+        assert_eq!(found(CHAIN, verdict(GOTO, Some(DENY))), denies);
+        assert_eq!(found(CHAIN, expression("target", &text(NFTA_TARGET_NAME, "REJECT"))), denies);
+        assert_eq!(found(CHAIN, expression("reject", &[])), denies);
+        assert_eq!(found(CHAIN, verdict(GOTO, Some("BRIDGE-PEER"))), None);
+        assert_eq!(found(CHAIN, verdict(1, None)), None);
+        assert_eq!(found(CHAIN, expression("target", &text(NFTA_TARGET_NAME, "MARK"))), None);
+        assert_eq!(found(CHAIN, Vec::new()), None);
+        assert_eq!(found("FORWARD", verdict(0, None)), None, "a rule of others");
+        assert_eq!(found(DENY, verdict(0, None)), None, "counted on the way there");
+    }
+
+    #[test]
     fn counters_do_not_change_the_hash_and_rules_do() {
         for (family, size, counters) in [(Family::V4, 152usize, 96), (Family::V6, 208, 152)] {
             let next = if family == Family::V4 { 90 } else { 142 };
