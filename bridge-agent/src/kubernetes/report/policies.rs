@@ -20,6 +20,8 @@ use super::lease::{Lease, RENEW};
 
 /// Changes within this time become one write: most nodes apply a policy meanwhile.
 const COALESCE: Duration = Duration::from_millis(200);
+/// A new or changed policy is not called pending before this time: nodes that apply it meanwhile make one write of two.
+const SETTLE: Duration = Duration::from_millis(1500);
 /// A condition that says that nodes are missing is written at most this often.
 const PROGRESS: Duration = Duration::from_secs(10);
 /// A condition is repeated at most this often, after another client or the number of nodes has changed it.
@@ -30,6 +32,8 @@ const HISTORY: usize = 256;
 const NAMED: usize = 3;
 /// The reason of a policy that a node refuses.
 const REFUSED_BY_NODE: &str = "RefusedByNode";
+/// The reason of a policy that a node has not applied yet.
+const PENDING: &str = "Pending";
 /// Conditions that are written at a time.
 const WRITES: usize = 8;
 /// The message of a node that refuses more policies than it lists.
@@ -142,13 +146,17 @@ pub(super) struct Policies {
     history: Histories,
     nodes: BTreeMap<String, Report>,
     written: HashMap<String, Written>,
+    /// Generation of each policy, and the time when it was first seen.
+    seen: HashMap<String, (i64, Instant)>,
+    /// When the first of the policies that wait for their nodes is to be written.
+    settles: Option<Instant>,
     warned: BTreeSet<String>,
 }
 
 impl Policies {
     pub(super) fn new(client: Client, state: State) -> Self {
-        let (history, nodes, written, warned) = Default::default();
-        Self { client, state, history, nodes, written, warned }
+        let (history, nodes, written, seen, settles, warned) = Default::default();
+        Self { client, state, history, nodes, written, seen, settles, warned }
     }
 
     /// Runs until the Lease is lost.
@@ -175,6 +183,7 @@ impl Policies {
                     due = None;
                     if self.state.is_synced() {
                         self.write(events).await;
+                        due = self.settles;
                     }
                 }
                 event = reports.next() => match event {
@@ -197,12 +206,12 @@ impl Policies {
                             Event::Apply(node) => self.take(node),
                             Event::Delete(node) => drop(self.nodes.remove(&*key(&node))),
                         }
-                        due.get_or_insert_with(|| Instant::now() + COALESCE);
+                        due = soon(due);
                     }
                 },
                 _ = versions.changed() => {
                     self.history.update(&self.state.cluster());
-                    due.get_or_insert_with(|| Instant::now() + COALESCE);
+                    due = soon(due);
                 }
             }
         }
@@ -259,11 +268,24 @@ impl Policies {
             }
         }
         self.written.retain(|name, _| cluster.policy(name).is_some());
+        self.seen.retain(|name, (generation, _)| {
+            cluster.policy(name).is_some_and(|policy| policy.generation == *generation)
+        });
+        self.settles = None;
         let mut list = Vec::new();
         for (name, policy) in cluster.all_policies() {
             let conditions = self.conditions(name, policy);
             if same(&policy.reported, &conditions) || !self.is_due(name, policy, &conditions) {
                 continue;
+            }
+            let pending = conditions.iter().any(|one| one.reason == PENDING);
+            if pending && !reports(&policy.reported, policy.generation) {
+                let known = self.seen.entry(name.to_owned());
+                let settles = known.or_insert_with(|| (policy.generation, Instant::now())).1 + SETTLE;
+                if settles > Instant::now() {
+                    self.settles = Some(self.settles.map_or(settles, |first| first.min(settles)));
+                    continue;
+                }
             }
             let accepted = |list: &[Condition]| {
                 let found = list.iter().find(|condition| condition.kind == ACCEPTED);
@@ -318,7 +340,7 @@ impl Policies {
         }
         let more = if missing.len() > NAMED { ", ..." } else { "" };
         missing.truncate(NAMED);
-        (false, "Pending", format!("{count}; not yet on {}{more}", missing.join(", ")))
+        (false, PENDING, format!("{count}; not yet on {}{more}", missing.join(", ")))
     }
 
     /// Whether a condition may be written now.
@@ -342,6 +364,17 @@ impl Policies {
         }
         true
     }
+}
+
+/// Returns the time of the next write after a change; an earlier one stays.
+fn soon(due: Option<Instant>) -> Option<Instant> {
+    let after = Instant::now() + COALESCE;
+    Some(due.map_or(after, |due| due.min(after)))
+}
+
+/// Whether conditions are about this generation.
+fn reports(conditions: &[Condition], generation: i64) -> bool {
+    conditions.iter().any(|one| one.kind == PROGRAMMED && one.observed_generation == generation)
 }
 
 /// Returns the conditions of a policy that is not accepted.
