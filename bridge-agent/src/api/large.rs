@@ -15,6 +15,7 @@ use futures_util::stream;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::{Problem, connections::LargeAnswers};
+use crate::kernel::memory;
 
 /// Bytes of a chunk. One is being made and one waits while a third is being sent.
 const CHUNK: usize = 64 << 10;
@@ -64,6 +65,8 @@ impl Turn {
             let mut chunks = Chunks { begin: Some(begin), sender, buffer, deadline };
             let written = write(value, &mut chunks);
             chunks.end(written);
+            // Before the turn of the next one.
+            memory::trim();
             drop(permit);
         });
         let stopped = |_| Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "agent", "the answer failed");

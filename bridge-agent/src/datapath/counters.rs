@@ -3,7 +3,7 @@
 use bridge_common::filter::{
     counters::{Counter, Counters, Reason},
     fast_path::{Outcome, Outcomes},
-    policy::direction,
+    policy::{RuleHits, RuleInfo, direction},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -135,15 +135,26 @@ impl Maps {
     pub fn each_rule_count(&self) -> Result<impl Iterator<Item = RuleCount> + use<>> {
         let both = |slot| Ok((self.rule_info(slot)?, self.rule_hits(slot)?));
         let (_, (rules, hits)) = self.of_one_policy(|| self.slot(), both)?;
-        Ok((0..).zip(rules.into_iter().zip(hits)).map(|(index, (rule, hits))| RuleCount {
-            index,
-            name: rule_name(&rule),
-            direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
-            action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
-            mode: if rule.audit == 0 { Mode::Enforce } else { Mode::Audit },
-            hits: hits.packets,
-            bytes: hits.bytes,
-        }))
+        Ok((0..).zip(rules.into_iter().zip(hits)).map(|(index, (rule, hits))| rule_count(index, &rule, hits)))
+    }
+
+    /// Returns the active rules that decided about a flow, by index.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Map`].
+    pub fn hit_rules(&self) -> Result<Vec<RuleCount>> {
+        let read = |slot| {
+            let (hits, mut rules) = (self.rule_hits(slot)?, Vec::new());
+            self.each_rule(slot, |index, rule| {
+                let hits = hits.get(index).copied().unwrap_or_default();
+                if hits.packets > 0 {
+                    rules.push(rule_count(u32::try_from(index).unwrap_or(u32::MAX), &rule, hits));
+                }
+            })?;
+            Ok(rules)
+        };
+        self.of_one_policy(|| self.slot(), read).map(|(_, rules)| rules)
     }
 
     /// Returns the packets that the shield has dropped; each of them is also one of [`Maps::reason_counts`].
@@ -164,6 +175,18 @@ impl Maps {
     pub fn suppressed_events(&self) -> Result<u64> {
         let budgets = self.event_budget.get(&0, 0).map_err(Error::aya_map("event_budget"))?;
         Ok(budgets.iter().map(|budget| budget.suppressed_total).sum())
+    }
+}
+
+fn rule_count(index: u32, rule: &RuleInfo, hits: RuleHits) -> RuleCount {
+    RuleCount {
+        index,
+        name: rule_name(rule),
+        direction: direction::NAMES.get(rule.direction as usize).unwrap_or(&"?").to_string(),
+        action: if rule.deny == 0 { "allow" } else { "deny" }.to_owned(),
+        mode: if rule.audit == 0 { Mode::Enforce } else { Mode::Audit },
+        hits: hits.packets,
+        bytes: hits.bytes,
     }
 }
 

@@ -306,14 +306,21 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn rule_info(&self, slot: u32) -> Result<Vec<RuleInfo>> {
-        let count = self.settings(slot)?.rule_count as usize;
-        let mut rules = Vec::with_capacity(count);
-        self.each_inner_value(slot, Table::RuleInfo, |rule: RuleInfo| {
-            if rules.len() < count {
-                rules.push(rule);
-            }
-        })?;
+        let mut rules = Vec::with_capacity(self.settings(slot)?.rule_count as usize);
+        self.each_rule(slot, |_, rule| rules.push(rule))?;
         Ok(rules)
+    }
+
+    /// As [`Self::rule_info`], one after the other, with their indexes.
+    pub(super) fn each_rule(&self, slot: u32, mut visit: impl FnMut(usize, RuleInfo)) -> Result<()> {
+        let count = self.settings(slot)?.rule_count as usize;
+        let mut index = 0;
+        self.each_inner_value(slot, Table::RuleInfo, |rule: RuleInfo| {
+            if index < count {
+                visit(index, rule);
+            }
+            index += 1;
+        })
     }
 
     /// Returns the hits of the rules of the policy in `slot`, by index, summed over CPUs and the migrated counts.

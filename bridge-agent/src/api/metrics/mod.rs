@@ -27,7 +27,6 @@ use super::{
 };
 use crate::{
     datapath::{self, Fill, Maps, OutcomeCount, ReasonCount, RuleCount},
-    kernel::memory,
     kubernetes::KubernetesStatus,
     pool::Summary,
     state::{Reload, RoutesStatus, Shared, Status},
@@ -46,10 +45,7 @@ pub(super) async fn serve(
     let write = move |registry: Registry, chunks: &mut Chunks| {
         let encoded =
             if is_text { encode(&mut TextFormat::new(chunks), &registry) } else { encode(chunks, &registry) };
-        let encoded = encoded.map_err(io::Error::other);
-        drop(registry);
-        memory::trim();
-        encoded
+        encoded.map_err(io::Error::other)
     };
     let open_metrics = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     turn.answer(if is_text { text::MEDIA_TYPE } else { open_metrics }, read, write).await
@@ -115,7 +111,7 @@ impl Scrape {
         }
         let maps = maps.as_deref();
         let reasons = part(maps, &mut errors, Maps::reason_counts);
-        let (rules, rules_omitted) = part(maps, &mut errors, |maps| Ok(most_hit(maps.each_rule_count()?)));
+        let (rules, rules_omitted) = part(maps, &mut errors, |maps| Ok(most_hit(maps.hit_rules()?)));
         let outcomes = part(maps, &mut errors, Maps::outcome_counts);
         let shielded = maps.map(|_| part(maps, &mut errors, Maps::shielded).packets);
         let fills = part(maps, &mut errors, Maps::fill);
@@ -140,8 +136,8 @@ impl Scrape {
 }
 
 /// The rules that decided about a flow, those with most flows if there are too many; and the number of the others.
-fn most_hit(rules: impl IntoIterator<Item = RuleCount>) -> (Vec<RuleCount>, u64) {
-    let mut rules: Vec<RuleCount> = rules.into_iter().filter(|rule| rule.hits > 0).collect();
+fn most_hit(mut rules: Vec<RuleCount>) -> (Vec<RuleCount>, u64) {
+    rules.retain(|rule| rule.hits > 0);
     let omitted = rules.len().saturating_sub(MAX_RULES);
     if omitted > 0 {
         rules.sort_unstable_by_key(|rule| (Reverse(rule.hits), rule.index));
