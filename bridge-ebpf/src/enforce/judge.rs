@@ -96,7 +96,7 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
             return action;
         }
     }
-    // What the policy is known to deny needs no second judgement, unless it may belong to a flow.
+    // A class that the policy is known to deny needs no second judgement, unless the packet may belong to a flow.
     if hook == Hook::EXTERNAL_INGRESS
         && packet.is_intact()
         && (opens_tcp || packet.protocol == protocol::UDP && found == 0)
