@@ -28,6 +28,7 @@ use crate::{
     policy, reject,
     report::{self, EventInfo},
     scope::hosted,
+    sides::SETTLED,
     track,
 };
 
@@ -90,6 +91,7 @@ fn drop_denied(xdp: *mut xdp_md) -> Option<()> {
     sides.external = if is_lan_host { source } else { AddressInfo::default() };
     sides.internal = destination;
     sides.direction = u32::from(direction::INBOUND);
+    sides.flags = SETTLED;
     let mut leaf = 0;
     let reason = if !packet.is_intact() {
         packet.problem
@@ -127,7 +129,8 @@ fn drop_denied(xdp: *mut xdp_md) -> Option<()> {
         verdict: verdict::DROP,
         reason: reason as u8,
         direction: direction::INBOUND,
-        settled: 0,
+        // As the hook settles it.
+        settled: u8::from(sides.flags & SETTLED != 0 && settings.has_audited == 0),
     };
     report::suppress(&info, &active);
     Some(())
