@@ -25,9 +25,9 @@ fn programs_model_and_explain_say_the_same_of_every_packet() -> Result<()> {
         ensure!(report.packets >= CASES * PACKETS_PER_CASE * 99 / 100, "{report}");
         // `explain` cannot be asked about fragments, ICMP errors, handshakes in progress and headers that cannot be read.
         ensure!(report.explained > report.packets / 2, "{report}");
-        // Every other case has the shield.
-        ensure!(report.shielded > report.packets / 100, "{report}");
         if seed == fixed {
+            // Every other case has the shield. How many packets it may drop depends on the policies that are drawn.
+            ensure!(report.shielded > report.packets / 100, "{report}");
             let met: BTreeSet<_> = report.met.keys().map(|(_, reason, _)| *reason).collect();
             // No table is full here.
             let unmet: Vec<_> = Reason::ALL
