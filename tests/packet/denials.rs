@@ -196,3 +196,18 @@ fn each_packet_that_a_rule_denies_is_a_hit_of_it() {
         assert_eq!(hits[index].packets, 10 * round, "{hits:?}");
     }
 }
+
+/// It holds no ports, as a packet to port 0 seems to.
+#[test]
+fn a_later_fragment_is_of_no_class() {
+    let mut node = node_of(&usual_policy(), &behaviour());
+    for f in families() {
+        let to = |port| Packet::new(f.lan, f.pod).udp(50_000, port, &[0; 18]);
+        for _ in 0..2 {
+            node.denies(ExternalIngress, &to(0), Reason::no_rule);
+        }
+        node.denies(ExternalIngress, &to(OPEN).fragment(100, false, 1), Reason::fragment_unknown);
+        node.passes(ExternalIngress, &to(OPEN).fragment(0, true, 2), Reason::new_flow);
+        node.passes(ExternalIngress, &to(OPEN).fragment(100, false, 2), Reason::later_fragment);
+    }
+}

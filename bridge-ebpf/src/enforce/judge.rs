@@ -99,6 +99,8 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
     // A class that the policy is known to deny needs no second judgement, unless the packet may belong to a flow.
     if hook == Hook::EXTERNAL_INGRESS
         && packet.is_intact()
+        // A later fragment holds no ports: it is of no class.
+        && packet.kind == Kind::Plain
         && (opens_tcp || packet.protocol == protocol::UDP && found == 0)
     {
         let action = refusals::repeat(skb, active.slot, active.now);
