@@ -26,6 +26,10 @@ pub(crate) const MISS: i32 = i32::MIN;
 pub(crate) extern "C" fn repeat(skb: *mut __sk_buff, slot: u32, now: u64) -> i32 {
     let Some(Scratch { packet, .. }) = scratch() else { return MISS };
     let Some(active) = Active::of_slot(slot, now) else { return MISS };
+    // Nothing is denied then, whatever this policy has denied before.
+    if active.settings.audit != 0 {
+        return MISS;
+    }
     let class = Class::new(
         &packet.source,
         &packet.destination,
