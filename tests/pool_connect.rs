@@ -18,6 +18,8 @@ use bridge_lab::{
 
 const PORTS: PortRange = PortRange { first: 61001, last: 61080 };
 const SOON: Duration = Duration::from_secs(20);
+/// A connect is refused in less, also by an emulated processor, by its measure.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// Beginning of every Python program here.
 const PRELUDE: &str = r"
@@ -201,7 +203,10 @@ print(json.dumps(dict(ports=ports, full=full, refusal=refusal, success=success, 
     ensure!(seen.full == "EADDRNOTAVAIL" && seen.mapped == "EADDRNOTAVAIL", "{} {}", seen.full, seen.mapped);
     ensure!(seen.again == seen.freed && in_pool(seen.elsewhere));
     println!("median of 79: success {:.0} us, refusal {:.0} us", seen.success * 1e6, seen.refusal * 1e6);
-    ensure!(seen.refusal < 3.0 * seen.success, "a refusal takes longer than three connects");
+    // An emulated processor needs longer for instructions of BPF, of which a refusal is made, than for system calls.
+    let emulated = patience(MOMENT) > MOMENT;
+    let most = if emulated { patience(MOMENT).as_secs_f64() } else { 3.0 * seen.success };
+    ensure!(seen.refusal < most, "a refusal takes {:.0} us", seen.refusal * 1e6);
     ensure!(stand.counter(counter::REFUSALS + Refusal::EXHAUSTED.0)? >= 81);
     let item = events.next().context("no event")?;
     // SAFETY: the hooks write events and nothing else.
