@@ -1,6 +1,6 @@
 //! Loading, pinning, adopting.
 
-use std::process::Command;
+use std::{path::Path, process::Command};
 
 use anyhow::{Result, ensure};
 use bridge_agent::{
@@ -45,6 +45,15 @@ fn a_second_agent_is_refused_and_told_the_pid_of_the_first() -> Result<()> {
     Ok(())
 }
 
+/// Pins a map of another program, named `settings`.
+fn pin_foreign(path: &Path, kind: &str, key: &str, value: &str, entries: &str) -> Result<()> {
+    let mut bpftool = Command::new("bpftool");
+    bpftool.args(["map", "create"]).arg(path);
+    bpftool.args(["type", kind, "key", key, "value", value, "entries", entries, "name", "settings"]);
+    ensure!(bpftool.status()?.success());
+    Ok(())
+}
+
 #[test]
 fn a_foreign_pin_is_refused_and_nothing_is_changed() -> Result<()> {
     let lab = Lab::builder().pods(0).build()?;
@@ -53,11 +62,7 @@ fn a_foreign_pin_is_refused_and_nothing_is_changed() -> Result<()> {
     let path = pins.map("settings");
     let others = |kind: &str, key: &str, value: &str, entries: &str| {
         std::fs::remove_file(&path)?;
-        let mut bpftool = Command::new("bpftool");
-        bpftool.args(["map", "create"]).arg(&path);
-        bpftool.args(["type", kind, "key", key, "value", value, "entries", entries, "name", "settings"]);
-        ensure!(bpftool.status()?.success());
-        anyhow::Ok(())
+        pin_foreign(&path, kind, key, value, entries)
     };
     let size = size_of::<Settings>();
     let (own, shorter) = (size.to_string(), (size - 1).to_string());
@@ -89,10 +94,7 @@ fn a_first_start_that_meets_a_foreign_pin_leaves_it_and_nothing_else() -> Result
     let pins = pins(&lab)?;
     let path = pins.map("settings");
     std::fs::create_dir_all(pins.directory())?;
-    let mut create = Command::new("bpftool");
-    create.args(["map", "create"]).arg(&path);
-    create.args(["type", "hash", "key", "4", "value", "8", "entries", "3", "name", "settings"]);
-    ensure!(create.status()?.success());
+    pin_foreign(&path, "hash", "4", "8", "3")?;
     let before = bpftool(&["map", "show", "pinned"], &path)?;
     let error = load(&lab, &options(&pins)).unwrap_err();
     assert!(matches!(error, Error::ForeignPin { .. }), "{error}");
