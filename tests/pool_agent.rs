@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    fs,
+    env, fs,
     io::Write as _,
     net::SocketAddr,
     path::PathBuf,
@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bridge_agent::{
     api::Server,
     config,
@@ -106,7 +106,8 @@ print(n)
 #[test]
 fn warm_ports_cross_to_another_pod_when_conntrack_has_forgotten_them() -> Result<()> {
     let lab = Lab::builder().masquerade().build()?;
-    let stand = Stand::new(&lab, &settings()?)?;
+    // Without a share, so that the second pod may take all that the first one had.
+    let stand = Stand::new(&lab, &Settings { quota: Some(40), ..settings()? })?;
     let to = SocketAddr::new(lab.a().v4.into(), 8080);
     let _server = serve(&lab.a().netns, 8080)?;
     let mut first = hold(&stand.cgroup, &lab.c1().netns, to, 40)?;
@@ -344,6 +345,38 @@ time.sleep(1000)
 }
 
 #[test]
+fn a_lease_with_a_time_outlives_its_client_and_not_its_network_namespace() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let served = Served::new(&lab, Stand::new(&lab, &settings()?)?)?;
+    // The second namespace is new, and ends with its process.
+    let script = format!(
+        r"
+import ctypes, http.client, json, socket, sys
+def lease():
+    h = http.client.HTTPConnection('bridge')
+    h.sock = socket.socket(socket.AF_UNIX); h.sock.connect('{}')
+    h.request('POST', '/v1/leases', json.dumps(dict(destination='192.168.31.67:443', count=5, ttlMs=600000)))
+    return h.getresponse().status
+print(lease(), flush=True)
+assert ctypes.CDLL(None).unshare(0x40000000) == 0
+print(lease(), lease(), flush=True)
+sys.stdin.read()
+",
+        served.socket.display()
+    );
+    let mut command = python(&script);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut client = lab.c1().netns.spawn_command(command)?;
+    ensure!(line(&mut client)? == "201" && line(&mut client)? == "201 201");
+    served.becomes(&["lease"; 15])?;
+    end(client)?;
+    served.becomes(&["lease"; 5])?;
+    let left: Vec<_> = served.service.list()?.iter().filter_map(|holding| holding.id).collect();
+    ensure!(left.iter().all(|id| *id <= 5), "{left:?}");
+    Ok(())
+}
+
+#[test]
 fn the_client_library_connects_from_a_leased_port() -> Result<()> {
     let lab = Lab::builder().build()?;
     let served = Served::new(&lab, Stand::new(&lab, &settings()?)?)?;
@@ -459,13 +492,35 @@ fn the_examples_in_other_languages_work() -> Result<()> {
     ensure!(compile.status()?.success(), "the C example does not compile");
     let mut python = Command::new("python3");
     python.arg(examples.join("connect.py"));
-    for mut client in [Command::new(compiled), python] {
+    let mut clients = vec![(Command::new(compiled), " "), (python, " ")];
+    match go() {
+        Some(go) => {
+            let program = lab.directory().join("connect-go");
+            let mut build = Command::new(go);
+            build.args(["build", "-o"]).arg(&program).arg(examples.join("connect.go"));
+            ensure!(build.status()?.success(), "the Go example does not compile");
+            clients.push((Command::new(program), ":"));
+        }
+        None if env::var_os("CI").is_some() => bail!("there is no Go to compile connect.go"),
+        None => eprintln!("NOT RUN: connect.go, since there is no Go"),
+    }
+    for (mut client, between) in clients {
         let what = format!("{client:?}");
-        client.arg(&served.socket).args([&lab.a().v4.to_string(), "8080"]);
-        let port: u16 = output(&lab.c1().netns, client, SOON)?.trim().parse()?;
+        client.arg(&served.socket).args([lab.a().v4.to_string(), "8080".into()].join(between).split(' '));
+        let said = output(&lab.c1().netns, client, SOON)?;
+        let port: u16 = said.trim().rsplit(':').next().unwrap_or_default().parse()?;
         ensure!(PORTS.contains(port), "{what} came from {port}");
     }
     served.becomes(&[])
+}
+
+/// Go as `cargo xtask cluster` finds or installs it.
+fn go() -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let tools = PathBuf::from(env::var_os("HOME")?).join(".cache/bridge/tools");
+    let installed = fs::read_dir(tools).into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
+    let folders = env::split_paths(&path).chain(["/usr/local/go/bin".into()]).chain(installed);
+    folders.map(|folder| folder.join("go")).find(|go| go.is_file())
 }
 
 #[test]

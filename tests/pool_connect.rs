@@ -390,7 +390,9 @@ fn sockets_outside_the_pool_only_cost_another_try() -> Result<()> {
 fn the_only_port_that_no_other_socket_has_bound_is_found() -> Result<()> {
     let lab = Lab::builder().build()?;
     let hundred = PortRange { first: 61001, last: 61100 };
-    let stand = Stand::new(&lab, &Settings { ports: vec![hundred], exclude: vec![], ..settings()? })?;
+    // Without a share, so that the other namespace may take all.
+    let settings = Settings { ports: vec![hundred], exclude: vec![], quota: Some(100), ..settings()? };
+    let stand = Stand::new(&lab, &settings)?;
     let _server = serve(&lab.a().netns, &[8080])?;
     for (family, kind, free) in [
         ("AF_INET", "SOCK_STREAM", 61006),
@@ -429,6 +431,8 @@ fn a_port_in_time_wait_is_given_to_nobody_while_others_are_free() -> Result<()> 
     let hundred = PortRange { first: 61001, last: 61100 };
     let stand = Stand::new(&lab, &Settings { ports: vec![hundred], exclude: vec![], ..settings()? })?;
     lab.a2().netns.set_sysctl("ipv4/tcp_timestamps", "0")?;
+    // On a slow machine the peer repeats its FIN, and answers the second ACK with an RST, which ends TIME_WAIT (RFC 1337).
+    lab.c1().netns.set_sysctl("ipv4/tcp_rfc1337", "1")?;
     let _with = serve_until_closed(&lab.a().netns, &[8080])?;
     let _without = serve_until_closed(&lab.a2().netns, &[8080])?;
     for family in Family::BOTH {

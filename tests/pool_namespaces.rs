@@ -13,6 +13,7 @@ use bridge_common::pool::{MAX_RESTS, Refusal, counter, shares, slots::Tables as 
 use bridge_lab::{
     lab::{Lab, Netns, Process},
     pool::{Stand, end, in_cgroup, line, output, python, serve},
+    wait::eventually,
 };
 
 const SOON: Duration = Duration::from_secs(60);
@@ -133,6 +134,110 @@ fn a_pod_with_its_share_of_ports_at_rest_leaves_room_to_others() -> Result<()> {
     ensure!(seen.trim() == "4", "{seen}");
     ensure!((stand.counter(counter::RESTS)?, stand.counter(counter::RESTS_DENIED)?) == (4, denied));
     Ok(())
+}
+
+#[test]
+fn a_pod_that_keeps_the_ports_of_a_destination_leaves_some_to_others() -> Result<()> {
+    const CONNECT: &str = "def one(kind, held):\n    s = socket.socket(socket.AF_INET, kind)\n    s.setblocking(False)\n    held.append(s)\n    \
+        result = code(lambda: s.connect(('192.168.31.200', 53)))\n    return result != 'EADDRNOTAVAIL'\n";
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = vec![PortRange { first: 61001, last: 61064 }];
+    let settings = Settings { ports, destinations, bind_udp: false, ..Settings::default() };
+    let mut stand = Stand::new(&lab, &settings)?;
+    let victims = second_group(&lab, &mut stand)?;
+    let all = |kind: &str| {
+        format!("{CONNECT}held = []\nwhile one(socket.{kind}, held): pass\nprint(len(held) - 1, flush=True)")
+    };
+    let number = |kind: &str, n: u32| {
+        format!("{CONNECT}print([one(socket.{kind}, []) for _ in range({n})].count(True), flush=True)")
+    };
+    let kinds = ["SOCK_DGRAM", "SOCK_STREAM"];
+    // Alone, it may take all.
+    for kind in kinds {
+        let (alone, text) = hold(&lab.c1().netns, &stand.cgroup, &all(kind))?;
+        ensure!(text == "64", "{kind}: {text} of 64 ports");
+        end(alone)?;
+    }
+    stand.settled(SOON)?;
+    for _ in 0..2 {
+        stand.pool.sweep(|_, _| false)?;
+    }
+    let (idle, text) = hold(
+        &lab.c2().netns,
+        &victims,
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.connect(('192.168.31.201', 53))\nprint(1, flush=True)",
+    )?;
+    ensure!(text == "1");
+    for kind in kinds {
+        let (hostile, text) = hold(&lab.c1().netns, &stand.cgroup, &all(kind))?;
+        ensure!(text == "48", "{kind}: {text} of 64 ports beside another pod");
+        let (victim, text) = hold(&lab.c2().netns, &victims, &number(kind, 12))?;
+        ensure!(text == "12", "{kind}: {text} of 12 connects of the other pod");
+        [hostile, victim].into_iter().try_for_each(end)?;
+    }
+    ensure!(stand.counter(counter::REFUSALS + Refusal::SHARE.0)? == 2);
+    end(idle)?;
+    // It counts for some time after its slots are gone.
+    stand.settled(SOON)?;
+    let mut retired = 0;
+    for _ in 0..4 {
+        retired += stand.pool.sweep(|_, _| false)?.retired;
+    }
+    ensure!(retired >= 4, "{retired} slots");
+    let (hostile, text) = hold(&lab.c1().netns, &stand.cgroup, &all("SOCK_STREAM"))?;
+    ensure!(text == "48", "{text} of 64 ports while another pod is idle");
+    end(hostile)
+}
+
+/// A pod that replaces another one does not share with it.
+#[test]
+fn a_pod_that_has_ended_leaves_all_ports_but_those_that_conntrack_knows() -> Result<()> {
+    const CONNECT: &str = "def one(held):\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    held.append(s)\n    \
+        s.connect(('192.168.31.200', 53))\n";
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = vec![PortRange { first: 61001, last: 61064 }];
+    let settings = Settings { ports, destinations, bind_udp: false, ..Settings::default() };
+    let mut stand = Stand::new(&lab, &settings)?;
+    let replaced = second_group(&lab, &mut stand)?;
+    let all = format!(
+        "{CONNECT}held = []\nwhile code(lambda: one(held)) == 'connected': pass\nprint(len(held) - 1, flush=True)"
+    );
+    let once = format!("{CONNECT}one([])\nprint(1, flush=True)");
+    let (process, _) = hold(&lab.c2().netns, &replaced, &once)?;
+    end(process)?;
+    stand.settled(SOON)?;
+    let take_all = |stand: &mut Stand| -> Result<String> {
+        stand.pool.sweep(|_, _| true)?;
+        let (process, text) = hold(&lab.c1().netns, &stand.cgroup, &all)?;
+        end(process)?;
+        stand.settled(SOON)?;
+        Ok(text)
+    };
+    let beside = take_all(&mut stand)?;
+    ensure!(beside == "48", "{beside} of 63 ports beside another pod");
+    eventually(SOON, || fs::remove_dir(&replaced).ok()).context("its control group does not end")?;
+    let alone = take_all(&mut stand)?;
+    ensure!(alone == "63", "{alone} of 63 ports after the other pod has ended");
+    Ok(())
+}
+
+#[test]
+fn unconnected_udp_leaves_a_port_to_others_however_few_there_are() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    // Two are set aside for it.
+    let ports = vec![PortRange { first: 61001, last: 61016 }];
+    let mut stand = Stand::new(&lab, &Settings { ports, destinations, ..Settings::default() })?;
+    let victims = second_group(&lab, &mut stand)?;
+    let script = "held = []\nfor n in range(30):\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.bind(('', 0))\n    held.append(s)\n\
+                  print(len([s for s in held if 61001 <= s.getsockname()[1] <= 61016]), flush=True)";
+    let (hostile, text) = hold(&lab.c1().netns, &stand.cgroup, script)?;
+    ensure!(text == "1", "{text} of 2 ports");
+    let (victim, text) = hold(&lab.c2().netns, &victims, &script.replace("range(30)", "range(1)"))?;
+    ensure!(text == "1", "{text}");
+    [hostile, victim].into_iter().try_for_each(end)
 }
 
 #[test]

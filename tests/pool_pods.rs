@@ -227,3 +227,26 @@ fn many_pods_that_come_and_go_at_once_are_all_hooked() -> Result<()> {
     ensure!(world.is_pooled(&world.root.join(systemd(PODS - 1)).join("cri-containerd-0123.scope"))?);
     Ok(())
 }
+
+#[test]
+fn a_pod_leaves_ports_to_another_one_that_has_not_connected_yet() -> Result<()> {
+    let world = World::new()?;
+    let (first, second) = (world.pod(&systemd(1))?, world.root.join(systemd(2)));
+    let keeper = Keeper::start(world.pool()?, &world.root)?;
+    keeper.take_part(&[1, 2]);
+    keeper.becomes(1, 1)?;
+    // An eighth of the ports is set aside for unconnected sockets.
+    let most = |destination: u16| -> Result<String> {
+        let script = format!(
+            "import itertools, socket\nheld = []\nfor n in itertools.count():\n    \
+             held.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))\n    \
+             try: held[n].connect(('192.168.31.200', {destination}))\n    except OSError: break\nprint(n)"
+        );
+        Ok(output(&world.lab.c1().netns, in_cgroup(&first, python(&script)), SOON)?.trim().to_owned())
+    };
+    ensure!(most(1)? == "35", "{} of 35", most(1)?);
+    fs::create_dir_all(second.join("cri-containerd-0123.scope"))?;
+    keeper.becomes(2, 0)?;
+    ensure!(most(2)? == "30", "{} of 40", most(2)?);
+    Ok(())
+}

@@ -79,7 +79,7 @@ fn what_is_held_outlives_kill_and_restart_and_down_leaves_no_trace() -> Result<(
     let lab = Lab::builder().build()?;
     let (transparent, clients) = cgroup(&lab)?;
     lab.b().netns.set_sysctl("ipv4/ip_local_reserved_ports", "8080")?;
-    let yaml = config("node", &["ports: [\"61001-61040\"]", "bindUdp: false", &transparent]);
+    let yaml = config("node", &["ports: [\"61001-61040\"]", "bindUdp: false", "quota: 40", &transparent]);
     let mut agent = Agent::start(&lab, lab.b(), &yaml)?;
     let _server = serve(&lab.a().netns, 8080)?;
     let to = SocketAddr::new(lab.a().v4.into(), 8080);
@@ -94,11 +94,15 @@ fn what_is_held_outlives_kill_and_restart_and_down_leaves_no_trace() -> Result<(
     ensure!(PORTS.contains(leased) && !held.contains(&leased), "{leased} {held:?}");
     let figures = pool(&agent)?;
     ensure!(figures["mode"] == "kernel" && figures["held"] == 16 && figures["available"] == 40, "{figures}");
+    ensure!(figures["busiest"] == 16, "{figures}");
     let text = agent.run(&["status"])?;
     ensure!(
         text.contains("port pool    in the kernel, 40 ports (61001-61040), 16 held, 1 of them leased"),
         "{text}"
     );
+    let elsewhere = SocketAddr::new(lab.a().v4.into(), 8081).to_string();
+    agent.run(&["ports", "acquire", &elsewhere, "--for", "1h"])?;
+    ensure!(pool(&agent)?["held"] == 17 && pool(&agent)?["busiest"] == 16, "{}", pool(&agent)?);
 
     agent.kill()?;
     let mut second = hold(&clients, &lab.c2().netns, to, 10)?;

@@ -1,7 +1,9 @@
 //! Control groups (version 2) and where they are.
 
 use std::{
+    collections::HashSet,
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -55,6 +57,29 @@ pub fn open(mount: &Path, path: &Path) -> Result<fs::File, CgroupError> {
     open(&path).map_err(|source| CgroupError::Missing { path, mount: mount.into(), source })
 }
 
+/// The ids of all control groups, as hooks see them; `None` if not the whole hierarchy is to be seen.
+pub(super) fn ids(mount: &Path) -> Option<HashSet<u64>> {
+    /// Of the root of the hierarchy.
+    const ROOT: u64 = 1;
+    let mut ids = HashSet::new();
+    let mut left = vec![mount.to_owned()];
+    while let Some(directory) = left.pop() {
+        let entries = match fs::metadata(&directory).and_then(|found| Ok((found, fs::read_dir(&directory)?)))
+        {
+            Ok((found, entries)) => {
+                ids.insert(found.ino());
+                entries
+            }
+            // It has just been removed.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => continue,
+            Err(_) => return None,
+        };
+        let directories = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        left.extend(directories.map(|entry| entry.path()));
+    }
+    ids.contains(&ROOT).then_some(ids)
+}
+
 /// The directories in `directory` whose names begin with `prefix`; none if it cannot be read.
 pub(super) fn entries(directory: &Path, prefix: &'static str) -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
@@ -95,6 +120,18 @@ fn unescape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_ids_of_groups_are_those_of_their_directories_below_the_root() {
+        let part = tempfile::tempdir().unwrap();
+        assert_eq!(ids(part.path()), None, "not the root of a hierarchy");
+        let Ok(mount) = mount_point() else { return };
+        if let Some(found) = ids(&mount) {
+            let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+            let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+            assert!(found.contains(&fs::metadata(mount.join(own)).unwrap().ino()));
+        }
+    }
 
     #[test]
     fn a_hybrid_hierarchy_is_found_beside_version_1() {

@@ -97,7 +97,11 @@ impl Backend {
                 Err(refusal) => {
                     let rests = tables.load(tables.geometry().resting(seat.owner_slot)) != 0;
                     slots::leave(tables, seat);
-                    return Err(if rests { Refusal::RESTING } else { refusal });
+                    return Err(if rests && refusal == Refusal::EXHAUSTED {
+                        Refusal::RESTING
+                    } else {
+                        refusal
+                    });
                 }
             }
         };

@@ -1,12 +1,12 @@
 //! Finds settings of this machine that would break the pool, with remedies.
 
-use std::{fs, io, path::Path, process::Command};
+use std::{fs, io, process::Command};
 
 use serde::Serialize;
 
 use crate::{
     kernel::sysctl,
-    model::{PortRange, PortSet, parse_ephemeral, parse_ranges},
+    model::{PortSet, parse_ephemeral, parse_ranges},
 };
 
 /// Something that spoils the pool.
@@ -165,14 +165,10 @@ fn write_reserved(ports: &PortSet) -> io::Result<()> {
     sysctl::write_net("ipv4/ip_local_reserved_ports", &format!("{ports}\n"))
 }
 
-/// Returns the content of `net.ipv4.ip_local_reserved_ports`, without the ports that this agent itself noted in `own`
-/// (a file).
+/// Returns the content of `net.ipv4.ip_local_reserved_ports`.
 #[must_use]
-pub fn reserved_by_others(own: &Path) -> Vec<PortRange> {
-    let mut reserved: PortSet =
-        parse_ranges(&fs::read_to_string(RESERVED).unwrap_or_default()).into_iter().collect();
-    reserved.remove_all(&parse_ranges(&fs::read_to_string(own).unwrap_or_default()).into_iter().collect());
-    reserved.ranges()
+pub fn reserved() -> PortSet {
+    parse_ranges(&fs::read_to_string(RESERVED).unwrap_or_default()).into_iter().collect()
 }
 
 fn union(reserved: &str, ports: &PortSet) -> PortSet {
@@ -182,6 +178,7 @@ fn union(reserved: &str, ports: &PortSet) -> PortSet {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::PortRange;
 
     fn ports() -> PortSet {
         [PortRange { first: 61001, last: 61100 }].into_iter().collect()

@@ -1,12 +1,13 @@
 //! Requests of the pool's clients, and the answers.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bridge_common::pool::Refusal;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{owner::Owner, remedy};
+use crate::kernel::netlink::Namespace;
 
 /// TCP or UDP.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -20,7 +21,7 @@ pub enum Transport {
 }
 
 /// The process at the other end of the socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Client {
     /// Number of its connection to the agent.
     pub connection: u64,
@@ -30,6 +31,8 @@ pub struct Client {
     pub uid: u32,
     /// `SO_NETNS_COOKIE` of its network namespace, on Linux 5.14 and later.
     pub netns: Option<u64>,
+    /// That namespace, unless it is the agent's own.
+    pub namespace: Option<Arc<Namespace>>,
 }
 
 /// A request for ports.

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bridge_common::pool::{Destination, Refusal, slots};
+use bridge_common::pool::{Destination, Refusal, shares, slots};
 
 use super::{Layout, held::Held};
 
@@ -42,23 +42,29 @@ impl FifoPool {
     /// Takes a port (host byte order).
     ///
     /// # Errors
-    /// [`Refusal::EXHAUSTED`] or [`Refusal::QUOTA`].
+    /// [`Refusal::EXHAUSTED`], [`Refusal::QUOTA`] or [`Refusal::SHARE`].
     pub fn acquire(&mut self, destination: &Destination, owner: u64, now: Instant) -> Result<u16, Refusal> {
         let layout = &self.layout;
+        let others = self.destinations.values().any(|ports| ports.has_others(owner));
         let ports = self.destinations.entry(*destination).or_insert_with(|| {
             let mut fresh: Vec<u16> = layout.template(slots::template(destination)).iter().collect();
             rand::seq::SliceRandom::shuffle(&mut fresh[..], &mut rand::rng());
             Ports { fresh, ..Ports::default() }
         });
-        let quota = layout.config.quota as usize;
-        if quota != 0 && ports.held.values().filter(|holder| **holder == owner).count() >= quota {
+        let quota = layout.config.quota;
+        let own = ports.held.values().filter(|holder| **holder == owner).count() as u64;
+        if quota & shares::SHARE == 0 && quota != 0 && own >= u64::from(quota) {
             return Err(Refusal::QUOTA);
         }
-        let port = ports
-            .own(owner)
-            .or_else(|| ports.fresh.pop())
-            .or_else(|| ports.foreign(now, self.quarantine))
-            .ok_or(Refusal::EXHAUSTED)?;
+        let free = ports.fresh.len() as u64;
+        let in_share = free == 0 || shares::leaves_a_quarter(own, free);
+        let port = match ports.own(owner) {
+            Some(port) => port,
+            None if quota & shares::SHARE != 0 && others && !in_share => return Err(Refusal::SHARE),
+            None => {
+                ports.fresh.pop().or_else(|| ports.foreign(now, self.quarantine)).ok_or(Refusal::EXHAUSTED)?
+            }
+        };
         ports.held.insert(port, owner);
         Ok(port)
     }
@@ -105,6 +111,7 @@ impl FifoPool {
         self.destinations.values().fold(Held::default(), |sum, ports| Held {
             held: sum.held + ports.held.len() as u64,
             warm: sum.warm + ports.oldest.len() as u64,
+            busiest: sum.busiest.max(ports.held.len() as u64),
         })
     }
 
@@ -120,6 +127,11 @@ impl FifoPool {
 }
 
 impl Ports {
+    fn has_others(&self, owner: u64) -> bool {
+        self.held.values().any(|holder| *holder != owner)
+            || self.oldest.iter().any(|(_, _, former)| *former != owner)
+    }
+
     fn own(&mut self, owner: u64) -> Option<u16> {
         let (at, port) = self.warm.get_mut(&owner)?.pop_front()?;
         self.oldest.remove(&(at, port, owner));
@@ -205,15 +217,27 @@ mod tests {
     }
 
     #[test]
+    fn a_client_leaves_a_quarter_of_the_ports_while_there_are_others() {
+        let mut pool = pool(61001, 61008, None);
+        let now = Instant::now();
+        let alone: Vec<u16> = (0..8).map(|_| pool.acquire(&to(1), 1, now).unwrap()).collect();
+        assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::EXHAUSTED), "{alone:?}");
+        pool.acquire(&to(2), 2, now).unwrap();
+        assert!((0..6).all(|_| pool.acquire(&to(3), 1, now).is_ok()));
+        assert_eq!(pool.acquire(&to(3), 1, now), Err(Refusal::SHARE));
+        assert!(pool.acquire(&to(3), 2, now).is_ok());
+    }
+
+    #[test]
     fn a_change_keeps_what_is_held_and_gives_out_the_new_ports_alone() {
         let mut pool = pool(61001, 61003, None);
         let now = Instant::now();
         let held: Vec<u16> = (0..3).map(|_| pool.acquire(&to(1), 1, now).unwrap()).collect();
         assert!(pool.release(&to(1), 61001, now));
-        assert_eq!(pool.held(), Held { held: 2, warm: 1 });
+        assert_eq!(pool.held(), Held { held: 2, warm: 1, busiest: 2 });
         let layout = |first, last| self::pool(first, last, None).layout().clone();
         pool.change(layout(61003, 61004));
-        assert_eq!(pool.held(), Held { held: 2, warm: 0 });
+        assert_eq!(pool.held(), Held { held: 2, warm: 0, busiest: 2 });
         assert_eq!(pool.acquire(&to(1), 1, now), Ok(61004));
         assert_eq!(pool.acquire(&to(1), 1, now), Err(Refusal::EXHAUSTED), "{held:?}");
         assert!(pool.release(&to(1), 61002, now));
@@ -229,7 +253,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_port_is_held_twice(steps in prop::collection::vec((0..3_u8, 1..4_u64, 0..200_u64, any::<bool>()), 0..400)) {
-            let mut pool = pool(61001, 61008, None);
+            let mut pool = pool(61001, 61008, Some(8));
             let mut now = Instant::now();
             let mut held: Vec<(u8, u16)> = Vec::new();
             for (destination, owner, seconds, release) in steps {

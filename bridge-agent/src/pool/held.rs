@@ -7,4 +7,6 @@ pub struct Held {
     pub held: u64,
     /// Only for the network namespace that used them last.
     pub warm: u64,
+    /// In use towards the one destination that has most of them.
+    pub busiest: u64,
 }

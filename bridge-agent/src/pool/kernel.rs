@@ -5,6 +5,7 @@ use std::{
     fmt, fs, io,
     path::{Path, PathBuf},
     sync::Mutex,
+    time::Instant,
 };
 
 use aya::{
@@ -14,16 +15,19 @@ use aya::{
     sys::{BpfHelper, is_helper_supported},
 };
 use bridge_common::pool::{
-    self, Config, Destination, Lease,
+    self, Config, Destination, Lease, Owner,
     bitmap::Memory as _,
-    counter,
+    counter, shares,
     slots::{self, Seat},
+    uses,
 };
+use bridge_common::protocol;
 use ipnet::IpNet;
 
 pub use super::error::KernelPoolError;
 use super::{
     Layout, Settings, attach,
+    clients::Clients,
     held::Held,
     pins, programs,
     sweep::{self, Sweeper, Swept, View},
@@ -48,6 +52,7 @@ pub struct KernelPool {
     sweeper: Sweeper,
     events: Option<RingBuf<MapData>>,
     layout: Layout,
+    clients: Clients,
     pub(super) pins: PathBuf,
     /// Directories of links of pods that this agent has hooked.
     pub(super) pods: HashSet<PathBuf>,
@@ -89,7 +94,7 @@ impl KernelPool {
         // Last: a process that finds a configuration finds everything that it refers to.
         pool.write_config()?;
         pool.adopt()?;
-        for name in pins::shapes(0).map(|shape| shape.name) {
+        for name in pins::shapes(0, 0).map(|shape| shape.name) {
             pool.keep_pinned(pool.pins.join(name))?;
         }
         Ok(pool)
@@ -111,8 +116,9 @@ impl KernelPool {
     fn open(object: &[u8], pins: PathBuf, layout: Layout, all: bool) -> Result<Self, KernelPoolError> {
         let total = layout.geometry().total(layout.config.slots);
         let mut loader = EbpfLoader::new();
-        loader.map_max_entries("POOL_WORDS", total);
-        for shape in pins::shapes(total) {
+        let uses = uses::words(layout.config.words);
+        loader.map_max_entries("POOL_WORDS", total).map_max_entries("POOL_USES", uses);
+        for shape in pins::shapes(total, uses) {
             let path = pins.join(shape.name);
             pins::check(&path, &shape)?;
             if all || shape.name != "POOL_NETWORKS" {
@@ -127,13 +133,16 @@ impl KernelPool {
         loader.override_global("POOL_REST_NS", &rest, true);
         let mut ebpf = loader.load(object)?;
         programs::load_programs(&mut ebpf)?;
-        let words = match ebpf.take_map("POOL_WORDS") {
-            Some(Map::Array(map)) => Words::map(map.fd(), total).map_err(KernelPoolError::Mmap)?,
-            _ => return Err(KernelPoolError::Missing("POOL_WORDS")),
+        let mut words = |name, count| match ebpf.take_map(name) {
+            Some(Map::Array(map)) => Words::map(map.fd(), count).map_err(KernelPoolError::Mmap),
+            _ => Err(KernelPoolError::Missing(name)),
         };
+        let (words, uses) = (words("POOL_WORDS", total)?, words("POOL_USES", uses)?);
         let tables = KernelTables {
             geometry: layout.geometry(),
             words,
+            uses,
+            miscounted: Mutex::default(),
             destinations: Mutex::new(take(&mut ebpf, "POOL_DESTINATIONS")?),
             owners: Mutex::new(take(&mut ebpf, "POOL_OWNERS")?),
             shares: Mutex::new(take(&mut ebpf, "POOL_SHARES")?),
@@ -157,6 +166,7 @@ impl KernelPool {
             sweeper,
             events,
             layout,
+            clients: Clients::default(),
             pins,
             pods,
             kept,
@@ -202,7 +212,20 @@ impl KernelPool {
         self.withdraw_ports()
     }
 
+    /// Says whether several pods take part, so that each leaves ports to others from its first one, without a quota.
+    ///
+    /// # Errors
+    /// A system call fails.
+    pub fn set_several_pods(&mut self, several: bool) -> Result<(), KernelPoolError> {
+        self.clients.several_pods = several;
+        self.write_config()
+    }
+
     fn write_config(&mut self) -> Result<(), KernelPoolError> {
+        let quota = &mut self.layout.config.quota;
+        if *quota & shares::SHARE != 0 {
+            *quota = *quota & !shares::OTHERS | if self.clients.are_several() { shares::OTHERS } else { 0 };
+        }
         let set = self.config.set(0, self.layout.config, 0);
         set.map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })
     }
@@ -222,6 +245,7 @@ impl KernelPool {
                 }
             }
         }
+        self.tables.store(geometry.ports(), u64::from(self.layout.ports.len()));
     }
 
     /// Takes ports that are in no template any more out of every place that they are given out from. Those that are new
@@ -281,15 +305,19 @@ impl KernelPool {
     }
 
     /// How many ports are held, and how many are warm. Those held are counted at those who hold them, sockets and leases;
-    /// on a kernel without that count, by the claims that are live.
+    /// on a kernel without that count, by the claims that are live, and not by destination.
     ///
     /// # Errors
     /// A system call fails.
     pub fn held(&self) -> Result<Held, KernelPoolError> {
         let geometry = self.layout.geometry();
-        let held = match self.holders() {
-            Ok(held) => held.len() as u64,
-            Err(KernelPoolError::Walk(_)) => self.live_claims()?,
+        let (held, busiest) = match self.holders() {
+            Ok(held) => {
+                let mut of_destination = HashMap::<u32, u64>::new();
+                held.keys().for_each(|(slot, _)| *of_destination.entry(*slot).or_default() += 1);
+                (held.len() as u64, of_destination.into_values().max().unwrap_or(0))
+            }
+            Err(KernelPoolError::Walk(_)) => (self.live_claims()?, 0),
             Err(error) => return Err(error),
         };
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
@@ -297,7 +325,7 @@ impl KernelPool {
             let words = (0..geometry.words).map(move |word| self.tables.load(geometry.free(slot).word(word)));
             words.map(|word| u64::from(word.count_ones())).sum::<u64>()
         };
-        Ok(Held { held, warm: owners.iter().map(|(_, slot)| warm(*slot)).sum() })
+        Ok(Held { held, warm: owners.iter().map(|(_, slot)| warm(*slot)).sum(), busiest })
     }
 
     /// Releases the ports whose rest is over.
@@ -335,14 +363,34 @@ impl KernelPool {
         // Without the walk nothing is done: marks stay where they are.
         self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
+        let gone = self.note_clients(&owners);
+        self.write_config()?;
         let touched = sweep::marks(&self.tables, &owners);
         let held = self.holders()?;
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
         let swept = self.sweeper.round(&self.tables, &self.layout, &view, known);
-        self.tables.correct_shares(self.layout.config.quota != 0).map_err(map("POOL_SHARES"))?;
+        let sockets = self.walk_with(pool::LEASE_HELD | pool::LEASE_BOUND)?;
+        self.tables.correct_shares(self.layout.config.quota, &sockets, &gone).map_err(map("POOL_SHARES"))?;
+        let kept = |protocol| sweep::kept(&self.tables, &self.layout, &destinations, protocol);
+        self.tables.correct_uses(&sockets, [protocol::TCP, protocol::UDP].map(|p| (p, kept(p))));
         Ok(swept)
+    }
+
+    /// Notes who uses the pool. Returns the owners that do not any more: their control group has gone, and they have no socket.
+    fn note_clients(&mut self, owners: &[(Owner, u32)]) -> HashSet<Owner> {
+        let ids = attach::mount_point().ok().and_then(|mount| attach::ids(&mount));
+        // 0: not known.
+        let is_gone = |group| group != 0 && ids.as_ref().is_some_and(|ids| !ids.contains(&group));
+        let (tables, geometry) = (&self.tables, self.layout.geometry());
+        let (gone, present): (Vec<_>, Vec<_>) = owners.iter().copied().partition(|(_, slot)| {
+            is_gone(slots::group_of(tables, *slot)) && tables.load(geometry.live(*slot)) == 0
+        });
+        let clients =
+            present.iter().map(|(owner, slot)| (owner.netns_cookie, slots::group_of(tables, *slot)));
+        self.clients.note(clients, is_gone, Instant::now());
+        gone.into_iter().map(|(owner, _)| owner).collect()
     }
 
     /// Every port that a socket holds now, in all network namespaces.
@@ -350,8 +398,12 @@ impl KernelPool {
     /// # Errors
     /// [`KernelPoolError::Walk`]: this kernel cannot list them.
     pub fn walk(&self) -> Result<Vec<Lease>, KernelPoolError> {
+        self.walk_with(pool::LEASE_HELD)
+    }
+
+    fn walk_with(&self, state: u64) -> Result<Vec<Lease>, KernelPoolError> {
         let walker = self.walker.as_ref().map_err(|reason| KernelPoolError::Walk(reason.clone()))?;
-        walker.walk().map_err(|error| KernelPoolError::Walk(error.to_string()))
+        walker.walk(state).map_err(|error| KernelPoolError::Walk(error.to_string()))
     }
 
     /// The tables that the hooks and the agent change together.
@@ -473,7 +525,7 @@ where
 
 fn pinned_config(path: &Path) -> Result<Option<Config>, KernelPoolError> {
     let map = |source| KernelPoolError::Map { name: "POOL_CONFIG", source };
-    let Some(shape) = pins::shapes(0).into_iter().find(|shape| path.ends_with(shape.name)) else {
+    let Some(shape) = pins::shapes(0, 0).into_iter().find(|shape| path.ends_with(shape.name)) else {
         return Ok(None);
     };
     if !pins::check(path, &shape)? {

@@ -1,7 +1,7 @@
 //! From the settings to the layout of the pool's words (pure).
 
 use bridge_common::pool::{
-    self, Config, FLAG_BIND_UDP, FLAG_STRICT, Geometry, MAX_SLOTS, bitmap, bitmap::Memory,
+    self, Config, FLAG_BIND_UDP, FLAG_STRICT, Geometry, MAX_SLOTS, bitmap, bitmap::Memory, shares,
 };
 
 use super::settings::Settings;
@@ -99,7 +99,7 @@ impl Layout {
             words,
             slots: affordable.min(MAX_SLOTS),
             flags,
-            quota: settings.quota.unwrap_or(0),
+            quota: settings.quota.unwrap_or_else(|| shares::SHARE | ports.len()),
             unconnected: u32::try_from(set_aside).unwrap_or(u32::MAX),
         };
         Ok(Self { config, ports, unconnected })

@@ -25,6 +25,11 @@ use super::{
 };
 use crate::model::PortRange;
 
+mod quota;
+
+/// After 1 is subtracted from this word, another processor does this, once.
+type Interruption = (u32, fn(&Private));
+
 struct Private {
     geometry: Geometry,
     words: Words,
@@ -32,14 +37,15 @@ struct Private {
     owners: Mutex<HashMap<Owner, u32>>,
     shares: Mutex<HashMap<u64, u64>>,
     processor: std::sync::atomic::AtomicU32,
+    interruption: Mutex<Option<Interruption>>,
 }
 
 impl Private {
     fn new(layout: &Layout) -> Self {
         let words = Words::private(layout.geometry().total(layout.config.slots));
         layout.initialise(&words);
-        let (destinations, owners, shares, processor) = Default::default();
-        Self { geometry: layout.geometry(), words, destinations, owners, shares, processor }
+        let (destinations, owners, shares, processor, interruption) = Default::default();
+        Self { geometry: layout.geometry(), words, destinations, owners, shares, processor, interruption }
     }
 
     fn sweep(&self, layout: &Layout, sweeper: &mut Sweeper, held: &[(u8, Seat, u32)]) -> sweep::Swept {
@@ -66,7 +72,10 @@ impl Memory for Private {
         self.words.fetch_and(at, bits)
     }
     fn fetch_add(&self, at: u32, n: u64) -> u64 {
-        self.words.fetch_add(at, n)
+        let before = self.words.fetch_add(at, n);
+        let interruption = lock(&self.interruption).take_if(|(word, _)| *word == at && n == u64::MAX);
+        interruption.inspect(|(_, run)| run(self));
+        before
     }
 }
 
@@ -340,38 +349,6 @@ fn a_full_pool_says_so_and_a_warm_port_is_for_its_owner_only() {
 }
 
 #[test]
-fn a_quota_counts_what_is_kept_from_others() {
-    let layout = layout(&[(61001, 61100)]);
-    let tables = Private::new(&layout);
-    let claim = |netns, group, fresh_first| {
-        let seat = slots::enter(&tables, &destination(1), netns, group).unwrap();
-        slots::claim(&tables, seat, 2, fresh_first).map(|claim| (seat, claim.index))
-    };
-    let (seat, index) = claim(1, 7, false).unwrap();
-    claim(1, 7, false).unwrap();
-    assert_eq!(claim(1, 7, false), Err(Refusal::QUOTA));
-    claim(2, 8, false).unwrap();
-    slots::release(&tables, seat, index);
-    // A warm port is kept from others as well: it may be used again, but no other one.
-    let free = |index: &u32| bitmap::is_free(&tables, layout.geometry().free(seat.slot), *index);
-    let other = (0..64).find(free).unwrap();
-    assert_eq!(slots::claim_exact(&tables, seat, 2, other), Err(Refusal::QUOTA));
-    assert_eq!(claim(1, 7, true).unwrap().1, index);
-    assert_eq!(claim(1, 7, true), Err(Refusal::QUOTA));
-    // However many namespaces a group has, it has two quotas.
-    claim(3, 7, false).unwrap();
-    claim(4, 7, false).unwrap();
-    assert_eq!(claim(5, 7, false), Err(Refusal::QUOTA));
-    claim(6, 9, false).unwrap();
-    // One that is put back counts no more.
-    let seat = slots::enter(&tables, &destination(1), 10, 10).unwrap();
-    for _ in 0..5 {
-        let claim = slots::claim(&tables, seat, 1, false).unwrap();
-        slots::unclaim(&tables, seat, 1, claim);
-    }
-}
-
-#[test]
 fn a_namespace_leaves_slots_to_others_however_many_destinations_it_has() {
     let layout = layout(&[(1, 65535)]);
     let tables = Private::new(&layout);
@@ -509,6 +486,21 @@ fn threads_that_take_slots_from_each_other_never_hold_the_same_port() {
     assert_eq!(tables.load(pool::FREE_SLOTS), 48);
     let live = (pool::FIRST_SLOT..layout.config.slots).map(|slot| tables.load(tables.geometry.live(slot)));
     assert_eq!(live.sum::<u64>(), 0);
+}
+
+#[test]
+fn a_slot_that_is_used_again_while_its_last_owner_goes_is_kept() {
+    let tables = Private::new(&narrow(48));
+    let seat = slots::enter(&tables, &destination(1), 1, 0).unwrap();
+    slots::leave(&tables, seat);
+    *lock(&tables.interruption) = Some((tables.geometry.live(seat.slot), |tables| {
+        let slot = tables.destination_slot(&destination(1)).unwrap();
+        assert!(slots::evict(tables, slot), "a destination without owners");
+        let enter = || slots::enter(tables, &destination(2), 2, 0).inspect(|s| slots::leave(tables, *s));
+        while enter().is_ok_and(|s| s.owner_slot != slot && slots::evict(tables, s.owner_slot)) {}
+    }));
+    assert!(slots::evict(&tables, seat.owner_slot));
+    assert_eq!(tables.load(tables.geometry.slot(seat.slot)), pool::SLOT_OPEN, "it serves a namespace now");
 }
 
 #[test]

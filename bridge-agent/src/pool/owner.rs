@@ -6,9 +6,10 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd as _},
-        unix::fs::MetadataExt as _,
+        unix::{fs::MetadataExt as _, net::UnixDatagram},
     },
     path::Path,
+    sync::OnceLock,
 };
 
 use schemars::JsonSchema;
@@ -108,6 +109,12 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// [`netns_cookie`] of this process, if the kernel has it.
+pub fn own_netns() -> Option<u64> {
+    static OWN: OnceLock<Option<u64>> = OnceLock::new();
+    *OWN.get_or_init(|| UnixDatagram::unbound().and_then(netns_cookie).ok())
 }
 
 #[cfg(test)]

@@ -64,9 +64,9 @@ pub enum PinError {
 const MMAPABLE: u32 = 1 << 10;
 const NO_PREALLOC: u32 = 1;
 
-/// The maps that are pinned; `words` is the size of the array of words.
+/// The maps that are pinned; `words` and `uses` are the sizes of the arrays of words.
 #[must_use]
-pub fn shapes(words: u32) -> [Shape; 11] {
+pub fn shapes(words: u32, uses: u32) -> [Shape; 12] {
     let shape =
         |name, map_type, key, value, entries, flags| Shape { name, map_type, key, value, entries, flags };
     [
@@ -92,6 +92,7 @@ pub fn shapes(words: u32) -> [Shape; 11] {
             Some(pool::MAX_RESTS),
             NO_PREALLOC,
         ),
+        shape("POOL_USES", MapType::Array, 4, 8, Some(uses), MMAPABLE),
         shape("POOL_LEASES", MapType::SkStorage, 4, size_of::<Lease>(), None, NO_PREALLOC),
         shape("POOL_COUNTERS", MapType::PerCpuArray, 4, 8, Some(counter::COUNT), 0),
         shape("POOL_EVENTS", MapType::RingBuf, 0, 0, Some(262_144), 0),

@@ -240,16 +240,25 @@ async fn look(
     let without_group: BTreeSet<String> =
         wanted.iter().filter(|uid| !groups.contains_key(*uid)).cloned().collect();
     let waiting = without_group.len();
-    let service = Arc::clone(service);
+    let hooking = Arc::clone(service);
     let hooked = tokio::task::spawn_blocking(move || {
+        let service = hooking;
         let Backend::Kernel(pool) = service.backend() else { return Hooked::default() };
-        let hooked = lock(pool).set_pods(&groups);
+        let mut pool = lock(pool);
+        let mut hooked = pool.set_pods(&groups);
+        let others = pool.set_several_pods(hooked.hooked > 1);
+        drop(pool);
+        hooked.failures.extend(others.err().map(|error| error.to_string()));
         service.set_pods(hooked.hooked, waiting);
         hooked
     });
     match hooked.await {
         Ok(Hooked { added, removed, hooked, failures: more }) => {
             failures.extend(more);
+            if removed > 0 {
+                // A pod that has ended keeps ports from no one.
+                service.sweep_soon();
+            }
             if added + removed > 0 {
                 info!(added, removed, hooked, waiting, "pods that take part in the port pool");
             } else {

@@ -21,16 +21,17 @@ pub fn cause(refusal: Refusal) -> &'static str {
         }
         Refusal::OUTSIDE => "the program bound its socket to a port outside the pool",
         Refusal::TAKEN => {
-            "the program bound its socket to a port that another connection to this destination uses"
+            "the socket is bound to a port that another connection to this destination uses: by the program, or by the connect to \
+             another destination before"
         }
         Refusal::QUOTA => {
             "this network namespace keeps as many ports towards this destination, in use or used lately, as its share allows"
         }
         Refusal::TABLE_FULL => "the table of destinations and network namespaces is full",
-        Refusal::BIND => "sockets outside the pool have bound every port that was tried",
+        Refusal::BIND => "other sockets, such as listeners, have bound every port that was tried",
         Refusal::SHARE => {
             "this network namespace, or its control group, has open sockets to more destinations than its share of the table \
-             holds, or more UDP sockets on port 0 than its share of the ports for these"
+             holds, or keeps its share of the ports while others use the pool"
         }
         Refusal::MEMORY => "the kernel had no memory for the storage of the socket",
         Refusal::RESTING => {
@@ -42,6 +43,7 @@ pub fn cause(refusal: Refusal) -> &'static str {
         Refusal::KERNEL => {
             "the kernel refused the connection after it had a port: there is no route, or the 4-tuple is in TIME_WAIT"
         }
+        Refusal::LEASES => "the client of the API holds as many leases as it may, over all destinations",
         _ => "the pool has no usable port towards this destination",
     }
 }
@@ -54,12 +56,17 @@ pub fn remedy(refusal: Refusal) -> &'static str {
         Refusal::OUTSIDE => {
             "connect without bind, or set IP_BIND_ADDRESS_NO_PORT before a bind to port 0, or set portPool.strict to false"
         }
-        Refusal::TAKEN => "connect without bind, or set IP_BIND_ADDRESS_NO_PORT before a bind to port 0",
+        Refusal::TAKEN => {
+            "use a socket for one destination, connect without bind, or set IP_BIND_ADDRESS_NO_PORT before a bind to port 0"
+        }
         Refusal::QUOTA => "close connections, end leases that are not used, or raise portPool.quota",
         Refusal::TABLE_FULL | Refusal::SHARE => {
-            "close sockets, use fewer destinations at once, or a smaller span of portPool.ports"
+            "close sockets, use fewer destinations at once, or a smaller span of portPool.ports; for ports, more of them, or set \
+             portPool.quota"
         }
-        Refusal::BIND => "`ss -tulnp` shows these sockets; take their ports out of portPool.ports",
+        Refusal::BIND => {
+            "`ss -tulnp` shows these sockets; close them, enlarge portPool.ports, or take their ports out of it"
+        }
         Refusal::MEMORY => "raise the memory limit of the control group",
         Refusal::RESTING => {
             "enlarge portPool.ports to the connections of a minute, enable TCP timestamps on the peer, or let it close first"
@@ -69,6 +76,7 @@ pub fn remedy(refusal: Refusal) -> &'static str {
             "`ip route get` shows whether there is a route; if there is one, enlarge portPool.ports, or enable TCP timestamps \
              on the peer"
         }
+        Refusal::LEASES => "end leases that are not used, or ask for shorter ones",
         _ => "wait, or enlarge portPool.ports",
     }
 }
@@ -137,19 +145,19 @@ mod tests {
     #[test]
     fn each_kind_of_refusal_has_a_sentence_of_its_own() {
         let mut recent = Recent::default();
-        for code in 1..Refusal::COUNT {
+        for code in 1..Refusal::END {
             recent.note(Refusal(code), 7, "192.0.2.1:443".parse().unwrap(), "curl", 7);
             recent.note(Refusal(code), 7, "192.0.2.2:443".parse().unwrap(), "wget", 8);
         }
         let sentences = recent.sentences();
-        assert_eq!(sentences.len(), Refusal::COUNT as usize - 1, "{sentences:#?}");
+        assert_eq!(sentences.len(), Refusal::END as usize - 1, "{sentences:#?}");
         for (code, sentence) in (1..).zip(&sentences) {
             let what = if Refusal(code) == Refusal::KERNEL { "was refused" } else { "was refused a port" };
             assert!(sentence.contains(&format!("wget (pid 8) {what} towards 192.0.2.2:443")), "{sentence}");
             assert!(sentence.contains(Refusal(code).name()) && sentence.contains("; remedy: "), "{sentence}");
         }
         let causes: std::collections::BTreeSet<_> =
-            (1..Refusal::COUNT).map(|code| cause(Refusal(code))).collect();
+            (1..Refusal::END).map(|code| cause(Refusal(code))).collect();
         assert_eq!(causes.len(), sentences.len());
     }
 

@@ -22,21 +22,18 @@ use super::{
     layout::{LayoutError, Occupied},
     masquerade::{self, Masquerade},
     pins::{self, PinError},
-    pods,
+    pods, record,
     service::Service,
     tables::lock,
 };
 use crate::{
     kernel::pins::{self as kernel_pins, PinRoot},
-    model::{PortSet, parse_ranges},
+    model::PortSet,
 };
 
 /// How long conntrack remembers a closed TCP connection by default (`nf_conntrack_tcp_timeout_time_wait`);
 /// also how long the sweep lets a warm port rest.
 pub const REST: Duration = Duration::from_secs(120);
-
-/// Name of the file that notes the ports which the agent has reserved.
-pub(crate) const RESERVED: &str = "pool-reserved-ports";
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -135,8 +132,24 @@ fn try_start(object: &[u8], settings: &Settings, places: &Places) -> Result<Star
 
 /// Returns the available ports, without those that other programs on this machine use.
 fn plan(settings: &Settings, places: &Places) -> Result<Layout, LayoutError> {
-    let reserved = checks::reserved_by_others(&reserved_file(&places.state));
+    let of_others = others(settings, places, &checks::reserved());
+    let reserved = of_others.ranges();
     Layout::plan(settings, &Occupied { node_ports: settings.node_ports, reserved })
+}
+
+/// Returns the ports of `reserved` that another program has reserved.
+fn others(settings: &Settings, places: &Places, reserved: &PortSet) -> PortSet {
+    let mut of_others = reserved.clone();
+    of_others.remove_all(&own_ports(settings, places, reserved));
+    of_others
+}
+
+/// Returns the ports that an agent with this state has reserved.
+fn own_ports(settings: &Settings, places: &Places, reserved: &PortSet) -> PortSet {
+    // Without those of others, there are as many as the agent can have reserved.
+    let all = Layout::plan(settings, &Occupied { node_ports: settings.node_ports, reserved: Vec::new() });
+    let pool = all.map(|layout| layout.ports).unwrap_or_default();
+    record::own(&reserved_file(&places.state), reserved, &pool)
 }
 
 impl fmt::Debug for Started {
@@ -216,13 +229,12 @@ impl Started {
     fn surround(&self, ports: &PortSet) -> Result<(), StartError> {
         // First the note: a port noted and not reserved does no harm; the other way round no agent would release it.
         let own = reserved_file(&self.places.state);
-        let mut gone: PortSet =
-            parse_ranges(&fs::read_to_string(&own).unwrap_or_default()).into_iter().collect();
+        // A damaged record was reported when the pool was planned.
+        let mut gone = record::ports(&own).ok().flatten().unwrap_or_default();
         gone.remove_all(ports);
-        let text = ports.ranges().iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
         fs::create_dir_all(&self.places.state)
             .and_then(|()| if gone.is_empty() { Ok(()) } else { checks::unreserve(&gone) })
-            .and_then(|()| fs::write(&own, text))
+            .and_then(|()| record::write(&own, ports))
             .and_then(|()| checks::reserve(ports))
             .map_err(StartError::Reserve)?;
         if self.settings.masquerade.is_empty() {
@@ -271,19 +283,24 @@ fn take_away(places: &Places) -> Result<(), StopError> {
     let own = reserved_file(&places.state);
     let mut errors = Vec::new();
     errors.extend(kernel::remove(&places.pins).err().map(|error| error.to_string()));
-    if let Ok(text) = fs::read_to_string(&own) {
-        let ports = parse_ranges(&text).into_iter().collect();
-        match checks::unreserve(&ports).and_then(|()| fs::remove_file(&own)) {
-            Ok(()) => {}
-            Err(error) => errors.push(format!("net.ipv4.ip_local_reserved_ports: {error}")),
+    match record::ports(&own) {
+        Ok(None) => {}
+        Ok(Some(ports)) => {
+            if let Err(error) = checks::unreserve(&ports).and_then(|()| fs::remove_file(&own)) {
+                errors.push(format!("net.ipv4.ip_local_reserved_ports: {error}"));
+            }
         }
+        Err(error) => errors.push(format!(
+            "{}: {error}; take the ports of the pool out of net.ipv4.ip_local_reserved_ports, and remove the file",
+            own.display()
+        )),
     }
     errors.extend(masquerade::remove().err().map(|error| error.to_string()));
     if errors.is_empty() { Ok(()) } else { Err(StopError::Left(errors)) }
 }
 
 fn reserved_file(state: &Path) -> PathBuf {
-    state.join(RESERVED)
+    state.join(record::NAME)
 }
 
 fn in_kernel(

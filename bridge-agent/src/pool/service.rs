@@ -1,10 +1,9 @@
 //! The pool as the agent serves it: leases, who holds what.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
-    os::unix::net::UnixDatagram,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -20,7 +19,10 @@ use ipnet::IpNet;
 use tokio::sync::{Notify, broadcast};
 
 pub use super::client::{Client, Holding, LeaseRequest, LeasedPort, PoolEvent, ServiceError, Transport};
-use crate::kernel::clock;
+use crate::kernel::{
+    clock,
+    netlink::{Namespace, NamespaceWatch},
+};
 
 use super::{
     Settings,
@@ -50,6 +52,8 @@ struct HeldLease {
     since: Instant,
     owner: Owner,
     netns: Option<u64>,
+    /// Its [`Namespace::number`]; `None` if the lease does not end with it.
+    namespace: Option<i32>,
     destination: SocketAddr,
     transport: Transport,
 }
@@ -70,8 +74,7 @@ struct ShareKey {
 
 impl ShareKey {
     fn of(client: &Client) -> Self {
-        let own = UnixDatagram::unbound().and_then(owner::netns_cookie).ok();
-        let own = own.is_some() && client.netns == own;
+        let own = client.netns.is_some() && client.netns == owner::own_netns();
         Self { netns: client.netns, uid: own.then_some(client.uid) }
     }
 }
@@ -81,7 +84,10 @@ pub struct Service {
     backend: Backend,
     networks: Mutex<Vec<IpNet>>,
     leases: Mutex<HashMap<u64, HeldLease>>,
+    /// Numbers of leases that end with a connection, by connection.
+    of_connections: Mutex<HashMap<u64, usize>>,
     next: AtomicU64,
+    namespaces: Mutex<Option<NamespaceWatch>>,
     freed: Notify,
     changed: Notify,
     /// Whether a port was refused since [`Service::take_starved`].
@@ -113,7 +119,9 @@ impl Service {
             backend,
             networks: Mutex::new(networks),
             leases: Mutex::default(),
+            of_connections: Mutex::default(),
             next: AtomicU64::new(1),
+            namespaces: Mutex::default(),
             freed: Notify::new(),
             changed: Notify::new(),
             starved: AtomicBool::new(false),
@@ -158,7 +166,12 @@ impl Service {
         Ok(())
     }
 
-    /// Waits for the next [`Service::change`].
+    /// Has the next sweep begin soon.
+    pub(super) fn sweep_soon(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Waits for the next [`Service::change`], or [`Service::sweep_soon`].
     pub async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -226,6 +239,8 @@ impl Service {
         let owner = Owner::of(client.pid, client.uid, None);
         let group = owner.group();
         self.check_share(client, group, request)?;
+        // A lease without a time ends with its connection.
+        let namespace = request.time.and_then(|_| self.number_of(client.namespace.as_deref()?));
         let deadline = Instant::now() + request.wait;
         loop {
             let freed = self.freed.notified();
@@ -233,11 +248,11 @@ impl Service {
             // The task that ends leases may be delayed by a long reload.
             let claimed = claim().or_else(|refusal| if self.end_overdue() { claim() } else { Err(refusal) });
             match claimed {
-                Ok(claimed) => match self.note(client, (&owner, group), request, &claimed) {
+                Ok(claimed) => match self.note(client, (&owner, group, namespace), request, &claimed) {
                     Ok(leased) => return Ok(leased),
                     Err(error) => {
                         claimed.iter().for_each(|port| self.backend.release(port));
-                        self.refused(client, request, Refusal::QUOTA);
+                        self.refused(client, request, Refusal::LEASES);
                         return Err(error);
                     }
                 },
@@ -274,7 +289,7 @@ impl Service {
             result = share(&lock(&self.leases), client, group, request.count);
         }
         if result.is_err() {
-            self.refused(client, request, Refusal::QUOTA);
+            self.refused(client, request, Refusal::LEASES);
         }
         result
     }
@@ -303,11 +318,12 @@ impl Service {
     fn note(
         &self,
         client: &Client,
-        (owner, group): (&Owner, u64),
+        (owner, group, namespace): (&Owner, u64, Option<i32>),
         request: &LeaseRequest,
         claimed: &[Claimed],
     ) -> Result<Vec<LeasedPort>, ServiceError> {
         let now = Instant::now();
+        let key = ShareKey::of(client);
         let mut leases = lock(&self.leases);
         share(&leases, client, group, request.count)?;
         lock(&self.counted).acquired += claimed.len() as u64;
@@ -315,13 +331,14 @@ impl Service {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
             let lease = HeldLease {
                 claimed: *claimed,
-                client: ShareKey::of(client),
+                client: key,
                 group,
                 connection: request.time.is_none().then_some(client.connection),
                 until: request.time.map(|time| now + time),
                 since: now,
                 owner: owner.clone(),
                 netns: client.netns,
+                namespace,
                 destination: request.destination,
                 transport: request.transport,
             };
@@ -331,6 +348,9 @@ impl Service {
             let _ = self.events.send(PoolEvent::Acquired { lease: leased.clone(), pid: client.pid });
             leased
         };
+        if request.time.is_none() {
+            *lock(&self.of_connections).entry(client.connection).or_default() += claimed.len();
+        }
         Ok(claimed.iter().map(note).collect())
     }
 
@@ -369,16 +389,42 @@ impl Service {
 
     /// Whether a connection holds leases that end with it.
     pub(crate) fn holds(&self, connection: u64) -> bool {
-        lock(&self.leases).values().any(|lease| lease.connection == Some(connection))
+        lock(&self.of_connections).contains_key(&connection)
     }
 
     /// Ends the leases of a client that has hung up.
     pub fn hang_up(&self, connection: u64) {
-        self.end("connection closed", |_, lease| lease.connection == Some(connection));
+        if self.holds(connection) {
+            self.end("connection closed", |_, lease| lease.connection == Some(connection));
+        }
     }
 
-    /// Ends the leases whose time is over; answers when the next one is.
+    /// The number by which the end of a client's network namespace is reported.
+    fn number_of(&self, namespace: &Namespace) -> Option<i32> {
+        let mut watch = lock(&self.namespaces);
+        if watch.is_none() {
+            *watch = NamespaceWatch::open().ok();
+        }
+        watch.as_ref()?;
+        drop(watch);
+        let number = namespace.number();
+        // Another namespace may have had this number before.
+        self.end_without_namespace();
+        number.inspect_err(|error| tracing::debug!(%error, "a lease outlives its network namespace")).ok()
+    }
+
+    /// Ends the leases whose network namespace has ended: they are good for no other.
+    fn end_without_namespace(&self) {
+        let ended = lock(&self.namespaces).as_mut().map(NamespaceWatch::ended).unwrap_or_default();
+        if !ended.is_empty() {
+            let has_ended = |lease: &HeldLease| lease.namespace.is_some_and(|number| ended.contains(&number));
+            self.end("network namespace ended", |_, lease| has_ended(lease));
+        }
+    }
+
+    /// Ends the leases whose time is over, or whose network namespace has ended; answers when the next one is.
     pub fn expire(&self) -> Option<Instant> {
+        self.end_without_namespace();
         self.end_overdue();
         lock(&self.leases).values().filter_map(|lease| lease.until).min()
     }
@@ -394,6 +440,15 @@ impl Service {
             lock(&self.leases).extract_if(|id, lease| which(*id, lease)).collect();
         for (id, lease) in &ended {
             self.backend.release(&lease.claimed);
+            if let Some(connection) = lease.connection {
+                let mut of_connections = lock(&self.of_connections);
+                if let Entry::Occupied(mut held) = of_connections.entry(connection) {
+                    *held.get_mut() -= 1;
+                    if *held.get() == 0 {
+                        held.remove();
+                    }
+                }
+            }
             lock(&self.counted).released += 1;
             let _ = self.events.send(PoolEvent::Released { id: *id, port: lease.claimed.port, reason });
             self.freed.notify_waiters();

@@ -25,6 +25,9 @@ pub struct Summary {
     pub held: u64,
     /// Ports that only the network namespace that used them last may have yet, over all destinations.
     pub warm: u64,
+    /// Ports in use towards the one destination that has most of them.
+    #[serde(default)]
+    pub busiest: u64,
     /// Counters of the hooks; all 0 without them.
     pub counters: Counters,
     /// Counters of leases for explicit clients.
@@ -113,6 +116,8 @@ pub struct Refusals {
     pub share: u64,
     #[serde(default)]
     pub kernel: u64,
+    #[serde(default)]
+    pub leases: u64,
 }
 
 impl Refusals {
@@ -129,13 +134,14 @@ impl Refusals {
             Refusal::RESTING => &mut self.resting,
             Refusal::SHARE => &mut self.share,
             Refusal::KERNEL => &mut self.kernel,
+            Refusal::LEASES => &mut self.leases,
             _ => return None,
         })
     }
 
     /// Every reason that there is, and how often.
     pub fn iter(mut self) -> impl Iterator<Item = (&'static str, u64)> {
-        (1..Refusal::COUNT).filter_map(move |code| {
+        (1..Refusal::END).filter_map(move |code| {
             let refusal = Refusal(code);
             self.of(refusal).map(|count| (refusal.name(), *count))
         })
@@ -154,7 +160,7 @@ impl Summary {
     /// Returns the summary of a backend.
     pub(super) fn of(backend: &Backend) -> Result<Self, KernelPoolError> {
         let layout = backend.layout();
-        let Held { held, warm } = backend.held()?;
+        let Held { held, warm, busiest } = backend.held()?;
         let counters = match backend {
             Backend::Kernel(pool) => Counters::of(&lock(pool).counters()?),
             Backend::Userspace(_) => Counters::default(),
@@ -165,6 +171,7 @@ impl Summary {
             available: layout.ports.len(),
             held,
             warm,
+            busiest,
             counters,
             ..Self::default()
         })
@@ -206,8 +213,10 @@ mod tests {
         }
         let refusals = Counters::of(&counts).refusals;
         let listed: Vec<_> = refusals.iter().collect();
-        let expected: Vec<_> =
+        let mut expected: Vec<_> =
             (1..Refusal::COUNT).map(|code| (Refusal(code).name(), u64::from(code))).collect();
+        // Of leases alone.
+        expected.push((Refusal::LEASES.name(), 0));
         assert_eq!(listed, expected);
         let json = serde_json::to_value(refusals).unwrap();
         assert!(expected.iter().all(|(name, count)| json[name] == *count), "{json}");

@@ -234,6 +234,25 @@ fn missing<T: Tables>(
     missing
 }
 
+/// The ports that a destination of this protocol keeps from others: those that are not free there.
+pub fn kept<T: Tables>(
+    tables: &T,
+    layout: &Layout,
+    destinations: &[(Destination, u32)],
+    protocol: u8,
+) -> HashSet<u32> {
+    let geometry = layout.geometry();
+    let mut kept = HashSet::new();
+    for (destination, slot) in destinations.iter().filter(|(to, _)| to.protocol() == protocol) {
+        let template = geometry.free(slots::template(destination));
+        for word in 0..geometry.words {
+            let gone = tables.load(template.word(word)) & !tables.load(geometry.free(*slot).word(word));
+            kept.extend(bits(gone).map(|bit| word * 64 + bit));
+        }
+    }
+    kept
+}
+
 /// Takes back the slots of owners without a port, and of destinations without an owner.
 fn retire<T: Tables>(tables: &T, view: &View<'_>) -> u32 {
     let geometry = tables.geometry();

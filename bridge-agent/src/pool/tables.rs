@@ -1,13 +1,20 @@
 //! The tables of the pool as the agent sees them: the same that the hooks use.
 
-use std::{collections::BTreeMap, sync::Mutex};
+use std::{
+    collections::{self, BTreeMap, HashSet},
+    sync::Mutex,
+};
 
 use aya::maps::{HashMap, MapData, MapError};
-use bridge_common::pool::{
-    Destination, Geometry, Grant, Granted, Owner, Rest, RestingPort,
-    bitmap::Memory,
-    shares,
-    slots::{self, Seat, Tables},
+use bridge_common::{
+    pool::{
+        Destination, Geometry, Grant, Granted, LEASE_BOUND, Lease, Owner, Rest, RestingPort,
+        bitmap::Memory,
+        shares,
+        slots::{self, Seat, Tables},
+        uses,
+    },
+    protocol::TCP,
 };
 
 use super::words::Words;
@@ -22,6 +29,10 @@ const BPF_EXIST: u64 = 2;
 pub struct KernelTables {
     pub(super) geometry: Geometry,
     pub(super) words: Words,
+    /// See [`uses`].
+    pub(super) uses: Words,
+    /// Words of [`Self::uses`] that counted too many or too few sockets in the last round.
+    pub(super) miscounted: Mutex<BTreeMap<u32, u64>>,
     pub(super) destinations: Mutex<HashMap<MapData, Destination, u32>>,
     pub(super) owners: Mutex<HashMap<MapData, Owner, u32>>,
     pub(super) shares: Mutex<HashMap<MapData, u64, u64>>,
@@ -105,22 +116,29 @@ impl KernelTables {
         lock(&self.owners).iter().collect()
     }
 
-    /// Corrects the counts of [`shares`]. Those of ports are only there for unconnected UDP, and if there is a quota.
+    /// Corrects the counts of [`shares`]. Those of ports are there for unconnected UDP, and as the quota needs them. `gone`: owners
+    /// that keep ports from others, and are no others to anyone themselves.
     ///
     /// # Errors
     /// A system call fails.
-    pub fn correct_shares(&self, quota: bool) -> Result<(), MapError> {
+    pub fn correct_shares(
+        &self,
+        quota: u32,
+        sockets: &[Lease],
+        gone: &HashSet<Owner>,
+    ) -> Result<(), MapError> {
         let mut actual: BTreeMap<u64, u64> = BTreeMap::new();
         let unconnected = lock(&self.destinations).get(&Destination::ANY_UDP, 0).ok();
         for (owner, slot) in self.owners()? {
             let group = slots::group_of(self, slot);
             *actual.entry(shares::namespace(owner.netns_cookie)).or_default() += 1;
             *actual.entry(shares::group(group)).or_default() += 1;
+            *actual.entry(shares::ALL_DESTINATIONS).or_default() += u64::from(!gone.contains(&owner));
             let owned = self.load(self.geometry.owned(slot));
             let unconnected = unconnected == Some(owner.slot);
-            if owned.cast_signed() > 0 && (quota || unconnected) {
+            if owned.cast_signed() > 0 && (quota != 0 || unconnected) {
                 *actual.entry(shares::ports(group, owner.slot)).or_default() += owned;
-                if unconnected {
+                if quota & shares::SHARE != 0 || unconnected {
                     *actual.entry(shares::all_ports(owner.slot)).or_default() += owned;
                 }
             }
@@ -128,6 +146,9 @@ impl KernelTables {
         for (_, rest) in self.resting()? {
             *actual.entry(shares::resting(rest.group)).or_default() += 1;
             *actual.entry(shares::ALL_RESTING).or_default() += 1;
+        }
+        for socket in sockets.iter().filter(|socket| socket.state & LEASE_BOUND != 0) {
+            *actual.entry(shares::bound(socket.netns_cookie)).or_default() += 1;
         }
         let mut shares = lock(&self.shares);
         let counted: BTreeMap<u64, u64> = shares.iter().collect::<Result<_, _>>()?;
@@ -139,6 +160,35 @@ impl KernelTables {
             shares.insert(key, count, 0)?;
         }
         Ok(())
+    }
+
+    /// Corrects the words of [`uses`]: `sockets` are all that have a port, `kept` the ports that destinations keep, by protocol.
+    ///
+    /// A number of sockets is corrected if it is wrong by as many twice in a row: one may just have come or gone.
+    pub fn correct_uses(&self, sockets: &[Lease], kept: [(u8, HashSet<u32>); 2]) {
+        let mut actual: collections::HashMap<u32, u64> = collections::HashMap::new();
+        for socket in sockets {
+            let protocol = if socket.state & LEASE_BOUND == 0 { socket.destination.protocol() } else { TCP };
+            *actual.entry(uses::word(socket.index, protocol)).or_default() += uses::SOCKET;
+        }
+        let mut miscounted = lock(&self.miscounted);
+        let before = std::mem::take(&mut *miscounted);
+        for (protocol, kept) in &kept {
+            for index in 0..self.geometry.words * 64 {
+                let at = uses::word(index, *protocol);
+                let word = if kept.contains(&index) {
+                    self.uses.fetch_or(at, uses::KEPT)
+                } else {
+                    self.uses.fetch_and(at, !uses::KEPT)
+                };
+                let wrong = actual.get(&at).copied().unwrap_or(0).wrapping_sub(word & !uses::KEPT);
+                if wrong != 0 && before.get(&at) == Some(&wrong) {
+                    self.uses.fetch_add(at, wrong);
+                } else if wrong != 0 {
+                    miscounted.insert(at, wrong);
+                }
+            }
+        }
     }
 
     /// Every grant.

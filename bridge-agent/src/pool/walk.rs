@@ -11,7 +11,7 @@ use aya::{
     maps::{Map, MapData},
     programs::{Iter, Program},
 };
-use bridge_common::pool::{LEASE_HELD, Lease};
+use bridge_common::pool::Lease;
 
 /// The iterator program and the map it walks.
 pub struct Walker {
@@ -62,11 +62,11 @@ impl Walker {
         }
     }
 
-    /// Every port that a socket holds now.
+    /// Every socket with one of these `LEASE_*`.
     ///
     /// # Errors
     /// The walk fails.
-    pub fn walk(&self) -> io::Result<Vec<Lease>> {
+    pub fn walk(&self, state: u64) -> io::Result<Vec<Lease>> {
         let map = [descriptor(self.leases.fd().as_fd()), 0, 0, 0];
         let link = LinkCreate {
             program: descriptor(self.program.as_fd()),
@@ -86,7 +86,7 @@ impl Walker {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let leases = leases.iter().map(|bytes| zerocopy::transmute!(*bytes));
-        Ok(leases.filter(|lease: &Lease| lease.state & LEASE_HELD != 0).collect())
+        Ok(leases.filter(|lease: &Lease| lease.state & state != 0).collect())
     }
 }
 

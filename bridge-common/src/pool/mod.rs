@@ -23,6 +23,7 @@ pub mod bitmap;
 mod room;
 pub mod shares;
 pub mod slots;
+pub mod uses;
 
 use bitmap::Bitmap;
 
@@ -92,6 +93,9 @@ pub const LEASE_TIMESTAMPS: u64 = 32;
 pub const LEASE_TIME_WAIT: u64 = 64;
 /// [`Lease::state`]: the port was free for everybody when it was claimed.
 pub const LEASE_FRESH: u64 = 128;
+/// [`Lease::state`]: the socket was bound to port 0 and got its port, which it does not hold towards a destination yet. Only
+/// `netns_cookie` and `index` are set.
+pub const LEASE_BOUND: u64 = 256;
 /// The bits of [`Lease::state`] that belong to one connection of a socket.
 pub const LEASE_OF_CONNECTION: u64 =
     LEASE_FILE_CLOSED | LEASE_TCP_CLOSED | LEASE_CONNECTING | LEASE_TIMESTAMPS | LEASE_TIME_WAIT;
@@ -116,7 +120,8 @@ pub struct Config {
     pub slots: u32,
     /// `FLAG_*`.
     pub flags: u32,
-    /// Most ports that one namespace may keep from others towards one destination; 0 for no limit.
+    /// Most ports that one namespace may keep from others towards one destination; 0 for no limit; or [`shares::SHARE`]
+    /// with its flags.
     pub quota: u32,
     /// Ports of [`TEMPLATE_UDP_ANY`].
     pub unconnected: u32,
@@ -184,6 +189,13 @@ impl Geometry {
     #[must_use]
     pub const fn owned(self, slot: u32) -> u32 {
         self.used(slot) + 1
+    }
+
+    /// Index of the number of all ports of the pool: a template has no owner.
+    #[inline(always)]
+    #[must_use]
+    pub const fn ports(self) -> u32 {
+        self.owned(TEMPLATE_TCP)
     }
 
     /// Index of the number of ports of an owner slot that rest.
@@ -465,12 +477,16 @@ impl Refusal {
     pub const PROTOCOL: Self = Self(8);
     /// Every port that is not in use towards the destination is in TIME_WAIT, at a peer without TCP timestamps.
     pub const RESTING: Self = Self(9);
-    /// The namespace uses its share of the slots for destinations, or of the ports for unconnected UDP.
+    /// The namespace uses its share of the slots for destinations, or of the ports, and others use the pool.
     pub const SHARE: Self = Self(10);
     /// The kernel refused the connection after it had got a port: no SYN was sent. The program sees the kernel's own error.
     pub const KERNEL: Self = Self(11);
-    /// One above the highest.
+    /// One above the highest that hooks count.
     pub const COUNT: u32 = 12;
+    /// The client of the API holds as many leases as it may. Of the agent alone.
+    pub const LEASES: Self = Self(12);
+    /// One above the highest.
+    pub const END: u32 = 13;
 
     /// The name used in metrics and events.
     #[must_use]
@@ -487,6 +503,7 @@ impl Refusal {
             Self::RESTING => "resting",
             Self::SHARE => "share",
             Self::KERNEL => "kernel",
+            Self::LEASES => "leases",
             _ => "unknown",
         }
     }

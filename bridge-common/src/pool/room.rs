@@ -224,15 +224,22 @@ pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
     }
     let (netns_cookie, destination, group) = (key[0], key[1] as u32, key[2] & !OWNER_KEY);
     tables.remove_owner(&Owner { netns_cookie, slot: destination, padding: 0 });
+    tables.reduce_share(shares::ALL_DESTINATIONS, 1);
     tables.reduce_share(shares::namespace(netns_cookie), 1);
     tables.reduce_share(shares::group(group), 1);
     let owned = tables.load(tables.geometry().owned(slot));
     tables.reduce_share(shares::ports(group, destination), owned);
     tables.reduce_share(shares::all_ports(destination), owned);
     free_slot(tables, slot);
+    // The slot keeps its key while the owner counts in it; after `depart`, another caller may evict it, and `new_slot` reuse it.
+    let known = key_of(tables, destination);
     depart(tables, tables.geometry(), destination);
     if close(tables, destination) {
-        remove(tables, destination, &Destination::from_words(key_of(tables, destination)));
+        if key_of(tables, destination) == known {
+            remove(tables, destination, &Destination::from_words(known));
+        } else {
+            reopen(tables, destination);
+        }
     }
 }
 

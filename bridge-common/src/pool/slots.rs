@@ -235,6 +235,7 @@ fn enter_owner<T: Tables>(tables: &T, owner: &Owner, group: u64) -> Result<Optio
     if tables.insert_owner(owner, slot) {
         tables.extend_share(shares::namespace(owner.netns_cookie));
         tables.extend_share(shares::group(group));
+        tables.extend_share(shares::ALL_DESTINATIONS);
         tables.fetch_add(tables.geometry().live(owner.slot), 1);
         return Ok(Some(slot));
     }
@@ -255,7 +256,7 @@ pub fn leave<T: Tables>(tables: &T, seat: Seat) {
 ///
 /// # Errors
 /// [`Refusal::EXHAUSTED`]; [`Refusal::QUOTA`] if the namespace keeps `quota` ports from others already, in use, warm or
-/// resting, or all namespaces of its group twice as many (0: no limit).
+/// resting, or all namespaces of its group twice as many (0: no limit); [`Refusal::SHARE`] beyond a [`shares::SHARE`].
 #[inline(always)]
 pub fn claim<T: Tables>(tables: &T, seat: Seat, quota: u32, fresh_first: bool) -> Result<Claim, Refusal> {
     let random = tables.random();
@@ -270,7 +271,7 @@ pub fn claim<T: Tables>(tables: &T, seat: Seat, quota: u32, fresh_first: bool) -
         tables.cancel_fresh(seat, quota);
         Refusal::EXHAUSTED
     } else {
-        Refusal::QUOTA
+        over(quota)
     };
     if fresh_first && let Some(index) = tables.claim(warm, random) {
         return Ok(Claim { index, from: seat.owner_slot });
@@ -278,24 +279,30 @@ pub fn claim<T: Tables>(tables: &T, seat: Seat, quota: u32, fresh_first: bool) -
     Err(refusal)
 }
 
+/// Why there is no port beyond a quota.
+#[inline(always)]
+const fn over(quota: u32) -> Refusal {
+    if quota & shares::SHARE == 0 { Refusal::QUOTA } else { Refusal::SHARE }
+}
+
 /// Counts one more port that a namespace keeps from others. `false`: that is one too many.
 #[inline(always)]
 pub fn begin_fresh<T: Tables + ?Sized>(tables: &T, seat: Seat, quota: u32) -> bool {
     let owned = tables.geometry().owned(seat.owner_slot);
     let before = tables.fetch_add(owned, 1);
-    if quota == 0 {
-        return true;
-    }
-    let quota = u64::from(quota);
     // One below zero is an error of counting.
-    if before < quota || before.cast_signed() < 0 {
-        let group = group_of(tables, seat.owner_slot);
-        if shares::take(tables, shares::ports(group, seat.slot), 2 * quota) {
-            return true;
-        }
+    let before = if before.cast_signed() < 0 { 0 } else { before };
+    let limit = u64::from(quota);
+    let granted = if quota & shares::SHARE != 0 {
+        shares::take_port(tables, seat, quota, before)
+    } else {
+        let group = shares::ports(group_of(tables, seat.owner_slot), seat.slot);
+        limit == 0 || before < limit && shares::take(tables, group, 2 * limit)
+    };
+    if !granted {
+        tables.fetch_add(owned, u64::MAX);
     }
-    tables.fetch_add(owned, u64::MAX);
-    false
+    granted
 }
 
 /// Undoes [`begin_fresh`].
@@ -304,6 +311,9 @@ pub fn cancel_fresh<T: Tables + ?Sized>(tables: &T, seat: Seat, quota: u32) {
     tables.fetch_add(tables.geometry().owned(seat.owner_slot), u64::MAX);
     if quota != 0 {
         tables.reduce_share(shares::ports(group_of(tables, seat.owner_slot), seat.slot), 1);
+    }
+    if quota & shares::SHARE != 0 {
+        tables.reduce_share(shares::all_ports(seat.slot), 1);
     }
 }
 
@@ -362,7 +372,7 @@ pub fn claim_random<T: Tables>(tables: &T, seat: Seat, all: u32) -> Result<Claim
 /// Takes this very port if it is warm with the namespace or free for everybody.
 ///
 /// # Errors
-/// [`Refusal::TAKEN`], or [`Refusal::QUOTA`] as [`claim`].
+/// [`Refusal::TAKEN`], or [`Refusal::QUOTA`] and [`Refusal::SHARE`] as [`claim`].
 #[inline(always)]
 pub fn claim_exact<T: Tables + ?Sized>(
     tables: &T,
@@ -378,7 +388,7 @@ pub fn claim_exact<T: Tables + ?Sized>(
         return Err(Refusal::TAKEN);
     }
     if !tables.begin_fresh(seat, quota) {
-        return Err(Refusal::QUOTA);
+        return Err(over(quota));
     }
     if bitmap::take(tables, geometry.free(seat.slot), index) {
         return Ok(Claim { index, from: seat.slot });

@@ -1,30 +1,21 @@
 //! `bind` to port 0, before the destination is known.
 //!
-//! Unconnected UDP: by the time of `sendmsg` it is too late to choose a port. TCP: a socket that has a port cannot be bound
-//! again by `connect`, which therefore would have to refuse one from outside the pool.
+//! Unconnected UDP: by the time of `sendmsg` it is too late to choose a port. TCP: see [`crate::bind_tcp`].
 
-use aya_ebpf::{
-    bindings::bpf_sock_addr,
-    helpers::generated::{bpf_loop, bpf_sk_lookup_tcp, bpf_sk_release},
-    macros::cgroup_sock_addr,
-    programs::SockAddrContext,
-};
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use bridge_common::pool::{
-    Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal, TEMPLATE_TCP,
-    TEMPLATE_UDP, TEMPLATE_UDP_ANY, bitmap,
+    Config, Destination, FLAG_BIND_UDP, FLAG_STRICT, Geometry, LEASE_ANY, LEASE_HELD, Refusal, TEMPLATE_UDP,
+    TEMPLATE_UDP_ANY, bitmap,
     slots::{self, Tables as _},
 };
 use bridge_common::protocol::{TCP, UDP};
-use bridge_ebpf::atomic::fetch_add;
 
 use crate::{
+    bind_tcp::bind_tcp,
     claim::{enter, note},
-    maps::{POOL_BIND_CURSOR, POOL_CONFIG},
+    maps::POOL_CONFIG,
     refuse::{PASS, note_refusal, refuse},
-    sock::{
-        CURRENT_NETNS, Family, TUPLE_V4, TUPLE_V6, Tuple, destination, is_in_networks, lease, lease_or_new,
-        protocol, reuse_address, socket,
-    },
+    sock::{Family, destination, is_in_networks, lease, lease_or_new, protocol, set_port, socket},
     tables::{Maps, pool_put_back},
 };
 
@@ -68,107 +59,6 @@ fn bind(ctx: &SockAddrContext, family: Family) {
         Some(TCP) => bind_tcp(ctx, family, config),
         _ => {}
     }
-}
-
-/// The search for a port of a TCP socket that binds port 0.
-#[repr(C)]
-struct Search {
-    context: *mut bpf_sock_addr,
-    base: u32,
-    words: u32,
-    /// The result in host byte order, or 0.
-    port: u32,
-}
-
-/// Takes the next port of the pool in turn, without a claim: `connect` claims it for its destination. Two sockets have the
-/// same port only after all others had their turn. Without `strict` there is no need for it.
-#[inline(always)]
-fn bind_tcp(ctx: &SockAddrContext, family: Family, config: &Config) {
-    if config.flags & FLAG_STRICT == 0 {
-        return;
-    }
-    let mut search = Search { context: ctx.sock_addr, base: config.base, words: config.words, port: 0 };
-    let turn = match family {
-        Family::V4 => bind_turn_v4 as *const (),
-        Family::V6 => bind_turn_v6 as *const (),
-    };
-    // SAFETY: a callback with the arguments that the helper gives it, and memory that outlives the call.
-    unsafe { bpf_loop(config.words * 64, turn.cast_mut().cast(), (&raw mut search).cast(), 0) };
-    // SAFETY: initialised above; volatile, since the callback wrote it.
-    let port = unsafe { (&raw const search.port).read_volatile() };
-    if port != 0 {
-        // Other sockets may have the port, towards other destinations.
-        reuse_address(ctx);
-        set_port(ctx, port as u16);
-    }
-}
-
-#[inline(never)]
-extern "C" fn bind_turn_v4(_turn: u64, search: *mut Search) -> i64 {
-    // SAFETY: the memory that `bind_tcp` gave to `bpf_loop`.
-    bind_turn(Family::V4, unsafe { &mut *search })
-}
-
-#[inline(never)]
-extern "C" fn bind_turn_v6(_turn: u64, search: *mut Search) -> i64 {
-    // SAFETY: as in `bind_turn_v4`.
-    bind_turn(Family::V6, unsafe { &mut *search })
-}
-
-/// Looks at the port whose turn it is. 1 ends the search.
-#[inline(always)]
-fn bind_turn(family: Family, search: &mut Search) -> i64 {
-    let Some(cursor) = POOL_BIND_CURSOR.get_ptr_mut(0) else { return 1 };
-    // SAFETY: a pointer to a map's value.
-    let index = unsafe { fetch_add(cursor, 1) } as u32 % (search.words * 64).max(1);
-    let geometry = Geometry { words: search.words };
-    if !bitmap::is_free(&Maps { words: search.words }, geometry.free(TEMPLATE_TCP), index) {
-        // A gap in the pool.
-        return 0;
-    }
-    let port = search.base + index;
-    if has_listener(search.context, family, port as u16) {
-        return 0;
-    }
-    search.port = port;
-    1
-}
-
-/// Whether a socket of this namespace listens on a port; its `bind` would then fail, as one to port 0 never does.
-#[inline(always)]
-fn has_listener(context: *mut bpf_sock_addr, family: Family, port: u16) -> bool {
-    let mut tuple = Tuple::default();
-    let size = if family == Family::V4 {
-        // SAFETY: a context pointer; the verifier checks the access.
-        tuple.words[1] = unsafe { (*context).user_ip4 };
-        tuple.words[2] = u32::from_ne_bytes([0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1]]);
-        TUPLE_V4
-    } else {
-        // SAFETY: as above; volatile, since the context allows single 32-bit reads but no wider ones.
-        unsafe {
-            tuple.words[4] = (&raw const (*context).user_ip6[0]).read_volatile();
-            tuple.words[5] = (&raw const (*context).user_ip6[1]).read_volatile();
-            tuple.words[6] = (&raw const (*context).user_ip6[2]).read_volatile();
-            tuple.words[7] = (&raw const (*context).user_ip6[3]).read_volatile();
-        }
-        tuple.words[8] = u32::from_ne_bytes([0, 0, port.to_be_bytes()[0], port.to_be_bytes()[1]]);
-        TUPLE_V6
-    };
-    // SAFETY: an initialised tuple of the size given; the reference to the socket is released at once.
-    unsafe {
-        let found = bpf_sk_lookup_tcp(context.cast(), (&raw mut tuple).cast(), size, CURRENT_NETNS, 0);
-        if found.is_null() {
-            return false;
-        }
-        bpf_sk_release(found.cast());
-        true
-    }
-}
-
-#[inline(always)]
-fn set_port(ctx: &SockAddrContext, port: u16) {
-    // SAFETY: a context pointer; the field is in network byte order, and this hook may write it.
-    unsafe { (*ctx.sock_addr).user_port = u32::from(port.to_be()) };
 }
 
 #[inline(always)]

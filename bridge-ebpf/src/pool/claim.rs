@@ -12,9 +12,11 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use bridge_common::pool::{
-    Config, Destination, Grant, LEASE_HELD, Lease, MAX_SLOTS, MAX_WORDS, Refusal, counter,
+    Config, Destination, Grant, LEASE_HELD, Lease, MAX_SLOTS, MAX_WORDS, Refusal, bitmap, counter,
     slots::{self, Claim, Seat, Tables as _},
+    uses,
 };
+use bridge_common::protocol::UDP;
 use bridge_ebpf::atomic::fetch_or;
 
 use crate::{
@@ -22,12 +24,18 @@ use crate::{
     rest::{Woken, wake},
     sock::{AF_INET, AF_INET6, Family, netns_cookie, reuse_address, socket},
     tables::{Maps, pool_unclaim},
+    uses::{add_connection, expected, load, process},
 };
 
 /// Turns of [`search_turn`] that take any free port; the turns after them try each port of the pool once.
-const QUICK_TURNS: u32 = 8;
+const QUICK_TURNS: u32 = 16;
 /// Turns that pass over a port whose last connection is just about to end.
 const SETTLE_TURNS: u32 = 4;
+/// Turns that pass over a port that another socket has, towards another destination: programs connect a UDP socket to one
+/// destination after the other, and its port stays the same. It should be free where one was refused lately. A TCP socket is
+/// seldom connected again.
+const UNUSED_TURNS_UDP: u32 = QUICK_TURNS - 1;
+const UNUSED_TURNS_TCP: u32 = QUICK_TURNS / 2;
 const EADDRINUSE: i64 = 98;
 
 /// `struct sockaddr_in`.
@@ -59,6 +67,9 @@ struct Search {
     base: u32,
     words: u32,
     quota: u32,
+    protocol: u32,
+    /// Of UDP: [`expected`].
+    expected: u64,
     seat: Seat,
     /// The port where the second phase begins.
     start: u32,
@@ -83,15 +94,24 @@ pub(crate) fn claim_and_bind(
     ctx: &SockAddrContext,
     family: Family,
     config: &Config,
+    protocol: u8,
     seat: Seat,
 ) -> Result<Claim, Refusal> {
     reuse_address(ctx);
     let ports = config.words * 64;
+    let expected = if protocol == UDP {
+        let netns = netns_cookie(ctx);
+        expected(netns, process(netns, ctx.tgid(), UDP), process(netns, 0, UDP))
+    } else {
+        0
+    };
     let mut search = Search {
         context: ctx.sock_addr,
         base: config.base,
         words: config.words,
         quota: config.quota,
+        protocol: u32::from(protocol),
+        expected,
         seat,
         // SAFETY: the helper takes no argument.
         start: unsafe { bpf_get_prandom_u32() } % ports.max(1),
@@ -100,12 +120,13 @@ pub(crate) fn claim_and_bind(
         refusal: Refusal::BIND.0,
     };
     let result = run(family, &mut search);
-    if !matches!(result, Err(Refusal::EXHAUSTED | Refusal::QUOTA)) {
+    if !matches!(result, Err(Refusal::EXHAUSTED | Refusal::QUOTA | Refusal::SHARE)) {
         return result;
     }
     match wake(ctx.sock_addr, config.base, config.words, seat) {
         Woken::NoneRests => result,
-        Woken::None => Err(Refusal::RESTING),
+        Woken::None if matches!(result, Err(Refusal::EXHAUSTED)) => Err(Refusal::RESTING),
+        Woken::None => result,
         Woken::Some => run(family, &mut search),
     }
 }
@@ -144,7 +165,7 @@ extern "C" fn search_turn_v6(turn: u64, search: *mut Search) -> i64 {
 /// Claims one port and tries to bind it.
 #[inline(always)]
 fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
-    let Search { words, seat, quota, .. } = *search;
+    let Search { words, seat, quota, protocol, expected, .. } = *search;
     let tables = Maps { words };
     let claim = if turn < QUICK_TURNS {
         // A warm port that another program has bound would be found warm again at once.
@@ -163,8 +184,17 @@ fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
             Err(_) => return NEXT,
         }
     };
+    let used = || uses::sockets(load(claim.index, protocol as u8)) > 0;
+    let unwanted = if protocol == u32::from(UDP) {
+        let is_free = |slot| bitmap::is_free(&tables, tables.geometry().free(slot), claim.index);
+        let usable = || is_free(expected as u32) || is_free((expected >> 32) as u32);
+        turn < UNUSED_TURNS_UDP && (used() || !usable())
+    } else {
+        turn < UNUSED_TURNS_TCP && used()
+    };
     // If all others are taken it has to be this one.
-    if turn < SETTLE_TURNS && slots::settling(&tables, seat, claim) {
+    let pass_over = unwanted || turn < SETTLE_TURNS && slots::settling(&tables, seat, claim);
+    if pass_over {
         unclaim(search, claim);
         return NEXT;
     }
@@ -280,6 +310,7 @@ extern "C" fn record(
         bpf_get_current_comm((&raw mut (*lease).comm).cast(), 16);
         fetch_or(&raw mut (*lease).state, LEASE_HELD | port & u64::from(u32::MAX));
     }
+    add_connection((port >> 32) as u32, destination.protocol());
     count(counter::CLAIMS);
 }
 

@@ -17,6 +17,7 @@ use crate::{
     rest::wake_port,
     sock::{Family, destination, is_in_networks, lease_or_new, socket},
     tables::Maps,
+    uses::{end_bound, expect},
 };
 
 /// `connect` of an IPv4 socket.
@@ -71,13 +72,24 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
     let mut extra = 0;
     let (seat, claim) = if bound == 0 {
         let seat = enter(ctx, config, destination)?;
-        match claim_and_bind(ctx, family, config, seat) {
+        match claim_and_bind(ctx, family, config, destination.protocol(), seat) {
             Ok(claim) => (seat, claim),
             Err(refusal) => return Err(stand(config, seat, refusal)),
         }
     } else {
+        if destination.protocol() == TCP {
+            expect(ctx, destination);
+        }
         let adopted = if is_of(config, slots::template(destination), index) {
-            adopt(ctx, config, destination, index)?
+            match adopt(ctx, config, destination, index) {
+                Ok(adopted) => adopted,
+                Err(refusal) => {
+                    if destination.protocol() == UDP && held & LEASE_HELD != 0 {
+                        expect(ctx, destination);
+                    }
+                    return Err(refusal);
+                }
+            }
         } else if destination.protocol() == UDP && is_of(config, TEMPLATE_UDP_ANY, index) {
             extra = LEASE_ANY;
             adopt(ctx, config, &Destination::ANY_UDP, index)?
@@ -87,6 +99,7 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
             return Ok(());
         };
         count(counter::ADOPTIONS);
+        end_bound(lease);
         adopted
     };
     if held & LEASE_HELD != 0 {

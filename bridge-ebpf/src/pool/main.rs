@@ -13,6 +13,7 @@
 )]
 
 mod bind;
+mod bind_tcp;
 mod claim;
 mod connect;
 mod create;
@@ -23,5 +24,6 @@ mod release;
 mod rest;
 mod sock;
 mod tables;
+mod uses;
 
 bridge_ebpf::license!();

@@ -41,6 +41,15 @@ pub(crate) static POOL_GRANTS: HashMap<Grant, Granted, 65536, NO_PREALLOC> = Has
 #[btf_map]
 pub(crate) static POOL_BIND_CURSOR: Array<u64, 1> = Array::new();
 
+/// See [`bridge_common::pool::uses`]. The loader sets the size.
+#[btf_map]
+pub(crate) static POOL_USES: Array<u64, 128, MMAPABLE> = Array::new();
+
+/// Destinations by [`crate::uses::process`]: of TCP sockets that were bound before, and of UDP sockets that were refused when they were
+/// connected again.
+#[btf_map]
+pub(crate) static POOL_BOUND_TO: LruHashMap<u64, Destination, 4096> = LruHashMap::new();
+
 #[btf_map]
 pub(crate) static POOL_RESTING: HashMap<RestingPort, Rest, { MAX_RESTS as usize }, NO_PREALLOC> =
     HashMap::new();

@@ -16,6 +16,7 @@ use bridge_common::pool::{
     LEASE_CONNECTING, LEASE_FILE_CLOSED, LEASE_FRESH, LEASE_HELD, LEASE_TCP_CLOSED, LEASE_TIME_WAIT,
     LEASE_TIMESTAMPS, Lease, counter,
     slots::{self, Seat},
+    uses::SOCKET,
 };
 use bridge_common::protocol::TCP;
 use bridge_ebpf::atomic::{fetch_and, fetch_or};
@@ -26,6 +27,7 @@ use crate::{
     rest::{avoid, rest},
     sock::lease,
     tables::{Maps, pool_put_back, pool_unclaim},
+    uses::{add, end_bound},
 };
 
 // States of TCP (include/net/tcp_states.h).
@@ -53,6 +55,7 @@ static POOL_REST_NS: Global<u64> = Global::new(0);
 pub(crate) fn pool_release(ctx: SockContext) -> i32 {
     let lease = lease(ctx.sock);
     if !lease.is_null() {
+        end_bound(lease);
         // SAFETY: the storage of the socket of the context; fields of the context are checked by the verifier.
         let (before, state, protocol) = unsafe {
             let before = fetch_or(&raw mut (*lease).state, LEASE_FILE_CLOSED);
@@ -130,8 +133,10 @@ pub(crate) extern "C" fn give_back(lease: *mut Lease) {
     }
     if let Some(config) = POOL_CONFIG.get(0) {
         // SAFETY: as above.
-        let tcp = unsafe { (*lease).destination.protocol() } == TCP;
+        let protocol = unsafe { (*lease).destination.protocol() };
+        let tcp = protocol == TCP;
         count(counter::RELEASES);
+        add(index, protocol, SOCKET.wrapping_neg());
         let silent = tcp && before & LEASE_CONNECTING == 0;
         if silent && before & LEASE_FRESH != 0 {
             // No packet has left from the port: it is as free as it was.
@@ -182,7 +187,7 @@ unsafe fn note_source(ctx: &SockOpsContext, lease: *mut Lease) {
 
 /// Whether a socket is a subflow of MPTCP: the kernel's own, without a descriptor whose end [`pool_release`] would see.
 #[inline(always)]
-fn is_subflow(socket: *mut bpf_sock) -> bool {
+pub(crate) fn is_subflow(socket: *mut bpf_sock) -> bool {
     if POOL_HAS_MPTCP.load() == 0 || socket.is_null() {
         return false;
     }

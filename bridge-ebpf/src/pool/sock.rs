@@ -141,3 +141,10 @@ pub(crate) fn reuse_address(ctx: &SockAddrContext) {
     // SAFETY: a context of a program type that has the helper, and an option value of the size said.
     unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_REUSEADDR, ptr::from_mut(&mut on).cast(), 4) };
 }
+
+/// Replaces the port of a `bind`.
+#[inline(always)]
+pub(crate) fn set_port(ctx: &SockAddrContext, port: u16) {
+    // SAFETY: a context pointer; the field is in network byte order, and this hook may write it.
+    unsafe { (*ctx.sock_addr).user_port = u32::from(port.to_be()) };
+}
