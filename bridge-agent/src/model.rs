@@ -135,6 +135,12 @@ impl PortRange {
     /// Every port there is.
     pub const ALL: Self = Self { first: 0, last: u16::MAX };
 
+    /// A single port.
+    #[must_use]
+    pub const fn one(port: u16) -> Self {
+        Self { first: port, last: port }
+    }
+
     /// Whether `port` lies in the range.
     #[must_use]
     pub const fn contains(self, port: u16) -> bool {
@@ -192,16 +198,18 @@ pub struct Topology {
     /// Interfaces that lead to the pods of this node: names, or prefixes of names that end in `+`.
     pub internal: Vec<String>,
     /// Pods of other nodes, by the interface that leads to them.
-    pub remote: Vec<RemotePods>,
+    pub remote: Vec<RoutedPods>,
+    /// Pods of this node, by the interface that routes to them lead to, if that is none of `internal`.
+    pub gateways: Vec<RoutedPods>,
     /// Tunnels that end here.
     pub tunnels: Vec<Tunnel>,
     /// Their interfaces.
     pub tunnel_interfaces: Vec<String>,
 }
 
-/// Pods of other nodes behind one interface.
+/// Pods that routes by one interface lead to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RemotePods {
+pub struct RoutedPods {
     /// The interface.
     pub interface: String,
     /// Prefixes routed by it.

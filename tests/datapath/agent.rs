@@ -102,6 +102,38 @@ fn rules_hold_are_counted_and_outlive_the_agent() -> Result<()> {
 }
 
 #[test]
+fn a_file_in_the_place_of_the_socket_does_not_leave_the_node_open() -> Result<()> {
+    let lab = Lab::builder().pods(1).build()?;
+    let _servers = servers(&lab)?;
+    let directory = lab.directory().join(&lab.b().name);
+    let socket = directory.join("agent.sock");
+    fs::create_dir_all(&socket)?;
+    let mut agent = Agent::start(&lab, lab.b(), CONFIG)?;
+    ensure!(reaches(&lab, ALLOWED)? && !reaches(&lab, DENIED)?, "beside a directory:\n{}", agent.log());
+    let refused = agent.run(&["check"]).map_err(|error| format!("{error:#}"));
+    ensure!(
+        refused.as_ref().is_err_and(|said| said.contains("is a directory") && said.contains("remove that")),
+        "{refused:?}"
+    );
+    // It listens as soon as it can.
+    fs::remove_dir(&socket)?;
+    eventually(patience(DEADLINE), || {
+        json(&agent, &["status"]).ok().filter(|status| status["running"] == true)
+    })
+    .with_context(|| agent.log())?;
+    agent.run(&["check"])?;
+
+    agent.stop()?;
+    agent.run(&["down"])?;
+    fs::write(&socket, "of another program")?;
+    agent.restart()?;
+    ensure!(reaches(&lab, ALLOWED)? && !reaches(&lab, DENIED)?, "beside a file:\n{}", agent.log());
+    agent.stop()?;
+    ensure!(fs::read_to_string(&socket)? == "of another program", "the agent has touched the file");
+    Ok(())
+}
+
+#[test]
 fn a_reload_takes_effect_and_a_bad_one_changes_nothing() -> Result<()> {
     let lab = Lab::builder().pods(1).build()?;
     let _servers = servers(&lab)?;

@@ -110,7 +110,8 @@ fn a_start_that_fails_leaves_nothing() -> Result<()> {
     let pins = pins(&lab)?;
     let absurd = Options { flows: u32::MAX, ..options(&pins) };
     let error = load(&lab, &absurd).unwrap_err().to_string();
-    assert!(error.contains("flows"), "{error}");
+    // Whichever of the tables of flows is made first.
+    assert!(["flows", "overflow"].iter().any(|table| error.contains(table)), "{error}");
     assert!(!pins.directory().exists(), "maps are left");
     load(&lab, &options(&pins))?;
     Ok(())
@@ -123,7 +124,7 @@ fn a_table_that_is_pinned_keeps_its_size_and_its_flows() -> Result<()> {
     drop(load(&lab, &options(&pins))?);
     let larger = Options { flows: 8192, ..options(&pins) };
     let datapath = load(&lab, &larger)?;
-    // Half as many of other protocols than TCP.
-    assert_eq!(datapath.maps.count_flows()?.established_capacity, 4096 + 2048);
+    // Half as many of other protocols than TCP, a sixteenth beyond the shares.
+    assert_eq!(datapath.maps.count_flows()?.established_capacity, 4096 + 2048 + 256);
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod audit;
 mod fast_path;
+mod gateway;
 mod icmp;
 mod masquerade;
 mod node_ports;

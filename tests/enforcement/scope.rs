@@ -60,30 +60,33 @@ fn what_is_out_of_scope_is_untouched() -> Result<()> {
 fn a_node_whose_routes_lead_to_no_interface_of_pods_is_not_ready() -> Result<()> {
     let lab = Lab::builder().build()?;
     let b = lab.b();
-    for engines in ["[ebpf]", "[iptables]", "[nftables]"] {
+    // As Cilium has it, by another name: IPv6 without a gateway, IPv4 by an address of the node itself.
+    let routes = ["fd20:1:0:0:8000::/65 dev plugin_host", "10.200.1.128/25 via 10.200.1.200 dev plugin_host"];
+    let cases = ["[ebpf]", "[iptables]", "[nftables]"].into_iter().flat_map(|e| routes.map(|r| (e, r)));
+    for (engines, route) in cases {
         const INTERFACES: &str = "interfaces: {external: [eth0], internal: [\"cali*\"]}";
         let named = config("", USUAL_RULES).replace("[ebpf]", engines);
         let by_routes = named.replace(INTERFACES, "interfaces: {external: [eth0]}");
         let mut agent = Agent::start(&lab, b, &by_routes)?;
         agent.run(&["status", "--ready"]).context(engines)?;
-        // As Cilium has it, whose programs bring packets from there to the pods.
-        b.netns.ip("link add cilium_host type veth peer name cilium_net")?;
-        b.netns.ip("link set cilium_net up")?;
-        b.netns.ip("link set cilium_host up")?;
-        b.netns.ip("route add 10.200.1.128/25 dev cilium_host")?;
+        b.netns.ip("link add plugin_host type veth peer name plugin_net")?;
+        b.netns.ip("link set plugin_net up")?;
+        b.netns.ip("link set plugin_host up")?;
+        b.netns.ip("address add 10.200.1.200/32 dev plugin_host")?;
+        b.netns.ip(&format!("route add {route}"))?;
         let why = eventually(DEADLINE, || {
             agent.run(&["status", "--ready"]).err().map(|error| format!("{error:#}"))
         });
-        let why = why.with_context(|| format!("{engines}: ready"))?;
+        let why = why.with_context(|| format!("{engines}, {route}: ready"))?;
         ensure!(
-            why.contains("cilium_host") && why.contains("enforcement.interfaces.internal"),
-            "{engines}: {why}"
+            why.contains("plugin_host") && why.contains("enforcement.interfaces.internal"),
+            "{engines}, {route}: {why}"
         );
         agent.reload(&named)?;
         let ready = eventually(DEADLINE, || agent.run(&["status", "--ready"]).ok());
         ready.with_context(|| format!("{engines}: not ready"))?;
         drop(agent);
-        b.netns.ip("link delete cilium_host")?;
+        b.netns.ip("link delete plugin_host")?;
     }
     Ok(())
 }

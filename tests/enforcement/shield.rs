@@ -130,6 +130,8 @@ fn refusals_and_events_stay_as_they_are_without_it() -> Result<()> {
     is_shielded(&agent, &lab)?;
     for family in Family::BOTH {
         let to = lab.c1().at(family, DENIED);
+        // The second of the flood before ends on each CPU.
+        std::thread::sleep(SECOND);
         for _ in 0..20 {
             let attempt = tcp::Client::new(&lab.a().netns).connect(to)?.split().1;
             ensure!(attempt.refused(), "TCP: {attempt}");

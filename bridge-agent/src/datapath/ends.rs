@@ -25,6 +25,13 @@ pub struct Ended(FlowKey);
 /// One end of a connection: address, and port in host byte order.
 pub type End = (IpAddr, u16);
 
+/// Returns the initiator and the responder of a flow.
+pub(super) fn ends(key: &FlowKey, initiator: u8) -> (End, End) {
+    let low = (IpAddr::from(key.low), u16::from_be_bytes(key.low_port));
+    let high = (IpAddr::from(key.high), u16::from_be_bytes(key.high_port));
+    if initiator == END_LOW { (low, high) } else { (high, low) }
+}
+
 /// A connection that goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unended {
@@ -77,9 +84,7 @@ impl Maps {
         use bridge_common::filter::flow::Flow;
         let flow: Option<Flow> = bpf::lookup(bpf::fd(&self.flows), key).map_err(Error::map("flows"))?;
         let Some(flow) = flow.filter(|flow| flow.state == state::ESTABLISHED) else { return Ok(None) };
-        let low = (IpAddr::from(key.low), u16::from_be_bytes(key.low_port));
-        let high = (IpAddr::from(key.high), u16::from_be_bytes(key.high_port));
-        let (initiator, responder) = if flow.initiator == END_LOW { (low, high) } else { (high, low) };
+        let (initiator, responder) = ends(key, flow.initiator);
         let outbound = flow.direction == direction::OUTBOUND;
         let (pod, peer) = if outbound { (initiator, responder) } else { (responder, initiator) };
         Ok(Some(Unended { outbound, pod, peer, protocol: key.protocol }))

@@ -42,6 +42,14 @@ pub enum Error {
     /// There is nothing under the pin root.
     #[error("bridge does not run here: nothing is pinned under {}. Start it with `bridge-agent run`, or name the pins with --pin-root", .0.display())]
     NotRunning(PathBuf),
+    /// Pins are there, and not all of them: eBPF is being loaded, or a load was cut off.
+    #[error("eBPF is not loaded yet: map {map} is not pinned under {}; try again, or see the log of the agent", root.display())]
+    Incomplete {
+        /// The pin root.
+        root: PathBuf,
+        /// The first map that is missing.
+        map: &'static str,
+    },
     /// The kernel lacks something that the packet path needs.
     #[error("the kernel lacks {feature}: {remedy}")]
     Kernel {

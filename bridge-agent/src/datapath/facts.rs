@@ -24,7 +24,10 @@ impl Maps {
     pub fn usable_flow(&self, half_open: bool, key: &FlowKey) -> Result<Option<Flow>> {
         let [.., unanswered] = self.flow_tables();
         let (name, map) = if half_open { unanswered } else { self.established_table(key) };
-        let flow: Option<Flow> = bpf::lookup(bpf::fd(map), key).map_err(Error::map(name))?;
+        let mut flow: Option<Flow> = bpf::lookup(bpf::fd(map), key).map_err(Error::map(name))?;
+        if flow.is_none() && !half_open {
+            flow = self.overflowed(key)?;
+        }
         let settings = self.active_settings()?;
         Ok(flow.filter(|flow| is_usable(flow, &settings, now())))
     }

@@ -12,7 +12,7 @@ use bridge_common::{
     filter::{
         control::{SLOTS, Settings},
         fast_path::{Control, Lease, Outcome, ticks},
-        flow::{END_LOW, Flow, FlowKey, flag, state},
+        flow::{Flow, FlowKey, flag, state},
         flow_cache::stamp_of,
         policy::{RuleInfo, direction},
     },
@@ -23,6 +23,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    ends::ends,
     error::{Error, Result},
     maps::{Maps, now},
 };
@@ -170,8 +171,8 @@ pub fn protocol_of(text: &str) -> Option<String> {
     const NAMES: [&str; 5] = ["icmp", "tcp", "udp", "icmpv6", "sctp"];
     let text = text.to_ascii_lowercase();
     match text.parse::<u8>() {
-        Ok(number) => Some(protocol_name(number)),
-        Err(_) => NAMES.contains(&text.as_str()).then_some(text),
+        Ok(number) if number.to_string() == text => Some(protocol_name(number)),
+        _ => NAMES.contains(&text.as_str()).then_some(text),
     }
 }
 
@@ -180,7 +181,7 @@ pub fn protocol_of(text: &str) -> Option<String> {
 pub enum InvalidFilter {
     #[error("{0:?} is no protocol; write tcp, udp, sctp, icmp, icmpv6, or a number from 0 to 255")]
     Protocol(String),
-    #[error("{given:?} is none of {}", .known.join(", "))]
+    #[error("{given:?} is not known here; write one of {}", .known.join(", "))]
     Name { given: String, known: &'static [&'static str] },
     #[error("port 0 is no port; write one from 1 to 65535")]
     Port,
@@ -287,16 +288,25 @@ impl Maps {
             return Ok(0);
         }
         let settings = self.active_settings()?;
-        let mut removed = 0;
+        let stamp = self.shares.last_overflow();
+        let (mut removed, mut count) = (0, self.shares.count());
         for (name, map) in self.flow_tables() {
-            let mut expired = Vec::new();
+            let (mut expired, mut alive) = (Vec::new(), 0);
             let start = now();
             bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
                 if is_expired(&flow, &settings, start) {
                     expired.push(key);
+                    return;
+                }
+                alive += 1;
+                if matches!(name, "flows" | "other_flows") {
+                    count.add(&key, &flow);
                 }
             })
             .map_err(Error::map(name))?;
+            if name == "overflow" && alive == 0 {
+                self.shares.end_overflow(stamp);
+            }
             for key in expired {
                 if ended.load(Ordering::Relaxed) {
                     return Ok(removed);
@@ -308,6 +318,7 @@ impl Maps {
                 }
             }
         }
+        self.shares.replace(&count);
         Ok(removed)
     }
 
@@ -327,15 +338,17 @@ impl Maps {
             let capacity = map.info().map_err(Error::aya_map(name))?.max_entries();
             Ok((count, capacity))
         };
-        let [connections, others, half_open] = self.flow_tables().map(|(name, map)| count(name, map));
-        let ((connections, capacity), (others, others_capacity)) = (connections?, others?);
-        let (half_open, half_open_capacity) = half_open?;
-        Ok(FlowCounts {
-            established: connections + others,
-            established_capacity: capacity + others_capacity,
-            half_open,
-            half_open_capacity,
-        })
+        let mut counts = FlowCounts::default();
+        for (name, map) in self.flow_tables() {
+            let (alive, capacity) = count(name, map)?;
+            let (sum, room) = match name {
+                "half_open" => (&mut counts.half_open, &mut counts.half_open_capacity),
+                _ => (&mut counts.established, &mut counts.established_capacity),
+            };
+            *sum += alive;
+            *room += capacity;
+        }
+        Ok(counts)
     }
 
     /// Inserts flows that the kernel side has not seen begin. Known entries stay unchanged, except flows that it
@@ -348,6 +361,9 @@ impl Maps {
         const BPF_NOEXIST: u64 = 1;
         let mut seeded = 0;
         for (key, flow) in flows {
+            if self.overflowed(key)?.is_some() {
+                continue;
+            }
             let (name, map) = self.established_table(key);
             match bpf::update(bpf::fd(map), key, flow, BPF_NOEXIST) {
                 Ok(()) => seeded += 1,
@@ -372,14 +388,27 @@ impl Maps {
         }
     }
 
-    /// TCP connections, flows of other protocols, flows that wait for a reply.
-    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 3] {
-        [("flows", &self.flows), ("other_flows", &self.other_flows), ("half_open", &self.half_open)]
+    /// TCP connections, flows of other protocols, those beyond the share of their initiator, flows that wait for a reply.
+    pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 4] {
+        [
+            ("flows", &self.flows),
+            ("other_flows", &self.other_flows),
+            ("overflow", &self.overflow),
+            ("half_open", &self.half_open),
+        ]
     }
 
-    /// The table of an established flow.
+    /// The flow beyond the share of its initiator with this key.
+    pub(super) fn overflowed(&self, key: &FlowKey) -> Result<Option<Flow>> {
+        if self.shares.last_overflow() == 0 {
+            return Ok(None);
+        }
+        bpf::lookup(bpf::fd(&self.overflow), key).map_err(Error::map("overflow"))
+    }
+
+    /// The table of an established flow within the share of its initiator.
     pub(super) fn established_table(&self, key: &FlowKey) -> (&'static str, &MapData) {
-        let [connections, others, _] = self.flow_tables();
+        let [connections, others, ..] = self.flow_tables();
         if key.protocol == protocol::TCP { connections } else { others }
     }
 }
@@ -393,15 +422,18 @@ pub fn is_usable(flow: &Flow, settings: &Settings, now: u64) -> bool {
 
 /// As the kernel side sees it when it looks the flow up.
 fn is_expired(flow: &Flow, settings: &Settings, now: u64) -> bool {
+    time_left(flow, settings, now).is_none()
+}
+
+/// For how long a flow may go on to be silent, in nanoseconds; `None`: it has expired.
+pub(super) fn time_left(flow: &Flow, settings: &Settings, now: u64) -> Option<u64> {
     let timeout = settings.timeouts.get(usize::from(flow.state)).copied().unwrap_or(0);
-    now.saturating_sub(flow.last_seen) > timeout
+    timeout.checked_sub(now.saturating_sub(flow.last_seen))
 }
 
 fn view(key: &FlowKey, flow: &Flow, names: &RuleNames, fast: Control, now: u64) -> FlowView {
     const SECOND: u64 = 1_000_000_000;
-    let low = (IpAddr::from(key.low), u16::from_be_bytes(key.low_port));
-    let high = (IpAddr::from(key.high), u16::from_be_bytes(key.high_port));
-    let (source, destination) = if flow.initiator == END_LOW { (low, high) } else { (high, low) };
+    let (source, destination) = ends(key, flow.initiator);
     let name =
         |names: &[&str], number: u8| names.get(usize::from(number)).map_or("?".into(), ToString::to_string);
     FlowView {
@@ -442,6 +474,8 @@ fn fast_path(key: &FlowKey, flow: &Flow, fast: Control, now: u64) -> Option<Outc
 
 #[cfg(test)]
 mod tests {
+    use bridge_common::filter::flow::END_LOW;
+
     use super::*;
     use bridge_common::filter::{fast_path::protocols, flow::END_HIGH};
 

@@ -58,12 +58,12 @@ impl Datapath {
     }
 
     fn ability(&self, target: &Target, own: &[(Hook, u32)]) -> Result<u32> {
-        if target.fast_path == 0 {
+        if target.fast_path == 0 || target.role == Role::Gateway {
             return Ok(0);
         }
         let (ingress, egress) = match target.role {
             Role::External => (Hook::ExternalIngress, Hook::ExternalEgress),
-            Role::Internal | Role::Bridge => (Hook::InternalIngress, Hook::InternalEgress),
+            Role::Internal | Role::Bridge | Role::Gateway => (Hook::InternalIngress, Hook::InternalEgress),
             // Packets to the pod leave by the bridge.
             Role::Port => (Hook::InternalIngress, Hook::InternalIngress),
         };

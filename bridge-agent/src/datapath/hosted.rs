@@ -89,14 +89,14 @@ impl Datapath {
         Ok(())
     }
 
-    /// Notes for each port of a bridge which families of addresses it is bound to.
+    /// Notes for each interface of a pod which families of addresses it is bound to.
     fn bind(&mut self, pods: &BTreeMap<IpAddr, u32>, targets: &[Target]) -> Result<()> {
         let mut families: BTreeMap<u32, u32> = BTreeMap::new();
         for (address, interface) in pods {
             let family = if address.is_ipv4() { family::V4 } else { family::V6 };
             *families.entry(*interface).or_default() |= family;
         }
-        for target in targets.iter().filter(|target| target.role == Role::Port) {
+        for target in targets.iter().filter(|target| matches!(target.role, Role::Internal | Role::Port)) {
             let bound = families.get(&target.index).copied().unwrap_or(0);
             let Ok(known) = self.maps.interfaces.get(&target.index, 0) else { continue };
             if known.bound != bound {

@@ -81,7 +81,7 @@ const FLOW_CACHE: &str = "flow_cache";
 const ADDRESS_CACHE: &str = "address_cache";
 
 /// Maps whose size the configuration sets.
-const SIZED: [&str; 3] = ["flows", "other_flows", "half_open"];
+const SIZED: [&str; 4] = ["flows", "other_flows", "half_open", "overflow"];
 
 /// The sizes of the caches of each CPU.
 #[derive(Clone, Copy, Debug)]
@@ -144,6 +144,7 @@ impl Datapath {
             (SIZED[0], options.flows),
             (SIZED[1], other_flows),
             (SIZED[2], options.half_open),
+            (SIZED[3], (options.flows / 16).max(1)),
         ]);
         check_pins(&pins, &object, &sizes)?;
         pins.prepare_directories()?;
@@ -177,6 +178,11 @@ impl Datapath {
         crate::fault::point("load:programs");
         let templates = Templates::new(&mut object)?;
         let maps = Maps::open(&pins)?;
+        let capacity = |name, map: &MapData| -> Result<u32> {
+            Ok(map.info().map_err(Error::aya_map(name))?.max_entries())
+        };
+        maps.shares
+            .set_limits([capacity("flows", &maps.flows)?, capacity("other_flows", &maps.other_flows)?]);
         let tcx = options.mechanism == Mechanism::Best && has_tcx();
         let mut guard = PinGuard::default();
         guard.keep_all(pins.directory())?;

@@ -24,6 +24,7 @@ use super::{
     error::{Error, Result},
     fast_path::FastPath,
     pins::Pins,
+    shares::Shares,
 };
 
 /// The tables that a policy is made of, each of which has an inner map per slot.
@@ -83,7 +84,9 @@ pub struct Maps {
     pub(super) outer: Vec<ArrayOfMaps<MapData>>,
     pub(super) flows: MapData,
     pub(super) other_flows: MapData,
+    pub(super) overflow: MapData,
     pub(super) half_open: MapData,
+    pub(super) shares: Shares,
     pub(super) flow_stamps: SharedCounters,
     fast_path: FastPath,
     pub(super) outcomes: PerCpuArray<MapData, Outcomes>,
@@ -98,7 +101,7 @@ pub struct Maps {
 }
 
 /// Tables that packets or interfaces fill. Those of a policy are made as large as it needs.
-const FILLED: [&str; 5] = ["flows", "other_flows", "half_open", "fragments", "interfaces"];
+const FILLED: [&str; 6] = ["flows", "other_flows", "overflow", "half_open", "fragments", "interfaces"];
 
 /// How full a map is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,13 +139,23 @@ impl Maps {
     ///
     /// # Errors
     ///
-    /// [`Error::NotRunning`] if there are none, [`Error::Map`] if one is missing or may not be opened.
+    /// [`Error::NotRunning`] if there are none, [`Error::Incomplete`] if one is missing, [`Error::Map`] if one may not be
+    /// opened.
     pub fn open(pins: &Pins) -> Result<Self> {
         match pins.map("control").try_exists() {
             Ok(true) => {}
             Ok(false) => return Err(Error::NotRunning(pins.root().to_owned())),
             Err(error) => return Err(Error::path("looking at", pins.directory())(error)),
         }
+        Self::open_all(pins).map_err(|error| match error {
+            Error::Map { map, source } if source.kind() == std::io::ErrorKind::NotFound => {
+                Error::Incomplete { root: pins.root().to_owned(), map }
+            }
+            error => error,
+        })
+    }
+
+    fn open_all(pins: &Pins) -> Result<Self> {
         let control = SharedWord::new(data(pins, "control")?.fd(), 0).map_err(Error::map("control"))?;
         Ok(Self {
             control,
@@ -151,7 +164,9 @@ impl Maps {
             outer: Table::ALL.into_iter().map(|table| typed(pins, table.name())).collect::<Result<_>>()?,
             flows: data(pins, "flows")?,
             other_flows: data(pins, "other_flows")?,
+            overflow: data(pins, "overflow")?,
             half_open: data(pins, "half_open")?,
+            shares: Shares::open(&data(pins, "shares")?)?,
             flow_stamps: SharedCounters::new(data(pins, "flow_stamps")?.fd(), STAMPS)
                 .map_err(Error::map("flow_stamps"))?,
             fast_path: FastPath::open(&data(pins, "fast_path")?)?,

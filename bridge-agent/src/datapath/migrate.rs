@@ -47,7 +47,7 @@ impl Datapath {
     pub fn migrate_flows(&self) -> Result<usize> {
         let mut migrated = 0;
         for version in self.predecessors()? {
-            for table in ["flows", "other_flows"] {
+            for table in ["flows", "other_flows", "overflow"] {
                 migrated += migrate::<FlowKey, Flow>(&version, table, |key, mut flow| {
                     forget_rule(&mut flow);
                     flow.flags |= flag::SEEDED;

@@ -4,6 +4,7 @@
 //! Packets are judged without it: maps and links are pinned and need no process. [`Datapath`] changes them, in one process
 //! at a time; [`Maps`] reads them, in any number.
 
+mod alive;
 mod attach;
 mod change;
 mod clsact;
@@ -24,10 +25,12 @@ mod maps;
 mod migrate;
 pub mod object;
 mod pins;
+mod shares;
 mod shield;
 mod tables;
 
 pub use crate::model::{Hook, Role, Target};
+pub use alive::Alive;
 pub use attach::order::{Displaced, Displacement};
 pub use change::{Action, Change};
 pub use counters::{OutcomeCount, ReasonCount, RuleCount};

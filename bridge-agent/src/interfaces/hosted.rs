@@ -6,13 +6,14 @@ use std::{
 };
 
 use super::{Device, Selection, Snapshot};
+use crate::model::{Role, Target};
 
 /// IPv6 addresses of one pod, at most.
 const ADDRESSES_V6: usize = 4;
 
 /// The pods of this node. An address stays bound to its interface for as long as the interface exists, also while that is
-/// down and has no routes, unless another one gets its route. Of a port of a bridge that is the first address that is seen
-/// there: a pod that takes the link layer address of another one, and with it its place in the forwarding table of the
+/// down and has no routes, unless another one gets its route. Of a port of a bridge, and of an interface behind a gateway, that
+/// is the first address that is seen there: a pod that takes the link layer address of another one, and with it its place in the forwarding table of the
 /// bridge, gets neither its address nor a second one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bindings(BTreeMap<IpAddr, u32>);
@@ -27,8 +28,9 @@ impl Bindings {
     /// Follows a change of the node. Returns the addresses that were not bound because their port has others.
     fn update(&mut self, selection: &Selection, snapshot: &Snapshot) -> BTreeSet<(IpAddr, u32)> {
         let is_port = |index: &u32| {
-            let upper = snapshot.links.get(index).and_then(|link| snapshot.links.get(&link.upper));
-            upper.is_some_and(|upper| upper.device == Device::Bridge)
+            let Some(link) = snapshot.links.get(index) else { return false };
+            let upper = snapshot.links.get(&link.upper);
+            upper.map_or(link.upper == 0, |upper| upper.device == Device::Bridge)
         };
         let mut refused = BTreeSet::new();
         self.0.retain(|_, interface| snapshot.links.contains_key(interface));
@@ -60,9 +62,19 @@ pub struct Hosted {
     pub refused: BTreeSet<(IpAddr, u32)>,
 }
 
+impl Hosted {
+    /// Whether the address of a pod behind a gateway is unknown yet: its appearance is notified in the namespace of the pod only.
+    #[must_use]
+    pub fn is_to_be_polled(&self, targets: &[Target]) -> bool {
+        let is_unknown = |target: &&Target| !self.pods.values().any(|index| *index == target.index);
+        targets.iter().any(|target| target.role == Role::Gateway)
+            && targets.iter().filter(|target| target.role == Role::Internal).any(|target| is_unknown(&target))
+    }
+}
+
 impl Selection {
-    /// Returns the pods of this node: those that a route of their own leads to, without a gateway, and those at ports of
-    /// bridges.
+    /// Returns the pods of this node: those that a route of their own leads to, without a gateway, and those seen at an
+    /// interface.
     #[must_use]
     pub fn hosted(&self, snapshot: &Snapshot, bindings: &mut Bindings) -> Hosted {
         let refused = bindings.update(self, snapshot);

@@ -110,7 +110,7 @@ pub struct Snapshot {
     pub addresses: BTreeSet<IpAddr>,
     /// Those that matter to a [`Selection`].
     pub routes: Vec<Route>,
-    /// Hosts at ports of bridges: address and port, in ascending order.
+    /// Hosts at ports of bridges, and pods behind gateways: address and interface, in ascending order.
     pub stations: BTreeSet<(IpAddr, u32)>,
 }
 
@@ -238,11 +238,8 @@ impl Selection {
         } else {
             by_name(&self.external, snapshot, &mut chosen.remarks)
         };
-        let internal: BTreeSet<u32> = if self.internal.is_empty() {
-            self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot)).collect()
-        } else {
-            by_name(&self.internal, snapshot, &mut chosen.remarks)
-        };
+        let gateways = self.gateways(snapshot);
+        let internal = self.internal(snapshot, &gateways, &mut chosen.remarks);
         if external.is_empty() {
             chosen
                 .remarks
@@ -255,7 +252,7 @@ impl Selection {
                 links.filter(|(_, link)| patterns.iter().any(|pattern| pattern.as_str() == link.name));
             chosen.named.extend(exact.map(|(index, link)| (index, link.name.clone())));
         }
-        let mut roles = BTreeMap::new();
+        let mut roles: BTreeMap<u32, Role> = gateways.iter().map(|index| (*index, Role::Gateway)).collect();
         for index in &internal {
             let bridge = snapshot.links.get(index).is_some_and(|link| link.device == Device::Bridge);
             roles.insert(*index, if bridge { Role::Bridge } else { Role::Internal });
@@ -266,7 +263,7 @@ impl Selection {
         }
         // An interface that leads to both is the LAN's: its pods are on other nodes, or at ports of their own.
         roles.extend(external.iter().map(|index| (*index, Role::External)));
-        for index in self.tunnels_to_pods(snapshot) {
+        for index in self.tunnels_to_pods(snapshot, &gateways) {
             roles.entry(index).or_insert(Role::External);
         }
         for (index, role) in roles {
@@ -292,38 +289,75 @@ impl Selection {
 }
 
 impl Selection {
-    /// Returns why routes do not show the interfaces of pods, if so: they lead to a veth pair with both ends on this node,
-    /// such as `cilium_host`, from which programs of the network plugin bring packets to the pods.
+    /// Returns the interfaces that routes to pods lead to, and that are no pod's: one end of a veth pair with both ends on
+    /// this node, such as `cilium_host`, from which programs of the network plugin bring packets to the pods.
+    fn gateways(&self, snapshot: &Snapshot) -> BTreeSet<u32> {
+        let is_gateway = |link: &Link| link.device == Device::Veth && !link.reaches_out && link.upper == 0;
+        let indexes = self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot));
+        indexes.filter(|index| snapshot.links.get(index).is_some_and(is_gateway)).collect()
+    }
+
+    /// Returns the interfaces of pods: those with the configured names, else those that routes lead to and those behind
+    /// known `gateways`.
+    fn internal(
+        &self,
+        snapshot: &Snapshot,
+        gateways: &BTreeSet<u32>,
+        remarks: &mut Vec<String>,
+    ) -> BTreeSet<u32> {
+        if !self.internal.is_empty() {
+            return by_name(&self.internal, snapshot, remarks);
+        }
+        let mut indexes: BTreeSet<u32> =
+            self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot)).collect();
+        for gateway in gateways {
+            let Some(prefix) = snapshot.links.get(gateway).and_then(|link| behind(&link.name)) else {
+                continue;
+            };
+            indexes.remove(gateway);
+            let of_pods = snapshot.links.iter().filter(|(_, link)| link.name.starts_with(prefix));
+            indexes.extend(of_pods.map(|(index, _)| *index));
+        }
+        indexes
+    }
+
+    /// Returns why the interfaces of pods are unknown, if so: routes lead to a gateway of an unknown network plugin.
     #[must_use]
     pub fn misled(&self, snapshot: &Snapshot) -> Option<String> {
         if !self.internal.is_empty() {
             return None;
         }
-        let indexes: BTreeSet<u32> =
-            self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot)).collect();
-        let links = indexes.iter().filter_map(|index| snapshot.links.get(index));
-        let here = links.filter(|link| link.device == Device::Veth && !link.reaches_out && link.upper == 0);
-        let names: Vec<&str> = here.map(|link| link.name.as_str()).collect();
+        let gateways = self.gateways(snapshot);
+        let links = gateways.iter().filter_map(|index| snapshot.links.get(index));
+        let unknown = links.filter(|link| behind(&link.name).is_none());
+        let names: Vec<&str> = unknown.map(|link| link.name.as_str()).collect();
         (!names.is_empty()).then(|| {
             format!(
                 "routes to pods lead to {}, whose other end is on this node too, so the pods are behind interfaces that are not judged; \
-                 name those in enforcement.interfaces.internal, such as [\"lxc*\"] with Cilium",
+                 name those in enforcement.interfaces.internal, such as [\"lxc*\"]",
                 names.join(", ")
             )
         })
     }
 
     /// Returns the tunnels that lead to pods of other nodes.
-    fn tunnels_to_pods(&self, snapshot: &Snapshot) -> BTreeSet<u32> {
+    fn tunnels_to_pods(&self, snapshot: &Snapshot, gateways: &BTreeSet<u32>) -> BTreeSet<u32> {
         let is_tunnel = |index: &u32| snapshot.links.get(index).is_some_and(|link| link.tunnel.is_some());
         snapshot
             .routes
             .iter()
             .filter(|route| self.pod_networks.iter().any(|net| net.contains(&route.to)))
             .flat_map(|route| route.hops.iter().map(|(index, _)| *index))
+            // Programs take packets from a gateway to a tunnel, too.
+            .chain(snapshot.links.keys().copied().filter(|_| !gateways.is_empty()))
             .filter(is_tunnel)
             .collect()
     }
+}
+
+/// Returns the prefix of the names of the pods' interfaces, if `gateway` belongs to a known network plugin.
+fn behind(gateway: &str) -> Option<&'static str> {
+    (gateway == "cilium_host").then_some("lxc")
 }
 
 /// Returns the ports of a bridge.

@@ -1,8 +1,13 @@
 //! Reads and watches interfaces through rtnetlink(7).
 
-use std::{collections::BTreeSet, io, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
+use netlink_packet_core::DefaultNla;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressMessage},
@@ -39,9 +44,11 @@ impl Observer {
     /// Those of the kernel.
     pub fn snapshot(&mut self, selection: &Selection) -> io::Result<Snapshot> {
         let mut snapshot = Snapshot::default();
+        let mut far_ends = FarEnds::new();
         for message in self.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))? {
             if let RouteNetlinkMessage::NewLink(link) = message {
                 snapshot.links.extend(link_of(&link));
+                far_ends.extend(far_end_of(&link));
             }
         }
         for message in self.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
@@ -62,12 +69,42 @@ impl Observer {
                 request.header.address_family = family;
                 for message in self.dump(&RouteNetlinkMessage::GetRoute(request))? {
                     if let RouteNetlinkMessage::NewRoute(route) = message {
-                        snapshot.routes.extend(route_of(&route).filter(|route| selection.concerns(route.to)));
+                        let route = route_of(&route, &snapshot.addresses);
+                        snapshot.routes.extend(route.filter(|route| selection.concerns(route.to)));
                     }
                 }
             }
         }
+        if !selection.gateways(&snapshot).is_empty() {
+            far_ends.retain(|_, near| snapshot.links.get(near).is_some_and(|link| link.upper == 0));
+            self.read_far_ends(&far_ends, &mut snapshot)?;
+        }
         Ok(snapshot)
+    }
+
+    /// Reads the addresses of pods in their own namespaces: where routes lead to a gateway, no table of this one has them.
+    fn read_far_ends(&mut self, far_ends: &FarEnds, snapshot: &mut Snapshot) -> io::Result<()> {
+        let namespaces: BTreeSet<i32> = far_ends.keys().map(|(namespace, _)| *namespace).collect();
+        for (namespace, family) in namespaces.iter().flat_map(|namespace| {
+            [AddressFamily::Inet, AddressFamily::Inet6].map(|family| (*namespace, family))
+        }) {
+            let mut request = AddressMessage::default();
+            request.header.family = family;
+            let target = DefaultNla::new(IFA_TARGET_NETNSID, namespace.to_ne_bytes().into());
+            request.attributes.push(AddressAttribute::Other(target));
+            let messages = match self.dump(&RouteNetlinkMessage::GetAddress(request)) {
+                // The pod has gone meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => continue,
+                result => result?,
+            };
+            for message in messages {
+                let RouteNetlinkMessage::NewAddress(address) = message else { continue };
+                if let Some(near) = far_ends.get(&(namespace, address.header.index)) {
+                    snapshot.stations.extend(address_of(&address).map(|address| (address, *near)));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn dump(&mut self, request: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
@@ -81,6 +118,12 @@ impl Observer {
         }
     }
 }
+
+/// Interfaces of this namespace whose other end is in another one: by that namespace's id and its interface index there.
+type FarEnds = BTreeMap<(i32, u32), u32>;
+
+/// linux/if_addr.h; not in `libc`.
+const IFA_TARGET_NETNSID: u16 = 10;
 
 /// Reports when a [`Snapshot`] may have changed.
 #[derive(Debug)]
@@ -111,7 +154,7 @@ impl Watch {
             .changed(|message| match message {
                 RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
                     selection.needs_routes()
-                        && route_of(route).is_some_and(|route| selection.concerns(route.to))
+                        && route_of(route, &BTreeSet::new()).is_some_and(|route| selection.concerns(route.to))
                 }
                 RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
                     address_of(address).is_some()
@@ -150,6 +193,18 @@ fn link_of(message: &LinkMessage) -> Option<(u32, Link)> {
         })
         .unwrap_or(0);
     Some((message.header.index, Link { name, kind, loopback, device, reaches_out, unqueued, tunnel, upper }))
+}
+
+fn far_end_of(message: &LinkMessage) -> Option<((i32, u32), u32)> {
+    let (mut namespace, mut index) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::LinkNetNsId(id) => namespace = Some(*id),
+            LinkAttribute::Link(far) => index = Some(*far),
+            _ => {}
+        }
+    }
+    Some(((namespace?, index?), message.header.index))
 }
 
 fn device_of(message: &LinkMessage) -> Device {
@@ -208,7 +263,8 @@ fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     })
 }
 
-fn route_of(message: &RouteMessage) -> Option<Route> {
+/// Returns a unicast route; `own` are the addresses of this node.
+fn route_of(message: &RouteMessage, own: &BTreeSet<IpAddr>) -> Option<Route> {
     if message.header.kind != RouteType::Unicast {
         return None;
     }
@@ -224,9 +280,11 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
         match attribute {
             RouteAttribute::Destination(RouteAddress::Inet(v4)) => destination = (*v4).into(),
             RouteAttribute::Destination(RouteAddress::Inet6(v6)) => destination = (*v6).into(),
-            RouteAttribute::Oif(index) => hops.push((*index, has_gateway(&message.attributes))),
+            RouteAttribute::Oif(index) => hops.push((*index, has_gateway(&message.attributes, own))),
             RouteAttribute::MultiPath(paths) => {
-                hops.extend(paths.iter().map(|path| (path.interface_index, has_gateway(&path.attributes))));
+                hops.extend(
+                    paths.iter().map(|path| (path.interface_index, has_gateway(&path.attributes, own))),
+                );
             }
             _ => {}
         }
@@ -234,8 +292,12 @@ fn route_of(message: &RouteMessage) -> Option<Route> {
     Some(Route { to: IpNet::new(destination, length).ok()?, hops })
 }
 
-fn has_gateway(attributes: &[RouteAttribute]) -> bool {
-    attributes
-        .iter()
-        .any(|attribute| matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_)))
+/// Returns whether a route leads through another host. The kernel takes one whose gateway is an own address, such as
+/// Cilium's to its pods, as one without (`nhc_scope`, net/ipv4/fib_semantics.c).
+fn has_gateway(attributes: &[RouteAttribute], own: &BTreeSet<IpAddr>) -> bool {
+    attributes.iter().any(|attribute| match attribute {
+        RouteAttribute::Gateway(RouteAddress::Inet(v4)) => !own.contains(&IpAddr::V4(*v4)),
+        RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => true,
+        _ => false,
+    })
 }

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use super::{Selection, Snapshot, by_name, towards_lan, towards_pods};
-use crate::model::{RemotePods, Topology, Tunnel};
+use super::{Selection, Snapshot, behind, by_name, towards_lan};
+use crate::model::{RoutedPods, Topology, Tunnel};
 
 /// Interface names of network plugins, each with a suffix per pod: a rule for the prefix covers pods yet to come.
 const PREFIXES: [&str; 7] = ["cali", "veth", "lxc", "eni", "azv", "gke", "tap"];
@@ -23,28 +23,39 @@ impl Selection {
             snapshot.links.get(index).filter(|link| !link.loopback).map(|link| link.name.clone())
         };
 
+        let known_gateways = self.gateways(snapshot);
         let mut remote: BTreeMap<u32, Vec<IpNet>> = BTreeMap::new();
+        let mut gateways = remote.clone();
         for route in &snapshot.routes {
             if self.pod_networks.iter().any(|net| net.contains(&route.to)) {
-                let away = route.hops.iter().filter(|(index, gateway)| *gateway || external.contains(index));
-                away.for_each(|(index, _)| remote.entry(*index).or_default().push(route.to));
+                for (index, gateway) in &route.hops {
+                    if *gateway || external.contains(index) {
+                        remote.entry(*index).or_default().push(route.to);
+                    } else if known_gateways.contains(index) {
+                        gateways.entry(*index).or_default().push(route.to);
+                    }
+                }
             }
         }
-        let remote: Vec<RemotePods> = remote
-            .iter()
-            .filter_map(|(index, pods)| {
-                Some(RemotePods { interface: name(index)?, pods: IpNet::aggregate(pods) })
-            })
-            .collect();
+        let routed = |by: &BTreeMap<u32, Vec<IpNet>>| -> Vec<RoutedPods> {
+            by.iter()
+                .filter_map(|(index, pods)| {
+                    Some(RoutedPods { interface: name(index)?, pods: IpNet::aggregate(pods) })
+                })
+                .collect()
+        };
+        let (remote, gateways) = (routed(&remote), routed(&gateways));
 
         let external: Vec<String> = external.iter().filter_map(name).collect();
         let outward = |name: &str| {
             external.iter().any(|other| other == name) || remote.iter().any(|other| other.interface == name)
         };
         let mut internal: Vec<String> = if self.internal.is_empty() {
-            let indexes = self.pod_networks.iter().flat_map(|net| towards_pods(*net, snapshot));
-            let names = indexes.filter_map(|index| name(&index)).filter(|name| !outward(name));
-            names.map(|name| by_prefix(name, snapshot, outward)).collect()
+            let indexes = self.internal(snapshot, &known_gateways, &mut Vec::new());
+            let names = indexes.iter().filter_map(name).filter(|name| !outward(name));
+            let names = names.map(|name| by_prefix(name, snapshot, outward));
+            let behind = gateways.iter().filter_map(|gateway| behind(&gateway.interface));
+            names.chain(behind.map(|prefix| format!("{prefix}+"))).collect()
         } else {
             let names = self.internal.iter().flat_map(|pattern| match pattern.as_str().strip_suffix('*') {
                 Some(prefix) if !prefix.contains('*') => vec![format!("{prefix}+")],
@@ -68,7 +79,7 @@ impl Selection {
             .map(|link| link.name.clone())
             .collect();
         tunnel_interfaces.sort_unstable();
-        Topology { external, internal, remote, tunnels, tunnel_interfaces }
+        Topology { external, internal, remote, gateways, tunnels, tunnel_interfaces }
     }
 }
 
@@ -130,6 +141,7 @@ mod tests {
     use super::super::{Device, Link};
     use super::*;
     use crate::interfaces::Route;
+    use crate::model::Role;
 
     fn link(name: &str, tunnel: Option<Tunnel>) -> Link {
         Link {
@@ -170,9 +182,29 @@ mod tests {
     }
 
     #[test]
+    fn pods_behind_a_gateway_are_known_by_the_names_of_the_plugin() {
+        let mut snapshot = snapshot();
+        let (mut gateway, lxc) = (link("cilium_host", None), link("lxc1234", None));
+        gateway.device = Device::Veth;
+        snapshot.links.extend([(10, gateway), (11, Link { reaches_out: true, ..lxc })]);
+        let to = "10.200.8.0/24".parse().unwrap();
+        snapshot.routes.push(Route { to, hops: vec![(10, false)] });
+        let topology = selection().topology(&snapshot);
+        assert_eq!(topology.internal, ["cali+", "lxc+"]);
+        assert_eq!(topology.gateways, [RoutedPods { interface: "cilium_host".into(), pods: vec![to] }]);
+        let chosen = selection().choose(&snapshot);
+        let roles: Vec<_> = chosen.targets.iter().map(|target| (target.index, target.role)).collect();
+        assert!(roles.contains(&(10, Role::Gateway)) && roles.contains(&(11, Role::Internal)), "{roles:?}");
+        assert_eq!(chosen.misled, None);
+        // Of an unknown plugin.
+        snapshot.links.get_mut(&10).unwrap().name = "plugin_host".into();
+        assert!(selection().choose(&snapshot).misled.is_some());
+    }
+
+    #[test]
     fn pods_of_other_nodes_are_known_by_their_interface() {
         let topology = selection().topology(&snapshot());
-        let remote = |interface: &str, pods: &str| RemotePods {
+        let remote = |interface: &str, pods: &str| RoutedPods {
             interface: interface.into(),
             pods: vec![pods.parse().unwrap()],
         };
@@ -182,6 +214,7 @@ mod tests {
                 external: vec!["eth0".into()],
                 internal: vec!["cali+".into()],
                 remote: vec![remote("eth0", "10.200.3.0/24"), remote("flannel.1", "10.200.2.0/24")],
+                gateways: Vec::new(),
                 tunnels: vec![Tunnel::Udp(8472)],
                 tunnel_interfaces: vec!["flannel.1".into()],
             }

@@ -17,6 +17,8 @@ pub enum Role {
     Bridge,
     /// Towards one pod: a port of a bridge.
     Port,
+    /// Towards pods by their routes; programs of the network plugin bring packets from there to the interfaces of pods.
+    Gateway,
 }
 
 impl Role {
@@ -28,6 +30,7 @@ impl Role {
             Self::Internal => role::INTERNAL,
             Self::Bridge => role::BRIDGE,
             Self::Port => role::PORT,
+            Self::Gateway => role::GATEWAY,
         }
     }
 
@@ -40,6 +43,7 @@ impl Role {
             Self::Internal | Self::Bridge => &[Hook::InternalEgress, Hook::InternalIngress],
             // Packets to the pod leave by the bridge.
             Self::Port => &[Hook::InternalIngress],
+            Self::Gateway => &[],
         }
     }
 }

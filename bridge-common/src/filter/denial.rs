@@ -45,13 +45,6 @@ impl DenialKey {
         // SAFETY: of the same size and alignment, without padding, and any bits are words.
         unsafe { transmute::<&Self, &[u64; 5]>(self) }
     }
-
-    /// Returns the number of its set. It does not depend on the reason.
-    #[must_use]
-    #[inline(always)]
-    pub const fn set(&self) -> u32 {
-        Class(*self.words()).set()
-    }
 }
 
 /// A key but for its reason, in registers.
@@ -78,7 +71,7 @@ impl Class {
         unsafe { transmute::<[u64; 5], DenialKey>([a, b, c, d, kind]) }
     }
 
-    /// As [`DenialKey::set`].
+    /// Returns the number of its set.
     #[must_use]
     #[inline(always)]
     pub const fn set(&self) -> u32 {
@@ -131,9 +124,15 @@ pub struct Denial {
 }
 
 impl Denial {
-    /// Includes a source port, in host byte order.
+    /// Counts a connection from a source port, in host byte order.
     #[inline(always)]
-    pub const fn widen(&mut self, port: u16) {
+    pub const fn see(&mut self, now: u64, port: u16) {
+        if self.count == 0 {
+            self.first = now;
+            (self.lowest, self.highest) = (port, port);
+        }
+        self.count += 1;
+        self.last = now;
         if port < self.lowest {
             self.lowest = port;
         }
@@ -161,9 +160,9 @@ impl DenialSet {
         let words = class.0;
         self.ways.iter_mut().find(|way| {
             let known = way.key.words();
-            known[1] == words[1]
+            known[4] & KIND == words[4] & KIND
+                && known[1] == words[1]
                 && known[3] == words[3]
-                && known[4] & KIND == words[4] & KIND
                 && known[0] == words[0]
                 && known[2] == words[2]
                 && way.settled == 1
@@ -171,38 +170,42 @@ impl DenialSet {
         })
     }
 
-    /// Counts a connection; `seen` has a count of 1, and one time and one port.
+    /// Returns the entry of a class denied for one reason. One with a count of 0 is new: it is free, or the class that was not
+    /// seen for the longest time made room.
     #[inline(always)]
-    pub fn note(&mut self, seen: &Denial) {
-        let words = seen.key.words();
-        let (mut oldest, mut age) = (0, u64::MAX);
-        for (index, way) in self.ways.iter_mut().enumerate() {
+    pub fn entry(&mut self, class: Class, reason: u8) -> &mut Denial {
+        let key = class.because(reason);
+        let words = key.words();
+        let is = |way: &Denial| {
             let known = way.key.words();
-            // A free place has the time 0.
-            if way.last < age {
-                (oldest, age) = (index, way.last);
-            }
-            if known[0] == words[0]
+            // First the words that differ most: ports, host, pod.
+            known[4] == words[4]
                 && known[1] == words[1]
-                && known[2] == words[2]
                 && known[3] == words[3]
-                && known[4] == words[4]
+                && known[0] == words[0]
+                && known[2] == words[2]
                 && way.count != 0
-            {
-                way.count += 1;
-                way.last = seen.last;
-                (way.rule, way.generation, way.verdict) = (seen.rule, seen.generation, seen.verdict);
-                way.settled = seen.settled;
-                way.widen(seen.lowest);
-                return;
-            }
+        };
+        let [a, b, c, d] = &mut self.ways;
+        if is(a) {
+            return a;
         }
-        if let Some(way) = self.ways.get_mut(oldest) {
-            if way.count != 0 {
-                self.evicted += 1;
-            }
-            *way = *seen;
+        if is(b) {
+            return b;
         }
+        if is(c) {
+            return c;
+        }
+        if is(d) {
+            return d;
+        }
+        // A free place has the time 0.
+        let first = if b.last < a.last { b } else { a };
+        let second = if d.last < c.last { d } else { c };
+        let oldest = if second.last < first.last { second } else { first };
+        self.evicted += u64::from(oldest.count != 0);
+        (oldest.key, oldest.count) = (key, 0);
+        oldest
     }
 }
 
@@ -216,31 +219,18 @@ mod tests {
 
     use super::*;
 
-    fn seen(host: u8, port: u16, source_port: u16, time: u64) -> Denial {
-        Denial {
-            key: DenialKey {
-                external: Address::from_v4([192, 168, 31, host]),
-                pod: Address::from_v4([10, 200, 1, 91]),
-                port: port.to_be_bytes(),
-                protocol: 6,
-                ..DenialKey::default()
-            },
-            count: 1,
-            first: time,
-            last: time,
-            lowest: source_port,
-            highest: source_port,
-            ..Denial::default()
-        }
+    fn class(host: u8, pod: u8, port: u16) -> Class {
+        let (external, pod) = (Address::from_v4([192, 168, 31, host]), Address::from_v4([10, 200, 1, pod]));
+        Class::new(&external, &pod, port.to_be_bytes(), 6, 0)
     }
 
     #[test]
     fn connections_of_a_class_are_one_entry() {
         let mut set = DenialSet::default();
         for (time, source_port) in [(5, 70), (6, 60), (7, 80)] {
-            set.note(&seen(1, 502, source_port, time));
+            set.entry(class(1, 91, 502), 1).see(time, source_port);
         }
-        set.note(&seen(1, 503, 70, 8));
+        set.entry(class(1, 91, 503), 1).see(8, 70);
         let found: Vec<_> = set.ways.iter().filter(|way| way.count > 0).copied().collect();
         assert_eq!(found.len(), 2);
         let Denial { count, first, last, lowest, highest, .. } = found[0];
@@ -252,10 +242,14 @@ mod tests {
     fn the_class_that_was_not_seen_for_the_longest_time_makes_room() {
         let mut set = DenialSet::default();
         for port in 1..=4 {
-            set.note(&seen(1, port, 1, u64::from(port)));
+            set.entry(class(1, 91, port), 1).see(u64::from(port), 1);
         }
-        set.note(&seen(1, 1, 1, 9));
-        set.note(&seen(1, 5, 1, 10));
+        set.entry(class(1, 91, 1), 1).see(9, 1);
+        let Denial { key, count, first, lowest, .. } = *set.entry(class(1, 91, 5), 1);
+        assert_eq!((key, count, first, lowest), (class(1, 91, 5).because(1), 0, 2, 1));
+        set.entry(class(1, 91, 5), 1).see(10, 7);
+        // The same class for another reason is another entry.
+        assert_eq!(set.entry(class(1, 91, 5), 1).count, 1);
         let mut ports: Vec<u16> = set.ways.iter().map(|way| u16::from_be_bytes(way.key.port)).collect();
         ports.sort_unstable();
         assert_eq!((ports.as_slice(), set.evicted), (&[1, 3, 4, 5][..], 1));
@@ -267,7 +261,7 @@ mod tests {
         let mut sets: BTreeMap<u32, usize> = BTreeMap::new();
         for host in 1..=50 {
             for port in [22, 80, 443, 502, 4840, 8080, 9100, 44818, 102, 1883] {
-                *sets.entry(seen(host, port, 1, 1).key.set()).or_default() += 1;
+                *sets.entry(class(host, 91, port).set()).or_default() += 1;
             }
         }
         let beyond = |sets: &BTreeMap<u32, usize>| -> usize {
@@ -277,8 +271,7 @@ mod tests {
 
         sets.clear();
         for (host, pod) in (1..=10).flat_map(|host| (1..=50).map(move |pod| (host, pod))) {
-            let key = DenialKey { pod: Address::from_v4([10, 200, 1, pod]), ..seen(host, 8080, 1, 1).key };
-            *sets.entry(key.set()).or_default() += 1;
+            *sets.entry(class(host, pod, 8080).set()).or_default() += 1;
         }
         assert!(beyond(&sets) <= 5, "{} of 500 pods and hosts find no room", beyond(&sets));
     }

@@ -84,6 +84,13 @@ impl FlowKey {
             END_HIGH
         }
     }
+
+    /// The address of an end, [`END_LOW`] or [`END_HIGH`].
+    #[must_use]
+    #[inline(always)]
+    pub const fn end(&self, end: u8) -> &Address {
+        if end == END_LOW { &self.low } else { &self.high }
+    }
 }
 
 /// State of a flow: with its key and the kernel's own fields, two cache lines.

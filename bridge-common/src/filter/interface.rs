@@ -13,7 +13,7 @@ pub struct Interface {
     pub fast_path: u32,
     /// Index of the bridge that it is a port of; 0: none.
     pub upper: u32,
-    /// Of a port of a bridge, bits of [`family`]: the pod's addresses of this family are in the table of hosted addresses.
+    /// Of the interface of a pod, bits of [`family`]: the pod's addresses of this family are in the table of hosted addresses.
     pub bound: u32,
     /// 1: the inner side of a tunnel, whose outer packets come from believed nodes only. 0: not.
     pub tunnel: u32,
@@ -37,6 +37,9 @@ pub mod role {
     pub const BRIDGE: u32 = 3;
     /// A port of such a bridge: a pod is identified by it.
     pub const PORT: u32 = 4;
+    /// Routes to pods lead to it, and programs of the network plugin bring packets from there to the interfaces of the
+    /// pods. It has no programs of bridge.
+    pub const GATEWAY: u32 = 5;
 }
 
 /// Returns the key of the table of tunnels for outer packets of this IP protocol, with this UDP destination port (host byte

@@ -10,4 +10,5 @@ pub mod flow;
 pub mod flow_cache;
 pub mod interface;
 pub mod policy;
+pub mod shares;
 pub mod shield;

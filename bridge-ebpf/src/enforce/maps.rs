@@ -8,7 +8,7 @@ use bridge_common::filter::{
     address::Address,
     control::{Control, SLOTS, Settings},
     counters::Counters,
-    denial::{self, Denial, DenialSet},
+    denial::{self, DenialSet},
     event::{Event, EventBudget},
     fast_path::{self, Lease},
     flow::{Flow, FlowKey, FragmentKey},
@@ -17,6 +17,7 @@ use bridge_common::filter::{
     policy::{
         AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleHits, RuleInfo, RuleSet, direction,
     },
+    shares,
     shield::Shielded,
 };
 use bridge_ebpf::{apart, protocol};
@@ -79,6 +80,13 @@ static FLOWS: LruHashMap<FlowKey, Flow, 262_144> = LruHashMap::new();
 /// connection that is silent. The loader sets the size.
 #[btf_map(name = "other_flows")]
 static OTHER_FLOWS: LruHashMap<FlowKey, Flow, 131_072> = LruHashMap::new();
+/// Established flows of all protocols beyond the share of their initiator: see `bridge_common::filter::shares`. The loader sets
+/// the size.
+#[btf_map(name = "overflow")]
+static OVERFLOW: LruHashMap<FlowKey, Flow, 16_384> = LruHashMap::new();
+/// See `bridge_common::filter::shares`.
+#[btf_map(name = "shares")]
+static SHARES: Array<u64, { shares::LENGTH as usize }, MMAPABLE> = Array::new();
 /// Flows without a reply: apart, so that a flood of them evicts no established flow.
 #[btf_map(name = "half_open")]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new();
@@ -150,23 +158,59 @@ pub(crate) static SCRATCH: PerCpuArray<Scratch, 1> = PerCpuArray::new();
 /// Returns the established flow with this key.
 #[inline(always)]
 pub(crate) fn established(key: &FlowKey) -> Option<*mut Flow> {
-    if key.protocol == protocol::TCP {
-        return FLOWS.get_ptr_mut(key);
-    }
-    let flow = OTHER_FLOWS.get_ptr_mut(key);
-    apart();
-    flow
+    let flow = if key.protocol == protocol::TCP {
+        FLOWS.get_ptr_mut(key)
+    } else {
+        let flow = OTHER_FLOWS.get_ptr_mut(key);
+        apart();
+        flow
+    };
+    if flow.is_some() || !has_overflow() { flow } else { OVERFLOW.get_ptr_mut(key) }
 }
 
-/// Enters an established flow.
+/// Enters an established flow, whose `last_seen` is now: beyond its initiator's share in the table `overflow`.
 #[inline(always)]
 pub(crate) fn insert_established(key: &FlowKey, flow: &Flow) -> bool {
-    if key.protocol == protocol::TCP {
+    let is_tcp = key.protocol == protocol::TCP;
+    if !take_share(key, flow, is_tcp) {
+        // Before the entry: the agent sets it back when it has seen the table empty.
+        if let Some(stamp) = SHARES.get_ptr_mut(shares::STAMP) {
+            // SAFETY: a valid element; a whole word is written.
+            unsafe { stamp.write_volatile(flow.last_seen) };
+        }
+        let inserted = OVERFLOW.insert(key, flow, 0).is_ok();
+        apart();
+        return inserted;
+    }
+    if is_tcp {
         return FLOWS.insert(key, flow, 0).is_ok();
     }
     let inserted = OTHER_FLOWS.insert(key, flow, 0).is_ok();
     apart();
     inserted
+}
+
+/// Whether the initiator has room in its share of the table; counts the entry.
+#[inline(always)]
+fn take_share(key: &FlowKey, flow: &Flow, is_tcp: bool) -> bool {
+    let initiator = key.end(flow.initiator);
+    let limit = shares::LIMITS + u32::from(!is_tcp);
+    let (Some(seed), Some(limit)) = (SHARES.get(shares::SEED), SHARES.get(limit)) else { return true };
+    let Some(count) = SHARES.get_ptr_mut(shares::counter(initiator, is_tcp, *seed)) else { return true };
+    // SAFETY: a valid element. CPUs that write at the same time count one entry less, until the agent corrects it.
+    unsafe {
+        if *count >= *limit {
+            return false;
+        }
+        *count += 1;
+    }
+    true
+}
+
+/// Whether the table `overflow` has entries.
+#[inline(always)]
+fn has_overflow() -> bool {
+    SHARES.get(shares::STAMP).is_some_and(|stamp| *stamp != 0)
 }
 
 /// Removes an established flow.
@@ -176,6 +220,10 @@ pub(crate) fn remove_established(key: &FlowKey) {
         let _ = FLOWS.remove(key);
     } else {
         let _ = OTHER_FLOWS.remove(key);
+        apart();
+    }
+    if has_overflow() {
+        let _ = OVERFLOW.remove(key);
         apart();
     }
 }
@@ -193,8 +241,6 @@ pub(crate) struct Scratch {
     pub(crate) place: Place,
     pub(crate) route: Route,
     pub(crate) fragment: FragmentKey,
-    /// The class to be counted.
-    pub(crate) denial: Denial,
     pub(crate) fib: FibLookup,
 }
 

@@ -68,10 +68,8 @@ pub(crate) extern "C" fn repeat(skb: *mut __sk_buff, slot: u32, now: u64) -> i32
         direction: direction::INBOUND,
         settled: 1,
     };
-    class.count += 1;
-    class.last = now;
+    class.see(now, u16::from_be_bytes(packet.source_port));
     class.verdict = info.verdict;
-    class.widen(u16::from_be_bytes(packet.source_port));
     report::emit(skb, &active, &info);
     if answerable { verdict::answer(skb, packet) } else { DROP }
 }

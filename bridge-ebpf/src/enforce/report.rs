@@ -4,7 +4,7 @@ use aya_ebpf::bindings::__sk_buff;
 use bridge_common::filter::{
     control::Settings,
     counters::{Counter, Counters, Reason},
-    denial::{Class, Denial},
+    denial::Class,
     event::{Event, EventBudget},
     policy::direction,
 };
@@ -120,31 +120,25 @@ pub(crate) fn suppress(info: &EventInfo, active: &Active) {
 pub(crate) extern "C" fn note(info: *const EventInfo, generation: u32) -> u32 {
     // SAFETY: the caller's own, or null as far as the verifier knows.
     let Some(info) = (unsafe { info.as_ref() }) else { return 0 };
-    let Some(Scratch { packet, denial, .. }) = scratch() else { return 0 };
+    let Some(Scratch { packet, .. }) = scratch() else { return 0 };
     let is_outbound = info.direction == direction::OUTBOUND;
-    let (external, pod) =
-        if is_outbound { (packet.destination, packet.source) } else { (packet.source, packet.destination) };
+    let (external, pod) = if is_outbound {
+        (&packet.destination, &packet.source)
+    } else {
+        (&packet.source, &packet.destination)
+    };
     let has_ports = matches!(packet.protocol, protocol::TCP | protocol::UDP | protocol::SCTP);
     let source_port = if has_ports { u16::from_be_bytes(packet.source_port) } else { 0 };
     let port = if has_ports { packet.destination_port } else { [0; 2] };
-    let class = Class::new(&external, &pod, port, packet.protocol, info.direction);
-    // On the stack it would leave too little of 512 bytes on Linux 6.1.
-    *denial = Denial {
-        key: class.because(info.reason),
-        count: 1,
-        first: info.now,
-        last: info.now,
-        rule: info.rule,
-        generation,
-        lowest: source_port,
-        highest: source_port,
-        verdict: info.verdict,
-        settled: info.settled,
-        padding: [0; 2],
-    };
-    let Some(set) = DENIALS.get_ptr_mut(denial.key.set()) else { return 0 };
+    let class = Class::new(external, pod, port, packet.protocol, info.direction);
+    let Some(set) = DENIALS.get_ptr_mut(class.set()) else { return 0 };
     // SAFETY: the element is this CPU's own.
-    unsafe { &mut *set }.note(denial);
+    let entry = unsafe { &mut *set }.entry(class, info.reason);
+    entry.see(info.now, source_port);
+    entry.rule = info.rule;
+    entry.generation = generation;
+    entry.verdict = info.verdict;
+    entry.settled = info.settled;
     1
 }
 

@@ -7,7 +7,7 @@ use bridge_common::filter::{
     control::Settings,
     counters::Reason,
     flow::flag,
-    interface::{family, role, tunnel},
+    interface::{Interface, family, role, tunnel},
     policy::{AddressInfo, direction, side},
 };
 use bridge_ebpf::protocol;
@@ -79,12 +79,34 @@ pub(crate) fn leads_here(skb: *mut __sk_buff, packet: &Packet) -> bool {
     // SAFETY: only read.
     let Some(interface) = (unsafe { INTERFACES.get(&ifindex) }) else { return false };
     if interface.upper == 0 {
-        return route_of(skb, ifindex, TO_SOURCE) == ifindex;
+        return routes_to_source(skb, packet, ifindex);
     }
     // A port of a bridge, whose pod the agent does not know yet. The routing table names the bridge only; the neighbour
     // table has the pod's link layer address.
-    let family = if packet.version == 4 { family::V4 } else { family::V6 };
-    interface.bound & family == 0 && (is_neighbour_discovery(packet) || is_of_next_hop(skb, interface.upper))
+    interface.bound & family_of(packet) == 0
+        && (is_neighbour_discovery(packet) || is_of_next_hop(skb, interface.upper))
+}
+
+/// Returns the bit of [`family`] of a packet.
+#[inline(always)]
+fn family_of(packet: &Packet) -> u32 {
+    if packet.version == 4 { family::V4 } else { family::V6 }
+}
+
+/// Whether the route to the source of the packet of [`scratch`] leaves by `input`, or by a gateway whose packets a program
+/// of the network plugin brings to `input`: the tunnel to pods of other nodes, or the interface of a pod that the agent does
+/// not know yet.
+#[inline(always)]
+fn routes_to_source(skb: *mut __sk_buff, packet: &Packet, input: u32) -> bool {
+    let out = route_of(skb, input, TO_SOURCE);
+    // SAFETY: only read.
+    let interface = |index: u32| unsafe { INTERFACES.get(&index) };
+    let is_behind = |input: &Interface| {
+        input.tunnel != 0 || (input.role == role::INTERNAL && input.bound & family_of(packet) == 0)
+    };
+    out == input
+        || interface(out).is_some_and(|out| out.role == role::GATEWAY)
+            && interface(input).is_some_and(is_behind)
 }
 
 /// Whether a packet is of neighbour discovery (RFC 4861): no router forwards it, and receivers take none that a router has
@@ -160,6 +182,11 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     // Rules can allow no other side than `side::EXTERNAL`.
     sides.external = source;
     sides.mark = mark::FOREIGN;
+    let to_node = destination.side == side::LOCAL || is_link_local(&packet.destination, packet.version);
+    let for_tunnel = (to_node || destination.side == side::NODE) && enters_tunnel(packet);
+    if for_tunnel && source.side != side::NODE {
+        return SPOOFED;
+    }
     match source.side {
         side::LOCAL => return SPOOFED,
         // The table of hosted addresses is cheaper to ask than the routing table.
@@ -171,7 +198,9 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
                 sides.mark = mark::CLUSTER;
                 return PASS;
             }
-            if is_of_next_hop(skb, if upper == 0 { ifindex } else { upper }) {
+            if is_of_next_hop(skb, if upper == 0 { ifindex } else { upper })
+                || (is_tunnel(ifindex) && routes_to_source(skb, packet, ifindex))
+            {
                 sides.mark = mark::CLUSTER;
                 return PASS;
             }
@@ -208,9 +237,8 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
         }
         return JUDGE;
     }
-    let to_node = destination.side == side::LOCAL || is_link_local(&packet.destination, packet.version);
-    if to_node && enters_tunnel(packet) {
-        // The packet inside would be believed.
+    // In the name of a node, by a way that is not the node's.
+    if for_tunnel {
         return SPOOFED;
     }
     if to_node
@@ -227,13 +255,19 @@ fn external_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
 fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides: &mut Sides) -> u32 {
     sides.direction = u32::from(direction::OUTBOUND);
     sides.mark = mark::JUDGED;
+    let source = lookup(active.slot, &packet.source, packet.version);
+    let destination = lookup(active.slot, &packet.destination, packet.version);
+    let to_node = matches!(destination.side, side::LOCAL | side::NODE)
+        || is_link_local(&packet.destination, packet.version);
+    if to_node && source.side != side::NODE && enters_tunnel(packet) {
+        return SPOOFED;
+    }
     if stays_on_link(&packet.source, packet.version) {
         return PASS;
     }
     if !leads_here(skb, packet) {
         return SPOOFED;
     }
-    let source = lookup(active.slot, &packet.source, packet.version);
     if source.side != side::POD {
         // Routed to an interface of pods, but not in their networks: out of scope, unless it answers for a NodePort.
         sides.mark = mark::NONE;
@@ -243,7 +277,6 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     if is_neighbour_discovery(packet) && bridge_of(unsafe { (*skb).ifindex }) != 0 {
         return PASS;
     }
-    let destination = lookup(active.slot, &packet.destination, packet.version);
     sides.internal = source;
     sides.external = destination;
     // SAFETY: the context is valid while the program runs.
@@ -264,7 +297,8 @@ fn internal_ingress(skb: *mut __sk_buff, active: &Active, packet: &Packet, sides
     }
 }
 
-/// Whether a packet to this node is for one of its tunnels.
+/// Whether a packet to a node is for a tunnel, of which this node has the same: the packet inside would be believed. Only nodes
+/// may send such; pods may not.
 #[inline(always)]
 fn enters_tunnel(packet: &Packet) -> bool {
     let port = match packet.protocol {
@@ -313,7 +347,7 @@ fn sender(skb: *mut __sk_buff, active: &Active, packet: &Packet, input: u32, mar
         side::POD | side::NODE => {
             // The link layer header is no longer that of the sender.
             let leads_there = hosted(&packet.source) == input
-                || route_of(skb, input, TO_SOURCE) == input
+                || routes_to_source(skb, packet, input)
                 || (source.side == side::NODE && is_tunnel(input));
             if !leads_there && source.side == side::POD {
                 Sender::Spoofed

@@ -129,8 +129,7 @@ fn drop_denied(xdp: *mut xdp_md) -> Option<()> {
         verdict: verdict::DROP,
         reason: reason as u8,
         direction: direction::INBOUND,
-        // As the hook settles it.
-        settled: u8::from(sides.flags & SETTLED != 0 && settings.has_audited == 0),
+        settled: u8::from(sides.is_settled(settings)),
     };
     report::suppress(&info, &active);
     Some(())

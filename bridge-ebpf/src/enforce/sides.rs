@@ -1,6 +1,6 @@
 //! The two sides of a packet in scope.
 
-use bridge_common::filter::policy::AddressInfo;
+use bridge_common::filter::{control::Settings, policy::AddressInfo};
 
 /// The two sides of a packet in scope.
 #[repr(C)]
@@ -17,6 +17,14 @@ pub(crate) struct Sides {
     pub(crate) interface: u32,
     /// Bits of [`bridge_common::filter::flow::flag`] for the flow that it opens, in the lowest byte; [`SETTLED`].
     pub(crate) flags: u32,
+}
+
+impl Sides {
+    /// Whether a denial at `external_ingress` holds for the whole class: a rule in audit mode is to count each packet.
+    #[inline(always)]
+    pub(crate) const fn is_settled(&self, settings: &Settings) -> bool {
+        self.flags & SETTLED != 0 && settings.has_audited == 0
+    }
 }
 
 /// Packets between these addresses are judged alike as long as the policy is active and the pod is one of this node.

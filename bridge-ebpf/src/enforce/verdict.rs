@@ -12,7 +12,7 @@ use crate::{
     packet::Packet,
     reject,
     report::{self, EventInfo},
-    sides::{SETTLED, Sides},
+    sides::Sides,
     track::{self, Admission},
 };
 
@@ -97,9 +97,7 @@ pub(crate) fn conclude(
         return NEXT;
     }
     report::count(direction, verdict.reason, length);
-    // A rule in audit mode is to count each packet.
-    info.settled =
-        u8::from(sides.flags & SETTLED != 0 && hook == Hook::EXTERNAL_INGRESS && settings.has_audited == 0);
+    info.settled = u8::from(hook == Hook::EXTERNAL_INGRESS && sides.is_settled(settings));
     let answerable = hook <= Hook::INTERNAL_INGRESS && may_answer(active, packet, verdict.reason);
     info.verdict = if answerable { shown::REJECT } else { shown::DROP };
     report::emit_denial(skb, active, &info);
