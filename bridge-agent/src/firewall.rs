@@ -2,6 +2,7 @@
 //!
 //! A driver plans from a policy and the observed rules (pure), applies the plan, and verifies the result.
 
+mod counts;
 mod options;
 pub(crate) mod saver;
 pub(crate) mod survey;
@@ -11,6 +12,7 @@ use std::ops::AddAssign;
 
 use serde::Serialize;
 
+pub use counts::{Counted, Counts};
 pub use options::Options;
 pub use survey::Surveyor;
 
@@ -78,6 +80,12 @@ pub trait Firewall {
     /// # Errors
     /// If the kernel's rules cannot be read.
     fn hits(&self) -> Result<BTreeMap<String, Hits>, Self::Error>;
+
+    /// Describes the rules of bridge in the kernel, whichever agent wrote them; `None` without any.
+    ///
+    /// # Errors
+    /// If the kernel's rules cannot be read.
+    fn present(&self) -> Result<Option<String>, Self::Error>;
 
     /// Removes the rules of bridge from the kernel and from saved files, and continues after an error.
     /// Returns the remains.

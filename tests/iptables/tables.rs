@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use bridge_agent::config::Scope;
-use bridge_agent::firewall::Firewall;
+use bridge_agent::firewall::{Firewall, Hits};
 use bridge_agent::iptables::plan::RestoreLine;
 use bridge_agent::iptables::ruleset::{Family, Table};
 use bridge_agent::iptables::{Backend, Config, Error, Iptables, Programs, render};
@@ -202,7 +202,10 @@ fn a_refused_rule_is_named_and_the_rules_of_before_stay() {
             let mut plan = firewall.plan(&changed, &firewall.observe().expect("observe"));
             let filter = plan.restores.iter_mut().find(|r| r.table == Table::Filter).expect("table filter");
             let at = filter.lines.iter().position(|l| l.name == "devices-to-api").expect("the rule");
-            filter.lines.insert(at, RestoreLine { text: line.into(), name: "the-bad-one".into() });
+            filter.lines.insert(
+                at,
+                RestoreLine { text: line.into(), name: "the-bad-one".into(), hits: Hits::default() },
+            );
             let error = firewall.apply(&plan).expect_err(by);
             let Error::Refused { rule, line: reported, .. } = &error else { panic!("{by}: {error}") };
             assert_eq!((rule.as_str(), reported.as_str()), ("the-bad-one", line), "{by}: {error}");

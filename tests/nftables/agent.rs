@@ -47,6 +47,34 @@ fn a_changed_rule_leaves_the_counters_of_others() -> Result<()> {
 }
 
 #[test]
+fn a_rule_that_moves_to_another_map_keeps_its_counters() -> Result<()> {
+    let node = Node::new()?;
+    let wide = "  - {name: wide, direction: inbound, protocol: tcp, ports: [40000-40010]}\n";
+    let other = "  - {name: other, direction: inbound, protocol: tcp, ports: [40005-40020]}\n";
+    let both = config("nftables", &format!("rules:\n{wide}{other}"));
+    let mut agent = node.start(&both)?;
+    let layer = |number: u8| -> Result<bool> {
+        let map = node.run("nft list table inet bridge-agent")?;
+        Ok(map
+            .split("\n\tmap ")
+            .any(|map| map.starts_with(&format!("in4-allow-tcp-d-{number} ")) && map.contains("\"other\"")))
+    };
+    ensure!(layer(1)?, "{}", node.dump()?);
+    for family in Family::BOTH {
+        let opened = node.connect(family, 40015)?;
+        ensure!(opened.succeeded(), "{family:?}: {opened}");
+    }
+    let counted = hits(&agent, "other")?;
+    ensure!(counted > 0, "{}", agent.run(&["rules"])?);
+    agent.reload(&config("nftables", &format!("rules:\n{other}")))?;
+    ensure!(layer(0)? && hits(&agent, "other")? == counted, "{}", agent.run(&["rules"])?);
+    agent.reload(&both)?;
+    ensure!(layer(1)? && hits(&agent, "other")? == counted, "{}", agent.run(&["rules"])?);
+    ensure!(firewall(&agent)?["repairs"] == 0, "{}", firewall(&agent)?);
+    Ok(())
+}
+
+#[test]
 fn damage_is_repaired_within_a_second() -> Result<()> {
     let node = Node::new()?;
     let agent = node.start(&config("nftables", RULES))?;
@@ -95,6 +123,63 @@ fn the_engine_changes_and_one_alone_is_left() -> Result<()> {
     node.holds()?;
     ensure!(node.has_table()? && !node.dump()?.contains("BRIDGE-"), "{}", node.dump()?);
     drop(agent);
+    Ok(())
+}
+
+#[test]
+fn a_restart_with_ebpf_alone_removes_the_rules_of_the_packet_filter() -> Result<()> {
+    let node = Node::new()?;
+    for (former, name) in [("nftables", "nftables"), ("ebpf, nftables", "nftables"), ("iptables", "iptables")]
+    {
+        let mut agent = node.start(&config(former, RULES))?;
+        node.holds()?;
+        agent.stop()?;
+        let agent = node.start(&config("ebpf", &format!("{RULES}{MORE}")))?;
+        let rules = node.dump()?;
+        ensure!(!node.has_table()? && !rules.contains("BRIDGE-"), "{former}: {rules}");
+        node.is_open()?;
+        let said = format!("removed the rules that an earlier run left in {name}");
+        ensure!(agent.log().contains(&said), "{former}: {}", agent.log());
+        agent.run(&["status"])?;
+    }
+    Ok(())
+}
+
+#[test]
+fn status_and_rules_answer_while_maps_are_missing() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("ebpf, nftables", RULES))?;
+    // As in the middle of a load. A running agent may pin the map again.
+    agent.stop()?;
+    node.run(&format!("find {} -name digests -delete", agent.pins().display()))?;
+    let status = agent.run(&["status"])?;
+    ensure!(status.contains("eBPF is not loaded yet: map digests is not pinned"), "{status}");
+    ensure!(json(&agent, &["status"])?["enforcement"].is_null());
+    ensure!(hits(&agent, "api")? == 0);
+    Ok(())
+}
+
+#[test]
+fn without_an_agent_the_rules_that_enforce_are_shown() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("nftables", RULES))?;
+    agent.stop()?;
+    let status = agent.run(&["status"])?;
+    ensure!(status.contains("not running; enforcement stays active"), "{status}");
+    ensure!(status.contains("nftables     table inet bridge-agent active, and not maintained"), "{status}");
+    ensure!(json(&agent, &["status"])?["packetFilters"] == json!({"nftables": "table inet bridge-agent"}));
+    let planned = agent.run(&["down", "--dry-run"])?;
+    ensure!(planned.contains("- table inet bridge-agent in nftables\n"), "{planned}");
+    let done = agent.run(&["down"])?;
+    ensure!(done.contains("Removed table inet bridge-agent.\n") && !node.has_table()?, "{done}");
+    ensure!(agent.run(&["down", "--dry-run"])? == "Nothing to remove.\n");
+    let mut agent = node.start(&config("iptables", RULES))?;
+    agent.stop()?;
+    let status = agent.run(&["status"])?;
+    ensure!(status.contains("rules in iptables active, and not maintained"), "{status}");
+    let done = agent.run(&["down"])?;
+    ensure!(done.contains("rules in iptables.\n"), "{done}");
+    ensure!(!agent.run(&["status"])?.contains("iptables"));
     Ok(())
 }
 
@@ -175,6 +260,27 @@ fn saved_rules_hold_after_a_reboot() -> Result<()> {
     ensure!(fs::read(node.etc().join("nftables.conf")).ok() == others);
     agent.run(&["down"])?;
     ensure!(!file.exists() && !node.has_table()?);
+    Ok(())
+}
+
+#[test]
+fn saved_rules_that_cannot_be_removed_are_removed_later() -> Result<()> {
+    let node = Node::new()?;
+    let file = node.etc().join("bridge/rules.nft");
+    fs::write(
+        node.etc().join("systemd/system/bridge-nftables.service"),
+        include_str!("../../deploy/systemd/bridge-nftables.service"),
+    )?;
+    let mut agent = node.start(&config("nftables", RULES))?;
+    fs::remove_file(&file)?;
+    fs::create_dir(&file)?;
+    agent.reload(&config("ebpf", RULES))?;
+    node.holds()?;
+    ensure!(!node.has_table()? && file.is_dir(), "{}", node.dump()?);
+    ensure!(agent.log().contains("nftables rules are left; the agent tries again"), "{}", agent.log());
+    fs::remove_dir(&file)?;
+    let removed = || agent.log().contains("removed the nftables rules that were left").then_some(());
+    ensure!(eventually(patience(DEADLINE), removed).is_some(), "{}", agent.log());
     Ok(())
 }
 

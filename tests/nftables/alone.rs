@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
+use bridge_agent::pool::attach::mount_point;
 use bridge_lab::agent::{Agent, program};
 use bridge_lab::lab::Family;
 use bridge_lab::wait::eventually;
@@ -43,7 +44,7 @@ fn without_bpf_nftables_gives_all_but_the_pools_hooks_and_events() -> Result<()>
     let mut agent = start(&config("nftables", &format!("{RULES}{POOL}{save}")))?;
     node.holds()?;
     let status = agent.run(&["status"])?;
-    let without = "no eBPF enforcement: without it there are no hooks of the port pool, no events of `monitor`, and no fast path";
+    let without = "no eBPF enforcement: without it there are no events of `monitor`, and no fast path";
     ensure!(status.contains(without), "{status}");
     ensure!(status.contains("in the agent alone, without hooks"), "{status}");
     ensure!(firewall(&agent)?["engine"] == "nftables" && firewall(&agent)?["failure"].is_null());
@@ -61,7 +62,8 @@ fn without_bpf_nftables_gives_all_but_the_pools_hooks_and_events() -> Result<()>
     let candidate = node.lab.directory().join("try.yaml");
     let api = format!("api: {{socket: {}}}\n", agent.socket().display());
     fs::write(&candidate, config("nftables", &format!("{RULES}{MORE}{POOL}{save}{api}")))?;
-    agent.run(&["apply", &candidate.to_string_lossy(), "--confirm", "2s"])?;
+    let applied = agent.run(&["apply", &candidate.to_string_lossy(), "--confirm", "2s"])?;
+    ensure!(applied.contains("Without eBPF the agent goes back"), "{applied}");
     node.is_open()?;
     node.settles(&agent)?;
     node.run("nft flush ruleset")?;
@@ -83,4 +85,41 @@ fn without_bpf_nftables_gives_all_but_the_pools_hooks_and_events() -> Result<()>
     let open = node.connect(Family::V4, DENIED)?;
     ensure!(open.succeeded() && !node.has_table()?, "{open}");
     Ok(())
+}
+
+#[test]
+fn the_port_pool_has_its_hooks_beside_nftables_alone() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("nftables", &format!("{RULES}{POOL}")))?;
+    let status = agent.run(&["status"])?;
+    ensure!(!status.contains("without hooks"), "{status}");
+    let explained = agent.run(&["explain", "10.200.1.91", "192.168.31.67:40002"])?;
+    ensure!(explained.contains("portPool.transparent has no control group"), "{explained}");
+    let group = node.lab.cgroup("clients")?;
+    let group = format!("/{}", group.strip_prefix(mount_point()?)?.display());
+    let transparent = POOL.replace('}', &format!(", transparent: {{cgroups: [{group}]}}}}"));
+    agent.reload(&config("nftables", &format!("{RULES}{transparent}")))?;
+    let explained = agent.run(&["explain", "10.200.1.91", "192.168.31.67:40002"])?;
+    ensure!(explained.contains(&format!("the pool is for {group}")), "{explained}");
+    Ok(())
+}
+
+#[test]
+fn a_second_agent_of_a_network_namespace_is_refused() -> Result<()> {
+    let node = Node::new()?;
+    let mut agent = node.start(&config("nftables", RULES))?;
+    let second = node.lab.directory().join("second");
+    fs::create_dir_all(&second)?;
+    let socket = format!("api: {{socket: {}}}\n", second.join("agent.sock").display());
+    fs::write(second.join("agent.yaml"), config("nftables", &format!("{RULES}{MORE}{socket}")))?;
+    let (program, at) = (program()?.display().to_string(), second.display());
+    let start = format!("timeout 60 {program} run --config {at}/agent.yaml --pin-root {at} --state-dir {at}");
+    let refused = format!("{:#}", node.run(&start).err().context("two agents keep the same rules")?);
+    ensure!(refused.contains(&format!("another agent, process {}", agent.pid())), "{refused}");
+    node.holds()?;
+    ensure!(firewall(&agent)?["repairs"] == 0, "{}", firewall(&agent)?);
+    // The claim goes with the process.
+    agent.kill()?;
+    agent.restart()?;
+    node.holds()
 }

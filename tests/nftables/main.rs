@@ -2,6 +2,9 @@
 
 mod agent;
 mod alone;
+mod counters;
+mod handover;
 mod large;
 mod node;
 mod others;
+mod pods;

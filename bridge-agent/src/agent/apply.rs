@@ -179,7 +179,7 @@ impl Agent {
     /// The iptables rules of a policy on trial are not saved for the boot; now they are.
     fn save_rules(&mut self, files: &Files) {
         let Some(filter) = &mut self.filters.active else { return };
-        let saved = config::load(files.config()).map_err(Error::from).and_then(|loaded| {
+        let saved = config::load_regular(files.config()).map_err(Error::from).and_then(|loaded| {
             Ok(filter.reload(&following::with(self.cluster.as_ref(), loaded.config), false)?)
         });
         if let Err(error) = saved {

@@ -35,7 +35,18 @@ impl Agent {
         let there = self.cluster.as_ref().map(|following| &following.follower);
         let fresh = match there.filter(|follower| follower.is_for(file)) {
             Some(_) => None,
-            None => Some(Follower::start(file, section, self.shared.engines(), self.state.lasting())?),
+            None => {
+                let (engines, state) = (self.shared.engines(), self.state.lasting());
+                let follower = match Follower::start(file, section, engines.clone(), state) {
+                    // A reload is refused. Without an agent, the node would be open.
+                    Err(error) if self.is_starting() => {
+                        tracing::error!(%error, "the cluster cannot be followed yet; the agent enforces, and tries again");
+                        Follower::start_later(file, section, engines, state, error)?
+                    }
+                    follower => follower?,
+                };
+                Some(follower)
+            }
         };
         let (mut planned, version, former) = loop {
             let there = self.cluster.as_ref().map(|following| &following.follower);
@@ -61,8 +72,7 @@ impl Agent {
             self.routing.publish(mem::take(&mut planned.routes));
             self.pool.set_pods(mem::take(&mut planned.pool_pods));
         }
-        let config = planned.config.clone();
-        follower.done(version, planned, None, start.elapsed());
+        let config = follower.done(version, planned, None, start.elapsed());
         self.shared.set_kubernetes(Some(follower.view()));
         self.cluster =
             Some(Following { follower, file: file.clone(), config, former, trimmed: Instant::now() });
@@ -93,7 +103,6 @@ impl Agent {
             };
             match self.change(&planned.config, term) {
                 Ok(()) => {
-                    following.config.clone_from(&planned.config);
                     following.former = former;
                     self.note_deadline();
                 }
@@ -106,7 +115,11 @@ impl Agent {
             self.show_enforcement();
         }
         tracing::debug!(?planning, took = ?start.elapsed(), "followed a change of the cluster");
-        following.follower.done(version, planned, error, start.elapsed());
+        let failed = error.is_some();
+        let config = following.follower.done(version, planned, error, start.elapsed());
+        if !failed {
+            following.config = config;
+        }
         if following.trimmed.elapsed() > TRIM {
             memory::trim();
             following.trimmed = Instant::now();

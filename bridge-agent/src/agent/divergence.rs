@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::datapath::{FlowFilter, FlowView, Maps, Verdict};
 use crate::iptables::divergence::Divergence;
-use crate::iptables::walk::{self, Packet};
+use crate::iptables::walk::{self, Packet, State};
 use crate::iptables::watch::Guard;
+use crate::model::PortRange;
 use crate::state::DivergenceStatus;
 
 /// Converts counters for the status.
@@ -30,12 +31,14 @@ pub(super) fn first_packet(verdict: &Verdict) -> Option<Packet> {
     let port = |port| if icmp { 0 } else { port };
     Some(Packet {
         source: verdict.source,
-        source_port: port(verdict.source_port),
+        source_ports: PortRange::one(port(verdict.source_port)),
         destination: verdict.destination,
         destination_port: port(verdict.destination_port),
         protocol: protocol_number(&verdict.protocol)?,
         icmp_type: verdict.detail,
         to_node: verdict.direction == "nodeport",
+        from_node: false,
+        state: State::New,
     })
 }
 
@@ -45,12 +48,14 @@ fn opener(flow: &FlowView) -> Option<Packet> {
     let port = |port| if matches!(protocol, 1 | 58) { 0 } else { port };
     Some(Packet {
         source: flow.source,
-        source_port: port(flow.source_port),
+        source_ports: PortRange::one(port(flow.source_port)),
         destination: flow.destination,
         destination_port: port(flow.destination_port),
         protocol,
         icmp_type: if protocol == 58 { 128 } else { 8 },
         to_node: flow.direction == "nodeport",
+        from_node: false,
+        state: State::New,
     })
 }
 
@@ -63,13 +68,13 @@ fn protocol_number(name: &str) -> Option<u8> {
 }
 
 fn five_tuple(packet: &Packet) -> String {
-    let Packet { source, source_port, destination, destination_port, protocol, .. } = *packet;
+    let Packet { source, source_ports, destination, destination_port, protocol, .. } = *packet;
     let protocol = crate::datapath::protocol_name(protocol);
-    if source_port == 0 && destination_port == 0 {
+    if source_ports.first == 0 && destination_port == 0 {
         return format!("{protocol} {source} to {destination}");
     }
     let at = std::net::SocketAddr::new;
-    format!("{protocol} {} to {}", at(source, source_port), at(destination, destination_port))
+    format!("{protocol} {} to {}", at(source, source_ports.first), at(destination, destination_port))
 }
 
 /// Writes to the log, at most once in an interval.
@@ -160,7 +165,7 @@ mod tests {
         assert_eq!(five_tuple(&packet), "tcp 192.168.31.67:50000 to 10.200.1.91:22");
         assert!(first_packet(&verdict("deny_rule", "udp", "nodeport")).unwrap().to_node);
         let ping = first_packet(&verdict("no_rule", "icmp", "inbound")).unwrap();
-        assert_eq!((ping.protocol, ping.icmp_type, ping.source_port), (1, 8, 0));
+        assert_eq!((ping.protocol, ping.icmp_type, ping.source_ports.first), (1, 8, 0));
         assert_eq!(five_tuple(&ping), "icmp 192.168.31.67 to 10.200.1.91");
         for reason in ["not_syn", "established", "malformed"] {
             assert_eq!(first_packet(&verdict(reason, "tcp", "inbound")), None, "{reason}");

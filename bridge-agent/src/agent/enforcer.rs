@@ -445,6 +445,9 @@ impl Enforcer {
         }
         self.try_again();
         self.restore_order();
+        if self.hosted.is_to_be_polled(&self.chosen.targets) {
+            drop(self.follow_interfaces(false));
+        }
         if self.desired.unshielded.is_none() {
             self.shield(false);
         }
@@ -494,8 +497,7 @@ impl Enforcer {
         Ok(result?)
     }
 
-    /// Attaches programs again that others have detached, and puts them first again. Another program that insists on the first
-    /// place gets less and less of an argument.
+    /// Attaches programs that others have detached, and puts them first again; the less often, the longer another one insists.
     fn restore_order(&mut self) {
         let displaced = match self.datapath.displaced(&self.chosen.targets) {
             Ok(displaced) => displaced,

@@ -12,6 +12,7 @@ mod enforcer;
 mod error;
 mod fast_path;
 mod following;
+mod handover;
 mod named;
 mod packet_filter;
 mod packet_path;
@@ -234,6 +235,11 @@ impl Agent {
         Ok(())
     }
 
+    /// Whether no configuration is active yet.
+    pub(super) const fn is_starting(&self) -> bool {
+        self.sources.is_some()
+    }
+
     async fn serve(&mut self, mut from: Sources) -> Result<(), Error> {
         let mut look = tokio::time::interval(LOOK);
         loop {
@@ -267,9 +273,10 @@ impl Agent {
                     drop(self.reload("SIGHUP"));
                 }
                 content = from.file.changed() => {
-                    let (path, known) = (self.file.clone(), file_watch::hash_of(&content));
+                    let path = self.file.clone();
+                    let known = content.as_ref().ok().map(|content| file_watch::hash_of(content));
                     drop(self.reload_from("the file has changed", || {
-                        Ok((warn(config::load_content(content, &path)?), Some(known)))
+                        Ok((warn(config::load_content(content, &path)?), known))
                     }));
                 }
                 _ = look.tick() => self.look(),
@@ -336,8 +343,11 @@ impl Agent {
     fn show_enforcement(&self) {
         let enforcement = self.path.enforcer.as_ref().map(Enforcer::status);
         let firewall = self.filters.active.as_ref().map(PacketFilter::status);
-        let of_filter = || self.filters.active.as_ref().map(PacketFilter::active);
-        self.shared.set_active(self.path.enforcer.as_ref().map(Enforcer::active).or_else(of_filter));
+        match (&self.path.enforcer, &self.filters.active) {
+            (Some(enforcer), _) => self.shared.set_active(Some(enforcer.active()), None),
+            (None, Some(filter)) => self.shared.set_active(Some(filter.active()), Some(filter.counts())),
+            (None, None) => self.shared.set_active(None, None),
+        }
         self.shared.update(|status| {
             status.enforcement = enforcement;
             status.firewall = firewall;
@@ -446,7 +456,7 @@ async fn read_events(
 }
 
 fn load(path: &Path) -> Result<Config, ConfigErrors> {
-    config::load(path).map(warn)
+    config::load_regular(path).map(warn)
 }
 
 /// Logs the warnings of a configuration.

@@ -17,6 +17,7 @@ use crate::{
     pool::{
         Settings,
         pods::OptedIn,
+        record,
         run::{self, Places, Started},
     },
     state::Shared,
@@ -53,7 +54,7 @@ impl PortPool {
     /// Takes over the note of reserved ports that an agent before version 0.2 has written beside its socket; otherwise they
     /// would count as ports of another program.
     pub(super) fn take_over(&self, socket: &Path) {
-        let (old, new) = (socket.with_file_name(run::RESERVED), self.places.state.join(run::RESERVED));
+        let (old, new) = (socket.with_file_name(record::NAME), self.places.state.join(record::NAME));
         if !new.exists()
             && state_directory::open(&old).is_ok()
             && let Err(error) = fs::copy(&old, new).and_then(|_| fs::remove_file(&old))

@@ -25,7 +25,7 @@ use crate::{
     kernel::{
         backoff::Backoff,
         file_watch::{Hash, hash_of},
-        files::{self, Ownership},
+        files::{self, MAX_CONFIGURATION, MAX_SMALL, Ownership},
         state_directory::StateDirectory,
     },
     state::{Probe, ProbeStatus, TrialStatus, WriteError, time_left},
@@ -178,7 +178,7 @@ impl Trial {
             }
         };
         let resumed = record.goes_on(Maps::open(pins).ok().as_ref()).then(|| {
-            let candidate = fs::read_to_string(&files.candidate)?;
+            let candidate = files::read_regular_text(&files.candidate, MAX_CONFIGURATION)?;
             if hash_of(candidate.as_bytes()) != record.candidate {
                 return Err(io::Error::other("the configuration on trial is another one by now"));
             }
@@ -251,7 +251,8 @@ impl Files {
 
     /// Keeps the present content of the configuration file, which has this hash.
     pub(super) fn keep_former(&self, known: Hash) -> Result<bool, WriteError> {
-        let text = fs::read(&self.config).map_err(WriteError::at(&self.config))?;
+        let text =
+            files::read_regular(&self.config, MAX_CONFIGURATION).map_err(WriteError::at(&self.config))?;
         if hash_of(&text) != known {
             return Ok(false);
         }
@@ -261,7 +262,7 @@ impl Files {
 
     /// The configuration that is gone back to.
     pub(super) fn former(&self) -> Result<Config, ConfigErrors> {
-        config::load(&self.former).map(|Loaded { config, .. }| config)
+        config::load_regular(&self.former).map(|Loaded { config, .. }| config)
     }
 
     pub(super) fn write(&self, record: &Record) -> Result<(), WriteError> {
@@ -271,7 +272,7 @@ impl Files {
     }
 
     fn read(&self) -> io::Result<Option<Record>> {
-        match fs::read(&self.record) {
+        match files::read_regular(&self.record, MAX_SMALL) {
             Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),

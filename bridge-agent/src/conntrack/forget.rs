@@ -9,13 +9,13 @@ use bridge_common::protocol;
 use super::{Connection, Tuple, for_each};
 use crate::kernel::{
     backoff::Backoff,
-    netlink::{Socket, encode_attribute as attribute},
+    netlink::{NESTED, Socket, encode_attribute as attribute},
 };
 
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE`.
 const CT_DELETE: u16 = 1 << 8 | 2;
 /// Requests in one datagram.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 
 /// Deletes every connection from or to one of `addresses` in the network namespace of this thread, except for ICMP
 /// queries, which end by themselves within seconds. Returns the number of deleted connections.
@@ -92,9 +92,6 @@ fn body(original: &Tuple) -> Vec<u8> {
     // CTA_TUPLE_ORIG.
     [header.to_vec(), attribute(1 | NESTED, &tuple)].concat()
 }
-
-/// Flag of attributes that contain attributes (linux/netlink.h).
-const NESTED: u16 = 1 << 15;
 
 /// Encodes struct nfgenmsg and the content of a tuple attribute (linux/netfilter/nfnetlink_conntrack.h).
 pub(super) fn tuple(original: &Tuple) -> ([u8; 4], Vec<u8>) {

@@ -1,5 +1,6 @@
 //! Seeds the flow table from conntrack, so that the first start of enforcement interrupts no connection.
 
+mod enter;
 mod forget;
 mod restore;
 
@@ -15,6 +16,7 @@ use bridge_common::{
 };
 use ipnet::IpNet;
 
+pub use enter::{Opened, enter};
 pub use forget::{Forgetting, forget};
 pub use restore::{Direction, restore};
 

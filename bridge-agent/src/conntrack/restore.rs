@@ -4,16 +4,16 @@ use std::{fs, io};
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
-use super::{Tuple, forget::tuple};
-use crate::kernel::netlink::{Socket, encode_attribute as attribute};
+use super::{
+    Tuple,
+    forget::{BATCH, tuple},
+};
+use crate::kernel::netlink::{NESTED, Socket, encode_attribute as attribute};
 
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW`.
-const CT_NEW: u16 = 1 << 8;
+pub(super) const CT_NEW: u16 = 1 << 8;
 /// `TCP_CONNTRACK_ESTABLISHED` (linux/netfilter/nf_conntrack_tcp.h).
-const ESTABLISHED: u8 = 3;
-/// Requests in one datagram.
-const BATCH: usize = 64;
-const NESTED: u16 = 1 << 15;
+pub(super) const ESTABLISHED: u8 = 3;
 
 /// The packets of one direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@ use super::error::Error;
 use super::plan::{Restore, RestoreLine};
 use super::programs::{Backend, Programs};
 use super::ruleset::{CHAIN_PREFIX, Family, Table};
+use crate::firewall::Hits;
 
 /// Begins the names of chains that nothing leads to, in which rules are tried one by one.
 const PROBE_PREFIX: &str = "BRIDGE-P-";
@@ -34,7 +35,9 @@ pub(super) fn restore(programs: &Programs, backend: Backend, restore: &Restore) 
 fn commit(programs: &Programs, backend: Backend, restore: &Restore) -> Result<(), Error> {
     let path = programs.tool(restore.family, backend, "-restore")?;
     let wait = programs.lock_wait.as_secs().to_string();
-    let output = programs.run(&path, ["--noflush", "--wait", &wait], Some(&restore.text()))?;
+    let mut arguments = vec!["--noflush", "--wait", &wait];
+    arguments.extend(restore.counts().then_some("--counters"));
+    let output = programs.run(&path, arguments, Some(&restore.text()))?;
     if output.status.success() {
         return Ok(());
     }
@@ -123,7 +126,8 @@ fn try_rules(programs: &Programs, backend: Backend, restore: &Restore, rules: &[
     let table = |body: Vec<String>| {
         let head = [format!("*{}", restore.table)].into_iter().chain(chains.clone());
         let lines = head.chain(body).chain(["COMMIT".to_owned()]);
-        let lines = lines.map(|text| RestoreLine { text, name: String::new() }).collect();
+        let lines =
+            lines.map(|text| RestoreLine { text, name: String::new(), hits: Hits::default() }).collect();
         Restore { lines, last: false, ..*restore }
     };
     let rules = rules.iter().map(|line| renamed(&line.text)).collect();

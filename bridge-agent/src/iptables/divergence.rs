@@ -11,7 +11,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use super::driver::Rewritten;
 use super::observe::{ObservedTable, comment, target};
 use super::render::DENY;
 use super::ruleset::is_own;
@@ -67,15 +66,6 @@ impl Counters {
                 }
             }
             *before = now.into_iter().map(|(id, (_, packets))| (id, packets)).collect();
-        }
-    }
-
-    /// Notes that chains were rewritten: their counters begin at zero.
-    pub(super) fn rewritten(&mut self, chains: &Rewritten) {
-        for (key, chains) in chains {
-            if let Some(read) = self.read.get_mut(key) {
-                read.retain(|id, _| !id.split(' ').next().is_some_and(|chain| chains.contains(chain)));
-            }
         }
     }
 }
@@ -148,13 +138,6 @@ mod tests {
         // Set to zero by `iptables -Z`, and one more since.
         counters.count(&tables(&SAVE.replace("[3:3]", "[1:1]")), &mut seen);
         assert_eq!(seen, sums(&[("bridge:no-rule", 3)]));
-        let chains = |name: &str| BTreeMap::from([((Family::V4, Table::Filter), [name.to_owned()].into())]);
-        counters.rewritten(&chains("BRIDGE-OUTBOUND"));
-        counters.count(&tables(&SAVE.replace("[3:3]", "[1:1]")), &mut seen);
-        assert_eq!(seen, sums(&[("bridge:no-rule", 3)]));
-        counters.rewritten(&chains("BRIDGE-INBOUND"));
-        counters.count(&tables(&SAVE.replace("[7:7]", "[0:0]").replace("[4:4]", "[0:0]")), &mut seen);
-        assert_eq!(seen, sums(&[("bridge:no-rule", 6)]));
     }
 
     #[test]

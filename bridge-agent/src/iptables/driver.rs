@@ -69,9 +69,6 @@ pub struct Plan {
     pub removals: Vec<Restore>,
 }
 
-/// Own chains, by table.
-pub(super) type Rewritten = BTreeMap<(Family, Table), BTreeSet<String>>;
-
 impl Iptables {
     /// Chooses a back end.
     ///
@@ -82,7 +79,17 @@ impl Iptables {
         if let Some(warning) = &choice.warning {
             tracing::warn!("{warning}");
         }
-        Ok(Self { config, choice, written: BTreeMap::new(), rendered: BTreeMap::new(), seen: None })
+        Ok(Self::of(config, choice))
+    }
+
+    /// Returns another one of the same back end, which has written nothing yet.
+    #[must_use]
+    pub fn reader(&self) -> Self {
+        Self::of(self.config.clone(), self.choice.clone())
+    }
+
+    const fn of(config: Config, choice: backend::Choice) -> Self {
+        Self { config, choice, written: BTreeMap::new(), rendered: BTreeMap::new(), seen: None }
     }
 
     /// Returns the back end in use, with a warning for the operator, if there is one.
@@ -182,20 +189,18 @@ impl Iptables {
     }
 
     /// Puts back the chains and jumps that were found changed, and leaves the others alone, with their counters: with
-    /// 10,000 rules, writing all of them takes most of the time there is. Returns the chains that were written.
+    /// 10,000 rules, writing all of them takes most of the time there is.
     ///
     /// # Errors
     /// Those of [`Firewall::apply`] and [`Firewall::verify`].
-    pub(super) fn repair(&mut self, policy: &Policy, changed: &Observed) -> Result<Rewritten, Error> {
+    pub(super) fn repair(&mut self, policy: &Policy, changed: &Observed) -> Result<(), Error> {
         let mut plan = self.plan(policy, changed);
         plan.restores.retain(|restore| changed.tables.contains_key(&(restore.family, restore.table)));
-        let mut rewritten = Rewritten::new();
         for restore in &mut plan.restores {
             let key = (restore.family, restore.table);
             if let (Some(written), Some(now)) = (self.written.get(&key), changed.tables.get(&key)) {
                 restore.leave_out(&written.same_chains(&now.own()));
             }
-            rewritten.insert(key, restore.declared().map(str::to_owned).collect());
         }
         self.apply(&plan)?;
         let rulesets = self.rulesets(policy);
@@ -205,7 +210,7 @@ impl Iptables {
             let wanted = rulesets.iter().find(|r| r.family == *family).and_then(|r| r.table(*table));
             self.accept(*family, *table, wanted, &there)?;
         }
-        Ok(rewritten)
+        Ok(())
     }
 
     /// Returns whether the rules were read back at this generation of nf_tables and are as wanted.
@@ -464,6 +469,12 @@ impl Firewall for Iptables {
             }
         }
         Ok(hits)
+    }
+
+    fn present(&self) -> Result<Option<String>, Error> {
+        let Observed { tables, other } = self.observe()?;
+        let rules: usize = tables.values().chain(other.values()).map(|table| table.own().rules()).sum();
+        Ok((rules > 0).then(|| format!("{rules} rules in iptables")))
     }
 
     fn teardown(&mut self) -> Remains<Error> {

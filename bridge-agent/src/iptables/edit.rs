@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
 use super::plan::{Restore, RestoreLine};
 use super::ruleset::{Line, TableRules};
+use crate::firewall::Hits;
 
 /// A hash of each rule of each chain of a table, in order.
 pub(super) type Fingerprints = BTreeMap<String, Vec<u64>>;
@@ -78,14 +79,15 @@ fn edits(chain: &str, before: &[u64], after: &[Line]) -> Option<Vec<RestoreLine>
                 (from, to) = (from + 1, to + 1);
             }
             (Some(here), next) if next.is_none_or(|next| !comes(&new, here) || comes(&old, next)) => {
-                lines.push(RestoreLine { text: format!("-D {chain} {}", to + 1), name: String::new() });
+                let (text, name) = (format!("-D {chain} {}", to + 1), String::new());
+                lines.push(RestoreLine { text, name, hits: Hits::default() });
                 take(&mut old, here);
                 from += 1;
             }
             (_, next) => {
                 let line = &after[to];
                 let text = format!("-I {chain} {}{line}", to + 1);
-                lines.push(RestoreLine { text, name: line.name.clone() });
+                lines.push(RestoreLine { text, name: line.name.clone(), hits: Hits::default() });
                 next.into_iter().for_each(|next| take(&mut new, next));
                 to += 1;
             }

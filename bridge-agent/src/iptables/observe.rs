@@ -179,6 +179,11 @@ pub struct OwnRules {
 }
 
 impl OwnRules {
+    /// Returns the number of rules in own chains, and of jumps to them.
+    pub(super) fn rules(&self) -> usize {
+        self.chains.values().map(Vec::len).sum::<usize>() + self.jumps.len()
+    }
+
     /// The rules of an own chain, in order.
     pub(super) fn chain(&self, name: &str) -> Option<impl Iterator<Item = &str>> {
         self.chains.get(name).map(|rules| rules.iter().map(String::as_str))

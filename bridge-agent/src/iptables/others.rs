@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::observe::{ObservedRule, ObservedTable, target};
 use super::ruleset::is_own;
-use super::walk::{self, Interfaces, Packet};
+use super::walk::{self, Interfaces, Packet, State};
 
 /// The verdict of other programs on a packet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,12 +20,14 @@ pub struct Others {
     pub masqueraded_by: Option<String>,
     /// Rules that may do so: they have conditions that are not known here.
     pub may_masquerade: Vec<String>,
+    /// The mark that it has as it is routed; `None`: 0, or not known.
+    pub mark: Option<u32>,
 }
 
 /// Deeper than chains are nested; the kernel refuses loops.
 const DEPTH: u32 = 16;
 
-/// Follows the first packet of a flow through the tables of one family, `before` as it comes in and `after` as it is routed, behind
+/// Follows a packet of a flow through the tables of one family, `before` as it comes in and `after` as it is routed, behind
 /// a translation of its destination.
 #[must_use]
 pub fn others(
@@ -35,34 +37,46 @@ pub fn others(
     interfaces: Interfaces<'_>,
 ) -> Others {
     let mut others = Others::default();
-    let hook = if after.to_node { "INPUT" } else { "FORWARD" };
-    let mut mark = Some(0);
+    let (first, hook, mangle) = match (after.from_node, after.to_node) {
+        // Both hooks are one.
+        (true, _) => ("OUTPUT", "OUTPUT", None),
+        (false, true) => ("PREROUTING", "INPUT", Some("INPUT")),
+        (false, false) => ("PREROUTING", "FORWARD", Some("FORWARD")),
+    };
+    let (mut mark, mut state) = (Some(0), after.state);
     let inbound = Interfaces { output: None, ..interfaces };
     let outbound = Interfaces { input: None, ..interfaces };
     for (table, chain, packet, interfaces) in [
-        ("raw", "PREROUTING", before, inbound),
-        ("mangle", "PREROUTING", before, inbound),
-        ("nat", "PREROUTING", before, inbound),
-        ("mangle", hook, after, interfaces),
+        ("raw", first, before, inbound),
+        ("mangle", first, before, inbound),
+        ("nat", first, before, inbound),
+        ("mangle", mangle.unwrap_or_default(), after, interfaces),
         ("filter", hook, after, interfaces),
         ("security", hook, after, interfaces),
         ("mangle", "POSTROUTING", after, outbound),
         ("nat", "POSTROUTING", after, outbound),
     ] {
         let Some(rules) = tables.get(table) else { continue };
-        if (table, chain) == ("nat", "PREROUTING") {
+        // Only the first packet of a flow comes to the table nat.
+        if (table == "nat" && state == State::Reply) || (after.to_node && chain == "POSTROUTING") {
+            continue;
+        }
+        let packet = &Packet { state, ..*packet };
+        if table == "nat" && chain == first {
             let mut walk = Translate { rules, packet, mark, interfaces, found: Vec::new() };
             walk.chain(chain, true, 0);
             mark = walk.mark;
+            others.mark = mark.filter(|mark| *mark != 0);
             continue;
         }
-        if chain == "POSTROUTING" && after.to_node {
-            continue;
-        }
-        let mut walk = Walk { rules, packet, mark, interfaces, table, open: false, others: &mut others };
+        let open = false;
+        let mut walk = Walk { rules, packet, mark, state, interfaces, table, open, others: &mut others };
         let end = walk.chain(chain, true, 0);
         let open = walk.open;
-        mark = walk.mark;
+        (mark, state) = (walk.mark, walk.state);
+        if chain == first {
+            others.mark = mark.filter(|mark| *mark != 0);
+        }
         let observed = rules.chains.iter().find(|one| one.name == *chain);
         if end == End::Returned && observed.is_some_and(|chain| chain.policy == "DROP") {
             let shown = format!("the policy DROP of {table} {chain}");
@@ -173,6 +187,8 @@ struct Walk<'a> {
     rules: &'a ObservedTable,
     packet: &'a Packet,
     mark: Option<u32>,
+    /// The state of the packet behind this table.
+    state: State,
     interfaces: Interfaces<'a>,
     table: &'a str,
     /// Whether a rule with conditions that are not known here may have ended the table.
@@ -219,6 +235,15 @@ impl Walk<'_> {
                     let mark = walk::marked(rule, self.mark);
                     self.mark = mark.filter(|mark| certain || self.mark == Some(*mark));
                 }
+                "CONNMARK" if rule.contains("--restore-mark") => self.mark = None,
+                "CT" | "NOTRACK" if target == "NOTRACK" || rule.contains("--notrack") => {
+                    self.state = if certain { State::Untracked } else { State::Unknown };
+                }
+                // A program decides; without one, the packet is dropped.
+                "NFQUEUE" => {
+                    self.others.may_drop.push(shown);
+                    self.open = true;
+                }
                 "ACCEPT" if certain => return End::Final,
                 "ACCEPT" => self.open = true,
                 "RETURN" if certain => return End::Returned,
@@ -247,18 +272,79 @@ impl Walk<'_> {
 mod tests {
     use super::super::observe::parse;
     use super::*;
+    use crate::model::PortRange;
 
-    fn ask(rules: &str) -> Others {
-        let packet = Packet {
+    fn packet() -> Packet {
+        Packet {
             source: [10, 200, 1, 91].into(),
-            source_port: 61001,
+            source_ports: PortRange::one(61001),
             destination: [192, 168, 31, 67].into(),
             destination_port: 502,
             protocol: 6,
             icmp_type: 0,
             to_node: false,
+            from_node: false,
+            state: State::New,
+        }
+    }
+
+    fn follow(rules: &str, packet: &Packet) -> Others {
+        others(&parse(rules), packet, packet, Interfaces { input: Some("cali1"), output: Some("eth0") })
+    }
+
+    fn ask(rules: &str) -> Others {
+        follow(rules, &packet())
+    }
+
+    /// An answer passes OUTPUT instead of PREROUTING and INPUT where the node sends it, and the flow is known.
+    #[test]
+    fn an_answer_is_followed_as_one() {
+        let answer = packet().reply();
+        let stateless = "*filter\n:FORWARD ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n-A FORWARD -p tcp -m tcp --sport 502 -j DROP\n";
+        assert_eq!(ask(stateless), Others::default());
+        assert!(follow(stateless, &answer).dropped_by.is_some());
+        let stateful =
+            "*filter\n:FORWARD DROP [0:0]\n-A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\n";
+        assert!(ask(stateful).dropped_by.is_some());
+        assert_eq!(follow(stateful, &answer), Others::default());
+        let syn_ack =
+            "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -p tcp -m tcp --tcp-flags SYN,ACK SYN,ACK -j DROP\n";
+        assert!(ask(syn_ack).dropped_by.is_none() && follow(syn_ack, &answer).dropped_by.is_some());
+        let output = "*filter\n:FORWARD DROP [0:0]\n:INPUT DROP [0:0]\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT -d 10.200.1.91/32 -j DROP\n";
+        let of_node = Packet { from_node: true, ..answer };
+        let dropped = follow(output, &of_node).dropped_by;
+        assert_eq!(dropped.as_deref(), Some("filter OUTPUT -d 10.200.1.91/32 -j DROP"));
+    }
+
+    #[test]
+    fn a_packet_that_is_not_tracked_and_one_for_a_queue_are_known() {
+        let found = ask(
+            "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -j CT --notrack\n*filter\n:FORWARD ACCEPT [0:0]\n\
+             -A FORWARD -m conntrack --ctstate INVALID,UNTRACKED -j DROP\n",
+        );
+        assert!(found.dropped_by.is_some(), "{found:?}");
+        for target in ["NFQUEUE --queue-num 3", "CONNMARK --restore-mark"] {
+            let found = ask(&format!(
+                "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -p tcp -j {target}\n-A FORWARD -m mark --mark 0x1 -j DROP\n"
+            ));
+            assert_eq!((found.dropped_by, found.may_drop.len()), (None, 1), "{target}");
+        }
+        let of_connection =
+            ask("*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -m connmark --mark 0x10/0x10 -j DROP\n");
+        assert_eq!((of_connection.dropped_by, of_connection.may_drop.len()), (None, 1));
+    }
+
+    #[test]
+    fn a_condition_on_the_source_port_holds_for_all_ports_or_is_no_verdict() {
+        let rule = "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -p tcp -m tcp --sport 61000:61100 -j DROP\n";
+        let from = |first, last| {
+            let found = follow(rule, &Packet { source_ports: PortRange { first, last }, ..packet() });
+            (found.dropped_by.is_some(), found.may_drop.len())
         };
-        others(&parse(rules), &packet, &packet, Interfaces { input: Some("cali1"), output: Some("eth0") })
+        assert_eq!(
+            [from(61001, 61100), from(32768, 60999), from(32768, 61000)],
+            [(true, 0), (false, 0), (false, 1)]
+        );
     }
 
     #[test]
@@ -342,9 +428,7 @@ mod tests {
         );
         let to = |destination_port, to_node| {
             let (source, destination) = ([192, 168, 31, 67].into(), [192, 168, 31, 17].into());
-            let (source_port, protocol, icmp_type) = (0, 6, 0);
-            let packet =
-                Packet { source, source_port, destination, destination_port, protocol, icmp_type, to_node };
+            let packet = Packet { source, destination, destination_port, to_node, ..packet() };
             translations(&tables, &packet, Interfaces::default())
         };
         assert_eq!(to(18080, true), [(IpAddr::from([10, 200, 1, 91]), 8080)]);
@@ -368,9 +452,7 @@ mod tests {
         assert!(service(&tables, "shop", "we").is_empty());
         let to = |(destination, destination_port): (IpAddr, u16)| {
             let source = [192, 168, 31, 67].into();
-            let (source_port, protocol, icmp_type, to_node) = (0, 6, 0, false);
-            let packet =
-                Packet { source, source_port, destination, destination_port, protocol, icmp_type, to_node };
+            let packet = Packet { source, destination, destination_port, ..packet() };
             translations(&tables, &packet, Interfaces::default())
         };
         let endpoint = |last| (IpAddr::from([10, 200, 1, last]), 8080);

@@ -1,9 +1,11 @@
 //! Plans the input of `iptables-restore --noflush` from the wanted and the observed rules; pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
-use super::observe::{ObservedTable, TABLE_WAS_ABSENT};
-use super::ruleset::{Family, Ruleset, Table, TableRules};
+use super::observe::{ObservedTable, TABLE_WAS_ABSENT, comment};
+use super::ruleset::{Family, Ruleset, Table, TableRules, is_own};
+use crate::firewall::Hits;
 
 /// The input of one `iptables-restore` call: one table, all or nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,12 +27,30 @@ pub struct RestoreLine {
     pub text: String,
     /// Name of the rule that it comes from; empty where there is none.
     pub name: String,
+    /// With which its counter begins.
+    pub hits: Hits,
 }
 
 impl Restore {
-    /// Chains that are emptied, or made, and filled.
-    pub(super) fn declared(&self) -> impl Iterator<Item = &str> {
-        self.lines.iter().filter_map(|line| line.text.strip_prefix(':')?.split(' ').next())
+    /// Whether a counter goes on.
+    pub(super) fn counts(&self) -> bool {
+        self.lines.iter().any(|line| line.hits != Hits::default())
+    }
+
+    /// Lets the first rule of each name begin with the hits that the rules of this name have in the same chain.
+    fn carry(&mut self, observed: &ObservedTable) {
+        let mut hits: BTreeMap<(&str, &str), Hits> = BTreeMap::new();
+        for chain in observed.chains.iter().filter(|chain| is_own(&chain.name)) {
+            for rule in chain.rules.iter().filter(|rule| rule.hits != Hits::default()) {
+                if let Some(name) = comment(&rule.rule) {
+                    *hits.entry((&chain.name, name)).or_default() += rule.hits;
+                }
+            }
+        }
+        for line in &mut self.lines {
+            let chain = line.text.strip_prefix("-A ").and_then(|rest| rest.split(' ').next());
+            line.hits = chain.and_then(|chain| hits.remove(&(chain, line.name.as_str()))).unwrap_or_default();
+        }
     }
 
     /// Leaves chains as they are.
@@ -44,7 +64,15 @@ impl Restore {
     /// Returns the input of iptables-restore.
     #[must_use]
     pub fn text(&self) -> String {
-        self.lines.iter().flat_map(|line| [line.text.as_str(), "\n"]).collect()
+        let mut text = String::new();
+        for RestoreLine { text: line, hits: Hits { packets, bytes }, .. } in &self.lines {
+            // Writing to a string does not fail.
+            let _ = match (packets, bytes) {
+                (0, 0) => writeln!(text, "{line}"),
+                _ => writeln!(text, "[{packets}:{bytes}] {line}"),
+            };
+        }
+        text
     }
 }
 
@@ -61,7 +89,7 @@ impl Writer {
     }
 
     fn line(&mut self, line: &str, name: &str) {
-        self.lines.push(RestoreLine { text: line.into(), name: name.into() });
+        self.lines.push(RestoreLine { text: line.into(), name: name.into(), hits: Hits::default() });
     }
 
     /// Declared chains are emptied first (`--noflush` spares the built-in ones and those that are not named), so the
@@ -134,7 +162,9 @@ pub fn restore(
     for name in &stale {
         writer.line(&format!("-X {name}"), "");
     }
-    Some(writer.finish(family, table, wanted.is_none() && observed.was_absent()))
+    let mut restore = writer.finish(family, table, wanted.is_none() && observed.was_absent());
+    restore.carry(observed);
+    Some(restore)
 }
 
 /// All tables of a ruleset, for a host on which bridge has no rules yet.

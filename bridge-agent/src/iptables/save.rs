@@ -11,7 +11,7 @@ use std::sync::Once;
 
 use super::error::Error;
 use super::ruleset::{Family, Ruleset};
-use crate::kernel::files::{self, Ownership};
+use crate::kernel::files::{self, MAX_CONFIGURATION, Ownership, read_regular_text};
 
 /// Whether and where rules are saved.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -131,7 +131,7 @@ impl Saving {
     ) -> Result<Option<PathBuf>, Error> {
         let path = self.root.join(service.file(family));
         let failed = |source| Error::Save { path: path.clone(), source };
-        let old = match std::fs::read_to_string(&path) {
+        let old = match read_regular_text(&path, MAX_CONFIGURATION) {
             Ok(text) => Some(text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(failed(error)),

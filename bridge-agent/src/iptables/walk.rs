@@ -12,14 +12,15 @@ use ipnet::IpNet;
 use super::observe::OwnRules;
 use super::render::DENY;
 use super::ruleset::{Family, Table};
+use crate::model::PortRange;
 
-/// The first packet of a flow, which connection tracking calls NEW.
+/// A packet of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// Who opens the flow.
     pub source: IpAddr,
-    /// 0 for a protocol without ports.
-    pub source_port: u16,
+    /// Where one port is not known: those that it may have. 0 for a protocol without ports.
+    pub source_ports: PortRange,
     /// To whom.
     pub destination: IpAddr,
     /// 0 for a protocol without ports.
@@ -30,6 +31,24 @@ pub struct Packet {
     pub icmp_type: u8,
     /// Whether the destination is an address of this node, as on a NodePort.
     pub to_node: bool,
+    /// Whether the source is one.
+    pub from_node: bool,
+    /// Its place in the flow.
+    pub state: State,
+}
+
+/// The state that connection tracking gives to a packet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    /// The first of its flow.
+    #[default]
+    New,
+    /// The first answer.
+    Reply,
+    /// A rule keeps it from connection tracking.
+    Untracked,
+    /// One of these.
+    Unknown,
 }
 
 /// Interfaces of a packet; `None`: unknown.
@@ -59,6 +78,23 @@ impl Packet {
     #[must_use]
     pub const fn is_tracked(&self) -> bool {
         self.protocol != NO_NEXT_HEADER || self.source.is_ipv4()
+    }
+
+    /// Returns the first answer to the packet.
+    #[must_use]
+    pub const fn reply(&self) -> Self {
+        Self {
+            source: self.destination,
+            source_ports: PortRange::one(self.destination_port),
+            destination: self.source,
+            // Rules about the ports of clients name all of them.
+            destination_port: self.source_ports.first,
+            protocol: self.protocol,
+            icmp_type: if self.source.is_ipv4() { 0 } else { 129 },
+            to_node: self.from_node,
+            from_node: self.to_node,
+            state: State::Reply,
+        }
     }
 
     const fn family(&self) -> Family {
@@ -232,7 +268,7 @@ fn read<'r>(rule: &'r str, packet: &Packet, original_port: u16, marked: bool) ->
             }
             "-j" => return (matches, target(words.next().unwrap_or_default())),
             "-g" => return (matches, Action::Goto(words.next().unwrap_or_default())),
-            "--ctorigdstport" => words.next().map(|ports| in_ranges(ports, original_port)),
+            "--ctorigdstport" => words.next().and_then(|list| in_ranges(list, PortRange::one(original_port))),
             _ => holds(word, &mut words, packet, marked),
         };
         let holds = holds.map(|holds| holds != std::mem::take(&mut negated));
@@ -258,13 +294,18 @@ pub(super) fn matches(
         Some(name.strip_suffix('+').map_or(interface == name, |prefix| interface.starts_with(prefix)))
     };
     let (mut words, mut result, mut negated) = (Words(rule), Some(true), false);
+    let mut module = "";
     while let Some(word) = words.next() {
         let holds = match word {
             "!" => {
                 negated = true;
                 continue;
             }
-            "-m" | "--comment" => {
+            "-m" => {
+                module = words.next().unwrap_or_default();
+                continue;
+            }
+            "--comment" => {
                 words.next();
                 continue;
             }
@@ -272,7 +313,13 @@ pub(super) fn matches(
             "-j" | "-g" => break,
             "-i" => is_named(interfaces.input, words.next().unwrap_or_default()),
             "-o" => is_named(interfaces.output, words.next().unwrap_or_default()),
+            // The mark of a connection is not followed.
+            "--mark" if module == "connmark" => {
+                words.next();
+                None
+            }
             "--mark" => words.next().zip(mark).and_then(|(wanted, mark)| has_mark(wanted, mark)),
+            "--ctdir" if packet.state == State::Reply => words.next().map(|direction| direction == "REPLY"),
             "--ctdir" => {
                 words.next();
                 None
@@ -356,27 +403,41 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
         return None;
     }
     let value = words.next()?;
-    let with_ports = |port: u16| Some(in_ranges(value, port));
     match option {
         "-s" => Some(value.parse::<IpNet>().ok()?.contains(&packet.source)),
         "-d" => Some(value.parse::<IpNet>().ok()?.contains(&packet.destination)),
         "-p" => Some(protocol_number(value)? == packet.protocol),
-        "--sport" | "--sports" => with_ports(packet.source_port),
+        "--sport" | "--sports" => in_ranges(value, packet.source_ports),
         // Before any translation the two are the same.
-        "--dport" | "--dports" | "--ctorigdstport" => with_ports(packet.destination_port),
+        "--dport" | "--dports" | "--ctorigdstport" => {
+            in_ranges(value, PortRange::one(packet.destination_port))
+        }
         "--tcp-flags" => {
             let flags = words.next()?;
-            let syn_is_asked = value.split(',').any(|flag| matches!(flag, "SYN" | "ALL"));
-            Some(packet.protocol == protocol::TCP && (flags == if syn_is_asked { "SYN" } else { "NONE" }))
+            let has: &[&str] = if packet.state == State::Reply { &["SYN", "ACK"] } else { &["SYN"] };
+            let asked = |flag: &&&str| value.split(',').any(|one| one == **flag || one == "ALL");
+            let set: Vec<&str> = has.iter().filter(asked).copied().collect();
+            let wanted: Vec<&str> = flags.split(',').filter(|flag| *flag != "NONE").collect();
+            let same = set.len() == wanted.len() && set.iter().all(|flag| wanted.contains(flag));
+            Some(packet.protocol == protocol::TCP && same)
         }
-        "--chunk-types" => (value == "only" && words.next()? == "INIT").then_some(true),
+        "--chunk-types" => {
+            let is_init = value == "only" && words.next()? == "INIT";
+            (is_init && packet.state != State::Reply).then_some(true)
+        }
         "--ctstate" => {
-            let wanted = if packet.is_tracked() { "NEW" } else { "INVALID" };
-            Some(value.split(',').any(|state| state == wanted))
+            let has = match packet.state {
+                _ if !packet.is_tracked() => "INVALID",
+                State::New => "NEW",
+                State::Reply => "ESTABLISHED",
+                State::Untracked => "UNTRACKED",
+                State::Unknown => return None,
+            };
+            Some(value.split(',').any(|state| state == has))
         }
         "--icmp-type" | "--icmpv6-type" => Some(value.parse::<u8>().ok()? == packet.icmp_type),
         "--dst-type" => (value == "LOCAL").then_some(packet.to_node),
-        "--src-type" => (value == "LOCAL").then_some(false),
+        "--src-type" => (value == "LOCAL").then_some(packet.from_node),
         "--mark" => Some(marked),
         // A direct flow: not translated, and between this node's pods and the LAN.
         "--ctdir" => Some(value == "ORIGINAL"),
@@ -385,15 +446,18 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
     }
 }
 
-/// `80,8000:8100`.
-fn in_ranges(list: &str, port: u16) -> bool {
-    list.split(',').any(|range| {
+/// Whether a list such as `80,8000:8100` has all of these ports, or none; `None`: some.
+fn in_ranges(list: &str, ports: PortRange) -> Option<bool> {
+    let mut some = false;
+    for range in list.split(',') {
         let (first, last) = range.split_once(':').unwrap_or((range, range));
-        match (first.parse::<u16>(), last.parse::<u16>()) {
-            (Ok(first), Ok(last)) => (first..=last).contains(&port),
-            _ => false,
+        let (first, last) = (first.parse::<u16>().ok()?, last.parse::<u16>().ok()?);
+        if first <= ports.first && ports.last <= last {
+            return Some(true);
         }
-    })
+        some |= first <= ports.last && ports.first <= last;
+    }
+    (!some).then_some(false)
 }
 
 /// As iptables-save names them.

@@ -542,9 +542,9 @@ impl Shared {
             comparison.add(&changed.tables, policy.mode, &mut self.status().divergence);
         }
         match firewall.repair(policy, &changed) {
-            Ok(chains) => {
-                if let Some(comparison) = comparison {
-                    comparison.rewritten(&chains);
+            Ok(()) => {
+                if comparison.is_some() {
+                    *comparison = Comparison::begin(firewall).ok();
                 }
                 tracing::warn!("{drift}; repaired");
                 let mut status = self.status();

@@ -2,7 +2,8 @@
 //! symbolic link that is exchanged, as Kubernetes does with mounted ConfigMaps.
 //!
 //! Half a file is never read: content counts once its writer has closed the file, once it was moved to its name, or once
-//! a link points to it. An empty file has no content: a writer truncates it first.
+//! a link points to it. An empty file has no content: a writer truncates it first. A FIFO, a device or a directory in its
+//! place, and a file that is too large, are reported once as an error, and the file is followed further.
 //!
 //! A directory that is removed, moved away or cannot be watched is looked for again and again.
 
@@ -19,6 +20,8 @@ use std::{
 use futures_util::{FutureExt, StreamExt};
 use inotify::{EventMask, EventOwned, EventStream, Inotify, WatchDescriptor, WatchMask};
 use sha2::{Digest, Sha256};
+
+use super::files::{self, MAX_CONFIGURATION, is_refusal, read_regular};
 
 /// SHA-256 of a file.
 pub(crate) type Hash = [u8; 32];
@@ -39,6 +42,8 @@ pub(crate) struct FileWatch {
     /// The names, in each watched directory, of the file and of the links that lead to it.
     names: HashMap<WatchDescriptor, HashSet<OsString>>,
     last: Option<Hash>,
+    /// The last error, if the file was refused.
+    refused: Option<String>,
     /// Another program has the file open for writing.
     is_open: bool,
 }
@@ -64,7 +69,8 @@ impl FileWatch {
 
     fn unopened(path: &Path) -> io::Result<Self> {
         let (path, names) = (std::path::absolute(path)?, HashMap::new());
-        Ok(Self { path, stream: None, again: Instant::now(), names, last: None, is_open: false })
+        let again = Instant::now();
+        Ok(Self { path, stream: None, again, names, last: None, refused: None, is_open: false })
     }
 
     /// Begins to watch the directory of the file.
@@ -91,6 +97,7 @@ impl FileWatch {
 
     /// Marks the present content as known.
     pub(crate) fn take_note(&mut self) {
+        self.refused = self.refusal().map(|error| error.to_string());
         self.last = hash(&self.path);
     }
 
@@ -100,7 +107,10 @@ impl FileWatch {
     }
 
     /// Waits until the file has another content than the last known one, and returns it. Cancel safe.
-    pub(crate) async fn changed(&mut self) -> Vec<u8> {
+    ///
+    /// # Errors
+    /// The file is refused: [`is_refusal`]. Call this again: the next content is returned, even if it is the last known one.
+    pub(crate) async fn changed(&mut self) -> io::Result<Vec<u8>> {
         loop {
             let mut is_complete = match &mut self.stream {
                 Some(stream) => {
@@ -121,6 +131,9 @@ impl FileWatch {
                 // Links may lead elsewhere now. Watch first: what happens after this is not missed.
                 self.watch_names();
                 is_complete |= self.take_pending();
+                if let Some(error) = self.refuse() {
+                    return Err(error);
+                }
                 if self.is_open {
                     break;
                 }
@@ -131,11 +144,26 @@ impl FileWatch {
                     continue;
                 }
                 let new = hash_of(&content);
+                self.refused = None;
                 if self.last.replace(new) != Some(new) {
-                    return content;
+                    return Ok(content);
                 }
             }
         }
+    }
+
+    /// Returns the error for a file that cannot be read because of its type or size.
+    fn refusal(&self) -> Option<io::Error> {
+        files::check(&self.path, MAX_CONFIGURATION).err().filter(is_refusal)
+    }
+
+    /// Returns [`refusal`](Self::refusal), unless it was the last one. The
+    /// file need not be closed: others write to a device all the time.
+    fn refuse(&mut self) -> Option<io::Error> {
+        let error = self.refusal()?;
+        let text = error.to_string();
+        self.last = None;
+        (self.refused.replace(text.clone()) != Some(text)).then_some(error)
     }
 
     /// Returns the content, if the file did not change while it was read, and is not empty.
@@ -144,7 +172,7 @@ impl FileWatch {
             (metadata.dev(), metadata.ino(), metadata.size(), metadata.mtime(), metadata.mtime_nsec())
         };
         let before = fs::metadata(&self.path).map(state).ok()?;
-        let content = fs::read(&self.path).ok()?;
+        let content = read_regular(&self.path, MAX_CONFIGURATION).ok()?;
         let after = fs::metadata(&self.path).map(state).ok()?;
         (before == after && !content.is_empty()).then_some(content)
     }
@@ -193,9 +221,8 @@ impl FileWatch {
             return false;
         }
         if event.mask.contains(EventMask::CREATE) {
-            // A new file is closed later; a symbolic or a hard link causes no other event.
-            let is_link =
-                |metadata: Metadata| metadata.is_symlink() || metadata.is_dir() || metadata.nlink() > 1;
+            // A new file is closed later; a symbolic or a hard link, a FIFO or a device causes no other event.
+            let is_link = |metadata: Metadata| !metadata.is_file() || metadata.nlink() > 1;
             let directory = self.directory_of(&event.wd, &name);
             return directory.is_some_and(|path| fs::symlink_metadata(path).is_ok_and(is_link));
         }
@@ -288,7 +315,7 @@ fn components(path: &Path) -> impl Iterator<Item = OsString> {
 
 /// Returns the hash of a file; `None` if it is empty or cannot be read.
 pub(crate) fn hash(path: &Path) -> Option<Hash> {
-    let content = fs::read(path).ok()?;
+    let content = read_regular(path, MAX_CONFIGURATION).ok()?;
     (!content.is_empty()).then(|| hash_of(&content))
 }
 
@@ -305,7 +332,7 @@ mod tests {
     /// Returns the next content within five seconds.
     async fn next(watch: &mut FileWatch) -> String {
         let content = tokio::time::timeout(Duration::from_secs(5), watch.changed()).await;
-        String::from_utf8(content.expect("a change is noticed")).unwrap()
+        String::from_utf8(content.expect("a change is noticed").unwrap()).unwrap()
     }
 
     async fn is_quiet(watch: &mut FileWatch) -> bool {
@@ -341,6 +368,41 @@ mod tests {
         fs::write(&file, "7").unwrap();
         fs::write(directory.path().join("other"), "x").unwrap();
         assert!(is_quiet(&mut watch).await, "nothing has changed");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_fifo_or_a_device_is_reported_once_and_the_next_file_is_noticed() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let directory = tempfile::tempdir().unwrap();
+        let (file, new) = (directory.path().join("bridge.yaml"), directory.path().join("new"));
+        fs::write(&file, "good").unwrap();
+        let mut watch = FileWatch::open(&file).unwrap();
+        let fifo = |path: &Path| mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let zero = |path: &Path| symlink("/dev/zero", path).unwrap();
+        let is_large = |path: &Path| File::create(path).unwrap().set_len(MAX_CONFIGURATION + 1).unwrap();
+        type Maker<'a> = &'a dyn Fn(&Path);
+        let makers: [(Maker<'_>, &str); 3] =
+            [(&fifo, "a FIFO"), (&zero, "a device"), (&is_large, "larger than")];
+        for (make, text) in makers {
+            for moved in [true, false] {
+                if moved {
+                    make(&new);
+                    fs::rename(&new, &file).unwrap();
+                } else {
+                    fs::remove_file(&file).unwrap();
+                    make(&file);
+                }
+                let refused = tokio::time::timeout(Duration::from_secs(5), watch.changed()).await;
+                let error = refused.expect("the file is refused").unwrap_err().to_string();
+                assert!(error.contains(text), "{error}");
+                fs::remove_file(&file).unwrap();
+                make(&file);
+                assert!(is_quiet(&mut watch).await, "the same error is not reported again");
+                fs::write(&new, "good").unwrap();
+                fs::rename(&new, &file).unwrap();
+                assert_eq!(next(&mut watch).await, "good", "the file of before, moved in");
+            }
+        }
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -1,12 +1,73 @@
-//! Files that are replaced in one step: a reader finds the former content or the new one, also after a crash.
+//! Files that are replaced in one step: a reader finds the former content or the new one, also after a crash. And files
+//! that others write: they are read only if they are regular files, and up to a limit.
 
 use std::{
     ffi::OsStr,
-    fs::{self, File, Metadata, Permissions},
-    io::{self, BufWriter, Write},
-    os::unix::fs::{MetadataExt, PermissionsExt, fchown},
+    fs::{self, File, Metadata, OpenOptions, Permissions},
+    io::{self, BufWriter, Read, Write},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown},
     path::Path,
 };
+
+/// Limit of the configuration file and of the files that it names for routes. A million rules take about 150 MB.
+pub(crate) const MAX_CONFIGURATION: u64 = 512 * 1024 * 1024;
+/// Limit of keys, tokens, certificates, a kubeconfig and small records of the state.
+pub(crate) const MAX_SMALL: u64 = 1024 * 1024;
+
+/// Reads a file that others may write. Refuses a FIFO, a device, a socket and a directory: such a read could block for
+/// ever or never end. Refuses a file of more than `limit` bytes.
+///
+/// # Errors
+/// As for reading; see [`is_refusal`] for the others.
+pub(crate) fn read_regular(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    // Before it is opened: that alone has effects on some devices.
+    check(path, limit)?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    let metadata = file.metadata()?;
+    check_metadata(&metadata, limit)?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(usize::try_from(metadata.len()).unwrap_or_default().saturating_add(1))?;
+    // It may grow meanwhile, and the size of a file of /proc is 0.
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit { Err(too_large(limit)) } else { Ok(bytes) }
+}
+
+/// As [`read_regular`], for a file in UTF-8.
+pub(crate) fn read_regular_text(path: &Path, limit: u64) -> io::Result<String> {
+    String::from_utf8(read_regular(path, limit)?)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()))
+}
+
+/// Refuses the same files as [`read_regular`], without reading them: for a file that another library reads next.
+pub(crate) fn check(path: &Path, limit: u64) -> io::Result<()> {
+    check_metadata(&fs::metadata(path)?, limit)
+}
+
+/// Whether [`read_regular`] has refused a file for its type or size.
+pub(crate) fn is_refusal(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::IsADirectory | io::ErrorKind::Unsupported | io::ErrorKind::FileTooLarge
+    )
+}
+
+fn too_large(limit: u64) -> io::Error {
+    io::Error::new(io::ErrorKind::FileTooLarge, format!("it is larger than {limit} bytes"))
+}
+
+fn check_metadata(metadata: &Metadata, limit: u64) -> io::Result<()> {
+    let found = metadata.file_type();
+    let name = match () {
+        () if found.is_file() && metadata.len() > limit => return Err(too_large(limit)),
+        () if found.is_file() => return Ok(()),
+        () if found.is_dir() => "a directory",
+        () if found.is_fifo() => "a FIFO",
+        () if found.is_socket() => "a socket",
+        () => "a device",
+    };
+    let kind = if found.is_dir() { io::ErrorKind::IsADirectory } else { io::ErrorKind::Unsupported };
+    Err(io::Error::new(kind, format!("it is {name}, not a regular file")))
+}
 
 /// Owner and permissions of a new file.
 #[derive(Clone, Copy, Debug)]
@@ -94,6 +155,37 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"2");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o644);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn only_a_regular_file_of_limited_size_is_read() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        fs::write(path("file"), "12345").unwrap();
+        std::os::unix::fs::symlink("file", path("link")).unwrap();
+        assert_eq!(read_regular(&path("file"), 5).unwrap(), b"12345");
+        assert_eq!(read_regular_text(&path("link"), 5).unwrap(), "12345");
+        mknodat(CWD, path("fifo"), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", path("zero")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(path("socket")).unwrap();
+        File::create(path("sparse")).unwrap().set_len(1 << 40).unwrap();
+        for (name, text) in [
+            ("fifo", "it is a FIFO, not a regular file"),
+            ("zero", "it is a device, not a regular file"),
+            ("socket", "it is a socket, not a regular file"),
+            (".", "it is a directory, not a regular file"),
+            ("sparse", "it is larger than 4 bytes"),
+            ("file", "it is larger than 4 bytes"),
+        ] {
+            let error = read_regular(&path(name), 4).unwrap_err();
+            assert!(is_refusal(&error), "{name}: {error:?}");
+            assert_eq!(error.to_string(), text);
+        }
+        assert!(!is_refusal(&read_regular(&path("missing"), 4).unwrap_err()));
+        // The size of a file of /proc is 0, whatever it holds.
+        assert!(!read_regular(Path::new("/proc/self/status"), 1 << 20).unwrap().is_empty());
+        assert!(is_refusal(&read_regular(Path::new("/proc/self/status"), 4).unwrap_err()));
     }
 
     #[test]

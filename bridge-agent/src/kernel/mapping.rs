@@ -102,6 +102,11 @@ impl SharedCounters {
         Mapping::new(map, count as usize).map(Self)
     }
 
+    /// The counters.
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        self.0.words()
+    }
+
     pub(crate) fn add_one(&self, index: u32) {
         self.0.words()[index as usize].fetch_add(1, Ordering::AcqRel);
     }

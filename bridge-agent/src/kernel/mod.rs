@@ -15,5 +15,7 @@ pub mod nftables;
 pub(crate) mod pin_guard;
 pub mod pins;
 pub(crate) mod program;
+pub mod sole;
 pub mod state_directory;
 pub(crate) mod sysctl;
+pub mod tracking;

@@ -8,8 +8,10 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::netlink::{self, Error, RECEIVE_BUFFER, Socket, attribute, messages, receive};
 
-/// `NFNL_SUBSYS_NFTABLES` and `NFT_MSG_GETGEN` (linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h).
-const GET_GENERATION: u16 = (10 << 8) | 16;
+/// `NFNL_SUBSYS_NFTABLES` (linux/netfilter/nfnetlink.h).
+pub(super) const NFTABLES: u16 = 10;
+/// `NFT_MSG_GETGEN` (linux/netfilter/nf_tables.h).
+const GET_GENERATION: u16 = (NFTABLES << 8) | 16;
 const NFTA_GEN_ID: u16 = 1;
 /// Bytes of `struct nfgenmsg`.
 const NFGEN_HEADER: usize = 4;
@@ -57,9 +59,9 @@ const GROUP: u32 = 7;
 const TABLE_NAME: u16 = 1;
 
 /// `NFT_MSG_DELTABLE` (linux/netfilter/nf_tables.h).
-const DELETE_TABLE: u16 = (10 << 8) | 2;
+const DELETE_TABLE: u16 = (NFTABLES << 8) | 2;
 /// `NFPROTO_INET` (linux/netfilter.h).
-const INET: u8 = 1;
+pub(super) const INET: u8 = 1;
 /// Bytes of notifications that may wait: those of a transaction of some 20,000 elements.
 const WAITING: usize = 8 << 20;
 
@@ -69,7 +71,7 @@ pub enum Touched {
     /// Nothing but transactions of the caller.
     #[default]
     No,
-    /// Some were lost, or may be about transactions of the caller.
+    /// Some were lost.
     Perhaps,
     /// Another program has changed it.
     Changed,
@@ -84,7 +86,12 @@ pub type Transaction = (u32, u32);
 pub struct Changes {
     socket: netlink_sys::Socket,
     buffer: Vec<u8>,
+    claimed: Claimed,
 }
+
+/// Transactions of the caller with the lower half of the generation that each turned out to have. It has changed the table; a
+/// second generation among the same ones that did so is another program's.
+type Claimed = Vec<(Transaction, u16)>;
 
 impl std::fmt::Debug for Changes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -101,7 +108,7 @@ impl Changes {
         let socket = netlink::subscribe_to(NETLINK_NETFILTER, &[GROUP])?;
         // Without the privilege the usual size has to do: more is lost then, and reported as such.
         let _ = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, WAITING);
-        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER) })
+        Ok(Self { socket, buffer: Vec::with_capacity(RECEIVE_BUFFER), claimed: Claimed::new() })
     }
 
     /// Returns a descriptor that can be read while notifications wait: for poll(2) beside calls of [`Self::touched`].
@@ -119,11 +126,13 @@ impl Changes {
     /// Of `recv(2)`.
     pub fn touched(&mut self, table: &str, own: &[Transaction], since: Option<u32>) -> io::Result<Touched> {
         let mut touched = Touched::No;
+        self.claimed.retain(|(transaction, _)| own.contains(transaction));
         loop {
             match receive(&self.socket, &mut self.buffer) {
                 Ok(()) => {
-                    let each = messages(&self.buffer).map(|message| about(message, table, own, since));
-                    touched = each.fold(touched, Ord::max);
+                    for message in messages(&self.buffer) {
+                        touched = touched.max(about(message, table, own, since, &mut self.claimed));
+                    }
                 }
                 // Other programs may write more at once than the socket holds.
                 Err(Error::Overrun | Error::Malformed(_)) => touched = touched.max(Touched::Perhaps),
@@ -140,6 +149,7 @@ fn about(
     table: &str,
     own: &[Transaction],
     since: Option<u32>,
+    claimed: &mut Claimed,
 ) -> Touched {
     let Ok((header, body)) = message else { return Touched::Perhaps };
     // `struct nfgenmsg`: the family, a version, and the lower half of the generation in network byte order.
@@ -161,11 +171,17 @@ fn about(
         let after_first = generation.wrapping_sub(u16::from_be_bytes([high, low]));
         u32::from(after_first) <= last.wrapping_sub(first)
     };
-    match own.iter().rev().find(within) {
-        Some((first, last)) if first == last => Touched::No,
-        Some(_) => Touched::Perhaps,
-        None if header.kind == DELETE_TABLE => Touched::Removed,
-        None => Touched::Changed,
+    let is_own = own.iter().rev().find(within).is_some_and(|transaction| {
+        let known = claimed.iter().find(|(of, _)| of == transaction).map(|(_, generation)| *generation);
+        if known.is_none() {
+            claimed.push((*transaction, generation));
+        }
+        known.is_none_or(|known| known == generation)
+    });
+    match header.kind {
+        _ if is_own => Touched::No,
+        DELETE_TABLE => Touched::Removed,
+        _ => Touched::Changed,
     }
 }
 
@@ -176,21 +192,26 @@ mod tests {
 
     #[test]
     fn own_transactions_are_not_taken_for_those_of_others() {
-        let said = |kind, family, generation: u32, own: &[Transaction]| {
+        let mut claimed = Claimed::new();
+        let mut said = |kind, family, generation: u32, own: &[Transaction]| {
             let [.., high, low] = generation.to_be_bytes();
             let body = [&[family, 0, high, low][..], &encode_attribute(TABLE_NAME, b"mine\0")].concat();
             let header = netlink::Header { kind, flags: 0, sequence: 0, port: 0 };
-            about(Ok((header, &body)), "mine", own, Some(4))
+            about(Ok((header, &body)), "mine", own, Some(4), &mut claimed)
         };
         const NEW: u16 = 10 << 8;
         assert_eq!(said(NEW, INET, 7, &[]), Touched::Changed);
         assert_eq!(said(NEW, INET, 7, &[(7, 7)]), Touched::No);
-        assert_eq!(said(NEW, INET, 7, &[(6, 8)]), Touched::Perhaps);
+        // One of three transactions has to be the own one, and no other one may change the table.
+        assert_eq!(said(NEW, INET, 7, &[(6, 8)]), Touched::No);
+        assert_eq!(said(DELETE_TABLE, INET, 7, &[(6, 8)]), Touched::No);
+        assert_eq!(said(NEW, INET, 8, &[(6, 8)]), Touched::Changed);
+        assert_eq!(said(DELETE_TABLE, INET, 6, &[(6, 8)]), Touched::Removed);
         assert_eq!(said(NEW, INET, 9, &[(6, 8)]), Touched::Changed);
         assert_eq!(said(NEW, INET, 5, &[(6, 8)]), Touched::Changed);
         assert_eq!(said(DELETE_TABLE, INET, 9, &[(6, 8)]), Touched::Removed);
         // The lower half of the generation alone is sent.
-        assert_eq!(said(NEW, INET, 0x2_0006, &[(0x1_ffff, 0x2_0006)]), Touched::Perhaps);
+        assert_eq!(said(NEW, INET, 0x2_0006, &[(0x1_ffff, 0x2_0006)]), Touched::No);
         assert_eq!(said(NEW, 2, 7, &[]), Touched::No);
         // What came before the table was written again.
         assert_eq!(said(DELETE_TABLE, INET, 3, &[]), Touched::No);

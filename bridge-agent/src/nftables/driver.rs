@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::carry::{self, Carry};
 use super::error::Error;
 use super::programs::Programs;
 use super::render::{self, Options};
@@ -104,22 +105,39 @@ impl Nftables {
         (self.transactions.make_contiguous(), self.rewritten)
     }
 
-    /// Writes the whole table as it was written last, whatever stands there.
-    pub(super) fn restore(&mut self, policy: &Policy) -> Result<(), Error> {
-        let Some(Written { rules, whole: script, .. }) = self.written.take() else {
-            return self.rewrite(policy);
+    /// Writes the whole table as it was written last, whatever stands there. The counters begin at zero if it was removed;
+    /// returns whether they go on.
+    pub(super) fn restore(&mut self, policy: &Policy, removed: bool) -> Result<bool, Error> {
+        let Some(Written { rules, whole, .. }) = self.written.take() else {
+            return self.rewrite(policy).map(|()| false);
         };
-        self.write_whole(rules, script)
+        let hits = if removed { BTreeMap::new() } else { self.counted() };
+        let goes_on = !hits.is_empty();
+        // The script that is kept has no counters: it is for a table that is gone.
+        let script = whole.filter(|_| !goes_on);
+        self.write_whole(rules, script, hits)?;
+        Ok(goes_on)
     }
 
-    fn write_whole(&mut self, rules: Ruleset, script: Option<String>) -> Result<(), Error> {
-        let script = script.unwrap_or_else(|| whole(&rules));
+    fn write_whole(
+        &mut self,
+        rules: Ruleset,
+        script: Option<String>,
+        hits: BTreeMap<String, Hits>,
+    ) -> Result<(), Error> {
+        let plain = hits.is_empty();
+        let script = script.unwrap_or_else(|| whole(&rules, hits));
         self.write(rules, &script)?;
         self.rewritten = self.transactions.back().map(|(first, _)| *first);
-        if let Some(written) = &mut self.written {
+        if let Some(written) = self.written.as_mut().filter(|_| plain) {
             written.whole = Some(script);
         }
         Ok(())
+    }
+
+    /// Returns the hits of the table in the kernel, if there is one. Without them the rules hold as well.
+    fn counted(&self) -> BTreeMap<String, Hits> {
+        read::content(&self.config.programs).ok().flatten().unwrap_or_default().hits
     }
 
     fn write(&mut self, rules: Ruleset, script: &str) -> Result<(), Error> {
@@ -145,10 +163,25 @@ impl Nftables {
         render::ruleset(policy, &self.config.options)
     }
 
-    /// Writes the whole table, whatever stands there.
+    /// Writes the whole table, whatever stands there, with the counters of an earlier one.
     pub(super) fn rewrite(&mut self, policy: &Policy) -> Result<(), Error> {
-        let rules = self.rules(policy);
-        self.write_whole(rules, None)
+        let (rules, hits) = (self.rules(policy), self.counted());
+        self.write_whole(rules, None, hits)
+    }
+
+    /// Reads the hits of rules whose elements move. Without them the rules hold as well.
+    fn carry(&self, from: &Ruleset, to: &Ruleset) -> Carry {
+        let groups = carry::moved(from, to);
+        if groups.is_empty() {
+            return Carry::default();
+        }
+        match read::content(&self.config.programs) {
+            Ok(content) => Carry::new(groups, &content.unwrap_or_default().groups),
+            Err(error) => {
+                tracing::debug!(%error, "the counters cannot be read");
+                Carry::default()
+            }
+        }
     }
 
     /// Reads the counters that say why packets were denied, by `bridge:REASON`.
@@ -157,8 +190,8 @@ impl Nftables {
     }
 }
 
-fn whole(rules: &Ruleset) -> String {
-    if *rules == Ruleset::default() { script::removal() } else { script::full(rules) }
+fn whole(rules: &Ruleset, hits: BTreeMap<String, Hits>) -> String {
+    if *rules == Ruleset::default() { script::removal() } else { script::full_with(rules, hits) }
 }
 
 fn generation() -> Result<u32, Error> {
@@ -179,7 +212,7 @@ impl Firewall for Nftables {
         let rules = self.rules(policy);
         let script = match &self.written {
             Some(written) if written.fingerprint == Some(*observed) => script::change(&written.rules, &rules),
-            _ => whole(&rules),
+            _ => whole(&rules, BTreeMap::new()),
         };
         Plan { rules, script }
     }
@@ -207,7 +240,7 @@ impl Firewall for Nftables {
         }
         written.fingerprint = Some(fingerprint);
         if written.whole.is_none() {
-            written.whole = Some(whole(&written.rules));
+            written.whole = Some(whole(&written.rules, BTreeMap::new()));
         }
         Ok(())
     }
@@ -231,6 +264,11 @@ impl Firewall for Nftables {
         Ok(read::content(&self.config.programs)?.unwrap_or_default().hits)
     }
 
+    fn present(&self) -> Result<Option<String>, Error> {
+        let there = self.observe()?;
+        Ok(there.map(|_| format!("table inet {}", super::TABLE)))
+    }
+
     fn teardown(&mut self) -> Remains<Error> {
         let mut remains = Remains::default();
         crate::fault::point("nftables:teardown");
@@ -249,7 +287,7 @@ impl Firewall for Nftables {
     fn converge(&mut self, policy: &Policy) -> Result<(), Error> {
         if let Some(Written { rules, .. }) = &self.written {
             let wanted = self.rules(policy);
-            let script = script::change(rules, &wanted);
+            let script = script::change_with(rules, &wanted, &self.carry(rules, &wanted));
             match self.write(wanted, &script) {
                 Ok(()) => return Ok(()),
                 // Another program has changed the table.

@@ -1,6 +1,7 @@
 //! nftables: the same rules as sets and verdict maps of one table, for IPv4 and IPv6.
 
 mod budget;
+mod carry;
 mod driver;
 mod error;
 mod layers;

@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use serde::Deserialize;
 
+use super::carry::Group;
 use super::error::Error;
 use super::programs::Programs;
 use super::ruleset::TABLE;
@@ -25,6 +26,8 @@ pub(super) fn fingerprint(programs: &Programs) -> Result<Option<u64>, Error> {
 pub(super) struct Content {
     /// By the name of the rule; named counters begin with `bridge:`.
     pub(super) hits: BTreeMap<String, Hits>,
+    /// Those of rules, by map and rule.
+    pub(super) groups: BTreeMap<Group, Hits>,
     pub(super) elements: usize,
     pub(super) rules: usize,
     pub(super) chains: usize,
@@ -69,6 +72,7 @@ struct NamedCounter {
 
 #[derive(Deserialize)]
 struct Set {
+    name: String,
     #[serde(default)]
     elem: Vec<serde_json::Value>,
 }
@@ -84,6 +88,7 @@ fn parse(text: &str) -> Result<Content, Error> {
             Object::Set(set) | Object::Map(set) => {
                 content.elements += set.elem.len();
                 for (rule, hits) in set.elem.iter().filter_map(counted) {
+                    *content.groups.entry((set.name.clone(), rule.clone())).or_default() += hits;
                     *content.hits.entry(rule).or_default() += hits;
                 }
             }

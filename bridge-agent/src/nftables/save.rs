@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use super::error::Error;
 use super::ruleset::Ruleset;
 use super::script;
-use crate::kernel::files::{self, Ownership};
+use crate::kernel::files::{self, MAX_CONFIGURATION, Ownership, read_regular_text};
 
 /// Relative to the root, as the unit names it.
 const FILE: &str = "etc/bridge/rules.nft";
@@ -83,7 +83,7 @@ impl Saving {
 }
 
 fn read(path: &Path) -> io::Result<Option<String>> {
-    match std::fs::read_to_string(path) {
+    match read_regular_text(path, MAX_CONFIGURATION) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),

@@ -1,8 +1,10 @@
 //! Scripts for `nft -f`, each one transaction: pure.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
+use super::carry::Carry;
 use super::ruleset::{Chain, Collection, Element, Ruleset, TABLE};
+use crate::firewall::Hits;
 
 /// Elements of one command.
 const CHUNK: usize = 1_000;
@@ -10,7 +12,13 @@ const CHUNK: usize = 1_000;
 /// Returns the script that replaces whatever the table holds.
 #[must_use]
 pub fn full(wanted: &Ruleset) -> String {
-    format!("table inet {TABLE}\ndelete table inet {TABLE}\n{}", change(&Ruleset::default(), wanted))
+    full_with(wanted, BTreeMap::new())
+}
+
+/// As [`full`]; named counters and the first element of each rule begin with these hits.
+pub(super) fn full_with(wanted: &Ruleset, hits: BTreeMap<String, Hits>) -> String {
+    let carry = Carry { hits, ..Carry::default() };
+    removal() + &change_with(&Ruleset::default(), wanted, &carry)
 }
 
 /// Returns the script that removes the table, whether or not it exists.
@@ -21,8 +29,13 @@ pub(super) fn removal() -> String {
 /// Returns the script from one content of the table to another; elements that stay keep their counters. Empty if
 /// nothing changes.
 pub(super) fn change(from: &Ruleset, to: &Ruleset) -> String {
+    change_with(from, to, &Carry::default())
+}
+
+/// As [`change`], and rules whose elements move keep their hits.
+pub(super) fn change_with(from: &Ruleset, to: &Ruleset, carry: &Carry) -> String {
     let mut text = String::new();
-    declare(&mut text, from, to);
+    declare(&mut text, from, to, &carry.hits);
     let stale = from.chains.iter().filter(|(name, chain)| {
         to.chains.get(*name).is_none_or(|next| next.rules != chain.rules) && !chain.rules.is_empty()
     });
@@ -33,17 +46,23 @@ pub(super) fn change(from: &Ruleset, to: &Ruleset) -> String {
         match find(to, kind, name) {
             None => line(&mut text, format_args!("delete {kind} inet {TABLE} {name}")),
             Some(next) => {
-                let gone = collection.elements.iter().filter(|(key, e)| next.elements.get(*key) != Some(e));
-                elements(&mut text, "delete", name, gone, false);
+                let gone = collection
+                    .elements
+                    .iter()
+                    .filter(|(key, e)| next.elements.get(*key) != Some(e) || carry.rewrites(name, &e.rule));
+                elements(&mut text, "delete", name, gone, None);
             }
         }
     }
+    let mut hits = carry.hits.clone();
     for (kind, name, collection) in to.collections() {
         let before = find(from, kind, name);
         let fresh = |(key, element): &(&String, &Element)| {
             before.is_none_or(|before| before.elements.get(*key) != Some(element))
+                || carry.rewrites(name, &element.rule)
         };
-        elements(&mut text, "add", name, collection.elements.iter().filter(fresh), collection.counts);
+        let counts = collection.counts.then_some(&mut hits);
+        elements(&mut text, "add", name, collection.elements.iter().filter(fresh), counts);
     }
     for (name, chain) in &to.chains {
         if from.chains.get(name).is_none_or(|before| before.rules != chain.rules) {
@@ -62,10 +81,15 @@ pub(super) fn change(from: &Ruleset, to: &Ruleset) -> String {
 }
 
 /// Declares everything new, without content.
-fn declare(text: &mut String, from: &Ruleset, to: &Ruleset) {
+fn declare(text: &mut String, from: &Ruleset, to: &Ruleset, hits: &BTreeMap<String, Hits>) {
     let mut body = String::new();
     for name in to.counters.difference(&from.counters) {
-        line(&mut body, format_args!("\tcounter {name} {{ }}"));
+        match hits.get(&format!("bridge:{name}")) {
+            Some(Hits { packets, bytes }) => {
+                line(&mut body, format_args!("\tcounter {name} {{ packets {packets} bytes {bytes} }}"));
+            }
+            None => line(&mut body, format_args!("\tcounter {name} {{ }}")),
+        }
     }
     for (kind, name, collection) in to.collections() {
         if find(from, kind, name).is_none() {
@@ -97,20 +121,28 @@ fn find<'a>(of: &'a Ruleset, kind: &str, name: &str) -> Option<&'a Collection> {
     if kind == "map" { of.maps.get(name) } else { of.sets.get(name) }
 }
 
+/// `counts`: hits with which the first element of a rule begins, if packets are counted.
 fn elements<'a>(
     text: &mut String,
     verb: &str,
     collection: &str,
     elements: impl Iterator<Item = (&'a String, &'a Element)>,
-    counts: bool,
+    mut counts: Option<&mut BTreeMap<String, Hits>>,
 ) {
     let mut elements = elements.peekable();
     while elements.peek().is_some() {
         line(text, format_args!("{verb} element inet {TABLE} {collection} {{"));
         for (key, Element { rule, verdict }) in elements.by_ref().take(CHUNK) {
-            let counter = if counts { " counter" } else { "" };
-            let comment =
-                if counts && !rule.is_empty() { format!(" comment \"{rule}\"") } else { String::new() };
+            let counter = match counts.as_deref_mut().map(|hits| hits.remove(rule)) {
+                None => String::new(),
+                Some(None) => " counter".to_owned(),
+                Some(Some(Hits { packets, bytes })) => format!(" counter packets {packets} bytes {bytes}"),
+            };
+            let comment = if counts.is_some() && !rule.is_empty() {
+                format!(" comment \"{rule}\"")
+            } else {
+                String::new()
+            };
             let verdict = if verdict.is_empty() { String::new() } else { format!(" : {verdict}") };
             line(text, format_args!("\t{key}{counter}{comment}{verdict},"));
         }

@@ -5,7 +5,7 @@
 //! (more was changed at once than a socket holds, or another program wrote at the same time) the rules are read.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -256,7 +256,12 @@ impl State {
 fn watch(shared: &Shared, notified: &OwnedFd, mut survey: Option<Survey>) {
     let mut pause = SHORTEST;
     // What is notified during the pause is looked at after it, at once.
-    while !shared.stops_within(None, pause) && !shared.stops_within(Some(notified), INTERVAL) {
+    loop {
+        let survey_notified = survey.as_ref().and_then(Survey::descriptor);
+        let events: Vec<BorrowedFd<'_>> = survey_notified.into_iter().chain([notified.as_fd()]).collect();
+        if shared.stops_within(&[], pause) || shared.stops_within(&events, INTERVAL) {
+            return;
+        }
         let begun = Instant::now();
         if let Some(topology) = survey.as_mut().and_then(|survey| survey.take(begun)) {
             shared.follow(topology);
@@ -288,10 +293,9 @@ impl Shared {
 
     /// Waits for the end of the watch, for a notification on `notified`, or for the pause to pass. Returns whether it was the
     /// end.
-    fn stops_within(&self, notified: Option<&OwnedFd>, pause: Duration) -> bool {
-        let events = std::iter::once(&self.stop).chain(notified);
-        let mut events: Vec<_> =
-            events.map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)).collect();
+    fn stops_within(&self, notified: &[BorrowedFd<'_>], pause: Duration) -> bool {
+        let events = std::iter::once(self.stop.as_fd()).chain(notified.iter().copied());
+        let mut events: Vec<_> = events.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         let until = Instant::now() + pause;
         loop {
             let left = Timespec::try_from(until.saturating_duration_since(Instant::now())).ok();
@@ -348,11 +352,11 @@ impl Shared {
             }
         };
         self.count(state);
-        match state.firewall.restore(&state.policy) {
-            Ok(()) => {
+        let removed = state.unread == Touched::Removed;
+        match state.firewall.restore(&state.policy, removed) {
+            Ok(goes_on) => {
                 state.unread = Touched::No;
-                // The counters begin at zero.
-                if let Some(comparison) = &mut state.comparison {
+                if let Some(comparison) = state.comparison.as_mut().filter(|_| !goes_on) {
                     comparison.counters.clear();
                 }
                 tracing::warn!("{drift}; repaired");

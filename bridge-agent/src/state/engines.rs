@@ -120,10 +120,12 @@ impl DivergenceStatus {
     pub(crate) fn summary(&self) -> Option<String> {
         let by_iptables: u64 = self.denied_by_iptables.values().sum();
         let by_nftables: u64 = self.denied_by_nftables.values().sum();
-        let (filter, by_filter) =
-            if by_nftables > 0 { ("nftables", by_nftables) } else { ("iptables", by_iptables) };
-        (by_filter + self.denied_by_ebpf > 0).then(|| {
-            format!("packets denied by {filter} alone: {by_filter}, by eBPF alone: {}", self.denied_by_ebpf)
+        // Packets that eBPF alone denies are not counted with nftables.
+        if by_nftables > 0 {
+            return Some(format!("packets denied by nftables alone: {by_nftables}"));
+        }
+        (by_iptables + self.denied_by_ebpf > 0).then(|| {
+            format!("packets denied by iptables alone: {by_iptables}, by eBPF alone: {}", self.denied_by_ebpf)
         })
     }
 }

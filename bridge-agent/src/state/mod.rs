@@ -1,6 +1,7 @@
 //! The state of the agent that the run loop writes and API clients read, and the requests of clients to the run loop.
 
 mod engines;
+mod filter_counts;
 mod journal;
 mod probe;
 mod readiness;
@@ -24,6 +25,7 @@ use tokio::{
 };
 
 pub use engines::{AttachedInterface, DivergenceStatus, Enforcement, FastPathStatus, FirewallStatus};
+pub use filter_counts::FilterCounts;
 pub use journal::{Event, EventId, InvalidEventId, Journal, Logged, Reader, Received, Start};
 pub use probe::{InvalidProbe, Probe};
 pub use request::{
@@ -37,6 +39,7 @@ pub use trial::{ProbeStatus, TrialEnd, TrialOutcome, TrialStatus};
 use crate::{
     config::PoolScope,
     datapath::{Maps, Verdict},
+    firewall::Counts,
     kubernetes::{self, Engines},
     model::Policy,
     pool::service::Service,
@@ -83,6 +86,8 @@ pub struct ActivePolicy {
 struct Inner {
     status: Status,
     active: Option<ActivePolicy>,
+    /// Counters of the packet filter, where it enforces alone.
+    counts: Option<Arc<Counts>>,
     last_denied: Option<Arc<Verdict>>,
     maps: Option<Arc<Maps>>,
     routes: Option<View>,
@@ -105,6 +110,7 @@ impl Shared {
         let inner = Inner {
             status,
             active: None,
+            counts: None,
             last_denied: None,
             maps: None,
             routes: None,
@@ -168,8 +174,18 @@ impl Shared {
         self.read().last_denied.clone()
     }
 
-    pub(crate) fn set_active(&self, active: Option<ActivePolicy>) {
-        self.write().active = active;
+    /// `counts`: counters of the packet filter, where it enforces alone.
+    pub(crate) fn set_active(&self, active: Option<ActivePolicy>, counts: Option<Arc<Counts>>) {
+        let mut inner = self.write();
+        (inner.active, inner.counts) = (active, counts);
+    }
+
+    /// Returns the counters of the packet filter, if one enforces alone.
+    #[must_use]
+    pub fn filter_counts(&self) -> Option<FilterCounts> {
+        let inner = self.read();
+        let (counts, active) = (inner.counts.as_ref()?, inner.active.as_ref()?);
+        Some(FilterCounts { counts: Arc::clone(counts), policy: Arc::clone(&active.policy) })
     }
 
     /// The policy that judges packets, if an engine enforces.

@@ -4,6 +4,8 @@ use std::{fmt, net::Ipv6Addr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::ports::one_port;
+
 /// `tcp://HOST:PORT`, which must accept a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -25,7 +27,7 @@ impl FromStr for Probe {
         let invalid = || InvalidProbe(text.to_owned());
         let (host, port) =
             text.strip_prefix("tcp://").and_then(|rest| rest.rsplit_once(':')).ok_or_else(invalid)?;
-        let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(invalid)?;
+        let port = one_port(port).map_err(|_| invalid())?;
         let host = match host.strip_prefix('[') {
             Some(v6) => v6.strip_suffix(']').filter(|v6| v6.parse::<Ipv6Addr>().is_ok()),
             None => Some(host).filter(|host| !host.is_empty() && !host.contains([':', '/', ' '])),
@@ -71,6 +73,8 @@ mod tests {
             "tcp://x",
             "tcp://x:0",
             "tcp://x:65536",
+            "tcp://x:022",
+            "tcp://x:+22",
             "udp://x:1",
             "tcp://fd31::67:22",
             "tcp://[x]:22",

@@ -293,11 +293,13 @@ fn a_second_agent_is_refused_names_the_first_and_touches_nothing() -> Result<()>
     let (healthy, agent) = Healthy::new()?;
     let other = healthy.node.lab.directory().join("other.yaml");
     let socket = healthy.node.lab.directory().join("other.sock");
-    let config = healthy.node.config("ebpf, iptables", "", &format!("{RULES}{MORE}"));
-    let first = format!("(pid {})", agent.pid());
-    for (socket, complaint) in
-        [(socket.as_path(), "already works on"), (agent.socket(), "already answers on")]
-    {
+    let first = agent.pid().to_string();
+    for (engines, socket, complaint) in [
+        ("ebpf, iptables", socket.as_path(), "keeps the rules of the packet filter"),
+        ("ebpf", socket.as_path(), "already works on"),
+        ("ebpf", agent.socket(), "already answers on"),
+    ] {
+        let config = healthy.node.config(engines, "", &format!("{RULES}{MORE}"));
         fs::write(&other, format!("{config}api: {{socket: {}}}\n", socket.display()))?;
         let mut second = Command::new(agent.command(&[]).get_program());
         second.args(["run", "--config"]).arg(&other).arg("--pin-root").arg(agent.pins());

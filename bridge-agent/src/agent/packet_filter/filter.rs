@@ -3,21 +3,32 @@
 use std::{fmt, num::NonZeroU32, sync::Arc};
 
 use crate::{
-    config::{Config, Save, Scope},
-    firewall::Options,
+    config::{Config, PoolScope, Save, Scope},
+    firewall::{Counts, Firewall, Options, Remains},
     interfaces::Selection,
     model::Policy,
+    state::ActivePolicy,
 };
 
 /// A kind of packet filter: applied rules, and the watch over them.
 pub(in crate::agent) trait Engine: Sized {
     /// Its section of the configuration.
     type Section: Clone + fmt::Debug + PartialEq;
+    /// Writes the rules.
+    type Driver: Firewall<Error = Self::Error>;
     /// A failure, with a remedy.
     type Error: fmt::Display;
     const NAME: &'static str;
 
     fn section(config: &Config) -> Self::Section;
+
+    fn settings(config: &Config) -> Settings<Self::Section> {
+        let (scope, save) = (config.enforcement.scope, config.persistence.save);
+        Settings { scope, selection: Selection::of(config), save, section: Self::section(config) }
+    }
+
+    /// Opens a driver for rules that are not on trial.
+    fn driver(settings: &Settings<Self::Section>) -> Result<Self::Driver, Self::Error>;
 
     /// Applies the rules of `policy` and watches them, after `former` was stopped.
     fn start(
@@ -36,11 +47,17 @@ pub(in crate::agent) trait Engine: Sized {
     /// Returns the applied policy.
     fn policy(&self) -> Arc<Policy>;
 
+    /// Returns a reader of the rules' counters.
+    fn counts(&self) -> Arc<Counts>;
+
     /// Whether the watch goes on.
     fn watches(&self) -> bool;
 
     /// Ends the watch and leaves the rules.
     fn stop(&mut self);
+
+    /// Ends the watch and removes every rule.
+    fn teardown(self) -> Remains<Self::Error>;
 
     /// Begins, or ends, to compare with eBPF. Returns whether it has begun.
     fn compare(&self, begin: bool) -> bool;
@@ -62,11 +79,6 @@ pub(in crate::agent) struct Settings<S> {
 }
 
 impl<S> Settings<S> {
-    pub(super) fn new(config: &Config, section: S) -> Self {
-        let (scope, save) = (config.enforcement.scope, config.persistence.save);
-        Self { scope, selection: Selection::of(config), save, section }
-    }
-
     /// Returns whether rules are saved for the boot. A policy on trial never is: after a reboot no agent would roll it
     /// back.
     pub(super) fn saves(&self, on_trial: bool) -> bool {
@@ -85,6 +97,8 @@ impl<S> Settings<S> {
 pub(in crate::agent) struct Filter<E: Engine> {
     pub(super) engine: E,
     pub(super) settings: Settings<E::Section>,
+    /// The port pool of the configuration, which the rules know nothing of.
+    pub(super) pool: Option<PoolScope>,
     /// Whether eBPF is beside it.
     pub(super) compares: bool,
     /// Why `auto` has taken it, if it has.
@@ -96,28 +110,31 @@ pub(in crate::agent) struct Filter<E: Engine> {
 pub(in crate::agent) struct Applied<S> {
     policy: Policy,
     settings: Settings<S>,
+    pool: Option<PoolScope>,
 }
 
 impl<E: Engine> Filter<E> {
     pub(super) fn start(config: &Config, on_trial: bool) -> Result<Self, E::Error> {
-        let settings = Settings::new(config, E::section(config));
+        let settings = E::settings(config);
         let engine = E::start(&settings, config.policy(), on_trial, None)?;
-        Ok(Self { engine, settings, compares: false, chosen: None })
+        Ok(Self { engine, settings, pool: config.pool_scope(), compares: false, chosen: None })
     }
 
     /// Applies another configuration; the former one stays active if it is refused.
     pub(super) fn reload(&mut self, config: &Config, on_trial: bool) -> Result<(), E::Error> {
-        let wanted = Settings::new(config, E::section(config));
+        let wanted = E::settings(config);
         if self.settings == wanted {
             self.engine.set_saving(wanted.saves(on_trial));
-            return self.engine.update(config.policy());
+            self.engine.update(config.policy())?;
+        } else {
+            let before = self.applied();
+            if let Err(error) = self.replace(wanted, config.policy(), on_trial) {
+                self.rollback(before);
+                return Err(error);
+            }
         }
-        let before = self.applied();
-        let result = self.replace(wanted, config.policy(), on_trial);
-        if result.is_err() {
-            self.rollback(before);
-        }
-        result
+        self.pool = config.pool_scope();
+        Ok(())
     }
 
     /// Starts again with other settings.
@@ -134,19 +151,29 @@ impl<E: Engine> Filter<E> {
         Ok(())
     }
 
-    /// Returns the applied policy.
-    pub(super) fn policy(&self) -> Arc<Policy> {
-        self.engine.policy()
+    /// Returns a reader of the rules' counters.
+    pub(super) fn counts(&self) -> Arc<Counts> {
+        self.engine.counts()
+    }
+
+    /// Returns the applied policy, and the port pool of the same configuration.
+    pub(super) fn active(&self) -> ActivePolicy {
+        ActivePolicy { policy: self.engine.policy(), pool: self.pool.clone(), local: Vec::new() }
     }
 
     /// Returns the applied state, for a roll-back.
     pub(super) fn applied(&self) -> Applied<E::Section> {
-        Applied { policy: Policy::clone(&self.engine.policy()), settings: self.settings.clone() }
+        Applied {
+            policy: Policy::clone(&self.engine.policy()),
+            settings: self.settings.clone(),
+            pool: self.pool.clone(),
+        }
     }
 
     /// Rolls back to a former state.
     pub(super) fn rollback(&mut self, before: Applied<E::Section>) {
-        let Applied { policy, settings } = before;
+        let Applied { policy, settings, pool } = before;
+        self.pool = pool;
         // The former state is never on trial: while one is, no other is applied.
         let result = if self.engine.watches() && self.settings == settings {
             self.engine.set_saving(settings.saves(false));

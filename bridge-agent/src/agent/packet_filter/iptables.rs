@@ -10,13 +10,13 @@ use crate::{
     agent::divergence::{self, Reporter},
     config::{self, Backend, Config},
     datapath::{Maps, Verdict},
-    firewall::{Firewall as _, Remains},
+    firewall::{Counts, Remains},
     iptables::{
         self, Error, Iptables, Programs,
         save::Saving,
         watch::{self, Guard},
     },
-    kernel::{backoff::Backoff, clock},
+    kernel::clock,
     model::Policy,
     state::FirewallStatus,
 };
@@ -25,6 +25,7 @@ use crate::{
 #[derive(Debug)]
 pub(in crate::agent) struct Watched {
     guard: Guard,
+    counts: Arc<Counts>,
     backend: String,
     reporter: Reporter,
     misled: Misled,
@@ -33,10 +34,6 @@ pub(in crate::agent) struct Watched {
 type Settings = filter::Settings<config::Iptables>;
 
 impl Settings {
-    fn of(config: &Config) -> Self {
-        Self::new(config, config.enforcement.iptables)
-    }
-
     fn driver(&self, on_trial: bool) -> iptables::Config {
         let section = self.section;
         iptables::Config {
@@ -54,27 +51,21 @@ impl Settings {
 
 /// The driver as the configuration has it.
 pub fn settings(config: &Config) -> iptables::Config {
-    Settings::of(config).driver(false)
-}
-
-/// Removes rules that an earlier run has left.
-pub(super) fn remove_leftovers(config: &Config) -> Leftovers {
-    let mut left = Leftovers { settings: Some(Settings::of(config)), again: Backoff::default() };
-    match Iptables::new(settings(config)) {
-        Ok(mut firewall) => left.note(firewall.teardown()),
-        // Without iptables nothing was ever written.
-        Err(_) => left.settings = None,
-    }
-    left
+    Watched::settings(config).driver(false)
 }
 
 impl Engine for Watched {
     type Section = config::Iptables;
+    type Driver = Iptables;
     type Error = Error;
     const NAME: &'static str = "iptables";
 
     fn section(config: &Config) -> Self::Section {
         config.enforcement.iptables
+    }
+
+    fn driver(settings: &Settings) -> Result<Iptables, Error> {
+        Iptables::new(settings.driver(false))
     }
 
     fn start(
@@ -85,14 +76,16 @@ impl Engine for Watched {
     ) -> Result<Self, Error> {
         let firewall = Iptables::new(settings.driver(on_trial))?;
         let backend = firewall.choice().backend.name().to_owned();
+        let counts = Arc::new(Counts::of(firewall.reader()));
         let (surveyor, misled) = surroundings::surveyor(&settings.selection)
             .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
         let guard = Guard::start_with(firewall, policy, Some(surveyor))?;
         tracing::info!(backend, "iptables rules active");
         Ok(match former {
-            None => Self { guard, backend, reporter: Reporter::default(), misled },
+            None => Self { guard, counts, backend, reporter: Reporter::default(), misled },
             Some(former) => Self {
                 guard: guard.after(watch::Status { failure: None, ..former.guard.status() }),
+                counts,
                 backend,
                 reporter: std::mem::take(&mut former.reporter),
                 misled,
@@ -112,12 +105,20 @@ impl Engine for Watched {
         self.guard.policy()
     }
 
+    fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
+    }
+
     fn watches(&self) -> bool {
         self.guard.watches()
     }
 
     fn stop(&mut self) {
         self.guard.stop();
+    }
+
+    fn teardown(self) -> Remains<Error> {
+        self.guard.teardown()
     }
 
     fn compare(&self, begin: bool) -> bool {
@@ -160,52 +161,6 @@ impl Filter<Watched> {
             last_repair_time: repaired.map(clock::at),
             failure: seen.failure.or_else(|| self.engine.misled.why()),
             divergence: self.compares.then(|| divergence::status(seen.divergence)),
-        }
-    }
-
-    /// Removes every rule. Failures are logged; the remains are to be removed later.
-    pub(super) fn take_down(self) -> Leftovers {
-        let mut left = Leftovers { settings: Some(self.settings), again: Backoff::default() };
-        left.note(self.engine.guard.teardown());
-        left
-    }
-}
-
-/// Rules of an engine that is no longer wanted.
-#[derive(Debug, Default)]
-pub(in crate::agent) struct Leftovers {
-    settings: Option<Settings>,
-    again: Backoff,
-}
-
-impl Leftovers {
-    fn note(&mut self, remains: Remains<Error>) {
-        for note in remains.notes {
-            tracing::info!("{note}");
-        }
-        let first = self.again == Backoff::default();
-        self.again.note(remains.errors.is_empty());
-        for error in remains.errors {
-            if first {
-                tracing::error!(%error, "iptables rules are left; the agent tries again");
-            } else {
-                tracing::debug!(%error, "iptables rules are still left");
-            }
-        }
-        if self.again == Backoff::default() {
-            self.settings = None;
-        }
-    }
-
-    /// Removes them, if it is time for another attempt.
-    pub(in crate::agent) fn try_again(&mut self) {
-        let Some(settings) = self.settings.as_ref().filter(|_| self.again.is_due()) else { return };
-        match Iptables::new(settings.driver(false)) {
-            Ok(mut firewall) => self.note(firewall.teardown()),
-            Err(error) => self.note(Remains { notes: Vec::new(), errors: vec![error] }),
-        }
-        if self.settings.is_none() {
-            tracing::info!("removed the iptables rules that were left");
         }
     }
 }

@@ -2,20 +2,26 @@
 
 mod filter;
 mod iptables;
+mod kind;
+mod leftovers;
 mod nftables;
 mod part;
 mod surroundings;
 
+use std::sync::Arc;
+
 use crate::{
     config::{self, Config, Engine, Role},
     datapath::{Maps, Verdict},
+    firewall::Counts,
     iptables as by_iptables, nftables as by_nftables,
     state::{ActivePolicy, FirewallStatus},
 };
 
 use filter::Filter;
-use iptables::Leftovers;
 pub use iptables::settings;
+pub use kind::Kind;
+use leftovers::{Left, Leftovers};
 pub use nftables::settings as nftables_settings;
 pub(super) use part::Filters;
 
@@ -28,69 +34,12 @@ pub enum Error {
     /// nftables.
     #[error(transparent)]
     Nftables(#[from] by_nftables::Error),
-}
-
-/// A packet filter of the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// iptables and ip6tables.
-    Iptables,
-    /// nftables.
-    Nftables,
-}
-
-impl Kind {
-    /// As the configuration names it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Iptables => "iptables",
-            Self::Nftables => "nftables",
-        }
-    }
-
-    /// Returns the packet filter that a configuration wants on this host; `None` without one.
-    #[must_use]
-    pub fn of(config: &Config) -> Option<Self> {
-        if config.role != Role::Node {
-            return None;
-        }
-        config.enforcement.engines.iter().find_map(|engine| match engine {
-            Engine::Ebpf => None,
-            Engine::Iptables => Some(Self::Iptables),
-            Engine::Nftables => Some(Self::Nftables),
-            Engine::Auto => Some(Self::of_this_host().0),
-        })
-    }
-
-    /// Returns the packet filter that `auto` takes on this host, and why; `None` if the configuration leaves nothing to choose.
-    #[must_use]
-    pub fn chosen(config: &Config) -> Option<(Self, String)> {
-        let leaves = config.role == Role::Node && config.enforcement.engines.contains(&Engine::Auto);
-        leaves.then(Self::of_this_host)
-    }
-
-    /// nftables, if it is installed and no rules of iptables-legacy stand beside it: rules of one system are easier to
-    /// understand than those of two.
-    fn of_this_host() -> (Self, String) {
-        if by_nftables::Programs::default().nft().is_err() {
-            return (Self::Iptables, "nft is not installed".into());
-        }
-        match by_iptables::legacy_in_use() {
-            Ok(tables) if tables.is_empty() => {
-                (Self::Nftables, "nft is installed, and no rules of iptables-legacy are in use".into())
-            }
-            Ok(tables) => {
-                (Self::Iptables, format!("rules of iptables-legacy are in use, in {}", tables.join(", ")))
-            }
-            Err(error) => (
-                Self::Nftables,
-                format!(
-                    "nft is installed; whether rules of iptables-legacy are in use cannot be read: {error}"
-                ),
-            ),
-        }
-    }
+    /// Two agents would each take the other's rules for damage.
+    #[error(
+        "another agent, process {0}, keeps the rules of the packet filter in this network namespace: stop it first, or leave \
+         iptables and nftables out of `enforcement.engines` here"
+    )]
+    Taken(i32),
 }
 
 /// The engine, while it is wanted.
@@ -170,13 +119,20 @@ impl PacketFilter {
         }
     }
 
+    /// Returns a reader of the rules' counters.
+    pub(super) fn counts(&self) -> Arc<Counts> {
+        match self {
+            Self::Iptables(filter) => filter.counts(),
+            Self::Nftables(filter) => filter.counts(),
+        }
+    }
+
     /// Returns the policy of the rules.
     pub(super) fn active(&self) -> ActivePolicy {
-        let policy = match self {
-            Self::Iptables(filter) => filter.policy(),
-            Self::Nftables(filter) => filter.policy(),
-        };
-        ActivePolicy { policy, pool: None, local: Vec::new() }
+        match self {
+            Self::Iptables(filter) => filter.active(),
+            Self::Nftables(filter) => filter.active(),
+        }
     }
 
     /// Returns the active state, for a roll-back.
@@ -235,25 +191,11 @@ impl PacketFilter {
         FirewallStatus { chosen: chosen.clone(), ..status }
     }
 
-    /// Removes every rule. Failures are logged; the remains are to be removed later.
-    fn take_down(self) -> Leftovers {
+    /// Removes every rule. Failures are logged; `leftovers` notes the remains.
+    fn take_down(self, leftovers: &mut Leftovers) {
         match self {
-            Self::Iptables(filter) => filter.take_down(),
-            Self::Nftables(filter) => {
-                filter.take_down();
-                Leftovers::default()
-            }
-        }
-    }
-
-    /// Removes the rules that an earlier run has left in the other packet filter, now that these hold.
-    fn remove_other(&self, config: &Config) -> Leftovers {
-        match self {
-            Self::Iptables(_) => {
-                nftables::remove_leftovers(config);
-                Leftovers::default()
-            }
-            Self::Nftables(_) => iptables::remove_leftovers(config),
+            Self::Iptables(filter) => leftovers.iptables = Left::of(filter),
+            Self::Nftables(filter) => leftovers.nftables = Left::of(filter),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     config::{self, Config},
-    firewall::{Firewall, Remains},
+    firewall::{Counts, Remains},
     kernel::clock,
     model::Policy,
     nftables::{
@@ -27,6 +27,7 @@ const PAUSE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub(in crate::agent) struct Watched {
     guard: Guard,
+    counts: Arc<Counts>,
     /// Packets that only nftables denied: how many were reported, and when the next report may be.
     reported: (u64, Instant),
     misled: Misled,
@@ -35,10 +36,6 @@ pub(in crate::agent) struct Watched {
 type Settings = filter::Settings<config::Nftables>;
 
 impl Settings {
-    fn of(config: &Config) -> Self {
-        Self::new(config, config.enforcement.nftables)
-    }
-
     fn driver(&self, on_trial: bool) -> nftables::Config {
         nftables::Config {
             options: self.options(self.section.mark.get(), self.section.log_rate),
@@ -50,32 +47,21 @@ impl Settings {
 
 /// The driver as the configuration has it.
 pub fn settings(config: &Config) -> nftables::Config {
-    Settings::of(config).driver(false)
-}
-
-/// Removes rules that an earlier run has left.
-pub(super) fn remove_leftovers(config: &Config) {
-    if let Ok(mut firewall) = Nftables::new(settings(config)) {
-        log(firewall.teardown());
-    }
-}
-
-fn log(remains: Remains<Error>) {
-    for note in remains.notes {
-        tracing::info!("{note}");
-    }
-    for error in remains.errors {
-        tracing::error!(%error, "nftables rules are left");
-    }
+    Watched::settings(config).driver(false)
 }
 
 impl Engine for Watched {
     type Section = config::Nftables;
+    type Driver = Nftables;
     type Error = Error;
     const NAME: &'static str = "nftables";
 
     fn section(config: &Config) -> Self::Section {
         config.enforcement.nftables
+    }
+
+    fn driver(settings: &Settings) -> Result<Nftables, Error> {
+        Nftables::new(settings.driver(false))
     }
 
     fn start(
@@ -85,14 +71,16 @@ impl Engine for Watched {
         former: Option<&mut Self>,
     ) -> Result<Self, Error> {
         let firewall = Nftables::new(settings.driver(on_trial))?;
+        let counts = Arc::new(Counts::of(Nftables::new(settings.driver(on_trial))?));
         let (surveyor, misled) = surroundings::surveyor(&settings.selection)
             .map_err(|source| Error::Kernel { request: "read the interfaces of this host".into(), source })?;
         let guard = Guard::start(firewall, policy, Some(surveyor))?;
         tracing::info!(table = nftables::TABLE, "nftables rules active");
         Ok(match former {
-            None => Self { guard, reported: (0, Instant::now()), misled },
+            None => Self { guard, counts, reported: (0, Instant::now()), misled },
             Some(former) => Self {
                 guard: guard.after(watch::Status { failure: None, ..former.guard.status() }),
+                counts,
                 reported: former.reported,
                 misled,
             },
@@ -111,12 +99,20 @@ impl Engine for Watched {
         self.guard.policy()
     }
 
+    fn counts(&self) -> Arc<Counts> {
+        Arc::clone(&self.counts)
+    }
+
     fn watches(&self) -> bool {
         self.guard.watches()
     }
 
     fn stop(&mut self) {
         self.guard.stop();
+    }
+
+    fn teardown(self) -> Remains<Error> {
+        self.guard.teardown()
     }
 
     fn compare(&self, begin: bool) -> bool {
@@ -158,9 +154,5 @@ impl Filter<Watched> {
                 .compares
                 .then(|| DivergenceStatus { denied_by_nftables: seen.denied, ..DivergenceStatus::default() }),
         }
-    }
-
-    pub(super) fn take_down(self) {
-        log(self.engine.guard.teardown());
     }
 }

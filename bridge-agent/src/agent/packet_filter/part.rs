@@ -4,10 +4,15 @@ use super::{Applied, Leftovers, PacketFilter, check, is_wanted};
 use crate::{
     agent::{
         error::Error,
+        handover, packet_filter,
         transaction::{Change, Next, Part},
     },
     datapath::Pins,
+    kernel::sole::{self, Sole},
 };
+
+/// Name of the claim.
+const CLAIM: &str = "bridge-agent-packet-filter";
 
 /// The packet filter, if one is wanted.
 pub(in crate::agent) struct Filters {
@@ -15,6 +20,8 @@ pub(in crate::agent) struct Filters {
     /// Rules that could not be removed.
     leftovers: Leftovers,
     pins: Pins,
+    /// Kept while a filter is active: one agent of a network namespace has one.
+    sole: Option<Sole>,
     /// Whether a configuration was applied.
     started: bool,
 }
@@ -39,7 +46,7 @@ struct FilterChange<'a> {
 impl Filters {
     /// No filter yet. `pins`: those of the packet path.
     pub(in crate::agent) fn new(pins: Pins) -> Self {
-        Self { active: None, leftovers: Leftovers::default(), pins, started: false }
+        Self { active: None, leftovers: Leftovers::default(), pins, sole: None, started: false }
     }
 
     /// Removes rules that are left, if it is time for another attempt.
@@ -48,11 +55,26 @@ impl Filters {
     }
 }
 
+/// Refuses to work beside another agent. That the kernel refuses the claim is no reason not to enforce.
+fn claim() -> Result<Option<Sole>, packet_filter::Error> {
+    match Sole::claim(CLAIM) {
+        Ok(sole) => Ok(Some(sole)),
+        Err(sole::Error::Taken(process)) => Err(packet_filter::Error::Taken(process)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot see whether another agent keeps rules here");
+            Ok(None)
+        }
+    }
+}
+
 impl Part for Filters {
     fn prepare<'a>(&'a mut self, next: Next<'a>) -> Result<Box<dyn Change + 'a>, Error> {
         check(next.config)?;
         if let Some(former) = next.term.former() {
             check(former)?;
+        }
+        if self.active.is_none() {
+            self.sole = if is_wanted(next.config) { claim()? } else { None };
         }
         let adopted = !self.started && self.pins.exist_of_any_version();
         Ok(Box::new(FilterChange { filters: self, next, adopted, done: Done::Nothing }))
@@ -70,9 +92,13 @@ impl Change for FilterChange<'_> {
             }
             // Another one takes over before this one goes, so that no packet passes in between.
             active if is_wanted(config) => {
+                let tracking = active.is_none().then(|| handover::begin(&self.filters.pins)).flatten();
                 let next = PacketFilter::start(config, on_trial)?;
+                drop(tracking);
                 self.done = Done::Replaced(std::mem::replace(active, next));
-                self.filters.leftovers = Leftovers::default();
+                if let Some(started) = active {
+                    self.filters.leftovers.forget(started.kind());
+                }
             }
             _ => {}
         }
@@ -84,7 +110,7 @@ impl Change for FilterChange<'_> {
             (Done::Reloaded(before), Some(filter)) => filter.rollback(before),
             (Done::Replaced(former), active) if !self.adopted => {
                 if let Some(next) = std::mem::replace(active, former) {
-                    self.filters.leftovers = next.take_down();
+                    next.take_down(&mut self.filters.leftovers);
                 }
             }
             _ => {}
@@ -94,17 +120,17 @@ impl Change for FilterChange<'_> {
     fn finish(self: Box<Self>) {
         let Self { filters, next, done, .. } = *self;
         if let Done::Replaced(Some(former)) = done {
-            filters.leftovers = former.take_down();
+            former.take_down(&mut filters.leftovers);
         }
         if !is_wanted(next.config)
             && let Some(filter) = filters.active.take()
         {
-            filters.leftovers = filter.take_down();
+            filter.take_down(&mut filters.leftovers);
+            filters.sole = None;
         }
-        if !std::mem::replace(&mut filters.started, true)
-            && let Some(filter) = &filters.active
-        {
-            filters.leftovers = filter.remove_other(next.config);
+        if !std::mem::replace(&mut filters.started, true) {
+            let active = filters.active.as_ref().map(PacketFilter::kind);
+            filters.leftovers = Leftovers::of_earlier_run(next.config, active);
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     conntrack::Forgetting,
     firewall::Surveyor,
     interfaces::{Bindings, Observer, Selection},
+    model::Topology,
 };
 
 /// Why the pods are behind other interfaces than the rules name, as of the last survey.
@@ -38,6 +39,7 @@ pub(super) fn surveyor(selection: &Selection) -> io::Result<(Surveyor, Misled)> 
     let by_route = Selection { internal: Vec::new(), ..selection.clone() };
     let (mut hosted, mut bindings) = (BTreeMap::new(), Bindings::default());
     let mut forgetting = Forgetting::default();
+    let mut prefixes = BTreeSet::new();
     let surveyor: Surveyor = Box::new(move || {
         let snapshot = observer.snapshot(&by_route)?;
         let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot, &mut bindings).pods);
@@ -49,7 +51,45 @@ pub(super) fn surveyor(selection: &Selection) -> io::Result<(Surveyor, Misled)> 
         forgetting.add(gone);
         forgetting.try_again();
         told.set(selection.misled(&snapshot));
-        Ok(selection.topology(&snapshot))
+        let mut topology = selection.topology(&snapshot);
+        remember(&mut prefixes, &mut topology);
+        Ok(topology)
     });
     Ok((surveyor, misled))
+}
+
+/// Adds prefixes of pods' interfaces that were seen before: while there is no pod, the next one sends its first packets before the
+/// interfaces are read.
+fn remember(prefixes: &mut BTreeSet<String>, topology: &mut Topology) {
+    let named = |prefix: &str, name: &String| name.starts_with(prefix.trim_end_matches('+'));
+    let remote: Vec<&String> = topology.remote.iter().map(|remote| &remote.interface).collect();
+    let others = || topology.external.iter().chain(&topology.tunnel_interfaces).chain(remote.iter().copied());
+    prefixes.extend(topology.internal.iter().filter(|name| name.ends_with('+')).cloned());
+    prefixes.retain(|prefix| !others().any(|name| named(prefix, name)));
+    topology.internal.extend(prefixes.iter().cloned());
+    topology.internal.sort_unstable();
+    topology.internal.dedup();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prefixes_of_pods_stay_until_another_interface_has_them() {
+        let topology = |external: &[&str], internal: &[&str]| Topology {
+            external: external.iter().map(ToString::to_string).collect(),
+            internal: internal.iter().map(ToString::to_string).collect(),
+            ..Topology::default()
+        };
+        let (mut prefixes, mut seen) = (BTreeSet::new(), topology(&["eth0"], &["cali+", "cni0"]));
+        remember(&mut prefixes, &mut seen);
+        assert_eq!(seen.internal, ["cali+", "cni0"]);
+        let mut none = topology(&["eth0"], &[]);
+        remember(&mut prefixes, &mut none);
+        assert_eq!(none.internal, ["cali+"]);
+        let mut other = topology(&["eth0", "calico-lan"], &[]);
+        remember(&mut prefixes, &mut other);
+        assert!(other.internal.is_empty(), "{other:?}");
+    }
 }

@@ -34,7 +34,7 @@ use self::parts::{
 use super::ruleset::{Chain, Family, Line, Ruleset, Table, TableRules};
 use crate::config::Scope;
 pub use crate::firewall::Options;
-use crate::model::{Action, Direction, Mode, NodePorts, OnDeny, Policy, RemotePods, Rule};
+use crate::model::{Action, Direction, Mode, NodePorts, OnDeny, Policy, RoutedPods, Rule};
 
 /// Entry from FORWARD of table filter.
 pub(super) const FORWARD: &str = "BRIDGE-FORWARD";
@@ -114,7 +114,7 @@ fn filter(
         if !networks.external.is_empty() {
             let mut lines = from_nodes(networks, &leave);
             lines.extend(neighbour_discovery(family));
-            lines.extend(options.topology.remote.iter().flat_map(|RemotePods { interface, pods }| {
+            lines.extend(options.topology.remote.iter().flat_map(|RoutedPods { interface, pods }| {
                 let from = |prefix| format!(" -i {interface} -s {prefix}");
                 let prefixes = select(pods, family).into_iter();
                 prefixes.map(|prefix| line(&from(prefix), "bridge:transit", &leave)).collect::<Vec<_>>()
@@ -141,7 +141,7 @@ fn to_pod(options: &Options, family: Family, networks: &Networks, leave: &str) -
     lines.extend(networks.pods.iter().map(|prefix| line(&format!(" -s {prefix}"), "bridge:pod", leave)));
     let judge = || format!("-g {PEER}");
     // Pods of other nodes are judged there, by the real peer, unless this node hides it.
-    for RemotePods { interface, .. } in &options.topology.remote {
+    for RoutedPods { interface, .. } in &options.topology.remote {
         let translated = format!(" -o {interface} -m conntrack --ctstate DNAT,SNAT");
         lines.push(line(&translated, "bridge:translated", &judge()));
         lines.push(line(&format!(" -o {interface}"), "bridge:transit", leave));

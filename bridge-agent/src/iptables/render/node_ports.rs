@@ -25,6 +25,11 @@ const PROTOCOLS: [&str; 3] = ["tcp", "udp", "sctp"];
 pub(super) fn table(policy: &Policy, node_ports: &NodePorts, options: &Options, of: &Networks) -> TableRules {
     let ports = node_ports.range;
     let mut entry = opening(RANGE);
+    if !options.topology.remote.is_empty() {
+        // A masqueraded flow to another node is judged packet by packet, by the port it was sent to.
+        let masqueraded = " -m conntrack --ctstate SNAT --ctdir ORIGINAL";
+        entry.push(line(masqueraded, "bridge:scope", &format!("-g {RANGE}")));
+    }
     entry.extend([established(), line("", "bridge:scope", &format!("-g {RANGE}"))]);
     let range = PROTOCOLS.map(|protocol| {
         let dport = format!(" -p {protocol} -m {protocol} --dport {}:{}", ports.first, ports.last);

@@ -109,12 +109,13 @@ fn interfaces_decide_who_is_believed() {
         external: vec!["eth0".into()],
         internal: vec!["cali+".into()],
         remote: vec![
-            RemotePods { interface: "eth0".into(), pods: nets(&["10.200.1.128/26"]) },
-            RemotePods {
+            RoutedPods { interface: "eth0".into(), pods: nets(&["10.200.1.128/26"]) },
+            RoutedPods {
                 interface: "flannel.1".into(),
                 pods: nets(&["10.200.1.192/26", "fd00:200:1:0:2::/80"]),
             },
         ],
+        gateways: Vec::new(),
         tunnels: vec![Tunnel::Udp(8472), Tunnel::Protocol(4)],
         tunnel_interfaces: vec!["flannel.1".into()],
     };

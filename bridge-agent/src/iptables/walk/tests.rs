@@ -64,12 +64,14 @@ fn rules(policy: &Policy, edit: impl Fn(String) -> String) -> BTreeMap<(Family, 
 fn packet(from: &str, to: &str, protocol: u8, port: u16) -> Packet {
     Packet {
         source: from.parse().unwrap(),
-        source_port: 50_000,
+        source_ports: PortRange::one(50_000),
         destination: to.parse().unwrap(),
         destination_port: port,
         protocol,
         icmp_type: if protocol == 58 { 128 } else { 8 },
         to_node: to.ends_with(".17"),
+        from_node: false,
+        state: State::New,
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::iptables::Error;
 use crate::iptables::divergence::{Counters, Divergence};
-use crate::iptables::driver::{Iptables, Rewritten};
+use crate::iptables::driver::Iptables;
 use crate::iptables::observe::{ObservedTable, OwnRules};
 use crate::iptables::ruleset::{Family, Table};
 use crate::iptables::walk::{self, Packet, Verdict};
@@ -52,11 +52,6 @@ impl Comparison {
             self.denied = denied;
         }
         Ok(())
-    }
-
-    /// See [`Counters::rewritten`].
-    pub(super) fn rewritten(&mut self, chains: &Rewritten) {
-        self.counters.rewritten(chains);
     }
 
     /// Counts the packets that iptables has denied since the last reading.

@@ -129,6 +129,9 @@ pub(crate) fn attribute(buffer: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(buffer).find(|(found, _)| *found == kind).map(|(_, value)| value)
 }
 
+/// Flag of attributes that contain attributes (`NLA_F_NESTED`, linux/netlink.h).
+pub(crate) const NESTED: u16 = 1 << 15;
+
 /// Encodes one attribute.
 pub(crate) fn encode_attribute(kind: u16, value: &[u8]) -> Vec<u8> {
     let length = u16::try_from(4 + value.len()).expect("an attribute is short");
@@ -178,7 +181,6 @@ mod tests {
 
     #[test]
     fn an_attribute_is_found_behind_others_and_with_flags() {
-        const NESTED: u16 = 0x8000;
         let bytes = [encode_attribute(7, b"x"), encode_attribute(1 | NESTED, b"abcd")].concat();
         assert_eq!(attribute(&bytes, 1), Some(&b"abcd"[..]));
         assert_eq!(attribute(&bytes, 9), None);

@@ -35,14 +35,29 @@ impl Way {
     }
 }
 
+/// The parts of a packet that rules of routing distinguish, beside its destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Packet {
+    /// Source and index of the input interface of a packet that this host forwards; `None`: it is of this host.
+    pub forwarded: Option<(IpAddr, u32)>,
+    /// IP protocol number; 0: not known.
+    pub protocol: u8,
+    /// 0: not known.
+    pub source_port: u16,
+    /// 0: not known.
+    pub destination_port: u16,
+    /// The mark of netfilter.
+    pub mark: u32,
+}
+
 impl Route {
-    /// Asks for the way to an address; `forwarded`: source and input interface of a packet that this host forwards, else it is
-    /// of this host.
+    /// Asks for the way of a packet to an address.
     ///
     /// # Errors
     /// The kernel's refusal: `ENETUNREACH` without a route, `EHOSTUNREACH` where a route or a missing setting forbids it, `EXDEV`
     /// where `rp_filter` drops the packet, `EINVAL` for a source or destination that cannot be.
-    pub fn way(&mut self, to: IpAddr, forwarded: Option<(IpAddr, u32)>) -> io::Result<Way> {
+    pub fn way(&mut self, to: IpAddr, packet: &Packet) -> io::Result<Way> {
+        let Packet { forwarded, protocol, source_port, destination_port, mark } = *packet;
         let mut request = RouteMessage::default();
         let bits = if to.is_ipv4() { 32 } else { 128 };
         request.header.address_family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -51,6 +66,16 @@ impl Route {
         if let Some((from, input)) = forwarded {
             request.header.source_prefix_length = bits;
             request.attributes.extend([RouteAttribute::Source(address(from)), RouteAttribute::Iif(input)]);
+        }
+        // The kernel refuses ports of other protocols.
+        if matches!(protocol, bridge_common::protocol::TCP | bridge_common::protocol::UDP) {
+            request.attributes.push(RouteAttribute::IpProto(protocol));
+            let ports = [RouteAttribute::Sport(source_port), RouteAttribute::Dport(destination_port)];
+            let known = ports.into_iter().zip([source_port, destination_port]).filter(|(_, port)| *port != 0);
+            request.attributes.extend(known.map(|(attribute, _)| attribute));
+        }
+        if mark != 0 {
+            request.attributes.push(RouteAttribute::Mark(mark));
         }
         let found = self.get(&RouteNetlinkMessage::GetRoute(request))?;
         let route = found.into_iter().find_map(|message| match message {
@@ -108,7 +133,7 @@ mod tests {
     fn the_way_to_the_loopback_is_local() {
         let mut route = Route::open().unwrap();
         for to in ["127.0.0.1", "::1"] {
-            let way = route.way(to.parse().unwrap(), None).unwrap();
+            let way = route.way(to.parse().unwrap(), &Packet::default()).unwrap();
             assert!(way.local, "{to}: {way:?}");
             assert_eq!(way.show(), "this host");
         }

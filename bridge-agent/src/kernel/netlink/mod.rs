@@ -5,6 +5,7 @@
 
 mod frame;
 mod lookup;
+mod namespace;
 mod route;
 mod socket;
 
@@ -13,8 +14,10 @@ use std::io;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use thiserror::Error;
 
-pub(crate) use frame::{Header, attribute, attributes, encode_attribute, messages};
-pub use lookup::Way;
+pub(crate) use frame::{Header, NESTED, attribute, attributes, encode_attribute, messages};
+pub use lookup::{Packet, Way};
+pub use namespace::Namespace;
+pub(crate) use namespace::NamespaceWatch;
 pub(crate) use route::message_of;
 pub use route::{Route, Watch, interface_name};
 pub(crate) use socket::{RECEIVE_BUFFER, Socket, receive};

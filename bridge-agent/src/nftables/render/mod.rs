@@ -33,7 +33,7 @@ use self::parts::{
 use super::ruleset::{Collection, Element, Ruleset};
 use crate::config::Scope;
 pub use crate::firewall::Options;
-use crate::model::{Direction, Mode, OnDeny, Policy, RemotePods};
+use crate::model::{Direction, Mode, OnDeny, Policy, RoutedPods};
 
 /// Returns the rules that enforce `policy`; empty if the policy has nothing to judge.
 #[must_use]
@@ -149,7 +149,7 @@ impl Renderer<'_> {
             self.leave(&chain, &matches, strict);
         }
         // Pods of other nodes are judged there, by the real peer, unless this node hides it.
-        for RemotePods { interface, .. } in &self.options.topology.remote {
+        for RoutedPods { interface, .. } in &self.options.topology.remote {
             let out = format!("oifname {}", quoted(interface));
             self.rules.rule(&*chain, format!("{out} ct status & (snat | dnat) != 0 goto {peer}"));
             self.leave(&chain, &out, strict);
@@ -168,7 +168,7 @@ impl Renderer<'_> {
         let chain = family.of("to-lan");
         self.pass_nodes(&chain, family, of, strict);
         self.neighbour_discovery(&chain, family);
-        for RemotePods { interface, pods } in &self.options.topology.remote {
+        for RoutedPods { interface, pods } in &self.options.topology.remote {
             let prefixes = select(pods, family);
             if !prefixes.is_empty() {
                 let from =

@@ -22,6 +22,10 @@ impl Renderer<'_> {
     pub(super) fn node_ports(&mut self, node_ports: &NodePorts, families: &[(Family, Networks); 2]) {
         self.rules.base(ENTRY, "prerouting", MANGLE);
         self.opening(ENTRY, RANGE);
+        if !self.options.topology.remote.is_empty() {
+            // A masqueraded flow to another node is judged packet by packet, by the port it was sent to.
+            self.rules.rule(ENTRY, format!("ct status snat ct direction original goto {RANGE}"));
+        }
         self.rules.rule(ENTRY, "ct state established,related accept");
         self.rules.rule(ENTRY, format!("goto {RANGE}"));
         let ports = node_ports.range;

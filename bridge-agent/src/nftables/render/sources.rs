@@ -4,7 +4,7 @@
 //! alike, whatever the `rp_filter` sysctls say.
 
 use super::parts::{Family, Networks, Renderer, among, list, quoted, select};
-use crate::model::{Mode, RemotePods, Tunnel};
+use crate::model::{Mode, RoutedPods, Tunnel};
 
 const RAW: i32 = -300;
 const ENTRY: &str = "prerouting-raw";
@@ -44,13 +44,57 @@ impl Renderer<'_> {
                 rules.rule(chain, spoofed(&format!("ip6 {side} {MAPPED}")));
             }
         }
+        // Without a list of the nodes, any host may be the other end of a tunnel.
+        if !of.nodes.is_empty() && !topology.tunnels.is_empty() {
+            let (tunnel, from_node) = (family.of("tunnel"), family.of("tunnel-node"));
+            for outer in &topology.tunnels {
+                let outer = match outer {
+                    Tunnel::Udp(port) => format!("udp dport {port}"),
+                    Tunnel::Protocol(number) => format!("meta l4proto {number}"),
+                };
+                rules.rule(chain, format!("{outer} jump {tunnel}"));
+            }
+            // The packet inside would be believed: only nodes may send it.
+            for matches in among(family, "saddr", "nodes", &of.nodes) {
+                rules.rule(&*tunnel, format!("{matches} goto {from_node}"));
+            }
+            rules.rule(&*tunnel, spoofed("fib daddr type local"));
+            for matches in among(family, "daddr", "nodes", &of.nodes) {
+                rules.rule(&*tunnel, spoofed(&matches));
+            }
+            for interface in &topology.tunnel_interfaces {
+                rules.rule(&*from_node, format!("iifname {} return", quoted(interface)));
+            }
+            rules.rule(from_node, spoofed(NO_WAY_BACK));
+        }
         rules.rule(chain, spoofed(&format!("fib saddr type local {NO_WAY_BACK}")));
+        // Routes to these pods lead to the gateway, and prove of an interface only that the pod is behind one of them.
+        let prefixes: Vec<_> =
+            topology.gateways.iter().flat_map(|gateway| select(&gateway.pods, family)).collect();
+        for interface in topology.internal.iter().chain(&topology.tunnel_interfaces) {
+            if !prefixes.is_empty() {
+                let from = format!("iifname {} {protocol} saddr {}", quoted(interface), list(&prefixes));
+                rules.rule(chain, format!("{from} accept"));
+            }
+        }
+        // Before the nodes: a pod may forge the address of one.
+        for interface in &topology.internal {
+            // Duplicate address detection; the kernel forwards none of it.
+            let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
+            let from = format!("iifname {} {unspecified}{NO_WAY_BACK}", quoted(interface));
+            rules.rule(chain, format!("{from} goto {SPOOFED}"));
+        }
+        // Before the pods: a node may have an address in their networks.
+        let node = family.of("node");
+        for matches in among(family, "saddr", "nodes", &of.nodes) {
+            rules.rule(chain, format!("{matches} goto {node}"));
+        }
         for matches in among(family, "saddr", "pods", &of.pods) {
             rules.rule(chain, format!("{matches} jump {of_pod}"));
         }
         rules.rule(&*of_pod, spoofed(NO_WAY_BACK));
         // A pod address without a route of its own leads where the default route leads: that proves nothing.
-        for RemotePods { interface, pods } in &topology.remote {
+        for RoutedPods { interface, pods } in &topology.remote {
             let prefixes = select(pods, family);
             if !prefixes.is_empty() {
                 let from = format!("iifname {} {protocol} saddr {}", quoted(interface), list(&prefixes));
@@ -60,35 +104,14 @@ impl Renderer<'_> {
         for interface in &topology.external {
             rules.rule(&*of_pod, spoofed(&format!("iifname {}", quoted(interface))));
         }
-        // Before the nodes: a pod may forge the address of one.
-        for interface in &topology.internal {
-            // Duplicate address detection; the kernel forwards none of it.
-            let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
-            let from = format!("iifname {} {unspecified}{NO_WAY_BACK}", quoted(interface));
-            self.rules.rule(chain, format!("{from} goto {SPOOFED}"));
-        }
         if !of.nodes.is_empty() {
-            let node = family.of("node");
-            for matches in among(family, "saddr", "nodes", &of.nodes) {
-                self.rules.rule(chain, format!("{matches} goto {node}"));
-            }
             // A node may send through a tunnel with its LAN address: the outer packets are checked.
             for interface in &topology.tunnel_interfaces {
-                self.rules.rule(node.clone(), format!("iifname {} accept", quoted(interface)));
+                rules.rule(&*node, format!("iifname {} accept", quoted(interface)));
             }
             // Towards the node itself, an address of another node by another way is not bridge's business.
             for matches in among(family, "daddr", "pods", &of.pods) {
-                self.rules.rule(node.clone(), format!("{matches} {NO_WAY_BACK} goto {SPOOFED}"));
-            }
-        }
-        // Without a list of the nodes, any host may be the other end of a tunnel.
-        if !of.nodes.is_empty() {
-            for tunnel in &topology.tunnels {
-                let outer = match tunnel {
-                    Tunnel::Udp(port) => format!("udp dport {port}"),
-                    Tunnel::Protocol(number) => format!("meta l4proto {number}"),
-                };
-                self.rules.rule(chain, format!("{outer} fib daddr type local goto {SPOOFED}"));
+                rules.rule(&*node, format!("{matches} {NO_WAY_BACK} goto {SPOOFED}"));
             }
         }
     }

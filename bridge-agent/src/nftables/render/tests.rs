@@ -108,7 +108,8 @@ fn in_audit_mode_no_packet_is_stopped() {
     let topology = Topology {
         external: vec!["eth0".into()],
         internal: vec!["cali+".into()],
-        remote: vec![RemotePods { interface: "vxlan0".into(), pods: nets(&["10.200.1.128/25"]) }],
+        remote: vec![RoutedPods { interface: "vxlan0".into(), pods: nets(&["10.200.1.128/25"]) }],
+        gateways: Vec::new(),
         tunnels: vec![Tunnel::Udp(4789), Tunnel::Protocol(47)],
         tunnel_interfaces: vec!["vxlan0".into()],
     };
