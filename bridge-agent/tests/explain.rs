@@ -150,17 +150,21 @@ fn bad_input_of_each_command_is_one_line_with_the_remedy() {
     let pods = "10.200.1.91:80";
     for (arguments, code, part) in [
         // A port of 0.
-        (&["explain", "--config", NODE, "--source-port", "0", "192.168.31.67", pods][..], 2, "1..=65535"),
+        (
+            &["explain", "--config", NODE, "--source-port", "0", "192.168.31.67", pods][..],
+            2,
+            "from 1 to 65535",
+        ),
         (
             &["explain", "--config", NODE, "192.168.31.67", "172.16.0.10:443", "--backend", "10.200.1.91:0"],
             1,
             "from 1 to 65535",
         ),
         (&["ports", "acquire", "192.168.31.67:0"], 2, "from 1 to 65535"),
-        (&["flows", "--port", "0"], 2, "1..=65535"),
-        (&["monitor", "--port", "0"], 2, "1..=65535"),
+        (&["flows", "--port", "0"], 2, "from 1 to 65535"),
+        (&["monitor", "--port", "0"], 2, "from 1 to 65535"),
         (&["discover", "probe", "192.0.2.1:0", "--key-file", &key], 1, "from 1 to 65535"),
-        (&["discover", "sniff", "--port", "0"], 2, "1..=65535"),
+        (&["discover", "sniff", "--port", "0"], 2, "from 1 to 65535"),
         (
             &["apply", "--confirm", "60s", "--probe", "tcp://192.0.2.1:0", NODE],
             2,
@@ -172,7 +176,7 @@ fn bad_input_of_each_command_is_one_line_with_the_remedy() {
         (&["explain", "--config", NODE, "pod/none", "192.168.31.67:80"], 1, "pod/NAMESPACE/NAME"),
         (&["explain", "--config", NODE, "10.200.1.1,10.200.1.2", "192.168.31.67:80"], 1, "write one of them"),
         (&["explain", "--config", NODE, "--pid", "4194304", "192.168.31.67:80"], 1, "pgrep"),
-        (&["explain", "--config", NODE, "--pid", "0", "192.168.31.67:80"], 2, "1.."),
+        (&["explain", "--config", NODE, "--pid", "0", "192.168.31.67:80"], 2, "1 or more"),
         (
             &["explain", "--config", NODE, "--cgroup", "pods", "10.200.1.1", "192.168.31.67:80"],
             2,

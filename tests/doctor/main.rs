@@ -142,7 +142,10 @@ fn forwarding_that_is_off_fails() -> Result<()> {
     station.expect("forwarding.ip-forward", "fail", "net.ipv4.ip_forward")?;
     lab.b().netns.set_sysctl("ipv4/ip_forward", "1")?;
     lab.b().netns.set_sysctl("ipv6/conf/all/forwarding", "0")?;
-    station.expect("forwarding.ip-forward", "fail", "off: net.ipv6.conf.all.forwarding")
+    station.expect("forwarding.ip-forward", "fail", "off: net.ipv6.conf.all.forwarding")?;
+    lab.b().netns.set_sysctl("ipv6/conf/all/forwarding", "1")?;
+    lab.b().netns.set_sysctl("ipv4/conf/eth0/forwarding", "0")?;
+    station.expect("forwarding.ip-forward", "fail", "off: net.ipv4.conf.eth0.forwarding")
 }
 
 #[test]
@@ -199,7 +202,23 @@ fn a_forward_chain_of_another_firewall_that_drops_fails() -> Result<()> {
         b,
         "flush chain inet firewalld filter_FORWARD; add chain inet firewalld filter_FORWARD { policy drop; }",
     )?;
-    station.expect("forwarding.policy", "fail", "policy drop")
+    station.expect("forwarding.policy", "fail", "policy drop")?;
+    nft(b, "delete table inet firewalld")?;
+    for (hook, outcome) in [("prerouting", "fail"), ("postrouting", "fail"), ("output", "ok")] {
+        nft(
+            b,
+            &format!(
+                "add table inet site; add chain inet site c {{ type filter hook {hook} priority 0; policy drop; }}"
+            ),
+        )?;
+        station.expect(
+            "forwarding.policy",
+            outcome,
+            if outcome == "ok" { "" } else { "inet site c: policy drop" },
+        )?;
+        nft(b, "delete table inet site")?;
+    }
+    Ok(())
 }
 
 #[test]

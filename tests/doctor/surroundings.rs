@@ -192,10 +192,10 @@ fn routes_that_lead_to_no_pod_fail() -> Result<()> {
     let mut station = Station::node(&lab)?;
     station.config = NODE.replace(", internal: ['cali*']", "");
     station.expect("engines.interfaces", "ok", "(route fd20:1::91/128)")?;
-    lab.b().netns.ip("link add cilium_host type veth peer name cilium_net")?;
-    lab.b().netns.ip("link set cilium_host up")?;
-    lab.b().netns.ip("route add 10.200.1.128/25 dev cilium_host")?;
-    station.expect("engines.interfaces", "fail", "routes to pods lead to cilium_host")
+    lab.b().netns.ip("link add plugin_host type veth peer name plugin_net")?;
+    lab.b().netns.ip("link set plugin_host up")?;
+    lab.b().netns.ip("route add 10.200.1.128/25 dev plugin_host")?;
+    station.expect("engines.interfaces", "fail", "routes to pods lead to plugin_host")
 }
 
 #[test]

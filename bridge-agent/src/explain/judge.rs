@@ -341,7 +341,9 @@ impl Judge<'_> {
             return Row::Deny(INBOUND, Reason::spoofed);
         }
         let source = self.class(packet.source);
+        let for_tunnel = self.is_for_tunnel(packet);
         let external = match source {
+            _ if for_tunnel && source != Class::Node => return Row::Deny(INBOUND, Reason::spoofed),
             Class::Local => return Row::Deny(INBOUND, Reason::spoofed),
             Class::Pod | Class::Node if self.state.leads_to(packet.source, interface) => {
                 return Row::Pass(Mark::Cluster);
@@ -359,23 +361,30 @@ impl Judge<'_> {
                 None => Row::Pass(mark),
             };
         }
-        if destination == Class::Local || is_link_local(packet.destination) {
-            let outer_port = if packet.protocol == ip::UDP { packet.destination_port } else { 0 };
-            if self.state.has_tunnel(packet.protocol, outer_port) {
-                // The packet inside would be believed.
-                return Row::Deny(INBOUND, Reason::spoofed);
-            }
-            if external.is_some() && self.is_node_port(packet, packet.destination_port) {
-                return Row::Judge { direction: NODE_PORT, external, pod };
-            }
+        if for_tunnel {
+            return Row::Deny(INBOUND, Reason::spoofed);
+        }
+        let to_node = destination == Class::Local || is_link_local(packet.destination);
+        if to_node && external.is_some() && self.is_node_port(packet, packet.destination_port) {
+            return Row::Judge { direction: NODE_PORT, external, pod };
         }
         Row::Pass(mark)
+    }
+
+    /// Whether a packet to a node is for a tunnel: the packet inside would be believed, so that only nodes may send it.
+    fn is_for_tunnel(&self, packet: &Packet) -> bool {
+        let outer_port = if packet.protocol == ip::UDP { packet.destination_port } else { 0 };
+        let to_node = matches!(self.class(packet.destination), Class::Local | Class::Node);
+        (to_node || is_link_local(packet.destination)) && self.state.has_tunnel(packet.protocol, outer_port)
     }
 
     fn internal_ingress(&self, packet: &Packet, interface: u32) -> Row {
         use direction::OUTBOUND;
         let Packet { source, destination, .. } = *packet;
         if is_mapped(packet) {
+            return Row::Deny(OUTBOUND, Reason::spoofed);
+        }
+        if self.class(source) != Class::Node && self.is_for_tunnel(packet) {
             return Row::Deny(OUTBOUND, Reason::spoofed);
         }
         if source.is_unspecified() || is_link_local(source) {

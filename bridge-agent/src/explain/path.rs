@@ -63,6 +63,7 @@ pub fn explain(facts: &Facts<'_>, question: &Question) -> Explanation {
         stages,
         nearly: Vec::new(),
         remedy: None,
+        ports: decisions.iter().map(|(range, one)| (*range, verdict(facts, &one.outcome))).collect(),
     };
     let differing = decisions.iter().any(|(_, other)| !same(&other.outcome, &decision.outcome));
     if differing {
@@ -70,9 +71,13 @@ pub fn explain(facts: &Facts<'_>, question: &Question) -> Explanation {
         (explanation.reason, explanation.rule) = (None, None);
     }
     let denied = decisions.iter().find(|(_, decision)| matches!(decision.outcome, Outcome::Denied(..)));
-    if let Some((_, denied)) = denied {
+    if let Some((range, denied)) = denied {
         if let Some(sides) = denied.sides {
             explanation.nearly = nearly::nearly(&judge, sides, &denied.packet);
+        }
+        // The packet has one port of the range.
+        for near in explanation.nearly.iter_mut().filter(|near| near.criterion == Criterion::SourcePorts) {
+            near.asked = range.to_string();
         }
         explanation.remedy = remedy(&judge, question, denied);
         if !differing {

@@ -204,5 +204,6 @@ pub fn on_host(
         stages,
         nearly: Vec::new(),
         remedy,
+        ports: Vec::new(),
     }
 }

@@ -10,6 +10,7 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::config::ports::one_port;
 use crate::datapath::Verdict;
 
 /// A connection.
@@ -52,6 +53,9 @@ pub enum ParseError {
     /// No port.
     #[error("`{0}` is no port: write a number from 1 to 65535, such as 192.168.31.67:502")]
     Port(String),
+    /// Two ports of the client.
+    #[error("the client's port is {0} in FROM, and {1} beside it: write one of them")]
+    TwoPorts(u16, u16),
     /// A port is missing.
     #[error("{protocol} needs a destination port: write {destination}:PORT, such as {example}")]
     NoPort {
@@ -67,8 +71,8 @@ pub enum ParseError {
     NeedlessPort(Protocol),
     /// A name where only addresses are known.
     #[error(
-        "`{0}` is a name, and names are known to a running agent alone: start it, or write the address \
-         (`kubectl get pod -o wide` has it)"
+        "`{0}` is a name, and only a running agent that follows a cluster (`kubernetes` in its configuration) knows names: write \
+         the address (`kubectl get pod -o wide` has it)"
     )]
     Offline(String),
     /// A kind of name that the agent does not follow.
@@ -138,7 +142,10 @@ impl FromStr for Protocol {
             "udp" => 17,
             "icmpv6" => 58,
             "sctp" => 132,
-            number => number.parse().map_err(|_| ParseError::Protocol(text.to_owned()))?,
+            number => {
+                let parsed = number.parse::<u8>().ok().filter(|parsed| parsed.to_string() == number);
+                parsed.ok_or_else(|| ParseError::Protocol(text.to_owned()))?
+            }
         }))
     }
 }
@@ -177,11 +184,11 @@ pub fn end(text: &str) -> Result<(IpAddr, Option<u16>), ParseError> {
         None => text.rsplit_once(':').map_or((text, None), |(address, port)| (address, Some(port))),
     };
     let address = address.parse().map_err(|_| ParseError::Address(text.to_owned()))?;
-    let number = |port: &str| {
-        let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-        number.ok_or_else(|| ParseError::Port(port.to_owned()))
-    };
     Ok((address, port.map(number).transpose()?))
+}
+
+fn number(port: &str) -> Result<u16, ParseError> {
+    one_port(port).map_err(|_| ParseError::Port(port.to_owned()))
 }
 
 impl Question {
@@ -331,10 +338,6 @@ impl<'a> End<'a> {
         };
         let (name, port) = rest.split_once(':').map_or((rest, None), |(name, port)| (name, Some(port)));
         let (namespace, object) = name.split_once('/').ok_or_else(|| ParseError::Name(text.to_owned()))?;
-        let number = |port: &str| {
-            let number = port.parse::<u16>().ok().filter(|number| *number != 0);
-            number.ok_or_else(|| ParseError::Port(port.to_owned()))
-        };
         let mut port = port.map(number).transpose()?;
         let addresses = match kind {
             "pod" | "pods" => {
@@ -403,6 +406,11 @@ impl Request {
         let (from, to) = (End::read(&self.from, names)?, End::read(&self.to, names)?);
         if self.source_port == Some(0) {
             return Err(ParseError::Port("0".to_owned()));
+        }
+        if let (Some(written), Some(other)) =
+            (from.port, self.source_port.filter(|port| Some(*port) != from.port))
+        {
+            return Err(ParseError::TwoPorts(written, other));
         }
         let backend = self.backend.as_deref().map(|text| End::read(text, names)).transpose()?;
         let backend = match &backend {

@@ -179,6 +179,9 @@ pub struct Explanation {
     pub nearly: Vec<Nearly>,
     /// The change that would allow it.
     pub remedy: Option<Remedy>,
+    /// The verdict by source port: each interval that rules distinguish.
+    #[serde(skip)]
+    pub(crate) ports: Vec<(PortRange, Verdict)>,
 }
 
 /// The most rules that [`Explanation::nearly`] has.
@@ -196,6 +199,13 @@ impl Explanation {
         self.summary += &format!("\nDROPPED by another firewall: {rule}");
     }
 
+    /// Notes that a rule of the node changes the source of what passes.
+    pub(crate) fn masqueraded(&mut self, rule: &str) {
+        if self.verdict != Verdict::Deny {
+            self.summary += &format!("\nMASQUERADED: the other end sees an address of this node: {rule}");
+        }
+    }
+
     /// Notes the event that the question comes from: its packet may have been denied for another reason.
     pub(crate) fn note_event(&mut self, event: &Event) {
         let reason = Reason::ALL.iter().find(|reason| reason.name() == event.reason);
@@ -208,6 +218,7 @@ impl Explanation {
         self.stages.insert(0, Stage::new("event", outcome, seen, text));
         let by_rules = matches!(event.reason.as_str(), "no_rule" | "deny_rule" | "new_flow");
         if !by_rules {
+            self.remedy = None;
             let now = std::mem::take(&mut self.summary);
             self.summary =
                 format!("The packet of the event was not judged by rules: {text}\nA new connection: {now}");

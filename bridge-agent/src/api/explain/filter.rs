@@ -16,9 +16,9 @@ use crate::{
         observe::{ObservedTable, OwnRules},
         others::{self, Others},
         ruleset::{Family, Table},
-        walk::{self, Interfaces, Packet},
+        walk::{self, Interfaces, Packet, State},
     },
-    model::Mode,
+    model::{Mode, PortRange},
 };
 
 type Tables = BTreeMap<String, ObservedTable>;
@@ -30,22 +30,24 @@ pub(super) struct Filter {
     nft: Option<Ruleset>,
 }
 
-/// The connection as netfilter sees its first packet.
+/// A packet of the connection as netfilter sees it.
 struct Passage {
     before: Packet,
     after: Packet,
 }
 
 impl Passage {
-    fn new(question: &Question, local: &[IpAddr]) -> Self {
+    fn new(question: &Question, source_ports: PortRange, local: &[IpAddr]) -> Self {
         let packet = |(destination, destination_port): (IpAddr, u16)| Packet {
             source: question.source,
-            source_port: question.source_port.unwrap_or_default(),
+            source_ports,
             destination,
             destination_port,
             protocol: question.protocol.0,
             icmp_type: if question.source.is_ipv4() { 8 } else { 128 },
             to_node: local.contains(&destination),
+            from_node: local.contains(&question.source),
+            state: State::New,
         };
         let asked = (question.destination, question.destination_port);
         Self { before: packet(asked), after: packet(question.backend.unwrap_or(asked)) }
@@ -53,9 +55,15 @@ impl Passage {
 
     fn interfaces<'a>(&self, live: &'a Live<'_>) -> Interfaces<'a> {
         Interfaces {
-            input: live.interface(self.after.source),
+            input: live.interface(self.after.source).filter(|_| !self.after.from_node),
             output: live.interface(self.after.destination).filter(|_| !self.after.to_node),
         }
+    }
+
+    /// Its first answer, without translations.
+    const fn reply(&self) -> Self {
+        let reply = self.after.reply();
+        Self { before: reply, after: reply }
     }
 }
 
@@ -95,7 +103,8 @@ impl Filter {
 
     /// Returns where the node may translate the destination of a connection to.
     pub(super) fn backends(&self, question: &Question, live: &Live<'_>) -> Vec<(IpAddr, u16)> {
-        let passage = Passage::new(question, &live.local);
+        let passage =
+            Passage::new(question, question.source_port.map_or(PortRange::ALL, PortRange::one), &live.local);
         let interfaces = Interfaces { output: None, ..passage.interfaces(live) };
         let of = |(_, tables)| others::translations(tables, &passage.before, interfaces);
         let mut found: BTreeSet<(IpAddr, u16)> = self.of_family(question.source).flat_map(of).collect();
@@ -104,53 +113,87 @@ impl Filter {
         found.into_iter().filter(|to| *to != (question.destination, question.destination_port)).collect()
     }
 
-    /// Adds the verdict of each packet filter, and a masquerade. `by_ebpf`: a program of eBPF judges it as well.
-    pub(super) fn add_stages(&self, explanation: &mut Explanation, live: &Live<'_>, by_ebpf: bool) {
-        let passage = Passage::new(&explanation.question, &live.local);
-        let interfaces = passage.interfaces(live);
+    /// Adds the verdict of each packet filter, and a masquerade. `by_ebpf`: a program of eBPF judges it as well. Returns the mark that
+    /// the packet has as it is routed.
+    pub(super) fn add_stages(&self, explanation: &mut Explanation, live: &Live<'_>, by_ebpf: bool) -> u32 {
         let audit = live.active.policy.mode == Mode::Audit;
-        let mut own = Vec::new();
-        for (backend, tables) in self.of_family(passage.before.source) {
-            own.extend(own_iptables(backend, tables, &passage, audit));
-        }
-        let way = Way { before: &passage.before, after: &passage.after, interfaces };
-        own.extend(self.nft.as_ref().filter(|nft| nft.has_own()).map(|nft| own_nftables(nft, &way)));
-        // In audit mode the last chain accepts a packet that enforce mode denies.
-        for engine in &own {
-            explanation.add(engine.stage(audit));
+        let question = explanation.question;
+        let each = |range: PortRange| Passage::new(&question, range, &live.local);
+        let passages: Vec<Passage> = explanation.ports.iter().map(|(range, _)| each(*range)).collect();
+        let engines: Vec<Vec<Engine>> =
+            passages.iter().map(|passage| self.own(passage, live, audit)).collect();
+        for engine in 0..engines.first().map_or(0, Vec::len) {
+            let by_port =
+                explanation.ports.iter().zip(&engines).map(|((range, _), own)| (*range, &own[engine]));
+            explanation.add(stage_of(&by_port.collect::<Vec<_>>(), audit));
         }
         let known = explanation.stages.iter().any(|stage| stage.seen.starts_with("known"));
         if !known {
-            note_engines(explanation, &own, by_ebpf);
+            note_engines(explanation, &engines, by_ebpf);
         }
-        self.add_others(explanation, &passage, &way);
+        // Other programs see what bridge lets pass.
+        let passed =
+            explanation.ports.iter().zip(&passages).filter(|((_, verdict), _)| *verdict != Judged::Deny);
+        let mut seen: Vec<&Passage> = passed.map(|(_, passage)| passage).collect();
+        if seen.is_empty() {
+            seen.extend(&passages);
+        }
+        let found = merge(seen.iter().map(|passage| self.others(passage, live)).collect());
+        let mark = found.mark;
+        let answers = merge(seen.iter().map(|passage| self.others(&passage.reply(), live)).collect());
+        let is_dropped = !found.dropped.is_empty();
+        self.add_others(explanation, found);
+        if !is_dropped {
+            add_answers(explanation, &answers);
+        }
+        mark
     }
 
-    fn add_others(&self, explanation: &mut Explanation, passage: &Passage, way: &Way<'_>) {
-        let mut any = false;
-        let (mut dropped, mut may, mut masqueraded) = (Vec::new(), Vec::new(), Vec::new());
-        let mut may_masquerade = Vec::new();
+    /// Walks the rules of bridge in each packet filter.
+    fn own(&self, passage: &Passage, live: &Live<'_>, audit: bool) -> Vec<Engine> {
+        let mut own: Vec<Engine> = self
+            .of_family(passage.before.source)
+            .filter_map(|(backend, tables)| own_iptables(backend, tables, passage, audit))
+            .collect();
+        let interfaces = passage.interfaces(live);
+        let way = Way { before: &passage.before, after: &passage.after, interfaces };
+        own.extend(self.nft.as_ref().filter(|nft| nft.has_own()).map(|nft| own_nftables(nft, &way)));
+        own
+    }
+
+    /// Walks the rules of others.
+    fn others(&self, passage: &Passage, live: &Live<'_>) -> Foreign {
+        let interfaces = passage.interfaces(live);
+        let mut all = Foreign::default();
         for (_, tables) in self.of_family(passage.before.source) {
-            any = true;
-            let found = others::others(tables, &passage.before, &passage.after, way.interfaces);
-            let Others { dropped_by, may_drop, masqueraded_by, may_masquerade: perhaps } = found;
-            may_masquerade.extend(perhaps);
-            dropped.extend(dropped_by);
-            may.extend(may_drop);
-            masqueraded.extend(masqueraded_by);
+            let found = others::others(tables, &passage.before, &passage.after, interfaces);
+            let Others { dropped_by, may_drop, masqueraded_by, may_masquerade, mark } = found;
+            all.mark |= mark.unwrap_or_default();
+            all.dropped.extend(dropped_by);
+            all.may_drop.extend(may_drop);
+            all.masqueraded.extend(masqueraded_by);
+            all.may_masquerade.extend(may_masquerade);
         }
         if let Some(nft) = &self.nft {
-            any = true;
-            let walked = nft.walk(way, Owner::Others);
+            let way = Way { before: &passage.before, after: &passage.after, interfaces };
+            let walked = nft.walk(&way, Owner::Others);
+            all.mark |= walked.mark.and_then(|mark| u32::try_from(mark).ok()).unwrap_or_default();
             if walked.passes == Some(false) {
-                dropped.extend(walked.rule);
+                all.dropped.extend(walked.rule);
             } else if walked.passes.is_none() {
-                may.extend(walked.may_drop);
+                all.may_drop.extend(walked.may_drop);
             }
-            let Masquerades { certain, possible } = nft.masquerades(way);
-            masqueraded.extend(certain);
-            may_masquerade.extend(possible);
+            let Masquerades { certain, possible } = nft.masquerades(&way);
+            all.masqueraded.extend(certain);
+            all.may_masquerade.extend(possible);
         }
+        all
+    }
+
+    fn add_others(&self, explanation: &mut Explanation, found: Foreign) {
+        let Foreign { dropped, may_drop: may, masqueraded, may_masquerade, .. } = found;
+        let family = explanation.question.source;
+        let any = self.nft.is_some() || self.of_family(family).next().is_some();
         if let Some(rule) = dropped.first() {
             let why = "a rule of another program; bridge does not change it";
             explanation.add(Stage::new("firewall", StageOutcome::Deny, dropped.join("; "), why));
@@ -171,14 +214,72 @@ impl Filter {
                 why,
             ));
         }
-        if !masqueraded.is_empty() {
-            let why = "the other end sees an address of this node, and perhaps another source port";
+        if let Some(rule) = masqueraded.first() {
+            if dropped.is_empty() {
+                explanation.masqueraded(rule);
+            }
+            let why = "the other end sees an address of this node, and perhaps another source port; `bridge-agent doctor` \
+                       says how to exclude LAN hosts";
             explanation.add(Stage::new("masquerade", StageOutcome::Ok, masqueraded.join("; "), why));
         } else if !may_masquerade.is_empty() {
             let why = "conditions that are not known here decide whether the other end sees an address of this node";
             explanation.add(Stage::new("masquerade", StageOutcome::Unknown, may_masquerade.join("; "), why));
         }
     }
+}
+
+/// The effect of the rules of other programs.
+#[derive(Default)]
+struct Foreign {
+    dropped: Vec<String>,
+    may_drop: Vec<String>,
+    masqueraded: Vec<String>,
+    may_masquerade: Vec<String>,
+    mark: u32,
+}
+
+/// Adds a stage where rules of others drop the first answer, or may do so.
+fn add_answers(explanation: &mut Explanation, answers: &Foreign) {
+    let (outcome, rules) = match (answers.dropped.first(), answers.may_drop.first()) {
+        (Some(rule), _) => {
+            explanation.summary += &format!("\nDROPPED by another firewall, on the way back: {rule}");
+            (StageOutcome::Deny, &answers.dropped)
+        }
+        (None, Some(_)) => (StageOutcome::Unknown, &answers.may_drop),
+        (None, None) => return,
+    };
+    let why = "it is about the answers";
+    explanation.add(Stage::new("firewall, back", outcome, rules.join("; "), why));
+}
+
+/// Returns the effect on a connection whose source port is in one of several intervals: certain is only the effect on all.
+fn merge(mut found: Vec<Foreign>) -> Foreign {
+    let all_dropped = found.iter().all(|one| !one.dropped.is_empty());
+    let all_masqueraded = found.iter().all(|one| !one.masqueraded.is_empty());
+    let Some(mut first) = found.pop() else { return Foreign::default() };
+    let demote = |certain: &mut Vec<String>, possible: &mut Vec<String>, all: bool| {
+        if !all {
+            possible.append(certain);
+        }
+    };
+    demote(&mut first.dropped, &mut first.may_drop, all_dropped);
+    demote(&mut first.masqueraded, &mut first.may_masquerade, all_masqueraded);
+    let add = |to: &mut Vec<String>, from: Vec<String>| {
+        for one in from {
+            if !to.contains(&one) {
+                to.push(one);
+            }
+        }
+    };
+    for mut one in found {
+        demote(&mut one.dropped, &mut one.may_drop, all_dropped);
+        demote(&mut one.masqueraded, &mut one.may_masquerade, all_masqueraded);
+        add(&mut first.dropped, one.dropped);
+        add(&mut first.may_drop, one.may_drop);
+        add(&mut first.masqueraded, one.masqueraded);
+        add(&mut first.may_masquerade, one.may_masquerade);
+    }
+    first
 }
 
 /// The rules of bridge in one packet filter, and their verdict.
@@ -191,20 +292,42 @@ struct Engine {
 }
 
 impl Engine {
-    fn stage(&self, audit: bool) -> Stage {
+    fn outcome(&self, audit: bool) -> StageOutcome {
+        match self.passes {
+            Some(false) if !audit => StageOutcome::Deny,
+            Some(_) => StageOutcome::Ok,
+            None => StageOutcome::Unknown,
+        }
+    }
+
+    fn seen(&self, audit: bool) -> String {
         let by = self.by.as_ref().map(|by| format!(" by {by}")).unwrap_or_default();
-        let (outcome, seen) = match self.passes {
-            Some(true) => (StageOutcome::Ok, format!("passes{by}")),
-            Some(false) if audit => (StageOutcome::Ok, format!("would be denied{by}")),
-            Some(false) => (StageOutcome::Deny, format!("denied{by}")),
+        match self.passes {
+            Some(true) => format!("passes{by}"),
+            // In audit mode the last chain accepts a packet that enforce mode denies.
+            Some(false) if audit => format!("would be denied{by}"),
+            Some(false) => format!("denied{by}"),
             None => {
                 let rule = self.rule.as_deref().unwrap_or("a rule");
-                (StageOutcome::Unknown, format!("not known: {rule} has conditions that are not read here"))
+                format!("not known: {rule} has conditions that are not read here")
             }
-        };
-        let rule = self.rule.as_ref().map(|rule| format!(": {rule}")).unwrap_or_default();
-        Stage::new(self.name, outcome, seen, format!("{}{rule}", self.chains.join(" > ")))
+        }
     }
+}
+
+/// Returns the stage of a packet filter, by source port where that decides.
+fn stage_of(by_port: &[(PortRange, &Engine)], audit: bool) -> Stage {
+    let (_, first) = by_port[0];
+    let outcome = first.outcome(audit);
+    if by_port.iter().any(|(_, engine)| (engine.passes, &engine.by) != (first.passes, &first.by)) {
+        let each = by_port.iter().map(|(range, engine)| format!("{range}: {}", engine.seen(audit)));
+        let seen = each.collect::<Vec<_>>().join("; ");
+        let same = by_port.iter().all(|(_, engine)| engine.outcome(audit) == outcome);
+        let outcome = if same { outcome } else { StageOutcome::Unknown };
+        return Stage::new(first.name, outcome, seen, "the source port decides");
+    }
+    let rule = first.rule.as_ref().map(|rule| format!(": {rule}")).unwrap_or_default();
+    Stage::new(first.name, outcome, first.seen(audit), format!("{}{rule}", first.chains.join(" > ")))
 }
 
 fn own_iptables(backend: Backend, tables: &Tables, passage: &Passage, audit: bool) -> Option<Engine> {
@@ -234,26 +357,42 @@ fn own_nftables(nft: &Ruleset, way: &Way<'_>) -> Engine {
     }
 }
 
-/// Compares the packet filters with the verdict by the policy. Without eBPF theirs counts.
-fn note_engines(explanation: &mut Explanation, engines: &[Engine], has_ebpf: bool) {
-    let policy = match explanation.verdict {
-        Judged::Allow | Judged::Unjudged => true,
-        Judged::Deny | Judged::Audit => false,
-        Judged::Depends => return,
+/// Compares the packet filters, for each interval of source ports, with the verdict by the policy. Without eBPF theirs counts.
+fn note_engines(explanation: &mut Explanation, by_port: &[Vec<Engine>], has_ebpf: bool) {
+    let allowed = |verdict: Judged| match verdict {
+        Judged::Allow | Judged::Unjudged => Some(true),
+        Judged::Deny | Judged::Audit => Some(false),
+        Judged::Depends => None,
     };
-    for engine in engines.iter().filter(|engine| engine.passes.is_some_and(|passes| passes != policy)) {
-        let passes = engine.passes == Some(true);
+    let count = by_port.first().map_or(0, Vec::len);
+    for engine in 0..count {
+        let each: Vec<(&Engine, Option<bool>)> = explanation
+            .ports
+            .iter()
+            .zip(by_port)
+            .map(|((_, verdict), own)| (&own[engine], allowed(*verdict)))
+            .collect();
+        let differs = |(engine, policy): &&(&Engine, Option<bool>)| {
+            engine.passes.zip(*policy).is_some_and(|(a, b)| a != b)
+        };
+        let Some((first, _)) = each.iter().find(differs) else { continue };
+        let passes = first.passes == Some(true);
         let word = if passes { "lets it pass" } else { "denies it" };
         explanation.summary += &format!(
             "\n{} {word}: its rules in the kernel are not those of the policy; `bridge-agent status` shows repairs",
-            engine.name
+            first.name
         );
         if !has_ebpf {
-            explanation.verdict = if passes { Judged::Unjudged } else { Judged::Deny };
-            explanation.rule.clone_from(&engine.by);
+            let uniform = each.iter().all(|(one, _)| one.passes == first.passes);
+            explanation.verdict = match (uniform, passes) {
+                (false, _) => Judged::Depends,
+                (true, true) => Judged::Unjudged,
+                (true, false) => Judged::Deny,
+            };
+            explanation.rule = if uniform { first.by.clone() } else { None };
         }
     }
-    if !has_ebpf && engines.is_empty() {
+    if !has_ebpf && count == 0 {
         explanation.summary +=
             "\nNothing of bridge in the kernel judges it: it passes, whatever the rules say";
         explanation.verdict = Judged::Unjudged;

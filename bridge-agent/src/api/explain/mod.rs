@@ -198,9 +198,9 @@ fn of_connection(
         let why = "there: `bridge-agent routes list`, or `ip route get`; `bridge-agent routes export` has the commands";
         explanation.stages.insert(2, Stage::new("lan route", StageOutcome::Unknown, seen, why));
     }
-    filter.add_stages(&mut explanation, live, by_ebpf);
+    let mark = filter.add_stages(&mut explanation, live, by_ebpf);
     if let Some(input) = live.input(question.source) {
-        host::add_way(&mut explanation, input);
+        host::add_way(&mut explanation, input, mark);
     }
     explanation
 }

@@ -35,7 +35,7 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     let (pods, external) = (nets(&config.networks.pods), nets(&config.networks.external));
     let ruleset = Ruleset::read();
     vec![
-        ip_forward(&pods, &external),
+        ip_forward(context, &pods, &external),
         rp_filter(context, &external),
         drops(&ruleset, &pods),
         masquerade(&ruleset, &pods, &external),
@@ -48,7 +48,7 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     ]
 }
 
-fn ip_forward(pods: &[IpNet], external: &[IpNet]) -> Finding {
+fn ip_forward(context: &Context<'_>, pods: &[IpNet], external: &[IpNet]) -> Finding {
     const CHECK: &str = "forwarding.ip-forward";
     let v6 = |net: &&IpNet| net.addr().is_ipv6();
     let all = || pods.iter().chain(external);
@@ -57,11 +57,18 @@ fn ip_forward(pods: &[IpNet], external: &[IpNet]) -> Finding {
         ("net.ipv6.conf.all.forwarding", "/proc/sys/net/ipv6/conf/all/forwarding", all().any(|net| v6(&net))),
     ];
     let wanted: Vec<_> = families.into_iter().filter(|(.., wanted)| *wanted).collect();
-    let off: Vec<&str> = wanted
-        .iter()
-        .filter(|(_, path, _)| read(path).is_none_or(|value| value == "0"))
-        .map(|(name, ..)| *name)
-        .collect();
+    let is_off = |path: &str| read(path).is_none_or(|value| value == "0");
+    let mut off: Vec<String> =
+        wanted.iter().filter(|(_, path, _)| is_off(path)).map(|(name, ..)| (*name).to_owned()).collect();
+    // Only IPv4 asks the interface that a packet comes in by.
+    if off.is_empty() && wanted.iter().any(|(name, ..)| name.contains("ipv4")) {
+        let names: BTreeSet<&str> =
+            context.chosen.targets.iter().map(|target| target.name.as_str()).collect();
+        let of =
+            names.into_iter().filter(|name| is_off(&format!("/proc/sys/net/ipv4/conf/{name}/forwarding")));
+        // `/` stands for a dot of the name.
+        off.extend(of.map(|name| format!("net.ipv4.conf.{}.forwarding", name.replace('.', "/"))));
+    }
     if off.is_empty() {
         return Finding::ok(
             CHECK,

@@ -141,7 +141,12 @@ fn on_link(hop: &NextHop, comparison: &Comparison, ways: &mut netlink::Route) ->
         Some(dev) => {
             *comparison.observed.links.iter().find(|(_, link)| link.name == *dev).map(|(index, _)| index)?
         }
-        None => ways.way(hop.via, None).ok().filter(|way| way.via.is_none() && !way.local)?.interface,
+        None => {
+            ways.way(hop.via, &netlink::Packet::default())
+                .ok()
+                .filter(|way| way.via.is_none() && !way.local)?
+                .interface
+        }
     };
     Some((hop.via, index))
 }

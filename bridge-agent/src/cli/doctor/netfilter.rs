@@ -103,10 +103,15 @@ impl Ruleset {
         }
     }
 
-    /// Chains of others that drop what they do not accept, at the hook of forwarded packets.
+    /// Chains of others that drop what they do not accept, at the hooks of forwarded packets.
     pub(super) fn drops(&self, pods: &[IpNet]) -> Vec<Drop> {
         let mut drops = Vec::new();
-        for (chain, place) in self.base_chains("forward") {
+        for (chain, place) in
+            ["prerouting", "forward", "postrouting"].into_iter().flat_map(|hook| self.base_chains(hook))
+        {
+            if !matches!(place.family, "ip" | "ip6" | "inet") {
+                continue;
+            }
             let last = self.rules(&place).last().filter(|rule| ends(rule));
             let how = match (chain["policy"] == "drop", last) {
                 (true, _) => "policy drop",

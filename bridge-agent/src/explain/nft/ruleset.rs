@@ -1,6 +1,6 @@
 //! The objects of a ruleset.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use serde_json::Value;
 
@@ -16,6 +16,8 @@ pub(super) type Place = (String, String, String);
 #[derive(Clone, Debug, Default)]
 pub(super) struct Chain {
     pub(super) hook: Option<String>,
+    /// Interfaces of a chain at ingress or egress.
+    pub(super) devices: Vec<String>,
     /// Whether it translates addresses.
     pub(super) translates: bool,
     pub(super) priority: i64,
@@ -88,6 +90,9 @@ impl Ruleset {
             if let Some(chain) = object.get("chain") {
                 let entry = found.chains.entry(place(chain, "name")).or_default();
                 entry.hook = chain["hook"].as_str().map(str::to_owned);
+                let devices =
+                    chain["dev"].as_array().map_or(std::slice::from_ref(&chain["dev"]), Vec::as_slice);
+                entry.devices = devices.iter().filter_map(Value::as_str).map(str::to_owned).collect();
                 entry.translates = chain["type"] == "nat";
                 entry.priority = chain["prio"].as_i64().unwrap_or_default();
                 entry.drops = chain["policy"] == "drop";
@@ -114,14 +119,20 @@ impl Ruleset {
         self.chains.keys().any(is_own)
     }
 
-    /// Returns base chains at a hook, those that come first first.
-    pub(super) fn base(&self, hook: &str, owner: Owner) -> Vec<(&Place, &Chain)> {
+    /// Returns base chains at a hook that packets to an address come to, those that come first first.
+    pub(super) fn base(&self, hook: &str, owner: Owner, to: IpAddr) -> Vec<(&Place, &Chain)> {
         let of_owner = |place: &Place| match owner {
             Owner::Bridge => is_own(place),
             Owner::Others => !is_own(place) && !is_of_iptables(place),
         };
-        let at_hook =
-            |(place, chain): &(&Place, &Chain)| chain.hook.as_deref() == Some(hook) && of_owner(place);
+        let at_hook = |(place, chain): &(&Place, &Chain)| {
+            let family = match place.0.as_str() {
+                "ip" => to.is_ipv4(),
+                "ip6" => to.is_ipv6(),
+                family => matches!(family, "inet" | "netdev"),
+            };
+            family && chain.hook.as_deref() == Some(hook) && of_owner(place)
+        };
         let mut found: Vec<_> = self.chains.iter().filter(at_hook).collect();
         found.sort_by_key(|(_, chain)| chain.priority);
         found

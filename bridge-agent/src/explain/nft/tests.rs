@@ -3,7 +3,10 @@ use std::net::IpAddr;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::iptables::walk::{Interfaces, Packet};
+use crate::{
+    iptables::walk::{Interfaces, Packet, State},
+    model::PortRange,
+};
 
 const OTHERS: &str = r#"{"nftables":[{"metainfo":{}},
     {"chain":{"family":"ip","table":"filter","name":"FORWARD","hook":"forward","prio":0,"policy":"drop"}},
@@ -15,12 +18,14 @@ const OTHERS: &str = r#"{"nftables":[{"metainfo":{}},
 fn packet(destination_port: u16) -> Packet {
     Packet {
         source: IpAddr::from([10, 200, 1, 91]),
-        source_port: 61001,
+        source_ports: PortRange::one(61001),
         destination: IpAddr::from([192, 168, 31, 67]),
         destination_port,
         protocol: 6,
         icmp_type: 0,
         to_node: false,
+        from_node: false,
+        state: State::New,
     }
 }
 
@@ -98,6 +103,83 @@ fn the_policy_of_a_chain_counts_and_tables_of_iptables_do_not() {
     let only_iptables = Ruleset::parse(&OTHERS.replace("RULES", ""));
     assert_eq!(only_iptables.walk(&way, Owner::Others).passes, Some(true));
     assert_eq!(Ruleset::parse("no JSON").walk(&way, Owner::Others).passes, Some(true));
+}
+
+/// Follows `packet` through one rule of a chain at a hook.
+fn at(family: &str, hook: &Value, packet: &Packet, rule: Value) -> Walked {
+    let mut chain =
+        json!({"family": family, "table": "site", "name": "c", "type": "filter", "policy": "accept"});
+    chain.as_object_mut().unwrap().extend(hook.as_object().unwrap().clone());
+    let rule = json!({"rule": {"family": family, "table": "site", "chain": "c", "expr": rule}});
+    let ruleset = Ruleset::parse(&json!({"nftables": [{"chain": chain}, rule]}).to_string());
+    let interfaces = Interfaces { input: Some("cali1"), output: Some("eth0") };
+    ruleset.walk(&Way { before: packet, after: packet, interfaces }, Owner::Others)
+}
+
+#[test]
+fn each_hook_has_its_packets() {
+    let drop = || json!([{"drop": null}]);
+    let (packet, answer) = (packet(502), packet(502).reply());
+    let passes = |family: &str, hook: Value, packet: &Packet| at(family, &hook, packet, drop()).passes;
+    for hook in ["prerouting", "forward", "postrouting"] {
+        assert_eq!(passes("inet", json!({"hook": hook}), &packet), Some(false), "{hook}");
+        assert_eq!(passes("ip6", json!({"hook": hook}), &packet), Some(true), "{hook} of the other family");
+        assert_eq!(passes("bridge", json!({"hook": hook}), &packet), Some(true), "{hook} of a bridge");
+    }
+    for hook in ["input", "output"] {
+        assert_eq!(passes("inet", json!({"hook": hook}), &packet), Some(true), "{hook}");
+    }
+    let of_node = Packet { from_node: true, ..answer };
+    assert_eq!(passes("inet", json!({"hook": "output"}), &of_node), Some(false));
+    assert_eq!(passes("inet", json!({"hook": "prerouting"}), &of_node), Some(true));
+    let at_device = |device: &str| passes("netdev", json!({"hook": "ingress", "dev": device}), &packet);
+    assert_eq!([at_device("cali1"), at_device("eth0")], [Some(false), Some(true)]);
+    let not_shown = at("netdev", &json!({"hook": "egress"}), &packet, drop());
+    assert_eq!((not_shown.passes, not_shown.may_drop.len()), (None, 1));
+}
+
+#[test]
+fn connection_tracking_knows_a_packet_behind_its_hook() {
+    let state = |bits: u64| json!([{"match": {"op": "in", "left": {"ct": {"key": "state"}}, "right": bits}}, {"drop": null}]);
+    let (packet, answer) = (packet(502), packet(502).reply());
+    let at_priority = |priority: i64, bits| {
+        at("inet", &json!({"hook": "prerouting", "prio": priority}), &packet, state(bits)).passes
+    };
+    assert_eq!([at_priority(-300, 8), at_priority(-150, 8)], [Some(true), Some(false)], "a new flow");
+    let forward = json!({"hook": "forward"});
+    assert_eq!(
+        [2, 8].map(|bits| at("inet", &forward, &answer, state(bits)).passes),
+        [Some(false), Some(true)]
+    );
+    let parts = [
+        (json!({"notrack": null}), state(64)),
+        (
+            json!({"mangle": {"key": {"ct": {"key": "mark"}}, "value": 5}}),
+            json!([{"match": {"op": "==", "left": {"ct": {"key": "mark"}}, "right": 5}}, {"drop": null}]),
+        ),
+    ];
+    for (first, second) in parts {
+        let rules = [("fwd", json!([port(502), first])), ("fwd", second)];
+        assert_eq!(
+            [502, 503].map(|port| others(&rules, port).passes),
+            [Some(false), Some(true)],
+            "{rules:?}"
+        );
+    }
+    let queue = others(&[("fwd", json!([{"queue": {"num": 4}}]))], 502);
+    assert_eq!((queue.passes, queue.may_drop.len()), (None, 1));
+}
+
+#[test]
+fn a_condition_on_the_source_port_holds_for_all_ports_or_is_no_verdict() {
+    let sport = json!({"payload": {"protocol": "tcp", "field": "sport"}});
+    let rule =
+        json!([{"match": {"op": "==", "left": sport, "right": {"range": [61000, 61100]}}}, {"drop": null}]);
+    let from = |first, last| {
+        let packet = Packet { source_ports: PortRange { first, last }, ..packet(502) };
+        at("inet", &json!({"hook": "forward"}), &packet, rule.clone()).passes
+    };
+    assert_eq!([from(61001, 61100), from(32768, 60999), from(32768, 61000)], [Some(false), Some(true), None]);
 }
 
 #[test]

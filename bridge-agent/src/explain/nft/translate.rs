@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 use super::{
     ruleset::{Chain, Owner, Place, Ruleset, Way, statement},
     show,
-    value::{At, Value},
+    value::{At, Tracked, Value},
     walk::DEPTH,
 };
 
@@ -96,6 +96,7 @@ impl Ruleset {
             input: None,
             output: way.interfaces.output,
             mark,
+            tracked: Tracked::new(way.after),
         };
         let mut walk = Walk { ruleset: self, at, found: Vec::new() };
         walk.hook("postrouting");
@@ -116,6 +117,7 @@ impl<'a> Walk<'a> {
             input: way.interfaces.input,
             output: None,
             mark: Some(0),
+            tracked: Tracked::new(way.before),
         };
         let mut walk = Self { ruleset, at, found: Vec::new() };
         walk.hook("prerouting");
@@ -125,7 +127,7 @@ impl<'a> Walk<'a> {
     fn hook(&mut self, hook: &str) {
         let ruleset = self.ruleset;
         let mut certain = true;
-        for (place, chain) in ruleset.base(hook, Owner::Others) {
+        for (place, chain) in ruleset.base(hook, Owner::Others, self.at.packet.destination) {
             let before = self.found.len();
             self.chain(place, chain, 0, certain);
             if chain.translates && self.found.len() > before {

@@ -5,17 +5,22 @@ use std::net::IpAddr;
 use serde_json::Value as Json;
 
 use super::ruleset::{Place, Ruleset, statement};
-use crate::iptables::walk::Packet;
+use crate::{
+    iptables::walk::{Packet, State},
+    model::PortRange,
+};
 
 const ICMP: u64 = 1;
 const TCP: u64 = 6;
 const UDP: u64 = 17;
 const ICMPV6: u64 = 58;
 const SCTP: u64 = 132;
-/// Bit of a SYN in the flags of TCP.
+/// Bits of a SYN, and of its answer, in the flags of TCP.
 const SYN: u64 = 2;
+const SYN_ACK: u64 = 0x12;
 /// Bits of `ct state`.
 const INVALID: u64 = 1;
+const ESTABLISHED: u64 = 2;
 const NEW: u64 = 8;
 /// Bit of `dnat` in `ct status`.
 const DNAT: u64 = 0x20;
@@ -29,12 +34,23 @@ pub(super) enum Value {
     Number(u64),
     Address(IpAddr),
     Text(String),
+    /// One of these numbers.
+    Among(u64, u64),
     /// A number that is not 0.
     NotZero,
     Concat(Vec<Self>),
     /// The packet has no such field: the rule does not match.
     Absent,
     Unknown,
+}
+
+impl Value {
+    fn of_ports(ports: PortRange) -> Self {
+        match (ports.first.into(), ports.last.into()) {
+            (first, last) if first == last => Self::Number(first),
+            (first, last) => Self::Among(first, last),
+        }
+    }
 }
 
 /// A packet at a hook.
@@ -46,6 +62,33 @@ pub(super) struct At<'a> {
     pub(super) output: Option<&'a str>,
     /// `None`: not known.
     pub(super) mark: Option<u64>,
+    pub(super) tracked: Tracked,
+}
+
+/// A packet as connection tracking has it; `None`: not known.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tracked {
+    /// Bits of `ct state`.
+    pub(super) state: Option<u64>,
+    /// The mark of the connection.
+    pub(super) mark: Option<u64>,
+}
+
+impl Tracked {
+    /// Ahead of connection tracking.
+    pub(super) const NOT_YET: Self = Self { state: Some(INVALID), mark: None };
+    pub(super) const UNTRACKED: Option<u64> = Some(64);
+
+    pub(super) const fn new(packet: &Packet) -> Self {
+        let state = match packet.state {
+            _ if !packet.is_tracked() => Some(INVALID),
+            State::New => Some(NEW),
+            State::Reply => Some(ESTABLISHED),
+            State::Untracked => Self::UNTRACKED,
+            State::Unknown => None,
+        };
+        Self { state, mark: Some(0) }
+    }
 }
 
 impl At<'_> {
@@ -71,13 +114,14 @@ impl At<'_> {
             "&" | "|" | "^" | "<<" | ">>" => self.arithmetic(kind, inner),
             "sctp chunk" if self.protocol() != SCTP => Value::Absent,
             // The first packet of an association is an INIT.
+            "sctp chunk" if self.packet.state == State::Reply => Value::Unknown,
             "sctp chunk" => Value::Number((text("name") == "init").into()),
             _ => Value::Unknown,
         }
     }
 
     fn payload(&self, protocol: &str, field: &str) -> Value {
-        let Packet { source, destination, source_port, destination_port, icmp_type, .. } = *self.packet;
+        let Packet { source, destination, source_ports, destination_port, icmp_type, .. } = *self.packet;
         let number = self.protocol();
         let of = match protocol {
             "ip" => source.is_ipv4(),
@@ -98,9 +142,11 @@ impl At<'_> {
             "saddr" => Value::Address(source),
             "daddr" => Value::Address(destination),
             "protocol" | "nexthdr" => Value::Number(number),
-            "sport" => Value::Number(source_port.into()),
+            "sport" => Value::of_ports(source_ports),
             "dport" => Value::Number(destination_port.into()),
-            "flags" if protocol == "tcp" => Value::Number(SYN),
+            "flags" if protocol == "tcp" => {
+                Value::Number(if self.packet.state == State::Reply { SYN_ACK } else { SYN })
+            }
             "type" => Value::Number(icmp_type.into()),
             _ => Value::Unknown,
         }
@@ -120,12 +166,13 @@ impl At<'_> {
 
     fn conntrack(&self, key: &str, direction: Option<&str>) -> Value {
         match (key, direction) {
-            ("state", _) => Value::Number(if self.packet.is_tracked() { NEW } else { INVALID }),
+            ("state", _) => self.tracked.state.map_or(Value::Unknown, Value::Number),
             ("status", _) => Value::Number(if self.translated { DNAT } else { 0 }),
-            ("direction", _) => Value::Number(0),
-            ("mark", _) => Value::Number(0),
+            ("direction", _) => Value::Number((self.packet.state == State::Reply).into()),
+            ("mark", _) => self.tracked.mark.map_or(Value::Unknown, Value::Number),
+            (_, Some(_)) if self.packet.state == State::Reply => Value::Unknown,
             ("proto-dst", Some("original")) => Value::Number(self.original_port.into()),
-            ("proto-src", Some("original")) => Value::Number(self.packet.source_port.into()),
+            ("proto-src", Some("original")) => Value::of_ports(self.packet.source_ports),
             ("protocol" | "l4proto", _) => Value::Number(self.protocol()),
             _ => Value::Unknown,
         }
@@ -135,7 +182,7 @@ impl At<'_> {
         let has = |flag: &str| flags.as_array().is_some_and(|flags| flags.iter().any(|one| one == flag));
         match result {
             "type" if has("daddr") => Value::Number(if self.packet.to_node { LOCAL } else { UNICAST }),
-            "type" if has("saddr") => Value::Number(UNICAST),
+            "type" if has("saddr") => Value::Number(if self.packet.from_node { LOCAL } else { UNICAST }),
             // A route leads back: the question is about a packet of its own sender.
             "oif" if has("saddr") && has("iif") => Value::NotZero,
             _ => Value::Unknown,
@@ -242,6 +289,12 @@ impl Ruleset {
                 (Value::Number(value), Value::Number(first), Value::Number(last)) => {
                     Some((first..=last).contains(value))
                 }
+                (Value::Among(low, high), Value::Number(first), Value::Number(last)) => {
+                    match (first <= *low && *high <= last, *high < first || last < *low) {
+                        (true, _) => Some(true),
+                        (_, apart) => apart.then_some(false),
+                    }
+                }
                 (Value::Address(value), Value::Address(first), Value::Address(last)) => {
                     Some(value.is_ipv4() == first.is_ipv4() && (first..=last).contains(value))
                 }
@@ -284,6 +337,7 @@ fn all(mut conditions: impl Iterator<Item = Option<bool>>) -> Option<bool> {
 fn equals(value: &Value, other: &Value) -> Option<bool> {
     match (value, other) {
         (Value::NotZero, Value::Number(0)) => Some(false),
+        (Value::Among(first, last), Value::Number(one)) if (first..=last).contains(&one) => None,
         (Value::NotZero | Value::Unknown | Value::Concat(_), _) | (_, Value::Unknown) => None,
         (Value::Text(name), Value::Text(pattern)) => {
             Some(pattern.strip_suffix('*').map_or(name == pattern, |prefix| name.starts_with(prefix)))

@@ -5,13 +5,16 @@ use serde_json::Value as Json;
 use super::{
     ruleset::{Chain, Owner, Place, Rule, Ruleset, Way, statement},
     show,
-    value::{At, Value},
+    value::{At, Tracked, Value},
 };
+use crate::iptables::walk::Packet;
 
 /// Deeper than the kernel lets chains be nested.
 pub(super) const DEPTH: u32 = 17;
 /// Destinations are translated at this priority of prerouting.
 const DNAT: i64 = -100;
+/// Connection tracking looks a packet up at this priority of prerouting and output.
+const CONNTRACK: i64 = -200;
 
 /// A walk through rules: its end, and the rules that led there.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +29,8 @@ pub struct Walked {
     pub name: Option<String>,
     /// Rules that may drop it.
     pub may_drop: Vec<String>,
+    /// The mark that it has as it is routed; `None`: 0, or not known.
+    pub mark: Option<u64>,
 }
 
 /// How a chain may end.
@@ -74,42 +79,76 @@ impl Ruleset {
     }
 }
 
+/// Returns the hooks that a packet comes to. The table of bridge has some of them.
+const fn hooks(packet: &Packet, owner: Owner) -> &'static [&'static str] {
+    match (owner, packet.from_node, packet.to_node) {
+        (Owner::Bridge, _, true) => &["prerouting", "input"],
+        (Owner::Bridge, _, false) => &["prerouting", "forward"],
+        (Owner::Others, true, _) => &["output", "postrouting", "egress"],
+        (Owner::Others, false, true) => &["ingress", "prerouting", "input"],
+        (Owner::Others, false, false) => &["ingress", "prerouting", "forward", "postrouting", "egress"],
+    }
+}
+
 fn walk(ruleset: &Ruleset, way: &Way<'_>, owner: Owner) -> Walked {
-    let hook = if way.after.to_node { "input" } else { "forward" };
-    let mut mark = Some(0);
+    let (mut mark, mut tracked) = (Some(0), Tracked::new(way.before));
     let mut all = Walked { passes: Some(true), ..Walked::default() };
-    for hook in ["prerouting", hook] {
-        for (place, chain) in ruleset.base(hook, owner) {
-            let early = hook == "prerouting" && chain.priority <= DNAT;
+    for hook in hooks(way.after, owner) {
+        let (before_routing, leaves) =
+            (matches!(*hook, "ingress" | "prerouting"), matches!(*hook, "postrouting" | "egress"));
+        for (place, chain) in ruleset.base(hook, owner, way.after.destination) {
+            let early = *hook == "ingress" || (*hook == "prerouting" && chain.priority <= DNAT);
             let packet = if early { way.before } else { way.after };
+            let interface = if leaves { way.interfaces.output } else { way.interfaces.input };
+            let at_device = match interface {
+                _ if !matches!(*hook, "ingress" | "egress") => Some(true),
+                // Before version 1.0.7, nft does not show them.
+                _ if chain.devices.is_empty() => None,
+                Some(name) => Some(chain.devices.iter().any(|device| device == name)),
+                None => None,
+            };
+            if at_device == Some(false) {
+                continue;
+            }
+            let not_yet = *hook == "ingress"
+                || (matches!(*hook, "prerouting" | "output") && chain.priority < CONNTRACK);
             // Sources that are not true are refused there; the question is about a packet of its own sender.
             let at = At {
                 packet,
                 original_port: way.before.destination_port,
                 translated: !early && way.is_translated(),
-                input: way.interfaces.input,
-                output: way.interfaces.output.filter(|_| hook == "forward"),
+                input: way.interfaces.input.filter(|_| !leaves),
+                output: way.interfaces.output.filter(|_| !before_routing),
                 mark,
+                tracked: if not_yet { Tracked { mark: tracked.mark, ..Tracked::NOT_YET } } else { tracked },
             };
-            let mut walk = Walk { ruleset, at, walked: Walked::default(), uncertain: false };
+            let uncertain = at_device.is_none();
+            let mut walk = Walk { ruleset, at, walked: Walked::default(), uncertain };
             let ends = walk.base(place, chain);
             mark = walk.at.mark;
+            tracked.mark = walk.at.tracked.mark;
+            if walk.at.tracked.state != Tracked::NOT_YET.state {
+                tracked.state = walk.at.tracked.state;
+            }
+            if before_routing {
+                all.mark = mark.filter(|mark| *mark != 0);
+            }
             let Walked { chains, rule, name, may_drop, .. } = walk.walked;
             all.may_drop.extend(may_drop);
-            let passes = match (ends.drop, ends.accept || ends.back) {
+            let passes = match (ends.drop, ends.accept || ends.back || uncertain) {
                 (true, false) => Some(false),
                 (false, _) => Some(true),
                 (true, true) => None,
             };
             match passes {
                 Some(false) => {
-                    return Walked { passes, chains, rule, name, may_drop: all.may_drop };
+                    return Walked { passes, chains, rule, name, may_drop: all.may_drop, mark: all.mark };
                 }
                 None => all.passes = None,
                 Some(true) => {}
             }
             // The last hook has the verdict that a reader asks for.
-            if name.is_some() || hook != "prerouting" {
+            if name.is_some() || *hook != "prerouting" {
                 (all.chains, all.rule, all.name) = (chains, rule, name);
             }
         }
@@ -198,7 +237,7 @@ impl<'a> Walk<'a> {
         if end.back {
             return;
         }
-        if self.uncertain {
+        if self.uncertain || (end.drop && end.accept) {
             if end.drop {
                 self.walked.may_drop.push(show::rule(place, rule));
             }
@@ -240,7 +279,17 @@ impl<'a> Walk<'a> {
                     };
                 }
                 "counter" => name = inner.as_str().map(str::to_owned).or(name),
-                "log" | "notrack" | "tcp option" => {}
+                "log" | "tcp option" => {}
+                "notrack" => {
+                    let sure = matches == Some(true) && !self.uncertain;
+                    self.at.tracked.state = if sure { Tracked::UNTRACKED } else { None };
+                }
+                "mangle" if inner["key"]["ct"]["key"] == "mark" => {
+                    self.at.tracked.mark = match (matches, self.at.value(&inner["value"])) {
+                        (Some(true), Value::Number(mark)) if !self.uncertain => Some(mark),
+                        _ => None,
+                    };
+                }
                 "mangle" if inner["key"]["meta"]["key"] == "mark" => {
                     self.at.mark = match (matches, self.at.value(&inner["value"])) {
                         (Some(true), Value::Number(mark)) => Some(mark),
@@ -301,6 +350,8 @@ fn verdict_of(statement: &Json) -> Option<Action<'_>> {
         "accept" => Action::End(Ends::ACCEPT),
         "drop" | "reject" => Action::End(Ends::DROP),
         "return" => Action::End(Ends::BACK),
+        // A program decides; without one, the packet is dropped.
+        "queue" => Action::End(Ends { accept: true, drop: true, back: false }),
         "continue" => Action::None,
         "jump" => Action::Jump(inner["target"].as_str()?),
         "goto" => Action::Goto(inner["target"].as_str()?),

@@ -201,4 +201,6 @@ fn bad_questions_have_a_remedy() {
     assert_eq!(question.source.to_string(), "fd00::1", "the address of the other end's version");
     let none = Request { protocol: Some(Protocol(59)), ..Request::new("fd31::1", "fd20::1") };
     assert_eq!(none.resolve(&()), Err(ParseError::NoNextHeader));
+    let two = Request { source_port: Some(5), ..Request::new("192.168.31.67:6", "10.200.1.91:1") };
+    assert_eq!(two.resolve(&()), Err(ParseError::TwoPorts(6, 5)));
 }
