@@ -4,7 +4,8 @@
 use std::{
     collections::BTreeSet,
     fs,
-    os::unix::fs::{PermissionsExt as _, chown},
+    io::Write as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -18,6 +19,7 @@ use bridge_lab::{
     lab::{Family, Lab},
     pool::{in_cgroup, output, python, serve},
     traffic::tcp::{Client, Connection, Server},
+    wait::eventually,
 };
 use serde_json::{Value, json};
 
@@ -121,10 +123,12 @@ fn root_needs_two_more_for_files_and_groups_of_others() -> Result<()> {
         let mut program = less(&lab, &format!("--bounding-set {} --inh-caps -all", only(&left)))?;
         if without == Some(chown_number) {
             let config = config("ebpf", &cgroup)?;
-            let error = Agent::start_program(with_group(&lab, &program)?, &lab, lab.b(), &config)
-                .err()
-                .context("the socket was given to a group without CAP_CHOWN")?;
-            ensure!(format!("{error:#}").contains("cannot listen"), "{error:#}");
+            // It enforces, without a socket that the group could not use.
+            let mut agent = Agent::start_program(with_group(&lab, &program)?, &lab, lab.b(), &config)?;
+            let log = agent.log();
+            ensure!(log.contains("cannot listen") && !agent.socket().exists(), "{log}");
+            agent.stop()?;
+            agent.run(&["down"])?;
             continue;
         }
         // Another user's directory, closed to everybody else.
@@ -151,6 +155,74 @@ fn with_group(lab: &Lab, program: &Path) -> Result<PathBuf> {
         program.display()
     );
     executable(lab, "with-group", &script)
+}
+
+/// A directory of groups with one entry, as a module of the name service, see nss(5).
+const DIRECTORY: &str = r#"
+#include <errno.h>
+#include <grp.h>
+#include <nss.h>
+#include <string.h>
+enum nss_status _nss_directory_getgrnam_r(const char *name, struct group *group, char *buffer, size_t length, int *error) {
+    static const char *const known = "plant-operators";
+    if (strcmp(name, known) != 0) { *error = ENOENT; return NSS_STATUS_NOTFOUND; }
+    if (length < 64) { *error = ERANGE; return NSS_STATUS_TRYAGAIN; }
+    memset(buffer, 0, length);
+    group->gr_mem = (char **)buffer;
+    group->gr_name = strcpy(buffer + 16, known);
+    group->gr_passwd = strcpy(buffer + 48, "x");
+    group->gr_gid = NUMBER;
+    return NSS_STATUS_SUCCESS;
+}
+"#;
+
+/// A static program has no modules of the name service: there, getent(1) alone finds the group.
+#[test]
+fn a_group_that_only_the_name_service_knows_gets_the_socket() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let folder = lab.directory().join("nss");
+    fs::create_dir_all(&folder)?;
+    let source = executable(&lab, "directory.c", DIRECTORY)?;
+    let mut compiler = Command::new("cc");
+    compiler.args(["-shared", "-fPIC", &format!("-DNUMBER={USER}"), "-o"]);
+    let status = compiler.arg(folder.join("libnss_directory.so.2")).arg(source).status().context("cc")?;
+    ensure!(status.success(), "cc: {status}");
+    let switch = folder.join("nsswitch.conf");
+    fs::write(&switch, "group: files directory\n")?;
+    let getent = "#!/bin/sh\nPATH=/usr/bin:/bin LD_LIBRARY_PATH=$MODULES exec getent \"$@\"\n";
+    fs::rename(executable(&lab, "getent", getent)?, folder.join("getent"))?;
+    let groups = folder.join("group");
+    fs::copy("/etc/group", &groups)?;
+    let run = |name: &str, group: &str, modules: &str| {
+        let script = format!(
+            "#!/bin/sh\nsed -i 's|^api: {{|api: {{group: \"{group}\", |' \"$3\"\nexport MODULES={folder}\nexport {modules}\n\
+             exec unshare --mount sh -ec 'mount --bind {} /etc/nsswitch.conf; mount --bind {} /etc/group; exec {} \"$@\"' sh \"$@\"\n",
+            switch.display(),
+            groups.display(),
+            program()?.display(),
+            folder = folder.display(),
+        );
+        let config = "role: node\nnetworks: {pods: [10.200.1.0/24], external: [192.168.31.0/24]}\npersistence: {save: never}\n";
+        Agent::start_program(executable(&lab, name, &script)?, &lab, lab.b(), config)
+    };
+    for modules in ["LD_LIBRARY_PATH=$MODULES PATH=$PATH", "PATH=$MODULES:$PATH"] {
+        let mut agent = run("known", "plant-operators", modules).context(modules)?;
+        let group = fs::metadata(agent.socket())?.gid();
+        ensure!(group == USER, "{modules}: the socket is of the group {group}");
+        fs::remove_file(agent.socket())?;
+        let again = || (fs::metadata(agent.socket()).ok()?.gid() == USER).then_some(());
+        ensure!(eventually(SECOND * 20, again).is_some(), "{modules}: the socket is not made again");
+        agent.stop()?;
+    }
+    // It enforces while the group is unknown, and only root has the socket.
+    let mut agent = run("unknown", "strangers", "LD_LIBRARY_PATH=$MODULES PATH=$PATH")?;
+    ensure!(agent.log().contains("there is no group strangers"), "{}", agent.log());
+    ensure!(fs::metadata(agent.socket())?.gid() == 0);
+    writeln!(fs::OpenOptions::new().append(true).open(&groups)?, "strangers:x:{USER}:")?;
+    let known = || (fs::metadata(agent.socket()).ok()?.gid() == USER).then_some(());
+    ensure!(eventually(SECOND * 40, known).is_some(), "the socket stays root's: {}", agent.log());
+    agent.stop()?;
+    Ok(())
 }
 
 #[test]
@@ -403,7 +475,7 @@ fn no_log_however_detailed_has_a_secret() -> Result<()> {
     );
     let mut agent = Agent::start_program(verbose, &lab, lab.a(), &yaml)?;
     let tried = || agent.log().contains("127.0.0.1").then_some(());
-    bridge_lab::wait::eventually(SECOND * 20, tried).with_context(|| agent.log())?;
+    eventually(SECOND * 20, tried).with_context(|| agent.log())?;
     agent.reload(&yaml)?;
     let said = [agent.log(), agent.run(&["status", "--json"])?, agent.run(&["check", "--json"])?].concat();
     ensure!(said.contains("TRACE"), "the log is not detailed");

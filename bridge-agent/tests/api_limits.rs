@@ -89,7 +89,13 @@ impl Agent {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         for netns in 1..=CLIENTS {
-            let client = Client { connection: 0, pid: std::process::id(), uid: 0, netns: Some(netns) };
+            let client = Client {
+                connection: 0,
+                pid: std::process::id(),
+                uid: 0,
+                netns: Some(netns),
+                namespace: None,
+            };
             runtime.block_on(self.service.acquire(&client, &request)).unwrap();
         }
     }
@@ -123,6 +129,20 @@ fn idle_connections_keep_no_other_client_out() {
     let open = idle.iter().filter(|stream| !is_closed(stream)).count();
     assert!(open < 1000, "the agent keeps {open} idle connections");
     assert_eq!(agent.service.list().unwrap().len(), 1, "a connection with a lease is not idle");
+}
+
+#[test]
+fn half_sent_requests_keep_no_other_client_out() {
+    let agent = Agent::start();
+    for half in ["GET /v1/st", "POST /v1/leases HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"] {
+        let connections: Vec<_> = (0..MANY).map(|_| agent.connect()).collect();
+        for mut connection in &connections {
+            // The agent may have closed it for another one.
+            drop(connection.write_all(half.as_bytes()));
+        }
+        agent.answers_at_once(half);
+        drop(connections);
+    }
 }
 
 #[test]
@@ -171,7 +191,7 @@ fn resident() -> usize {
 #[test]
 fn many_namespaces_of_a_pod_leave_leases_to_others() {
     let agent = Agent::start();
-    let client = |pid, netns| Client { connection: 0, pid, uid: 0, netns: Some(netns) };
+    let client = |pid, netns| Client { connection: 0, pid, uid: 0, netns: Some(netns), namespace: None };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let acquire = |client: &Client, host: u64| {
         let request = LeaseRequest {
@@ -195,7 +215,13 @@ fn many_namespaces_of_a_pod_leave_leases_to_others() {
 #[test]
 fn a_lease_is_ended_by_its_owner_only() {
     let agent = Agent::start();
-    let client = |uid, netns| Client { connection: 0, pid: std::process::id(), uid, netns: Some(netns) };
+    let client = |uid, netns| Client {
+        connection: 0,
+        pid: std::process::id(),
+        uid,
+        netns: Some(netns),
+        namespace: None,
+    };
     let wish = LeaseRequest {
         destination: "192.0.2.1:443".parse().unwrap(),
         transport: Transport::Tcp,

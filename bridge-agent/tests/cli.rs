@@ -195,6 +195,24 @@ fn the_kernel_floor_is_the_same_everywhere() {
 }
 
 #[test]
+fn pages_name_the_pins_of_this_version() {
+    let pins = bridge_agent::datapath::Pins::new("/sys/fs/bpf/bridge");
+    let mut named = 0;
+    for path in pages() {
+        let page = fs::read_to_string(&path).unwrap();
+        for (place, _) in page.match_indices("/sys/fs/bpf/bridge/v") {
+            let pin = page[place..].split(|c: char| !c.is_ascii_alphanumeric() && c != '/').next().unwrap();
+            // `v<ABI_VERSION>` stands for any.
+            if !pin.ends_with("/v") {
+                assert!(Path::new(pin).starts_with(pins.directory()), "{}: {pin}", path.display());
+                named += 1;
+            }
+        }
+    }
+    assert!(named >= 2, "docs/demo.md and docs/operations.md name pins");
+}
+
+#[test]
 fn a_rule_that_a_deny_shadows_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("bridge.yaml");

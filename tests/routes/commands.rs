@@ -173,7 +173,7 @@ fn discover_from_listen_to_withdrawal() -> Result<()> {
     let host = Host::new(Lab::builder().without_routes().masquerade().build()?, CONFIG, CLUSTER)?;
     std::fs::write(
         host.file("bridge.yaml"),
-        "role: host\nnetworks: {pods: [10.200.0.0/16], external: [192.168.31.0/24]}\nroutes: {static: [{to: 10.200.7.0/24, via: 192.168.31.18}]}\n",
+        "role: host\nnetworks: {pods: [10.200.0.0/16], external: [192.168.31.0/24]}\nroutes: {static: [{to: 10.200.7.0/24, via: 192.168.31.17}]}\n",
     )?;
     host.run("routes apply")?;
     let (key, pod_key) = (host.file("host.key"), host.file("pod.key"));
@@ -207,7 +207,7 @@ fn discover_from_listen_to_withdrawal() -> Result<()> {
         "sees this pod as 192.168.31.17 and reaches it for 300 s by: 10.200.1.91/32 via 192.168.31.17"
     ));
     let other = host.lab.a().netns.ip("route show proto 98")?;
-    assert!(other.contains("10.200.7.0/24 via 192.168.31.18"), "routes of other sources stay: {other}");
+    assert!(other.contains("10.200.7.0/24 via 192.168.31.17"), "routes of other sources stay: {other}");
 
     listening.signal(Signal::TERM)?;
     assert!(listening.wait(SECONDS)?.is_some_and(|status| status.success()));

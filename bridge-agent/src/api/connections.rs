@@ -1,25 +1,35 @@
 //! Connections of clients: how many there may be, and when the agent closes one.
 //!
-//! A client costs itself something and no other client anything. Each user of a network namespace has a share of the
-//! connections, and operators have some of their own. When there are too many, a new connection takes the place of the one that
-//! is idle for the longest time, unless that one holds a lease.
+//! A client costs itself something and no other client anything. Each has a share of the connections, and operators have some of
+//! their own. When there are too many, a new connection takes the place of an idle one of the client that has most: the one that is
+//! idle for the longest time, and holds no lease. One whose request has not arrived yet is idle, too.
 
 use std::{
-    collections::BTreeMap,
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
     convert::Infallible,
     io,
     pin::Pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
-use axum::{Router, body::Body, extract::ConnectInfo};
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    extract::ConnectInfo,
+};
 use http_body_util::BodyExt as _;
-use hyper::{Request, body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{
+    Request,
+    body::{Body as _, Frame, Incoming, SizeHint},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::TokioIo;
 use rustix::process::{Resource, getrlimit};
 use tokio::{
@@ -28,14 +38,16 @@ use tokio::{
 };
 use tower::Service as _;
 
-use super::Peer;
+use super::{Peer, peer::Name};
 
 /// Connections of clients that are no operators.
 const MAX_CONNECTIONS: usize = 512;
 /// Connections that operators have beside these.
 const RESERVED: usize = 32;
-/// Connections of one user in one network namespace.
+/// Connections of one client.
 const MAX_PER_CLIENT: usize = 128;
+/// A client with all its connections gets another one in the place of one that is idle for this time: to refuse costs less.
+const ROOM: Duration = Duration::from_millis(500);
 /// A connection whose first request is not complete after this time is closed.
 const FIRST_REQUEST: Duration = Duration::from_secs(10);
 /// A connection without a request and without a lease is closed after this time.
@@ -54,12 +66,14 @@ struct Connection {
     peer: Option<Peer>,
     progress: Mutex<Progress>,
     in_flight: AtomicUsize,
+    /// Whether the body of the request in flight has not arrived yet.
+    is_arriving: AtomicBool,
     close: Notify,
 }
 
 #[derive(Debug)]
 struct Progress {
-    /// Since when no request is in flight.
+    /// Since when no whole request is in flight.
     idle_since: Instant,
     requests: u64,
     /// Since when the client takes no byte.
@@ -74,7 +88,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Connection {
     fn new(peer: Option<Peer>) -> Self {
         let progress = Progress { idle_since: Instant::now(), requests: 0, stalled_since: None };
-        Self { peer, progress: Mutex::new(progress), in_flight: AtomicUsize::new(0), close: Notify::new() }
+        Self {
+            peer,
+            progress: Mutex::new(progress),
+            in_flight: AtomicUsize::new(0),
+            is_arriving: AtomicBool::new(false),
+            close: Notify::new(),
+        }
     }
 
     fn holds_leases(&self) -> bool {
@@ -83,7 +103,8 @@ impl Connection {
 
     /// Since when it could be closed for another one.
     fn idle_since(&self) -> Option<Instant> {
-        let idle = self.in_flight.load(Ordering::Relaxed) == 0 && !self.holds_leases();
+        let waits = self.in_flight.load(Ordering::Relaxed) == 0 || self.is_arriving.load(Ordering::Relaxed);
+        let idle = waits && !self.holds_leases();
         idle.then(|| lock(&self.progress).idle_since)
     }
 
@@ -109,9 +130,14 @@ impl Connection {
 struct InFlight(Arc<Connection>);
 
 impl InFlight {
-    fn begin(connection: &Arc<Connection>) -> Self {
+    fn begin(connection: &Arc<Connection>, arriving: bool) -> Self {
+        let mut progress = lock(&connection.progress);
+        progress.requests += 1;
+        // The client has done something.
+        progress.idle_since = Instant::now();
+        drop(progress);
+        connection.is_arriving.store(arriving, Ordering::Relaxed);
         connection.in_flight.fetch_add(1, Ordering::Relaxed);
-        lock(&connection.progress).requests += 1;
         Self(Arc::clone(connection))
     }
 
@@ -138,10 +164,24 @@ impl Default for LargeAnswers {
     }
 }
 
+/// A client that has a share of the connections: whether it is an operator, and its name; the metrics port knows none.
+type Client = (bool, Option<Name>);
+
+/// Connections by client.
+#[derive(Debug, Default)]
+struct Admitted {
+    clients: HashMap<Client, BTreeMap<u64, Arc<Connection>>>,
+    /// Of all clients.
+    all: usize,
+    /// Of those that are no operators.
+    others: usize,
+    next: u64,
+}
+
 /// All connections of a socket.
 #[derive(Debug)]
 pub(crate) struct Connections {
-    all: Mutex<BTreeMap<u64, Arc<Connection>>>,
+    admitted: Mutex<Admitted>,
     of_operators: LargeAnswers,
     of_others: LargeAnswers,
     stalled: Arc<AtomicU64>,
@@ -150,13 +190,14 @@ pub(crate) struct Connections {
 /// A connection in the list of all, until it is dropped.
 struct Listed {
     connections: Arc<Connections>,
+    client: Client,
     id: u64,
     connection: Arc<Connection>,
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        lock(&self.connections.all).remove(&self.id);
+        lock(&self.connections.admitted).remove(&self.client, self.id);
     }
 }
 
@@ -164,7 +205,7 @@ impl Connections {
     /// `stalled`: counts clients that took no byte.
     pub(crate) fn new(stalled: Arc<AtomicU64>) -> Self {
         Self {
-            all: Mutex::default(),
+            admitted: Mutex::default(),
             of_operators: LargeAnswers::default(),
             of_others: LargeAnswers::default(),
             stalled,
@@ -174,30 +215,27 @@ impl Connections {
     /// Takes a connection in, if there is room for it or room can be made.
     fn admit(self: &Arc<Self>, peer: Option<Peer>) -> Option<Listed> {
         let operator = peer.as_ref().is_some_and(Peer::is_operator);
-        // Pods need descriptors, too: the connections have a quarter of them at most.
-        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 4;
+        let client = (operator, peer.as_ref().map(|peer| peer.name().clone()));
+        // Pods need descriptors, too: the connections, with two each, have a quarter of them at most.
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / 8;
         let most = MAX_CONNECTIONS.min(usize::try_from(descriptors).unwrap_or(usize::MAX));
-        let mut all = lock(&self.all);
-        let name = |peer: &Option<Peer>| peer.as_ref().map(Peer::name);
-        let own = |other: &Connection| name(&other.peer) == name(&peer);
-        let of_others = |other: &Connection| !other.peer.as_ref().is_some_and(Peer::is_operator);
-        if operator {
-            if all.len() >= most + RESERVED {
-                evict(&mut all, |_| true)?;
+        let mut admitted = lock(&self.admitted);
+        if !operator {
+            if admitted.clients.get(&client).is_some_and(|own| own.len() >= MAX_PER_CLIENT) {
+                admitted.evict_of(&client, ROOM)?;
             }
-        } else {
-            if all.values().filter(|other| own(other)).count() >= MAX_PER_CLIENT {
-                evict(&mut all, own)?;
-            }
-            if all.values().filter(|other| of_others(other)).count() >= most || all.len() >= most + RESERVED {
-                evict(&mut all, of_others)?;
+            if admitted.others >= most {
+                admitted.evict(|(operator, _)| !operator)?;
             }
         }
-        let id = all.last_key_value().map_or(0, |(id, _)| id + 1);
+        if admitted.all >= most + RESERVED {
+            admitted.evict(|(other, _)| operator || !other)?;
+        }
+        let id = admitted.next;
         let connection = Arc::new(Connection::new(peer));
-        all.insert(id, Arc::clone(&connection));
-        drop(all);
-        Some(Listed { connections: Arc::clone(self), id, connection })
+        admitted.insert(client.clone(), Arc::clone(&connection));
+        drop(admitted);
+        Some(Listed { connections: Arc::clone(self), client, id, connection })
     }
 
     /// Serves a connection until one side ends it. `peer`: the client, if it has a name.
@@ -215,8 +253,9 @@ impl Connections {
         };
         let (connection, router) = (Arc::clone(&listed.connection), router.clone());
         let handle = move |request: Request<Incoming>| {
-            let (in_flight, mut router) = (InFlight::begin(&connection), router.clone());
-            let mut request = request.map(Body::new);
+            let in_flight = InFlight::begin(&connection, !request.body().is_end_stream());
+            let (mut router, connection) = (router.clone(), Arc::clone(&connection));
+            let mut request = request.map(|body| Body::new(Arriving { body, connection }));
             request.extensions_mut().insert(large.clone());
             if let Some(peer) = &peer {
                 request.extensions_mut().insert(ConnectInfo(peer.clone()));
@@ -258,13 +297,72 @@ impl Connections {
     }
 }
 
-/// Closes the connection of these that is idle for the longest time; `None` if none is idle.
-fn evict(all: &mut BTreeMap<u64, Arc<Connection>>, of: impl Fn(&Connection) -> bool) -> Option<()> {
-    let idle = all.iter().filter(|(_, connection)| of(connection));
-    let idle = idle.filter_map(|(id, connection)| Some((connection.idle_since()?, *id)));
-    let (_, id) = idle.min()?;
-    all.remove(&id)?.close.notify_one();
-    Some(())
+impl Admitted {
+    fn insert(&mut self, client: Client, connection: Arc<Connection>) {
+        self.all += 1;
+        self.others += usize::from(!client.0);
+        self.clients.entry(client).or_default().insert(self.next, connection);
+        self.next += 1;
+    }
+
+    /// Removes a connection, unless it is not there any more.
+    fn remove(&mut self, client: &Client, id: u64) -> Option<Arc<Connection>> {
+        let own = self.clients.get_mut(client)?;
+        let connection = own.remove(&id)?;
+        if own.is_empty() {
+            self.clients.remove(client);
+        }
+        self.all -= 1;
+        self.others -= usize::from(!client.0);
+        Some(connection)
+    }
+
+    /// Closes a connection of the client that has most of these and any idle; `None` if none is idle.
+    fn evict(&mut self, of: impl Fn(&Client) -> bool) -> Option<()> {
+        let clients = self.clients.iter().filter(|(client, _)| of(client));
+        let mut clients: Vec<_> = clients.map(|(client, own)| (Reverse(own.len()), client.clone())).collect();
+        clients.sort_unstable_by_key(|(count, _)| *count);
+        clients.into_iter().find_map(|(_, client)| self.evict_of(&client, Duration::ZERO))
+    }
+
+    /// Closes the connection of a client that is idle for the longest time; `None` if none is idle for `least`.
+    fn evict_of(&mut self, client: &Client, least: Duration) -> Option<()> {
+        let own = self.clients.get(client)?.iter();
+        let idle = own.filter_map(|(id, connection)| Some((connection.idle_since()?, *id))).min();
+        let (_, id) = idle.filter(|(since, _)| since.elapsed() >= least)?;
+        self.remove(client, id)?.close.notify_one();
+        Some(())
+    }
+}
+
+/// The body of a request, on its way.
+struct Arriving {
+    body: Incoming,
+    connection: Arc<Connection>,
+}
+
+impl hyper::body::Body for Arriving {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(context));
+        if frame.is_none() || self.body.is_end_stream() {
+            self.connection.is_arriving.store(false, Ordering::Relaxed);
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Notes when the client takes no bytes.

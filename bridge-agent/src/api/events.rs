@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::openapi::{Method, Operation};
 use super::problem::{Problem, no_ebpf};
-use super::query::Query;
+use super::query::{self, Query};
 use crate::{
     datapath::{Verdict, VerdictFilter},
     routes::RouteEvent,
@@ -39,14 +39,18 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 #[serde(deny_unknown_fields)]
 pub(super) struct EventQuery {
     /// Only verdicts of this kind
-    verdict: Option<String>,
-    /// Only packets with an end in this network
+    pub(super) verdict: Option<String>,
+    /// Only packets with this address, or with one in this network
+    #[serde(default, deserialize_with = "query::network")]
     #[schemars(with = "Option<String>")]
-    address: Option<IpNet>,
+    pub(super) address: Option<IpNet>,
     /// Only packets with this port
-    port: Option<u16>,
+    #[serde(default, deserialize_with = "query::port")]
+    #[schemars(range(min = 1))]
+    pub(super) port: Option<u16>,
     /// Start with the last events that the agent still has, at most this many.
-    last: Option<usize>,
+    #[serde(default, deserialize_with = "query::number")]
+    pub(super) last: Option<usize>,
 }
 
 /// In the place of events that a client was too slow to take.

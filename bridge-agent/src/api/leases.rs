@@ -23,6 +23,10 @@ use super::{
     openapi::{Method, Operation, Routes},
 };
 use crate::{
+    config::{
+        leaf::{Leaf as _, SocketAddress},
+        whole_number,
+    },
     pool::{
         Summary,
         service::{Holding, LeaseRequest, LeasedPort, PoolEvent, Service, Transport},
@@ -151,12 +155,8 @@ pub(crate) fn lease_request(body: &[u8]) -> Result<LeaseRequest, Problem> {
             "the body is not a lease request: {error}; for example {{\"destination\": \"192.168.31.67:443\"}}"
         ))
     })?;
-    let destination = order.destination.parse().map_err(|_| {
-        bad(format!(
-            "destination {:?} is not an address and a port, such as 192.168.31.67:443 or [fd00::1]:443",
-            order.destination
-        ))
-    })?;
+    let destination = SocketAddress::parse(&order.destination);
+    let destination = destination.map_err(|problem| bad(format!("destination: {problem}")))?.0;
     if !(1..=MAX_COUNT).contains(&order.count) {
         return Err(bad(format!("count {} is not between 1 and {MAX_COUNT}", order.count)));
     }
@@ -176,8 +176,9 @@ async fn release(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(id): Path<String>,
 ) -> Result<StatusCode, Problem> {
-    let id = id.parse().map_err(|_| {
-        Problem::new(StatusCode::BAD_REQUEST, "request", format!("{id:?} is not the number of a lease"))
+    let id = whole_number(&id, 1).map_err(|problem| {
+        let text = format!("{id:?} is not the number of a lease: {problem}");
+        Problem::new(StatusCode::BAD_REQUEST, "request", text)
     })?;
     service.release(peer.client(), peer.is_operator(), id)?;
     Ok(StatusCode::NO_CONTENT)

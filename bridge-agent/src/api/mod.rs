@@ -10,8 +10,10 @@
 pub(crate) mod apply;
 pub mod client;
 mod connections;
+mod error;
 mod events;
 mod explain;
+mod group;
 mod large;
 pub(crate) mod leases;
 mod metrics;
@@ -21,19 +23,19 @@ mod peer;
 mod problem;
 mod query;
 mod routes;
+mod socket;
 mod suggest;
 
 use std::{
     convert::Infallible,
-    fs,
     io::{self, Write as _},
     net::SocketAddr,
     os::unix::{
-        fs::{FileTypeExt, PermissionsExt, chown},
+        fs::chown,
         net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     thread::JoinHandle,
     time::Duration,
 };
@@ -55,11 +57,12 @@ use tokio::sync::{
 };
 
 pub(crate) use self::connections::Connections;
+pub use self::error::Error;
 pub use self::names::NameList;
 pub(crate) use self::peer::Peer;
 pub use self::problem::ErrorBody;
 pub(crate) use self::problem::Problem;
-use self::problem::no_ebpf;
+use self::problem::{no_ebpf, no_engine, unreadable};
 pub use self::{
     apply::Apply, events::Missed, explain::Ask, leases::MAX_BODY as MAX_LEASE_BODY, suggest::SuggestAnswer,
 };
@@ -67,6 +70,7 @@ use self::{
     large::{Chunks, Turn},
     openapi::{Method, Operation, Routes},
     query::Query,
+    socket::{Socket, is_socket, listen, listen_at, or_never},
 };
 use crate::{
     config::Api,
@@ -75,45 +79,6 @@ use crate::{
     state::{Event, Journal, Logged, ReloadError, Request, Shared, Status},
 };
 
-/// Why the API cannot be served.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Another agent answers on the socket.
-    #[error("an agent{} already answers on {}: stop that one first, or write another api.socket", pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(), path.display())]
-    InUse {
-        /// The socket.
-        path: PathBuf,
-        /// The other agent, if it is in a PID namespace that we see.
-        pid: Option<i32>,
-    },
-    /// Something else is where the socket is to be.
-    #[error("{} exists and is not a socket: remove it, or write another api.socket", .0.display())]
-    NotASocket(PathBuf),
-    /// There is no such group.
-    #[error("there is no group {0}: correct api.group, or make it with `groupadd --system {0}`")]
-    NoGroup(String),
-    /// The name service does not answer.
-    #[error(
-        "cannot look up the group {group}: {source}; check nsswitch.conf(5), or write the number of the group"
-    )]
-    Group {
-        group: String,
-        /// The error of getgrnam(3).
-        source: io::Error,
-    },
-    /// A listening socket could not be made.
-    #[error("cannot listen on {address}: {source}")]
-    Listen {
-        /// Where.
-        address: String,
-        /// Error of the kernel.
-        source: io::Error,
-    },
-    /// There is nothing to serve with.
-    #[error("cannot serve the API: {0}")]
-    Serve(#[source] io::Error),
-}
-
 /// Pause between two looks at the sockets.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -121,8 +86,11 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Server {
     socket: Socket,
-    listener: UnixListener,
+    /// The listener, unless another file is in the place of the socket, or it cannot be made yet.
+    listener: Option<UnixListener>,
     config: Api,
+    /// The number of the group in `config`; unset, too, while the name service does not know it, as at boot.
+    group: Arc<OnceLock<u32>>,
     /// The address for scrapers from elsewhere, and its listener, unless it cannot be bound yet.
     metrics: Option<(SocketAddr, Option<std::net::TcpListener>)>,
 }
@@ -145,26 +113,17 @@ impl Drop for Served {
     }
 }
 
-/// Removes the socket from the file system when it is dropped.
-#[derive(Debug)]
-struct Socket(PathBuf);
-
-impl Drop for Socket {
-    fn drop(&mut self) {
-        // Another process may have removed it.
-        drop(fs::remove_file(&self.0));
-    }
-}
-
 impl Server {
-    /// Listens.
+    /// Listens. A socket that cannot be made keeps the node neither open nor without an agent: it is tried again.
     ///
     /// # Errors
     ///
-    /// See [`Error`].
+    /// [`Error::InUse`].
     pub fn bind(path: &Path, config: &Api) -> Result<Self, Error> {
-        let failed = |source| Error::Listen { address: path.display().to_string(), source };
-        let group = config.group.as_deref().map(group_id).transpose()?;
+        let group = group_of(config).unwrap_or_else(|error| {
+            tracing::warn!(%error, "only root may use the socket; the agent tries again");
+            None
+        });
         if let Ok(stream) = UnixStream::connect(path) {
             let peer = rustix::net::sockopt::socket_peercred(&stream);
             let pid = peer.ok().map(|peer| peer.pid);
@@ -174,10 +133,10 @@ impl Server {
                 return Err(Error::InUse { path: path.to_owned(), pid });
             }
         }
-        if fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
-            return Err(Error::NotASocket(path.to_owned()));
+        let listener = listen_at(path, config, group);
+        if let Err(error) = &listener {
+            tracing::error!(%error, "the API is not served; the agent enforces, and tries again");
         }
-        let listener = listen_at(path, config, group).map_err(failed)?;
         let socket = Socket(path.to_owned());
         let metrics = config.metrics.as_ref().map(|address| {
             // Its interface may come later: that keeps the node neither open nor without an agent.
@@ -187,7 +146,8 @@ impl Server {
             }
             (address.0, bound.ok())
         });
-        Ok(Self { socket, listener, config: config.clone(), metrics })
+        let group = Arc::new(group.map(OnceLock::from).unwrap_or_default());
+        Ok(Self { socket, listener: listener.ok(), config: config.clone(), group, metrics })
     }
 
     /// Begins to serve.
@@ -231,24 +191,20 @@ impl Server {
         self.serve_once(shared).await
     }
 
-    /// Listens again if another program has removed the socket; `None` if it is there, or cannot be made.
+    /// Listens again if another program has removed the socket, or the file in its place; `None` if it is there, or cannot
+    /// be made.
     fn restore_socket(&self) -> Option<tokio::net::UnixListener> {
         let path = &self.socket.0;
-        if fs::symlink_metadata(path).is_ok() {
+        if is_socket(path).is_some() {
             return None;
         }
-        let group = self.config.group.as_deref().map(group_id).transpose().ok()?;
-        let listener = listen_at(path, &self.config, group).and_then(tokio::net::UnixListener::from_std);
-        match listener {
-            Ok(listener) => {
-                tracing::warn!(path = %path.display(), "another program has removed the socket; the agent listens again");
-                Some(listener)
-            }
-            Err(error) => {
-                tracing::debug!(%error, path = %path.display(), "the removed socket cannot be made again");
-                None
-            }
+        let listener = listen_at(path, &self.config, self.group.get().copied()).ok();
+        let listener = listener.and_then(|listener| tokio::net::UnixListener::from_std(listener).ok());
+        match &listener {
+            Some(_) => tracing::warn!(path = %path.display(), "the agent listens again, on a new socket"),
+            None => tracing::debug!(path = %path.display(), "the socket cannot be made yet"),
         }
+        listener
     }
 
     /// Makes another attempt to bind the address for scrapers.
@@ -262,11 +218,15 @@ impl Server {
     }
 
     async fn serve_once(&self, shared: Shared) -> io::Result<()> {
-        let mut listener = tokio::net::UnixListener::from_std(self.listener.try_clone()?)?;
+        let listener = self.listener.as_ref().map(UnixListener::try_clone).transpose()?;
+        let mut listener = listener.map(tokio::net::UnixListener::from_std).transpose()?;
         let bound = self.metrics.as_ref().and_then(|(_, listener)| listener.as_ref());
         let bound = bound.map(std::net::TcpListener::try_clone).transpose()?;
         let mut metrics = bound.map(tokio::net::TcpListener::from_std).transpose()?;
         let mut again = tokio::time::interval(AGAIN);
+        if self.config.group.is_some() && self.group.get().is_none() {
+            tokio::spawn(give_to_group(self.socket.0.clone(), self.config.clone(), Arc::clone(&self.group)));
+        }
         let (api, clients) =
             (router(shared.clone()), Arc::new(Connections::new(Arc::clone(&shared.stalled_clients))));
         let of_metrics = Router::new().route("/metrics", get(metrics::serve)).with_state(shared.clone());
@@ -275,7 +235,7 @@ impl Server {
         tokio::spawn(route_events(shared.route_events.subscribe(), shared.events.clone()));
         loop {
             tokio::select! {
-                accepted = listener.accept() => match accepted {
+                accepted = or_never(listener.as_ref().map(|listener| listener.accept())) => match accepted {
                     Ok((stream, _)) => {
                         if let Some(peer) = Peer::of(&stream, &shared) {
                             clients.serve(stream, Some(peer), &api);
@@ -283,13 +243,13 @@ impl Server {
                     }
                     Err(error) => pause(&error).await,
                 },
-                accepted = accept(metrics.as_ref()) => match accepted {
-                    Ok(stream) => scrapers.serve(stream, None, &of_metrics),
+                accepted = or_never(metrics.as_ref().map(|listener| listener.accept())) => match accepted {
+                    Ok((stream, _)) => scrapers.serve(stream, None, &of_metrics),
                     Err(error) => pause(&error).await,
                 },
                 _ = again.tick() => {
                     if let Some(restored) = self.restore_socket() {
-                        listener = restored;
+                        listener = Some(restored);
                     }
                     if metrics.is_none() {
                         metrics = self.bind_metrics();
@@ -311,14 +271,6 @@ async fn route_events(mut events: broadcast::Receiver<RouteEvent>, journal: Jour
     }
 }
 
-/// Accepts a connection; waits for ever without a listener.
-async fn accept(listener: Option<&tokio::net::TcpListener>) -> io::Result<tokio::net::TcpStream> {
-    match listener {
-        Some(listener) => listener.accept().await.map(|(stream, _)| stream),
-        None => std::future::pending().await,
-    }
-}
-
 /// Waits before the next attempt to accept: an error such as ENFILE stays for a while.
 pub(crate) async fn pause(error: &io::Error) {
     const PAUSE: Duration = Duration::from_millis(100);
@@ -326,45 +278,32 @@ pub(crate) async fn pause(error: &io::Error) {
     tokio::time::sleep(PAUSE).await;
 }
 
-/// Listens on a unix socket, in the place of one that may be there.
-fn listen_at(path: &Path, config: &Api, group: Option<u32>) -> io::Result<UnixListener> {
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
+/// Returns the number of the group that may use the socket.
+fn group_of(config: &Api) -> Result<Option<u32>, Error> {
+    let Some(group) = config.group.as_deref() else { return Ok(None) };
+    match group::id(group) {
+        Ok(Some(id)) => Ok(Some(id)),
+        Ok(None) => Err(Error::NoGroup(group.to_owned())),
+        Err(source) => Err(Error::Group { group: group.to_owned(), source }),
     }
-    // Permissions are set before the socket has its name, so that no one else can connect in between.
-    let mut staging = path.as_os_str().to_owned();
-    staging.push(".new");
-    let staging = PathBuf::from(staging);
-    drop(fs::remove_file(&staging));
-    let listener = UnixListener::bind(&staging)?;
-    listener.set_nonblocking(true)?;
-    fs::set_permissions(&staging, fs::Permissions::from_mode(config.mode.0))?;
-    if let Some(group) = group {
-        chown(&staging, None, Some(group))?;
-    }
-    fs::rename(&staging, path)?;
-    Ok(listener)
 }
 
-fn listen(address: SocketAddr) -> Result<std::net::TcpListener, Error> {
-    let failed = |source| Error::Listen { address: address.to_string(), source };
-    let listener = std::net::TcpListener::bind(address).map_err(failed)?;
-    listener.set_nonblocking(true).map_err(failed)?;
-    Ok(listener)
-}
-
-/// The number of a group, given by name or number.
-fn group_id(group: &str) -> Result<u32, Error> {
-    if let Ok(number) = group.parse() {
-        return Ok(number);
-    }
-    // By the name service, which may be LDAP. getgrnam(3): these errors too say that there is no such group.
-    match nix::unistd::Group::from_name(group) {
-        Ok(Some(found)) => Ok(found.gid.as_raw()),
-        Ok(None) | Err(nix::Error::ENOENT | nix::Error::ESRCH | nix::Error::EBADF | nix::Error::EPERM) => {
-            Err(Error::NoGroup(group.to_owned()))
+/// Gives the socket to its group, as soon as the name service knows it.
+async fn give_to_group(path: PathBuf, config: Api, known: Arc<OnceLock<u32>>) {
+    const PAUSE: Duration = Duration::from_secs(10);
+    loop {
+        tokio::time::sleep(PAUSE).await;
+        let (path, config) = (path.clone(), config.clone());
+        let give = move || {
+            let group = group_of(&config).ok().flatten()?;
+            chown(&path, None, Some(group)).ok().map(|()| group)
+        };
+        // The name service may take its time.
+        if let Ok(Some(group)) = tokio::task::spawn_blocking(give).await {
+            known.get_or_init(|| group);
+            tracing::info!(group, "the group may use the socket now");
+            return;
         }
-        Err(error) => Err(Error::Group { group: group.to_owned(), source: error.into() }),
     }
 }
 
@@ -397,15 +336,15 @@ fn routes() -> Routes {
         .add(
             "/v1/rules",
             Operation::get::<Vec<RuleCount>>("rules", "Lists the active rules with their hits")
-                .needs_ebpf()
+                .needs_an_engine()
                 .large(),
             get(rules),
         )
         .add(
             "/v1/counters",
             Operation::get::<Vec<ReasonCount>>("counters", "Counts packets by direction and reason")
-                .needs_ebpf()
-                .error(StatusCode::INTERNAL_SERVER_ERROR, "The kernel refuses"),
+                .needs_an_engine()
+                .large(),
             get(counters),
         )
         .add("/v1/events", events::operation(), get(events::events))
@@ -465,12 +404,15 @@ const FLOW_LIMIT: usize = 1000;
 #[serde(deny_unknown_fields)]
 struct FlowQuery {
     /// The most flows to send; left out: 1000
-    #[serde(default)]
+    #[serde(default, deserialize_with = "query::number")]
     limit: Option<usize>,
-    /// Only flows with an end in this network
+    /// Only flows with this address, or with one in this network
+    #[serde(default, deserialize_with = "query::network")]
     #[schemars(with = "Option<String>")]
     address: Option<ipnet::IpNet>,
     /// Only flows with this port
+    #[serde(default, deserialize_with = "query::port")]
+    #[schemars(range(min = 1))]
     port: Option<u16>,
     /// Only flows in this state
     state: Option<String>,
@@ -513,16 +455,25 @@ async fn flows(
 }
 
 async fn rules(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
-    let maps = shared.maps().ok_or_else(no_ebpf)?;
-    let read = move || Ok(maps.each_rule_count()?);
+    let read = move || -> Result<Box<dyn Iterator<Item = RuleCount> + Send>, Problem> {
+        if let Some(maps) = shared.maps() {
+            return Ok(Box::new(maps.each_rule_count()?));
+        }
+        let counts = shared.filter_counts().ok_or_else(no_engine)?;
+        Ok(Box::new(counts.rules().map_err(unreadable)?.into_iter()))
+    };
     turn.answer("application/json", read, |rules, chunks| {
         Ok(serde_json::Serializer::new(chunks).collect_seq(rules)?)
     })
     .await
 }
 
-async fn counters(State(shared): State<Shared>) -> Result<Json<Vec<ReasonCount>>, Problem> {
-    Ok(Json(shared.maps().ok_or_else(no_ebpf)?.reason_counts()?))
+async fn counters(State(shared): State<Shared>, turn: Turn) -> Result<Response, Problem> {
+    turn.json(move || match shared.maps() {
+        Some(maps) => Ok(maps.reason_counts()?),
+        None => shared.filter_counts().ok_or_else(no_engine)?.reasons().map_err(unreadable),
+    })
+    .await
 }
 
 async fn reload(State(shared): State<Shared>) -> Result<StatusCode, Problem> {

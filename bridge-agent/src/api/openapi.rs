@@ -117,6 +117,11 @@ impl Operation {
             .error(StatusCode::SERVICE_UNAVAILABLE, "Another client takes a large answer: ask again later")
     }
 
+    /// Adds the error of an agent that enforces nothing.
+    pub(super) fn needs_an_engine(self) -> Self {
+        self.error(StatusCode::CONFLICT, "The agent enforces no rules")
+    }
+
     /// Adds the error of an agent without eBPF.
     pub(super) fn needs_ebpf(self) -> Self {
         self.error(StatusCode::CONFLICT, "The agent does not enforce by eBPF")
@@ -188,6 +193,11 @@ fn query_parameters(query: MakeSchema) -> Vec<Value> {
     let parameter = |(name, schema): (&String, &Value)| {
         let mut schema = schema.clone();
         let description = schema.as_object_mut().and_then(|schema| schema.remove("description"));
+        if let Some(schema) =
+            schema.as_object_mut().filter(|schema| schema.get("default") == Some(&Value::Null))
+        {
+            schema.remove("default");
+        }
         // A key that is there has a value.
         if let Some(kinds) = schema["type"].as_array_mut() {
             kinds.retain(|kind| kind != "null");

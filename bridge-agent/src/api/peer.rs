@@ -15,8 +15,9 @@ use tokio::net::UnixStream;
 
 use super::Problem;
 use crate::{
+    kernel::netlink::Namespace,
     pool::{
-        owner::{Owner, netns_cookie},
+        owner::{Owner, netns_cookie, own_netns},
         service::Client,
     },
     state::Shared,
@@ -29,7 +30,18 @@ pub(crate) struct Peer(Arc<Connection>);
 #[derive(Debug)]
 struct Connection {
     client: Client,
+    name: Name,
+    operator: bool,
     shared: Shared,
+}
+
+/// The unit that has a share of the connections: a network namespace; in the agent's own one a pod, and outside of pods a user.
+/// Processes of a pod can change their user.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Name {
+    netns: Option<u64>,
+    pod: Option<String>,
+    uid: Option<u32>,
 }
 
 impl Peer {
@@ -40,13 +52,22 @@ impl Peer {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let connection = NEXT.fetch_add(1, Ordering::Relaxed);
         let pid = credentials.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
-        let client = Client { connection, pid, uid: credentials.uid(), netns: netns_cookie(stream).ok() };
-        Some(Self(Arc::new(Connection { client, shared: shared.clone() })))
+        let uid = credentials.uid();
+        let netns = netns_cookie(stream).ok();
+        // A kernel that does not know the cookie of one does not know that of the other.
+        let is_own = netns == own_netns();
+        let namespace = if is_own { None } else { Namespace::of(stream).ok().map(Arc::new) };
+        let pod = is_own.then(|| Owner::of(pid, uid, None).pod).flatten();
+        let own_user = uid == 0 || uid == rustix::process::geteuid().as_raw();
+        // A pod with the node's network is not the node's operator.
+        let operator = own_user && is_own && (pod.is_none() || pod == *own_pod());
+        let name = Name { netns, uid: (is_own && pod.is_none()).then_some(uid), pod };
+        let client = Client { connection, pid, uid, netns, namespace };
+        Some(Self(Arc::new(Connection { client, name, operator, shared: shared.clone() })))
     }
 
-    /// Its user and network namespace.
-    pub(super) fn name(&self) -> (u32, Option<u64>) {
-        (self.0.client.uid, self.0.client.netns)
+    pub(super) fn name(&self) -> &Name {
+        &self.0.name
     }
 
     /// Whether this connection holds leases that end with it.
@@ -57,10 +78,7 @@ impl Peer {
     /// Whether the client is root, or the user that the agent runs as, in the agent's own network namespace and in no pod but
     /// the agent's own.
     pub(super) fn is_operator(&self) -> bool {
-        let Client { uid, netns, pid, .. } = *self.client();
-        let own_user = uid == 0 || uid == rustix::process::geteuid().as_raw();
-        // A kernel that does not know the cookie of one does not know that of the other.
-        own_user && netns == own_netns() && is_of_own_pod(pid)
+        self.0.operator
     }
 
     pub(crate) fn client(&self) -> &Client {
@@ -68,16 +86,10 @@ impl Peer {
     }
 }
 
-fn own_netns() -> Option<u64> {
-    static OWN: OnceLock<Option<u64>> = OnceLock::new();
-    *OWN.get_or_init(|| std::os::unix::net::UnixDatagram::unbound().and_then(netns_cookie).ok())
-}
-
-/// Whether a process is in no pod, or in that of the agent: a pod with the node's network is not the node's operator.
-fn is_of_own_pod(pid: u32) -> bool {
+/// The pod of the agent, if it is in one.
+fn own_pod() -> &'static Option<String> {
     static OWN: OnceLock<Option<String>> = OnceLock::new();
-    let pod = Owner::of(pid, 0, None).pod;
-    pod.is_none() || pod == *OWN.get_or_init(|| Owner::of(std::process::id(), 0, None).pod)
+    OWN.get_or_init(|| Owner::of(std::process::id(), 0, None).pod)
 }
 
 /// Lets only operators through.

@@ -39,6 +39,16 @@ impl Problem {
     }
 }
 
+/// The answer of an agent that enforces nothing.
+pub(super) fn no_engine() -> Problem {
+    Problem::new(StatusCode::CONFLICT, "no-engine", "this agent enforces no rules: role is host")
+}
+
+/// The counters of a packet filter cannot be read.
+pub(super) fn unreadable(why: String) -> Problem {
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "kernel", why)
+}
+
 /// The answer of an agent that does not enforce by eBPF.
 pub(super) fn no_ebpf() -> Problem {
     let text = "this agent does not enforce by eBPF: role is host, or engines leave it out";

@@ -6,7 +6,13 @@ use axum::{extract::State, http::StatusCode, response::Response};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Problem, large::Turn, no_ebpf, openapi::Operation, query::Query};
+use super::{
+    Problem,
+    large::Turn,
+    no_ebpf,
+    openapi::Operation,
+    query::{self, Query},
+};
 use crate::{
     explain::{Choice, Suggestion, suggest as suggested},
     state::Shared,
@@ -17,10 +23,13 @@ use crate::{
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct SuggestQuery {
     /// See [`Choice::include_denied`].
+    #[serde(deserialize_with = "query::flag")]
     include_denied: bool,
     /// See [`Choice::include_ephemeral`].
+    #[serde(deserialize_with = "query::flag")]
     include_ephemeral: bool,
     /// Only connections that were seen within this number of seconds.
+    #[serde(deserialize_with = "query::number")]
     since_seconds: Option<u64>,
 }
 

@@ -9,7 +9,7 @@ use std::{
 use clap::Args;
 use serde_json::json;
 
-use super::{Error, Global, block_on, print, print_diagnostics, print_json, time};
+use super::{Error, Global, block_on, get, print, print_diagnostics, print_json, time};
 use crate::api::{Apply as Body, client::Client};
 use crate::config::{self, Loaded};
 use crate::state::{Applied, Probe, ProbeStatus, Status, TrialOutcome};
@@ -17,13 +17,17 @@ use crate::state::{Applied, Probe, ProbeStatus, Status, TrialOutcome};
 /// Between two looks at a trial that confirms itself.
 const GLANCE: Duration = Duration::from_millis(100);
 
+/// The limit of a trial with a packet filter alone.
+const WITHOUT_EBPF: &str =
+    "Without eBPF the agent goes back at that time; if it is dead by then, its next start does.\n";
+
 /// Apply a configuration and make it the agent's configuration file; with --confirm, on trial first.
 #[derive(Debug, Args)]
 pub struct Apply {
     /// The new configuration; `-` is standard input
     file: PathBuf,
-    /// Go back after this time, such as 60s, unless `bridge-agent confirm` comes first; the kernel does so even if the
-    /// agent is dead
+    /// Go back after this time, such as 60s, unless `bridge-agent confirm` comes first; with eBPF the kernel does so
+    /// even if the agent is dead
     #[arg(long, value_name = "TIME", value_parser = time)]
     confirm: Option<Duration>,
     /// Confirm it as soon as a new connection to each of these is accepted, such as tcp://192.168.31.67:22; may be
@@ -63,10 +67,14 @@ impl Apply {
         let generation = generation(&applied);
         match applied.deadline {
             None => print(&format!("Applied{generation}, and the agent's configuration file.\n")),
-            Some(deadline) => print(&format!(
-                "Applied{generation} until {deadline}. Confirm it with `bridge-agent confirm` by then, or the \
-                 configuration before it comes back.\n"
-            )),
+            Some(deadline) => {
+                // Only eBPF has generations.
+                let dead = if applied.generation.is_some() { "" } else { WITHOUT_EBPF };
+                print(&format!(
+                    "Applied{generation} until {deadline}. Confirm it with `bridge-agent confirm` by then, or the \
+                     configuration before it comes back.\n{dead}"
+                ))
+            }
         }
     }
 }
@@ -113,8 +121,7 @@ fn post<B: serde::Serialize>(global: &Global, path: &str, body: &B) -> Result<Ap
 fn wait(global: &Global, applied: &Applied) -> Result<(), Error> {
     let mut waiting: Vec<ProbeStatus> = Vec::new();
     let status = loop {
-        let status: Status =
-            block_on(async { Ok(Client::connect(&global.agent_socket()).await?.get("/v1/status").await?) })?;
+        let status: Status = get(global, "/v1/status")?;
         match &status.trial {
             Some(trial) => waiting.clone_from(&trial.probes),
             None => break status,

@@ -1,5 +1,7 @@
 //! Asks a running agent.
 
+use serde::de::DeserializeOwned;
+
 use super::{error::Error, global::Global};
 use crate::{
     api::client::{self, Client},
@@ -18,6 +20,11 @@ pub(super) fn nobody_keeps_routes(global: &Global) -> Result<(), Error> {
             Err(error) => Err(error.into()),
         }
     })
+}
+
+/// Asks a running agent once.
+pub(super) fn get<T: DeserializeOwned>(global: &Global, path: &str) -> Result<T, Error> {
+    block_on(async { Ok(Client::connect(&global.agent_socket()).await?.get(path).await?) })
 }
 
 /// Waits for the answer of an agent.

@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::{Error, Global, print, print_diagnostics, print_json, table};
 use crate::agent::PacketFilterKind;
-use crate::config::{self, Config, Loaded, Manifests, Role};
+use crate::config::{self, Config, ConfigErrors, Loaded, Manifests, Role};
 use crate::explain::{
     Offline,
     cases::{Cases, Difference},
@@ -48,6 +48,9 @@ impl Check {
             return show_manifests(&config::manifests(&text, name)?, name, global);
         }
         let Loaded { config, warnings } = config::parse(&text, Some(name))?;
+        if let Some(problem) = config.api.occupied() {
+            return Err(ConfigErrors::of_file(name, problem).into());
+        }
         if let Some(cases) = &self.expect {
             print_diagnostics(&warnings)?;
             return expect(cases, &config, global);

@@ -40,6 +40,9 @@ struct Traces {
     pins: Vec<String>,
     /// Rules with hits in iptables.
     iptables_rules: usize,
+    /// The table of nftables.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    nftables: Option<String>,
     /// Routes.
     routes: Vec<String>,
 }
@@ -50,6 +53,7 @@ impl Traces {
         let mut traces = Self {
             routes: operations.iter().map(|operation| operation.show(&observed)).collect(),
             iptables_rules: super::rules::iptables_hits(global).map_or(0, |hits| hits.len()),
+            nftables: nftables(global).and_then(|firewall| firewall.present().ok().flatten()),
             pins: pins(&global.pin_root),
             ..Self::default()
         };
@@ -61,7 +65,7 @@ impl Traces {
     }
 
     fn show(&self) -> String {
-        let Self { interfaces, rules, pins, iptables_rules, routes } = self;
+        let Self { interfaces, rules, pins, iptables_rules, nftables, routes } = self;
         let mut text = String::new();
         for interface in interfaces {
             text += &format!("- programs on {interface}\n");
@@ -74,6 +78,9 @@ impl Traces {
         }
         if *iptables_rules > 0 {
             text += &format!("- {iptables_rules} rules in iptables\n");
+        }
+        if let Some(table) = nftables {
+            text += &format!("- {table} in nftables\n");
         }
         for route in routes {
             text += &format!("{route}\n");
@@ -119,8 +126,9 @@ impl Down {
         }
         agent::forget_trial(&global.config, &global.state_directory());
         // Teardown continues after an error, and reports all errors.
-        let (notes, errors) = remove_iptables(global);
-        let of_nftables = remove_nftables(global);
+        let (mut notes, errors) = remove_iptables(global);
+        let (note, of_nftables) = remove_nftables(global);
+        notes.extend(note);
         let routes = remove_routes();
         result?;
         pool?;
@@ -159,17 +167,20 @@ fn remove_routes() -> Result<usize, Error> {
     Ok(operations.len())
 }
 
-/// Removes the table of nftables and the file of saved rules; returns every failure.
-fn remove_nftables(global: &Global) -> Vec<nftables::Error> {
+/// Returns the driver of nftables; `None` without nft: then there is no table of bridge.
+fn nftables(global: &Global) -> Option<nftables::Nftables> {
     let settings = config::load(&global.config).map(|loaded| agent::nftables_settings(&loaded.config));
-    match nftables::Nftables::new(settings.unwrap_or_default()) {
-        Ok(mut firewall) => firewall.teardown().errors,
-        // Without nft there is no table of its.
-        Err(error) => {
-            tracing::debug!(%error, "no nftables");
-            Vec::new()
-        }
-    }
+    nftables::Nftables::new(settings.unwrap_or_default())
+        .inspect_err(|error| tracing::debug!(%error, "no nftables"))
+        .ok()
+}
+
+/// Removes the table of nftables and the file of saved rules; returns a note about the table, and every failure.
+fn remove_nftables(global: &Global) -> (Option<String>, Vec<nftables::Error>) {
+    let Some(mut firewall) = nftables(global) else { return (None, Vec::new()) };
+    let present = firewall.present().ok().flatten();
+    let errors = firewall.teardown().errors;
+    (present.filter(|_| errors.is_empty()).map(|table| format!("Removed {table}.")), errors)
 }
 
 /// Removes the iptables rules. The configuration may be gone or invalid: it only says whether saved files are touched.
@@ -179,7 +190,11 @@ fn remove_iptables(global: &Global) -> (Vec<String>, Vec<iptables::Error>) {
         .unwrap_or_default();
     match iptables::Iptables::new(settings) {
         Ok(mut firewall) => {
-            let remains = firewall.teardown();
+            let present = firewall.present().ok().flatten();
+            let mut remains = firewall.teardown();
+            if let (Some(rules), true) = (present, remains.errors.is_empty()) {
+                remains.notes.insert(0, format!("Removed {rules}."));
+            }
             for error in remains.errors.iter().skip(1) {
                 tracing::error!(%error, "not everything could be removed");
             }

@@ -14,7 +14,7 @@ use std::{
 use clap::Args;
 use ipnet::IpNet;
 
-use super::{Error, Global};
+use super::{Error, Global, values};
 use crate::{
     datapath::object,
     model::{PortRange, parse_ranges},
@@ -27,7 +27,7 @@ use crate::{
 #[derive(Debug, Args)]
 pub struct Exec {
     /// Networks that the program reaches from ports of the pool; left out: those of the running agent
-    #[arg(long, value_name = "NETWORK")]
+    #[arg(long, value_name = "NETWORK", value_parser = values::network)]
     destination: Vec<IpNet>,
     /// Without an agent: the ports, such as 61001-61100; needs --destination
     #[arg(long, value_name = "RANGES", requires = "destination", value_parser = ranges)]
@@ -91,7 +91,7 @@ impl Exec {
                 destinations: self.destination.clone(),
                 ..Settings::default()
             };
-            let occupied = Occupied { node_ports: None, reserved: checks::reserved_by_others(Path::new("")) };
+            let occupied = Occupied { node_ports: None, reserved: checks::reserved().ranges() };
             let layout = Layout::plan(&settings, &occupied).map_err(|error| error.to_string())?;
             let own = pin_root.join(format!("{}{}", pins::EXEC_PREFIX, std::process::id()));
             let mut pool = KernelPool::load(object::POOL, &own, layout).map_err(failed)?;
@@ -202,7 +202,7 @@ fn wait(mut child: Child) -> io::Result<ExitStatus> {
 }
 
 /// Ends this process as the program ended.
-fn leave_like(status: ExitStatus) -> ! {
+pub(super) fn leave_like(status: ExitStatus) -> ! {
     if let Some(signal) = status.signal() {
         // SAFETY: the signal gets its default action, is let through and sent to this process.
         unsafe {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use clap::Args;
 
-use super::{Error, Global, block_on, print, print_json};
+use super::{Error, Global, block_on, print, print_json, values};
 use crate::api::{
     Ask,
     client::{self, Client},
@@ -18,7 +18,7 @@ use crate::explain::{
     explain, on_host,
 };
 use crate::interfaces::{Observer, Selection};
-use crate::kernel::netlink::{Route, Way};
+use crate::kernel::netlink::{Packet, Route, Way};
 use crate::pool::process::{Process, ProcessError};
 use crate::routes::{Comparison, Setup};
 
@@ -52,14 +52,14 @@ pub struct Explain {
     #[arg(long, value_name = "NAME", default_value = "tcp")]
     protocol: Protocol,
     /// The client's port; left out, any that the client may get
-    #[arg(long, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "PORT", value_parser = values::port)]
     source_port: Option<u16>,
     /// The end behind TO, if the node translates it (Service, hostPort)
     #[arg(long, value_name = "ADDRESS:PORT")]
     backend: Option<String>,
     /// The process that opens it: whether the port pool sees it, and the ports it
     /// may get; FROM may be left out then
-    #[arg(long, value_name = "PID", conflicts_with = "cgroup", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "PID", conflicts_with = "cgroup", value_parser = values::number::<u32>)]
     pid: Option<u32>,
     /// The control group of that process instead, by its path below the mount
     #[arg(long, value_name = "PATH", value_parser = cgroup)]
@@ -149,7 +149,7 @@ impl Explain {
             .map_err(read)?;
         let local: Vec<IpAddr> = observed.addresses.iter().chain(&self.local).copied().collect();
         let ways = |to: IpAddr| {
-            let kernel = Route::open().and_then(|mut route| route.way(to, None));
+            let kernel = Route::open().and_then(|mut route| route.way(to, &Packet::default()));
             RouteFacts::new(to, snapshot.as_ref(), kernel)
         };
         Ok(on_host(question, &local, host.pool_facts(), &ways))
@@ -185,7 +185,8 @@ impl Explain {
 /// Returns the addresses that a process connects from, with commas between them. On this host: the one that the kernel takes.
 fn addresses(process: &Process, to: &str) -> Result<String, Error> {
     if let (true, Ok((to, _))) = (process.is_here, end(to))
-        && let Ok(Way { source: Some(source), .. }) = Route::open().and_then(|mut route| route.way(to, None))
+        && let Ok(Way { source: Some(source), .. }) =
+            Route::open().and_then(|mut route| route.way(to, &Packet::default()))
     {
         return Ok(source.to_string());
     }
@@ -205,9 +206,16 @@ fn event(line: &str) -> Result<Ask, Error> {
         let read = std::io::stdin().lock().read_line(&mut text);
         read.map_err(|source| Error::Stream { action: "cannot read standard input", source })?;
     }
-    let event = serde_json::from_str(&text).map_err(|error| {
-        let help = "write FROM and TO, or a line of `bridge-agent monitor --json`";
-        Error::Question(format!("`{}` is no event ({error}): {help}", text.trim()))
+    let text = text.trim();
+    let help = "write FROM and TO, or a line of `bridge-agent monitor --json`";
+    let event = serde_json::from_str(text).map_err(|error| {
+        Error::Question(match text {
+            "" => format!("standard input has no event: {help}"),
+            one if !one.starts_with('{') => {
+                format!("`{one}` is one end of a connection, or no event: {help}")
+            }
+            _ => format!("`{text}` is no event ({error}): {help}"),
+        })
     })?;
     Ok(Ask { event: Some(event), ..Ask::default() })
 }

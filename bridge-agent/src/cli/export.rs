@@ -111,10 +111,14 @@ impl Export {
                         pending = !self.applied(output).await;
                         continue;
                     }
-                    _ = config.changed() => match configuration(global) {
-                        Some(new) => break new,
-                        None => continue,
-                    },
+                    content = config.changed() => {
+                        if let Err(error) = content {
+                            tracing::warn!(%error, "the configuration is not used, the former one stays");
+                        } else if let Some(new) = configuration(global) {
+                            break new;
+                        }
+                        continue;
+                    }
                 };
                 match self.text(merged.routes.iter().map(AsRef::as_ref), &setup) {
                     Ok(text) if written.as_ref() == Some(&text) && !due => {}

@@ -70,5 +70,9 @@ mod tests {
             assert!(fs::read_to_string(page).unwrap().contains(".SH SYNOPSIS"), "{name}");
             assert!(bash.contains(name), "{name}");
         }
+        let run = fs::read_to_string(directory.path().join("man/bridge-agent-run.1")).unwrap();
+        for unit in ["netfilter\\-persistent", "bridge\\-nftables.service"] {
+            assert!(run.contains(unit), "{run}");
+        }
     }
 }

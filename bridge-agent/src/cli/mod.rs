@@ -8,6 +8,7 @@ mod bugreport;
 mod check;
 mod convert;
 mod crds;
+mod credential_plugin;
 mod dial;
 mod discover;
 mod doctor;
@@ -33,16 +34,16 @@ mod run;
 mod status;
 mod suggest;
 mod table;
-mod time;
 mod ui;
+mod values;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use self::{
-    ask::{block_on, nobody_keeps_routes},
+    ask::{block_on, get, nobody_keeps_routes},
     global::DEFAULT_CONFIG,
     output::{Output, print, print_diagnostics, print_json},
-    time::time,
+    values::time,
 };
 pub use self::{error::Error, global::Global, output::show};
 
@@ -117,6 +118,9 @@ pub enum Command {
     /// Connect standard input and output to the agent's socket, for `ui --kubernetes`
     #[command(hide = true)]
     DialStdio(dial::Dial),
+    /// Run a credential plugin of the kubeconfig, with a limit of its output
+    #[command(hide = true)]
+    CredentialPlugin(credential_plugin::CredentialPlugin),
     /// Stop enforcing: remove every program, map, rule and route of bridge
     Down(down::Down),
 }
@@ -209,6 +213,7 @@ impl Cli {
             Command::Crds(command) => command.run(&self.global),
             Command::Generate(command) => command.run(&self.global, Self::command),
             Command::DialStdio(command) => command.run(&self.global),
+            Command::CredentialPlugin(command) => command.run(),
             Command::Down(command) => command.run(&self.global),
             Command::NodeportRange(command) => command.run(&self.global),
             Command::Ports(command) => command.run(&self.global),

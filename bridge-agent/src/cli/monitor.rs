@@ -11,9 +11,10 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 use super::{
-    Error, Global, block_on, flows,
+    Error, Global, block_on,
     names::{Names, NoNames},
     output::{print, reader_left},
+    values,
 };
 use crate::api::client::{self, Client};
 use crate::datapath::{EventReader, Maps, Verdict, VerdictFilter};
@@ -30,13 +31,13 @@ pub struct Monitor {
     #[arg(long, value_parser = PossibleValuesParser::new(verdict::NAMES))]
     verdict: Option<String>,
     /// One side has this address, or is in this network
-    #[arg(long, value_name = "ADDRESS", value_parser = flows::address)]
+    #[arg(long, value_name = "ADDRESS", value_parser = values::address)]
     address: Option<IpNet>,
     /// One side has this port
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_parser = values::port)]
     port: Option<u16>,
     /// End after N events
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = values::number::<u64>)]
     count: Option<u64>,
     #[command(flatten)]
     names: NoNames,

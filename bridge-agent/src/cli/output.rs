@@ -15,7 +15,7 @@ use annotate_snippets::{Level, Renderer};
 use clap::Args;
 use serde::Serialize;
 
-use super::{error::Error, progress, time::time};
+use super::{error::Error, progress, values::time};
 use crate::{
     agent,
     config::{ConfigErrors, Diagnostics},

@@ -12,7 +12,7 @@ use super::{
     Error, Global, block_on,
     names::NoNames,
     output::{Watch, print, print_json, reader_left},
-    table, time,
+    table, time, values,
 };
 use crate::api::client::{self, Client};
 
@@ -30,6 +30,7 @@ enum Action {
     /// Give a lease back
     Release {
         /// The number that `acquire` and `list` print
+        #[arg(value_parser = values::number::<u64>)]
         id: u64,
     },
     /// Print every port in use, and who has it
@@ -55,7 +56,7 @@ struct Acquire {
     #[arg(long, value_enum, default_value_t)]
     protocol: Protocol,
     /// How many; all or none
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1, value_parser = values::number::<u32>)]
     count: u32,
     /// How long to wait for them, such as 500ms or 5s
     #[arg(long, value_name = "TIME", value_parser = time)]
@@ -74,14 +75,11 @@ enum Protocol {
 
 /// Reads an address and a port.
 fn destination(text: &str) -> Result<SocketAddr, String> {
-    const EXAMPLE: &str = "write an address and a port, such as 192.168.31.67:443 or [fd31::67]:443";
-    match (text.parse::<SocketAddr>(), text.parse::<IpAddr>()) {
-        (Ok(address), _) if address.port() == 0 => Err("write a port from 1 to 65535".to_owned()),
-        (Ok(address), _) => Ok(address),
-        (_, Ok(address)) => {
+    match text.parse::<IpAddr>() {
+        Ok(address) => {
             Err(format!("the port is missing: write for example {}", SocketAddr::new(address, 443)))
         }
-        _ => Err(EXAMPLE.to_owned()),
+        Err(_) => values::socket_address(text),
     }
 }
 
@@ -213,9 +211,10 @@ mod tests {
         for (wrong, right) in [
             ("192.168.31.67", "192.168.31.67:443"),
             ("fd31::67", "[fd31::67]:443"),
-            ("192.168.31.67:0", "port from 1 to 65535"),
-            ("plc.example:502", "192.168.31.67:443"),
-            ("", "192.168.31.67:443"),
+            ("192.168.31.67:0", "has port 0"),
+            ("192.168.31.67:0443", "192.168.31.67:443"),
+            ("plc.example:502", "write ADDRESS:PORT"),
+            ("", "write ADDRESS:PORT"),
         ] {
             let said = destination(wrong).unwrap_err();
             assert!(said.contains(right), "{wrong}: {said}");

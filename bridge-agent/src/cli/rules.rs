@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
-    Error, Global,
+    Error, Global, get,
     output::{Watch, print, print_json},
     table,
 };
@@ -105,8 +105,12 @@ impl Rules {
         let filter = filter_hits(global);
         let mut rows = match (Maps::open(&global.pins()), filter) {
             (Ok(maps), filter) => of_ebpf(maps.rule_counts()?, filter.as_ref()),
-            (Err(datapath::Error::NotRunning(_)), Some(filter)) => {
-                of_filter(&config::load(&global.config)?.policy(), &filter)
+            (Err(datapath::Error::NotRunning(_) | datapath::Error::Incomplete { .. }), Some(filter)) => {
+                match get(global, "/v1/rules") {
+                    Ok(rules) => of_running_filter(rules, &filter),
+                    // The file does not have the rules of a cluster.
+                    Err(_) => of_filter(&config::load(&global.config)?.policy(), &filter),
+                }
             }
             (Err(error), _) => return Err(error.into()),
         };
@@ -168,6 +172,15 @@ fn of_ebpf(rules: Vec<RuleCount>, filter: Option<&FilterHits>) -> Vec<Row> {
     rules.into_iter().map(row).collect()
 }
 
+/// The rules as a running agent has them in the packet filter.
+fn of_running_filter(rules: Vec<RuleCount>, filter: &FilterHits) -> Vec<Row> {
+    let mut rows = of_ebpf(rules, Some(filter));
+    for row in &mut rows {
+        (row.hits, row.bytes) = (None, None);
+    }
+    rows
+}
+
 /// The rules of the configuration that stand in the packet filter.
 fn of_filter(policy: &Policy, filter: &FilterHits) -> Vec<Row> {
     let of = |rules: &[Rule], mode| -> Vec<(Rule, Mode)> {
@@ -225,6 +238,20 @@ fn filter_hits(global: &Global) -> Option<FilterHits> {
     nftables().or_else(|| iptables_hits(global).map(of(PacketFilterKind::Iptables)))
 }
 
+/// Returns each packet filter that has rules of bridge, and a description of these.
+pub(super) fn enforcing_filters(global: &Global) -> BTreeMap<&'static str, String> {
+    let nftables = Nftables::new(nftables::Config::default()).ok();
+    let iptables = iptables(global);
+    let nftables = nftables.and_then(|firewall| firewall.present().ok().flatten());
+    let iptables = iptables.and_then(|firewall| firewall.present().ok().flatten());
+    let named = |kind: PacketFilterKind| move |rules| (kind.name(), rules);
+    nftables
+        .map(named(PacketFilterKind::Nftables))
+        .into_iter()
+        .chain(iptables.map(named(PacketFilterKind::Iptables)))
+        .collect()
+}
+
 /// Returns the hits that nftables counted by rule; `None` if there is no table of bridge.
 fn nftables_hits() -> Option<BTreeMap<String, Hits>> {
     let firewall = Nftables::new(nftables::Config::default()).ok()?;
@@ -234,7 +261,10 @@ fn nftables_hits() -> Option<BTreeMap<String, Hits>> {
 /// Returns the hits that iptables counted by rule; `None` if it has no rules of bridge. The configuration only names
 /// the back end.
 pub(super) fn iptables_hits(global: &Global) -> Option<BTreeMap<String, Hits>> {
+    iptables(global)?.hits().ok().filter(|hits| !hits.is_empty())
+}
+
+fn iptables(global: &Global) -> Option<Iptables> {
     let settings = config::load(&global.config).map(|loaded| agent::firewall_settings(&loaded.config));
-    let firewall = Iptables::new(settings.unwrap_or_default()).ok()?;
-    firewall.hits().ok().filter(|hits| !hits.is_empty())
+    Iptables::new(settings.unwrap_or_default()).ok()
 }

@@ -15,6 +15,11 @@ use crate::{
 
 /// Run the agent until SIGTERM; enforcement stays active afterwards.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "At boot, saved rules are active before the agent is: those of iptables are loaded by the
+unit of iptables-services or netfilter-persistent, those of nftables by
+bridge-nftables.service."
+)]
 pub struct Run {}
 
 impl Run {

@@ -1,15 +1,15 @@
 //! `bridge-agent status`: the active configuration, and whether an agent maintains it.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeMap, fmt::Write as _};
 
 use clap::Args;
 use serde::Serialize;
 
 use super::{
-    Error, Global, block_on,
+    Error, Global, get,
     output::{Watch, print, print_json},
 };
-use crate::api::client::{self, Client};
+use crate::api::client;
 use crate::datapath::{self, Maps, OutcomeCount, ReasonCount, Trial};
 use crate::kubernetes::KubernetesStatus;
 use crate::pool::Summary;
@@ -29,8 +29,8 @@ pub struct StatusCommand {
 }
 
 /// Features that a packet filter alone lacks.
-const WITHOUT_EBPF: &str = "no eBPF enforcement: without it there are no hooks of the port pool, no events of `monitor`, and no \
-                            fast path; the packet filter enforces alone";
+const WITHOUT_EBPF: &str = "no eBPF enforcement: without it there are no events of `monitor`, and no fast path; the packet \
+                            filter enforces alone";
 
 /// State found in the pins, of whichever agent made them.
 #[derive(Debug, Serialize)]
@@ -57,6 +57,15 @@ struct Report {
     running: bool,
     agent: Option<Status>,
     enforcement: Option<Kernel>,
+    /// Packet filters with rules of bridge, while no agent runs.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    packet_filters: BTreeMap<&'static str, String>,
+    /// Packets that the packet filter has denied alone, by reason.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    denied: Vec<ReasonCount>,
+    /// Why the pins cannot be read yet.
+    #[serde(skip)]
+    incomplete: Option<String>,
 }
 
 impl StatusCommand {
@@ -73,18 +82,24 @@ impl StatusCommand {
 }
 
 fn show(global: &Global) -> Result<(), Error> {
-    let agent = match block_on(ask(global)) {
+    let agent = match ask(global) {
         Ok(status) => Some(status),
         Err(Error::Client(client::Error::NotRunning { .. })) => None,
         Err(error) => return Err(error),
     };
-    let enforcement = match Maps::open(&global.pins()) {
-        Ok(maps) => Some(Kernel::read(&maps)?),
+    let (enforcement, incomplete) = match Maps::open(&global.pins()) {
+        Ok(maps) => (Some(Kernel::read(&maps)?), None),
         // A host has an agent and no enforcement.
-        Err(datapath::Error::NotRunning(_)) => None,
+        Err(datapath::Error::NotRunning(_)) => (None, None),
+        Err(error @ datapath::Error::Incomplete { .. }) => (None, Some(error.to_string())),
         Err(error) => return Err(error.into()),
     };
-    let report = Report { running: agent.is_some(), agent, enforcement };
+    let packet_filters =
+        if agent.is_none() { super::rules::enforcing_filters(global) } else { BTreeMap::new() };
+    let alone = agent.as_ref().is_some_and(|status| status.firewall.is_some()) && enforcement.is_none();
+    let mut denied = if alone { denied_by_filter(global).unwrap_or_default() } else { Vec::new() };
+    denied.retain(was_denied);
+    let report = Report { running: agent.is_some(), agent, enforcement, packet_filters, denied, incomplete };
     if global.json {
         print_json(&report)?
     } else {
@@ -95,7 +110,7 @@ fn show(global: &Global) -> Result<(), Error> {
 
 /// For a readiness probe: nothing but the agent is asked.
 fn ready(global: &Global) -> Result<(), Error> {
-    let reasons = block_on(ask(global))?.unready();
+    let reasons = ask(global)?.unready();
     match (global.json, reasons.is_empty()) {
         (_, false) => Err(Error::NotReady(reasons)),
         (true, true) => print_json(&serde_json::json!({ "ok": true, "ready": true })),
@@ -103,15 +118,23 @@ fn ready(global: &Global) -> Result<(), Error> {
     }
 }
 
-async fn ask(global: &Global) -> Result<Status, Error> {
-    Ok(Client::connect(&global.agent_socket()).await?.get("/v1/status").await?)
+fn ask(global: &Global) -> Result<Status, Error> {
+    get(global, "/v1/status")
+}
+
+/// Reads the reasons for which the packet filter denies, where it enforces alone.
+fn denied_by_filter(global: &Global) -> Result<Vec<ReasonCount>, Error> {
+    get(global, "/v1/counters")
+}
+
+const fn was_denied(count: &ReasonCount) -> bool {
+    count.denies && count.packets + count.audited_packets > 0
 }
 
 impl Kernel {
     fn read(maps: &Maps) -> datapath::Result<Self> {
         let settings = maps.active_settings()?;
         let denied = maps.reason_counts()?;
-        let was_denied = |count: &ReasonCount| count.denies && count.packets + count.audited_packets > 0;
         Ok(Self {
             generation: settings.generation,
             mode: if settings.audit == 0 { "enforce" } else { "audit" },
@@ -139,7 +162,7 @@ impl Report {
                     format!("running, pid {pid}, version {version}, role {role}, since {started}, {config}"),
                 );
             }
-            None if self.enforcement.is_some() => {
+            None if self.enforcement.is_some() || !self.packet_filters.is_empty() => {
                 line("agent", "not running; enforcement stays active".into())
             }
             None => line("agent", "not running".into()),
@@ -164,22 +187,23 @@ impl Report {
                     ),
                 );
             }
-            for count in denied {
-                let ReasonCount { direction, reason, packets, audited_packets, .. } = count;
-                line(
-                    "denied",
-                    format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"),
-                );
-            }
+            denied.iter().for_each(|count| show_denied(count, &mut line));
             if *xdp_dropped > 0 {
                 line("xdp", format!("dropped {xdp_dropped} of the denied packets"));
             }
             for OutcomeCount { direction, outcome, packets, .. } in fast_path {
                 line("fast path", format!("{direction} {outcome}: {packets} packets"));
             }
+        } else if let Some(why) = &self.incomplete {
+            line("policy", why.clone());
         } else {
-            let alone = self.agent.as_ref().is_some_and(|status| status.firewall.is_some());
+            let alone = self.agent.as_ref().is_some_and(|status| status.firewall.is_some())
+                || !self.packet_filters.is_empty();
             line("policy", if alone { WITHOUT_EBPF.into() } else { "no eBPF enforcement".into() });
+        }
+        self.denied.iter().for_each(|count| show_denied(count, &mut line));
+        for (engine, rules) in &self.packet_filters {
+            line(engine, format!("{rules} active, and not maintained"));
         }
         if let Some(status) = &self.agent {
             if let Some(trial) = &status.trial {
@@ -198,7 +222,7 @@ impl Report {
                     line(engine, format!("chosen by auto: {why}"));
                 }
                 if let Some(divergence) = &status.firewall.as_ref().and_then(|f| f.divergence.as_ref()) {
-                    line("divergence", self::divergence(divergence));
+                    line("divergence", self::divergence(divergence, engine));
                 }
                 if let Some(failure) = failure {
                     line(engine, failure.clone());
@@ -265,6 +289,11 @@ impl Report {
         }
         text
     }
+}
+
+fn show_denied(count: &ReasonCount, line: &mut impl FnMut(&str, String)) {
+    let ReasonCount { direction, reason, packets, audited_packets, .. } = count;
+    line("denied", format!("{direction} {reason}: {packets} packets, {audited_packets} in audit mode"));
 }
 
 fn show_trial(trial: &TrialStatus, line: &mut impl FnMut(&str, String)) {
@@ -353,7 +382,8 @@ fn show_cluster(cluster: &KubernetesStatus, line: &mut impl FnMut(&str, String))
     }
 }
 
-fn divergence(of: &DivergenceStatus) -> String {
+/// `engine`: the packet filter beside eBPF. With nftables, packets that eBPF alone denies are not counted.
+fn divergence(of: &DivergenceStatus, engine: &str) -> String {
     let DivergenceStatus {
         denied_by_iptables,
         denied_by_nftables,
@@ -362,17 +392,34 @@ fn divergence(of: &DivergenceStatus) -> String {
         compared,
         not_compared,
     } = of;
-    let (engine, denied) = if denied_by_nftables.is_empty() {
-        ("iptables", denied_by_iptables)
-    } else {
-        ("nftables", denied_by_nftables)
-    };
+    let nftables = engine == "nftables";
+    let denied = if nftables { denied_by_nftables } else { denied_by_iptables };
     let causes: Vec<_> = denied.iter().map(|(cause, packets)| format!("{cause} {packets}")).collect();
     let causes = if causes.is_empty() { String::new() } else { format!(" ({})", causes.join(", ")) };
+    let by_filter = format!("{} packets denied by {engine} alone{causes}", denied.values().sum::<u64>());
+    if nftables {
+        return by_filter;
+    }
     let last = last_denied_by_ebpf.as_ref().map(|last| format!(", last {last}")).unwrap_or_default();
     format!(
-        "{} packets denied by {engine} alone{causes}, at least {denied_by_ebpf} by eBPF alone{last}; {compared} compared, \
-         {not_compared} not",
-        denied.values().sum::<u64>()
+        "{by_filter}, at least {denied_by_ebpf} by eBPF alone{last}; {compared} compared, {not_compared} not"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divergence_names_the_packet_filter_and_what_is_compared_with_it() {
+        let none = DivergenceStatus::default();
+        assert_eq!(divergence(&none, "nftables"), "0 packets denied by nftables alone");
+        let some = DivergenceStatus {
+            denied_by_nftables: BTreeMap::from([("bridge:no-rule".to_owned(), 3)]),
+            ..DivergenceStatus::default()
+        };
+        assert_eq!(divergence(&some, "nftables"), "3 packets denied by nftables alone (bridge:no-rule 3)");
+        let both = "0 packets denied by iptables alone, at least 0 by eBPF alone; 0 compared, 0 not";
+        assert_eq!(divergence(&none, "iptables"), both);
+    }
 }

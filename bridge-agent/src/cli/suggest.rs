@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Error, Global, block_on, print, print_json};
-use crate::api::{SuggestAnswer, client::Client};
+use super::{Error, Global, get, print, print_json};
+use crate::api::SuggestAnswer;
 use crate::config::{GROUP, TimeSpan, leaf::Leaf as _};
 use crate::explain::{Reported, Suggested};
 
@@ -48,8 +48,7 @@ impl Suggest {
             "/v1/suggest?includeDenied={}&includeEphemeral={}{since}",
             self.include_denied, self.include_ephemeral
         );
-        let answer: SuggestAnswer =
-            block_on(async { Ok(Client::connect(&global.agent_socket()).await?.get(&path).await?) })?;
+        let answer: SuggestAnswer = get(global, &path)?;
         if global.json {
             return print_json(&answer);
         }

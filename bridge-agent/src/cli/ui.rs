@@ -35,8 +35,12 @@ pub struct Ui {
 #[derive(Debug, Args)]
 pub(super) struct Listen {
     /// The loopback address and port to listen on; port 0 takes a free one
-    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9470")]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9470", value_parser = address)]
     listen: SocketAddr,
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "write an address and a port, such as 127.0.0.1:9470 or [::1]:9470".to_owned())
 }
 
 impl Ui {

@@ -9,8 +9,7 @@ use std::path::Path as FilePath;
 
 use ipnet::IpNet;
 
-use super::leaf::{Problem, has_leading_zero};
-use super::network::without_leading_zeros;
+use super::leaf::{Problem, has_leading_zero, without_leading_zeros};
 use super::node::{Key, Node, Span, Value};
 use super::report::{ConfigErrors, Findings, Path, Severity};
 use super::resource::{GROUP, NAMESPACE_POLICY, POLICY, items};
@@ -302,7 +301,7 @@ fn selects_everything(selector: &Node<'_>) -> bool {
 
 /// Returns an address or a network without superfluous zeros; another text as it is.
 fn network_without_zeros(text: &str) -> String {
-    let without = without_leading_zeros(text).trim_end_matches('/').to_owned();
+    let without = without_leading_zeros(text);
     let is_one = without.parse::<IpNet>().is_ok() || without.parse::<IpAddr>().is_ok();
     if is_one { without } else { text.to_owned() }
 }

@@ -197,6 +197,29 @@ impl Default for Flows {
     }
 }
 
+impl Interfaces {
+    fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
+        let Self { external, internal } = self;
+        let paths = [path.key("external"), path.key("internal")];
+        for (list, path) in [external, internal].into_iter().zip(&paths) {
+            report.repeated(path, list);
+        }
+        for (index, pattern) in internal.iter().enumerate() {
+            let common = external.iter().find_map(|other| Some((other, other.common(pattern)?)));
+            if let Some((other, name)) = common {
+                let message = if other == pattern {
+                    format!("`{pattern}` is both an external and an internal interface")
+                } else {
+                    format!("`{pattern}` and the external `{other}` both match {name}")
+                };
+                let help =
+                    "write it on the side it faces: external towards the LAN, internal towards the pods";
+                report.error(&paths[1].index(index), Problem::new(message, help));
+            }
+        }
+    }
+}
+
 impl Enforcement {
     pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
         let engines = path.key("engines");
@@ -209,12 +232,7 @@ impl Enforcement {
                 ),
             );
         }
-        for (index, engine) in self.engines.iter().enumerate() {
-            if self.engines[..index].contains(engine) {
-                let problem = Problem::new("this engine is in the list twice", "remove one of them");
-                report.error(&engines.index(index), problem);
-            }
-        }
+        report.repeated(&engines, &self.engines);
         let filters = |engine: &Engine| matches!(engine, Engine::Iptables | Engine::Nftables | Engine::Auto);
         let mut filters = self.engines.iter().enumerate().filter(|(_, engine)| filters(engine));
         if let (Some((_, first)), Some((index, second))) = (filters.next(), filters.next())
@@ -230,18 +248,6 @@ impl Enforcement {
         if let Some(syslog) = &self.syslog {
             syslog.check(&path.key("syslog"), report);
         }
-        let interfaces = path.key("interfaces");
-        let internal = interfaces.key("internal");
-        for (index, pattern) in self.interfaces.internal.iter().enumerate() {
-            if self.interfaces.external.contains(pattern) {
-                report.error(
-                    &internal.index(index),
-                    Problem::new(
-                        format!("`{pattern}` is both an external and an internal interface"),
-                        "write it on the side it faces: external towards the LAN, internal towards the pods",
-                    ),
-                );
-            }
-        }
+        self.interfaces.check(&path.key("interfaces"), report);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::leaf::{Leaf, Problem, leaf};
+use super::leaf::{Leaf, Problem, leaf, unprintable};
 
 /// The longest interface name, in bytes: the kernel's `IFNAMSIZ` less its final zero byte.
 const MAX_NAME: usize = 15;
@@ -46,6 +46,33 @@ impl InterfacePattern {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Returns the shortest name that both match, if there is one; `*` if that is every name.
+    pub(super) fn common(&self, other: &Self) -> Option<String> {
+        let letters = |pattern: &Self| pattern.0.chars().collect::<Vec<char>>();
+        let (a, b) = (letters(self), letters(other));
+        // By the number of letters at the ends of both that are still to be matched.
+        let mut shortest = vec![vec![None::<String>; b.len() + 1]; a.len() + 1];
+        for (i, j) in (0..=a.len()).flat_map(|i| (0..=b.len()).map(move |j| (i, j))) {
+            let (one, other) = ((i > 0).then(|| a[a.len() - i]), (j > 0).then(|| b[b.len() - j]));
+            let rest = |i: usize, j: usize| shortest[i][j].clone();
+            let with = |letter: char, rest: Option<String>| rest.map(|rest| format!("{letter}{rest}"));
+            // A star stands for nothing more, or for one more letter of the other.
+            let found = match (one, other) {
+                (None, None) => [Some(String::new()), None],
+                (Some('*'), None) => [rest(i - 1, j), None],
+                (None, Some('*')) => [rest(i, j - 1), None],
+                (Some('*'), Some('*')) => [rest(i - 1, j), rest(i, j - 1)],
+                (Some('*'), Some(letter)) => [rest(i - 1, j), with(letter, rest(i, j - 1))],
+                (Some(letter), Some('*')) => [rest(i, j - 1), with(letter, rest(i - 1, j))],
+                (Some(one), Some(other)) if one == other => [with(one, rest(i - 1, j - 1)), None],
+                _ => [None, None],
+            };
+            shortest[i][j] = found.into_iter().flatten().min_by_key(String::len);
+        }
+        let name = shortest[a.len()][b.len()].take().filter(|name| name.len() <= MAX_NAME)?;
+        Some(if name.is_empty() { "*".to_owned() } else { name })
     }
 
     /// Whether `name` matches the whole pattern.
@@ -93,7 +120,17 @@ fn check(text: &str) -> Result<(), Problem> {
             format!("shorten it to {MAX_NAME} bytes"),
         ));
     }
-    let bad = text.chars().find(|c| c.is_whitespace() || c.is_control() || matches!(c, '/' | ':'));
+    if text.contains("**") {
+        let mut mended = text.to_owned();
+        while mended.contains("**") {
+            mended = mended.replace("**", "*");
+        }
+        return Err(Problem::new(format!("`{text}` has stars side by side"), format!("write \"{mended}\"")));
+    }
+    if let Some(problem) = unprintable(text) {
+        return Err(problem);
+    }
+    let bad = text.chars().find(|c| c.is_whitespace() || matches!(c, '/' | ':'));
     match bad {
         Some(c) => Err(Problem::new(format!("`{text}` contains {c:?}, which no interface name can"), HELP)),
         None if matches!(text, "." | "..") => {
@@ -119,7 +156,37 @@ mod tests {
     }
 
     #[test]
+    fn two_patterns_have_a_name_in_common_or_none() {
+        let common = |a: &str, b: &str| {
+            let parse = |text: &str| InterfacePattern::parse(text).unwrap();
+            let (there, back) = (parse(a).common(&parse(b)), parse(b).common(&parse(a)));
+            assert_eq!(there.is_some(), back.is_some(), "{a} {b}");
+            if let Some(name) = there.as_ref().filter(|name| *name != "*") {
+                assert!(parse(a).matches(name) && parse(b).matches(name), "{a} {b}: {name}");
+            }
+            there
+        };
+        for (a, b, name) in [
+            ("eth0", "eth0", "eth0"),
+            ("eth*", "eth0", "eth0"),
+            ("eth*", "*0", "eth0"),
+            ("*", "*", "*"),
+            ("*", "lo", "lo"),
+            ("a*c", "*b*", "abc"),
+            ("cali*", "*", "cali"),
+        ] {
+            assert_eq!(common(a, b).as_deref(), Some(name), "{a} {b}");
+        }
+        for (a, b) in
+            [("eth0", "eth1"), ("eth*", "cali*"), ("*0", "*1"), ("abcdefgh*", "*ijklmnop"), ("a", "ab*")]
+        {
+            assert_eq!(common(a, b), None, "{a} {b}");
+        }
+    }
+
+    #[test]
     fn names_the_kernel_refuses_are_refused() {
+        assert_eq!(InterfacePattern::parse("a***b").unwrap_err().help, "write \"a*b\"");
         for bad in ["", ".", "..", "eth 0", "a/b", "eth0:1", "abcdefghijklmnop", "a\n"] {
             assert!(InterfacePattern::parse(bad).is_err(), "{bad:?}");
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::leaf::{Leaf, Problem, leaf};
+use super::leaf::{Leaf, Problem, has_leading_zero, leaf};
 use super::report::{Path, Report};
 use super::time_span::TimeSpan;
 
@@ -85,13 +85,18 @@ impl Leaf for PacketMark {
 
     fn parse(text: &str) -> Result<Self, Problem> {
         const HELP: &str = "write one bit from 0x1 to 0x80000000, such as 0x2000, that no other program uses";
-        let number = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        let hexadecimal = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"));
+        let number = match hexadecimal {
             Some(digits) => u32::from_str_radix(digits, 16),
             None => text.parse(),
         };
         // `from_str` takes a sign.
         let number = number.ok().filter(|_| !text.contains('+'));
         let number = number.ok_or_else(|| Problem::new(format!("`{text}` is not a packet mark"), HELP))?;
+        if number > 0 && has_leading_zero(hexadecimal.unwrap_or(text)) {
+            let message = format!("`{text}` has a leading zero, so that a digit may be missing");
+            return Err(Problem::new(message, format!("write {number:#x} if it is meant")));
+        }
         match NonZeroU32::new(number) {
             Some(bit) if number.is_power_of_two() => Ok(Self(bit)),
             _ => Err(Problem::new(format!("`{text}` is not one bit of the packet mark"), HELP)),
@@ -125,7 +130,12 @@ mod tests {
             assert_eq!(PacketMark::parse(text).unwrap().get().get(), bit);
         }
         assert_eq!(PacketMark::parse("8192").unwrap().to_string(), "0x2000");
-        for bad in ["0", "0x3", "0x100000000", "-1", "+1", "0x+1", "", "0x", "mark", "1 "] {
+        for (bad, help) in
+            [("0x02000", "write 0x2000 if it is meant"), ("08192", "write 0x2000 if it is meant")]
+        {
+            assert_eq!(PacketMark::parse(bad).unwrap_err().help, help);
+        }
+        for bad in ["0", "00", "0x00", "0x3", "0x100000000", "-1", "+1", "0x+1", "", "0x", "mark", "1 "] {
             assert!(PacketMark::parse(bad).is_err(), "{bad:?}");
         }
     }

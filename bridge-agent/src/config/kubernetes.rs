@@ -3,7 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::leaf::{AbsolutePath, Problem};
+use super::labels::is_subdomain;
+use super::leaf::{AbsolutePath, Problem, unprintable};
 use super::report::{Path, Report};
 
 /// Learns pods, nodes and rules from a cluster. Empty: by the service account of the pod that the agent runs in.
@@ -58,8 +59,28 @@ pub enum PodNetworks {
     Cilium,
 }
 
+/// Checks the name of a node in the cluster.
+pub(crate) fn check_node_name(name: &str) -> Result<(), Problem> {
+    if is_subdomain(name) {
+        return Ok(());
+    }
+    let help =
+        "write the name that `kubectl get nodes` shows: lower-case letters, digits, `-` and `.`, at most 253";
+    Err(Problem::new(format!("{name:?} is not the name of a node"), help))
+}
+
 impl Kubernetes {
     pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
+        if let Some(problem) = self.node_name.as_deref().and_then(|name| check_node_name(name).err()) {
+            report.error(&path.key("nodeName"), problem);
+        }
+        let context = path.key("context");
+        if self.context.as_deref() == Some("") {
+            let help = "write one of `kubectl config get-contexts`, or remove it for the current one";
+            report.error(&context, Problem::new("the name of the context is empty", help));
+        } else if let Some(problem) = self.context.as_deref().and_then(unprintable) {
+            report.error(&context, problem);
+        }
         if self.context.is_some() && self.kubeconfig.is_none() && report.intact(path) {
             report.error(
                 &path.key("context"),

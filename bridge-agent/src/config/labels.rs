@@ -130,7 +130,7 @@ fn is_name(text: &str) -> bool {
 }
 
 /// Whether `text` is a DNS subdomain (RFC 1123).
-fn is_subdomain(text: &str) -> bool {
+pub(super) fn is_subdomain(text: &str) -> bool {
     let is_label = |label: &str| {
         let inside = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
         !label.is_empty() && label.chars().all(inside) && !label.starts_with('-') && !label.ends_with('-')

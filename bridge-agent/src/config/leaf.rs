@@ -82,18 +82,20 @@ impl Leaf for IpAddr {
 
     fn parse(text: &str) -> Result<Self, Problem> {
         Self::from_str(text).map_err(|_| {
-            let help = match text.split_once('/') {
-                Some((host, _)) if Self::from_str(host).is_ok() => {
-                    format!("write the address without its prefix length: {host}")
-                }
-                _ => "write an IPv4 or IPv6 address, such as 192.168.31.17 or fd00:31::17".into(),
-            };
-            Problem::new(format!("`{text}` is not an IP address"), help)
+            leading_zero(text, |shortest| Self::from_str(shortest).is_ok()).unwrap_or_else(|| {
+                let help = match text.split_once('/') {
+                    Some((host, _)) if Self::from_str(host).is_ok() => {
+                        format!("write the address without its prefix length: {host}")
+                    }
+                    _ => "write an IPv4 or IPv6 address, such as 192.168.31.17 or fd00:31::17".into(),
+                };
+                Problem::new(format!("`{text}` is not an IP address"), help)
+            })
         })
     }
 }
 
-/// An address and a port to listen on.
+/// An address and a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketAddress(pub SocketAddr);
 
@@ -104,15 +106,22 @@ impl Leaf for SocketAddress {
     const EXAMPLE: &'static str = "127.0.0.1:9469";
 
     fn parse(text: &str) -> Result<Self, Problem> {
-        const HELP: &str = "write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469";
+        const HELP: &str =
+            "write ADDRESS:PORT with a port from 1 to 65535, such as 127.0.0.1:9469 or [::1]:9469";
+        if let Some(problem) = leading_zero(text, |shortest| SocketAddr::from_str(shortest).is_ok()) {
+            return Err(problem);
+        }
         let address: SocketAddr = text
             .parse()
             .map_err(|_| Problem::new(format!("`{text}` is not an address with a port"), HELP))?;
-        if text.rsplit(':').next().is_some_and(has_leading_zero) {
-            return Err(Problem::new(format!("the port of `{text}` has a leading zero"), HELP));
-        }
         if address.port() == 0 {
             return Err(Problem::new(format!("`{text}` has port 0, which accepts no connection"), HELP));
+        }
+        if is_of_a_group(address.ip()) {
+            return Err(Problem::new(
+                format!("`{text}` is the address of a group of hosts, not of one"),
+                HELP,
+            ));
         }
         Ok(Self(address))
     }
@@ -124,7 +133,7 @@ impl fmt::Display for SocketAddress {
     }
 }
 
-/// A path that does not depend on the working directory.
+/// The path of a file, which does not depend on the working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AbsolutePath(pub PathBuf);
 
@@ -135,14 +144,18 @@ impl Leaf for AbsolutePath {
     const EXAMPLE: &'static str = "/etc/bridge/discovery.key";
 
     fn parse(text: &str) -> Result<Self, Problem> {
-        if text.contains('\0') {
-            return Err(Problem::new("the path contains a zero byte", "remove it"));
+        if let Some(problem) = unprintable(text) {
+            return Err(problem);
         }
         if !text.starts_with('/') {
             return Err(Problem::new(
                 format!("`{text}` is not an absolute path"),
                 "write the path from the root, such as /etc/bridge/discovery.key",
             ));
+        }
+        if matches!(text.rsplit('/').next(), None | Some("" | "." | "..")) {
+            let help = format!("add the name of the file, such as {}/NAME", text.trim_end_matches('/'));
+            return Err(Problem::new(format!("`{text}` is the path of a directory"), help));
         }
         Ok(Self(PathBuf::from(text)))
     }
@@ -193,6 +206,57 @@ pub(crate) fn has_leading_zero(number: &str) -> bool {
     number.len() > 1 && number.starts_with('0')
 }
 
+/// Whether an address is that of many hosts: multicast or broadcast.
+pub(super) fn is_of_a_group(address: IpAddr) -> bool {
+    address.is_multicast() || matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
+}
+
+/// Refuses a text that would be valid without the leading zeros of its numbers: an address, with prefix length or port.
+pub(super) fn leading_zero(text: &str, valid: impl Fn(&str) -> bool) -> Option<Problem> {
+    let shortest = without_leading_zeros(text);
+    (shortest != text && valid(&shortest)).then(|| {
+        let message = format!("`{text}` has a number with a leading zero, which some readers take for octal");
+        Problem::new(message, format!("write {shortest} if the numbers are decimal"))
+    })
+}
+
+/// The same text with each decimal number at its shortest; groups of IPv6 stay.
+pub(super) fn without_leading_zeros(text: &str) -> String {
+    let shortest = |number: &str| match number.trim_start_matches('0') {
+        "" if !number.is_empty() => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    let after = |mark: char, number: Option<&str>| {
+        number.map(|number| format!("{mark}{}", shortest(number))).unwrap_or_default()
+    };
+    let (rest, length) = text.split_once('/').map_or((text, None), |(rest, length)| (rest, Some(length)));
+    let (address, port) = match rest.rsplit_once(':') {
+        Some((address, port)) if !address.contains(':') || address.ends_with(']') => (address, Some(port)),
+        _ => (rest, None),
+    };
+    let address = match address.contains(':') {
+        true => address.to_owned(),
+        false => address.split('.').map(shortest).collect::<Vec<_>>().join("."),
+    };
+    address + &after(':', port) + &after('/', length)
+}
+
+/// The longest path that the kernel takes, in bytes, and the limit of other texts.
+const MAX_TEXT: usize = 4095;
+
+/// Refuses a text with characters that do not show, in which a file or a group would not be recognised.
+pub(super) fn unprintable(text: &str) -> Option<Problem> {
+    if text.len() > MAX_TEXT {
+        let message = format!("the text has {} bytes", text.len());
+        return Some(Problem::new(message, format!("shorten it to {MAX_TEXT} bytes")));
+    }
+    // Marks of the direction of writing, and spaces without width.
+    let invisible = |c| matches!(c, '\u{ad}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let bad = text.chars().find(|c| c.is_control() || invisible(*c));
+    let bad = bad.or_else(|| (text.trim() != text).then_some(' '))?;
+    Some(Problem::new(format!("{text:?} contains {bad:?}, which does not show"), "remove it"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -201,7 +265,8 @@ mod tests {
     fn address_with_a_prefix_length_is_told_apart() {
         let problem = IpAddr::parse("192.168.31.17/24").unwrap_err();
         assert_eq!(problem.help, "write the address without its prefix length: 192.168.31.17");
-        assert!(IpAddr::parse("192.168.31.017").is_err(), "octal or decimal: ambiguous");
+        let problem = IpAddr::parse("192.168.031.017").unwrap_err();
+        assert_eq!(problem.help, "write 192.168.31.17 if the numbers are decimal");
         assert_eq!(IpAddr::parse("fd00:31::17").unwrap().to_string(), "fd00:31::17");
     }
 
@@ -215,9 +280,19 @@ mod tests {
             "127.0.0.1:65536",
             "::1:9469:",
             "127.0.0.1:09469",
+            "224.0.0.1:9469",
+            "255.255.255.255:9469",
         ] {
             assert!(SocketAddress::parse(bad).is_err(), "{bad}");
         }
+        for bad in ["127.0.0.01:9469", "127.0.0.1:09469"] {
+            let help = SocketAddress::parse(bad).unwrap_err().help;
+            assert_eq!(help, "write 127.0.0.1:9469 if the numbers are decimal");
+        }
+        assert_eq!(
+            SocketAddress::parse("[::1]:09469").unwrap_err().help,
+            "write [::1]:9469 if the numbers are decimal"
+        );
         assert_eq!(SocketAddress::parse("[::1]:9469").unwrap().to_string(), "[::1]:9469");
     }
 
@@ -233,7 +308,7 @@ mod tests {
     #[test]
     fn path_is_absolute() {
         assert!(AbsolutePath::parse("/etc/bridge/x").is_ok());
-        for bad in ["", "etc/bridge", "./x", "~/x", "/a\0b"] {
+        for bad in ["", "etc/bridge", "./x", "~/x", "/a\0b", "/", "/a/", "/a/..", "/a\n", "/a "] {
             assert!(AbsolutePath::parse(bad).is_err(), "{bad}");
         }
     }

@@ -32,6 +32,7 @@ mod routes;
 pub(crate) mod rules;
 mod shadow;
 mod shape;
+pub(crate) mod special;
 mod static_route;
 mod syslog;
 #[cfg(test)]
@@ -54,6 +55,7 @@ pub(crate) use convert::{Conversion, convert};
 pub use enforcement::{Enforcement, Engine, Events, FastPath, Flows, Interfaces, Scope, Timeouts, Xdp};
 pub use interface::{InterfaceName, InterfacePattern};
 pub use iptables::{Backend, Iptables, PacketMark};
+pub(crate) use kubernetes::check_node_name;
 pub use kubernetes::{FollowedPods, Kubernetes, PodNetworks};
 pub use labels::{LabelOperator, LabelRequirement, LabelSelector};
 pub use leaf::AbsolutePath;
@@ -71,7 +73,7 @@ pub(crate) use resource::{Manifests, NAMESPACE_POLICY, POLICY, is_manifest, mani
 pub use role::Role;
 pub use routes::{DEFAULT_METRIC, Discovery, Health, OnWithdraw, Routes, TABLE_MAIN};
 pub use rules::{MAX_RULES, Rule, RuleName};
-pub(crate) use shape::inlined_schema_of as schema_of;
+pub(crate) use shape::{inlined_schema_of as schema_of, whole_number};
 pub use static_route::{DetailedVia, OneOrMany, StaticRoute, TABLE_LOCAL, Via};
 pub use syslog::Syslog;
 pub use time_span::TimeSpan;
@@ -80,10 +82,13 @@ use self::leaf::Problem;
 use self::node::Node;
 use self::report::{Findings, Path, Report, Severity};
 use self::shape::Shape;
-use crate::{kernel::memory, model::Policy};
+use crate::{
+    kernel::{files, memory},
+    model::Policy,
+};
 
-/// The largest file that is read, in bytes. A million rules take about 150 MB.
-const MAX_FILE: u64 = 512 * 1024 * 1024;
+/// The largest file that is read, in bytes.
+const MAX_FILE: u64 = files::MAX_CONFIGURATION;
 
 /// The configuration of bridge-agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -144,13 +149,21 @@ pub fn load(path: &FilePath) -> Result<Loaded, ConfigErrors> {
     loaded
 }
 
-/// Checks the content of a configuration file that was read already.
+/// As [`load`], for a process that goes on: it refuses a FIFO and a device, which could block it for ever.
 ///
 /// # Errors
 /// As [`load`].
-pub(crate) fn load_content(content: Vec<u8>, path: &FilePath) -> Result<Loaded, ConfigErrors> {
+pub(crate) fn load_regular(path: &FilePath) -> Result<Loaded, ConfigErrors> {
+    load_content(files::read_regular(path, MAX_FILE), path)
+}
+
+/// Checks the content of a configuration file that was read already, or could not be read.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn load_content(content: io::Result<Vec<u8>>, path: &FilePath) -> Result<Loaded, ConfigErrors> {
     let text =
-        text(content).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))?;
+        content.and_then(text).map_err(|error| ConfigErrors::of_file(path, unreadable(path, &error)))?;
     let loaded = parse(&text, Some(path));
     drop(text);
     memory::trim();
@@ -162,7 +175,7 @@ pub(crate) fn load_content(content: Vec<u8>, path: &FilePath) -> Result<Loaded, 
 /// # Errors
 /// If it cannot be read.
 pub fn read_text(path: &FilePath) -> Result<String, ConfigErrors> {
-    read(path).map_err(|error| ConfigErrors(Diagnostics::of_file(path, unreadable(path, &error))))
+    read(path).map_err(|error| ConfigErrors::of_file(path, unreadable(path, &error)))
 }
 
 /// Checks the text of a configuration; messages call it `file`.
@@ -324,6 +337,7 @@ fn unreadable(path: &FilePath, error: &io::Error) -> Problem {
             "write the file, starting from deploy/examples, or name another one with --config FILE".into()
         }
         io::ErrorKind::PermissionDenied => format!("run as a user who may read it: ls -l {}", path.display()),
+        io::ErrorKind::Unsupported => "move a regular file in its place, or a link to one".into(),
         io::ErrorKind::IsADirectory => "name a file in this directory with --config FILE".into(),
         io::ErrorKind::InvalidData => "save the file as UTF-8".into(),
         io::ErrorKind::FileTooLarge => "join rules: one rule takes several networks and port ranges".into(),

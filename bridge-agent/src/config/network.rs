@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use ipnet::IpNet;
 
-use super::leaf::{Leaf, Problem, has_leading_zero, leaf};
+use super::leaf::{Leaf, Problem, has_leading_zero, leading_zero, leaf};
 
 /// A network in CIDR notation (RFC 4632, RFC 4291 section 2.3), host bits zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -109,12 +109,12 @@ fn net(text: &str) -> Option<IpNet> {
 }
 
 fn not_a_network(text: &str) -> Problem {
-    let problem = format!("`{text}` is not a network");
-    let without = without_leading_zeros(text);
-    if without != text && net(&without).is_some() {
-        let problem = format!("`{text}` has a number with a leading zero, which some readers take for octal");
-        return Problem::new(problem, format!("write {without} if the numbers are decimal"));
+    if let Some(problem) =
+        leading_zero(text, |shortest| net(shortest).is_some() || IpAddr::from_str(shortest).is_ok())
+    {
+        return problem;
     }
+    let problem = format!("`{text}` is not a network");
     if let Some((address, length)) = text.split_once('/')
         && let Ok(address) = IpAddr::from_str(address)
     {
@@ -123,20 +123,6 @@ fn not_a_network(text: &str) -> Problem {
         return Problem::new(problem, help);
     }
     Problem::new(problem, "write ADDRESS/LENGTH, such as 192.168.31.0/24 or fd00:31::/64")
-}
-
-/// The same text with each decimal number at its shortest; IPv6 groups are left alone.
-pub(super) fn without_leading_zeros(text: &str) -> String {
-    let (address, length) = text.split_once('/').unwrap_or((text, ""));
-    let shortest = |number: &str| match number.trim_start_matches('0') {
-        "" if !number.is_empty() => "0".to_owned(),
-        rest => rest.to_owned(),
-    };
-    let address = match address.contains(':') {
-        true => address.to_owned(),
-        false => address.split('.').map(shortest).collect::<Vec<_>>().join("."),
-    };
-    format!("{address}/{}", shortest(length))
 }
 
 fn check(text: &str, net: IpNet) -> Result<Network, Problem> {
@@ -214,7 +200,10 @@ mod tests {
             assert_eq!(Network::parse(bad).unwrap_err().help, help, "{bad}");
             assert_eq!(HostOrNetwork::parse(bad).unwrap_err().help, help, "{bad}");
         }
-        assert!(HostOrNetwork::parse("192.168.031.67").is_err());
+        assert_eq!(
+            HostOrNetwork::parse("192.168.031.67").unwrap_err().help,
+            "write 192.168.31.67 if the numbers are decimal"
+        );
         for good in ["0.0.0.0/0", "::/0", "fd00:0031::/64", "10.0.0.0/8"] {
             assert!(Network::parse(good).is_ok(), "{good}");
         }

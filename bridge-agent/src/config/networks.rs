@@ -8,6 +8,7 @@ use super::leaf::Problem;
 use super::network::{HostOrNetwork, Network};
 use super::report::{Path, Report};
 use super::role::Role;
+use super::special;
 
 /// The networks whose traffic with each other is judged. Everything else passes untouched.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -64,6 +65,8 @@ impl Networks {
         let (pod_nets, external_nets) = (self.pod_nets(), self.external_nets());
         repeated(&pods, &pod_nets, report);
         repeated(&external, &external_nets, report);
+        no_hosts(&pods, &pod_nets, report);
+        no_hosts(&external, &external_nets, report);
         for (index, net) in external_nets.iter().enumerate() {
             if let Some(pod) = pod_nets.iter().find(|pod| overlap(pod, net)) {
                 report.error(
@@ -92,10 +95,19 @@ impl Networks {
             );
         }
         let nodes = path.key("nodes");
-        if report.intact(&pods) && report.intact(&external) && !kubernetes {
+        no_hosts(&nodes, &self.node_nets(), report);
+        repeated(&nodes, &self.node_nets(), report);
+        if report.intact(&pods) && report.intact(&external) {
+            // Two halves enclose a network as well.
+            let joined = IpNet::aggregate(&self.node_nets());
             for (index, host) in self.nodes.iter().enumerate() {
                 let net = host.net();
-                if !contained(&net, &pod_nets) && !contained(&net, &external_nets) {
+                let whole = joined.iter().find(|whole| whole.contains(&net)).unwrap_or(&net);
+                if let Some(problem) = encloses(*host, whole, &pod_nets, &external_nets) {
+                    report.error(&nodes.index(index), problem);
+                } else if !kubernetes
+                    && !pod_nets.iter().chain(&external_nets).any(|known| overlap(known, &net))
+                {
                     report.warn(
                         &nodes.index(index),
                         Problem::new(
@@ -111,12 +123,43 @@ impl Networks {
     }
 }
 
+/// Refuses an entry of `nodes` that makes nodes of all hosts of a network. `whole` is the entry joined with its neighbours.
+/// The address of one host is never refused.
+fn encloses(host: HostOrNetwork, whole: &IpNet, pods: &[IpNet], external: &[IpNet]) -> Option<Problem> {
+    let net = host.net();
+    if net.prefix_len() == net.max_prefix_len() {
+        return None;
+    }
+    let inner = |nets: &[IpNet]| nets.iter().find(|inner| whole.contains(*inner)).copied();
+    let all = match (inner(external), inner(pods)) {
+        (Some(lan), _) => {
+            format!("all of the external network {lan}: every LAN host there would count as a node")
+        }
+        (None, Some(pods)) => format!("all of the pod network {pods}: every pod there would count as a node"),
+        (None, None) if net.prefix_len() == 0 => "every address: every host would count as a node".to_owned(),
+        (None, None) => return None,
+    };
+    Some(Problem::new(
+        format!("{host} makes nodes of {all}, and nodes are not restricted"),
+        "write the addresses of the nodes one by one, such as `nodes: [192.168.31.17]`",
+    ))
+}
+
 /// Returns the address family that pods have and no external network has.
 pub(crate) fn family_without_external(pods: &[IpNet], external: &[IpNet]) -> Option<&'static str> {
     let has = |nets: &[IpNet], v4: bool| nets.iter().any(|net| matches!(net, IpNet::V4(_)) == v4);
     [(true, "IPv4"), (false, "IPv6")]
         .into_iter()
         .find_map(|(v4, name)| (has(pods, v4) && !has(external, v4)).then_some(name))
+}
+
+/// Refuses networks whose addresses no forwarded packet has.
+pub(super) fn no_hosts(path: &Path<'_>, nets: &[IpNet], report: &mut Report<'_>) {
+    for (index, net) in nets.iter().enumerate() {
+        if let Some(problem) = special::no_hosts(net) {
+            report.error(&path.index(index), problem);
+        }
+    }
 }
 
 /// Warns of networks that another one of the same list already contains.
@@ -139,9 +182,4 @@ pub(crate) fn repeated(path: &Path<'_>, nets: &[IpNet], report: &mut Report<'_>)
 /// Whether the two share an address.
 pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
-}
-
-/// Whether one of `nets` contains all of `net`.
-pub(crate) fn contained(net: &IpNet, nets: &[IpNet]) -> bool {
-    nets.iter().any(|outer| outer.contains(net))
 }

@@ -5,10 +5,12 @@
 //! `no`, `1_000`).
 
 use std::borrow::Cow;
+use std::fmt;
 use std::str::FromStr;
 
+use serde::Deserialize;
 use serde::de::value::{Error, MapDeserializer, SeqDeserializer};
-use serde::de::{Deserializer, Error as _, IntoDeserializer, Visitor};
+use serde::de::{Deserializer, Error as _, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 
 use super::path::Path;
 
@@ -175,5 +177,77 @@ impl<'de> IntoDeserializer<'de, Error> for &'de Node<'_> {
 
     fn into_deserializer(self) -> Self {
         self
+    }
+}
+
+/// A tree is read from JSON, too; its values have no places.
+impl<'de> Deserialize<'de> for Node<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Tree)
+    }
+}
+
+struct Tree;
+
+fn node<'s, E>(value: Value<'s>) -> Result<Node<'s>, E> {
+    Ok(Node { at: Span { offset: 0, len: 0, line: 0 }, index: 0, damaged: false, value })
+}
+
+fn plain<'s, E>(text: impl Into<Cow<'s, str>>) -> Result<Node<'s>, E> {
+    node(Value::Plain(text.into()))
+}
+
+impl<'de> Visitor<'de> for Tree {
+    type Value = Node<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Node<'de>, E> {
+        plain("null")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Node<'de>, E> {
+        plain(if value { "true" } else { "false" })
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Node<'de>, E> {
+        plain(value.to_string())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Node<'de>, E> {
+        plain(value.to_string())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Node<'de>, E> {
+        // With a point: 1.0 is no port.
+        plain(format!("{value:?}"))
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<Node<'de>, E> {
+        node(Value::Quoted(text.to_owned().into()))
+    }
+
+    fn visit_borrowed_str<E>(self, text: &'de str) -> Result<Node<'de>, E> {
+        node(Value::Quoted(text.into()))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Node<'de>, A::Error> {
+        let mut list = Vec::with_capacity(1);
+        while let Some(node) = elements.next_element::<Node<'de>>()? {
+            list.push(Node { index: u32::try_from(list.len()).unwrap_or(u32::MAX), ..node });
+        }
+        node(Value::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Node<'de>, A::Error> {
+        let mut map = Vec::new();
+        while let Some((key, node)) = entries.next_entry::<Node<'de>, Node<'de>>()? {
+            if let Value::Quoted(name) = key.value {
+                map.push((Key { name, at: key.at }, node));
+            }
+        }
+        node(Value::Map(map))
     }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::leaf::{Leaf, Problem, leaf};
+use super::leaf::{Leaf, Problem, leaf, unprintable};
 use super::network::Network;
 use super::networks::Networks;
 use super::node_ports::NodePorts;
@@ -31,7 +31,7 @@ pub struct PortPool {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub transparent: Option<Transparent>,
     /// The most ports that one pod, or a host with all its processes, may hold at a time to one destination.
-    /// Left out: all of them.
+    /// Left out: all of them while no other pod uses the pool, else as many as leave a quarter of the rest free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]
     pub quota: Option<u32>,
@@ -105,7 +105,12 @@ impl Leaf for CgroupPath {
 
     fn parse(text: &str) -> Result<Self, Problem> {
         const HELP: &str = "write the path below the cgroup2 mount, such as / or /kubepods.slice";
-        if let Some(below) = text.strip_prefix("/sys/fs/cgroup") {
+        if let Some(problem) = unprintable(text) {
+            return Err(problem);
+        }
+        let below =
+            text.strip_prefix("/sys/fs/cgroup").filter(|below| below.is_empty() || below.starts_with('/'));
+        if let Some(below) = below {
             let below = below.strip_prefix("/unified").unwrap_or(below);
             let below = if below.is_empty() { "/" } else { below };
             return Err(Problem::new(
@@ -114,7 +119,6 @@ impl Leaf for CgroupPath {
             ));
         }
         let clean = text.starts_with('/')
-            && !text.contains('\0')
             && (text == "/" || text[1..].split('/').all(|part| !matches!(part, "" | "." | "..")));
         if clean {
             Ok(Self(text.into()))
@@ -267,6 +271,9 @@ impl PortPool {
         }
         let transparent = path.key("transparent");
         let cgroups = transparent.key("cgroups");
+        if let Some(transparent) = &self.transparent {
+            report.repeated(&cgroups, &transparent.cgroups);
+        }
         if let Some(transparent) = &self.transparent
             && transparent.cgroups.is_empty()
             && report.intact(&cgroups)

@@ -41,6 +41,19 @@ impl Leaf for PortItem {
     }
 }
 
+/// Reads one port, 1 to 65535.
+///
+/// # Errors
+/// The fault of `text`, and its remedy.
+pub(crate) fn one_port(text: &str) -> Result<u16, Problem> {
+    match text.split_once('-') {
+        Some((first, _)) if !first.is_empty() => {
+            Err(Problem::new(format!("`{text}` is not one port"), "write a number from 1 to 65535"))
+        }
+        _ => port(text, text),
+    }
+}
+
 /// One port out of `whole`, which the message quotes.
 fn port(text: &str, whole: &str) -> Result<u16, Problem> {
     let trimmed = text.trim();

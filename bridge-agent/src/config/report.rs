@@ -98,6 +98,16 @@ impl<'t> Report<'t> {
         self.push(Severity::Warning, path, problem);
     }
 
+    /// Reports each element of the list at `path` that is there before.
+    pub(crate) fn repeated<T: PartialEq>(&mut self, path: &Path<'_>, list: &[T]) {
+        for (index, element) in list.iter().enumerate() {
+            if list[..index].contains(element) {
+                let problem = Problem::new("this is in the list twice", "remove one of them");
+                self.error(&path.index(index), problem);
+            }
+        }
+    }
+
     fn push(&mut self, severity: Severity, path: &Path<'_>, problem: Problem) {
         let (node, _) = self.resolve(path);
         self.findings.push(severity, &node.original(path), Some(node.at), problem);
@@ -280,6 +290,13 @@ impl Diagnostics {
 /// Why a configuration was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct ConfigErrors(pub Diagnostics);
+
+impl ConfigErrors {
+    /// One fault that belongs to no line of a file.
+    pub(crate) fn of_file(file: &FilePath, problem: Problem) -> Self {
+        Self(Diagnostics::of_file(file, problem))
+    }
+}
 
 impl fmt::Display for ConfigErrors {
     /// Without colours.

@@ -47,7 +47,13 @@ struct Spec {
 /// The policy is not valid; the errors have paths and remedies.
 pub(crate) fn policy_rules(json: &str, scope: PolicyScope) -> Result<Vec<Rule>, ConfigErrors> {
     let mut findings = Findings::default();
-    // JSON is YAML.
+    let read = serde_json::from_str(json).ok();
+    let read = read.and_then(|mut tree| policy(&mut tree, scope, &mut findings));
+    if let Some(rules) = read.filter(|_| !findings.has_errors()) {
+        return Ok(rules);
+    }
+    // JSON is YAML. With places, which have the findings in the order of the text.
+    let mut findings = Findings::default();
     let rules = yaml::parse(json, &mut findings).and_then(|mut tree| policy(&mut tree, scope, &mut findings));
     let failed = findings.has_errors();
     match rules {

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::leaf::{AbsolutePath, Problem, SocketAddress};
 use super::network::Network;
+use super::networks;
 use super::report::{Path, Report};
 use super::static_route::{self, StaticRoute, check_table};
 use super::time_span::TimeSpan;
@@ -109,6 +110,10 @@ impl Routes {
     pub(crate) fn check(&self, pods: bool, path: &Path<'_>, report: &mut Report<'_>) {
         check_table(self.table, &path.key("table"), report);
         static_route::check(&self.fixed, self.table, &path.key("static"), report);
+        let inside: Vec<_> = self.allow_inside.iter().map(|network| network.net()).collect();
+        let allow_inside = path.key("allowInside");
+        networks::repeated(&allow_inside, &inside, report);
+        networks::no_hosts(&allow_inside, &inside, report);
         self.health.check(&path.key("health"), report);
         if self.discovery.is_some() && !pods {
             report.error(

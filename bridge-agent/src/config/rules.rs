@@ -37,11 +37,11 @@ pub struct Rule {
     pub pods: Option<Vec<Network>>,
     /// Pods by label, instead of `pods`, such as `{matchLabels: {app: api}}`. Needs a `kubernetes` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pod_selector: Option<LabelSelector>,
+    pub pod_selector: Option<Box<LabelSelector>>,
     /// Pods by the labels of their namespace, instead of `pods`; with `podSelector`, both must match. Left out: every
     /// namespace. Needs a `kubernetes` section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub namespace_selector: Option<LabelSelector>,
+    pub namespace_selector: Option<Box<LabelSelector>>,
     /// The protocol. `any` covers every IP protocol; with ports, those that have ports: TCP, UDP and SCTP.
     pub protocol: Protocol,
     /// Destination ports: numbers and ranges with both ends included, such as `[40002, "60001-60100"]`. Required for `tcp`,
@@ -332,6 +332,7 @@ impl Rule {
         }
         let nets: Vec<IpNet> = nets.iter().map(|network| network.net()).collect();
         super::networks::repeated(path, &nets, report);
+        super::networks::no_hosts(path, &nets, report);
         if !context.of_a_file {
             bound(side, nets.len(), bounds::NETWORKS, path, report);
         }

@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::net::IpAddr;
+use std::str::FromStr;
 
 use schemars::generate::SchemaSettings;
 use schemars::transform::RecursiveTransform;
@@ -328,6 +329,15 @@ fn boolean(text: &str) -> Result<(), Problem> {
         "true" | "false" => Ok(()),
         _ => Err(Problem::new(format!("`{text}` is neither true nor false"), help)),
     }
+}
+
+/// Reads a whole number from `min` on, which [`FromStr`] alone would take with a sign or leading zeros.
+///
+/// # Errors
+/// The fault of `text`, and its remedy.
+pub(crate) fn whole_number<T: FromStr>(text: &str, min: i64) -> Result<T, Problem> {
+    integer(text, min, i64::MAX)?;
+    text.parse().map_err(|_| Problem::new(format!("{text} is too large"), "write a smaller number"))
 }
 
 fn integer(text: &str, min: i64, max: i64) -> Result<(), Problem> {

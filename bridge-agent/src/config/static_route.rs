@@ -21,9 +21,10 @@ use serde::de::{Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::interface::InterfaceName;
-use super::leaf::Problem;
+use super::leaf::{Problem, is_of_a_group};
 use super::network::Network;
 use super::report::{Path, Report};
+use super::special::never_routed;
 
 /// `RT_TABLE_LOCAL` of `linux/rtnetlink.h`: the host's own, broadcast and multicast addresses.
 pub const TABLE_LOCAL: u32 = 255;
@@ -219,6 +220,9 @@ impl StaticRoute {
                     "write the networks of the pods",
                 ),
             );
+        } else if let Some(special) = never_routed(&to) {
+            let message = format!("{to} has addresses to which no route leads: {special}");
+            report.error(&path.key("to"), Problem::new(message, "write the networks of the pods"));
         }
         if let Some(table) = self.table {
             check_table(table, &path.key("table"), report);
@@ -260,8 +264,10 @@ impl StaticRoute {
         const NODE: &str = "write the address that the node has on the LAN";
         let (to, via) = (self.to.net(), hop.address());
         let link_local = matches!(via, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        let (message, help) = if via.is_unspecified() || via.is_multicast() || via.is_loopback() {
+        let (message, help) = if via.is_loopback() || via.is_unspecified() || is_of_a_group(via) {
             (format!("{via} cannot be a next hop"), NODE)
+        } else if via.to_canonical() != via {
+            (format!("{via} is an IPv4 address in the form of IPv6, which never is on the wire"), NODE)
         } else if via.is_ipv4() && matches!(to, IpNet::V6(_)) {
             (format!("{to} is IPv6, and the next hop {via} is not"), "write an IPv6 next hop")
         } else if to.prefix_len() > 0 && to.contains(&via) {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::leaf::{Leaf, Problem, leaf};
+use super::leaf::{Leaf, Problem, has_leading_zero, leaf};
 
 /// A duration, from 1 ms to 365 days, in whole milliseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -44,18 +44,28 @@ impl Leaf for TimeSpan {
             Problem::new(format!("`{text}` is not a duration"), help)
         };
         let mut rest = text;
-        let mut total: u64 = 0;
+        let (mut total, mut before): (u64, u64) = (0, u64::MAX);
         if rest.is_empty() {
             return Err(bad());
         }
         while !rest.is_empty() {
             let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(bad)?;
-            let number: u64 = rest[..digits].parse().map_err(|_| bad())?;
-            rest = &rest[digits..];
-            let letters = rest.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(rest.len());
-            let (_, scale) = UNITS.iter().find(|(unit, _)| *unit == &rest[..letters]).ok_or_else(bad)?;
-            rest = &rest[letters..];
-            total = number.checked_mul(*scale).and_then(|part| total.checked_add(part)).ok_or_else(bad)?;
+            let (digits, after) = rest.split_at(digits);
+            let number: u64 = digits.parse().map_err(|_| bad())?;
+            let letters = after.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(after.len());
+            let (letters, after) = after.split_at(letters);
+            let (unit, scale) = *UNITS.iter().find(|(unit, _)| *unit == letters).ok_or_else(bad)?;
+            if has_leading_zero(digits) {
+                let message =
+                    format!("`{digits}` in `{text}` has a leading zero, which some readers take for octal");
+                return Err(Problem::new(message, format!("write {number}{unit} if it is decimal")));
+            }
+            if scale >= before {
+                let message = format!("the units of `{text}` are not in order");
+                return Err(Problem::new(message, "write each unit once, the largest first, such as 1h30m"));
+            }
+            (rest, before) = (after, scale);
+            total = number.checked_mul(scale).and_then(|part| total.checked_add(part)).ok_or_else(bad)?;
         }
         let span = Duration::from_millis(total);
         if span.is_zero() || span > MOST {
@@ -102,8 +112,23 @@ mod tests {
     #[test]
     fn a_bare_number_is_told_to_say_its_unit() {
         assert_eq!(TimeSpan::parse("30").unwrap_err().help, "say the unit: 30s for seconds");
-        for bad in ["", "s", "-1s", "1.5s", "1 s", "30S", "0s", "366d", "1y", "5s5", "99999999999999999999d"]
-        {
+        assert_eq!(TimeSpan::parse("05s").unwrap_err().help, "write 5s if it is decimal");
+        for bad in [
+            "5s5s",
+            "1m1h",
+            "1h007m",
+            "",
+            "s",
+            "-1s",
+            "1.5s",
+            "1 s",
+            "30S",
+            "0s",
+            "366d",
+            "1y",
+            "5s5",
+            "99999999999999999999d",
+        ] {
             assert!(TimeSpan::parse(bad).is_err(), "{bad:?}");
         }
     }

@@ -113,7 +113,7 @@ pub enum Refusal {
         /// The desired route.
         route: String,
         /// Loopback, multicast or link-local.
-        network: &'static str,
+        network: String,
     },
     /// Something that is not a route at all.
     #[error("{route}: {fault}")]

@@ -15,6 +15,7 @@ use super::model::{
 use super::prefix_map::{PrefixMap, host};
 use super::refusal::Refusal;
 use super::settings::Settings;
+use crate::config::special::never_routed;
 
 /// What a desired route comes to.
 #[derive(Debug, PartialEq, Eq)]
@@ -130,12 +131,14 @@ impl<'a> Surroundings<'a> {
                 existing: existing.map(|r| self.observed.show(r)),
             });
         }
-        if let Some(what) = never_routed(key.to) {
-            return Err(Refusal::NotRoutable { route: desired.to_string(), network: what });
+        if let Some(network) = never_routed(&key.to) {
+            return Err(Refusal::NotRoutable { route: desired.to_string(), network });
         }
         if key.table == TABLE_LOCAL || key.table == 0 {
-            let what =
-                format!("table {} is not for routes; write `table: main` or a number of your own", key.table);
+            let what = format!(
+                "table {} is not for routes; write 254 for the main table, or a number of your own",
+                key.table
+            );
             return Err(Refusal::Malformed { route: desired.to_string(), fault: what });
         }
         match self.contest(key) {
@@ -276,20 +279,5 @@ impl<'a> Surroundings<'a> {
         })?;
         let link = self.observed.links.get(&address.ifindex)?;
         Some(format!("interface {} ({}) is down", link.name, address.net))
-    }
-}
-
-fn never_routed(net: IpNet) -> Option<&'static str> {
-    let within = |text: &str| {
-        text.parse::<IpNet>().is_ok_and(|special| special.contains(&net) || net.contains(&special))
-    };
-    match net {
-        IpNet::V4(_) if within("127.0.0.0/8") => Some("loopback (127.0.0.0/8)"),
-        IpNet::V4(_) if within("224.0.0.0/3") => Some("multicast or reserved space (224.0.0.0/3)"),
-        IpNet::V4(_) if within("169.254.0.0/16") => Some("link-local (169.254.0.0/16)"),
-        IpNet::V6(_) if within("::1/128") => Some("loopback (::1/128)"),
-        IpNet::V6(_) if within("ff00::/8") => Some("multicast (ff00::/8)"),
-        IpNet::V6(_) if within("fe80::/10") => Some("link-local (fe80::/10)"),
-        _ => None,
     }
 }

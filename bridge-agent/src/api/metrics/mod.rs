@@ -110,8 +110,18 @@ impl Scrape {
             })
         }
         let maps = maps.as_deref();
-        let reasons = part(maps, &mut errors, Maps::reason_counts);
-        let (rules, rules_omitted) = part(maps, &mut errors, |maps| Ok(most_hit(maps.hit_rules()?)));
+        let (mut reasons, mut rules) =
+            (part(maps, &mut errors, Maps::reason_counts), part(maps, &mut errors, Maps::hit_rules));
+        if let Some(counts) = shared.filter_counts().filter(|_| maps.is_none()) {
+            match (counts.reasons(), counts.rules()) {
+                (Ok(of_reasons), Ok(of_rules)) => (reasons, rules) = (of_reasons, of_rules),
+                (Err(error), _) | (_, Err(error)) => {
+                    tracing::debug!(error, "the counters of the packet filter are unreadable");
+                    errors += 1;
+                }
+            }
+        }
+        let (rules, rules_omitted) = most_hit(rules);
         let outcomes = part(maps, &mut errors, Maps::outcome_counts);
         let shielded = maps.map(|_| part(maps, &mut errors, Maps::shielded).packets);
         let fills = part(maps, &mut errors, Maps::fill);
@@ -296,17 +306,21 @@ impl Collector for Scrape {
                 let by_filter = denied.iter().map(|(cause, packets)| {
                     ([("denied_by", engine), ("reason", cause.trim_start_matches("bridge:"))], *packets)
                 });
+                // Nothing compares in this direction with nftables: no series instead of one that is always zero.
                 let by_ebpf = ([("denied_by", "ebpf"), ("reason", "policy")], divergence.denied_by_ebpf);
+                let by_ebpf = (!nftables).then_some(by_ebpf);
                 let name = (
                     "divergence",
                     "Packets that one engine has denied and the other let through or would have",
                 );
-                family(encoder, name, COUNTER, by_filter.chain([by_ebpf]))?;
-                let name =
-                    ("divergence_compared", "Packets that eBPF has denied: whether iptables was asked too");
+                family(encoder, name, COUNTER, by_filter.chain(by_ebpf))?;
+                let name = (
+                    "divergence_compared",
+                    "Packets that eBPF has denied: whether the other engine was asked too",
+                );
                 let compared = [("yes", divergence.compared), ("no", divergence.not_compared)];
                 let compared = compared.map(|(asked, packets)| ([("asked", asked)], packets));
-                family(encoder, name, COUNTER, compared)?;
+                family(encoder, name, COUNTER, compared.into_iter().filter(|_| !nftables))?;
             }
             let failure = (
                 if nftables { "nftables_failure" } else { "iptables_failure" },
@@ -391,13 +405,16 @@ fn encode_routes(encoder: &mut DescriptorEncoder<'_>, routes: &RoutesStatus) -> 
 }
 
 fn encode_pool(encoder: &mut DescriptorEncoder<'_>, pool: &Summary) -> fmt::Result {
-    let Summary { mode, available, held, warm, counters, leases, masquerade_repairs, .. } = pool;
+    let Summary { mode, available, held, warm, busiest, counters, leases, masquerade_repairs, .. } = pool;
     let kernel = ("pool_in_kernel", "1: hooks claim ports; 0: ports are leased by the agent alone");
     single(encoder, kernel, GAUGE, u64::from(mode == "kernel"))?;
     let ports = ("pool_available_ports", "Ports of the pool, towards each destination");
     single(encoder, ports, GAUGE, u64::from(*available))?;
     let states = [("held", *held), ("warm", *warm)].map(|(state, count)| ([("state", state)], count));
     family(encoder, ("pool_ports", "Ports that are not free, over all destinations"), GAUGE, states)?;
+    let most =
+        ("pool_busiest_destination_ports", "Ports in use towards the destination that has most of them");
+    single(encoder, most, GAUGE, *busiest)?;
     let of = |hooks: u64, agent: u64| [([("by", "hook")], hooks), ([("by", "agent")], agent)];
     let claims = ("pool_claims", "Ports claimed by hooks, and leased by the agent");
     family(encoder, claims, COUNTER, of(counters.claims, leases.acquired))?;

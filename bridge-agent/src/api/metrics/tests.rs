@@ -143,8 +143,9 @@ fn docs_metrics_lists_every_metric() {
          generated from the\nregistry: `BLESS=1 cargo test -p bridge-agent --lib docs_metrics`. Alerts and a dashboard are \
          in\n[deploy/monitoring](../deploy/monitoring).\n\n| metric | type | labels | meaning |\n| --- | --- | --- | --- |\n",
     );
-    let text = encoded(whole());
-    let families = families(&text);
+    let (with_iptables, mut with_nftables) = (encoded(whole()), whole());
+    with_nftables.status.firewall.as_mut().unwrap().engine = "nftables".into();
+    let families = families(&(with_iptables + &encoded(with_nftables)));
     for (name, Family { help, kind, labels }) in &families {
         let labels: Vec<_> = labels.iter().map(|label| format!("`{label}`")).collect();
         let (name, labels) = (queried(name, kind), labels.join(", "));

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use self::redact::Redactor;
 use super::{
-    Error, Global, block_on, doctor,
+    Error, Global, block_on, doctor, get,
     output::{Output, print, print_json},
 };
 use crate::{
@@ -147,10 +147,7 @@ fn versions() -> Value {
 
 /// Asks the agent.
 fn ask(global: &Global, path: &str) -> Result<Value, String> {
-    let answer = block_on(async {
-        Ok::<Value, Error>(Client::connect(&global.agent_socket()).await?.get(path).await?)
-    });
-    answer.map_err(|error| error.to_string())
+    get(global, path).map_err(|error: Error| error.to_string())
 }
 
 /// The last events that the agent has kept.

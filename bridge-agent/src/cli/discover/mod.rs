@@ -16,7 +16,7 @@ pub(super) use self::failure::Failure;
 use super::{
     Error, Global, block_on,
     output::{print, print_json, show},
-    time,
+    time, values,
 };
 use crate::api::client::{self, Client};
 use crate::config;
@@ -48,13 +48,13 @@ enum Action {
 #[derive(Debug, Args)]
 struct Listen {
     /// Address and port; left out, `routes.discovery.listen` of the configuration
-    #[arg(long, value_name = "ADDRESS:PORT", requires = "key_file")]
+    #[arg(long, value_name = "ADDRESS:PORT", requires = "key_file", value_parser = values::socket_address)]
     listen: Option<SocketAddr>,
     /// The file with the key; the same as in the pods
     #[arg(long, value_name = "FILE", requires = "listen")]
     key_file: Option<PathBuf>,
     /// Believe only pods of this network; may be repeated; left out, `networks.pods` of the configuration
-    #[arg(long, value_name = "NETWORK")]
+    #[arg(long, value_name = "NETWORK", value_parser = values::network)]
     pods: Vec<IpNet>,
     /// Do not connect back: trust every holder of the key
     #[arg(long)]
@@ -92,10 +92,10 @@ struct Probe {
 #[derive(Debug, Args)]
 struct Sniff {
     /// The TCP port that a client in a pod connects to; nothing needs to listen on it
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_parser = values::port)]
     port: u16,
     /// End after NUMBER connections
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = values::number::<u64>)]
     count: Option<u64>,
     /// End after this time, such as 20s
     #[arg(long = "for", value_name = "TIME", value_parser = time)]
@@ -161,7 +161,7 @@ impl Listen {
     /// The whole setup of the configuration, if there is one: routes of its other sources stay as they are.
     fn setup(&self, path: &Path, state: &Path) -> Result<Setup, Error> {
         let mut setup = if path.exists() || self.listen.is_none() {
-            Setup::from_config(&config::load(path)?.config, state)?
+            Setup::from_config(&config::load_regular(path)?.config, state)?
         } else {
             Setup::default()
         };

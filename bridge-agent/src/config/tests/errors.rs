@@ -175,6 +175,48 @@ fn networks_do_not_overlap_and_have_no_host_bits() {
 }
 
 #[test]
+fn nodes_do_not_enclose_a_network_of_hosts_or_pods() {
+    let of = |nodes: &str| {
+        findings(&format!(
+            "role: node\nnetworks:\n  pods: [10.200.1.0/24, 'fd00:1::/64']\n  external: [192.168.31.0/24, 192.168.40.9/32, 'fd31::/64']\n  nodes: [{nodes}]\n"
+        ))
+    };
+    for nodes in [
+        "0.0.0.0/0",
+        "'::/0'",
+        "192.168.31.0/24",
+        "192.168.0.0/16",
+        "10.200.1.0/24",
+        "10.0.0.0/8",
+        "'fd31::/64'",
+        "192.168.31.0/25, 192.168.31.128/25",
+        "192.168.40.8/30",
+    ] {
+        let text = of(nodes);
+        assert!(
+            text.contains("and nodes are not restricted") && !text.contains("warning"),
+            "{nodes}: {text}"
+        );
+    }
+    for nodes in
+        ["192.168.31.17", "192.168.31.16/28", "10.200.1.1", "192.168.40.9", "192.168.31.16/31, 'fd31::17'"]
+    {
+        assert_eq!(of(nodes), "", "{nodes}");
+    }
+    assert_snapshot!(of("192.168.0.0/16, 172.16.0.0/12, 10.200.0.0/16"), @r"
+    5:11 192.168.0.0/16: 192.168.0.0/16 makes nodes of all of the external network 192.168.31.0/24: every LAN host there would count as a node, and nodes are not restricted; write the addresses of the nodes one by one, such as `nodes: [192.168.31.17]`
+    warning: 5:27 172.16.0.0/12: 172.16.0.0/12 lies in no network of `pods` or `external`, so this changes nothing; remove it, or correct it
+    5:42 10.200.0.0/16: 10.200.0.0/16 makes nodes of all of the pod network 10.200.1.0/24: every pod there would count as a node, and nodes are not restricted; write the addresses of the nodes one by one, such as `nodes: [192.168.31.17]`
+    ");
+    // Pods of the cluster are not known here.
+    let learned = "role: node\nkubernetes: {}\nnetworks: {external: [192.168.31.0/24], nodes: [0.0.0.0/0]}\n";
+    assert!(findings(learned).contains("and nodes are not restricted"), "{}", findings(learned));
+    let no_v6 =
+        "role: node\nnetworks: {pods: [10.200.1.0/24], external: [192.168.31.0/24], nodes: ['::/0']}\n";
+    assert!(findings(no_v6).contains("every host would count as a node"), "{}", findings(no_v6));
+}
+
+#[test]
 fn networks_are_needed_on_a_node() {
     assert_snapshot!(findings("role: node\n"), @r"
     1:1 role: node: no pod network is given; write the networks of this node's pods, such as `pods: [10.200.1.0/24]` under `networks`, or a `kubernetes` section to learn them from the cluster
@@ -325,7 +367,7 @@ routes:
     21:22 10ms: an interval of 10ms would flood the LAN; write 200ms or more
     21:50 0: 0 is out of bounds; write a whole number from 1 to 65535
     22:14 {listen: 12345}: `keyFile` is missing; add `keyFile`, such as `keyFile: /etc/bridge/discovery.key`
-    22:23 12345: `12345` is not an address with a port; write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469
+    22:23 12345: `12345` is not an address with a port; write ADDRESS:PORT with a port from 1 to 65535, such as 127.0.0.1:9469 or [::1]:9469
     ");
     assert_snapshot!(findings("role: host
 routes:
@@ -351,7 +393,7 @@ fn iptables_is_told_what_it_can_do() {
 #[test]
 fn enforcement_that_contradicts_itself() {
     assert_snapshot!(findings(&format!("{MINIMAL}enforcement:\n  engines: [ebpf, ebpf]\n  interfaces: {{external: [eth0, \"a/b\"], internal: [eth0]}}\n  timeouts: {{icmp: 30, other: 0s, tcpReset: soon}}\n  events: {{rate: 1e3, allowed: yes}}\n  flows: {{established: 10, halfOpen: \"65536\"}}\n")), @r#"
-    4:19 ebpf: this engine is in the list twice; remove one of them
+    4:19 ebpf: this is in the list twice; remove one of them
     5:33 "a/b": `a/b` contains '/', which no interface name can; write a name such as eth0, or a pattern such as "cali*"
     5:52 eth0: `eth0` is both an external and an internal interface; write it on the side it faces: external towards the LAN, internal towards the pods
     6:20 30: `30` is not a duration; say the unit: 30s for seconds
@@ -376,8 +418,8 @@ fn the_api_socket() {
     assert_snapshot!(findings(&format!("{MINIMAL}api: {{socket: /{long}, mode: \"0666\", metrics: localhost:9469, group: ''}}\n")).replace(&long, "LONG"), @r#"
     3:15 /LONG: the path of the socket has 121 bytes; shorten it to 107 bytes, the capacity of a unix socket's address
     warning: 3:144 "0666": mode 0666 lets every user of this machine control the agent; write "0660", and `group` for those who may
-    3:161 localhost:9469: `localhost:9469` is not an address with a port; write ADDRESS:PORT, such as 127.0.0.1:9469, 0.0.0.0:12345 or [::1]:9469
-    3:184 '': the group is empty; write a group such as bridge, or remove the key
+    3:161 localhost:9469: `localhost:9469` is not an address with a port; write ADDRESS:PORT with a port from 1 to 65535, such as 127.0.0.1:9469 or [::1]:9469
+    3:184 '': the group is empty; write a group such as bridge, or its number, or remove the key
     "#);
 }
 
@@ -511,4 +553,15 @@ fn of_a_long_line_only_what_is_around_a_mistake_is_kept() {
     let place = format!("--> bridge.yaml:2:{}\n", place.column);
     let shown = found.render(&annotate_snippets::Renderer::plain());
     assert!(shown.contains(&place), "{place} in {shown}");
+}
+
+#[test]
+fn a_running_agent_does_not_wait_for_a_fifo() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bridge.yaml");
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let error = crate::config::load_regular(&path).unwrap_err().to_string();
+    assert!(error.contains("it is a FIFO, not a regular file"), "{error}");
+    assert!(error.contains("move a regular file in its place"), "{error}");
 }

@@ -1,6 +1,7 @@
 //! The configuration as a whole; each kind of value has tests of its own beside it.
 
 mod errors;
+mod odd;
 mod properties;
 
 use super::*;

@@ -98,7 +98,7 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
         1_u64..86_400,
         0_u32..1_000_000,
         1024_u32..16_777_216,
-        vec("[a-z][a-z0-9.*-]{0,9}", 0..3),
+        vec("[a-z](\\*?[a-z0-9.-]){0,5}\\*?", 0..3),
         vec("[A-Z]\\*{0,1}[a-z0-9\"#&%@!-]{0,9}", 0..3),
     )
         .prop_map(|([audit, drop, strict, allowed, one], seconds, rate, flows, external, internal)| {

@@ -24,6 +24,8 @@ use thiserror::Error;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::kernel::files;
+
 use self::message::{Key, Message, PREFIX, ParseError, length};
 
 /// Why an exchange of messages did not come to its end.
@@ -74,7 +76,8 @@ pub fn read_key(path: &Path, private: bool) -> Result<Key, KeyError> {
     if private && mode & 0o007 != 0 {
         return Err(KeyError::Open { path: path.into(), mode });
     }
-    Key::new(&std::fs::read(path).map_err(failed)?).ok_or_else(|| KeyError::Short { path: path.into() })
+    Key::new(&files::read_regular(path, files::MAX_SMALL).map_err(failed)?)
+        .ok_or_else(|| KeyError::Short { path: path.into() })
 }
 
 async fn receive(stream: &mut TcpStream, key: &Key) -> Result<Message, ExchangeError> {

@@ -47,7 +47,7 @@ pub(crate) fn encode<'a>(entries: impl Iterator<Item = (&'a IpAddr, &'a Entry)>)
 
 /// What has not expired meanwhile, none of it for longer than `max_lifetime` from now, whatever the clock did.
 pub(super) fn load(path: &Path, max_lifetime: Duration) -> io::Result<Vec<(IpAddr, Entry)>> {
-    let bytes = match std::fs::read(path) {
+    let bytes = match files::read_regular(path, files::MAX_CONFIGURATION) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         bytes => bytes?,
     };

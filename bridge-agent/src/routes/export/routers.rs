@@ -144,6 +144,10 @@ pub(super) fn dhcp(lines: &[Line]) -> Result<String, ExportError> {
     if bytes.len() > usize::from(u8::MAX) {
         return Err(ExportError::TooLong { format, length: bytes.len() });
     }
+    if routes.is_empty() {
+        // An empty option would take the router of option 3 from the clients.
+        return Ok("# There are no routes, and no option 121.\n".to_owned());
+    }
     let hex: Vec<String> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(format!(
         "# A client that takes option 121 ignores option 3: add the default route, 0.0.0.0/0 and the router, where it is\n\

@@ -114,6 +114,7 @@ fn what_a_format_cannot_say_is_an_error() {
         (0..32).map(|n| routes(&format!("- {{to: 10.{n}.0.0/24, via: 192.168.31.17}}")).remove(0)).collect();
     assert!(export(Format::DhcpOption121, &many[..31], &Settings::default(), None).is_ok());
     assert!(text(Format::DhcpOption121, &many).contains("the routes take 256 bytes in dhcp-option-121"));
+    assert!(text(Format::DhcpOption121, &[]).lines().all(|line| line.starts_with('#')));
     let no_device = export(Format::Netplan, &plain(), &Settings::default(), None).unwrap_err();
     assert_eq!(no_device.to_string(), "netplan files name the interface; write `--dev NAME`");
 }

@@ -19,11 +19,13 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use thiserror::Error;
 
 use super::{Publisher, Source, SourceError};
+use crate::config::{Network, leaf::Leaf, special};
 use crate::kernel::file_watch::FileWatch;
+use crate::kernel::files::{MAX_CONFIGURATION, read_regular};
 use crate::routes::model::{DesiredRoute, NextHop, SourceKind, Target};
 use crate::routes::prefix_map::host;
 
@@ -46,9 +48,10 @@ pub struct Node {
     /// Unique.
     pub name: String,
     /// Its addresses on the LAN, preferred first.
+    #[serde(deserialize_with = "leaves::<_, IpAddr, _>")]
     pub addresses: Vec<IpAddr>,
     /// The networks of its pods.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "leaves::<_, Network, _>")]
     pub pod_networks: Vec<IpNet>,
     /// A node that is not ready has no routes.
     #[serde(default = "yes")]
@@ -59,6 +62,7 @@ pub struct Node {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Pod {
+    #[serde(deserialize_with = "leaf")]
     pub address: IpAddr,
     /// The name of its node.
     pub node: String,
@@ -66,6 +70,28 @@ pub struct Pod {
 
 const fn yes() -> bool {
     true
+}
+
+/// Reads a value as the configuration file has it.
+fn leaf<'de, D: Deserializer<'de>, T: Leaf>(deserializer: D) -> Result<T, D::Error> {
+    T::parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+}
+
+/// Reads a list of such values.
+fn leaves<'de, D: Deserializer<'de>, T: Leaf + Into<U>, U>(deserializer: D) -> Result<Vec<U>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    let parse = |text: &String| T::parse(text).map(Into::into).map_err(D::Error::custom);
+    texts.iter().map(parse).collect()
+}
+
+/// Refuses an address that no host has.
+fn check_host(address: IpAddr) -> Result<(), String> {
+    match special::no_hosts(&host(address)) {
+        Some(problem) if !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) => {
+            Err(problem.to_string())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What is wrong with `cluster.yaml`.
@@ -105,9 +131,9 @@ impl FileError {
 impl ClusterFile {
     /// Reads and checks a file.
     pub fn read(path: &Path) -> Result<Self, FileError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|error| FileError::Read { path: path.into(), error })?;
-        Self::parse(&text, path)
+        let text = read_regular(path, MAX_CONFIGURATION)
+            .map_err(|error| FileError::Read { path: path.into(), error })?;
+        Self::parse(&String::from_utf8_lossy(&text), path)
     }
 
     /// Checks the text of a file; `path` is what messages call it.
@@ -136,12 +162,16 @@ impl ClusterFile {
                     "node {name} is written twice; write one entry with all its podNetworks"
                 ));
             }
+            if name.trim() != name || name.is_empty() {
+                return Err(format!("{name:?} is no name; write one without spaces at its ends"));
+            }
+            node.addresses.iter().try_for_each(|address| check_host(*address))?;
             if node.addresses.is_empty() {
                 return Err(format!("node {name} has no addresses; write its addresses on the LAN"));
             }
             for net in &node.pod_networks {
-                if *net != net.trunc() {
-                    return Err(format!("node {name}: {net} has host bits set; write {}", net.trunc()));
+                if net.prefix_len() == 0 || special::never_routed(net).is_some() {
+                    return Err(format!("node {name}: {net} is no network of pods; write its own networks"));
                 }
                 if let Some(other) = owners.insert(*net, name) {
                     return Err(format!(
@@ -157,6 +187,7 @@ impl ClusterFile {
         }
         let nodes = self.nodes_by_name();
         for pod in &self.pods {
+            check_host(pod.address)?;
             let node = nodes.get(pod.node.as_str());
             let node = node.ok_or_else(|| {
                 format!("pod {} is on node {}, which is not among the nodes", pod.address, pod.node)
@@ -243,8 +274,11 @@ impl FileSource {
         let mut watch = FileWatch::open(&self.path).map_err(failed)?;
         publish(ClusterFile::read(&self.path), &publisher);
         loop {
-            let content = watch.changed().await;
-            publish(ClusterFile::parse(&String::from_utf8_lossy(&content), &self.path), &publisher);
+            let file = match watch.changed().await {
+                Ok(content) => ClusterFile::parse(&String::from_utf8_lossy(&content), &self.path),
+                Err(error) => Err(FileError::Read { path: self.path.clone(), error }),
+            };
+            publish(file, &publisher);
         }
     }
 }
