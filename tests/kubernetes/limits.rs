@@ -7,13 +7,15 @@ use std::net::TcpListener;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::datapath::{Maps, Pins};
 use bridge_common::filter::flow::{Flow, FlowKey, state};
 use bridge_lab::agent::Agent;
-use bridge_lab::lab::{Host, Lab};
+use bridge_lab::lab::{Family, Host, Lab};
+use bridge_lab::traffic::tcp;
 use bridge_lab::wait::{eventually, patience};
 
 use crate::support::DEADLINE;
@@ -315,8 +317,9 @@ fn beside_hostile_clients(rules: usize) -> Result<()> {
                 Some(stream)
             })
             .collect();
-        // The best of a few: this machine has other work.
-        let asked: Vec<Duration> = (0..10).map(|_| ask(&agent, "/v1/status")).collect::<Result<_>>()?;
+        // The best of a few: this machine has other work. The operator is in the network namespace of the agent.
+        let status = || lab.b().netns.run(|| ask(&agent, "/v1/status"));
+        let asked: Vec<Duration> = (0..10).map(|_| status()).collect::<Result<_>>()?;
         let fastest = asked.into_iter().min().unwrap_or_default();
         times.push(fastest);
         drop((slow, idle, garbage));
@@ -330,8 +333,89 @@ fn beside_hostile_clients(rules: usize) -> Result<()> {
     times.sort_unstable();
     ensure!(times[times.len() / 2] < patience(ANSWER), "status after {times:?}");
     // A client that reads gets everything.
-    eventually(patience(DEADLINE * 3), || ask(&agent, "/metrics").ok()).context("metrics")?;
+    let metrics = || lab.b().netns.run(|| ask(&agent, "/metrics")).ok();
+    eventually(patience(DEADLINE * 3), metrics).context("metrics")?;
     let peak = peak_kib(agent.pid())?;
     ensure!(peak < MEMORY_KIB, "{peak} KiB after a scrape");
+    Ok(())
+}
+
+/// Whether a process has this argument.
+fn lives(argument: &str) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+        .any(|line| line.split(|byte| *byte == 0).any(|found| found == argument.as_bytes()))
+}
+
+/// A plugin whose daemon leaves its session, its process group and its parent, and then `more`.
+fn daemon(path: &Path, argument: &str, more: &str) -> Result<()> {
+    let daemon = format!("(setsid sleep {argument} >/dev/null 2>&1 </dev/null &)");
+    script(path, &format!("#!/bin/sh\nsetsid sh -c '{daemon}'\n{more}\n"))
+}
+
+#[test]
+fn the_daemons_of_a_credential_plugin_end_with_it() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("plugin");
+    let helper = || {
+        let mut helper = Command::new(bridge_lab::agent::program()?);
+        helper.args(["credential-plugin", "--"]).arg(&path);
+        anyhow::Ok(helper)
+    };
+    let mut argument = format!("40001.{}", std::process::id());
+    daemon(&path, &argument, "echo token")?;
+    let output = helper()?.output()?;
+    ensure!(output.status.success() && output.stdout == b"token\n", "{output:?}");
+    ensure!(!lives(&argument), "a daemon lives on after the plugin");
+
+    // Its parent ends, as a killed agent.
+    argument = format!("40002.{}", std::process::id());
+    daemon(&path, &argument, "sleep 300")?;
+    let mut parent = Command::new("sh");
+    parent.arg("-c").arg(format!(
+        "{} credential-plugin -- {} & exec sleep 300",
+        bridge_lab::agent::program()?.display(),
+        path.display()
+    ));
+    let mut parent = parent.stdout(Stdio::null()).spawn()?;
+    eventually(DEADLINE, || lives(&argument).then_some(())).context("the plugin has not started")?;
+    parent.kill()?;
+    parent.wait()?;
+    eventually(DEADLINE, || (!lives(&argument)).then_some(())).context("a daemon outlives the agent")?;
+    Ok(())
+}
+
+#[test]
+fn a_kubeconfig_that_hangs_or_is_missing_leaves_no_node_open() -> Result<()> {
+    let lab = Lab::builder().pods(1).build()?;
+    let to = |port| lab.c1().at(Family::V4, port);
+    let _servers = [8080, 8081].map(|port| tcp::Server::echo(&lab.c1().netns, to(port)));
+    let open = |port| anyhow::Ok(tcp::Client::new(&lab.a().netns).connect(to(port))?.reached().is_ok());
+    let directory = lab.directory();
+    let missing = directory.join("kubeconfig");
+    let section = format!("kubernetes: {{kubeconfig: {}, nodeName: b}}\n", missing.display());
+    let mut agent = Agent::start(&lab, lab.b(), &config("ebpf", &section, 0))?;
+    ensure!(open(8080)? && !open(8081)?, "{}", agent.log());
+    ensure!(agent.log().contains("the cluster cannot be followed yet"), "{}", agent.log());
+    // A reload is refused instead.
+    let other = section.replace("kubeconfig,", "kubeconfig-2,");
+    agent.reload(&config("ebpf", &other, 1))?;
+    ensure!(agent.log().contains("the reload failed") && open(8080)? && !open(8081)?, "{}", agent.log());
+    agent.reload(&config("ebpf", &section, 0))?;
+
+    // It comes, with a plugin that hangs and has left a daemon behind.
+    let (plugin, argument) = (directory.join("plugin"), format!("40003.{}", std::process::id()));
+    daemon(&plugin, &argument, "sleep 300")?;
+    let user = format!(
+        "{{exec: {{apiVersion: client.authentication.k8s.io/v1beta1, command: {}, interactiveMode: Never}}}}",
+        plugin.display()
+    );
+    kubeconfig(&directory, "https://192.168.31.67:6443", &user)?;
+    eventually(DEADLINE, || lives(&argument).then_some(())).with_context(|| agent.log())?;
+    eventually(DEADLINE, || agent.log().contains("kills a credential plugin").then_some(()))
+        .with_context(|| agent.log())?;
+    eventually(DEADLINE, || (!lives(&argument)).then_some(())).context("a daemon outlives its plugin")?;
+    ensure!(open(8080)? && !open(8081)?, "{}", agent.log());
     Ok(())
 }

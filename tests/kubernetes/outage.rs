@@ -1,5 +1,6 @@
 //! The API server goes, comes back, has forgotten, or knows us no more.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -122,11 +123,42 @@ fn a_new_token_is_read_when_the_old_one_is_refused() -> Result<()> {
 }
 
 #[test]
+fn a_token_may_end_with_a_newline_and_one_inside_is_refused_in_one_line() -> Result<()> {
+    let (lab, server) = cluster()?;
+    let (a, c1) = (lab.a(), lab.c1());
+    let kubeconfig = fs::read_to_string(server.kubeconfig(User::Node))?;
+    let (_, rest) = kubeconfig.split_once("tokenFile: ").context("a token file")?;
+    let file = rest.split('}').next().unwrap_or_default();
+    let token = fs::read_to_string(file)?;
+    fs::write(file, "Zm9v\nYmFy\n")?;
+    server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
+    let mut node = Agent::start(&lab, lab.b(), &node_config(&server, ""))?;
+    let _host = on_host(&lab, &server)?;
+    let _echo = tcp::Server::echo(&c1.netns, c1.at(Family::V4, OPEN))?;
+    let refusal = format!("cannot use the token file {file}: it has characters that no token has");
+    let status = until(&node, |cluster| cluster["failing"]["connection"].is_string())?;
+    assert!(status["failing"]["connection"].as_str().is_some_and(|text| text.contains(&refusal)), "{status}");
+    // Over several attempts.
+    std::thread::sleep(Duration::from_secs(12));
+    let log = node.log();
+    assert_eq!(log.lines().filter(|line| line.contains(file)).count(), 1, "{log}");
+    assert!(log.lines().any(|line| line.contains(&refusal)) && !log.contains("Zm9v"), "{log}");
+    assert!(open(a, c1.at(Family::V4, OPEN)).is_err(), "the cluster is not known");
+
+    fs::write(file, format!("{token}\n"))?;
+    until(&node, |cluster| cluster["connected"] == true)?;
+    until_open(a, c1.at(Family::V4, OPEN), &node)?;
+    fs::write(file, format!(" {token}\r\n\n"))?;
+    node.restart()?;
+    until(&node, |cluster| cluster["connected"] == true).map(drop)
+}
+
+#[test]
 fn a_server_that_does_not_know_a_definition_is_believed_after_a_minute() -> Result<()> {
     let (lab, server, mut node, _others) = allowing_cluster()?;
     let (a, c1) = (lab.a(), lab.c1());
     let saved = node.state_directory().join("kubernetes.json");
-    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+    eventually(DEADLINE, || fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
         .context("the known state is saved")?;
 
     // As a server is that has just started; the agent has not seen the policy go.
@@ -204,12 +236,12 @@ fn a_reboot_without_an_api_server_enforces_the_cluster_as_last_known() -> Result
     let (lab, mut server, mut node, _others) = allowing_cluster()?;
     let (a, c1) = (lab.a(), lab.c1());
     let saved = node.state_directory().join("kubernetes.json");
-    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+    eventually(DEADLINE, || fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
         .context("the known state is saved")?;
     // As a reboot does: nothing is left in the kernel.
     node.kill()?;
-    std::fs::remove_dir_all(node.pins())?;
-    std::fs::create_dir_all(node.pins())?;
+    fs::remove_dir_all(node.pins())?;
+    fs::create_dir_all(node.pins())?;
     server.stop_server();
     let denied = c1.at(Family::V4, OPEN + 1);
     let _echo = tcp::Server::echo(&c1.netns, denied)?;
@@ -230,15 +262,15 @@ fn a_cluster_that_could_not_be_saved_is_saved_later() -> Result<()> {
     until_current(&node)?;
     eventually(DEADLINE, || saved.exists().then_some(())).context("saved")?;
     // Nothing can take the place of a directory with a file in it.
-    std::fs::remove_file(&saved)?;
-    std::fs::create_dir(&saved)?;
-    std::fs::write(saved.join("file"), "")?;
+    fs::remove_file(&saved)?;
+    fs::create_dir(&saved)?;
+    fs::write(saved.join("file"), "")?;
     server.apply(&policy("devices", EVERY_POD))?;
     eventually(DEADLINE, || node.log().contains("cannot save the cluster").then_some(()))
         .with_context(|| node.log())?;
-    std::fs::remove_dir_all(&saved)?;
+    fs::remove_dir_all(&saved)?;
     // Without another change of the cluster.
-    eventually(DEADLINE, || std::fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
+    eventually(DEADLINE, || fs::read_to_string(&saved).ok().filter(|text| text.contains("devices")))
         .with_context(|| node.log())?;
     Ok(())
 }

@@ -234,15 +234,54 @@ fn a_rejected_policy_is_an_event_and_a_line_in_the_log() -> Result<()> {
     Ok(())
 }
 
+fn make_ghost(server: &ApiServer) -> Result<()> {
+    let ghost = json!({"apiVersion": "bridge.lan/v1alpha1", "kind": "BridgeNode", "metadata": {"name": "ghost"}, "spec": {}});
+    server.request(User::Admin, "POST", "/apis/bridge.lan/v1alpha1/bridgenodes", Some(&ghost)).map(drop)
+}
+
+#[test]
+fn a_policy_that_is_made_again_is_not_taken_for_the_one_before() -> Result<()> {
+    let (lab, server) = cluster()?;
+    let node = on_node(&lab, &server)?;
+    let path = format!("{POLICIES}/again");
+    let object = |port: u16| {
+        json!({"apiVersion": "bridge.lan/v1alpha1", "kind": "BridgePolicy", "metadata": {"name": "again"}, "spec": {"rules": [
+            {"name": "in", "direction": "inbound", "protocol": "tcp", "ports": [port], "pods": ["10.200.1.0/24"]}]}})
+    };
+    server.request(User::Admin, "POST", POLICIES, Some(&object(80)))?;
+    let programmed = |condition: &Value| condition["status"] == "True";
+    until_condition(&server, &path, "Programmed", programmed).with_context(|| node.log())?;
+    // Another node has the policy, too, and its agent ends.
+    make_ghost(&server)?;
+    server.add_node_as("ghost", &["192.168.31.99".to_owned()], &["10.200.9.0/24".to_owned()])?;
+    let hash = server.request(User::Admin, "GET", NODE, None)?["status"]["policyHash"].clone();
+    let status = json!({"status": {"policyHash": hash, "version": "0", "heartbeatTime": "2026-01-01T00:00:00Z", "mode": "enforce",
+        "conditions": [], "engines": [], "policyGeneration": 1, "policyCount": 1, "refusedCount": 0, "refusedPolicies": [],
+        "interfaces": [], "pods": 0, "errorCount": 0, "errors": [], "remarks": []}});
+    let ghost = "/apis/bridge.lan/v1alpha1/bridgenodes/ghost/status";
+    server.request(User::Admin, "PATCH", ghost, Some(&status))?;
+    // Faster than the agent notices, and with the same generation.
+    server.delete(&path)?;
+    server.request(User::Admin, "POST", POLICIES, Some(&object(81)))?;
+    let pending = |condition: &Value| condition["message"] == "1 of 2 nodes; not yet on ghost";
+    until_condition(&server, &path, "Programmed", pending).with_context(|| node.log())?;
+    Ok(())
+}
+
 #[test]
 fn a_policy_is_programmed_when_every_node_has_it() -> Result<()> {
     let (lab, server) = cluster()?;
     let node = on_node(&lab, &server)?;
     let _host = on_host(&lab, &server)?;
-    // A node whose agent has gone.
-    let ghost = json!({"apiVersion": "bridge.lan/v1alpha1", "kind": "BridgeNode", "metadata": {"name": "ghost"}, "spec": {}});
-    server.request(User::Admin, "POST", "/apis/bridge.lan/v1alpha1/bridgenodes", Some(&ghost))?;
     let path = format!("{POLICIES}/devices");
+    // A report that belongs to no node.
+    make_ghost(&server)?;
+    server.apply(&policy("alone", "pods: [10.200.1.0/24]"))?;
+    let done = |condition: &Value| condition["message"] == "1 of 1 nodes";
+    until_condition(&server, &format!("{POLICIES}/alone"), "Programmed", done).with_context(|| node.log())?;
+    // A node whose agent has gone.
+    server.add_node_as("ghost", &["192.168.31.99".to_owned()], &["10.200.9.0/24".to_owned()])?;
+    until(&node, |cluster| cluster["nodes"] == 2)?;
     server.apply(&policy("devices", "pods: [10.200.1.0/24]"))?;
     let pending = |condition: &Value| condition["message"] == "1 of 2 nodes; not yet on ghost";
     let said = until_condition(&server, &path, "Programmed", pending).with_context(|| node.log())?;

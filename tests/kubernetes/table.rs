@@ -1,6 +1,8 @@
 //! Policies that are right, wrong or odd, and the answer to each: refused by the API server, refused by the agent in the
 //! condition `Accepted`, or accepted with nothing dropped. None is accepted though wrong.
 
+mod objects;
+
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, ensure};
@@ -27,11 +29,13 @@ enum Answer {
 }
 
 use Answer::{Accepted, Admission, Agent, Server};
+use objects::OBJECTS;
 
 const PORTS: &str = "write `ports`, such as ports: [40002]; for all of them: ports: [\"1-65535\"]";
 const NETWORK: &str = "not a network: write ADDRESS/LENGTH with no bits set after LENGTH";
 const ORDER: &str = "a range is \"first-last\", its ends in order";
 const EMPTY: &str = "an empty selector selects everything";
+const NO_HOSTS: &str = "no forwarded packet has such an address";
 const PORT: &str = "should match";
 
 /// The keys of a rule beside its name, and the answer.
@@ -240,6 +244,12 @@ const RULES: &[(&str, Answer)] = &[
     ("direction: inbound, protocol: any, external: ['fd31:0:0:0::/64']", Accepted),
     ("direction: inbound, protocol: any, external: ['fe80::%eth0/64']", Server(NETWORK)),
     ("direction: inbound, protocol: any, external: [10.0.0/8]", Server(NETWORK)),
+    ("direction: inbound, protocol: any, external: [127.0.0.0/8]", Agent(NO_HOSTS)),
+    ("direction: inbound, protocol: any, external: [192.168.31.0/24, 224.0.0.0/4]", Agent(NO_HOSTS)),
+    ("direction: inbound, protocol: any, external: ['fe80::/10']", Agent(NO_HOSTS)),
+    ("direction: inbound, protocol: any, external: [255.255.255.255/32]", Agent(NO_HOSTS)),
+    ("direction: inbound, protocol: any, pods: ['::1/128']", Agent(NO_HOSTS)),
+    ("direction: outbound, protocol: any, external: [169.254.169.254/32], action: deny", Accepted),
     ("direction: inbound, protocol: any, external: ['0x0a.0.0.0/8']", Server(NETWORK)),
     ("direction: inbound, protocol: any, external: [10.0.0.0/+8]", Server(NETWORK)),
     ("direction: inbound, protocol: any, external: [10.0.0.0/255.0.0.0]", Server(NETWORK)),
@@ -328,64 +338,6 @@ const RULES: &[(&str, Answer)] = &[
     ("direction: inbound, protocol: any, action: permit", Server("Unsupported value: \"permit\"")),
 ];
 
-/// Other keys of an object, and the answer.
-const OBJECTS: &[(&str, Answer)] = &[
-    ("spec: {}", Server("spec.rules: Required value")),
-    ("spec: {rules: null}", Server("spec.rules")),
-    ("spec: {rules: []}", Server("at least 1 items")),
-    ("{}", Server("spec: Required value")),
-    ("spec: {rule: [{name: r, direction: inbound, protocol: any}]}", Server("spec.rules: Required value")),
-    ("spec: {rules: [{direction: inbound, protocol: any}]}", Server("name")),
-    ("spec: {rules: [{name: 'a b', direction: inbound, protocol: any}]}", Server(PORT)),
-    (
-        "spec: {rules: [{name: a, direction: inbound, protocol: any}, {name: a, direction: outbound, protocol: any}]}",
-        Server("Duplicate value"),
-    ),
-    ("spec: {mode: audit, rules: [{name: a, direction: inbound, protocol: any}]}", Accepted),
-    ("spec: {mode: enforce, rules: [{name: a, direction: inbound, protocol: any}]}", Accepted),
-    ("spec: {mode: audit, rules: [{name: a, direction: inbound, protocol: any, mode: audit}]}", Accepted),
-    ("spec: {mode: enforce, rules: [{name: a, direction: inbound, protocol: any, mode: audit}]}", Accepted),
-    (
-        "spec: {mode: audit, rules: [{name: a, direction: inbound, protocol: any, mode: enforce}]}",
-        Server("none of its rules enforces"),
-    ),
-    (
-        "spec: {mode: null, rules: [{name: a, direction: inbound, protocol: any}]}",
-        Server("Unsupported value: null"),
-    ),
-    (
-        "spec: {mode: AUDIT, rules: [{name: a, direction: inbound, protocol: any}]}",
-        Server("Unsupported value: \"AUDIT\""),
-    ),
-    (
-        "spec: {Mode: audit, rules: [{name: a, direction: inbound, protocol: any}]}",
-        Admission("did you mean `mode`?"),
-    ),
-    (
-        "spec: {enabled: false, rules: [{name: a, direction: inbound, protocol: any}]}",
-        Admission("unknown key `enabled`"),
-    ),
-    ("spec: {rules: {a: {direction: inbound, protocol: any}}}", Server("must be of type array")),
-    ("spec: {rules: [null]}", Server("spec.rules[0]")),
-    ("spec: {rules: [a]}", Server("must be of type object")),
-    ("spec: [{name: a, direction: inbound, protocol: any}]", Server("must be of type object")),
-    ("spec: {rules: [{name: '', direction: inbound, protocol: any}]}", Server(PORT)),
-    ("spec: {rules: [{name: 5, direction: inbound, protocol: any}]}", Server("must be of type string")),
-    ("spec: {rules: [{name: 'bridge:deny', direction: inbound, protocol: any}]}", Server(PORT)),
-    (
-        "spec: {rules: [{name: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa, direction: inbound, protocol: any}]}",
-        Accepted,
-    ),
-    (
-        "spec: {rules: [{name: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa, direction: inbound, protocol: any}]}",
-        Server("may not be more than 63 bytes"),
-    ),
-    (
-        "mode: audit\nspec: {rules: [{name: a, direction: inbound, protocol: any}]}",
-        Admission("unknown key `mode`"),
-    ),
-];
-
 fn object(name: &str, keys: &str) -> Result<Value> {
     let mut object: Value = serde_saphyr::from_str(keys).with_context(|| keys.to_owned())?;
     object["apiVersion"] = "bridge.lan/v1alpha1".into();
@@ -409,14 +361,13 @@ fn create_at(server: &ApiServer, path: &str, object: &Value) -> Option<String> {
 fn every_object_is_refused_with_its_remedy_or_means_what_it_says() -> Result<()> {
     let (lab, server) = cluster()?;
     // With it, the agent sees no misspelt key.
+    admission_becomes(&server, true)?;
     server.kubectl(&["delete", "-f", &deployed("admission.yaml")], "")?;
+    admission_becomes(&server, false)?;
     let node = on_node(&lab, &server)?;
-    let rules =
-        RULES.iter().map(|(keys, answer)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), answer));
-    let objects = OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer));
     let mut wrong = Vec::new();
     let mut stored = BTreeMap::new();
-    for (number, (keys, answer)) in rules.chain(objects).enumerate() {
+    for (number, (keys, answer)) in rows().enumerate() {
         let name = format!("p{number}");
         let object = object(&name, &keys)?;
         match (create(&server, &object), answer) {
@@ -460,24 +411,27 @@ fn every_object_is_refused_with_its_remedy_or_means_what_it_says() -> Result<()>
     Ok(())
 }
 
+fn rows() -> impl Iterator<Item = (String, &'static Answer)> {
+    let rules = RULES.iter().map(|(keys, it)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), it));
+    rules.chain(OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer)))
+}
+
+fn admission_becomes(server: &ApiServer, active: bool) -> Result<()> {
+    let unknown = object("first", "spec: {rules: [{name: r, direction: inbound, protocol: any, cidr: []}]}")?;
+    eventually(DEADLINE, || {
+        let refused = create(server, &unknown).is_some();
+        refused.then_some(()).or_else(|| server.delete(&format!("{POLICIES}/first")).ok().map(drop))?;
+        (refused == active).then_some(())
+    })
+    .with_context(|| format!("the admission policy should be active: {active}"))
+}
+
 #[test]
 fn the_admission_policy_refuses_unknown_and_empty_keys_at_once() -> Result<()> {
     let (_lab, server) = cluster()?;
-    let unknown = object("first", "spec: {rules: [{name: r, direction: inbound, protocol: any, cidr: []}]}")?;
-    // The API server takes some time to read it.
-    eventually(DEADLINE, || {
-        let said = create(&server, &unknown);
-        if said.is_none() {
-            server.delete(&format!("{POLICIES}/first")).ok()?;
-        }
-        said
-    })
-    .context("the admission policy is active")?;
+    admission_becomes(&server, true)?;
     let mut wrong = Vec::new();
-    let rules =
-        RULES.iter().map(|(keys, answer)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), answer));
-    let objects = OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer));
-    for (number, (keys, answer)) in rules.chain(objects).enumerate() {
+    for (number, (keys, answer)) in rows().enumerate() {
         let said = create(&server, &object(&format!("p{number}"), &keys)?);
         match (answer, said) {
             (Admission(_), Some(said)) if said.contains("unknown key") || said.contains("no value") => {}
@@ -497,7 +451,8 @@ fn the_admission_policy_refuses_unknown_and_empty_keys_at_once() -> Result<()> {
     };
     let mut large = object("large", "spec: {rules: []}")?;
     large["spec"]["rules"] = (0..4096).map(rule).collect();
-    ensure!(create(&server, &large).is_none(), "{:?}", create(&server, &large));
+    let said = create(&server, &large);
+    ensure!(said.is_none(), "{said:?}");
     large["spec"]["rules"].as_array_mut().context("rules")?.push(rule(4096));
     let said = create(&server, &large).unwrap_or_default();
     ensure!(said.contains("at most 4096 items"), "{said}");
@@ -508,12 +463,11 @@ fn the_admission_policy_refuses_unknown_and_empty_keys_at_once() -> Result<()> {
 fn a_policy_of_a_namespace_has_the_schema_of_one_of_the_cluster_and_its_own_pods() -> Result<()> {
     const PATH: &str = "/apis/bridge.lan/v1alpha1/namespaces/shop/bridgenamespacepolicies";
     let (_lab, server) = cluster()?;
+    admission_becomes(&server, true)?;
     server.kubectl(&["delete", "-f", &deployed("admission.yaml")], "")?;
-    let rules =
-        RULES.iter().map(|(keys, answer)| (format!("spec: {{rules: [{{name: r, {keys}}}]}}"), answer));
-    let objects = OBJECTS.iter().map(|(keys, answer)| ((*keys).to_owned(), answer));
+    admission_becomes(&server, false)?;
     let (mut wrong, mut foreign) = (Vec::new(), 0);
-    for (number, (keys, answer)) in rules.chain(objects).enumerate() {
+    for (number, (keys, answer)) in rows().enumerate() {
         let mut object = object(&format!("p{number}"), &keys)?;
         object["kind"] = "BridgeNamespacePolicy".into();
         object["metadata"]["namespace"] = "shop".into();
@@ -537,8 +491,7 @@ fn a_policy_of_a_namespace_has_the_schema_of_one_of_the_cluster_and_its_own_pods
             (_, said) => wrong.push(format!("{keys}: {said:?}, {:?}", checked.err())),
         }
     }
-    ensure!(foreign >= 4, "{foreign}");
-    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    ensure!(foreign >= 4 && wrong.is_empty(), "{foreign} of others; {}", wrong.join("\n"));
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::resources::Condition;
+use super::resources::{Condition, Revision};
 use crate::config::Rule;
 
 /// Labels of a pod or a namespace, sorted by their keys.
@@ -38,6 +38,9 @@ pub(super) struct Pod {
 #[derive(Clone, Debug, Eq, Serialize, Deserialize)]
 pub(super) struct Policy {
     pub(super) generation: i64,
+    /// Distinguishes it from a deleted one of the same name, whose generation began at 1, too.
+    #[serde(default)]
+    pub(super) uid: Box<str>,
     pub(super) rules: Result<Vec<Rule>, Refusal>,
     /// The conditions in its status.
     #[serde(skip)]
@@ -58,9 +61,16 @@ impl Default for Stamp {
     }
 }
 
+impl Policy {
+    /// Identifies its content among all policies of its name.
+    pub(super) fn revision(&self) -> Revision {
+        (self.uid.clone(), self.generation)
+    }
+}
+
 impl PartialEq for Policy {
     fn eq(&self, other: &Self) -> bool {
-        (self.generation, &self.rules) == (other.generation, &other.rules)
+        (self.generation, &self.uid, &self.rules) == (other.generation, &other.uid, &other.rules)
     }
 }
 

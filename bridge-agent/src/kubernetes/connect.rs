@@ -15,9 +15,16 @@ use kube::{Client, Config};
 use thiserror::Error;
 use tower::util::MapRequestLayer;
 
+use super::plugin::{MAX_OUTPUT, TOO_MUCH, limit_plugins};
 use super::thread::PLUGIN_DEADLINE;
-use crate::config::Kubernetes;
-use crate::kernel::lock::lock;
+use crate::config::{Kubernetes, check_node_name, leaf::Problem, ports::one_port};
+use crate::kernel::{
+    files::{self, MAX_SMALL, is_refusal, read_regular_text},
+    lock::lock,
+};
+
+/// The files of a pod's service account.
+pub(super) const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 /// Why nothing can be asked of a cluster.
 #[derive(Debug, Error)]
@@ -43,18 +50,21 @@ pub enum Error {
     /// The thread of the cluster cannot be started.
     #[error("cannot start the thread that follows the cluster: {0}")]
     Thread(std::io::Error),
-    /// The name of this node is not known.
+    /// The host name cannot be read.
     #[error("the host name cannot be read: {0}; write `kubernetes: {{nodeName: NAME}}`")]
-    NodeName(std::io::Error),
+    HostName(std::io::Error),
+    /// The name of this node is not one of a node.
+    #[error("by {origin}, {problem}; or write `kubernetes: {{nodeName: NAME}}`")]
+    NodeName { origin: &'static str, problem: Problem },
 }
 
 /// Looks whether there is something to connect with; nothing is asked of the network.
 pub(super) fn check(section: &Kubernetes) -> Result<(), Error> {
     match &section.kubeconfig {
-        None => Config::incluster().map(drop).map_err(|error| Error::NotInCluster(error.to_string())),
+        None => in_cluster(Path::new(SERVICE_ACCOUNT)).map(drop),
         Some(path) => {
             let wrong = |reason: String| Error::Kubeconfig { path: path.0.clone(), reason };
-            let file = Kubeconfig::read_from(&path.0).map_err(|error| wrong(cause(&error)))?;
+            let file = read_kubeconfig(&path.0).map_err(wrong)?;
             let wanted = section.context.as_ref().or(file.current_context.as_ref());
             let wanted =
                 wanted.ok_or_else(|| wrong("it has no current context, and `context` names none".into()))?;
@@ -70,10 +80,11 @@ pub(super) fn check(section: &Kubernetes) -> Result<(), Error> {
 /// Returns a client, and its server's address. Reads all files again: certificates may have been renewed.
 pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Error> {
     let config = match &section.kubeconfig {
-        None => Config::incluster().map_err(|error| Error::NotInCluster(error.to_string()))?,
+        None => in_cluster(Path::new(SERVICE_ACCOUNT))?,
         Some(path) => {
             let wrong = |reason: String| Error::Kubeconfig { path: path.0.clone(), reason };
-            let file = Kubeconfig::read_from(&path.0).map_err(|error| wrong(cause(&error)))?;
+            let mut file = read_kubeconfig(&path.0).map_err(wrong)?;
+            limit_plugins(&mut file);
             if let Some(context) = section.context.as_ref().or(file.current_context.as_ref()) {
                 check_entries(&file, context).map_err(wrong)?;
             }
@@ -85,8 +96,9 @@ pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Er
             }
             if let Some(proxy) = &config.proxy_url {
                 return Err(wrong(format!(
-                    "the API server would be reached through the proxy {proxy}, which is not supported; add {} to NO_PROXY, \
+                    "the API server would be reached through the proxy {}, which is not supported; add {} to NO_PROXY, \
                      or remove HTTPS_PROXY or `proxy-url`",
+                    without_password(&proxy.to_string()),
                     config.cluster_url.host().unwrap_or_default()
                 )));
             }
@@ -98,8 +110,11 @@ pub(super) async fn connect(section: &Kubernetes) -> Result<(Client, String), Er
         let text = cause(&error);
         // The agent has killed it: no plugin kills itself.
         let killed = text.contains("SIGKILL");
+        let wrote_too_much = text.contains(&format!("exit status: {TOO_MUCH}"));
         Error::Client(if killed {
             format!("{text}; the credential plugin did not answer within {PLUGIN_DEADLINE:?}")
+        } else if wrote_too_much {
+            format!("the credential plugin wrote more than {MAX_OUTPUT} bytes, and was killed")
         } else {
             text
         })
@@ -142,7 +157,7 @@ impl TokenFile {
     }
 
     fn load(path: &Path) -> io::Result<HeaderValue> {
-        let token = std::fs::read_to_string(path)?;
+        let token = read_regular_text(path, MAX_SMALL)?;
         let token = token.trim();
         if token.is_empty() {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it is empty"));
@@ -169,23 +184,41 @@ impl TokenFile {
     }
 }
 
+/// Reads a kubeconfig. The client reads the files that it names later: they are checked here.
+pub(super) fn read_kubeconfig(path: &Path) -> Result<Kubeconfig, String> {
+    files::check(path, MAX_SMALL).map_err(|error| error.to_string())?;
+    let file = Kubeconfig::read_from(path).map_err(|error| cause(&error))?;
+    let authorities =
+        file.clusters.iter().filter_map(|entry| entry.cluster.as_ref()?.certificate_authority.as_ref());
+    let users = file.auth_infos.iter().filter_map(|entry| entry.auth_info.as_ref());
+    let of_users = users.flat_map(|user| {
+        [&user.client_certificate, &user.client_key, &user.token_file].into_iter().flatten()
+    });
+    for named in authorities.chain(of_users) {
+        // A file that is missing may belong to a context that is not used.
+        if let Err(error) = files::check(Path::new(named), MAX_SMALL)
+            && is_refusal(&error)
+        {
+            return Err(format!("it names {named}, and {error}"));
+        }
+    }
+    Ok(file)
+}
+
 /// Refuses entries of a kubeconfig that would be misunderstood.
 fn check_entries(file: &Kubeconfig, context: &str) -> Result<(), String> {
     let context =
         file.contexts.iter().find(|entry| entry.name == context).and_then(|entry| entry.context.as_ref());
     let Some(context) = context else { return Ok(()) };
     let cluster = file.clusters.iter().find(|entry| entry.name == context.cluster);
-    if let Some(server) = cluster.and_then(|entry| entry.cluster.as_ref()?.server.as_ref()) {
-        let is_url = server.parse::<Uri>().is_ok_and(|uri| {
-            matches!(uri.scheme_str(), Some("https" | "http"))
-                && uri.host().is_some_and(|host| !host.is_empty())
-        });
-        if !is_url {
-            return Err(format!(
-                "`server: {server}` of the cluster `{}` is not a URL; write https://HOST:PORT",
-                context.cluster
-            ));
-        }
+    if let Some(server) = cluster.and_then(|entry| entry.cluster.as_ref()?.server.as_ref())
+        && let Err(fault) = check_server(server)
+    {
+        let shown = without_password(server);
+        return Err(format!(
+            "`server: {shown}` of the cluster `{}` {fault}; write https://HOST:PORT",
+            context.cluster
+        ));
     }
     let user =
         context.user.as_ref().and_then(|name| file.auth_infos.iter().find(|entry| entry.name == *name));
@@ -198,6 +231,45 @@ fn check_entries(file: &Kubeconfig, context: &str) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Checks the URL of an API server. Returns its fault.
+fn check_server(server: &str) -> Result<(), &'static str> {
+    let uri = server.parse::<Uri>().map_err(|_| "is not a URL")?;
+    let authority = uri.authority().filter(|_| matches!(uri.scheme_str(), Some("https" | "http")));
+    let authority = authority.filter(|authority| !authority.host().is_empty()).ok_or("is not a URL")?;
+    if authority.as_str().contains('@') {
+        return Err("has a user or a password, which belong to `users`");
+    }
+    if uri.query().is_some() || server.contains('#') {
+        return Err("has a query or a fragment");
+    }
+    match authority.as_str().strip_prefix(authority.host()) {
+        Some("") => Ok(()),
+        Some(port) => match port.strip_prefix(':').map(one_port) {
+            Some(Ok(_)) => Ok(()),
+            _ => Err("has no port from 1 to 65535"),
+        },
+        None => Err("is not a URL"),
+    }
+}
+
+/// A URL without user and password, for messages.
+fn without_password(url: &str) -> String {
+    let Some((before, host)) = url.rsplit_once('@') else { return url.to_owned() };
+    let scheme = before.split_once("://").map(|(scheme, _)| format!("{scheme}://")).unwrap_or_default();
+    format!("{scheme}***@{host}")
+}
+
+/// Returns the configuration of a pod's service account. The client reads its files without a limit: they are checked here.
+fn in_cluster(directory: &Path) -> Result<Config, Error> {
+    for name in ["token", "ca.crt", "namespace"] {
+        let path = directory.join(name);
+        if let Err(error) = files::check(&path, MAX_SMALL) {
+            return Err(Error::NotInCluster(format!("{}: {error}", path.display())));
+        }
+    }
+    Config::incluster().map_err(|error| Error::NotInCluster(error.to_string()))
 }
 
 /// `NO_PROXY`.
@@ -252,12 +324,17 @@ pub(super) fn node_name(section: &Kubernetes) -> Result<String, Error> {
     if let Some(name) = section.node_name.clone() {
         return Ok(name);
     }
-    match std::env::var("NODE_NAME") {
-        Ok(name) if !name.is_empty() => Ok(name),
+    let (origin, name) = match std::env::var_os("NODE_NAME") {
+        Some(name) if !name.is_empty() => ("the variable NODE_NAME", name.to_string_lossy().into_owned()),
         // As kubelet does.
-        _ => std::fs::read_to_string("/proc/sys/kernel/hostname")
-            .map(|name| name.trim().to_lowercase())
-            .map_err(Error::NodeName),
+        _ => {
+            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").map_err(Error::HostName)?;
+            ("the host name", name.trim().to_lowercase())
+        }
+    };
+    match check_node_name(&name) {
+        Ok(()) => Ok(name),
+        Err(problem) => Err(Error::NodeName { origin, problem }),
     }
 }
 
@@ -300,6 +377,57 @@ mod tests {
         assert!(reason(Some("prod")).contains("no context `prod`, but lab"), "{}", reason(Some("prod")));
         check(&section(Some("lab"))).unwrap();
     }
+
+    #[test]
+    fn a_fifo_or_a_device_is_neither_kubeconfig_nor_certificate_nor_token() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config");
+        let fifo = folder.path().join("fifo");
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        let error = read_kubeconfig(&fifo).unwrap_err();
+        assert!(error.contains("it is a FIFO"), "{error}");
+        assert!(read_kubeconfig(Path::new("/dev/zero")).unwrap_err().contains("it is a device"));
+        assert!(TokenFile::load(&fifo).unwrap_err().to_string().contains("it is a FIFO"));
+        for (cluster, user) in [
+            ("certificate-authority: fifo", "token: x"),
+            ("server: 'https://a'", "client-certificate: fifo"),
+            ("server: 'https://a'", "client-key: fifo"),
+            ("server: 'https://a'", "tokenFile: fifo"),
+        ] {
+            let text = format!(
+                "apiVersion: v1\nkind: Config\nclusters: [{{name: c, cluster: {{{cluster}}}}}]\n\
+                 users: [{{name: u, user: {{{user}}}}}]\n"
+            );
+            std::fs::write(&path, text.replace("fifo", &fifo.display().to_string())).unwrap();
+            let error = read_kubeconfig(&path).unwrap_err();
+            assert!(error.contains("fifo") && error.contains("it is a FIFO"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_files_of_a_service_account_are_checked_before_they_are_read() {
+        use rustix::fs::{CWD, FileType, Mode, mknodat};
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let error = || in_cluster(folder.path()).unwrap_err().to_string();
+        assert!(error().contains("token: No such file"), "{}", error());
+        for name in ["token", "ca.crt", "namespace"] {
+            mknodat(CWD, path(name), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+            assert!(error().contains(&format!("{name}: it is a FIFO")), "{}", error());
+            std::fs::remove_file(path(name)).unwrap();
+            std::fs::create_dir(path(name)).unwrap();
+            assert!(error().contains(&format!("{name}: it is a directory")), "{}", error());
+            std::fs::remove_dir(path(name)).unwrap();
+            let file = std::fs::File::create(path(name)).unwrap();
+            file.set_len(MAX_SMALL + 1).unwrap();
+            assert!(error().contains(&format!("{name}: it is larger than")), "{}", error());
+            file.set_len(1).unwrap();
+        }
+        // The files are right; the variables of a pod are missing.
+        assert!(error().contains("no service account") && !error().contains("it is"), "{}", error());
+    }
+
     #[test]
     fn entries_that_would_be_misunderstood_are_refused() {
         let check = |server: &str, user: &str| {
@@ -313,9 +441,28 @@ mod tests {
         };
         check("https://192.168.31.5:6443", "{token: x}").unwrap();
         check("https://[fd31::5]:6443", "{token: x}").unwrap();
-        for server in ["192.168.31.5:6443", "192.168.31.5", "api.example", "", "ftp://api", "https://"] {
+        check("https://api.example/k8s/clusters/c-1", "{token: x}").unwrap();
+        for server in [
+            "192.168.31.5:6443",
+            "192.168.31.5",
+            "api.example",
+            "",
+            "ftp://api",
+            "https://",
+            "https://api:99999",
+            "https://api:0",
+            "https://api:",
+            "https://api:06443",
+            "https://[fd31::5]:65536",
+            "https://api:6443?x=1",
+            "https://api:6443#x",
+            "https://admin:hunter2@api:6443",
+            "admin:hunter2@api",
+            "https://ad min:hunter2@api",
+        ] {
             let error = check(server, "{token: x}").unwrap_err();
             assert!(error.contains("write https://HOST:PORT"), "{server}: {error}");
+            assert!(!error.contains("hunter2"), "{error}");
         }
         let error = check("https://api", "{auth-provider: {name: gcp, config: {}}}").unwrap_err();
         assert!(error.contains("auth-provider `gcp`") && error.contains("exec plugin"), "{error}");

@@ -1,22 +1,23 @@
 //! Examines the connection to the API server once, for `bridge-agent doctor`.
 
-use std::{fs, path::Path, time::Duration};
+use std::{path::Path, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::authorization::v1::{
     ResourceAttributes, SelfSubjectAccessReview, SelfSubjectAccessReviewSpec,
 };
-use kube::{Api, Client, api::PostParams, client::Body, config::Kubeconfig};
+use kube::{Api, Client, api::PostParams, client::Body};
 use serde_json::Value;
 
-use super::{connect, resources::VERSION};
+use super::{
+    connect::{self, SERVICE_ACCOUNT, read_kubeconfig},
+    resources::VERSION,
+};
 use crate::config::{GROUP, Kubernetes};
+use crate::kernel::files::{MAX_SMALL, read_regular_text};
 
 /// Time for all questions together: with the other checks of `doctor`, five seconds.
 const DEADLINE: Duration = Duration::from_millis(2500);
-/// The token of a pod's service account.
-const SERVICE_ACCOUNT_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
-
 /// What the agent lists and watches: group and resource (deploy/kubernetes/rbac.yaml).
 const NEEDED: [(&str, &str); 5] =
     [("", "nodes"), ("", "pods"), ("", "namespaces"), (GROUP, "bridgepolicies"), (GROUP, "bridgenodes")];
@@ -138,9 +139,9 @@ async fn missing_definitions(client: &Client, needed: &[(&str, &str)]) -> Result
 
 /// The token that the agent sends.
 fn token(section: &Kubernetes) -> Option<String> {
-    let read = |path: &Path| Some(fs::read_to_string(path).ok()?.trim().to_owned());
-    let Some(path) = &section.kubeconfig else { return read(Path::new(SERVICE_ACCOUNT_TOKEN)) };
-    let file = Kubeconfig::read_from(&path.0).ok()?;
+    let read = |path: &Path| Some(read_regular_text(path, MAX_SMALL).ok()?.trim().to_owned());
+    let Some(path) = &section.kubeconfig else { return read(&Path::new(SERVICE_ACCOUNT).join("token")) };
+    let file = read_kubeconfig(&path.0).ok()?;
     let wanted = section.context.as_ref().or(file.current_context.as_ref())?;
     let context = file.contexts.iter().find(|context| context.name == *wanted)?.context.as_ref()?;
     let user = context.user.as_ref()?;

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::budgets::Budgets;
+use super::cluster::Cluster;
 use super::connect::{self, Error};
 use super::engines::Engines;
 use super::objects::{
@@ -101,6 +102,43 @@ impl Follower {
             Role::Node => Some(connect::node_name(section)?),
             Role::Host => None,
         };
+        Self::start_as(node, config, section, engines, state_directory)
+    }
+
+    /// As [`start`](Self::start), after `error`: a file that is missing or wrong is read again, and again. Without the name of
+    /// the node, nothing is followed until the agent starts again.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub(crate) fn start_later(
+        config: &Config,
+        section: &Kubernetes,
+        engines: watch::Receiver<Engines>,
+        state_directory: &Path,
+        error: Error,
+    ) -> Result<Self, Error> {
+        let node = match config.role {
+            Role::Node => match connect::node_name(section) {
+                Ok(name) => Some(name),
+                Err(_) => {
+                    return Self::start_with(None, None, config, section, |state| {
+                        state.failed(CONNECTION, error.to_string(), false);
+                        std::future::pending::<()>()
+                    });
+                }
+            },
+            Role::Host => None,
+        };
+        Self::start_as(node, config, section, engines, state_directory)
+    }
+
+    fn start_as(
+        node: Option<String>,
+        config: &Config,
+        section: &Kubernetes,
+        engines: watch::Receiver<Engines>,
+        state_directory: &Path,
+    ) -> Result<Self, Error> {
         let place = state_directory.join("kubernetes.json");
         let saved = node.as_ref().map(|node| Saved::new(place, node.clone(), section.clone()));
         let before = saved.as_ref().and_then(Saved::load);
@@ -111,12 +149,24 @@ impl Follower {
                 "cluster as last known"
             );
         }
+        let (of_section, name) = (section.clone(), node.clone());
+        Self::start_with(node, before, config, section, move |state| {
+            let follow = supervise(of_section.clone(), name.clone(), state.clone());
+            let report = report::run(of_section, name, state.clone(), engines, saved);
+            async move { tokio::join!(follow, report) }
+        })
+    }
+
+    fn start_with<W: Future + Send + 'static>(
+        node: Option<String>,
+        before: Option<Cluster>,
+        config: &Config,
+        section: &Kubernetes,
+        work: impl FnOnce(&State) -> W,
+    ) -> Result<Self, Error> {
         let state = State::new(before, expected(config.role, section));
         let seen = state.versions();
-        let follow = supervise(section.clone(), node.clone(), state.clone());
-        let report = report::run(section.clone(), node.clone(), state.clone(), engines, saved);
-        let work = async move { tokio::join!(follow, report) };
-        let thread = ClusterThread::start(work, PLUGIN_DEADLINE).map_err(Error::Thread)?;
+        let thread = ClusterThread::start(work(&state), PLUGIN_DEADLINE).map_err(Error::Thread)?;
         Ok(Self {
             section: section.clone(),
             role: config.role,
@@ -161,8 +211,15 @@ impl Follower {
         tokio::time::sleep_until(self.not_before.into()).await;
     }
 
-    /// Notes the outcome of applying version `version`: success, or an error, after which it is tried again.
-    pub(crate) fn done(&mut self, version: u64, planned: Planned, error: Option<String>, took: Duration) {
+    /// Notes the outcome of applying version `version`: success, or an error, after which it is tried again. Returns the
+    /// planned configuration.
+    pub(crate) fn done(
+        &mut self,
+        version: u64,
+        planned: Planned,
+        error: Option<String>,
+        took: Duration,
+    ) -> Config {
         let again = match &error {
             None => self.quarantine().succeeded(&planned.policies, &self.state.cluster()),
             Some(error) => self.exclude(&planned, error),
@@ -171,8 +228,7 @@ impl Follower {
         self.applied = (error.is_none() && !again).then_some(version);
         self.not_before = Instant::now() + pause;
         self.log_refused(&planned);
-        let synced = planned.synced;
-        self.state.set_applied(|applied| applied.take(planned, error, synced));
+        self.state.set_applied(planned, error)
     }
 
     /// Leaves policies out of the next plan because `planned` could not be applied. Returns whether there are any, so that it

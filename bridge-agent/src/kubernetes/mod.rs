@@ -17,6 +17,7 @@ mod follow;
 mod networks;
 mod objects;
 pub(crate) mod plan;
+pub(crate) mod plugin;
 mod policy_sets;
 mod quarantine;
 pub mod reference;

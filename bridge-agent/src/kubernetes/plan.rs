@@ -1,6 +1,6 @@
 //! Combines the configuration file and the cluster: a configuration as if all of it stood in the file. Pure.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::IpAddr;
 
@@ -89,10 +89,20 @@ pub(super) fn plan_with(
     planned
 }
 
+/// Rules with the pods of every node.
+struct RemoteRules {
+    /// Those of the file.
+    file: Vec<Rule>,
+    /// Those of each policy; `None`: it selects no pods, or its namespace is closed.
+    policies: Vec<Option<Vec<Rule>>>,
+    /// Namespaces whose policies exceed a limit with the pods of every node, and why.
+    closed: BTreeMap<String, String>,
+}
+
 /// A policy that this node enforces.
 struct AcceptedPolicy {
     policy: ObservedPolicy,
-    /// As written, inside the external networks of this node.
+    /// As written, inside the external networks of this node; none, if they select no pods.
     unresolved: Vec<Rule>,
     /// With the pods of this node in place of selectors.
     rules: Vec<Rule>,
@@ -192,20 +202,32 @@ impl Planned {
         for rule in &mut self.config.rules {
             resolve(rule, cluster, Reach::Own, None);
         }
-        let accepted = self.accept(cluster, budgets, quarantine);
+        let mut accepted = self.accept(cluster, budgets, quarantine);
         budgets.retain(cluster);
         let remote = match wanted {
             FollowedPods::Own => Err("`kubernetes.pods` is `own`".to_owned()),
             FollowedPods::All if !cluster.remote_pods.is_known() => Err("they are not known yet".to_owned()),
             FollowedPods::All => self.with_remote_pods(&file, &accepted, cluster, budgets),
         };
-        self.policies.extend(accepted.iter().map(|accepted| accepted.policy.clone()));
-        match remote {
-            Ok(rules) => self.config.rules = rules,
-            Err(reason) => {
-                self.config.rules.extend(accepted.into_iter().flat_map(|accepted| accepted.rules));
-                self.deny_remote_pods(cluster, node, &reason);
+        let denied = match remote {
+            Ok(RemoteRules { file, policies, closed }) => {
+                self.config.rules = file;
+                for (accepted, rules) in accepted.iter_mut().zip(policies) {
+                    if let Some(rules) = rules {
+                        accepted.rules = rules;
+                    }
+                }
+                Ok(closed)
             }
+            Err(reason) => Err(reason),
+        };
+        for accepted in accepted {
+            self.config.rules.extend(accepted.rules);
+            self.policies.push(accepted.policy);
+        }
+        match denied {
+            Ok(closed) => self.deny_remote_pods_of(&closed, cluster),
+            Err(reason) => self.deny_remote_pods(cluster, node, &reason),
         }
         self.refused.sort_by(|a, b| a.name.cmp(&b.name));
     }
@@ -239,12 +261,15 @@ impl Planned {
                     continue;
                 }
             };
-            if let Some(reason) = quarantine.reason(policy, content.generation) {
+            if let Some(reason) = quarantine.reason(policy, &content.revision()) {
                 self.refused.push(RefusedPolicy::new(policy, content.generation, reason));
                 continue;
             }
-            let observed =
-                ObservedPolicy { name: policy.to_owned(), observed_generation: content.generation };
+            let observed = ObservedPolicy {
+                name: policy.to_owned(),
+                observed_generation: content.generation,
+                uid: content.uid.clone(),
+            };
             let selects = namespace.is_some() || rules.iter().any(Rule::selects);
             let from = (content.stamp, surroundings[usize::from(selects)]);
             let known = budgets.of(policy, from).cloned();
@@ -252,7 +277,7 @@ impl Planned {
                 self.refuse(&observed, exceeded);
                 continue;
             }
-            let mut unresolved = Vec::with_capacity(rules.len());
+            let mut unresolved = Vec::with_capacity(if selects { rules.len() } else { 0 });
             let mut resolved = Vec::with_capacity(rules.len());
             let mut nowhere = Vec::new();
             for rule in rules {
@@ -260,12 +285,20 @@ impl Planned {
                 let name = unique(&format!("{}.{}", policy.replace('/', "."), rule.name), &mut names);
                 rule.name = name;
                 // Other nodes may have networks that this node does not judge.
-                let named = rule.external.as_ref().is_some_and(|list| !list.is_empty());
-                restrict(&mut rule.external, &external);
-                if named && rule.external.as_ref().is_some_and(Vec::is_empty) {
-                    nowhere.push(rule.name.clone());
+                let mut note = |list: &mut Option<Vec<Network>>, scope: &[IpNet], key: &'static str| {
+                    let named = list.as_ref().is_some_and(|list| !list.is_empty());
+                    restrict(list, scope);
+                    if named && list.as_ref().is_some_and(Vec::is_empty) {
+                        nowhere.push((rule.name.clone(), key));
+                    }
+                };
+                note(&mut rule.external, &external, "external");
+                if !rule.selects() {
+                    note(&mut rule.pods, &pods, "pods");
                 }
-                unresolved.push(rule.clone());
+                if selects {
+                    unresolved.push(rule.clone());
+                }
                 resolve(&mut rule, cluster, Reach::Own, namespace);
                 restrict(&mut rule.pods, &pods);
                 resolved.push(rule);
@@ -285,10 +318,8 @@ impl Planned {
                 }
             }
         }
-        self.remarks.extend(outside.iter().take(REMARKS).map(|rule| {
-            format!(
-                "rule {rule} matches nothing here: its `external` is outside `networks.external` of this node"
-            )
+        self.remarks.extend(outside.iter().take(REMARKS).map(|(rule, key)| {
+            format!("rule {rule} matches nothing here: its `{key}` is outside `networks.{key}` of this node")
         }));
         let costs: Vec<(Option<&str>, Cost)> = candidates
             .iter()
@@ -311,14 +342,15 @@ impl Planned {
     }
 
     /// Returns the rules of the file and of the accepted policies with the pods of every node, or why that is too much. All of
-    /// them or none: a rule that denies must not be missing where one that allows is there.
+    /// them or none: a rule that denies must not be missing where one that allows is there. The policies of a namespace are
+    /// about its pods alone, so that they close no other's.
     fn with_remote_pods(
         &self,
         file: &[Rule],
         accepted: &[AcceptedPolicy],
         cluster: &Cluster,
         budgets: &mut Budgets,
-    ) -> Result<Vec<Rule>, String> {
+    ) -> Result<RemoteRules, String> {
         let pods = self.config.networks.pod_nets();
         let mut rules = file.to_vec();
         for rule in &mut rules {
@@ -326,11 +358,13 @@ impl Planned {
         }
         let limits = shared_limits(&Config { rules: rules.clone(), ..self.config.clone() });
         let mut costs = Vec::with_capacity(accepted.len());
+        let mut with_remote = Vec::with_capacity(accepted.len());
+        let mut closed = BTreeMap::new();
         for accepted in accepted {
             let namespace = namespace_of(&accepted.policy.name);
-            if namespace.is_none() && !accepted.unresolved.iter().any(Rule::selects) {
+            if accepted.unresolved.is_empty() {
                 costs.push((namespace, accepted.cost));
-                rules.extend(accepted.rules.iter().cloned());
+                with_remote.push(None);
                 continue;
             }
             let mut resolved = accepted.unresolved.clone();
@@ -338,23 +372,58 @@ impl Planned {
                 resolve(rule, cluster, Reach::All, namespace);
                 restrict(&mut rule.pods, &pods);
             }
-            let checked = budgets.check(&accepted.policy.name, Reach::All, &resolved, None);
-            let cost = checked.map_err(|exceeded| format!("policy {}: {exceeded}", accepted.policy.name))?;
-            costs.push((namespace, cost));
-            rules.append(&mut resolved);
+            match budgets.check(&accepted.policy.name, Reach::All, &resolved, None) {
+                Ok(cost) => {
+                    costs.push((namespace, cost));
+                    with_remote.push(Some(resolved));
+                }
+                Err(exceeded) => {
+                    let reason = format!("policy {}: {exceeded}", accepted.policy.name);
+                    closed.insert(namespace.ok_or_else(|| reason.clone())?.to_owned(), reason);
+                    costs.push((namespace, accepted.cost));
+                    with_remote.push(None);
+                }
+            }
         }
         if limits.lines == 0 && !file.is_empty() {
             return Err(
                 "the rules of the configuration file need too many iptables rules with them".to_owned()
             );
         }
-        match limits.choose_by_namespace(&costs).into_iter().find_map(Result::err) {
-            Some(exceeded) => Err(exceeded.to_string()),
-            None => Ok(rules),
+        loop {
+            for (index, accepted) in accepted.iter().enumerate() {
+                if costs[index].0.is_some_and(|namespace| closed.contains_key(namespace)) {
+                    (costs[index].1, with_remote[index]) = (accepted.cost, None);
+                }
+            }
+            let chosen = limits.choose_by_namespace(&costs).into_iter().zip(accepted);
+            let mut exceeded = chosen.filter_map(|(chosen, one)| Some((chosen.err()?, &one.policy.name)));
+            let Some((exceeded, policy)) = exceeded.next() else {
+                return Ok(RemoteRules { file: rules, policies: with_remote, closed });
+            };
+            let namespace = namespace_of(policy).filter(|namespace| !closed.contains_key(*namespace));
+            let Some(namespace) = namespace else { return Err(exceeded.to_string()) };
+            closed.insert(namespace.to_owned(), format!("policy {policy}: {exceeded}"));
         }
     }
 
-    /// Denies what this node translates to pods of other nodes: the rules cannot distinguish such pods, and their
+    /// As [`Self::deny_remote_pods`], for the pods of some namespaces.
+    fn deny_remote_pods_of(&mut self, closed: &BTreeMap<String, String>, cluster: &Cluster) {
+        let remote = cluster.remote_pods.iter().filter(|(_, pod)| closed.contains_key(&*pod.namespace));
+        let mut judged = IpNet::aggregate(&self.config.networks.pod_nets());
+        judged.sort_unstable();
+        let addresses = remote.flat_map(|(_, pod)| &pod.addresses).map(|address| host(*address));
+        let addresses: Vec<IpNet> = addresses.filter(|address| covered(address, &judged)).collect();
+        for (namespace, reason) in closed.iter().take(REMARKS) {
+            self.remarks.push(format!(
+                "LAN hosts reach pods of namespace {namespace} on other nodes by their own nodes only, not through a NodePort or \
+                 Service of this one: {reason}"
+            ));
+        }
+        self.deny(&addresses);
+    }
+
+    /// Denies connections that this node translates to pods of other nodes: the rules cannot distinguish such pods, and their
     /// own node sees this node as the peer.
     fn deny_remote_pods(&mut self, cluster: &Cluster, node: Option<&str>, reason: &str) {
         let own: Vec<IpNet> =
@@ -370,15 +439,23 @@ impl Planned {
         if others.is_empty() || self.config.rules.is_empty() {
             return;
         }
+        self.deny(&others);
         self.remarks.push(format!(
             "LAN hosts reach pods of other nodes by their own nodes only, not through a NodePort or Service of this one: {reason}"
         ));
+    }
+
+    /// Denies everything from LAN hosts to pods.
+    fn deny(&mut self, pods: &[IpNet]) {
+        if pods.is_empty() {
+            return;
+        }
         let mut names = self.config.rules.iter().map(|rule| rule.name.as_str().to_owned()).collect();
         let deny = Rule {
             name: unique("pods-of-other-nodes", &mut names),
             direction: Direction::Inbound,
             external: None,
-            pods: Some(IpNet::aggregate(&others).into_iter().map(Network::from).collect()),
+            pods: Some(IpNet::aggregate(&pods.to_vec()).into_iter().map(Network::from).collect()),
             pod_selector: None,
             namespace_selector: None,
             protocol: Protocol::Any,

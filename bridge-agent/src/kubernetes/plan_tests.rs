@@ -32,7 +32,7 @@ fn policy(rules: &str) -> Option<Policy> {
     let rules =
         crate::config::policy_rules(&format!(r#"{{"spec": {rules}}}"#), crate::config::PolicyScope::Cluster);
     let rules = rules.map_err(|error| Refusal { reason: "Invalid".into(), message: error.to_string() });
-    Some(Policy { generation: 1, rules, reported: Vec::new(), stamp: Stamp::default() })
+    Some(Policy { generation: 1, uid: "u".into(), rules, reported: Vec::new(), stamp: Stamp::default() })
 }
 
 fn cluster() -> Cluster {
@@ -102,7 +102,10 @@ fn a_pod_that_is_not_known_yet_is_in_no_rule_that_selects() {
         rules(&planned),
         "web: [10.200.2.93/32]\nall.any: all\nall.gold: [10.200.2.92/32 10.200.2.93/32]"
     );
-    assert_eq!(planned.policies, [ObservedPolicy { name: "all".into(), observed_generation: 1 }]);
+    assert_eq!(
+        planned.policies,
+        [ObservedPolicy { name: "all".into(), observed_generation: 1, uid: "u".into() }]
+    );
 }
 
 #[test]
@@ -282,6 +285,43 @@ fn too_many_pods_of_other_nodes_cost_no_policy_of_this_node() {
     assert!(rules.starts_with("pods-of-other-nodes: [10.200.3.0/24 10.201.0.0/16]"), "{rules:.200}");
     assert!(rules.ends_with("p.r: [10.200.2.91/32]"), "{rules:.200}");
     assert!(planned.remarks[0].contains("iptables rules"), "{:?}", planned.remarks);
+}
+
+#[test]
+fn too_many_pods_of_a_namespace_close_no_pods_of_others() {
+    let mut cluster = cluster();
+    cluster.policies.apply("p".into(), policy(DENY_AND_ALLOW));
+    let all = r#"{"rules": [{"name": "r", "direction": "inbound", "protocol": "tcp", "ports": [1, 3, 5]}]}"#;
+    cluster.namespace_policies.apply("shop/small".into(), policy(all));
+    cluster.namespace_policies.apply("greedy/p".into(), policy(all));
+    let in_greedy = |address: String| {
+        let pod = pod("x", &address).unwrap();
+        Some(Pod { namespace: "greedy".into(), ..pod })
+    };
+    cluster.pods.apply("greedy/own".into(), in_greedy("10.200.2.77".into()));
+    for host in 0..=255 {
+        for block in 4..8 {
+            let address = format!("10.200.{block}.{host}");
+            cluster.remote_pods.apply(address.as_str().into(), in_greedy(address));
+        }
+    }
+    cluster.remote_pods.apply("shop/web-2".into(), pod("web", "10.200.3.91"));
+    let mut other = node(9).unwrap();
+    other.networks = ["10.200.4.0/22".parse().unwrap()].into();
+    cluster.nodes.apply("b9".into(), Some(other));
+    let file = FILE.replace("nodeName: b", "nodeName: b, namespacePolicies: true");
+    let planned = with(&file, &cluster);
+    assert_eq!(planned.refused, []);
+    assert_eq!(
+        rules(&planned),
+        "pods-of-other-nodes: [10.200.4.0/22]\nweb: [10.200.2.91/32 10.200.3.91/32]\np.no: [10.200.2.92/32]\np.yes: all\n\
+         greedy.p.r: [10.200.2.77/32]\nshop.small.r: [10.200.2.91/32 10.200.2.92/32 10.200.3.91/32]"
+    );
+    assert_eq!(planned.remarks.len(), 1, "{:?}", planned.remarks);
+    assert!(
+        planned.remarks[0].contains("pods of namespace greedy")
+            && planned.remarks[0].contains("iptables rules")
+    );
 }
 
 /// Rules with a selector, of which each selected pod costs 1,000 iptables rules.

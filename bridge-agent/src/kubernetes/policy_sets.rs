@@ -32,11 +32,13 @@ impl PolicySets {
     }
 }
 
-/// Hashes names and generations of policies. Agents of all versions come to the same hash.
+/// Hashes names, UIDs and generations of policies. Agents of all versions come to the same hash.
 pub(super) fn hash<'p>(policies: impl Iterator<Item = (&'p str, &'p Policy)>) -> String {
     let mut hasher = Sha256::new();
     for (name, policy) in policies {
         hasher.update(name);
+        hasher.update([0]);
+        hasher.update(&*policy.uid);
         hasher.update([0]);
         hasher.update(policy.generation.to_be_bytes());
     }

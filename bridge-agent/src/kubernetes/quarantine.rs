@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use super::cluster::Cluster;
 use super::resources::ObservedPolicy;
+use super::resources::Revision;
 
 /// Reason for a policy that another one keeps from being tried.
 const WAITING: &str = "not applied yet: the node is finding the policy that it cannot apply";
@@ -14,26 +15,26 @@ const WAITING: &str = "not applied yet: the node is finding the policy that it c
 /// Policies that are left out.
 #[derive(Debug, Default)]
 pub(super) struct Quarantine {
-    /// Generation and reason by policy.
-    excluded: BTreeMap<String, (i64, String)>,
+    /// Revision and reason by policy.
+    excluded: BTreeMap<String, (Revision, String)>,
     /// Groups of excluded policies that have not been tried by themselves.
     untried: Vec<Vec<String>>,
-    /// Generation of each policy that was active when a configuration was last applied.
-    good: BTreeMap<String, i64>,
+    /// Revision of each policy that was active when a configuration was last applied.
+    good: BTreeMap<String, Revision>,
 }
 
 impl Quarantine {
     /// The reason for which a policy is left out.
-    pub(super) fn reason(&self, policy: &str, generation: i64) -> Option<&str> {
+    pub(super) fn reason(&self, policy: &str, revision: &Revision) -> Option<&str> {
         let (excluded, reason) = self.excluded.get(policy)?;
-        (*excluded == generation).then_some(reason.as_str())
+        (excluded == revision).then_some(reason.as_str())
     }
 
     /// Notes that a configuration with `policies` was applied. Returns whether excluded ones are to be tried next.
     pub(super) fn succeeded(&mut self, policies: &[ObservedPolicy], cluster: &Cluster) -> bool {
-        self.good = policies.iter().map(|policy| (policy.name.clone(), policy.observed_generation)).collect();
-        self.excluded.retain(|name, (generation, _)| {
-            cluster.policy(name).is_some_and(|policy| policy.generation == *generation)
+        self.good = policies.iter().map(|policy| (policy.name.clone(), policy.revision())).collect();
+        self.excluded.retain(|name, (revision, _)| {
+            cluster.policy(name).is_some_and(|policy| policy.revision() == *revision)
         });
         match self.untried.pop() {
             None => false,
@@ -47,8 +48,7 @@ impl Quarantine {
     /// Notes that a configuration with `policies` was not applied. Returns whether others are left out now, so that it is
     /// worth another attempt at once.
     pub(super) fn failed(&mut self, policies: &[ObservedPolicy], error: &str) -> bool {
-        let is_new =
-            |policy: &&ObservedPolicy| self.good.get(&policy.name) != Some(&policy.observed_generation);
+        let is_new = |policy: &&ObservedPolicy| self.good.get(&policy.name) != Some(&policy.revision());
         let suspects: Vec<&ObservedPolicy> = policies.iter().filter(is_new).collect();
         let reason = match suspects.as_slice() {
             [] => return false,
@@ -62,7 +62,7 @@ impl Quarantine {
             }
         };
         let entries =
-            suspects.iter().map(|policy| (policy.name.clone(), (policy.observed_generation, reason.clone())));
+            suspects.iter().map(|policy| (policy.name.clone(), (policy.revision(), reason.clone())));
         self.excluded.extend(entries);
         true
     }
@@ -76,10 +76,14 @@ mod tests {
     /// Applies policies, of which those named `bad` cannot be, until nothing changes any more. Returns the active ones.
     fn settle(quarantine: &mut Quarantine, cluster: &Cluster) -> (Vec<String>, usize) {
         for attempt in 0..1000 {
-            let all = cluster.policies.iter().map(|(name, policy)| (name, policy.generation));
+            let all = cluster.policies.iter().map(|(name, policy)| (name, policy.revision()));
             let policies: Vec<ObservedPolicy> = all
-                .filter(|(name, generation)| quarantine.reason(name, *generation).is_none())
-                .map(|(name, observed_generation)| ObservedPolicy { name: name.into(), observed_generation })
+                .filter(|(name, revision)| quarantine.reason(name, revision).is_none())
+                .map(|(name, (uid, observed_generation))| ObservedPolicy {
+                    name: name.into(),
+                    observed_generation,
+                    uid,
+                })
                 .collect();
             let again = match policies.iter().any(|policy| policy.name.starts_with("bad")) {
                 true => quarantine.failed(&policies, "too much"),
@@ -93,8 +97,8 @@ mod tests {
     }
 
     fn add(cluster: &mut Cluster, name: &str, generation: i64) {
-        let policy =
-            Policy { generation, rules: Ok(Vec::new()), reported: Vec::new(), stamp: Stamp::default() };
+        let (uid, rules, reported) = Default::default();
+        let policy = Policy { generation, uid, rules: Ok(rules), reported, stamp: Stamp::default() };
         cluster.policies.apply(name.into(), Some(policy));
     }
 
@@ -114,8 +118,9 @@ mod tests {
         let (active, attempts) = settle(&mut quarantine, &cluster);
         assert_eq!(active.len(), 103, "{active:?}");
         assert!(attempts < 30, "{attempts}");
-        assert!(quarantine.reason("bad1", 1).unwrap().contains("too much"));
-        assert_eq!(quarantine.reason("bad1", 2), None, "a new generation is tried again");
+        assert!(quarantine.reason("bad1", &("".into(), 1)).unwrap().contains("too much"));
+        assert_eq!(quarantine.reason("bad1", &("".into(), 2)), None, "a new generation is tried again");
+        assert_eq!(quarantine.reason("bad1", &("new".into(), 1)), None, "and so is another one of its name");
         // Deleted: nothing is left of it.
         for name in ["bad1", "bad2"] {
             cluster.policies.apply(name.into(), None);

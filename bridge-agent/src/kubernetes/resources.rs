@@ -19,6 +19,8 @@ pub use crate::config::GROUP;
 
 /// The served version.
 pub const VERSION: &str = crate::config::VERSION;
+/// UID and generation.
+pub(super) type Revision = (Box<str>, i64);
 /// The field manager of everything that agents write.
 pub(super) const MANAGER: &str = "bridge-agent";
 /// The reason for which a policy of a namespace is refused.
@@ -198,7 +200,7 @@ pub struct BridgeNodeStatus {
     pub policy_generation: i64,
     /// Number of enforced policies of the cluster.
     pub policy_count: i64,
-    /// Hash of name and generation of all BridgePolicies that the node has applied or refused.
+    /// Hash of name, UID and generation of all BridgePolicies that the node has applied or refused.
     pub policy_hash: String,
     /// The same of all BridgeNamespacePolicies; absent where they have no effect.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -234,6 +236,15 @@ pub struct ObservedPolicy {
     pub name: String,
     /// The `metadata.generation` that is enforced.
     pub observed_generation: i64,
+    /// The `metadata.uid`.
+    #[serde(skip)]
+    pub(super) uid: Box<str>,
+}
+
+impl ObservedPolicy {
+    pub(super) fn revision(&self) -> Revision {
+        (self.uid.clone(), self.observed_generation)
+    }
 }
 
 /// A policy that a node does not enforce.

@@ -172,6 +172,7 @@ mod tests {
         let refusal = || Refusal { reason: "Invalid".into(), message: "why".into() };
         let policy = |rules| super::super::cluster::Policy {
             generation: 1,
+            uid: "u".into(),
             rules,
             reported: Vec::new(),
             stamp: Stamp::default(),

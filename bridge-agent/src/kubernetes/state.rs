@@ -11,7 +11,9 @@ use super::objects::{
     AffinityObject, BlockObject, CiliumObject, Followed, NamespaceObject, NamespacePolicyObject, NodeObject,
     PodObject, PolicyObject, RemotePodObject,
 };
+use super::plan::Planned;
 use super::status::{Applied, KubernetesStatus};
+use crate::config::Config;
 use crate::kernel::clock;
 
 /// The cluster as far as it is known, and the health of the watches. Clones share it.
@@ -80,8 +82,10 @@ impl State {
         self.0.applied.subscribe()
     }
 
-    pub(super) fn set_applied(&self, change: impl FnOnce(&mut Applied)) {
-        self.0.applied.send_modify(change);
+    pub(super) fn set_applied(&self, planned: Planned, error: Option<String>) -> Config {
+        let mut config = None;
+        self.0.applied.send_modify(|applied| config = Some(applied.take(planned, error)));
+        config.expect("a sender calls its closure")
     }
 
     pub(super) fn version(&self) -> u64 {

@@ -9,6 +9,7 @@ use super::networks::Origin;
 use super::plan::Planned;
 use super::policy_sets::PolicySets;
 use super::resources::{ObservedPolicy, RefusedPolicy};
+use crate::config::Config;
 
 /// The cluster as it is known, and the way to it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -63,9 +64,9 @@ pub(super) struct Applied {
 }
 
 impl Applied {
-    /// Takes in the outcome of a change.
-    pub(super) fn take(&mut self, planned: Planned, error: Option<String>, synced: bool) {
-        self.current = synced && error.is_none();
+    /// Takes in the outcome of a change. Returns the planned configuration.
+    pub(super) fn take(&mut self, planned: Planned, error: Option<String>) -> Config {
+        self.current = planned.synced && error.is_none();
         // A change that failed leaves the one before it active.
         if error.is_none() {
             (self.origin, self.policies) = (planned.origin, planned.policies);
@@ -73,5 +74,6 @@ impl Applied {
             self.remarks = planned.remarks;
         }
         self.error = error;
+        planned.config
     }
 }

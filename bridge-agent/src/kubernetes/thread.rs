@@ -7,13 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process};
 use tokio::sync::oneshot;
 
 /// Name of the thread, and of the threads of its runtime. At most 15 characters (proc(5)).
 const NAME: &str = "cluster";
 /// A plugin that takes longer is killed.
 pub(super) const PLUGIN_DEADLINE: Duration = Duration::from_secs(10);
+/// A process that forks while it is stopped is found in this number of passes.
+const PASSES: usize = 100;
 /// Pause between two looks at the plugins.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -73,11 +75,14 @@ fn end_overdue(seen: &mut HashMap<u32, Instant>, deadline: Duration) {
                 ?deadline,
                 "the agent kills a credential plugin that does not answer"
             );
-            for process in family(pid) {
-                kill(process);
-            }
+            kill_family(pid);
         }
     }
+}
+
+/// Kills a process with all its descendants.
+pub(super) fn kill_family(pid: u32) {
+    family(pid).into_iter().for_each(kill);
 }
 
 fn kill(pid: u32) {
@@ -96,19 +101,53 @@ fn plugins() -> Vec<u32> {
     of_cluster.flat_map(|task| numbers(&task.path().join("children"))).collect()
 }
 
-/// A process and all its descendants. Each is stopped before its children are listed, so that it starts no more of them.
+/// Kills the children of this process with all their descendants.
+pub(super) fn kill_children() {
+    for _ in 0..PASSES {
+        let children = children(std::process::id());
+        if children.is_empty() {
+            return;
+        }
+        children.into_iter().for_each(kill_family);
+        // Those that have ended are children until they are waited for.
+        while let Ok(Some(_)) = rustix::process::wait(WaitOptions::NOHANG) {}
+    }
+}
+
+/// A process and all its descendants. Each is stopped before its children are listed, so that it starts no more of them; a
+/// stop may take effect a little later, in a process that is just starting another one.
 fn family(pid: u32) -> Vec<u32> {
     let mut family = vec![pid];
-    let mut next = 0;
-    while let Some(pid) = family.get(next).copied() {
-        if let Some(pid) = pid.try_into().ok().and_then(Pid::from_raw) {
-            let _ = kill_process(pid, Signal::STOP);
+    for _ in 0..PASSES {
+        let (before, mut next, mut stopped) = (family.len(), 0, true);
+        while let Some(pid) = family.get(next).copied() {
+            if let Some(pid) = pid.try_into().ok().and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::STOP);
+            }
+            stopped &= is_stopped(pid);
+            let more = children(pid).into_iter().filter(|pid| !family.contains(pid));
+            family.extend(more.collect::<Vec<_>>());
+            next += 1;
         }
-        let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-        family.extend(tasks.flat_map(|task| numbers(&task.path().join("children"))));
-        next += 1;
+        if stopped && family.len() == before {
+            break;
+        }
+        thread::sleep(Duration::from_millis(1));
     }
     family
+}
+
+/// Whether a process runs no code: it is stopped, or has ended.
+fn is_stopped(pid: u32) -> bool {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name before the state may have any characters.
+    let state = text.rsplit_once(") ").map(|(_, rest)| rest);
+    state.is_none_or(|state| state.starts_with(['T', 't', 'Z', 'X']))
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.flat_map(|task| numbers(&task.path().join("children"))).collect()
 }
 
 fn numbers(file: &std::path::Path) -> Vec<u32> {

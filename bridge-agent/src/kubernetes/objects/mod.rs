@@ -11,13 +11,13 @@ use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::{ClusterResourceScope, NamespaceResourceScope};
 use kube::Resource;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, MapAccess};
 use serde::{Deserialize, Deserializer};
-use serde_json::Value as Json;
+use serde_json::value::{RawValue, Value as Json};
 
 use super::cluster::{Cluster, Labels, Node, Pod, Policy, Refusal, Stamp, Table};
 use super::resources::{Condition, GROUP, RefusedPolicy};
-use crate::config::PolicyScope;
+use crate::config::{PolicyScope, special};
 use crate::pool::pods;
 
 /// An object that the agent follows.
@@ -76,6 +76,28 @@ fn meta<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Err
     Ok(ObjectMeta { name, namespace, uid, resource_version, generation, labels, annotations, ..rest })
 }
 
+/// As [`meta`].
+#[derive(Default, Deserialize)]
+struct Meta(#[serde(deserialize_with = "meta")] ObjectMeta);
+
+/// The JSON text of keys, each with its value as it was sent: no more than one policy of a page is held as a tree, and lists
+/// that are nested too deeply for a tree keep no other object from being read.
+#[derive(Default)]
+struct Rest(String);
+
+impl Rest {
+    fn push<'de, A: MapAccess<'de>>(&mut self, key: &str, map: &mut A) -> Result<(), A::Error> {
+        let value = map.next_value::<Box<RawValue>>()?;
+        let before = if self.0.is_empty() { '{' } else { ',' };
+        self.0 += &format!("{before}{}:{}", Json::from(key), value.get());
+        Ok(())
+    }
+
+    fn close(self) -> String {
+        if self.0.is_empty() { "{}".to_owned() } else { self.0 + "}" }
+    }
+}
+
 /// `null` equals a missing value.
 fn or_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
     deserializer: D,
@@ -88,13 +110,46 @@ macro_rules! object {
         $($field:ident: $type:ty),* $(,)?
     } $($rest:ident)?) => {
         $(#[$doc])*
-        #[derive(Clone, Debug, Deserialize)]
+        #[derive(Clone, Debug)]
         pub(in crate::kubernetes) struct $name {
-            #[serde(default, deserialize_with = "meta")]
             metadata: ObjectMeta,
-            $(#[serde(default, deserialize_with = "or_default")] $field: $type,)*
+            $($field: $type,)*
             // Every other key, so that a misspelt one is not lost.
-            $(#[serde(flatten)] $rest: serde_json::Map<String, Json>,)?
+            $($rest: String,)?
+        }
+
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Keys;
+
+                impl<'de> serde::de::Visitor<'de> for Keys {
+                    type Value = $name;
+
+                    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                        f.write_str("an object")
+                    }
+
+                    fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<$name, A::Error> {
+                        let mut metadata = ObjectMeta::default();
+                        $(let mut $field = <$type>::default();)*
+                        let mut rest = crate::kubernetes::objects::Rest::default();
+                        let keeps_rest = !<[&str]>::is_empty(&[$(stringify!($rest))?]);
+                        while let Some(key) = map.next_key::<String>()? {
+                            match key.as_str() {
+                                "metadata" => metadata = map.next_value::<Option<crate::kubernetes::objects::Meta>>()?.unwrap_or_default().0,
+                                $(stringify!($field) => {
+                                    $field = map.next_value::<Option<$type>>()?.unwrap_or_default();
+                                })*
+                                _ if keeps_rest => rest.push(&key, &mut map)?,
+                                _ => drop(map.next_value::<serde::de::IgnoredAny>()?),
+                            }
+                        }
+                        Ok($name { metadata, $($field,)* $($rest: rest.close(),)? })
+                    }
+                }
+
+                deserializer.deserialize_map(Keys)
+            }
         }
 
         impl Resource for $name {
@@ -232,9 +287,10 @@ fn internal(addresses: &[Address]) -> Box<[IpAddr]> {
     internal.filter_map(|address| address.address.parse().ok()).collect()
 }
 
-/// Unreadable networks are left out: a network that bridge does not know is not judged by mistake.
+/// Unreadable networks, and those that no pod has, are left out: a network that bridge does not know is not judged by mistake.
 fn networks<'a>(texts: impl IntoIterator<Item = &'a String>) -> Box<[IpNet]> {
-    texts.into_iter().filter_map(|text| Some(text.parse::<IpNet>().ok()?.trunc())).collect()
+    let nets = texts.into_iter().filter_map(|text| Some(text.parse::<IpNet>().ok()?.trunc()));
+    nets.filter(|net| special::no_hosts(net).is_none()).collect()
 }
 
 impl Followed for NodeObject {
@@ -359,7 +415,7 @@ impl Followed for PolicyObject {
     const NAME: &'static str = "bridgepolicies";
 
     fn keep(self) -> Option<Policy> {
-        Some(policy(&self.metadata, self.rest, self.status, PolicyScope::Cluster))
+        Some(policy(&self.metadata, &self.rest, self.status, PolicyScope::Cluster))
     }
 
     fn refresh(&mut self, known: &mut Policy) -> bool {
@@ -385,7 +441,7 @@ impl Followed for NamespacePolicyObject {
     const OPTIONAL: bool = true;
 
     fn keep(self) -> Option<Policy> {
-        Some(policy(&self.metadata, self.rest, self.status, PolicyScope::Namespace))
+        Some(policy(&self.metadata, &self.rest, self.status, PolicyScope::Namespace))
     }
 
     fn refresh(&mut self, known: &mut Policy) -> bool {
@@ -397,16 +453,11 @@ impl Followed for NamespacePolicyObject {
     }
 }
 
-fn policy(
-    meta: &ObjectMeta,
-    rest: serde_json::Map<String, Json>,
-    status: PolicyStatus,
-    scope: PolicyScope,
-) -> Policy {
-    let json = Json::Object(rest).to_string();
+fn policy(meta: &ObjectMeta, json: &str, status: PolicyStatus, scope: PolicyScope) -> Policy {
     Policy {
         generation: meta.generation.unwrap_or_default(),
-        rules: crate::config::policy_rules(&json, scope)
+        uid: meta.uid.clone().unwrap_or_default().into(),
+        rules: crate::config::policy_rules(json, scope)
             .map_err(|errors| Refusal { reason: "Invalid".to_owned(), message: one_line(&errors) }),
         reported: status.conditions,
         stamp: Stamp::default(),
@@ -415,7 +466,7 @@ fn policy(
 
 /// Takes over the conditions of a policy: they change far more often than its rules, which may take long to read.
 fn refresh(meta: &ObjectMeta, status: &mut PolicyStatus, known: &mut Policy) -> bool {
-    let same = meta.generation == Some(known.generation);
+    let same = meta.generation == Some(known.generation) && meta.uid.as_deref() == Some(&*known.uid);
     if same {
         known.reported = std::mem::take(&mut status.conditions);
     }
@@ -493,6 +544,24 @@ mod tests {
         let of_host = opted(r#"{"hostNetwork": true}"#, "Running").unwrap();
         assert_eq!((of_host.pool_uid.as_deref(), of_host.addresses.len()), (Some("u"), 0));
         assert_eq!(opted("{}", "Succeeded"), None);
+    }
+
+    #[test]
+    fn a_policy_that_is_nested_too_deeply_keeps_no_other_from_being_read() {
+        let deep = format!("{}{}", "[".repeat(5000), "]".repeat(5000));
+        let rule = r#"{"name": "a", "direction": "inbound", "protocol": "any"}"#;
+        let of =
+            |more: &str| format!(r#"{{"metadata": {{"name": "p"}}, "spec": {{"rules": [{rule}]}}{more}}}"#);
+        let text = format!(r#"{{"items": [{}, {}]}}"#, of(&format!(r#", "x": {deep}"#)), of(""));
+        #[derive(Deserialize)]
+        struct List {
+            items: Vec<PolicyObject>,
+        }
+        let list = serde_json::from_str::<List>(&text).unwrap().items;
+        let kept: Vec<Policy> = list.into_iter().filter_map(Followed::keep).collect();
+        let refusal = kept[0].rules.as_ref().unwrap_err();
+        assert!(refusal.message.contains("nest less deeply"), "{refusal:?}");
+        assert_eq!(kept[1].rules.as_ref().map(Vec::len), Ok(1));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use kube::Resource;
 use serde::Deserialize;
 
 use super::super::cluster::{Affinity, Block, Cluster, Node, Table};
-use super::{Followed, meta, networks, or_default};
+use super::{Followed, networks, or_default};
 
 object! {
     /// `crd.projectcalico.org/v1` IPAMBlock.

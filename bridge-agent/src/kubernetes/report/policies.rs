@@ -12,7 +12,9 @@ use serde_json::json;
 use super::super::cluster::{Cluster, Policy, Refusal, namespace_of};
 use super::super::objects::{BridgeNodeReport, NamespacePolicyMeta, NodeReport, PolicyMeta, key};
 use super::super::policy_sets::{self, is_set};
-use super::super::resources::{ACCEPTED, Condition, GROUP, MANAGER, PROGRAMMED, RefusedPolicy, VERSION};
+use super::super::resources::{
+    ACCEPTED, Condition, GROUP, MANAGER, PROGRAMMED, RefusedPolicy, Revision, VERSION,
+};
 use super::super::state::State;
 use super::conditions::{condition, same, truth};
 use super::event::Events;
@@ -22,10 +24,14 @@ use super::lease::{Lease, RENEW};
 const COALESCE: Duration = Duration::from_millis(200);
 /// A new or changed policy is not called pending before this time: nodes that apply it meanwhile make one write of two.
 const SETTLE: Duration = Duration::from_millis(1500);
-/// A condition that says that nodes are missing is written at most this often.
+/// A condition that says that nodes are missing is written at most this often in the first minute, and then as others.
 const PROGRESS: Duration = Duration::from_secs(10);
 /// A condition is repeated at most this often, after another client or the number of nodes has changed it.
 const REPEAT: Duration = Duration::from_secs(60);
+/// Changes of a status that are written about one revision of a policy, at most this many within that time: it is pending, and
+/// then enforced.
+const CHANGES: usize = 2;
+const WINDOW: Duration = Duration::from_secs(120);
 /// Versions of the set of policies that are remembered.
 const HISTORY: usize = 256;
 /// Nodes that a message names.
@@ -46,8 +52,8 @@ struct History {
     version: u64,
     /// Version by hash, the oldest first.
     hashes: Vec<(String, u64)>,
-    /// Generation of each policy, and the version in which it came.
-    policies: BTreeMap<String, (i64, u64)>,
+    /// Revision of each policy, and the version in which it came.
+    policies: BTreeMap<String, (Revision, u64)>,
 }
 
 /// Of the policies of the cluster, and of those of namespaces.
@@ -106,8 +112,9 @@ impl History {
         self.version += 1;
         let before = std::mem::take(&mut self.policies);
         for (name, policy) in policies {
-            let known = before.get(name).filter(|(generation, _)| *generation == policy.generation);
-            self.policies.insert(name.to_owned(), *known.unwrap_or(&(policy.generation, self.version)));
+            let known = before.get(name).filter(|(revision, _)| *revision == policy.revision());
+            let known = known.cloned().unwrap_or_else(|| (policy.revision(), self.version));
+            self.policies.insert(name.to_owned(), known);
         }
         self.hashes.retain(|(known, _)| *known != hash);
         self.hashes.push((hash, self.version));
@@ -135,8 +142,13 @@ struct Report {
 
 /// The last condition written to a policy, and its time.
 struct Written {
+    revision: Revision,
     conditions: Vec<Condition>,
     at: Instant,
+    /// The first write about this revision.
+    first: Instant,
+    /// Writes that changed a status of this revision, within [`WINDOW`].
+    changes: Vec<Instant>,
 }
 
 /// Writes conditions while it runs.
@@ -146,8 +158,8 @@ pub(super) struct Policies {
     history: Histories,
     nodes: BTreeMap<String, Report>,
     written: HashMap<String, Written>,
-    /// Generation of each policy, and the time when it was first seen.
-    seen: HashMap<String, (i64, Instant)>,
+    /// Revision of each policy, and the time when it was first seen.
+    seen: HashMap<String, (Revision, Instant)>,
     /// When the first of the policies that wait for their nodes is to be written.
     settles: Option<Instant>,
     warned: BTreeSet<String>,
@@ -236,17 +248,17 @@ impl Policies {
     /// Writes each condition that is not as it should be. One that cannot be written keeps no other from it.
     async fn write(&mut self, events: &Events) {
         let client = &self.client.clone();
-        let wanted = stream::iter(self.wanted()).map(|(name, conditions, rejected)| async move {
-            let written = apply(client, &name, &conditions).await;
-            if let (Ok(()), Some(note)) = (&written, rejected) {
-                events.policy_rejected(&name, &note).await;
+        let wanted = stream::iter(self.wanted()).map(|wanted| async move {
+            let written = apply(client, &wanted.name, &wanted.conditions).await;
+            if let (Ok(()), Some(note)) = (&written, &wanted.rejected) {
+                events.policy_rejected(&wanted.name, note).await;
             }
-            (name, conditions, written)
+            (wanted, written)
         });
         let written: Vec<_> = wanted.buffer_unordered(WRITES).collect().await;
-        for (name, conditions, written) in written {
+        for (Wanted { name, revision, conditions, .. }, written) in written {
             match written {
-                Ok(()) => drop(self.written.insert(name, Written { conditions, at: Instant::now() })),
+                Ok(()) => self.note_written(name, revision, conditions),
                 // Deleted meanwhile.
                 Err(kube::Error::Api(error)) if error.code == 404 => {}
                 Err(error) if self.warned.insert(name.clone()) => {
@@ -257,9 +269,23 @@ impl Policies {
         }
     }
 
-    /// Conditions to write, each with the name of its policy, and a note if it is newly rejected.
-    fn wanted(&mut self) -> Vec<(String, Vec<Condition>, Option<String>)> {
-        let cluster = self.state.cluster();
+    fn note_written(&mut self, name: String, revision: Revision, conditions: Vec<Condition>) {
+        let (at, before) =
+            (Instant::now(), self.written.remove(&name).filter(|one| one.revision == revision));
+        let (mut first, mut changes) = (at, Vec::new());
+        if let Some(before) = before {
+            (first, changes) = (before.first, before.changes);
+            changes.retain(|change| change.elapsed() < WINDOW);
+            if statuses(&before.conditions) != statuses(&conditions) {
+                changes.push(at);
+            }
+        }
+        self.written.insert(name, Written { revision, conditions, at, first, changes });
+    }
+
+    fn wanted(&mut self) -> Vec<Wanted> {
+        let state = self.state.clone();
+        let cluster = state.cluster();
         self.history.update(&cluster);
         for report in self.nodes.values_mut() {
             report.versions = self.history.versions_of(&report.hashes, report.versions);
@@ -268,20 +294,22 @@ impl Policies {
             }
         }
         self.written.retain(|name, _| cluster.policy(name).is_some());
-        self.seen.retain(|name, (generation, _)| {
-            cluster.policy(name).is_some_and(|policy| policy.generation == *generation)
+        self.seen.retain(|name, (revision, _)| {
+            cluster.policy(name).is_some_and(|policy| policy.revision() == *revision)
         });
+        // A report whose node is not one of the cluster, or no longer, says nothing about it.
+        let members: BTreeSet<&str> = cluster.nodes.iter().map(|(name, _)| name).collect();
         self.settles = None;
         let mut list = Vec::new();
         for (name, policy) in cluster.all_policies() {
-            let conditions = self.conditions(name, policy);
+            let conditions = self.conditions(name, policy, &members);
             if same(&policy.reported, &conditions) || !self.is_due(name, policy, &conditions) {
                 continue;
             }
             let pending = conditions.iter().any(|one| one.reason == PENDING);
             if pending && !reports(&policy.reported, policy.generation) {
                 let known = self.seen.entry(name.to_owned());
-                let settles = known.or_insert_with(|| (policy.generation, Instant::now())).1 + SETTLE;
+                let settles = known.or_insert_with(|| (policy.revision(), Instant::now())).1 + SETTLE;
                 if settles > Instant::now() {
                     self.settles = Some(self.settles.map_or(settles, |first| first.min(settles)));
                     continue;
@@ -295,19 +323,19 @@ impl Policies {
             let rejected =
                 policy.rules.as_ref().err().filter(|_| is_new).map(|refusal| refusal.message.clone());
             let rejected = rejected.or_else(|| newly_refused(&policy.reported, &conditions));
-            list.push((name.to_owned(), conditions, rejected));
+            list.push(Wanted { name: name.to_owned(), revision: policy.revision(), conditions, rejected });
         }
         list
     }
 
-    fn conditions(&self, name: &str, policy: &Policy) -> Vec<Condition> {
+    fn conditions(&self, name: &str, policy: &Policy, members: &BTreeSet<&str>) -> Vec<Condition> {
         let (generation, before) = (policy.generation, &policy.reported);
         match &policy.rules {
             Err(Refusal { reason, message }) => not_accepted(before, generation, reason, message),
             Ok(rules) => {
                 let message = format!("{} rules", rules.len());
                 let accepted = condition(before, ACCEPTED, truth(true), generation, "Valid", &message);
-                let (programmed, reason, message) = self.programmed(name, generation);
+                let (programmed, reason, message) = self.programmed(name, generation, members);
                 let programmed =
                     condition(before, PROGRAMMED, truth(programmed), generation, reason, &message);
                 vec![accepted, programmed]
@@ -315,17 +343,23 @@ impl Policies {
         }
     }
 
-    fn programmed(&self, name: &str, generation: i64) -> (bool, &'static str, String) {
+    fn programmed(
+        &self,
+        name: &str,
+        generation: i64,
+        members: &BTreeSet<&str>,
+    ) -> (bool, &'static str, String) {
         let (since, kind) = (self.history.since(name).unwrap_or(u64::MAX), kind(name));
-        let all = self.nodes.len();
         let mut refused = Vec::new();
         let mut missing = Vec::new();
-        for (node, report) in &self.nodes {
+        let mut all = 0;
+        for (node, report) in self.nodes.iter().filter(|(node, _)| members.contains(node.as_str())) {
+            all += 1;
             let of_policy = |one: &&RefusedPolicy| one.name == name && one.generation == generation;
-            if let Some(policy) = report.refused.iter().find(of_policy) {
-                refused.push(format!("{node}: {}", policy.message));
-            } else if report.versions[kind] < since {
+            if report.versions[kind] < since {
                 missing.push(node.as_str());
+            } else if let Some(policy) = report.refused.iter().find(of_policy) {
+                refused.push(format!("{node}: {}", policy.message));
             } else if report.unlisted.contains(name) {
                 refused.push(format!("{node}: {UNLISTED}"));
             }
@@ -345,25 +379,38 @@ impl Policies {
 
     /// Whether a condition may be written now.
     fn is_due(&self, name: &str, policy: &Policy, conditions: &[Condition]) -> bool {
-        let Some(written) = self.written.get(name) else { return true };
-        let of = |list: &[Condition], kind: &str| list.iter().find(|one| one.kind == kind).cloned();
-        let generation = |list: &[Condition]| of(list, ACCEPTED).map(|one| one.observed_generation);
-        if generation(&written.conditions) != Some(policy.generation) {
+        let Some(written) = self.written.get(name).filter(|one| one.revision == policy.revision()) else {
             return true;
-        }
+        };
         if same(&written.conditions, conditions) {
             // Another writer has changed them. The watch may also be a little behind the last write.
             return written.at.elapsed() >= REPEAT;
         }
-        let status = |list: &[Condition]| {
-            [ACCEPTED, PROGRAMMED].map(|kind| of(list, kind).map(|condition| condition.status))
-        };
-        if status(&written.conditions) == status(conditions) {
-            let pending = of(conditions, PROGRAMMED).is_some_and(|one| one.status == "False");
-            return written.at.elapsed() >= if pending { PROGRESS } else { REPEAT };
+        let now = statuses(conditions);
+        if statuses(&written.conditions) == now {
+            let progresses = now[1] == Some("False") && written.first.elapsed() < REPEAT;
+            return written.at.elapsed() >= if progresses { PROGRESS } else { REPEAT };
         }
-        true
+        // A node that comes and goes, or a client that writes its report, does not have all conditions written each time.
+        written.changes.iter().filter(|change| change.elapsed() < WINDOW).count() < CHANGES
     }
+}
+
+/// The status of each condition of this agent.
+fn statuses(conditions: &[Condition]) -> [Option<&str>; 2] {
+    [ACCEPTED, PROGRAMMED].map(|kind| {
+        let found = conditions.iter().find(|one| one.kind == kind);
+        found.map(|condition| condition.status.as_str())
+    })
+}
+
+/// Conditions to write.
+struct Wanted {
+    name: String,
+    revision: Revision,
+    conditions: Vec<Condition>,
+    /// The reason, if the policy is newly rejected.
+    rejected: Option<String>,
 }
 
 /// Returns the time of the next write after a change; an earlier one stays.
