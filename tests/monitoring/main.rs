@@ -98,6 +98,20 @@ fn alerts_and_panels_name_documented_metrics() -> Result<()> {
     Ok(())
 }
 
+/// An agent has each of these counters under the same labels, so that `or` alone would keep the first.
+#[test]
+fn the_panel_of_repairs_has_a_series_for_each_kind() -> Result<()> {
+    let (_, query) = panels()?.into_iter().find(|(title, _)| title.contains("epair")).context("no panel")?;
+    let counters = ["iptables_repairs", "nftables_repairs", "pins_restored", "programs_restored"];
+    let series =
+        |name| json!({ "series": format!("bridge_{name}_total{{instance=\"a\"}}"), "values": "0+1x90" });
+    let case = json!({ "expr": format!("count({query})"), "eval_time": "80m", "exp_samples": [{ "labels": "{}", "value": 4 }] });
+    let test = json!({ "interval": "1m", "input_series": counters.map(series), "promql_expr_test": [case] });
+    let directory = tempfile::tempdir()?;
+    fs::write(directory.path().join("panel.yaml"), json!({ "tests": [test] }).to_string())?;
+    run(directory.path(), "promtool", &["test", "rules", "panel.yaml"]).map(drop)
+}
+
 /// A Prometheus in the network namespace of a host.
 struct Prometheus<'a> {
     host: &'a Host,

@@ -95,6 +95,12 @@ impl Browser {
         self.call("POST", "/url", &json!({ "url": url })).map(drop)
     }
 
+    /// Opens another tab, and goes on in it.
+    pub(crate) fn other_tab(&self) -> Result<()> {
+        let tab = self.call("POST", "/window/new", &json!({ "type": "tab" }))?;
+        self.call("POST", "/window", &json!({ "handle": tab["handle"] })).map(drop)
+    }
+
     pub(crate) fn reload(&self) -> Result<()> {
         self.call("POST", "/refresh", &json!({})).map(drop)
     }

@@ -1,5 +1,6 @@
 //! The page of `bridge-agent ui` in a real browser, with real traffic of the lab.
 
+mod answers;
 mod attack;
 mod browser;
 mod hostile;
@@ -10,11 +11,16 @@ mod stage;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use bridge_agent::{
+    api,
+    datapath::{Maps, Pins},
+};
 use bridge_lab::wait::{eventually, patience};
+use serde_json::Value;
 
 use self::{
     browser::Browser,
-    stage::{CONFIG, DENIED, Stage},
+    stage::{ALLOWED, CONFIG, DENIED, Stage},
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -54,7 +60,7 @@ fn a_refused_syn_is_a_row_within_two_seconds_and_the_filter_is_the_url() -> Resu
     browser.shows("#count", "1 of 2", SOON)?;
     browser.run("document.querySelector('.grid').focus()")?;
     browser.keys(&["\u{e015}", "\u{e007}"])?;
-    browser.shows("#details", "A rule that allows it", SOON)?;
+    browser.shows("#details", "To allow it", SOON)?;
     browser.shows("#details pre", &format!("ports: [{DENIED}]"), SOON)?;
     browser.keys(&["\u{e00c}"])?;
     let focused = browser.run("return document.activeElement.className")?;
@@ -72,10 +78,20 @@ fn the_rule_that_the_page_offers_allows_the_packet() -> Result<()> {
     browser.shows(".grid .body", &format!(":{DENIED}"), SOON)?;
     browser.click(".grid .body .row")?;
     browser.shows("#details pre", "action: allow", SOON)?;
-    let rule = browser.text("#details pre")?;
+    let rule = browser.text("#details details[open] pre")?;
     ensure!(!stage.reaches(DENIED)?);
-    stage.agent.reload(&CONFIG.replace("rules:\n", &format!("rules:\n{rule}\n")))?;
+    let rules = CONFIG.replace("\n- ", "\n  - ").replace("rules:\n", &rule);
+    stage.agent.reload(&rules)?;
     ensure!(stage.reaches(DENIED)?, "the rule allows nothing: {rule}\n{}", stage.agent.log());
+
+    // A deny wins over every allow.
+    stage.connect(23)?;
+    browser.shows(".grid .body", "A rule denies.", SOON)?;
+    browser.run(
+        "[...document.querySelectorAll('.grid .body .row')].find((row) => row.textContent.includes('no-telnet')).click()",
+    )?;
+    browser.shows("#details", "narrow or remove the rule no-telnet", SOON)?;
+    ensure!(!browser.text("#details")?.contains("action: allow"), "{}", browser.text("#details")?);
     Ok(())
 }
 
@@ -149,4 +165,41 @@ fn slow_frames(stage: &Stage, browser: &Browser) -> Result<(u64, u64)> {
         let time = |index: usize| times[index].as_u64().with_context(|| times.to_string());
         Ok((time(0)?, time(1)?))
     })
+}
+
+#[test]
+fn the_connections_of_a_rule_are_its_hits_everywhere() -> Result<()> {
+    let stage = Stage::start()?;
+    for _ in 0..3 {
+        ensure!(stage.reaches(ALLOWED)?);
+    }
+    let maps = Maps::open(&Pins::new(stage.agent.pins()))?;
+    let counted = maps.rule_hits(maps.slot())?;
+    ensure!(counted[0].packets == 3, "the kernel counted {counted:?}");
+
+    let table = stage.agent.run(&["rules"])?;
+    let line = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let lines: Vec<_> = table.lines().map(line).collect();
+    ensure!(lines[0] == ["RULE", "DIRECTION", "ACTION", "HITS", "BYTES"], "{table}");
+    ensure!(lines.iter().any(|line| line[0] == "api" && line[3] == "3"), "{table}");
+
+    let of_command = stage.agent.run(&["rules", "--json"])?;
+    for text in [of_command, stage.agent.get("/v1/rules")?] {
+        let rules: Value = serde_json::from_str(&text)?;
+        let rule = rules.as_array().into_iter().flatten().find(|rule| rule["name"] == "api").context(text)?;
+        ensure!(rule["hits"] == 3 && rule["packets"].is_null(), "{rule}");
+    }
+    let documented = &api::document()["components"]["schemas"]["RuleCount"]["properties"];
+    ensure!(documented["hits"]["type"] == "integer" && documented["packets"].is_null(), "{documented}");
+    let metrics = stage.agent.metrics()?;
+    let series = r#"bridge_rule_hits_total{rule="api",direction="inbound",action="allow"} 3"#;
+    ensure!(metrics.lines().any(|line| line == series), "{metrics}");
+
+    let browser = Browser::start()?;
+    browser.open(&stage.url.replace("/#", "/?view=rules#"))?;
+    browser.shows(".grid .body .row", "api", SOON)?;
+    let titles = browser.text(".grid .head > *")?;
+    ensure!(titles.lines().any(|title| title == "Hits"), "{titles}");
+    browser.click(".grid .body .row")?;
+    browser.shows("#details dt", "Hits", SOON).map(drop)
 }

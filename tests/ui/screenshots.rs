@@ -103,7 +103,7 @@ fn every_view_is_accessible_in_both_themes_and_widths() -> Result<()> {
     let mut program = use_the_pool(&stage)?;
     let host = HOST.replace("192.168.31.17", &lab.b().v4.to_string());
     let host = Agent::start(lab, lab.a(), &host)?;
-    let (mut host_page, host_url) = page(&[], &host)?;
+    let (mut host_page, host_url) = page(&[], host.socket())?;
     browser.shows(".grid .body", "A rule denies.", SOON)?;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/ui");
     let mut wrong = Vec::new();
@@ -136,7 +136,7 @@ fn every_view_is_accessible_in_both_themes_and_widths() -> Result<()> {
                     "flows" => "established",
                     "rules" => "no-telnet",
                     "routes" => "10.200.4.0/24",
-                    _ => "python3",
+                    _ => "at most 4 towards one",
                 };
                 browser.shows("#view", shown, SOON)?;
                 // Two frames, and the answer of the agent.

@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     net::UdpSocket,
+    path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -49,7 +50,7 @@ pub(crate) struct Stage {
 }
 
 /// Starts `bridge-agent ui` by `program` (with its first arguments), and returns it with the address that it prints.
-pub(crate) fn page(program: &[&str], agent: &Agent) -> Result<(Child, String)> {
+pub(crate) fn page(program: &[&str], socket: &Path) -> Result<(Child, String)> {
     let bridge_agent = agent::program()?;
     let mut command = match program {
         [] => Command::new(&bridge_agent),
@@ -59,7 +60,7 @@ pub(crate) fn page(program: &[&str], agent: &Agent) -> Result<(Child, String)> {
             command
         }
     };
-    command.args(["ui", "--listen", "127.0.0.1:0", "--socket"]).arg(agent.socket());
+    command.args(["ui", "--listen", "127.0.0.1:0", "--socket"]).arg(socket);
     let mut page = command.stdout(Stdio::piped()).spawn().context("start bridge-agent ui")?;
     let mut url = String::new();
     BufReader::new(page.stdout.take().context("stdout")?).read_line(&mut url)?;
@@ -73,7 +74,7 @@ impl Stage {
         let servers = [ALLOWED, DENIED].into_iter().map(start).collect::<Result<_>>()?;
         let config = format!("{CONFIG}api: {{metrics: \"127.0.0.1:{METRICS}\"}}\n");
         let agent = Agent::start(&lab, lab.b(), &config)?;
-        let (page, url) = page(&[], &agent)?;
+        let (page, url) = page(&[], agent.socket())?;
         Ok(Self { lab, agent, url, _servers: servers, page })
     }
 

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 use axum::{
     Json,
     extract::{Request, State},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header},
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
@@ -28,18 +28,26 @@ pub(super) struct Guard {
 impl Guard {
     pub(super) fn new(address: SocketAddr) -> Self {
         let token = format!("{:032x}", rand::random::<u128>());
-        Self { token, hosts: vec![address.to_string(), format!("localhost:{}", address.port())] }
+        let mut hosts = vec![address.to_string(), format!("localhost:{}", address.port())];
+        // Browsers leave the default port out.
+        let short: Vec<_> =
+            hosts.iter().filter_map(|host| Some(host.strip_suffix(":80")?.to_owned())).collect();
+        hosts.extend(short);
+        Self { token, hosts }
     }
 
     pub(super) fn token(&self) -> &str {
         &self.token
     }
 
-    fn admits_host(&self, headers: &HeaderMap) -> bool {
+    /// Judges each name of the site: one `Host` header, and that of a request for a whole URL.
+    fn admits_host(&self, uri: &Uri, headers: &HeaderMap) -> bool {
+        let own = |host: &str| self.hosts.iter().any(|own| own.eq_ignore_ascii_case(host));
         let mut values = headers.get_all(header::HOST).iter();
         let host = values.next().and_then(|host| host.to_str().ok());
         values.next().is_none()
-            && host.is_some_and(|host| self.hosts.iter().any(|own| own.eq_ignore_ascii_case(host)))
+            && host.is_some_and(own)
+            && uri.authority().is_none_or(|authority| own(authority.as_str()))
     }
 
     /// Compares digests, so that the time does not depend on the token.
@@ -55,7 +63,7 @@ fn refuse(status: StatusCode, code: &str, error: &str) -> Response {
 }
 
 pub(super) async fn same_site(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    let mut response = if !guard.admits_host(request.headers()) {
+    let mut response = if !guard.admits_host(request.uri(), request.headers()) {
         let text = "the Host header names another site; open the address that `bridge-agent ui` printed";
         refuse(StatusCode::MISDIRECTED_REQUEST, "host", text)
     } else if request.method() != Method::GET {
@@ -90,4 +98,28 @@ pub(super) async fn not_allowed() -> Response {
 
 pub(super) async fn not_found() -> Response {
     refuse(StatusCode::NOT_FOUND, "path", "the page has no such path")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn browsers_leave_out_the_default_port() {
+        for (address, host, admitted) in [
+            ("127.0.0.1:80", "127.0.0.1", true),
+            ("127.0.0.1:80", "127.0.0.1:80", true),
+            ("[::1]:80", "[::1]", true),
+            ("127.0.0.1:80", "localhost", true),
+            ("127.0.0.1:9480", "127.0.0.1:94", false),
+            ("127.0.0.1:9470", "127.0.0.1", false),
+        ] {
+            let headers = HeaderMap::from_iter([(header::HOST, HeaderValue::from_static(host))]);
+            assert_eq!(
+                Guard::new(address.parse().unwrap()).admits_host(&Uri::default(), &headers),
+                admitted,
+                "{address} {host}"
+            );
+        }
+    }
 }

@@ -1,14 +1,15 @@
-// Talks to the agent through `bridge-agent ui`. The token comes in the fragment and stays in this tab.
+// Talks to the agent through `bridge-agent ui`. The token comes in the fragment and stays in this browser, for this origin, so that
+// a bookmark of a view opens; it ends with the server that printed it.
 
 const TOKEN = "bridge-token";
 
 export function token() {
   const given = /token=([0-9a-f]+)/.exec(location.hash)?.[1];
   if (given) {
-    sessionStorage.setItem(TOKEN, given);
+    localStorage.setItem(TOKEN, given);
     history.replaceState(null, "", location.pathname + location.search);
   }
-  return sessionStorage.getItem(TOKEN);
+  return localStorage.getItem(TOKEN);
 }
 
 const headers = (more = {}) => ({ Authorization: `Bearer ${token() ?? ""}`, ...more });

@@ -5,7 +5,7 @@ import * as details from "./details.js";
 import { $, count, h } from "./dom.js";
 import { parse, toggle } from "./filter.js";
 import * as map from "./map.js";
-import { merged, silent } from "./nodes.js";
+import { apart, merged, silent } from "./nodes.js";
 import { EVENTS, FLOWS, LEASES, NODE, ROUTES, RULES, hops, pool } from "./panels.js";
 import { Table } from "./table.js";
 
@@ -13,14 +13,14 @@ const MOST_EVENTS = 10000;
 const VIEWS = { events: "Events", flows: "Flows", rules: "Rules", routes: "Routes", pool: "Port pool" };
 
 const state = {
-  view: "events", filter: "", paused: false, connected: null, error: null, status: null, cluster: null, receivedAt: 0, reasons: {},
+  view: "events", filter: "", paused: false, connected: null, error: null, version: "", status: null, cluster: null, receivedAt: 0, reasons: {},
   events: [], groups: new Map(), flows: [], flowsTotal: 0, rules: [], routes: null, leases: [], missed: 0, problems: {}, serial: 0,
 };
 
 // The URL is the state of the view and the filter.
 function read() {
   const query = new URLSearchParams(location.search);
-  state.view = VIEWS[query.get("view")] ? query.get("view") : "events";
+  state.view = Object.hasOwn(VIEWS, query.get("view")) ? query.get("view") : "events";
   state.filter = query.get("filter") ?? "";
   $("filter").value = state.filter;
 }
@@ -37,7 +37,13 @@ let frame = null;
 const redraw = () => {
   frame ??= requestAnimationFrame(() => {
     frame = null;
-    draw();
+    try {
+      draw();
+    } catch (error) {
+      const text = `This page is of version ${state.version} and cannot show the agent of version ${state.status?.version ?? "unknown"}: ${error.message}`;
+      delete $("banner").dataset.text;
+      $("banner").replaceChildren(h("div", { class: "deny" }, text));
+    }
   });
 };
 
@@ -47,9 +53,12 @@ function add(kind, event) {
   const before = key && state.groups.get(key);
   if (before) {
     before.times += 1 + (event.suppressed ?? 0);
-    Object.assign(before, { time: event.time, sourcePort: event.sourcePort, version: before.version + 1, order: (state.serial += 1) });
+    Object.assign(before, { time: event.time, sourcePort: event.sourcePort, version: before.version + 1 });
+    // The groups are in the order of their last events.
+    state.groups.delete(key);
+    state.groups.set(key, before);
   } else {
-    const row = { ...event, times: 1, version: 0, key: key ?? `route ${state.serial}`, serial: (state.serial += 1), order: state.serial };
+    const row = { ...event, times: 1, version: 0, key: key ?? `route ${state.serial}`, serial: (state.serial += 1) };
     state.groups.set(row.key, row);
     if (state.groups.size > MOST_EVENTS) {
       const oldest = state.groups.keys().next().value;
@@ -59,13 +68,13 @@ function add(kind, event) {
   state.stale = true;
 }
 
-// Sorting all rows is work: it is done at most four times a second.
-let sortedAt = 0;
+// Listing all rows is work: it is done at most four times a second.
+let listedAt = 0;
 function rows() {
-  if (state.stale && performance.now() - sortedAt > 250) {
-    state.events = [...state.groups.values()].sort((a, b) => b.order - a.order);
+  if (state.stale && performance.now() - listedAt > 250) {
+    state.events = [...state.groups.values()].reverse();
     state.stale = false;
-    sortedAt = performance.now();
+    listedAt = performance.now();
   } else if (state.stale) setTimeout(redraw, 250);
   return state.events;
 }
@@ -114,8 +123,8 @@ function strip() {
       item("Interfaces", enforcement.interfaces.length > 2 ? `${enforcement.interfaces.length} attached` : enforcement.interfaces.map((one) => one.name).join(", ") || "none", enforcement.interfaces.length ? "" : "deny");
     } else if (status.role) item("Role", status.role);
     if (firewall) {
-      const apart = firewall.divergence ? Object.values(firewall.divergence.deniedByIptables).reduce((a, b) => a + b, 0) + firewall.divergence.deniedByEbpf : 0;
-      item("Engines", firewall.failure ? "iptables failed" : apart ? `disagree on ${count(apart)}` : enforcement ? "agree" : "iptables", firewall.failure || apart ? "deny" : "");
+      const [packets, engine] = [apart(firewall.divergence), firewall.engine || "iptables"];
+      item("Engines", firewall.failure ? `${engine} failed` : packets ? `disagree on ${count(packets)}` : enforcement ? "agree" : engine, firewall.failure || packets ? "deny" : "");
     }
     if (flows) item("Flows", count(flows.established + flows.halfOpen));
     if (routes) item("Next hops", routes.nextHopsDown.length ? `${routes.nextHopsDown.length} of ${routes.nextHops} down` : `${routes.nextHops} up`, routes.nextHopsDown.length ? "deny" : "");
@@ -184,7 +193,9 @@ function draw() {
   const scrolls = ["pool", "routes"].includes(state.view) && view.scrollHeight > view.clientHeight;
   if (scrolls) view.setAttribute("tabindex", "0");
   else view.removeAttribute("tabindex");
-  $("count").textContent = all.length === shown.length ? `${count(all.length)} rows` : `${count(shown.length)} of ${count(all.length)}`;
+  // Of many flows, the agent sends a part.
+  const total = state.view === "flows" ? Math.max(all.length, state.flowsTotal) : all.length;
+  $("count").textContent = shown.length < total ? `${count(shown.length)} of ${count(total)}` : `${count(total)} ${total === 1 ? "row" : "rows"}`;
   Object.assign(draw, { view: state.view, filter: state.filter });
 }
 
@@ -242,7 +253,7 @@ async function start() {
   read();
   views();
   map.legend();
-  await get("about", "/api/about", ({ reasons, cluster }) => Object.assign(state, { reasons, cluster: cluster ? { nodes: [] } : null }));
+  await get("about", "/api/about", ({ version, reasons, cluster }) => Object.assign(state, { version, reasons, cluster: cluster ? { nodes: [] } : null }));
   build();
   $("theme").addEventListener("click", () => {
     const next = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
@@ -256,6 +267,12 @@ async function start() {
     $("pause").setAttribute("aria-pressed", String(state.paused));
     $("pause").textContent = state.paused ? "Paused" : "Pause";
     redraw();
+  });
+  // The printed address in an open tab: only its fragment is another one.
+  addEventListener("hashchange", ({ newURL }) => {
+    if (!newURL.includes("#token=")) return;
+    token();
+    location.reload();
   });
   addEventListener("popstate", () => { read(); views(); redraw(); });
   addEventListener("keydown", (event) => {

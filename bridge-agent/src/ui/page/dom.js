@@ -37,4 +37,4 @@ export function span(seconds) {
 export const clock = (time) => new Date(time).toLocaleTimeString("en-GB");
 
 // Colour class of a verdict; the word is always shown too.
-export const tone = (verdict) => ({ allow: "allow", audit: "audit", drop: "deny", reject: "deny", deny: "deny" })[verdict] ?? "none";
+export const tone = (verdict) => ({ allow: "allow", audit: "audit", "audit-allow": "audit", drop: "deny", reject: "deny", deny: "deny" })[verdict] ?? "none";

@@ -18,8 +18,10 @@ export function parse(text) {
     const body = (exclude ? word.slice(1) : word).toLowerCase();
     const [, key, value] = /^([a-z]+):(.*)$/.exec(body) ?? [];
     let test;
-    if (key && !KEYS[key] && !body.includes("::")) unknown.push(key);
-    if (key && KEYS[key]) {
+    // Every object has fields by inheritance, such as `constructor`.
+    const known = key && Object.hasOwn(KEYS, key);
+    if (key && !known && !body.includes("::")) unknown.push(key);
+    if (known) {
       const fits = WHOLE.has(key) ? (field) => field === value : (field) => field.includes(value);
       test = (row) => value === "" || KEYS[key](row).some((field) => field != null && fits(String(field).toLowerCase()));
     } else {

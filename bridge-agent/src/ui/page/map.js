@@ -19,7 +19,8 @@ export function pairs(flows, events) {
     else sums.set(key, { host, pod, kind, number });
   };
   for (const flow of flows) add(flow, flow.audit ? "audit" : "allow", 1);
-  for (const event of events) if (event.verdict && event.verdict !== "allow") add(event, tone(event.verdict), event.times ?? 1);
+  // Of `audit-allow`, the denial is an event of its own.
+  for (const event of events) if (["drop", "reject", "audit"].includes(event.verdict)) add(event, tone(event.verdict), event.times ?? 1);
   return [...sums.values()];
 }
 
@@ -42,7 +43,7 @@ function side(pairs, name) {
 }
 
 const sentence = ({ allow, audit, deny }) =>
-  [[allow, "flows"], [deny, "denied packets"], [audit, "let through by audit mode"]].filter(([number]) => number > 0).map(([number, text]) => `${count(number)} ${text}`).join(", ");
+  [[allow, "flow", "flows"], [deny, "denied packet", "denied packets"], [audit, "let through by audit mode"]].filter(([number]) => number > 0).map(([number, one, many = one]) => `${count(number)} ${number === 1 ? one : many}`).join(", ");
 
 let last = "";
 

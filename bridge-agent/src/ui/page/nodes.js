@@ -3,6 +3,12 @@
 const sum = (values) => values.reduce((total, value) => total + (value ?? 0), 0);
 const each = (values) => [...new Set(values.filter((value) => value != null))];
 
+// Packets that one engine denied and the other let through.
+export const apart = (divergence) => {
+  const by = [divergence?.deniedByIptables, divergence?.deniedByNftables].flatMap((causes) => Object.values(causes ?? {}));
+  return sum([divergence?.deniedByEbpf, ...by]);
+};
+
 export function merged(nodes) {
   const up = nodes.filter((node) => node.status);
   // Parts of the nodes that have this part, with the name of the node.
@@ -19,15 +25,13 @@ export function merged(nodes) {
     })),
     firewall: some(firewalls, () => ({
       engine: each(firewalls.map((one) => one.engine)).join(" and "), failure: firewalls.find((one) => one.failure)?.failure,
-      divergence: {
-        deniedByEbpf: sum(firewalls.map((one) => one.divergence?.deniedByEbpf)),
-        deniedByIptables: { all: sum(firewalls.flatMap((one) => Object.values(one.divergence?.deniedByIptables ?? {}))) },
-      },
+      divergence: { deniedByEbpf: sum(firewalls.map((one) => apart(one.divergence))) },
     })),
     flows: some(flows, () => ({ established: sum(flows.map((one) => one.established)), halfOpen: sum(flows.map((one) => one.halfOpen)) })),
     routes: some(routes, () => ({ nextHops: sum(routes.map((one) => one.nextHops)), nextHopsDown: routes.flatMap((one) => one.nextHopsDown) })),
     pool: some(pools, () => ({
-      available: sum(pools.map((one) => one.available)), held: sum(pools.map((one) => one.held)), warm: sum(pools.map((one) => one.warm)),
+      available: sum(pools.map((one) => one.available)), held: sum(pools.map((one) => one.held)),
+      busiest: Math.max(...pools.map((one) => one.busiest)), fullest: Math.max(...pools.map((one) => one.busiest / Math.max(1, one.available))), warm: sum(pools.map((one) => one.warm)),
       leases: { held: sum(pools.map((one) => one.leases?.held)) }, ports: each(pools.flatMap((one) => one.ports)),
       counters: { refusals: { all: sum(pools.flatMap((one) => [one.counters?.refusals, one.leases?.refusals].flatMap((all) => Object.values(all ?? {})))) } },
       mode: each(pools.map((one) => one.mode)).join(" and "), warnings: said(pools, (one) => one.warnings),

@@ -32,7 +32,7 @@ export const RULES = [
   { title: "Rule", width: "minmax(140px, 2fr)", mono: true, cell: (row) => row.name, sort: (row) => row.name },
   { wide: true, title: "Direction", width: "110px", cell: (row) => row.direction, sort: (row) => row.direction },
   { title: "Action", width: "90px", cell: (row) => tag(row.action), sort: (row) => row.action },
-  { title: "New flows", width: "110px", number: true, cell: (row) => count(row.hits), sort: (row) => row.hits },
+  { title: "Hits", width: "110px", number: true, cell: (row) => count(row.hits), sort: (row) => row.hits },
   { wide: true, title: "Use", width: "minmax(120px, 1fr)", cell: (row) => (row.hits > 0 ? "" : tag("never hit", "none")) },
 ];
 
@@ -53,15 +53,15 @@ export const LEASES = [
   { wide: true, title: "Age", width: "80px", number: true, cell: (row) => span((row.ageMs ?? 0) / 1000), sort: (row) => row.ageMs ?? 0 },
 ];
 
-export function pool({ available, held, warm, leases, counters, ports, mode, warnings }) {
+export function pool({ available, held, busiest, fullest, warm, leases, counters, ports, mode, warnings }) {
   const refused = [counters?.refusals, leases?.refusals].flatMap((all) => Object.values(all ?? {})).reduce((sum, number) => sum + number, 0);
   const meter = h("div", { class: "meter", "aria-hidden": "true" }, h("i"));
-  meter.firstChild.style.width = `${Math.min(100, (100 * held) / Math.max(1, available))}%`;
+  meter.firstChild.style.width = `${Math.min(100, 100 * (fullest ?? busiest / Math.max(1, available)))}%`;
   const card = (title, value, note, extra) => h("div", {}, h("dt", {}, title), h("dd", {}, value, h("small", {}, note), extra));
   return [
     h("dl", { class: "cards" },
       card("Ports", count(available), `${ports.join(", ")}, towards each destination`),
-      card("In use", count(held), "over all destinations", meter),
+      card("In use", count(held), `over all destinations, at most ${count(busiest)} towards one`, meter),
       card("Leased", count(leases?.held), "for clients of the API"),
       card("Refusals", count(refused), "connects and requests without a port"),
       card("Place", mode === "kernel" ? "kernel" : "agent", mode === "kernel" ? "hooks claim ports" : "no hooks: explicit leases only"),

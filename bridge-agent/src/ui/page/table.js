@@ -39,7 +39,7 @@ export class Table {
   }
 
   title(column, index) {
-    const label = column.sort ? h("button", { type: "button", tabindex: "-1", onclick: () => this.sort(index) }, column.title) : column.title;
+    const label = column.sort ? h("button", { type: "button", onclick: () => this.sort(index) }, column.title) : column.title;
     return h("div", { role: "columnheader", class: column.number ? "number" : "" }, label);
   }
 
@@ -117,6 +117,8 @@ export class Table {
   }
 
   press(event) {
+    // Of the title of a column.
+    if (event.target !== this.element) return undefined;
     const now = this.rows.findIndex((row) => this.key(row) === this.selected);
     const page = Math.max(1, Math.floor(this.element.clientHeight / ROW) - 2);
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity }[event.key];
