@@ -49,6 +49,6 @@ fn the_python_package_connects_from_the_pool_and_reports_each_refusal() -> Resul
     let output =
         lab.a().netns.run(|| python.stdin(Stdio::null()).output()).context("python3 (is it installed?)")?;
     let text = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success() && text.contains("Ran 7 tests"), "{text}");
+    ensure!(output.status.success() && text.contains("Ran 9 tests"), "{text}");
     Ok(())
 }

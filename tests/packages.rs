@@ -1,4 +1,4 @@
-//! The .deb in a bare Debian system: `cargo xtask dist --test`.
+//! The .deb and the .rpm in a bare Debian system: `cargo xtask dist --test`.
 //!
 //! The system is booted by systemd-nspawn in the network namespace of a node of the lab, with its own systemd, so the unit of
 //! the package starts the agent, and the agent uses its default paths.
@@ -28,6 +28,46 @@ const CONFIG: &str = "role: node\n\
      enforcement: {engines: [ebpf]}\n\
      rules: [{name: in, direction: inbound, protocol: tcp, ports: [40002]}]\n\
      persistence: {save: never}\n";
+
+/// Files that come with the program.
+const COMPANIONS: [&str; 6] = [
+    "/usr/share/man/man1/bridge-agent.1.gz",
+    "/usr/share/man/man1/bridge-agent-run.1.gz",
+    "/usr/share/bash-completion/completions/bridge-agent",
+    "/usr/share/fish/vendor_completions.d/bridge-agent.fish",
+    "/usr/share/doc/bridge-agent/examples/node.yaml",
+    "/usr/share/doc/bridge-agent/LICENSE-MIT",
+];
+
+/// A package manager.
+struct Manager {
+    /// Installs a package, also over another version.
+    install: &'static str,
+    /// Installs the version that is installed.
+    reinstall: &'static str,
+    remove: &'static str,
+    /// Checks the files of the package.
+    verify: &'static str,
+    /// Where completions of zsh belong.
+    zsh: &'static str,
+}
+
+const DPKG: Manager = Manager {
+    install: "dpkg -i",
+    reinstall: "dpkg -i",
+    remove: "dpkg --remove bridge-agent",
+    verify: "test -z \"$(dpkg --verify bridge-agent)\"",
+    zsh: "/usr/share/zsh/vendor-completions/_bridge-agent",
+};
+
+// Debian's rpm asks for confirmation by an option, and Debian's packages are none of its own.
+const RPM: Manager = Manager {
+    install: "rpm --nodeps --force-debian --upgrade",
+    reinstall: "rpm --nodeps --force-debian --upgrade --replacepkgs",
+    remove: "rpm --nodeps --force-debian --erase bridge-agent",
+    verify: "rpm --verify --nomtime --nodeps --force-debian bridge-agent",
+    zsh: "/usr/share/zsh/site-functions/_bridge-agent",
+};
 
 fn given(name: &str) -> Result<PathBuf> {
     let path = env::var_os(name);
@@ -87,10 +127,15 @@ impl System {
         run(&mut command)
     }
 
-    fn install(&self, package: &Path) -> Result<()> {
+    /// Copies the package into the system and runs `command` on it; returns its messages.
+    fn install(&self, command: &str, package: &Path) -> Result<String> {
         let name = package.file_name().context("a package without a name")?;
         fs::copy(package, self.root.join(name))?;
-        self.run(&format!("dpkg -i /{}", name.to_string_lossy())).map(drop)
+        self.run(&format!("{command} /{} 2>&1", name.to_string_lossy()))
+    }
+
+    fn is_enabled(&self) -> Result<String> {
+        self.run("systemctl is-enabled bridge-agent bridge-nftables || true")
     }
 }
 
@@ -123,34 +168,32 @@ fn enforces(lab: &Lab, when: &str) -> Result<()> {
     Ok(())
 }
 
-#[test]
-#[ignore = "needs packages and a Debian root: cargo xtask dist --test"]
-fn the_deb_enforces_within_a_minute_and_upgrades_under_flows_and_a_purge_leaves_nothing() -> Result<()> {
-    let (older, package) = (given("BRIDGE_DEB_OLDER")?, given("BRIDGE_DEB")?);
-    let lab = Lab::builder().build()?;
-    let _servers = [ALLOWED, DENIED]
-        .map(|port| Server::echo(&lab.c1().netns, lab.c1().at(Family::V4, port)))
-        .into_iter()
-        .collect::<Result<Vec<_>, _>>()?;
-    let open = || Client::new(&lab.a().netns).deadline(SECOND * 2).connect(lab.c1().at(Family::V4, DENIED));
-    ensure!(open()?.succeeded(), "before the installation nothing is denied");
-    let system = System::boot(&lab, lab.b(), given("BRIDGE_ROOT")?)?;
-
+/// Installs `older`, enforces, and replaces it by `package` under a flow, with a good configuration and with a bad one.
+fn install_and_upgrade(
+    lab: &Lab,
+    system: &System,
+    manager: &Manager,
+    [older, package]: [&Path; 2],
+) -> Result<()> {
     let start = Instant::now();
-    system.install(&older)?;
-    ensure!(system.run("systemctl is-enabled bridge-agent || true")?.trim() == "disabled");
+    system.install(manager.install, older)?;
+    ensure!(system.is_enabled()? == "disabled\ndisabled\n");
     ensure!(system.run("systemctl is-active bridge-agent || true")?.trim() == "inactive");
     ensure!(system.run("stat -c %a /etc/bridge; getent group bridge")?.starts_with("700\nbridge:"));
-    system.run(&format!("printf '%s' \"{CONFIG}\" >/etc/bridge/bridge.yaml; bridge-agent check"))?;
+    let companions = COMPANIONS.join(" ");
+    system.run(&format!("for file in {companions} {}; do test -s \"$file\"; done", manager.zsh))?;
+    let configure = |text: &str| system.run(&format!("printf '%s' \"{text}\" >/etc/bridge/bridge.yaml"));
+    configure(CONFIG)?;
+    system.run("bridge-agent check")?;
     system.run("systemctl enable --now bridge-agent").or_else(|error| {
         bail!(
             "{error:#}\n{}",
             system.run("journalctl -u bridge-agent; systemctl status bridge-agent || true")?
         )
     })?;
-    let units = system.run("systemctl is-enabled bridge-agent bridge-nftables || true")?;
-    ensure!(units == "enabled\nenabled\n", "the rules of the boot are not enabled with the agent: {units}");
-    enforces(&lab, "after the start")?;
+    let enabled = "enabled\nenabled\n";
+    ensure!(system.is_enabled()? == enabled, "the rules of the boot are not enabled with the agent");
+    enforces(lab, "after the start")?;
     ensure!(
         start.elapsed() < patience(MINUTE),
         "enforced {:?} after the installation began",
@@ -161,27 +204,86 @@ fn the_deb_enforces_within_a_minute_and_upgrades_under_flows_and_a_purge_leaves_
     let mut flow: Connection =
         Client::new(&lab.a().netns).connect(lab.c1().at(Family::V4, ALLOWED))?.reached()?;
     flow.round_trip(SECOND)?;
+    // As a version without that unit leaves it.
+    system.run("systemctl disable bridge-nftables")?;
     let pid = || system.run("systemctl show --property MainPID bridge-agent");
     let before = pid()?;
-    system.install(&package)?;
+    system.install(manager.install, package)?;
     ensure!(pid()? != before, "the upgrade left the agent of before: {before}");
     system.run("bridge-agent status --ready")?;
     flow.round_trip(SECOND).context("a flow across the upgrade")?;
-    enforces(&lab, "after the upgrade")?;
+    enforces(lab, "after the upgrade")?;
     ensure!(system.run("cat /etc/bridge/bridge.yaml")? == CONFIG, "the upgrade changed the configuration");
+    ensure!(system.is_enabled()? == enabled, "after the upgrade: {}", system.is_enabled()?);
+    system.run(manager.verify)?;
 
-    system.run("dpkg --remove bridge-agent")?;
+    configure("role: neither")?;
+    let messages = system.install(manager.reinstall, package)?;
+    ensure!(messages.contains("journalctl -u bridge-agent"), "{messages}");
+    flow.round_trip(SECOND).context("a flow after an upgrade with a bad configuration")?;
+    enforces(lab, "after an upgrade with a bad configuration")?;
+    ensure!(system.is_enabled()? == enabled, "after a bad upgrade: {}", system.is_enabled()?);
+    configure(CONFIG)?;
+    system.run("systemctl restart bridge-agent")?;
+    flow.round_trip(SECOND).context("a flow after the configuration was mended")?;
+    enforces(lab, "after the configuration was mended")?;
+
+    system.run(manager.remove)?;
     ensure!(system.run("systemctl is-active bridge-agent || true")?.trim() != "active");
-    enforces(&lab, "after the removal, without the agent")?;
-    system.run("test -s /etc/bridge/bridge.yaml")?;
+    enforces(lab, "after the removal, without the agent")?;
+    system.run("test -s /etc/bridge/bridge.yaml; ! test -e /usr/bin/bridge-agent").map(drop)
+}
 
-    system.run("dpkg --purge bridge-agent")?;
-    ensure!(open()?.succeeded(), "a purge leaves rules active");
-    ensure!(!system.bpf.join("bridge").exists(), "a purge leaves pins");
-    let left = system.run(
-        "find / -xdev \\( -name '*bridge-agent*' -o -path /etc/bridge -o -path /var/lib/bridge \\) -not -name '*.deb' \
-         -not -path '/proc/*' -not -path '/sys/*' -not -path '/var/lib/systemd/*'",
-    )?;
-    ensure!(left.trim().is_empty(), "a purge leaves {left}");
-    Ok(())
+/// Runs `test` on a lab, the booted system as its node, and a function that returns whether the denied port is open.
+fn on_a_node(test: impl FnOnce(&Lab, &System, &dyn Fn() -> Result<bool>) -> Result<()>) -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let _servers = [ALLOWED, DENIED]
+        .map(|port| Server::echo(&lab.c1().netns, lab.c1().at(Family::V4, port)))
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+    let is_open = || {
+        let client = Client::new(&lab.a().netns).deadline(SECOND * 2);
+        Ok(client.connect(lab.c1().at(Family::V4, DENIED))?.succeeded())
+    };
+    ensure!(is_open()?, "before the installation nothing is denied");
+    let system = System::boot(&lab, lab.b(), given("BRIDGE_ROOT")?)?;
+    test(&lab, &system, &is_open)
+}
+
+/// Returns the files that a package has left in the system.
+fn left(system: &System) -> Result<String> {
+    let named = "find / -xdev -name '*bridge-agent*' -not -name '*.deb' -not -name '*.rpm'";
+    system.run(&format!("{named} -not -path '/proc/*' -not -path '/sys/*' -not -path '/var/lib/systemd/*'"))
+}
+
+#[test]
+#[ignore = "needs packages and a Debian root: cargo xtask dist --test"]
+fn the_deb_enforces_within_a_minute_and_upgrades_under_flows_and_a_purge_leaves_nothing() -> Result<()> {
+    let (older, package) = (given("BRIDGE_DEB_OLDER")?, given("BRIDGE_DEB")?);
+    on_a_node(|lab, system, is_open| {
+        install_and_upgrade(lab, system, &DPKG, [&older, &package])?;
+        system.run("dpkg --purge bridge-agent")?;
+        ensure!(is_open()?, "a purge leaves rules active");
+        ensure!(!system.bpf.join("bridge").exists(), "a purge leaves pins");
+        system.run("! test -e /etc/bridge; ! test -e /var/lib/bridge")?;
+        let left = left(system)?;
+        ensure!(left.is_empty(), "a purge leaves {left}");
+        Ok(())
+    })
+}
+
+#[test]
+#[ignore = "needs packages and a Debian root: cargo xtask dist --test"]
+fn the_rpm_enforces_within_a_minute_and_upgrades_under_flows_and_down_ends_it() -> Result<()> {
+    let (older, package) = (given("BRIDGE_RPM_OLDER")?, given("BRIDGE_RPM")?);
+    on_a_node(|lab, system, is_open| {
+        install_and_upgrade(lab, system, &RPM, [&older, &package])?;
+        system.install(RPM.install, &package)?;
+        system.run(&format!("bridge-agent down --yes; {}", RPM.remove))?;
+        ensure!(is_open()?, "the rules are active after `down`");
+        ensure!(!system.bpf.join("bridge").exists(), "`down` leaves pins");
+        let left = left(system)?;
+        ensure!(left.is_empty(), "an erased package leaves {left}");
+        Ok(())
+    })
 }

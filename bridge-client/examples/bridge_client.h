@@ -125,7 +125,7 @@ static inline int bridge_connect(const char *agent, const struct sockaddr *to, s
         /* Held until another port is found: the agent would give the same one again. */
         unusable[count++] = *lease;
         *lease = -1;
-    } while (error == EADDRINUSE && count < BRIDGE_BIND_TRIES);
+    } while ((error == EADDRINUSE || error == EADDRNOTAVAIL) && count < BRIDGE_BIND_TRIES);
     while (count) close(unusable[--count]);
     errno = error;
     return fd;

@@ -42,6 +42,35 @@ class Connecting(unittest.TestCase):
             stream.close()
         bridge_client.connect(SERVERS[0], agent=AGENT, wait=30, timeout=10).close()
 
+    def test_a_file_of_a_stream_keeps_its_lease(self) -> None:
+        stream = bridge_client.connect(SERVERS[0], agent=AGENT, timeout=10)
+        lease = stream.lease
+        assert lease is not None
+        with stream.makefile("rwb") as file:
+            stream.close()
+            self.assertIsNotNone(lease._connection.sock)
+            file.write(b"hello")
+            file.flush()
+            self.assertEqual(file.read(5), b"hello")
+        self.assertIsNone(lease._connection.sock)
+
+    def test_a_detached_descriptor_keeps_its_lease_until_it_is_closed(self) -> None:
+        """As `ssl` detaches a socket that it wraps."""
+        stream = bridge_client.connect(SERVERS[0], agent=AGENT, timeout=10)
+        lease = stream.lease
+        assert lease is not None
+        wrapped = socket.socket(fileno=stream.detach())
+        wrapped.settimeout(10)
+        del stream
+        gc.collect()
+        bridge_client.connect(SERVERS[0], agent=AGENT, wait=30, timeout=10).close()
+        self.assertIsNotNone(lease._connection.sock)
+        wrapped.sendall(b"hello")
+        self.assertEqual(wrapped.recv(5), b"hello")
+        wrapped.close()
+        bridge_client.connect(SERVERS[0], agent=AGENT, wait=30, timeout=10).close()
+        self.assertIsNone(lease._connection.sock)
+
     def test_a_port_that_another_program_has_bound_is_passed_over(self) -> None:
         taken = socket.socket()
         # Connections of other tests are in TIME_WAIT on it; a listener excludes further binds all the same.

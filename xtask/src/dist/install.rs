@@ -3,6 +3,7 @@
 use std::{
     env,
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
 };
 
@@ -32,7 +33,7 @@ impl Root {
             println!("debootstrap {SUITE}, once: about a minute");
             let part = folder.join(format!("{SUITE}.part"));
             let script = "set -eu; rm -rf \"$1\"; mkdir -p \"$1\"; \
-                 debootstrap --variant=minbase --include=systemd-sysv \"$3\" \"$1\" >\"$1.log\" || { tail -n 20 \"$1.log\" >&2; exit 1; }; \
+                 debootstrap --variant=minbase --include=systemd-sysv,rpm \"$3\" \"$1\" >\"$1.log\" || { tail -n 20 \"$1.log\" >&2; exit 1; }; \
                  mv \"$1\" \"$2\"";
             let arguments = [part.into_os_string(), base.clone().into_os_string(), SUITE.into()];
             as_root("sh", &[&["-c".into(), script.into(), "sh".into()][..], &arguments].concat())?;
@@ -43,34 +44,17 @@ impl Root {
         Ok(Self(root))
     }
 
-    /// Runs a shell command in the root; returns its output.
-    fn run(&self, script: &str) -> Result<String> {
-        let arguments = [self.0.clone().into_os_string(), "sh".into(), "-euc".into(), script.into()];
-        as_root("chroot", &arguments).with_context(|| script.to_owned())
-    }
-
-    /// Runs a file of bridge-tests that works on the root, with these variables.
-    fn run_test(&self, name: &str, variables: &[(&str, &Path)]) -> Result<()> {
+    /// Runs a test of a file of bridge-tests that works on the root, with these variables.
+    fn run_test(&self, name: &[&str], variables: &[(&str, &Path)]) -> Result<()> {
         run_test(name, &[&[("BRIDGE_ROOT", self.0.as_path())], variables].concat())
-    }
-
-    /// Runs rpm on the root; its scripts run in the root.
-    fn rpm(&self, arguments: &[&str], package: &Path) -> Result<String> {
-        let mut all: Vec<OsString> = vec!["--root".into(), self.0.clone().into(), "--nodeps".into()];
-        // Debian's rpm asks for it; rpm elsewhere does not know it.
-        if Path::new("/etc/debian_version").exists() {
-            all.push("--force-debian".into());
-        }
-        all.extend(arguments.iter().map(Into::into));
-        all.push(package.into());
-        as_root("rpm", &all)
     }
 }
 
-/// Runs the ignored tests of a file of bridge-tests with these variables.
-fn run_test(name: &str, variables: &[(&str, &Path)]) -> Result<()> {
+/// Runs the ignored tests of a file of bridge-tests, or those with one name, with these variables.
+fn run_test(name: &[&str], variables: &[(&str, &Path)]) -> Result<()> {
     let mut command = cmd::cargo();
-    command.args(["test", "--package", "bridge-tests", "--test", name, "--", "--ignored", "--nocapture"]);
+    command.args(["test", "--package", "bridge-tests", "--test"]).args(name);
+    command.args(["--", "--ignored", "--nocapture"]);
     command.current_dir(workspace::root()).envs(variables.iter().copied());
     if !cmd::is_root() {
         test::run_tests_by_sudo(&mut command)?;
@@ -90,7 +74,7 @@ fn native(dist: &Dist) -> Result<Architecture> {
 
 /// Installs the .deb over an older version in a bare Debian root, with traffic, and removes it.
 ///
-/// The older version is the package in `$BRIDGE_PREVIOUS_DEB`, else the same files under a lower version.
+/// The older version is the package in `BRIDGE_PREVIOUS_DEB`, else the same files under a lower version.
 pub(super) fn deb(dist: &Dist) -> Result<()> {
     let architecture = native(dist)?;
     let older = match env::var_os("BRIDGE_PREVIOUS_DEB") {
@@ -98,8 +82,8 @@ pub(super) fn deb(dist: &Dist) -> Result<()> {
         None => packages::deb(dist, architecture, OLDER, &dist.work)?,
     };
     let package = packages::deb_path(architecture, &dist.version, &dist.out);
-    let root = Root::new("deb")?;
-    root.run_test("packages", &[("BRIDGE_DEB", &package), ("BRIDGE_DEB_OLDER", &older)])
+    Root::new("deb")?
+        .run_test(&["packages", "deb"], &[("BRIDGE_DEB", &package), ("BRIDGE_DEB_OLDER", &older)])
 }
 
 /// Runs the commands of the README.
@@ -107,13 +91,13 @@ pub(super) fn readme(dist: &Dist) -> Result<()> {
     native(dist)?;
     kube_assets::ensure()?;
     setup::packages(&[("python3-venv", "the Python package is installed into an environment of its own")])?;
-    Root::new("readme")?.run_test("install", &[("BRIDGE_DIST", &dist.out)])
+    Root::new("readme")?.run_test(&["install"], &[("BRIDGE_DIST", &dist.out)])
 }
 
-/// Installs, replaces and erases the .rpm in a Debian root, by rpm's own tools, and reads every .rpm.
+/// Reads every .rpm, and installs this machine's over an older version, as [`deb`] does.
 pub(super) fn rpm(dist: &Dist) -> Result<()> {
     for architecture in dist.architectures.iter().copied() {
-        let rpm = packages::rpm_path(dist, architecture);
+        let rpm = packages::rpm_path(architecture, &dist.version, &dist.out);
         let query = |arguments: &[&str]| cmd::output(cmd::command("rpm").args(arguments).arg(&rpm));
         ensure!(query(&["-qp", "--qf", "%{ARCH}"])? == architecture.machine());
         let files = query(&["-qpl"])?;
@@ -123,32 +107,23 @@ pub(super) fn rpm(dist: &Dist) -> Result<()> {
         }
         query(&["--checksig", "--nosignature"])?;
     }
-    let package = packages::rpm_path(dist, native(dist)?);
-    let root = Root::new("rpm")?;
-    root.rpm(&["--install"], &package)?;
-    root.rpm(&["--verify", "--nomtime"], Path::new("bridge-agent"))?;
-    let version = root.run("bridge-agent --version")?;
-    ensure!(version.trim() == format!("bridge-agent {}", dist.version), "{version}");
-    root.run("test \"$(stat -c %a /etc/bridge)\" = 700; test -s /usr/share/man/man1/bridge-agent.1.gz")?;
-    root.run(
-        "cp /usr/share/doc/bridge-agent/examples/node.yaml /etc/bridge/bridge.yaml; bridge-agent check",
-    )?;
-    root.rpm(&["--upgrade", "--replacepkgs"], &package)?;
-    root.rpm(&["--erase"], Path::new("bridge-agent"))?;
-    root.run("test -s /etc/bridge/bridge.yaml; ! test -e /usr/bin/bridge-agent; ! test -e /usr/share/doc/bridge-agent")?;
-    Ok(())
+    let architecture = native(dist)?;
+    let older = packages::rpm(dist, architecture, OLDER, &dist.work)?;
+    let package = packages::rpm_path(architecture, &dist.version, &dist.out);
+    Root::new("rpm")?
+        .run_test(&["packages", "rpm"], &[("BRIDGE_RPM", &package), ("BRIDGE_RPM_OLDER", &older)])
 }
 
 /// Compares the Helm chart with the output of kustomize.
 pub(super) fn chart() -> Result<()> {
     kube_assets::ensure()?;
-    run_test("chart", &[("BRIDGE_HELM", &cluster::helm()?)])
+    run_test(&["chart"], &[("BRIDGE_HELM", &cluster::helm()?)])
 }
 
 /// Runs the agent from the root of an image, in a container of the DaemonSet.
 pub(super) fn image(root: &Path) -> Result<()> {
     setup::programs(&[setup::program("crun", "crun", "runs the agent as a container")])?;
-    let result = run_test("image", &[("BRIDGE_IMAGE", root)]);
+    let result = run_test(&["image"], &[("BRIDGE_IMAGE", root)]);
     as_root("rm", &["-rf".into(), "--one-file-system".into(), root.into()])?;
     result
 }
@@ -156,11 +131,54 @@ pub(super) fn image(root: &Path) -> Result<()> {
 /// Installs the chart in a cluster of this machine, and runs `kubectl bridge` in it.
 pub(super) fn in_cluster() -> Result<()> {
     cluster::ensure(None)?;
-    run_test("cluster", &[("BRIDGE_HELM", &cluster::helm()?)])
+    run_test(&["cluster", "plugin::"], &[("BRIDGE_HELM", &cluster::helm()?)])
 }
 
 /// Builds bridge-client from its archive as crates.io would receive it.
 pub(super) fn publish() -> Result<()> {
     let arguments = ["publish", "--dry-run", "--locked", "--allow-dirty", "--package", "bridge-client"];
     cmd::run(cmd::cargo().args(arguments).current_dir(workspace::root()))
+}
+
+/// Compares the API of bridge-client with that of the last release in the changelog: its tag, else the commit that added its section.
+pub(super) fn semver(checker: &Path) -> Result<()> {
+    let git = |arguments: &[&str]| {
+        let mut git = cmd::command("git");
+        cmd::output(git.args(arguments).current_dir(workspace::root()))
+    };
+    let changelog = fs::read_to_string(workspace::root().join("CHANGELOG.md"))?;
+    let mut sections = changelog.lines().filter_map(|line| line.strip_prefix("## "));
+    let release = sections.find(|section| *section != "Unreleased").context("CHANGELOG.md has no release")?;
+    let tag = format!("v{release}");
+    let baseline = match git(&["rev-parse", "--verify", "--quiet", &format!("{tag}^{{commit}}")]) {
+        Ok(commit) => commit,
+        Err(_) => {
+            git(&["log", "--reverse", "--format=%H", "-S", &format!("## {release}\n"), "--", "CHANGELOG.md"])?
+        }
+    };
+    let baseline = baseline.lines().next().with_context(|| {
+        format!("neither a tag {tag} nor a commit that added it to CHANGELOG.md is here: fetch the history")
+    })?;
+    println!("compared with {release}, commit {baseline}");
+    let mut check = cmd::command(checker);
+    check.args(["semver-checks", "--package", "bridge-client", "--all-features", "--baseline-rev", baseline]);
+    cmd::run(check.current_dir(workspace::root()))
+}
+
+/// Runs the Python package, the C header and the crate with its examples, the first with the agent of this build.
+pub(super) fn clients(dist: &Dist) -> Result<()> {
+    let agent = dist.binary(native(dist)?);
+    for arguments in [
+        &["--package", "bridge-tests", "--test", "clients"][..],
+        &["--package", "bridge-tests", "--test", "pool_agent", "the_examples_in_other_languages_work"],
+        &["--package", "bridge-client", "--all-features"],
+    ] {
+        let mut command = cmd::cargo();
+        command.arg("test").args(arguments).current_dir(workspace::root()).env("BRIDGE_AGENT", &agent);
+        if !cmd::is_root() {
+            test::run_tests_by_sudo(&mut command)?;
+        }
+        cmd::run(&mut command)?;
+    }
+    Ok(())
 }

@@ -25,7 +25,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::{
-    build, cmd,
+    build, cmd, docs,
     setup::{self, Program, Scope, program, toolchain::EbpfToolchain},
     steps::Steps,
     workspace::{self, Metadata},
@@ -58,6 +58,9 @@ pub(crate) struct Options {
     /// Test the artefacts of the last build
     #[arg(long, conflicts_with = "test")]
     test_only: bool,
+    /// Only the tests whose name contains this, for instance deb
+    #[arg(requires = "test_only")]
+    filter: Option<String>,
     /// Build a second time in another folder, and compare every artefact; --test does so, too
     #[arg(long)]
     reproducible: bool,
@@ -172,11 +175,14 @@ pub(crate) fn main(options: Options) -> Result<()> {
         setup::programs(&TEST_PROGRAMS)?;
     }
     let dist = Dist::new(architectures)?;
-    let mut steps = Steps::default();
+    let mut steps = Steps::only(options.filter);
     if !options.test_only && (options.package_only || build_binaries(&dist, &ready.ebpf, &mut steps)) {
         package(&dist, &mut steps);
     }
     if test {
+        steps.step("the checksums are those of the artefacts", || {
+            cmd::run(cmd::command("sha256sum").args(["--check", "--quiet", SUMS]).current_dir(&dist.out))
+        });
         steps.step("the binaries are static, small, complete and run in an empty root", || {
             binaries::test(&dist)
         });
@@ -187,10 +193,19 @@ pub(crate) fn main(options: Options) -> Result<()> {
         steps.step("the image of each architecture runs, and this one's enforces", || {
             install::image(&image::test(&dist)?)
         });
-        steps.step("krew's manifest names the archives of kubectl bridge", || plugin::test(&dist));
+        steps.step("krew installs kubectl bridge from its manifest", || plugin::test(&dist));
         steps
             .step("the chart enforces in a cluster, and kubectl bridge shows its nodes", install::in_cluster);
+        steps.step("the clients in Python, C and Rust take ports of the agent", || install::clients(&dist));
         steps.step("bridge-client builds as crates.io would receive it", install::publish);
+        if let Some(checker) =
+            steps.step_or_not_run("the checker of bridge-client's API", false, setup::semver_checks)
+        {
+            steps.step("bridge-client's API is compatible with the last release", || {
+                install::semver(&checker)
+            });
+        }
+        steps.step("the pages as a site, and their links", docs::main);
         steps.step("the static binary in the lab", || in_lab(&dist));
         steps.step("the aarch64 binary judges traffic on Debian's arm64 kernel", || arm64::test(&dist));
     }

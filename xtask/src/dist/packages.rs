@@ -19,7 +19,7 @@ pub(super) fn build(dist: &Dist) -> Result<()> {
     let generated = generate(dist)?;
     for architecture in dist.architectures.iter().copied() {
         tree(dist, architecture, &generated)?;
-        rpm(dist, architecture)?;
+        rpm(dist, architecture, &dist.version, &dist.out)?;
         // Debian keeps completions of zsh elsewhere, and adds its control files to the tree.
         deb(dist, architecture, &dist.version, &dist.out)?;
     }
@@ -129,9 +129,9 @@ pub(super) fn deb_path(architecture: Architecture, version: &str, out: &Path) ->
     out.join(format!("bridge-agent_{version}_{}.deb", architecture.debian()))
 }
 
-/// Returns the path of the .rpm.
-pub(super) fn rpm_path(dist: &Dist, architecture: Architecture) -> PathBuf {
-    dist.out.join(format!("bridge-agent-{}-1.{}.rpm", dist.version, architecture.machine()))
+/// Returns the path of the .rpm of `version` in `out`.
+pub(super) fn rpm_path(architecture: Architecture, version: &str, out: &Path) -> PathBuf {
+    out.join(format!("bridge-agent-{version}-1.{}.rpm", architecture.machine()))
 }
 
 /// Writes a .deb of `version` into `out`.
@@ -176,8 +176,8 @@ pub(super) fn deb(dist: &Dist, architecture: Architecture, version: &str, out: &
     Ok(package)
 }
 
-/// Writes the .rpm into `dist.out`.
-fn rpm(dist: &Dist, architecture: Architecture) -> Result<()> {
+/// Writes a .rpm of `version` into `out`.
+pub(super) fn rpm(dist: &Dist, architecture: Architecture, version: &str, out: &Path) -> Result<PathBuf> {
     let tree = dist.tree(architecture);
     let top = dist.work.join("rpm").join(architecture.machine());
     remove(&top)?;
@@ -186,7 +186,7 @@ fn rpm(dist: &Dist, architecture: Architecture) -> Result<()> {
     for (name, value) in [
         ("_topdir", top.display().to_string()),
         ("_rpmdir", top.join("out").display().to_string()),
-        ("bridge_version", dist.version.clone()),
+        ("bridge_version", version.to_owned()),
         ("bridge_tree", tree.display().to_string()),
         // Another machine builds the same bytes.
         ("_buildhost", "reproducible".to_owned()),
@@ -200,10 +200,10 @@ fn rpm(dist: &Dist, architecture: Architecture) -> Result<()> {
     }
     build.arg(workspace::root().join("deploy/packages/bridge-agent.spec"));
     cmd::run(build.env("SOURCE_DATE_EPOCH", dist.epoch.to_string()))?;
-    let package = rpm_path(dist, architecture);
+    let package = rpm_path(architecture, version, out);
     let built = top.join("out").join(architecture.machine()).join(package.file_name().unwrap_or_default());
     fs::copy(&built, &package).with_context(|| built.display().to_string())?;
-    Ok(())
+    Ok(package)
 }
 
 #[cfg(test)]

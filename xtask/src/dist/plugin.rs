@@ -1,11 +1,17 @@
 //! `kubectl bridge`: an archive for each architecture, and the manifest from which krew installs them.
 
-use std::{env, fmt::Write as _, fs, os::unix::fs::PermissionsExt as _, path::PathBuf};
+use std::{
+    env,
+    fmt::Write as _,
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context, Result, ensure};
 
 use super::{Architecture, Dist};
-use crate::{cmd, workspace};
+use crate::{cluster, cmd, workspace};
 
 /// The program in the archive: the agent under the name that makes it the plugin.
 const PROGRAM: &str = "kubectl-bridge";
@@ -60,7 +66,8 @@ pub(super) fn build(dist: &Dist) -> Result<()> {
     Ok(())
 }
 
-/// Checks that each archive is the one that the manifest names, and that the program in it is the plugin.
+/// Checks that each archive is the one that the manifest names, and that the program in it is the plugin; krew installs this
+/// machine's.
 pub(super) fn test(dist: &Dist) -> Result<()> {
     let manifest = fs::read_to_string(dist.out.join(MANIFEST))?;
     for architecture in dist.architectures.iter().copied() {
@@ -81,6 +88,26 @@ pub(super) fn test(dist: &Dist) -> Result<()> {
         };
         let version = cmd::output(plugin.arg("--version"))?;
         ensure!(version.trim() == format!("kubectl bridge {}", dist.version), "{name}: {version}");
+        if architecture.is_native() {
+            by_krew(dist, &archive)?;
+        }
     }
+    Ok(())
+}
+
+/// Installs the plugin as docs/install.md prints it; krew has an index of its own, without plugins.
+fn by_krew(dist: &Dist, archive: &Path) -> Result<()> {
+    let krew = cluster::krew()?;
+    let folder = tempfile::tempdir()?;
+    let index = folder.path().join("index");
+    let make = "git init -q \"$1\"; cd \"$1\"; git -c user.name=krew -c user.email=krew@localhost commit -q --allow-empty -m empty";
+    cmd::run(cmd::command("sh").args(["-euc", make, "sh"]).arg(&index))?;
+    let root = folder.path().join("krew");
+    let mut install = cmd::command(krew);
+    install.env("HOME", folder.path()).env("KREW_ROOT", &root).env("KREW_DEFAULT_INDEX_URI", &index);
+    install.args(["install", "--manifest"]).arg(dist.out.join(MANIFEST)).arg("--archive").arg(archive);
+    cmd::output(&mut install)?;
+    let version = cmd::output(cmd::command(root.join("bin").join(PROGRAM)).arg("--version"))?;
+    ensure!(version.trim() == format!("kubectl bridge {}", dist.version), "by krew: {version}");
     Ok(())
 }

@@ -52,9 +52,11 @@ fn find(name: &str) -> Result<Option<PathBuf>> {
     Ok(first.or_else(|| cmd::find_program(name)))
 }
 
-/// The programs of the newest release in the cache.
+/// The programs of the newest release in the cache that is built to the end.
 fn newest(cache: &Path) -> Option<PathBuf> {
     let releases = fs::read_dir(cache).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let releases =
+        releases.filter(|release| PROGRAMS.iter().all(|name| release.join("bin").join(name).is_file()));
     let number = |path: &PathBuf| -> Vec<u32> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         name.split('.').filter_map(|part| part.parse().ok()).collect()
@@ -67,11 +69,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_are_compared_by_number() {
+    fn the_newest_release_that_is_built_to_the_end_is_found() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["1.9.4", "1.36.1", "1.36.0", "work"] {
-            fs::create_dir(folder.path().join(name)).unwrap();
+            fs::create_dir_all(folder.path().join(name).join("bin")).unwrap();
+            PROGRAMS.iter().for_each(|program| {
+                fs::write(folder.path().join(name).join("bin").join(program), "").unwrap();
+            });
         }
+        fs::create_dir_all(folder.path().join("1.37.2/bin")).unwrap();
+        fs::write(folder.path().join("1.37.2/bin/etcd"), "").unwrap();
         assert_eq!(newest(folder.path()), Some(folder.path().join("1.36.1/bin")));
         assert_eq!(newest(&folder.path().join("none")), None);
     }

@@ -150,6 +150,14 @@ pub(crate) fn auditable_to_cyclonedx() -> Result<PathBuf> {
     rust_tools::AUDITABLE_TO_CYCLONEDX.ensure()
 }
 
+/// Returns `cargo-semver-checks`, which is installed if it is missing.
+///
+/// # Errors
+/// It cannot be built.
+pub(crate) fn semver_checks() -> Result<PathBuf> {
+    rust_tools::SEMVER_CHECKS.ensure()
+}
+
 /// Sees to it that these programs are there.
 ///
 /// # Errors

@@ -40,6 +40,11 @@ pub(super) const AUDITABLE_TO_CYCLONEDX: RustTool = RustTool {
     version: "0.1.0",
     why: "writes the bill of materials of the shipped binaries",
 };
+pub(super) const SEMVER_CHECKS: RustTool = RustTool {
+    name: "cargo-semver-checks",
+    version: "0.51.0",
+    why: "compares the API of bridge-client with that of the last release",
+};
 
 impl RustTool {
     /// The program: the user's own, else the one in our cache, built if missing.

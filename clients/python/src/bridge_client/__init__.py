@@ -79,6 +79,7 @@ class Agent:
 
         Raises `Refused` or `AgentError`.
         """
+        _end_detached()
         host, port = destination
         address = ipaddress.ip_address(host)
         body = {
@@ -122,10 +123,35 @@ class Stream(socket.socket):
     lease: Optional[Lease] = None
 
     def close(self) -> None:
-        """Closes the socket, then ends the lease."""
+        """Closes the socket, then ends the lease. A file of `makefile` that is still open keeps both."""
         super().close()
-        if self.lease is not None:
+        if self.lease is not None and self.fileno() == -1:
             self.lease.close()
+
+    def detach(self) -> int:
+        """Gives the descriptor away, as `ssl.SSLContext.wrap_socket` does. The next `acquire` after it is closed ends the lease."""
+        descriptor = super().detach()
+        if self.lease is not None and descriptor != -1:
+            _detached.append((descriptor, os.fstat(descriptor).st_ino, self.lease))
+            self.lease = None
+        return descriptor
+
+
+# Leases of detached streams, each with the descriptor and its inode.
+_detached: list[tuple[int, int, Lease]] = []
+
+
+def _end_detached() -> None:
+    """Ends the leases of detached streams whose descriptors are closed."""
+    for entry in _detached.copy():
+        descriptor, inode, lease = entry
+        try:
+            is_open = os.fstat(descriptor).st_ino == inode
+        except OSError:
+            is_open = False
+        if not is_open:
+            lease.close()
+            _detached.remove(entry)
 
 
 def connect(
