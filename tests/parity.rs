@@ -1,4 +1,4 @@
-//! The same packets through eBPF and through iptables: past faults, and some more. The long run is
+//! The same packets through every engine: past faults, and some more. The long run is
 //! `cargo xtask parity`. Needs root.
 
 use std::collections::HashSet;
@@ -11,7 +11,7 @@ const POLICIES: u64 = 60;
 const FIRST: u64 = 2000;
 
 #[test]
-fn both_engines_let_the_same_packets_through() -> Result<()> {
+fn every_engine_lets_the_same_packets_through() -> Result<()> {
     let seeds: Vec<u64> = REGRESSIONS.iter().map(|(seed, _)| *seed).chain(FIRST..FIRST + POLICIES).collect();
     let report = Nodes::new()?.compare(&seeds, |_| ())?;
     eprintln!("{report}");
@@ -25,6 +25,7 @@ fn both_engines_let_the_same_packets_through() -> Result<()> {
     let unmet: Vec<_> = Difference::ALL.into_iter().filter(|difference| !met.contains(difference)).collect();
     ensure!(unmet.is_empty(), "no packet has met an intended difference: {unmet:?}\n{report}");
     ensure!(report.fast > 20, "hardly any packet took the fast path: {report}");
+    ensure!(report.shielded > 1000, "the shield hardly dropped any packet: {report}");
     // A node that swallowed everything would agree with itself.
     ensure!(report.passed > report.packets / 3 && report.passed < report.packets * 2 / 3, "{report}");
     Ok(())

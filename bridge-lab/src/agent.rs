@@ -190,10 +190,15 @@ impl Agent {
 
     /// Returns a scrape of its metrics.
     pub fn metrics(&self) -> Result<String> {
+        self.get("/metrics")
+    }
+
+    /// Returns its answer to a GET.
+    pub fn get(&self, path: &str) -> Result<String> {
         self.settle();
         let mut curl = Command::new("curl");
         curl.args(["--silent", "--fail-with-body", "--max-time", "5", "--unix-socket"]);
-        curl.arg(self.socket()).arg("http://bridge/metrics");
+        curl.arg(self.socket()).arg(format!("http://bridge{path}"));
         self.host.netns.output(curl)
     }
 

@@ -1,7 +1,7 @@
 //! The programs of the packet path, run on hand-made packets by BPF_PROG_TEST_RUN: no interface, no traffic, but the
 //! real programs, the real maps, and the policy written as the agent writes it.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, sync::atomic::AtomicBool, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
@@ -25,6 +25,7 @@ use bridge_common::filter::{
     interface::{Interface, role, tunnel},
     policy::{RuleHits, direction},
 };
+use bridge_common::protocol;
 
 use zerocopy::FromBytes as _;
 
@@ -113,16 +114,16 @@ pub enum Action {
     Answer,
 }
 
-/// The flow tables: TCP connections, flows of other protocols, flows that wait for a reply.
-pub const TABLES: [&str; 3] = ["flows", "other_flows", "half_open"];
+/// The flow tables: TCP connections, flows of other protocols, those beyond a share, flows that wait for a reply.
+pub const TABLES: [&str; 4] = ["flows", "other_flows", "overflow", "half_open"];
 
 /// Timeouts that no test outlives: tests that need time to pass turn back the clock of a flow with [`Node::age`].
-pub const TIMEOUT: Duration = Duration::from_secs(3600);
+pub const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Settings that a test starts from: enforce, reject, every new flow reported, no limit that a test would meet.
 #[must_use]
 pub fn behaviour() -> Behaviour {
-    let timeout = u64::try_from(TIMEOUT.as_nanos()).expect("an hour");
+    let timeout = u64::try_from(TIMEOUT.as_nanos()).expect("five minutes");
     Behaviour {
         timeouts: [timeout; state::COUNT],
         audit: false,
@@ -261,6 +262,8 @@ impl Node {
         for table in TABLES {
             clear::<FlowKey, Flow>(open(&self.pins, table)?)?;
         }
+        // Sets the counters of the shares to zero.
+        self.datapath.maps.remove_expired_flows(&AtomicBool::new(false))?;
         clear::<FragmentKey, u64>(open(&self.pins, "fragments")?)
     }
 
@@ -427,7 +430,7 @@ impl Node {
         let mut map: HashMap<_, FlowKey, Flow> = open(&self.pins, table).expect("a flow table");
         let by = u64::try_from(by.as_nanos()).expect("less than 500 years");
         let last_seen = now().checked_sub(by).expect("the machine has been up for that long");
-        if table == "flows" && flow.flags & flag::FIN_PENDING != 0 {
+        if key.protocol == protocol::TCP && table != "half_open" && flow.flags & flag::FIN_PENDING != 0 {
             flow.set_pending_fin(flow.pending_fin().0, ticks(last_seen));
         }
         map.insert(key, Flow { last_seen, ..flow }, 0).expect("room for an entry that is there");

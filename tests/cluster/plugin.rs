@@ -153,6 +153,21 @@ fn the_chart_enforces_and_the_plugin_shows_every_node() -> Result<()> {
         ensure!(refused.iter().any(|line| line.starts_with(&pod.node) && line.contains(&to)), "{refused:?}");
     }
 
+    // Why one was refused, the rule that would allow it, and the checks of its node.
+    let said = |words: &str| -> Result<String> {
+        let output = user.bridge(words)?;
+        Ok([output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat())
+    };
+    let (pod, source) = (&kept[0].0, cluster.allowed_host().v4);
+    for to in [pod.ip(Family::V4).to_string(), "pod/default/peer0".into()] {
+        let why = said(&format!("--node {} explain {source} {to}:8081", pod.node))?;
+        ensure!(why.contains("DENIED (no_rule") && why.contains("ports: [8081]"), "{why}");
+    }
+    let rules = said(&format!("--node {} suggest --include-denied", pod.node))?;
+    ensure!(rules.contains("8081") && rules.contains(&source.to_string()), "{rules}");
+    let health = said("doctor")?;
+    ensure!(nodes.iter().all(|node| health.contains(node)) && health.contains("forwarding"), "{health}");
+
     // A command that fails on the nodes names each, and fails.
     let failed = user.bridge("flows --state nonsense")?;
     let errors = String::from_utf8_lossy(&failed.stderr).into_owned();

@@ -81,12 +81,12 @@ pub fn run(
 ) -> Result<Vec<Row>> {
     let lab = Lab::builder().pods(1).build()?;
     let (a, b, c1) = (lab.a(), lab.b(), lab.c1());
-    let mac = c1.mac.map(|octet| format!("{octet:02x}")).join(":");
+    let mac = c1.mac_text();
     let (target, dev) = (flood::TARGET, &c1.peer_interface);
     b.netns.ip(&format!("route replace {target} dev {dev}"))?;
     b.netns.ip(&format!("neighbour replace {target} lladdr {mac} dev {dev} nud permanent"))?;
     // Answers to spoofed addresses go where they would: out to the LAN.
-    let neighbour = a.mac.map(|octet| format!("{octet:02x}")).join(":");
+    let neighbour = a.mac_text();
     b.netns.ip(&format!("route replace 100.64.0.0/10 via {} dev {}", a.v4, b.interface))?;
     b.netns
         .ip(&format!("neighbour replace {} lladdr {neighbour} dev {} nud permanent", a.v4, b.interface))?;

@@ -101,7 +101,9 @@ fn run(cli: &Cli) -> Result<(Cluster, ExitCode)> {
     let mut scenes = Vec::new();
     if !cli.no_scenes {
         progress("pods and Services");
-        scenes = Stage::set(&cluster)?.play(progress)?;
+        let stage = Stage::set(&cluster)?;
+        progress("scenes");
+        scenes = stage.play()?;
         progress("");
     }
     if cli.json {

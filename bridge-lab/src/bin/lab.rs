@@ -141,7 +141,14 @@ fn explain(Stage { lab, agent, .. }: &Stage) {
     }
     println!("  {} tcpdump -ni any\n  {} ip route", enter(b), enter(a));
     if let Some(agent) = agent {
-        for arguments in [&["status"][..], &["rules"], &["flows"], &["monitor", "--verdict", "reject"]] {
+        let denied = format!("{}:9443", c1.v4);
+        for arguments in [
+            &["explain", &a.v4.to_string(), &denied][..],
+            &["status"],
+            &["rules"],
+            &["flows"],
+            &["monitor", "--verdict", "reject"],
+        ] {
             let command = agent.command(arguments);
             let words = std::iter::once(command.get_program()).chain(command.get_args());
             println!("  {}", words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" "));

@@ -6,7 +6,7 @@ use anyhow::Result;
 use bridge_lab::parity::{Nodes, PACKETS_PER_POLICY};
 use clap::Parser;
 
-/// Send the same random packets through eBPF and through iptables; exit code 1 if they differ without a reason
+/// Send the same random packets through eBPF, eBPF behind the shield, iptables and nftables; exit code 1 if they differ without a reason
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask parity")]
 struct Arguments {

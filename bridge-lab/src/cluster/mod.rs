@@ -20,6 +20,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 pub use self::images::{AGENT, IDLE};
@@ -301,6 +302,24 @@ impl Cluster {
         self.wait_for_bridge()
     }
 
+    /// Changes the engines of the running agents, by their ConfigMap, and waits until each node has these and no other.
+    ///
+    /// # Errors
+    /// An agent does not follow.
+    pub fn set_engines(&self, engines: &[&str]) -> Result<()> {
+        self.install_bridge(Some(&self.config_with(engines)))?;
+        let mut seen = Value::Null;
+        let follow = || {
+            seen = self.get("bridgenodes").ok()?;
+            let nodes = seen["items"].as_array()?;
+            let follows =
+                |node: &Value| node["status"]["engines"] == json!(engines) && condition(node, "Ready");
+            (nodes.len() == self.nodes.len() && nodes.iter().all(follows)).then_some(())
+        };
+        eventually(STARTING, follow).with_context(|| format!("engines {engines:?}: {seen:#}"))?;
+        self.wait_until_current()
+    }
+
     /// Waits until the DaemonSet is rolled out.
     pub fn wait_for_bridge(&self) -> Result<()> {
         let arguments =
@@ -317,10 +336,14 @@ impl Cluster {
     /// The configuration of the agents: `deploy/kubernetes/agent.yaml` with the LAN of the lab in both families and the
     /// engines of the options.
     pub fn config(&self) -> String {
+        self.config_with(&self.options.engines)
+    }
+
+    fn config_with(&self, engines: &[impl Serialize]) -> String {
         let lan = Family::BOTH.map(|family| self.lab.lan_network(family).to_string());
         json!({
             "role": "node", "kubernetes": {}, "networks": {"external": lan},
-            "enforcement": {"mode": "enforce", "engines": self.options.engines},
+            "enforcement": {"mode": "enforce", "engines": engines},
             "persistence": {"save": "never"},
         })
         .to_string()

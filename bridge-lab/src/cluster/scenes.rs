@@ -2,6 +2,9 @@
 //! that none allows, over IPv4 and IPv6, TCP and UDP, with real sockets.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -21,10 +24,16 @@ const LAN_PORT: u16 = 9090;
 const NODE_PORT: u16 = 8088;
 /// `hostPort` of the server pod.
 const HOST_PORT: u16 = 18080;
-/// Addresses of the LoadBalancer, which are not announced: LAN hosts have routes to them.
-const LOAD_BALANCER: [&str; 2] = ["192.168.31.200", "fd31::200"];
+/// Services of type LoadBalancer with their addresses, which are not announced: LAN hosts have routes to them, by the node of
+/// this number.
+const BALANCED: [(&str, usize, [&str; 2]); 2] = [
+    ("balanced", 0, ["192.168.31.200", "fd31::200"]),
+    ("balanced-anywhere", 1, ["192.168.31.201", "fd31::201"]),
+];
 /// Pause before an unanswered attempt counts as not reached.
 const SILENCE: Duration = Duration::from_millis(700);
+/// Number of scenes that are played at the same time.
+const AT_ONCE: usize = 8;
 /// Of the table, in characters.
 const WIDTH: u16 = 120;
 
@@ -97,10 +106,12 @@ impl<'a> Stage<'a> {
     /// An object is refused, or a pod does not run.
     pub fn set(cluster: &'a Cluster) -> Result<Self> {
         cluster.apply(&services(cluster))?;
-        let status =
-            json!({"status": {"loadBalancer": {"ingress": LOAD_BALANCER.map(|ip| json!({"ip": ip}))}}});
-        let patch = ["patch", "service", "balanced", "--subresource=status", "--type=merge", "--patch"];
-        cluster.kubectl(&[&patch[..], &[&status.to_string()]].concat())?;
+        for (name, _, addresses) in BALANCED {
+            let status =
+                json!({"status": {"loadBalancer": {"ingress": addresses.map(|ip| json!({"ip": ip}))}}});
+            let patch = ["patch", "service", name, "--subresource=status", "--type=merge", "--patch"];
+            cluster.kubectl(&[&patch[..], &[&status.to_string()]].concat())?;
+        }
         let ports =
             |protocol: &str| json!({"containerPort": POD_PORT, "hostPort": HOST_PORT, "protocol": protocol});
         let container = json!({"containers": [{
@@ -130,20 +141,28 @@ impl<'a> Stage<'a> {
                 &[LAN_PORT],
             )?,
         ];
-        for host in cluster.lab().hosts() {
-            for (family, networks) in [
-                (Family::V4, ["10.96.0.0/16", "192.168.31.200/32"]),
-                (Family::V6, ["fd96::/112", "fd31::200/128"]),
-            ] {
-                for network in networks {
-                    host.netns
-                        .ip(&format!("route replace {network} via {}", cluster.lab().b().ip(family)))?;
+        let stage = Self { cluster, server, client, other, _servers: servers };
+        stage.route_services()?;
+        stage.wait_for_proxies()?;
+        Ok(stage)
+    }
+
+    /// Routes the addresses of Services on the LAN hosts: cluster addresses by the node of their pod, but that of `elsewhere`.
+    fn route_services(&self) -> Result<()> {
+        let nodes = self.cluster.lab().nodes();
+        for family in Family::BOTH {
+            let inside = if family == Family::V4 { "10.96.0.0/16" } else { "fd96::/112" };
+            let elsewhere = self.service("elsewhere", family)?.ip().to_string();
+            let mut routes = vec![(inside.to_owned(), 0), (elsewhere, 1)];
+            let index = usize::from(family == Family::V6);
+            routes.extend(BALANCED.map(|(_, node, addresses)| (addresses[index].to_owned(), node)));
+            for host in self.cluster.lab().hosts() {
+                for (to, node) in &routes {
+                    host.netns.ip(&format!("route replace {to} via {}", nodes[*node].ip(family)))?;
                 }
             }
         }
-        let stage = Self { cluster, server, client, other, _servers: servers };
-        stage.wait_for_proxies()?;
-        Ok(stage)
+        Ok(())
     }
 
     /// Waits until kube-proxy on each node has written the rules of every Service: from the node itself, which bridge does
@@ -177,31 +196,51 @@ impl<'a> Stage<'a> {
         port.context("no NodePort of this protocol")
     }
 
-    /// Plays every scene; `progress` is called before each.
+    /// Plays every scene.
     ///
     /// # Errors
     /// A scene cannot be played at all.
-    pub fn play(&self, mut progress: impl FnMut(&str)) -> Result<Vec<Scene>> {
+    pub fn play(&self) -> Result<Vec<Scene>> {
         let mut scenes = Vec::new();
-        for way in self.inbound()? {
-            progress(&way.name);
-            let allowed = [(&self.cluster.allowed_host().netns, "allowed host", way.allowed)];
-            for (netns, peer, reached) in
-                allowed.into_iter().chain([(&self.cluster.stranger().netns, "stranger", way.stranger)])
-            {
-                scenes.push(attempt(&way, netns, peer, reached));
+        let (inbound, outbound) = (self.inbound()?, self.outbound()?);
+        let hosts = [self.cluster.allowed_host(), self.cluster.stranger()].map(|host| &host.netns);
+        let pods = [&self.client.netns, &self.other.netns];
+        for way in &inbound {
+            scenes.push((way, hosts[0], "allowed host", way.allowed));
+            scenes.push((way, hosts[1], "stranger", way.stranger));
+        }
+        for way in &outbound {
+            scenes.push((way, pods[0], "allowed pod", way.allowed));
+            scenes.push((way, pods[1], "other pod", way.stranger));
+        }
+        let from_node = Way::new("pod with the node's network to LAN host", true, true, |f, _| {
+            Ok(self.cluster.stranger().at(f, LAN_PORT))
+        })?;
+        scenes.push((&from_node, &self.cluster.lab().b().netns, "pod with the node's network", true));
+        let (next, played) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+        thread::scope(|scope| {
+            for _ in 0..AT_ONCE {
+                scope.spawn(|| {
+                    loop {
+                        let index = next.fetch_add(1, Ordering::Relaxed);
+                        let Some((way, from, peer, reached)) = scenes.get(index) else { break };
+                        let scene = attempt(way, from, peer, *reached);
+                        played.lock().expect("no thread panics").push((index, scene));
+                    }
+                });
             }
-        }
-        for way in self.outbound()? {
-            progress(&way.name);
-            scenes.push(attempt(&way, &self.client.netns, "allowed pod", way.allowed));
-            scenes.push(attempt(&way, &self.other.netns, "other pod", way.stranger));
-        }
-        Ok(scenes)
+        });
+        let mut played = played.into_inner().expect("no thread panics");
+        played.sort_by_key(|(index, _)| *index);
+        Ok(played.into_iter().map(|(_, scene)| scene).collect())
     }
 
     fn inbound(&self) -> Result<Vec<Way>> {
         let nodes = self.cluster.lab().nodes();
+        let balanced = |index: usize, family| -> Result<SocketAddr> {
+            let (_, _, addresses) = BALANCED[index];
+            Ok(SocketAddr::new(addresses[usize::from(family == Family::V6)].parse()?, POD_PORT))
+        };
         let pod = |family| self.server.ip(family);
         let mut ways = vec![
             Way::new("pod address, allowed port", true, false, |f, _| Ok(SocketAddr::new(pod(f), POD_PORT)))?,
@@ -209,10 +248,16 @@ impl<'a> Stage<'a> {
                 Ok(SocketAddr::new(pod(f), POD_PORT + 1))
             })?,
             Way::new("ClusterIP, routed to the node", true, false, |f, _| self.service("inside", f))?,
+            Way::new("ClusterIP, routed to another node", true, false, |f, _| self.service("elsewhere", f))?,
             Way::new("LoadBalancer address, externalTrafficPolicy Local", true, false, |f, _| {
-                let address = LOAD_BALANCER[usize::from(f == Family::V6)].parse()?;
-                Ok(SocketAddr::new(address, POD_PORT))
+                balanced(0, f)
             })?,
+            Way::new(
+                "LoadBalancer address, externalTrafficPolicy Cluster, at another node",
+                true,
+                false,
+                |f, _| balanced(1, f),
+            )?,
             Way::new("hostPort", true, false, |f, _| Ok(nodes[0].at(f, HOST_PORT)))?,
             Way::new("pod with the node's network", true, true, |f, _| Ok(nodes[0].at(f, NODE_PORT)))?,
         ];
@@ -235,7 +280,7 @@ impl<'a> Stage<'a> {
 
     fn outbound(&self) -> Result<Vec<Way>> {
         let (allowed, stranger) = (self.cluster.allowed_host(), self.cluster.stranger());
-        Ok(vec![
+        let mut ways = vec![
             Way::new("pod to LAN host, allowed port", true, false, |f, _| Ok(allowed.at(f, LAN_PORT)))?,
             Way::new("pod to LAN host, another port", false, false, |f, _| Ok(allowed.at(f, LAN_PORT + 1)))?,
             Way::new("pod to a LAN host that no policy names", false, false, |f, _| {
@@ -247,9 +292,16 @@ impl<'a> Stage<'a> {
             Way::new("pod to a Service whose endpoint is the other LAN host", false, false, |f, _| {
                 self.service("lan-stranger", f)
             })?,
-            Way::new("pod to pod, through a Service", true, true, |f, _| self.service("inside", f))?,
             Way::new("pod to pod", true, true, |f, _| Ok(SocketAddr::new(self.server.ip(f), POD_PORT + 1)))?,
-        ])
+        ];
+        let options = self.cluster.options();
+        // Else the answer crosses the bridge with the address of the pod, with and without bridge: kubeadm demands br_netfilter.
+        if options.bridge_netfilter || options.cni == super::Cni::Ptp {
+            ways.push(Way::new("pod to pod, through a Service", true, true, |f, _| {
+                self.service("inside", f)
+            })?);
+        }
+        Ok(ways)
     }
 }
 
@@ -353,7 +405,9 @@ fn services(cluster: &Cluster) -> Vec<Value> {
         service("everywhere", "NodePort", &server, &json!({})),
         service("sticky", "NodePort", &server, &json!({"sessionAffinity": "ClientIP"})),
         service("local", "NodePort", &server, &local),
+        service("elsewhere", "ClusterIP", &server, &json!({})),
         service("balanced", "LoadBalancer", &server, &local),
+        service("balanced-anywhere", "LoadBalancer", &server, &json!({})),
     ];
     for (name, host) in [("lan", cluster.allowed_host()), ("lan-stranger", cluster.stranger())] {
         objects.push(service(name, "ClusterIP", &Value::Null, &json!({})));

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bridge_agent::datapath::Pins;
+use bridge_agent::datapath::{Maps, Pins};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -98,6 +98,11 @@ pub struct Row {
 }
 
 impl Row {
+    /// Both, one after the other.
+    fn and(self, other: &Self) -> Self {
+        Self { times: self.times + other.times, reading: self.reading.and(&other.reading), ..self }
+    }
+
     /// Whether nothing was lost and nothing came through.
     #[must_use]
     pub const fn is_clean(&self) -> bool {
@@ -187,6 +192,9 @@ pub fn all(engines: Engines, effort: Effort, mut show: impl FnMut(&Row)) -> Resu
         trial(agent, lab, engines, rules, true)?;
         trial(agent, lab, engines, rules, false)
     })?);
+    if engines.has_ebpf() {
+        shield(&mut bench)?.into_iter().for_each(&mut add);
+    }
     if let Some(other) = engines.with_other_filter() {
         let event = format!("change to {} and back", other.name());
         add(bench.row(&event, times, |agent, _| {
@@ -196,6 +204,11 @@ pub fn all(engines: Engines, effort: Effort, mut show: impl FnMut(&Row)) -> Resu
     }
     add(down(&mut bench)?);
     drop(bench);
+    if engines == Engines::Ebpf {
+        for next in Engines::ALL.into_iter().filter(|next| *next != engines) {
+            add(first_filter(next, effort)?);
+        }
+    }
     add(first_start(engines, effort)?);
     Ok(rows)
 }
@@ -205,6 +218,46 @@ fn wait(time: Duration) -> Result<()> {
     Ok(())
 }
 
+/// The shield is attached and detached by reloads, and the agent is killed and started while it is attached.
+fn shield(bench: &mut Bench) -> Result<[Row; 3]> {
+    let (engines, Effort { times, kills, .. }) = (bench.engines, bench.effort);
+    let off = configuration(engines, 0);
+    // Every denied packet is dropped by the driver: none is left to the hook to be answered or reported.
+    let auto = off.replace("onDeny: drop", "onDeny: drop\n  xdp: auto\n  events: {rate: 0}");
+    let is = |agent: &Agent, state: &str| -> Result<()> {
+        let status: Value = serde_json::from_str(&agent.run(&["status", "--json"])?)?;
+        let interfaces = status["agent"]["enforcement"]["interfaces"].as_array();
+        let mut states = interfaces.into_iter().flatten().filter_map(|one| one["xdp"].as_str());
+        ensure!(states.any(|other| other == state), "no interface is {state}: {status}\n{}", agent.log());
+        Ok(())
+    };
+    let attach = |bench: &mut Bench| {
+        bench.row("reload that attaches the shield", 1, |agent, _| {
+            agent.reload(&auto)?;
+            is(agent, "native")
+        })
+    };
+    let detach = |bench: &mut Bench| {
+        bench.row("reload that detaches the shield", 1, |agent, _| {
+            agent.reload(&off)?;
+            is(agent, "off (enforcement.xdp is off)")
+        })
+    };
+    let mut attached = attach(bench)?;
+    let killed = bench.row("kill -9 and start behind the shield", kills, |agent, _| {
+        agent.restart()?;
+        is(agent, "native")
+    })?;
+    let dropped = Maps::open(&Pins::new(bench.agent.pins()))?.shielded()?.packets;
+    ensure!(dropped > 0, "the shield dropped nothing");
+    let mut detached = detach(bench)?;
+    for _ in 1..times {
+        attached = attached.and(&attach(bench)?);
+        detached = detached.and(&detach(bench)?);
+    }
+    Ok([attached, killed, detached])
+}
+
 /// Replaces the packet filter by a reload.
 fn change(agent: &mut Agent, engines: Engines, rules: u32) -> Result<()> {
     agent.reload(&configuration(engines, rules))?;
@@ -212,6 +265,17 @@ fn change(agent: &mut Agent, engines: Engines, rules: u32) -> Result<()> {
     let engine = status["agent"]["firewall"]["engine"].as_str();
     ensure!(engine.is_some_and(|engine| engines.name().ends_with(engine)), "{status}\n{}", agent.log());
     Ok(())
+}
+
+/// A packet filter beside or instead of eBPF, on a node that tracked no connections when they were opened.
+fn first_filter(next: Engines, effort: Effort) -> Result<Row> {
+    let mut bench = Bench::new(Engines::Ebpf, effort)?;
+    let event = format!("change to {} and back", next.name());
+    bench.row(&event, 1, |agent, _| {
+        change(agent, next, effort.rules.min(1_000))?;
+        wait(CALM)?;
+        agent.reload(&configuration(Engines::Ebpf, 0))
+    })
 }
 
 /// Applies a configuration with more rules on trial, and confirms it, or waits until the former one is active again.

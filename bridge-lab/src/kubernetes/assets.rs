@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
+const PROGRAMS: [&str; 3] = ["kube-apiserver", "etcd", "kubectl"];
+
 /// The programs of a control plane.
 #[derive(Clone, Debug)]
 pub struct Assets {
@@ -38,7 +40,7 @@ pub(super) fn find(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// The folder of the programs that `cargo xtask cluster` builds, of the newest version.
+/// The folder of the programs that `cargo xtask cluster` builds, of the newest version that is built to the end.
 fn built() -> Option<PathBuf> {
     let absolute = |name| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let cache = absolute("XDG_CACHE_HOME").or_else(|| Some(absolute("HOME")?.join(".cache")))?;
@@ -48,5 +50,6 @@ fn built() -> Option<PathBuf> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         name.split('.').filter_map(|part| part.parse().ok()).collect()
     };
-    versions.max_by_key(number).map(|version| version.join("bin"))
+    let complete = |path: &PathBuf| PROGRAMS.iter().all(|name| path.join("bin").join(name).is_file());
+    versions.filter(complete).max_by_key(number).map(|version| version.join("bin"))
 }

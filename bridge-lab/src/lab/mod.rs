@@ -79,6 +79,42 @@ impl Host {
         }
     }
 
+    /// The MAC address of `eth0`, as iproute2 writes it.
+    pub fn mac_text(&self) -> String {
+        plan::mac_text(self.mac)
+    }
+
+    /// Gives a pod of the first node, `node`, an `eth0` in the place of one that was deleted, with its MAC and IPv4 addresses;
+    /// `peer` is the name of the other end.
+    ///
+    /// # Errors
+    /// iproute2 fails.
+    pub fn plug(&self, node: &Netns, peer: &str) -> Result<()> {
+        let (mac, gateway) = (self.mac_text(), plan::gateway_v4(0));
+        node.ip(&format!(
+            "link add {peer} address {} type veth peer name eth0 address {mac} netns {}",
+            plan::mac_text(plan::NODE_SIDE_MAC),
+            self.netns.name()
+        ))?;
+        for words in [
+            "link set eth0 up".into(),
+            format!("address add {}/32 dev eth0", self.v4),
+            format!("route add {gateway}/32 dev eth0"),
+            format!("route add default via {gateway} dev eth0"),
+        ] {
+            self.netns.ip(&words)?;
+        }
+        for words in [
+            format!("link set {peer} up"),
+            format!("address add {gateway}/32 dev {peer}"),
+            format!("route replace {}/32 dev {peer}", self.v4),
+            format!("neighbour replace {} lladdr {mac} dev {peer} nud permanent", self.v4),
+        ] {
+            node.ip(&words)?;
+        }
+        Ok(())
+    }
+
     /// Its address of a family with a port.
     pub fn at(&self, family: Family, port: u16) -> SocketAddr {
         SocketAddr::new(self.ip(family), port)

@@ -75,29 +75,7 @@ pub(super) fn reused_address(setting: Setting) -> Result<Finding> {
     let without: String =
         RULES.lines().filter(|line| !line.contains("in-")).flat_map(|line| [line, "\n"]).collect();
     ground.agent.reload(&config(setting, "", "", &without))?;
-    let peer = &c1.peer_interface;
-    b.netns.ip(&format!(
-        "link add {peer} address ee:ee:ee:ee:ee:ee type veth peer name eth0 netns {}",
-        c1.netns.name()
-    ))?;
-    let address = c1.mac.map(|octet| format!("{octet:02x}")).join(":");
-    for words in [
-        format!("link set eth0 address {address}"),
-        "link set eth0 up".into(),
-        format!("address add {}/32 dev eth0", c1.v4),
-        "route add 10.200.1.1/32 dev eth0".into(),
-        "route add default via 10.200.1.1 dev eth0".into(),
-    ] {
-        c1.netns.ip(&words)?;
-    }
-    for words in [
-        format!("link set {peer} up"),
-        format!("address add 10.200.1.1/32 dev {peer}"),
-        format!("route replace {}/32 dev {peer}", c1.v4),
-        format!("neighbour replace {} lladdr {address} dev {peer} nud permanent", c1.v4),
-    ] {
-        b.netns.ip(&words)?;
-    }
+    c1.plug(&b.netns, &c1.peer_interface)?;
     let mut finding = Finding::default();
     let mut capture = Capture::start(&c1.netns, "eth0")?;
     let to_pod = || Packet::new(a.ip(family), c1.ip(family));

@@ -89,7 +89,7 @@ pub const ATTEMPTS: &[Attempt] = &[
     attempt("the same, masqueraded", &[0], translation::inbound_masqueraded),
     attempt("a second network card", &[0], interfaces::second_card),
     attempt("a pod of another node, through an overlay", &[0], overlay::vxlan),
-    attempt("tunnel packets of a LAN host", &[0], overlay::injected),
+    attempt("tunnel packets of a LAN host and of a pod", &[0], overlay::injected),
     attempt("one node as the gateway of all pods", &[0], overlay::transit),
     attempt("a SYN of an established flow whose rule is gone", &[0], openings::syn_without_rule),
     attempt("a simultaneous open", &[0], openings::simultaneous),

@@ -110,20 +110,30 @@ pub(super) fn transit(setting: Setting) -> Result<Finding> {
     through_first_node(setting, false)
 }
 
-/// A LAN host wraps packets of a pod of the other node in the overlay's own form.
+/// A LAN host, and a pod, wrap packets of a pod of the other node in the overlay's own form.
 pub(super) fn injected(setting: Setting) -> Result<Finding> {
     let nodes = Nodes::new(setting, true)?;
     let ground = &nodes.ground;
     let (x, b, c1, c2) = (ground.x(), ground.b(), ground.c1(), ground.c2());
     let mut finding = Finding::default();
+    // RFC 7348: flags, network identifier 1.
+    let wrapped = |inner: Packet| [&[8, 0, 0, 0, 0, 0, 1, 0][..], &inner.frame()].concat();
+    let (first, second) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
     for family in Family::BOTH {
         let server = udp::Server::echo(&c1.netns, c1.at(family, CLOSED))?;
         let inner = Packet::new(c2.ip(family), c1.ip(family)).udp(5000, CLOSED, b"injected");
-        let inner = inner.macs([2, 0, 0, 0, 0, 2], [2, 0, 0, 0, 0, 1]).frame();
-        // RFC 7348: flags, network identifier 1.
-        let payload = [&[8, 0, 0, 0, 0, 0, 1, 0][..], &inner].concat();
+        let payload = wrapped(inner.macs(second, first));
         ground.send_from_lan(x, Packet::new(x.v4, b.v4).udp(5000, VXLAN, &payload))?;
         finding.attack(format!("{family:?}"), arrives(&server, b"injected"));
+        ground.send_from_pod(c1, Packet::new(c1.v4, b.v4).udp(5000, VXLAN, &payload))?;
+        finding.attack(format!("{family:?}, of a pod"), arrives(&server, b"injected"));
+        let far = udp::Server::echo(&c2.netns, c2.at(family, CLOSED))?;
+        let inner = Packet::new(c1.ip(family), c2.ip(family)).udp(5000, CLOSED, b"injected");
+        let payload = wrapped(inner.macs(first, second));
+        let node = &ground.lab.nodes()[1];
+        ground.send_from_pod(c1, Packet::new(c1.v4, node.v4).udp(5000, VXLAN, &payload))?;
+        finding.attack(format!("{family:?}, of a pod to the other node"), arrives(&far, b"injected"));
+        drop(far);
         let between = udp::ask(&c2.netns, 0, c1.at(family, CLOSED), b"between", SECOND)?;
         finding.legitimate(format!("pod to pod, {family:?}"), between.succeeded());
     }

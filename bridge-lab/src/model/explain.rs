@@ -29,6 +29,7 @@ pub(super) struct Explainer {
     hosted: HashMap<IpAddr, u32>,
     flows: BpfMap<MapData, FlowKey, Flow>,
     other_flows: BpfMap<MapData, FlowKey, Flow>,
+    overflow: BpfMap<MapData, FlowKey, Flow>,
     half_open: BpfMap<MapData, FlowKey, Flow>,
     /// By regime.
     slots: Vec<Slot>,
@@ -63,6 +64,7 @@ impl Explainer {
             hosted: HashMap::new(),
             flows: node.flow_table("flows")?,
             other_flows: node.flow_table("other_flows")?,
+            overflow: node.flow_table("overflow")?,
             half_open: node.flow_table("half_open")?,
             slots,
             active: 0,
@@ -195,12 +197,12 @@ impl NodeState for Explainer {
 
     fn flow(&self, table: FlowTable, packet: &Packet) -> Option<KnownFlow> {
         let table = match table {
-            FlowTable::Established if packet.protocol == header::TCP => &self.flows,
-            FlowTable::Established => &self.other_flows,
-            FlowTable::HalfOpen => &self.half_open,
+            FlowTable::Established if packet.protocol == header::TCP => [&self.flows, &self.overflow],
+            FlowTable::Established => [&self.other_flows, &self.overflow],
+            FlowTable::HalfOpen => [&self.half_open; 2],
         };
         let (key, source) = packet.flow_key();
-        let flow = table.get(&key, 0).ok()?;
+        let flow = table.iter().find_map(|table| table.get(&key, 0).ok())?;
         is_usable(&flow, &self.slots[self.active].settings, now()).then(|| KnownFlow::new(&flow, source))
     }
 }

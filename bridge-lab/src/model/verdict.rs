@@ -193,10 +193,14 @@ impl Model {
         self.class(header.destination) == Class::Local || is_link_local(header.destination)
     }
 
-    /// Whether a packet towards the node is for one of its NodePorts.
-    fn is_for_node_port(&self, header: &Header) -> bool {
-        let range = self.regime().policy.node_ports.as_ref().map(|ports| ports.range);
-        header.ports.zip(range).is_some_and(|((_, port), range)| range.contains(port))
+    /// Whether a packet to any node is for a tunnel, which only nodes may send.
+    fn is_for_tunnel(&self, header: &Header) -> bool {
+        (self.is_for_node(header) || self.class(header.destination) == Class::Node) && is_for_tunnel(header)
+    }
+
+    /// Whether a port is in the range of NodePorts.
+    fn is_node_port(&self, port: u16) -> bool {
+        self.regime().policy.node_ports.as_ref().is_some_and(|ports| ports.range.contains(port))
     }
 
     fn external_ingress(&self, header: &Header) -> Row {
@@ -204,7 +208,7 @@ impl Model {
             return Row::Deny(INBOUND, reason);
         }
         let source = self.class(header.source);
-        if matches!(source, Class::Local | Class::Pod) {
+        if matches!(source, Class::Local | Class::Pod) || self.is_for_tunnel(header) {
             return Row::Deny(INBOUND, Reason::spoofed);
         }
         if self.class(header.destination) == Class::Pod {
@@ -213,10 +217,8 @@ impl Model {
                 interface => Row::Judge(INBOUND, interface),
             };
         }
-        if self.is_for_node(header) && is_for_tunnel(header) {
-            return Row::Deny(INBOUND, Reason::spoofed);
-        }
-        if source == Class::External && self.is_for_node(header) && self.is_for_node_port(header) {
+        let to_node_port = header.ports.is_some_and(|(_, port)| self.is_node_port(port));
+        if source == Class::External && self.is_for_node(header) && to_node_port {
             return Row::Judge(NODE_PORT, 0);
         }
         Row::Pass
@@ -225,6 +227,9 @@ impl Model {
     fn internal_ingress(&self, header: &Header) -> Row {
         if let Some(reason) = unreadable(header) {
             return Row::Deny(OUTBOUND, reason);
+        }
+        if self.class(header.source) != Class::Node && self.is_for_tunnel(header) {
+            return Row::Deny(OUTBOUND, Reason::spoofed);
         }
         if header.source.is_unspecified() || is_link_local(header.source) {
             return Row::Pass;
@@ -309,9 +314,7 @@ impl Model {
 
     fn egress(&mut self, header: &Header, input: u32, to_pod: bool) -> Expected {
         let (source, key) = flow_of(header);
-        let range = self.regime().policy.node_ports.as_ref().map(|ports| ports.range);
-        let from_node_port =
-            header.ports.zip(range).is_some_and(|((source, _), range)| range.contains(source));
+        let from_node_port = header.ports.is_some_and(|(source, _)| self.is_node_port(source));
         if names_flow(header) && (to_pod || input != 0 || from_node_port) {
             if let Some(flow) = self.usable(&self.flows, &key)
                 && flow.is_of_lan(source) == to_pod

@@ -13,8 +13,9 @@ use bridge_agent::{
     iptables::{
         observe::{self, OwnRules},
         ruleset::{Family, Table},
-        walk::{self, Interfaces, Packet},
+        walk::{self, Interfaces, Packet, State},
     },
+    model::PortRange,
 };
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 
@@ -109,12 +110,14 @@ fn question(sent: &Sent, flows: &mut HashSet<Flow>) -> Option<Packet> {
     };
     (whole && opens && is_first && delivered && !local().contains(&source)).then_some(Packet {
         source,
-        source_port: ports.0,
+        source_ports: PortRange::one(ports.0),
         destination,
         destination_port: ports.1,
         protocol,
         icmp_type,
         to_node,
+        from_node: false,
+        state: State::New,
     })
 }
 

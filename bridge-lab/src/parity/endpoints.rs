@@ -6,7 +6,7 @@ use bridge_agent::model::{Direction, Policy, PortRange, Protocol, Rule};
 use ipnet::IpNet;
 
 use super::dice::Dice;
-use super::{LAN, PODS, Side, local};
+use super::{LAN, PODS, Side, elsewhere, local};
 
 /// The 5-tuple of a flow, by its first packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,11 +40,23 @@ impl Flow {
     }
 }
 
-/// Addresses are in a block of the LAN or of the pods, which gives the side.
+/// Whether an address is a pod's, of any node.
+pub(super) fn is_pod(policy: &Policy, address: IpAddr) -> bool {
+    let within = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&address));
+    within(&policy.pods) && !within(&policy.nodes)
+}
+
+/// Returns the side that the node routes an address to.
 pub(super) fn side(address: IpAddr) -> Side {
     let block =
         |blocks: &[&str]| blocks.iter().any(|b| b.parse::<IpNet>().is_ok_and(|b| b.contains(&address)));
-    if block(&LAN) { Side::Lan } else { Side::Pods }
+    if block(&LAN) || block(&elsewhere::BEYOND) || elsewhere::other_node().contains(&address) {
+        Side::Lan
+    } else if block(&elsewhere::OVERLAY) {
+        Side::Overlay
+    } else {
+        Side::Pods
+    }
 }
 
 /// A flow that a rule speaks of, nearly speaks of, or none does; and the protocol that goes with it.
@@ -86,7 +98,7 @@ pub(crate) fn node_port_flow(dice: &mut Dice, policy: &Policy) -> Option<(Flow, 
 pub(crate) fn beyond(dice: &mut Dice, policy: &Policy, of: IpAddr) -> IpAddr {
     let (networks, blocks) = match side(of) {
         Side::Lan => (&policy.external, &LAN),
-        Side::Pods => (&policy.pods, &PODS),
+        Side::Pods | Side::Overlay => (&policy.pods, &PODS),
     };
     address(dice, None, networks, blocks, of.is_ipv4())
 }

@@ -1,23 +1,28 @@
 //! The engines, as the agent uses them.
 
+use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bridge_agent::config::{Events, Flows};
-use bridge_agent::datapath::{Behaviour, Datapath, FlowFilter, Mechanism, Options, Pins, Role, Target};
+use bridge_agent::datapath::{
+    Behaviour, Datapath, FlowFilter, Mechanism, Options, Pins, Role, Shield, Target,
+};
 use bridge_agent::firewall::{Firewall as _, Options as FirewallOptions};
 use bridge_agent::iptables::{Config, Iptables, save::Saving};
-use bridge_agent::model::{OnDeny, Policy, Topology};
+use bridge_agent::model::{OnDeny, RoutedPods, Topology};
 use bridge_agent::nftables::{self, Nftables};
 use bridge_agent::policy;
 use bridge_common::filter::fast_path::{ability, protocols};
 use bridge_common::filter::flow::state;
 
 use super::asked::Rules;
-use super::node::{Node, SIDES};
+use super::elsewhere::{BEYOND, OVERLAY, TUNNELS};
+use super::endpoints::side;
+use super::node::{Node, OVERLAY_INTERFACE, SIDES};
 use super::translated::{self, Service};
-use super::{Side, local};
+use super::{Case, Side, local};
 
 /// No flow expires while a case lasts. In nanoseconds.
 const TIMEOUT: u64 = 60_000_000_000;
@@ -25,8 +30,8 @@ const ETHERNET: u32 = 14;
 
 /// Enforces one policy after the other in the network namespace of its thread.
 pub(super) trait Engine {
-    /// Forgets every flow, and activates the policy.
-    fn enforce(&mut self, policy: &Policy) -> Result<()>;
+    /// Forgets every flow, and activates the policy of a case.
+    fn enforce(&mut self, case: &Case) -> Result<()>;
 
     /// Forgets every flow.
     fn forget(&mut self) -> Result<()> {
@@ -50,8 +55,8 @@ impl ByIptables {
 }
 
 impl Engine for ByIptables {
-    fn enforce(&mut self, policy: &Policy) -> Result<()> {
-        self.0.converge(policy)?;
+    fn enforce(&mut self, case: &Case) -> Result<()> {
+        self.0.converge(&case.policy)?;
         forget_flows()
     }
 
@@ -71,7 +76,7 @@ impl ByNftables {
 }
 
 impl Engine for ByNftables {
-    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+    fn enforce(&mut self, Case { policy, .. }: &Case) -> Result<()> {
         nftables::check(policy)?;
         self.0.converge(policy)?;
         forget_flows()
@@ -85,7 +90,19 @@ impl Engine for ByNftables {
 /// The interfaces, as the agent would survey them.
 fn options() -> FirewallOptions {
     let [lan, pods] = SIDES.map(|(_, name, _)| name.to_owned());
-    let topology = Topology { external: vec![lan], internal: vec![pods], ..Topology::default() };
+    let overlay = OVERLAY_INTERFACE.to_owned();
+    let remote = |interface: &str, blocks: [&str; 2]| RoutedPods {
+        interface: interface.to_owned(),
+        pods: blocks.iter().filter_map(|block| block.parse().ok()).collect(),
+    };
+    let topology = Topology {
+        remote: vec![remote(&lan, BEYOND), remote(&overlay, OVERLAY)],
+        external: vec![lan],
+        internal: vec![pods],
+        gateways: Vec::new(),
+        tunnels: TUNNELS.to_vec(),
+        tunnel_interfaces: vec![overlay],
+    };
     FirewallOptions { topology, ..FirewallOptions::default() }
 }
 
@@ -112,14 +129,16 @@ fn forget_flows() -> Result<()> {
     Ok(())
 }
 
-/// eBPF alone, with the fast path.
+/// eBPF alone, with the fast path, and with the shield or without.
 pub(super) struct ByEbpf {
     datapath: Datapath,
-    targets: [Target; 2],
+    /// In the order of [`Side::ALL`].
+    targets: [Target; 3],
+    shielded: bool,
 }
 
 impl ByEbpf {
-    pub(super) fn new(node: &Node, pins: Pins) -> Result<Self> {
+    pub(super) fn new(node: &Node, pins: Pins, shielded: bool) -> Result<Self> {
         let Flows { established, half_open } = Flows::default();
         let mechanism = Mechanism::Best;
         let options = Options { pins, flows: established, half_open, mechanism, debug: false };
@@ -133,33 +152,56 @@ impl ByEbpf {
                 link_header: ETHERNET,
                 fast_path,
                 upper: 0,
-                tunnel: false,
+                tunnel: side == Side::Overlay,
             })
         };
         let targets = [
             target(Side::Lan, Role::External, through)?,
             target(Side::Pods, Role::Internal, through | ability::PEER)?,
+            target(Side::Overlay, Role::External, 0)?,
         ];
-        let datapath = Datapath::load(&options)?;
+        let mut datapath = Datapath::load(&options)?;
+        datapath.set_tunnels(TUNNELS)?;
         // Its only changing input is the policy, whose changes it sees.
         datapath.maps.fast_path().allow(protocols::TCP | protocols::UDP, Duration::MAX);
-        Ok(Self { datapath, targets })
+        Ok(Self { datapath, targets, shielded })
+    }
+
+    /// Puts the shield before the hook of the LAN. It drops packets to hosted pods only: all pods of the case are.
+    fn shield(&mut self, case: &Case) -> Result<()> {
+        let interface = self.targets[Side::Pods as usize].index;
+        let is_pod = |address: &IpAddr| {
+            side(*address) == Side::Pods && case.policy.pods.iter().any(|network| network.contains(address))
+        };
+        let packets = case.sent.iter().flat_map(|sent| sent.packets.iter().chain(&sent.arrives));
+        let ends = packets.flat_map(|packet| <[IpAddr; 2]>::from(packet.addresses()));
+        let pods = ends.filter(is_pod).map(|address| (address, interface)).collect();
+        self.datapath.host(&pods, &self.targets)?;
+        let (states, result) = self.datapath.shield(&self.targets, false);
+        let lan = states.get(&self.targets[Side::Lan as usize].index);
+        ensure!(lan == Some(&Shield::Native), "the shield is {states:?}");
+        Ok(result?)
     }
 }
 
 impl Engine for ByEbpf {
-    fn enforce(&mut self, policy: &Policy) -> Result<()> {
+    fn enforce(&mut self, case: &Case) -> Result<()> {
+        let policy = &case.policy;
         let tables = policy::compile(policy, &local())?;
         let behaviour = Behaviour {
             timeouts: [TIMEOUT; state::COUNT],
             audit: false,
             reject: policy.on_deny == OnDeny::Reject,
-            events_per_second: Events::default().rate,
+            // The shield leaves the packets to the hook that this may still report.
+            events_per_second: if self.shielded { 0 } else { Events::default().rate },
             answers_per_second: u32::MAX,
             report_allowed: false,
         };
         self.datapath.publish(&tables, &behaviour, None)?;
         self.datapath.attach(&self.targets).1?;
+        if self.shielded {
+            self.shield(case)?;
+        }
         self.datapath.allow_fast_path(&self.targets).1?;
         self.datapath.maps.delete_flows(&FlowFilter::default())?;
         Ok(())

@@ -1,5 +1,8 @@
 //! What should become of a packet, and where the engines are meant to differ.
 
+/// Names of the engines.
+pub const ENGINES: [&str; 4] = ["eBPF", "eBPF behind the shield", "iptables", "nftables"];
+
 /// Why the engines treat a packet differently, and are meant to. docs/parity.md has the reasons.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Difference {
@@ -23,11 +26,13 @@ pub enum Difference {
     Tags,
     /// An SCTP HEARTBEAT or SHUTDOWN ACK with a wrong verification tag.
     Tag,
+    /// To a Service whose pod is of another node, from a source that stays as it is.
+    Relayed,
 }
 
 impl Difference {
     /// All there are.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::ShortFragment,
         Self::AuthenticationHeader,
         Self::Window,
@@ -38,6 +43,7 @@ impl Difference {
         Self::SourceRoute,
         Self::Tags,
         Self::Tag,
+        Self::Relayed,
     ];
 
     /// As docs/parity.md calls it.
@@ -54,6 +60,7 @@ impl Difference {
             Self::SourceRoute => "segments left",
             Self::Tags => "many VLAN tags",
             Self::Tag => "verification tag",
+            Self::Relayed => "Service with a pod of another node",
         }
     }
 }
@@ -61,7 +68,7 @@ impl Difference {
 /// Whether a packet passes, by engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Expected {
-    /// By eBPF alone.
+    /// By eBPF alone, behind the shield or not.
     pub ebpf: bool,
     /// By iptables alone, and by nftables alone: both rely on connection tracking.
     pub iptables: bool,
@@ -74,10 +81,15 @@ impl Expected {
         Self { ebpf, iptables, reason: Some(reason) }
     }
 
-    /// Whether the packet passes eBPF, iptables and nftables, each alone.
+    /// Whether the packet passes each of [`ENGINES`] alone.
     #[must_use]
-    pub const fn by_engine(&self) -> [bool; 3] {
-        [self.ebpf, self.iptables, self.iptables]
+    pub const fn by_engine(&self) -> [bool; ENGINES.len()] {
+        [self.ebpf, self.ebpf, self.iptables, self.iptables]
+    }
+
+    /// Whether it passes every engine.
+    pub(super) const fn passes_all(&self) -> bool {
+        self.ebpf && self.iptables
     }
 
     /// Whether nothing about the packet is odd.

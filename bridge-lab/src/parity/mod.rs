@@ -7,6 +7,7 @@
 
 mod asked;
 pub(crate) mod dice;
+mod elsewhere;
 pub(crate) mod endpoints;
 mod engines;
 mod expected;
@@ -24,7 +25,7 @@ use bridge_agent::model::Policy;
 
 use self::dice::Dice;
 pub use self::endpoints::Flow;
-pub use self::expected::{Difference, Expected};
+pub use self::expected::{Difference, ENGINES, Expected};
 pub use self::run::{Nodes, PACKETS_PER_POLICY, REGRESSIONS, Report};
 pub use self::translated::Service;
 use crate::packet::Packet;
@@ -47,15 +48,20 @@ pub enum Side {
     Lan,
     /// Pods.
     Pods,
+    /// Pods of other nodes, through a tunnel. Its outer packets are on the side of the LAN.
+    Overlay,
 }
 
 impl Side {
+    /// Each.
+    pub const ALL: [Self; 3] = [Self::Lan, Self::Pods, Self::Overlay];
+
     /// The side across the node.
     #[must_use]
     pub const fn other(self) -> Self {
         match self {
             Self::Lan => Self::Pods,
-            Self::Pods => Self::Lan,
+            Self::Pods | Self::Overlay => Self::Lan,
         }
     }
 }
@@ -84,8 +90,10 @@ pub struct Case {
     pub policy: Policy,
     /// To be sent in order. No two stories share a flow.
     pub sent: Vec<Sent>,
-    /// How many of them come before the services.
+    /// How many of them are neither of an overlay nor in transit, and come before all others.
     pub plain: usize,
+    /// How many of them come before the services.
+    pub direct: usize,
     /// Translate the rest.
     pub services: Vec<Service>,
 }
@@ -111,9 +119,12 @@ impl Case {
             }
         }
         let plain = sent.len();
-        let (services, translated) = translated::stories(seed, &policy, tag);
+        let whole = elsewhere::policy(&policy);
+        sent.extend(elsewhere::stories(seed, &policy, &whole, tag + 100));
+        let direct = sent.len();
+        let (services, translated) = translated::stories(seed, &policy, &whole, tag);
         sent.extend(translated);
-        Self { seed, policy, sent, plain, services }
+        Self { seed, policy: whole, sent, plain, direct, services }
     }
 }
 

@@ -11,6 +11,8 @@ use anyhow::{Context as _, Result, ensure};
 use rustix::net::netdevice::name_to_index;
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::elsewhere::{BEYOND, OVERLAY, OVERLAY_MACS, VXLAN, encapsulated, other_node};
+use super::endpoints::side;
 use super::identity::{Assembly, Identity};
 use super::{LAN, PODS, Sent, Side, local};
 use crate::netns::Ns;
@@ -20,20 +22,26 @@ use crate::wire;
 /// The interfaces of the node, and the other ends of their cables.
 pub(super) const SIDES: [(Side, &str, &str); 2] =
     [(Side::Lan, "lan0", "lan-end"), (Side::Pods, "pods0", "pods-end")];
+/// The node's end of the overlay.
+pub(super) const OVERLAY_INTERFACE: &str = "overlay0";
 /// Locally administered.
 const NODE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const END_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 /// The node's neighbour on either side.
 const GATEWAYS: [&str; 2] = ["169.254.1.1", "fe80::1"];
-/// RFC 2544; no policy names them, so packets between them pass. In the order of [`SIDES`].
-const MARKERS: [Ipv4Addr; 2] = [Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 128, 1)];
-/// Protocols that are seen to reach the node: TCP, UDP, SCTP, and one that no kernel without IPsec understands.
-const DELIVERED: [u8; 4] = [6, 17, 132, 51];
+/// RFC 2544; no policy names them, so packets between them pass. In the order of [`Side::ALL`].
+const MARKERS: [Ipv4Addr; 3] =
+    [Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 128, 1), Ipv4Addr::new(198, 18, 192, 1)];
+/// Protocols that are seen to reach the node: TCP, UDP, SCTP, one that no kernel without IPsec understands, and IP in IP.
+const DELIVERED: [u8; 5] = [6, 17, 132, 51, 4];
 const ETHERNET: usize = 14;
+/// From the start of a VXLAN frame over IPv4 to the frame inside.
+const OUTER: usize = ETHERNET + 20 + 8 + 8;
 /// How long a marker may take.
 const DEADLINE: Duration = Duration::from_secs(20);
-/// Packets between two markers: fewer than a CPU's queue holds (`net.core.netdev_max_backlog`, 1000).
-const BATCH: usize = 250;
+/// Frames between two markers, or some more if the last packet is in fragments: fewer than a CPU's queue
+/// (`net.core.netdev_max_backlog`, 1000) and the ring of a veth with an XDP program hold (`VETH_RING_SIZE`, 256).
+const BATCH: usize = 200;
 
 /// Where a packet came out: on a side, or (`None`) at the node itself.
 type Seen = HashSet<(Option<Side>, Identity)>;
@@ -62,6 +70,8 @@ impl Node {
                 ("ipv6/conf/default/addr_gen_mode", "1"),
                 ("ipv4/conf/all/rp_filter", "0"),
                 ("ipv4/conf/default/rp_filter", "0"),
+                ("ipv4/conf/all/send_redirects", "0"),
+                ("ipv4/conf/default/send_redirects", "0"),
                 // Parts of datagrams whose first fragment was denied are forgotten before their numbers come again.
                 ("ipv4/ipfrag_time", "1"),
                 ("ipv6/ip6frag_time", "1"),
@@ -74,21 +84,26 @@ impl Node {
             ns.ip(&format!("link set {name} address 02:00:00:00:00:01"));
             // Checksums are looked at, as they are on a device that does not vouch for them.
             ns.run("ethtool", &["-K", name, "rx", "off"]);
-            for gateway in GATEWAYS {
-                ns.ip(&format!("neigh add {gateway} lladdr 02:00:00:00:00:02 dev {name} nud permanent"));
-            }
-            let (blocks, marker) = match side {
-                Side::Lan => (LAN, MARKERS[0]),
-                Side::Pods => (PODS, MARKERS[1]),
-            };
-            for block in blocks.map(ToOwned::to_owned).into_iter().chain([marker.to_string()]) {
-                let gateway = GATEWAYS[usize::from(block.contains(':'))];
-                ns.ip(&format!("route add {block} via {gateway} dev {name} onlink"));
-            }
+            // An XDP program makes veth join segments, which are then other packets.
+            ns.ip(&format!("link set {name} gro_max_size 1"));
+            let blocks = if side == Side::Lan { [LAN, BEYOND].concat() } else { PODS.to_vec() };
+            lead(&ns, side, name, END_MAC, &blocks);
         }
         for address in local() {
             ns.address(SIDES[0].1, &format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 }));
         }
+        let [node, other] = other_node();
+        ns.ip(&format!("route add {node} via {} dev {} onlink", GATEWAYS[0], SIDES[0].1));
+        ns.ip(&format!("route add {other} via {} dev {} onlink", GATEWAYS[1], SIDES[0].1));
+        let [mac, other_mac] = OVERLAY_MACS;
+        ns.ip(&format!(
+            "link add {OVERLAY_INTERFACE} address {} type vxlan id 1 local {} remote {node} dstport {VXLAN} nolearning",
+            text(mac),
+            local()[0]
+        ));
+        ns.ip(&format!("link set {OVERLAY_INTERFACE} up"));
+        ns.run("ethtool", &["-K", OVERLAY_INTERFACE, "gro", "off"]);
+        lead(&ns, Side::Overlay, OVERLAY_INTERFACE, other_mac, &OVERLAY);
         let open = |end: &'static str| ends.enter(move || cable(end)).context("a packet socket");
         let cables = [open(SIDES[0].2)?, open(SIDES[1].2)?];
         let delivered = ns.enter(raw_sockets).context("raw sockets")?;
@@ -97,38 +112,46 @@ impl Node {
 
     /// Index and name of the interface on a side.
     pub(super) fn interface(&self, side: Side) -> Result<(u32, &'static str)> {
-        let (_, name, _) = SIDES[side as usize];
+        let name = SIDES.get(side as usize).map_or(OVERLAY_INTERFACE, |(_, name, _)| name);
         let index = self.ns.enter(move || {
             name_to_index(Socket::new(Domain::IPV4, Type::DGRAM, None)?, name).map_err(io::Error::from)
         });
         Ok((index?, name))
     }
 
-    /// Sends everything in order; for each, whether it came out on the other side or reached the node itself.
+    /// Sends everything in order; for each, whether it came out where its destination is, or reached the node itself.
     ///
     /// Call on a thread that stays on one CPU: each CPU has a queue of its own for packets of a veth.
     pub(super) fn send(&mut self, sent: &[Sent]) -> Result<Vec<bool>> {
         let mut seen = Seen::new();
-        for batch in sent.chunks(BATCH) {
-            for sent in batch {
-                sent.packets.iter().try_for_each(|packet| self.inject(sent.from, packet))?;
+        let mut frames = 0;
+        for (number, one) in sent.iter().enumerate() {
+            one.packets.iter().try_for_each(|packet| self.inject(one.from, packet))?;
+            frames += one.packets.len();
+            if frames >= BATCH || number + 1 == sent.len() {
+                self.collect(&mut seen)?;
+                frames = 0;
             }
-            self.collect(&mut seen)?;
         }
         let passed = |sent: &Sent| -> Result<bool> {
             let mut assembly = Assembly::default();
             let out = sent.arrives.as_ref().map_or(sent.packets.as_slice(), std::slice::from_ref);
             let whole = out.iter().find_map(|packet| assembly.add(&packet.ip()));
             let identity = whole.context("fragments that make no whole")?;
-            let to = if local().contains(&identity.destination) { None } else { Some(sent.from.other()) };
+            let is_local = local().contains(&identity.destination);
+            let to = if is_local { None } else { Some(side(identity.destination)) };
             Ok(seen.contains(&(to, identity)))
         };
         sent.iter().map(passed).collect()
     }
 
     fn inject(&self, from: Side, packet: &Packet) -> Result<()> {
+        let (cable, packet) = match from {
+            Side::Overlay => (Side::Lan, &encapsulated(other_node()[0], local()[0], VXLAN, packet)),
+            cable => (cable, packet),
+        };
         let frame = packet.clone().macs(END_MAC, NODE_MAC).frame();
-        let sent = self.ends[from as usize].send(&frame)?;
+        let sent = self.ends[cable as usize].send(&frame)?;
         ensure!(sent == frame.len(), "sent {sent} of {} octets", frame.len());
         Ok(())
     }
@@ -137,10 +160,15 @@ impl Node {
     fn collect(&mut self, seen: &mut Seen) -> Result<()> {
         self.serial += 1;
         let mark = self.serial.to_be_bytes();
-        let [lan, pods] = MARKERS.map(IpAddr::from);
-        for (from, source, to) in
-            [(Side::Lan, lan, pods), (Side::Pods, pods, lan), (Side::Lan, lan, local()[0])]
-        {
+        let [lan, pods, overlay] = MARKERS.map(IpAddr::from);
+        // The kernel queues the packets of a tunnel once more: they come out behind later ones.
+        for (from, source, to) in [
+            (Side::Lan, lan, pods),
+            (Side::Pods, pods, lan),
+            (Side::Lan, lan, local()[0]),
+            (Side::Overlay, overlay, pods),
+            (Side::Overlay, overlay, lan),
+        ] {
             self.inject(from, &Packet::new(source, to).udp(9, 9, &mark))?;
         }
         let is_marker = |identity: &Identity| {
@@ -148,16 +176,22 @@ impl Node {
         };
         let mut assembly = Assembly::default();
         let mut buffer = vec![0; usize::from(u16::MAX) + ETHERNET];
-        for (socket, (side, ..)) in self.ends.iter().zip(SIDES) {
-            loop {
-                let (length, _) = receive(socket, &mut buffer)?
-                    .with_context(|| format!("no marker came out on side {side:?} in {DEADLINE:?}"))?;
-                let ip = buffer.get(ETHERNET..length).unwrap_or_default();
+        for (socket, (cable, ..)) in self.ends.iter().zip(SIDES) {
+            let mut markers = 2;
+            while markers > 0 {
+                let (length, _) = receive(socket, &mut buffer)?.with_context(|| {
+                    format!("{markers} markers are missing on side {cable:?} after {DEADLINE:?}")
+                })?;
+                let (side, ip) = match inside(&buffer[..length]) {
+                    Some(ip) => (Side::Overlay, ip),
+                    None => (cable, buffer.get(ETHERNET..length).unwrap_or_default()),
+                };
                 let Some(identity) = assembly.add(ip) else { continue };
                 if is_marker(&identity) {
-                    break;
+                    markers -= 1;
+                } else {
+                    seen.insert((Some(side), identity));
                 }
-                seen.insert((Some(side), identity));
             }
         }
         let end = Instant::now() + DEADLINE;
@@ -183,6 +217,32 @@ impl Node {
             ensure!(Instant::now() < end, "no marker reached the node in {DEADLINE:?}");
         }
     }
+}
+
+/// Routes blocks of addresses, and the marker of a side, to the neighbour on that side.
+fn lead(ns: &Ns, side: Side, interface: &str, neighbour: [u8; 6], blocks: &[&str]) {
+    for gateway in GATEWAYS {
+        ns.ip(&format!("neigh add {gateway} lladdr {} dev {interface} nud permanent", text(neighbour)));
+    }
+    let marker = MARKERS[side as usize].to_string();
+    for block in blocks.iter().chain([&marker.as_str()]) {
+        let gateway = GATEWAYS[usize::from(block.contains(':'))];
+        ns.ip(&format!("route add {block} via {gateway} dev {interface} onlink"));
+    }
+}
+
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|octet| format!("{octet:02x}")).join(":")
+}
+
+/// Returns the IP packet inside of a VXLAN frame that the node sends.
+fn inside(frame: &[u8]) -> Option<&[u8]> {
+    let IpAddr::V4(own) = local()[0] else { return None };
+    let is_outer = frame.get(12..14)? == [8, 0]
+        && frame.get(23)? == &17
+        && frame.get(26..30)? == own.octets()
+        && frame.get(36..38)? == VXLAN.to_be_bytes();
+    if is_outer { frame.get(OUTER + ETHERNET..) } else { None }
 }
 
 fn sysctl(ns: &Ns, values: &'static [(&'static str, &'static str)]) -> Result<()> {

@@ -12,6 +12,7 @@ use bridge_agent::datapath::{Maps, Pins};
 use bridge_common::filter::fast_path::Outcome;
 
 use super::engines::{ByEbpf, ByIptables, ByNftables, Engine, translating};
+use super::expected::ENGINES;
 use super::node::Node;
 use super::{Case, Difference, Sent};
 use crate::cpu::stay_on;
@@ -20,7 +21,7 @@ use crate::lab::Lab;
 /// Packets of a policy, at least.
 pub const PACKETS_PER_POLICY: usize = 500;
 /// Seeds of cases that once showed a fault of an engine, and that fault.
-pub const REGRESSIONS: [(u64, &str); 6] = [
+pub const REGRESSIONS: [(u64, &str); 9] = [
     (68, "eBPF let a TCP header in fragments of 8 or 16 octets through to a denied NodePort"),
     (
         105,
@@ -33,21 +34,26 @@ pub const REGRESSIONS: [(u64, &str); 6] = [
         "eBPF denied answers to a pod whose connection a Service led to a host outside of networks.external",
     ),
     (312, "eBPF denied a connection to an allowed NodePort whose backend is outside of networks.pods"),
+    (100, "eBPF let pods of this node and of others send packets of tunnels to nodes"),
+    (
+        101,
+        "the packet filters cut connections to an allowed NodePort that are masqueraded to a pod of another node",
+    ),
+    (126, "the packet filters took a node with an address in networks.pods for a pod"),
 ];
 /// Cases that wait for a slower engine.
 const AHEAD: usize = 2;
 /// Maximum number of differences that are printed in full; the others are only counted.
 const MAX_SHOWN: usize = 20;
 
-/// Three nodes that never hear of each other: one enforces by eBPF, one by iptables, one by nftables.
+/// Nodes that never hear of each other, each with one of [`ENGINES`].
 ///
 /// Needs root, iproute2, ethtool, iptables, nftables and conntrack.
 pub struct Nodes {
-    ebpf: Worker,
-    iptables: Worker,
-    nftables: Worker,
-    /// Of the eBPF programs.
-    pins: Pins,
+    /// In the order of [`ENGINES`].
+    workers: [Worker; ENGINES.len()],
+    /// Of the eBPF programs, without the shield and with it.
+    pins: [Pins; 2],
     /// Its pins go with it, also after a crash.
     _lab: Lab,
 }
@@ -61,8 +67,12 @@ pub struct Report {
     pub packets: usize,
     /// How many of them came out of all.
     pub passed: usize,
-    /// How many of the node that enforces by eBPF took the fast path.
+    /// How many of the nodes that enforce by eBPF took the fast path.
     pub fast: u64,
+    /// How many the shield dropped.
+    pub shielded: u64,
+    /// How many of the packets were in transit, or of an overlay.
+    pub elsewhere: usize,
     /// How many of the packets a node had to translate.
     pub translated: usize,
     /// How many met each intended difference.
@@ -92,8 +102,10 @@ impl fmt::Display for Report {
         writeln!(f, "{} policies", self.policies)?;
         let passed = 100 * self.passed / self.packets.max(1);
         writeln!(f, "{} packets through each engine, {passed} % passed all", self.packets)?;
+        writeln!(f, "{} were in transit, or of an overlay", self.elsewhere)?;
         writeln!(f, "{} were to be translated", self.translated)?;
         writeln!(f, "{} took the fast path of eBPF", self.fast)?;
+        writeln!(f, "{} were dropped by the shield", self.shielded)?;
         writeln!(f, "{:.0} packets per second ({:.0} s)", self.rate(), self.took.as_secs_f64())?;
         for difference in Difference::ALL {
             let count = self.intended.get(&difference).copied().unwrap_or_default();
@@ -131,10 +143,13 @@ impl Worker {
             stay_on(cpu)?;
             let mut engine = engine(&node)?;
             let mut judge = |case: &Case| -> Result<Seen> {
-                engine.enforce(&case.policy)?;
-                let (plain, translated) = case.sent.split_at(case.plain);
+                engine.enforce(case)?;
+                let (direct, translated) = case.sent.split_at(case.direct);
+                let (plain, elsewhere) = direct.split_at(case.plain);
                 let explained = engine.rules()?.map(|rules| rules.ask(plain)).unwrap_or_default();
                 let mut passed = node.send(plain)?;
+                engine.forget()?;
+                passed.extend(node.send(elsewhere)?);
                 engine.forget()?;
                 passed.extend(translating(&case.services, || node.send(translated))?);
                 Ok(Seen { passed, explained })
@@ -175,12 +190,16 @@ impl Nodes {
     /// A prerequisite is missing.
     pub fn new() -> Result<Self> {
         let lab = Lab::builder().pods(0).build()?;
-        let pins = Pins::new(lab.pin_directory()?.join("parity"));
-        let own = pins.clone();
-        let ebpf = Worker::start(0, move |node| ByEbpf::new(node, own))?;
-        let iptables = Worker::start(1, |_| ByIptables::new())?;
-        let nftables = Worker::start(1, |_| ByNftables::new())?;
-        Ok(Self { ebpf, iptables, nftables, pins, _lab: lab })
+        let directory = lab.pin_directory()?;
+        let pins = ["parity", "shielded"].map(|name| Pins::new(directory.join(name)));
+        let [plain, shielded] = pins.clone();
+        let workers = [
+            Worker::start(0, move |node| ByEbpf::new(node, plain, false))?,
+            Worker::start(0, move |node| ByEbpf::new(node, shielded, true))?,
+            Worker::start(1, |_| ByIptables::new())?,
+            Worker::start(1, |_| ByNftables::new())?,
+        ];
+        Ok(Self { workers, pins, _lab: lab })
     }
 
     /// The case of each seed, through every engine.
@@ -192,7 +211,7 @@ impl Nodes {
         let mut report = Report::default();
         thread::scope(|scope| {
             let (sender, cases) = sync_channel::<Arc<Case>>(AHEAD);
-            let workers = [&self.ebpf, &self.iptables, &self.nftables].map(|worker| worker.cases.clone());
+            let workers = self.workers.each_ref().map(|worker| worker.cases.clone());
             scope.spawn(move || {
                 for seed in seeds {
                     let case = Arc::new(Case::new(*seed, PACKETS_PER_POLICY));
@@ -205,41 +224,46 @@ impl Nodes {
                 }
             });
             for case in cases {
-                let ebpf = self.ebpf.next().context("eBPF")?;
-                let iptables = self.iptables.next().context("iptables")?;
-                let nftables = self.nftables.next().context("nftables")?;
-                report.add(&case, [&ebpf, &iptables, &nftables]);
+                let nodes: Vec<Seen> = (ENGINES.into_iter().zip(&self.workers))
+                    .map(|(engine, worker)| worker.next().context(engine))
+                    .collect::<Result<_>>()?;
+                report.add(&case, &nodes);
                 report.took = start.elapsed();
                 progress(&report);
             }
-            let outcomes = Maps::open(&self.pins)?.outcome_counts()?;
-            let fast = outcomes.iter().filter(|count| count.outcome == Outcome::forwarded.name());
-            report.fast = fast.map(|count| count.packets).sum();
+            for pins in &self.pins {
+                let maps = Maps::open(pins)?;
+                let outcomes = maps.outcome_counts()?;
+                let fast = outcomes.iter().filter(|count| count.outcome == Outcome::forwarded.name());
+                report.fast += fast.map(|count| count.packets).sum::<u64>();
+                report.shielded += maps.shielded()?.packets;
+            }
             Ok(report)
         })
     }
 }
 
 impl Report {
-    /// Adds the verdicts of eBPF, iptables and nftables.
-    fn add(&mut self, case: &Case, nodes: [&Seen; 3]) {
-        let verdicts = nodes.map(|node| node.passed.as_slice());
-        for (engine, node) in ["eBPF", "iptables", "nftables"].into_iter().zip(nodes) {
+    /// Adds the verdicts of [`ENGINES`].
+    fn add(&mut self, case: &Case, nodes: &[Seen]) {
+        for (engine, node) in ENGINES.into_iter().zip(nodes) {
             self.add_explained(case, engine, node);
         }
         self.policies += 1;
         self.packets += case.sent.len();
-        self.translated += case.sent.len() - case.plain;
+        self.elsewhere += case.direct - case.plain;
+        self.translated += case.sent.len() - case.direct;
         for (number, sent) in case.sent.iter().enumerate() {
-            let seen = verdicts.map(|of| of.get(number).copied().unwrap_or_default());
+            let seen: Vec<bool> =
+                nodes.iter().map(|node| node.passed.get(number).copied().unwrap_or_default()).collect();
             if seen != sent.expected.by_engine() {
                 self.unexplained += 1;
                 if self.shown.len() < MAX_SHOWN {
-                    self.shown.push(describe(case, number, seen));
+                    self.shown.push(describe(case, number, &seen));
                 }
             } else if let Some(difference) = sent.expected.difference() {
                 *self.intended.entry(difference).or_default() += 1;
-            } else if seen == [true; 3] {
+            } else if !seen.contains(&false) {
                 self.passed += 1;
             }
         }
@@ -258,7 +282,7 @@ impl Report {
                 self.misexplained += 1;
                 if self.shown.len() < MAX_SHOWN {
                     let text = format!("explain says of {engine}: {answer:?}, seen: {passed}\n");
-                    self.shown.push(text + &describe(case, number, [*passed; 3]));
+                    self.shown.push(text + &describe(case, number, &[*passed; ENGINES.len()]));
                 }
             }
         }
@@ -266,16 +290,14 @@ impl Report {
 }
 
 /// Everything about one packet, and those before it that may have mattered.
-fn describe(case: &Case, number: usize, seen: [bool; 3]) -> String {
+fn describe(case: &Case, number: usize, seen: &[bool]) -> String {
     let sent = &case.sent[number];
     let word = |passes: bool| if passes { "passes" } else { "is denied" };
     let mut text = format!("seed {}, packet {number}, {}\n", case.seed, sent.label);
-    let mut row = |name: &str, by_engine: [bool; 3]| {
-        let [ebpf, iptables, nftables] = by_engine.map(word);
-        let _ = writeln!(text, "  {name:9} eBPF: {ebpf}, iptables: {iptables}, nftables: {nftables}");
-    };
-    row("expected", sent.expected.by_engine());
-    row("seen", seen);
+    for (engine, (expected, seen)) in ENGINES.into_iter().zip(sent.expected.by_engine().into_iter().zip(seen))
+    {
+        let _ = writeln!(text, "  {engine}: expected: {}, seen: {}", word(expected), word(*seen));
+    }
     let addresses = |sent: &Sent| {
         let (source, destination) = sent.packets[0].addresses();
         [source.min(destination), source.max(destination)]
@@ -287,7 +309,7 @@ fn describe(case: &Case, number: usize, seen: [bool; 3]) -> String {
         let _ = writeln!(text, "  from {:?}, {source} to {destination}, {}: {hex}", other.from, other.label);
     }
     let _ = writeln!(text, "  {:?}", case.policy);
-    if number >= case.plain {
+    if number >= case.direct {
         let _ = writeln!(text, "  {:?}", case.services);
     }
     let _ = write!(text, "  again: cargo xtask parity --packets 1 --seed {}", case.seed);

@@ -11,12 +11,14 @@ use bridge_agent::policy::reference;
 use bridge_common::filter::policy::{class, direction};
 
 use super::dice::Dice;
-use super::endpoints::{self, Flow, side};
-use super::{Sent, Side, local};
+use super::endpoints::{self, Flow, is_pod, side};
+use super::{Difference, Expected, Sent, Side, elsewhere, local};
 use crate::packet::{Packet, Tcp};
 
-/// Stories of a case.
+/// Stories of a case that lead to a pod of this node or to a LAN host.
 const STORIES: usize = 6;
+/// Those that lead to a pod of another node.
+const REMOTE_STORIES: usize = 4;
 
 /// An address and port that stand for others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,13 +64,17 @@ pub(super) fn table(services: &[Service]) -> String {
     )
 }
 
-/// Services, and packets through them. The dice are of these alone: a seed means the same packets before.
-pub(super) fn stories(seed: u64, policy: &Policy, mut tag: u32) -> (Vec<Service>, Vec<Sent>) {
+/// Services, and packets through them. The dice are of these alone: a seed means the same packets before. `of` draws addresses and
+/// ports; `policy` is that of [`elsewhere::policy`].
+pub(super) fn stories(seed: u64, of: &Policy, policy: &Policy, mut tag: u32) -> (Vec<Service>, Vec<Sent>) {
     let mut dice = Dice::new(seed ^ 0x7472_616e_736c_6174);
     let (mut services, mut sent, mut used) = (Vec::new(), Vec::new(), HashSet::new());
-    for _ in 0..STORIES {
+    for number in 0..STORIES + REMOTE_STORIES {
         tag += 1;
-        let (flow, protocol) = endpoints::flow(&mut dice, policy);
+        let (mut flow, protocol) = endpoints::flow(&mut dice, of);
+        if number >= STORIES {
+            flow.destination = elsewhere::remote(&mut dice, flow.source.is_ipv4());
+        }
         let protocol = if protocol == Protocol::Udp { protocol } else { Protocol::Tcp };
         let Flow { source_port, destination_port, .. } = flow;
         let service = service(&mut dice, policy, flow, protocol);
@@ -78,7 +84,7 @@ pub(super) fn stories(seed: u64, policy: &Policy, mut tag: u32) -> (Vec<Service>
             continue;
         }
         let story = Story { policy, flow, service, tag, sent: &mut sent };
-        if story.answers_to_a_node_port() {
+        if story.answers_to_a_node_port() || story.is_unattributed() {
             continue;
         }
         services.push(service);
@@ -130,24 +136,26 @@ struct Story<'a> {
 impl Story<'_> {
     /// The allow list of NodePorts decides about them; about all else the rules, by the client and the end behind.
     fn opens(&self) -> bool {
-        let number = if self.service.protocol == Protocol::Tcp { class::TCP } else { class::UDP };
-        let asked = |destination, destination_port| reference::Packet {
-            source: self.flow.source,
-            destination,
-            protocol: number,
-            source_port: self.flow.source_port,
-            destination_port,
-        };
         let allowed = |packet: &reference::Packet| {
             reference::evaluate_model(self.policy, &local(), packet)
                 .is_some_and(|(_, action)| action == Action::Allow)
         };
-        let (before, after) =
-            (asked(self.service.at, self.service.port), asked(self.service.to.0, self.service.to.1));
-        if reference::scope_model(self.policy, &local(), &before) == Some(direction::NODE_PORT) {
-            return allowed(&before);
+        if self.is_node_port() {
+            return allowed(&self.asked(self.service.at, self.service.port));
         }
+        let after = self.asked(self.service.to.0, self.service.to.1);
         reference::scope_model(self.policy, &local(), &after).is_none() || allowed(&after)
+    }
+
+    fn is_node_port(&self) -> bool {
+        let before = self.asked(self.service.at, self.service.port);
+        reference::scope_model(self.policy, &local(), &before) == Some(direction::NODE_PORT)
+    }
+
+    fn asked(&self, destination: IpAddr, destination_port: u16) -> reference::Packet {
+        let protocol = if self.service.protocol == Protocol::Tcp { class::TCP } else { class::UDP };
+        let Flow { source, source_port, .. } = self.flow;
+        reference::Packet { source, destination, protocol, source_port, destination_port }
     }
 
     /// Whether the answers to a client that is no pod come to the node's own address at a port of the NodePort range. eBPF takes
@@ -155,11 +163,30 @@ impl Story<'_> {
     fn answers_to_a_node_port(&self) -> bool {
         let range = self.policy.node_ports.as_ref().map(|node_ports| node_ports.range);
         let port = self.flow.source_port;
-        let is_pod = self.policy.pods.iter().any(|network| network.contains(&self.flow.source));
+        let within = self.policy.pods.iter().any(|network| network.contains(&self.flow.source));
         self.service.masquerade
             && self.flow.from() == Side::Pods
-            && !is_pod
+            && !within
             && range.is_some_and(|range| range.first <= port && port <= range.last)
+    }
+
+    /// Whether the client is no pod, comes from the pods' side, and asks for a pod of another node: no table knows it.
+    fn is_unattributed(&self) -> bool {
+        self.is_remote() && self.flow.from() == Side::Pods && !is_pod(self.policy, self.flow.source)
+    }
+
+    /// Whether the pod behind the service is of another node.
+    fn is_remote(&self) -> bool {
+        is_pod(self.policy, self.flow.destination) && side(self.flow.destination) != Side::Pods
+    }
+
+    /// The pod's own node judges the real peer, unless this one hides it.
+    fn expected(&self) -> Expected {
+        let opens = self.opens();
+        if self.is_remote() && !self.service.masquerade && !self.is_node_port() {
+            return Expected::differing(Difference::Relayed, true, opens);
+        }
+        opens.into()
     }
 
     /// The node's address where it hides the client's.
@@ -178,7 +205,7 @@ impl Story<'_> {
         &mut self,
         label: &'static str,
         by_client: bool,
-        expected: bool,
+        expected: impl Into<Expected>,
         load: impl Fn(Packet, u16, u16) -> Packet,
     ) {
         let Flow { source, source_port, .. } = self.flow;
@@ -206,22 +233,22 @@ impl Story<'_> {
     }
 
     fn tell(mut self, dice: &mut Dice) {
-        let opens = self.opens();
+        let expected = self.expected();
         match self.service.protocol {
-            Protocol::Tcp => self.tcp(dice, opens),
-            _ => self.udp(opens),
+            Protocol::Tcp => self.tcp(dice, expected),
+            _ => self.udp(expected),
         }
     }
 
-    fn tcp(&mut self, dice: &mut Dice, opens: bool) {
+    fn tcp(&mut self, dice: &mut Dice, expected: Expected) {
         let (mine, theirs) = (self.tag << 12, !(self.tag << 12));
         let syn = |packet: Packet, a, b| {
             let mut syn = Tcp::syn(a, b);
             syn.header.sequence_number = mine;
             packet.tcp(syn)
         };
-        self.send("SYN to a service", true, opens, syn);
-        if !opens {
+        self.send("SYN to a service", true, expected, syn);
+        if !expected.passes_all() {
             return;
         }
         self.send("SYN ACK of a service", false, true, |packet, a, b| {
@@ -245,11 +272,11 @@ impl Story<'_> {
         }
     }
 
-    fn udp(&mut self, opens: bool) {
+    fn udp(&mut self, expected: Expected) {
         for turn in 0..2 {
             let mark = self.mark();
-            self.send("question to a service", true, opens, |packet, a, b| packet.udp(a, b, &mark));
-            if !opens {
+            self.send("question to a service", true, expected, |packet, a, b| packet.udp(a, b, &mark));
+            if !expected.passes_all() {
                 return;
             }
             let mark = self.mark();

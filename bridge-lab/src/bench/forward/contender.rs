@@ -19,6 +19,7 @@ pub(super) enum Contender {
     IptablesNft,
     NftablesSet,
     Ebpf,
+    Shield,
     EbpfIptables,
     EbpfNftables,
     Nftables,
@@ -35,7 +36,7 @@ const FAST_PATH: &str = "fastPath";
 
 impl Contender {
     /// In the order of display.
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::None,
         Self::TcDrop,
         Self::XdpDrop,
@@ -44,6 +45,7 @@ impl Contender {
         Self::IptablesNft,
         Self::NftablesSet,
         Self::Ebpf,
+        Self::Shield,
         Self::EbpfIptables,
         Self::EbpfNftables,
         Self::Nftables,
@@ -62,7 +64,7 @@ impl Contender {
         Self::FastPath,
     ];
     /// Those that deny; the first is the reference of the others.
-    pub(super) const DENIED: [Self; 8] = [
+    pub(super) const DENIED: [Self; 9] = [
         Self::TcDrop,
         Self::XdpDrop,
         Self::None,
@@ -71,6 +73,7 @@ impl Contender {
         Self::IptablesNft,
         Self::NftablesSet,
         Self::Ebpf,
+        Self::Shield,
     ];
 
     /// As it is written in names of measurements.
@@ -81,6 +84,7 @@ impl Contender {
             Self::IptablesNft => "iptables-nft",
             Self::NftablesSet => "nftables-set",
             Self::Ebpf => "ebpf",
+            Self::Shield => "ebpf-xdp",
             Self::EbpfIptables => "ebpf-iptables",
             Self::EbpfNftables => "ebpf-nftables",
             Self::Nftables => "nftables",
@@ -99,6 +103,7 @@ impl Contender {
             Self::IptablesNft => "iptables-nft",
             Self::NftablesSet => "nftables, interval set",
             Self::Ebpf => "bridge, eBPF",
+            Self::Shield => "bridge, eBPF behind the shield",
             Self::EbpfIptables => "bridge, eBPF and iptables",
             Self::EbpfNftables => "bridge, eBPF and nftables",
             Self::Nftables => "bridge, nftables",
@@ -120,7 +125,7 @@ impl Contender {
             return Ok(Some(format!("the engine takes {MAX_ELEMENTS} elements")));
         }
         let tool = match self {
-            Self::None | Self::Ebpf | Self::TcDrop | Self::XdpDrop => return Ok(None),
+            Self::None | Self::Ebpf | Self::Shield | Self::TcDrop | Self::XdpDrop => return Ok(None),
             Self::IptablesLegacy | Self::IptablesRaw => "iptables-legacy-restore",
             Self::IptablesNft => "iptables-nft-restore",
             Self::NftablesSet | Self::EbpfNftables | Self::Nftables => "nft",
@@ -156,6 +161,7 @@ impl Contender {
             }
             Self::NftablesSet => return load(lab, "nft", &["-f"], &ruleset::nftables(rules)).map(|()| None),
             Self::Ebpf => format!("engines: [ebpf]{}", fast_path("off")?),
+            Self::Shield => format!("engines: [ebpf], xdp: auto{}", fast_path("off")?),
             Self::EbpfIptables => format!("engines: [ebpf, iptables]{}", fast_path("off")?),
             Self::EbpfNftables => format!("engines: [ebpf, nftables]{}", fast_path("off")?),
             Self::Nftables => "engines: [nftables]".to_owned(),

@@ -120,12 +120,13 @@ pub(super) fn new_flows(figures: &Figures) -> Vec<Limit> {
 
 /// Those of denied packets.
 pub(super) fn denied(figures: &Figures) -> Vec<Limit> {
+    use Contender::{Ebpf, IptablesRaw, Shield, TcDrop, XdpDrop};
     let mut limits = Vec::new();
     for traffic in [Traffic::DeniedUdp, Traffic::DeniedSyn] {
-        for (base, limit) in [(Contender::TcDrop, 0.9), (Contender::IptablesRaw, 1.0)] {
+        for (own, base, limit) in [(Ebpf, TcDrop, 0.9), (Ebpf, IptablesRaw, 1.0), (Shield, XdpDrop, 0.5)] {
             limits.push(Limit {
-                promise: format!("1000 rules, bridge, eBPF to {}, {}", base.title(), traffic.title()),
-                measured: figures.between(Contender::Ebpf, base, traffic, 1000).map(|ratio| ratio.median),
+                promise: format!("1000 rules, {} to {}, {}", own.title(), base.title(), traffic.title()),
+                measured: figures.between(own, base, traffic, 1000).map(|ratio| ratio.median),
                 limit: Bound::AtLeast(limit),
             });
         }

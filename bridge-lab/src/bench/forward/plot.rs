@@ -28,7 +28,7 @@ fn colour(contender: Contender) -> &'static str {
         Contender::EbpfNftables => "#7b3294",
         Contender::Nftables => "#8c6d31",
         Contender::FastPath => "#009e73",
-        Contender::IptablesRaw | Contender::TcDrop | Contender::XdpDrop => "#999999",
+        Contender::IptablesRaw | Contender::TcDrop | Contender::XdpDrop | Contender::Shield => "#999999",
     }
 }
 
