@@ -8,6 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::MapInfo;
 use bridge_agent::datapath::{Maps, Pins};
 use serde::Serialize;
 use serde_json::Value;
@@ -300,14 +301,16 @@ fn trial(agent: &mut Agent, lab: &Lab, engines: Engines, rules: u32, confirmed: 
     Ok(())
 }
 
-/// Lengths of the first program, as the verifier has left it, wherever it is loaded on this machine.
-fn lengths(lab: &Lab) -> Result<Vec<u64>> {
-    let mut command = Command::new("bpftool");
-    command.args(["--json", "prog", "show"]);
-    let programs: Value = serde_json::from_str(&lab.b().netns.output(command)?)?;
-    let named =
-        |program: &&Value| program["name"].as_str().is_some_and(|name| name.starts_with("external_ingre"));
-    let programs = programs.as_array().into_iter().flatten().filter(named);
+/// Lengths of the program at the first hook, as the verifier has left it, loaded with this map. Other agents of this machine
+/// have other maps.
+fn lengths(flows: u32) -> Result<Vec<u64>> {
+    let output = Command::new("bpftool").args(["--json", "prog", "show"]).output().context("start bpftool")?;
+    ensure!(output.status.success(), "bpftool: {}", String::from_utf8_lossy(&output.stderr));
+    let programs: Value = serde_json::from_slice(&output.stdout)?;
+    let uses = |maps: &Value| maps.as_array().is_some_and(|maps| maps.contains(&Value::from(flows)));
+    let named = |name: &Value| name.as_str().is_some_and(|name| name.starts_with("external_ingre"));
+    let programs = programs.as_array().into_iter().flatten();
+    let programs = programs.filter(|program| named(&program["name"]) && uses(&program["map_ids"]));
     Ok(programs.filter_map(|program| program["bytes_xlated"].as_u64()).collect())
 }
 
@@ -320,10 +323,12 @@ fn other_programs(agent: &mut Agent, lab: &Lab) -> Result<()> {
         fs::write(&path, script)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     }
-    let before = lengths(lab)?;
+    let flows = MapInfo::from_pin(Pins::new(agent.pins()).map("flows"))?.id();
+    let before = lengths(flows)?;
     let usual = agent.replace_program(path);
     agent.restart()?;
-    ensure!(lengths(lab)?.iter().any(|length| !before.contains(length)), "the programs are the same");
+    let after = lengths(flows)?;
+    ensure!(after.iter().any(|length| !before.contains(length)), "the programs are the same: {before:?}, {after:?}");
     agent.replace_program(usual);
     agent.restart()
 }
