@@ -1,5 +1,6 @@
 //! The engines, as the agent uses them.
 
+use std::fs;
 use std::net::IpAddr;
 use std::process::Command;
 use std::time::Duration;
@@ -23,6 +24,7 @@ use super::endpoints::side;
 use super::node::{Node, OVERLAY_INTERFACE, SIDES};
 use super::translated::{self, Service};
 use super::{Case, Side, local};
+use crate::wait::{eventually, patience};
 
 /// No flow expires while a case lasts. In nanoseconds.
 const TIMEOUT: u64 = 60_000_000_000;
@@ -121,12 +123,21 @@ pub(super) fn translating<T>(services: &[Service], work: impl FnOnce() -> Result
     done
 }
 
+/// Deletes all flows of the node. A packet that is still queued holds its flow a moment longer.
 fn forget_flows() -> Result<()> {
-    let output = Command::new("conntrack").arg("--flush").output().context("start conntrack")?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let left = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
-    ensure!(left.trim() == "0", "conntrack still knows {} flows", left.trim());
-    Ok(())
+    let forget = || -> Result<()> {
+        let output = Command::new("conntrack").arg("--flush").output().context("start conntrack")?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let left = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
+        ensure!(left.trim() == "0", "conntrack still knows {} flows", left.trim());
+        Ok(())
+    };
+    let mut last = Ok(());
+    eventually(patience(Duration::from_secs(5)), || {
+        last = forget();
+        last.is_ok().then_some(())
+    });
+    last
 }
 
 /// eBPF alone, with the fast path, and with the shield or without.
