@@ -11,7 +11,7 @@ pub mod pool;
 pub mod protocol;
 
 /// Version of everything in this crate; names the directory that maps and links are pinned in.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Defines an enum as numbers, names and sentences, in one order.
 macro_rules! named {

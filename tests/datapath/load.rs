@@ -3,11 +3,12 @@
 use std::{path::Path, process::Command};
 
 use anyhow::{Result, ensure};
+use aya::maps::{Array, Map, MapData};
 use bridge_agent::{
     datapath::{Error, Maps, Options},
     kernel::pins,
 };
-use bridge_common::filter::control::Settings;
+use bridge_common::filter::{control::Settings, flow_filter::BITS};
 use bridge_lab::lab::Lab;
 
 use crate::support::{BEHAVIOUR, bpftool, load, options, pins, tables};
@@ -29,6 +30,26 @@ fn a_policy_is_in_force_after_publishing_and_after_a_restart() -> Result<()> {
     let maps = Maps::open(&pins)?;
     assert_eq!(maps.active_settings()?.generation, 2);
     assert_eq!(maps.rule_info(maps.slot())?.len(), 1);
+    Ok(())
+}
+
+/// Without its bits the flows in the tables would be denied.
+#[test]
+fn a_lost_filter_of_known_flows_is_replaced_by_one_that_takes_all_for_known() -> Result<()> {
+    let lab = Lab::builder().pods(0).build()?;
+    let pins = pins(&lab)?;
+    let bits = || -> Result<u32> {
+        let map = Map::from_map_data(MapData::from_pin(pins.map("flow_filter"))?)?;
+        let halves: Array<MapData, [u64; 2]> = Array::try_from(map)?;
+        let words: Vec<[u64; 2]> = halves.iter().collect::<Result<_, _>>()?;
+        Ok(words.into_iter().flatten().map(u64::count_ones).sum())
+    };
+    drop(load(&lab, &options(&pins))?);
+    drop(load(&lab, &options(&pins))?);
+    assert_eq!(bits()?, 0);
+    std::fs::remove_file(pins.map("flow_filter"))?;
+    drop(load(&lab, &options(&pins))?);
+    assert_eq!(bits()?, 2 * BITS);
     Ok(())
 }
 

@@ -5,6 +5,7 @@ mod cost;
 mod crowding;
 mod denials;
 mod flow_cache;
+mod flow_filter;
 mod fragments;
 mod icmp;
 mod node_ports;

@@ -289,11 +289,14 @@ impl Maps {
         }
         let settings = self.active_settings()?;
         let stamp = self.shares.last_overflow();
+        let rebuild = self.flow_filter.rebuild();
         let (mut removed, mut count) = (0, self.shares.count());
         for (name, map) in self.flow_tables() {
             let (mut expired, mut alive) = (Vec::new(), 0);
             let start = now();
             bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
+                // Also if it has expired: a later policy may give it more time.
+                rebuild.note(&key);
                 if is_expired(&flow, &settings, start) {
                     expired.push(key);
                     return;
@@ -319,6 +322,7 @@ impl Maps {
             }
         }
         self.shares.replace(&count);
+        rebuild.finish();
         Ok(removed)
     }
 
@@ -361,6 +365,7 @@ impl Maps {
         const BPF_NOEXIST: u64 = 1;
         let mut seeded = 0;
         for (key, flow) in flows {
+            self.flow_filter.note(key);
             if self.overflowed(key)?.is_some() {
                 continue;
             }
@@ -388,13 +393,14 @@ impl Maps {
         }
     }
 
-    /// TCP connections, flows of other protocols, those beyond the share of their initiator, flows that wait for a reply.
+    /// Flows that wait for a reply, TCP connections, flows of other protocols, those beyond the share of their initiator: in this
+    /// order a reader misses no flow that leaves the first table meanwhile.
     pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 4] {
         [
+            ("half_open", &self.half_open),
             ("flows", &self.flows),
             ("other_flows", &self.other_flows),
             ("overflow", &self.overflow),
-            ("half_open", &self.half_open),
         ]
     }
 
@@ -408,7 +414,7 @@ impl Maps {
 
     /// The table of an established flow within the share of its initiator.
     pub(super) fn established_table(&self, key: &FlowKey) -> (&'static str, &MapData) {
-        let [connections, others, ..] = self.flow_tables();
+        let [_, connections, others, _] = self.flow_tables();
         if key.protocol == protocol::TCP { connections } else { others }
     }
 }

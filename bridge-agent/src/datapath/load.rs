@@ -148,6 +148,8 @@ impl Datapath {
         ]);
         check_pins(&pins, &object, &sizes)?;
         pins.prepare_directories()?;
+        // Without it nothing is known of the flows that are in the tables.
+        let is_filter_lost = pins.map("flows").exists() && !pins.map("flow_filter").exists();
 
         let mut loader = EbpfLoader::new();
         // No program has relocations against the kernel's types.
@@ -178,6 +180,9 @@ impl Datapath {
         crate::fault::point("load:programs");
         let templates = Templates::new(&mut object)?;
         let maps = Maps::open(&pins)?;
+        if is_filter_lost {
+            maps.flow_filter.fill();
+        }
         let capacity = |name, map: &MapData| -> Result<u32> {
             Ok(map.info().map_err(Error::aya_map(name))?.max_entries())
         };

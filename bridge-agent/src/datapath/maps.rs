@@ -23,6 +23,7 @@ use bridge_common::filter::{
 use super::{
     error::{Error, Result},
     fast_path::FastPath,
+    flow_filter::FlowFilterMap,
     pins::Pins,
     shares::Shares,
 };
@@ -87,6 +88,7 @@ pub struct Maps {
     pub(super) overflow: MapData,
     pub(super) half_open: MapData,
     pub(super) shares: Shares,
+    pub(super) flow_filter: FlowFilterMap,
     pub(super) flow_stamps: SharedCounters,
     fast_path: FastPath,
     pub(super) outcomes: PerCpuArray<MapData, Outcomes>,
@@ -167,6 +169,7 @@ impl Maps {
             overflow: data(pins, "overflow")?,
             half_open: data(pins, "half_open")?,
             shares: Shares::open(&data(pins, "shares")?)?,
+            flow_filter: FlowFilterMap::open(&data(pins, "flow_filter")?)?,
             flow_stamps: SharedCounters::new(data(pins, "flow_stamps")?.fd(), STAMPS)
                 .map_err(Error::map("flow_stamps"))?,
             fast_path: FastPath::open(&data(pins, "fast_path")?)?,

@@ -59,6 +59,7 @@ impl Datapath {
             let half_open = bpf::fd(&self.maps.half_open);
             migrated += migrate::<FlowKey, Flow>(&version, "half_open", |key, mut flow| {
                 forget_rule(&mut flow);
+                self.maps.flow_filter.note(&key);
                 insert("half_open", half_open, &key, &flow)
             })?;
         }

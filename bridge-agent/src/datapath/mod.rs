@@ -16,6 +16,7 @@ mod error;
 mod events;
 mod facts;
 mod fast_path;
+mod flow_filter;
 mod flows;
 mod foreign;
 mod hosted;

@@ -14,7 +14,14 @@ impl Address {
     #[must_use]
     #[inline(always)]
     pub const fn from_v4(v4: [u8; 4]) -> Self {
-        Self::from_words([0, 0, u32::from_be(0xffff), u32::from_ne_bytes(v4)])
+        Self::from_v4_word(u32::from_ne_bytes(v4))
+    }
+
+    /// From an IPv4 header field, as it lies in memory.
+    #[must_use]
+    #[inline(always)]
+    pub const fn from_v4_word(v4: u32) -> Self {
+        Self::from_words([0, 0, u32::from_be(0xffff), v4])
     }
 
     /// From its four words, as they lie in memory.

@@ -8,6 +8,7 @@ pub mod event;
 pub mod fast_path;
 pub mod flow;
 pub mod flow_cache;
+pub mod flow_filter;
 pub mod interface;
 pub mod policy;
 pub mod shares;

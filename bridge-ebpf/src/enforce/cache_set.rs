@@ -44,8 +44,17 @@ pub(crate) struct Place {
     pub(crate) entry: Entry,
     /// Index of the set.
     pub(crate) set: u32,
-    /// 0: the cache does not serve packets of this kind.
-    pub(crate) known: u32,
+    /// [`Place::OTHER`], [`Place::MISSED`] or [`Place::NO_FLOW`].
+    pub(crate) kind: u32,
+}
+
+impl Place {
+    /// The cache does not serve packets of this kind.
+    pub(crate) const OTHER: u32 = 0;
+    /// A miss, whose verdict may be entered.
+    pub(crate) const MISSED: u32 = 1;
+    /// The flow tables have no entry for the packet either.
+    pub(crate) const NO_FLOW: u32 = 2;
 }
 
 impl Entry {

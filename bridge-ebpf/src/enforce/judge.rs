@@ -13,12 +13,16 @@ use bridge_ebpf::protocol;
 use crate::{
     action::NEXT,
     active::Active,
-    cache, fast_path, fragments,
+    cache,
+    cache_set::Place,
+    fast_path, flow_filter, fragments,
     hook::Hook,
     maps::{HALF_OPEN, INTERFACES, Route, Scratch, established, scratch},
     mark,
     packet::{Kind, Packet},
-    parse, policy, refusals, report, scope,
+    parse, policy,
+    refusals::{self, NO_FLOW},
+    report, scope,
     sides::Sides,
     track::{self, Admission, TrackVerdict},
     verdict::{self, Verdict},
@@ -49,10 +53,15 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
     // A SYN is judged by policy, whatever the table says: only one that opens a flow looks there, see `track::open`.
     let opens_tcp = packet.protocol == protocol::TCP && packet.opens_tcp();
     let mut found = if opens_tcp { FLOW_OF_PORTS } else { 0 };
-    if packet.follows_flow()
-        && !opens_tcp
-        && let Some(flow) = established(&packet.key)
+    let follows_flow = packet.follows_flow() && !opens_tcp;
+    // Established TCP over IPv6, which has no cache, would pay for each packet.
+    if follows_flow
+        && (scratch.place.kind == Place::NO_FLOW
+            || (packet.version == 4 || packet.protocol == protocol::UDP)
+                && !flow_filter::may_know(&packet.source, &packet.destination, packet.protocol))
     {
+        found = NO_FLOW;
+    } else if follows_flow && let Some(flow) = established(&packet.key) {
         found = FLOW_OF_PORTS;
         // SAFETY: a valid element; the fields that racing CPUs write are single words.
         let flow = unsafe { &mut *flow };
@@ -101,9 +110,9 @@ pub(crate) fn ingress(skb: *mut __sk_buff, hook: u32) -> i32 {
         && packet.is_intact()
         // A later fragment holds no ports: it is of no class.
         && packet.kind == Kind::Plain
-        && (opens_tcp || packet.protocol == protocol::UDP && found == 0)
+        && (opens_tcp || packet.protocol == protocol::UDP && found != FLOW_OF_PORTS)
     {
-        let action = refusals::repeat(skb, active.slot, active.now);
+        let action = refusals::repeat(skb, active.slot, active.now, found);
         if action != refusals::MISS {
             return action;
         }
@@ -273,7 +282,7 @@ const FLOW_OF_QUOTE: u32 = 2;
 /// The packet belongs to a flow, and nothing more is to be decided.
 const FOLLOWED: u32 = 3;
 
-/// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`] or 0, with the
+/// Judges a packet that belongs to no established flow; `found` is [`FLOW_OF_PORTS`], [`FLOW_OF_QUOTE`], [`NO_FLOW`] or 0, with the
 /// result of [`scope::find`] above its lowest byte.
 ///
 /// This and the other functions with C linkage are subprograms: the verifier checks each once, for any arguments. Inlined,
@@ -375,6 +384,7 @@ fn decide(
     // A SYN is judged by policy, whatever came before it.
     if !(packet.protocol == protocol::TCP && packet.opens_tcp())
         && hook <= Hook::INTERNAL_INGRESS
+        && found != NO_FLOW
         && let Some(flow) = HALF_OPEN.get_ptr_mut(&packet.key)
     {
         // SAFETY: as for established flows in `ingress`.

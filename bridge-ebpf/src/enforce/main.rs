@@ -27,6 +27,7 @@ mod cache;
 mod cache_set;
 mod fast_path;
 mod fib;
+mod flow_filter;
 mod fragments;
 mod hook;
 mod judge;

@@ -13,6 +13,7 @@ use bridge_common::filter::{
     fast_path::{self, Lease},
     flow::{Flow, FlowKey, FragmentKey},
     flow_cache::{ADDRESSES, MAX_SETS, STAMPS},
+    flow_filter,
     interface::Interface,
     policy::{
         AddressInfo, PairKey, PairSets, PortIntervals, PortPage, RuleHits, RuleInfo, RuleSet, direction,
@@ -90,6 +91,10 @@ static SHARES: Array<u64, { shares::LENGTH as usize }, MMAPABLE> = Array::new();
 /// Flows without a reply: apart, so that a flood of them evicts no established flow.
 #[btf_map(name = "half_open")]
 pub(crate) static HALF_OPEN: LruHashMap<FlowKey, Flow, 65_536> = LruHashMap::new();
+/// See `bridge_common::filter::flow_filter`.
+#[btf_map(name = "flow_filter")]
+pub(crate) static FLOW_FILTER: Array<[u64; flow_filter::HALVES], { flow_filter::LENGTH as usize }, MMAPABLE> =
+    Array::new();
 /// Hosts between which a first fragment was let through, with the time of the last one.
 #[btf_map(name = "fragments")]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, u64, 16_384> = LruHashMap::new();

@@ -14,16 +14,19 @@ use crate::{
     scope, verdict,
 };
 
+/// The flow tables have no entry for the packet's ports: see [`crate::flow_filter`].
+pub(crate) const NO_FLOW: u32 = 4;
+
 /// Returned by [`repeat`] where nothing is settled.
 pub(crate) const MISS: i32 = i32::MIN;
 
-/// Denies the packet of [`scratch`] at external ingress, a SYN or a UDP packet of no established flow, if its class is settled.
+/// Denies the packet of [`scratch`] at external ingress, a SYN or a UDP packet of no established flow, if its class is settled. `found` may be [`NO_FLOW`].
 /// Returns the TC action, or [`MISS`].
 ///
 /// Counters, events and answers are those of a packet that the policy is asked about.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn repeat(skb: *mut __sk_buff, slot: u32, now: u64) -> i32 {
+pub(crate) extern "C" fn repeat(skb: *mut __sk_buff, slot: u32, now: u64, found: u32) -> i32 {
     let Some(Scratch { packet, .. }) = scratch() else { return MISS };
     let Some(active) = Active::of_slot(slot, now) else { return MISS };
     // Nothing is denied then, whatever this policy has denied before.
@@ -44,7 +47,7 @@ pub(crate) extern "C" fn repeat(skb: *mut __sk_buff, slot: u32, now: u64) -> i32
     };
     // A pod that is none of this node any more, or an answer of the LAN host.
     if scope::hosted(&packet.destination) == 0
-        || (packet.protocol == protocol::UDP && HALF_OPEN.get_ptr(&packet.key).is_some())
+        || (packet.protocol == protocol::UDP && found != NO_FLOW && HALF_OPEN.get_ptr(&packet.key).is_some())
     {
         return MISS;
     }

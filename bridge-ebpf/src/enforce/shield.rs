@@ -21,7 +21,7 @@ use bridge_ebpf::protocol;
 use crate::{
     active::Active,
     addresses::lookup_cached,
-    cache,
+    cache, flow_filter,
     maps::{HALF_OPEN, SHIELDED, established, scratch},
     packet::Packet,
     parse::fast::read_frame,
@@ -82,6 +82,7 @@ fn drop_denied(xdp: *mut xdp_md) -> Option<()> {
     // In this order: a flow is entered in the second table before it leaves the first.
     if packet.is_intact()
         && !opens_tcp
+        && flow_filter::may_know(&packet.source, &packet.destination, packet.protocol)
         && (HALF_OPEN.get_ptr(&packet.key).is_some()
             || established(&packet.key).is_some()
             || cache::may_serve(packet, &active))

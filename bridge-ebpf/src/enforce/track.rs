@@ -11,7 +11,7 @@ use bridge_common::filter::{
 use bridge_ebpf::protocol;
 
 use crate::{
-    cache,
+    cache, flow_filter,
     maps::{self, ENDS, HALF_OPEN, Scratch, scratch},
     packet::{Kind, Packet, sctp, tcp},
 };
@@ -441,6 +441,8 @@ pub(crate) fn open(
     if packet.protocol == protocol::SCTP && packet.opens_sctp() {
         flow.set_tag(true, packet.acknowledgement);
     }
+    // An established flow has been a half-open one.
+    flow_filter::note(&packet.key);
     if HALF_OPEN.insert(&packet.key, flow, 0).is_err() {
         return Err(Reason::table_full);
     }

@@ -304,7 +304,8 @@ fn trial(agent: &mut Agent, lab: &Lab, engines: Engines, rules: u32, confirmed: 
 /// Lengths of the program at the first hook, as the verifier has left it, loaded with this map. Other agents of this machine
 /// have other maps.
 fn lengths(flows: u32) -> Result<Vec<u64>> {
-    let output = Command::new("bpftool").args(["--json", "prog", "show"]).output().context("start bpftool")?;
+    let output =
+        Command::new("bpftool").args(["--json", "prog", "show"]).output().context("start bpftool")?;
     ensure!(output.status.success(), "bpftool: {}", String::from_utf8_lossy(&output.stderr));
     let programs: Value = serde_json::from_slice(&output.stdout)?;
     let uses = |maps: &Value| maps.as_array().is_some_and(|maps| maps.contains(&Value::from(flows)));
@@ -328,7 +329,10 @@ fn other_programs(agent: &mut Agent, lab: &Lab) -> Result<()> {
     let usual = agent.replace_program(path);
     agent.restart()?;
     let after = lengths(flows)?;
-    ensure!(after.iter().any(|length| !before.contains(length)), "the programs are the same: {before:?}, {after:?}");
+    ensure!(
+        after.iter().any(|length| !before.contains(length)),
+        "the programs are the same: {before:?}, {after:?}"
+    );
     agent.replace_program(usual);
     agent.restart()
 }
