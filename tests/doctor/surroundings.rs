@@ -232,3 +232,58 @@ fn a_masquerade_with_random_ports_is_named() -> Result<()> {
     station.config = station.config.replace("portPool: {", "portPool: {masquerade: true, ");
     station.expect("ports.settings", "ok", "no port of the pool")
 }
+
+/// Rules of routing that other programs add before those of Linux, and routes that refuse single hosts. Each breaks a connection
+/// that passes otherwise.
+#[test]
+fn rules_of_routing_and_refused_routes_are_named() -> Result<()> {
+    const RULES: &str = "forwarding.policy-routing";
+    const ROUTES: &str = "forwarding.refused-routes";
+    let lab = Lab::builder().build()?;
+    let station = Station::node(&lab)?;
+    let netns = &lab.b().netns;
+    let ip = |commands: &[&str]| commands.iter().try_for_each(|command| netns.ip(command).map(drop));
+    station.expect(RULES, "ok", "0 rules")?;
+    station.expect(ROUTES, "ok", "no route refuses")?;
+    // A table that leads where the main one does, one that is about others, and one without a route to them are none.
+    ip(&[
+        "route add 192.168.31.0/24 dev eth0 table 99",
+        "rule add from 10.200.1.0/24 lookup 99",
+        "rule add to 172.16.0.0/12 blackhole",
+        "rule add to 10.200.1.0/24 lookup 98",
+    ])?;
+    station.expect(RULES, "ok", "2 rules")?;
+    for (family, rule, outcome, fact) in [
+        ("-4", "from 10.200.1.91 prohibit", "fail", "prohibit) refuses packets to 10.200.1.0/24"),
+        ("-4", "from 10.200.1.0/24 lookup 97", "fail", "the route 192.168.31.0/24 dev lo of table 97"),
+        ("-4", "fwmark 7 lookup 97", "warn", "fwmark 0x7 lookup 97"),
+        ("-4", "iif eth0 lookup 96", "fail", "the route blackhole 0.0.0.0/0 of table 96"),
+        (
+            "-6",
+            "to fd20:1::91 unreachable",
+            "fail",
+            "to fd20:1::91/128 unreachable) refuses packets to fd20:1::/64",
+        ),
+    ] {
+        ip(&["route replace 192.168.31.0/24 dev lo table 97", "route replace blackhole default table 96"])?;
+        netns.ip(&format!("{family} rule add {rule}"))?;
+        let found = station.check(RULES)?;
+        netns.ip(&format!("{family} rule del {rule}"))?;
+        ensure!(found.0 == outcome && found.1.contains(fact), "{rule}: {found:?}");
+    }
+    // A block of pods is no single pod.
+    for (route, outcome, fact) in [
+        ("blackhole 10.200.1.64/26", "ok", ""),
+        ("blackhole 10.200.1.192/26 proto bird", "ok", ""),
+        ("blackhole 10.200.1.128/26", "fail", "blackhole 10.200.1.128/26"),
+        ("unreachable 10.200.1.93", "fail", "unreachable 10.200.1.93/32"),
+        ("prohibit fd20:1::93", "fail", "prohibit fd20:1::93/128"),
+        ("blackhole 192.168.31.67", "fail", "blackhole 192.168.31.67/32"),
+    ] {
+        netns.ip(&format!("route add {route}"))?;
+        let found = station.check(ROUTES)?;
+        netns.ip(&format!("route del {route}"))?;
+        ensure!(found.0 == outcome && found.1.contains(fact), "{route}: {found:?}");
+    }
+    Ok(())
+}

@@ -16,6 +16,7 @@ use super::{
     context::{Context, read},
     finding::Finding,
     netfilter::{self, Ruleset},
+    routing,
 };
 use crate::{config::Config, interfaces::Route, kernel::netlink, model::Role};
 
@@ -34,7 +35,7 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
     let nets = |list: &[crate::config::Network]| list.iter().map(|network| network.net()).collect::<Vec<_>>();
     let (pods, external) = (nets(&config.networks.pods), nets(&config.networks.external));
     let ruleset = Ruleset::read();
-    vec![
+    let mut findings = vec![
         ip_forward(context, &pods, &external),
         rp_filter(context, &external),
         drops(&ruleset, &pods),
@@ -45,7 +46,9 @@ pub(super) fn check(context: &Context<'_>) -> Vec<Finding> {
         networks(context, &pods, &external),
         overlap(context, &pods),
         nodes(config, &pods, &external),
-    ]
+    ];
+    findings.extend(routing::check(context, &pods, &external));
+    findings
 }
 
 fn ip_forward(context: &Context<'_>, pods: &[IpNet], external: &[IpNet]) -> Finding {

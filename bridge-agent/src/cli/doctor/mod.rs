@@ -10,6 +10,7 @@ mod host;
 mod kernel;
 mod netfilter;
 mod ports;
+mod routing;
 
 use std::fmt::Write as _;
 
