@@ -3,6 +3,7 @@
 //! [`judge`] has the verdict at one hook; [`explain`] follows a connection through the hooks of a node. Pure: the facts come from
 //! a configuration file alone, or from a running agent.
 
+mod both_ways;
 pub mod cases;
 mod judge;
 mod nearly;
@@ -15,6 +16,7 @@ mod suggest;
 mod text;
 mod types;
 
+pub use self::both_ways::{Lost, lost};
 pub use self::judge::{
     Class, FlowTable, Judge, Kind, KnownFlow, Mark, NodeState, Outcome, Packet, Place, is_rejected,
 };

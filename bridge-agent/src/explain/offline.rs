@@ -71,6 +71,7 @@ impl Offline {
             pool: self.pool_facts(),
             lan_interface: LAN,
             live: false,
+            by_ebpf: true,
         })
     }
 }

@@ -176,6 +176,13 @@ fn follow(facts: &Facts<'_>, judge: &Judge<'_>, question: &Question, source_port
     let mut outcome = judge.judge(place, &packet);
     let passed = match outcome {
         Outcome::Unjudged(mark) | Outcome::Followed(mark) => Some(mark),
+        // The packet filter judges the end that it is translated to.
+        Outcome::Allowed(direction, _)
+        | Outcome::Denied(direction, Reason::no_rule | Reason::deny_rule, _)
+            if !facts.by_ebpf && direction != direction::NODE_PORT =>
+        {
+            Some(Mark::Origin(source))
+        }
         _ => None,
     };
     if let (Some(mark), Some((address, port))) = (passed, backend)

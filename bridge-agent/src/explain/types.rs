@@ -62,6 +62,8 @@ pub struct Facts<'a> {
     pub lan_interface: u32,
     /// Whether the state is that of a running node.
     pub live: bool,
+    /// Whether programs of eBPF judge. Without them the packet filter does, behind translations of the destination.
+    pub by_ebpf: bool,
 }
 
 /// The verdict on a connection.
@@ -197,6 +199,14 @@ impl Explanation {
     /// Notes that another program drops the connection.
     pub(crate) fn dropped_elsewhere(&mut self, rule: &str) {
         self.summary += &format!("\nDROPPED by another firewall: {rule}");
+    }
+
+    /// Notes that another program may drop the connection: its rule has conditions that are not known. `place`: a part of a sentence.
+    pub(crate) fn perhaps_dropped(&mut self, rule: &str, place: &str) {
+        // The first such rule is enough: each has a stage.
+        if self.verdict != Verdict::Deny && !self.summary.contains("\nPERHAPS DROPPED") {
+            self.summary += &format!("\nPERHAPS DROPPED by another firewall{place}: {rule}");
+        }
     }
 
     /// Notes that a rule of the node changes the source of what passes.

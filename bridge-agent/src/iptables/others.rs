@@ -3,11 +3,11 @@
 //! As [`super::walk`], it never guesses: a rule that it cannot read is named, and no verdict follows from it.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::observe::{ObservedRule, ObservedTable, target};
 use super::ruleset::is_own;
-use super::walk::{self, Interfaces, Packet, State};
+use super::walk::{self, Interfaces, NewSource, Packet, State};
 
 /// The verdict of other programs on a packet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -18,23 +18,28 @@ pub struct Others {
     pub may_drop: Vec<String>,
     /// The rule that gives it another source address.
     pub masqueraded_by: Option<String>,
+    /// That address.
+    pub source: Option<NewSource>,
     /// Rules that may do so: they have conditions that are not known here.
     pub may_masquerade: Vec<String>,
     /// The mark that it has as it is routed; `None`: 0, or not known.
     pub mark: Option<u32>,
+    /// The mark that its connection has afterwards; `None`: 0, or not known.
+    pub connection_mark: Option<u32>,
 }
 
 /// Deeper than chains are nested; the kernel refuses loops.
 const DEPTH: u32 = 16;
 
 /// Follows a packet of a flow through the tables of one family, `before` as it comes in and `after` as it is routed, behind
-/// a translation of its destination.
+/// a translation of its destination. `connection_mark`: that of its connection.
 #[must_use]
 pub fn others(
     tables: &BTreeMap<String, ObservedTable>,
     before: &Packet,
     after: &Packet,
     interfaces: Interfaces<'_>,
+    connection_mark: Option<u32>,
 ) -> Others {
     let mut others = Others::default();
     let (first, hook, mangle) = match (after.from_node, after.to_node) {
@@ -44,6 +49,7 @@ pub fn others(
         (false, false) => ("PREROUTING", "FORWARD", Some("FORWARD")),
     };
     let (mut mark, mut state) = (Some(0), after.state);
+    let mut connection = connection_mark;
     let inbound = Interfaces { output: None, ..interfaces };
     let outbound = Interfaces { input: None, ..interfaces };
     for (table, chain, packet, interfaces) in [
@@ -58,22 +64,25 @@ pub fn others(
     ] {
         let Some(rules) = tables.get(table) else { continue };
         // Only the first packet of a flow comes to the table nat.
-        if (table == "nat" && state == State::Reply) || (after.to_node && chain == "POSTROUTING") {
+        if (table == "nat" && matches!(state, State::Reply | State::Following))
+            || (after.to_node && chain == "POSTROUTING")
+        {
             continue;
         }
         let packet = &Packet { state, ..*packet };
         if table == "nat" && chain == first {
-            let mut walk = Translate { rules, packet, mark, interfaces, found: Vec::new() };
+            let mut walk = Translate { rules, packet, mark, connection, interfaces, found: Vec::new() };
             walk.chain(chain, true, 0);
             mark = walk.mark;
             others.mark = mark.filter(|mark| *mark != 0);
             continue;
         }
         let open = false;
-        let mut walk = Walk { rules, packet, mark, state, interfaces, table, open, others: &mut others };
+        let others = &mut others;
+        let mut walk = Walk { rules, packet, mark, connection, state, interfaces, table, open, others };
         let end = walk.chain(chain, true, 0);
         let open = walk.open;
-        (mark, state) = (walk.mark, walk.state);
+        (mark, connection, state) = (walk.mark, walk.connection, walk.state);
         if chain == first {
             others.mark = mark.filter(|mark| *mark != 0);
         }
@@ -87,10 +96,12 @@ pub fn others(
             }
         }
     }
+    others.connection_mark = connection.filter(|mark| *mark != 0);
     others
 }
 
-/// Returns addresses and ports that rules may translate the destination of a packet to; none: it is not translated.
+/// Returns addresses and ports that rules may translate the destination of a packet to; none: it is not translated. The unspecified
+/// address stands for that of the interface that it comes in by.
 #[must_use]
 pub fn translations(
     tables: &BTreeMap<String, ObservedTable>,
@@ -98,7 +109,8 @@ pub fn translations(
     interfaces: Interfaces<'_>,
 ) -> Vec<(IpAddr, u16)> {
     let Some(rules) = tables.get("nat") else { return Vec::new() };
-    let mut walk = Translate { rules, packet, mark: Some(0), interfaces, found: Vec::new() };
+    let (mark, connection) = (Some(0), Some(0));
+    let mut walk = Translate { rules, packet, mark, connection, interfaces, found: Vec::new() };
     walk.chain("PREROUTING", true, 0);
     walk.found
 }
@@ -108,6 +120,8 @@ struct Translate<'a> {
     rules: &'a ObservedTable,
     packet: &'a Packet,
     mark: Option<u32>,
+    /// The mark of its connection.
+    connection: Option<u32>,
     interfaces: Interfaces<'a>,
     found: Vec<(IpAddr, u16)>,
 }
@@ -121,7 +135,7 @@ impl Translate<'_> {
             return false;
         };
         for ObservedRule { rule, .. } in &chain.rules {
-            let matches = walk::matches(rule, self.packet, self.mark, self.interfaces);
+            let matches = walk::matches(rule, self.packet, self.mark, self.connection, self.interfaces);
             let (Some(target), true) = (target(rule), matches != Some(false)) else { continue };
             let sure = certain && matches == Some(true);
             let found = self.found.len();
@@ -130,7 +144,11 @@ impl Translate<'_> {
                     self.found.extend(destination(rule, self.packet));
                     true
                 }
-                "ACCEPT" | "REDIRECT" => true,
+                "REDIRECT" => {
+                    self.found.push(redirected(rule, self.packet));
+                    true
+                }
+                "ACCEPT" => true,
                 "MARK" => {
                     let mark = walk::marked(rule, self.mark);
                     self.mark = mark.filter(|mark| sure || self.mark == Some(*mark));
@@ -156,6 +174,22 @@ fn destination(rule: &str, packet: &Packet) -> Option<(IpAddr, u16)> {
         (Ok(to), _) => Some((to.ip(), to.port())),
         (_, Ok(address)) => Some((address, packet.destination_port)),
         _ => None,
+    }
+}
+
+/// Returns the port that a rule with the target REDIRECT leads to: of the interface that the packet comes in by, for which the
+/// unspecified address stands.
+fn redirected(rule: &str, packet: &Packet) -> (IpAddr, u16) {
+    let port = rule.split_whitespace().skip_while(|word| *word != "--to-ports").nth(1);
+    let port = port.and_then(|ports| ports.split('-').next()?.parse().ok());
+    (unspecified(packet.source), port.unwrap_or(packet.destination_port))
+}
+
+/// Returns the unspecified address of an IP version.
+pub(crate) const fn unspecified(of: IpAddr) -> IpAddr {
+    match of {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     }
 }
 
@@ -187,6 +221,8 @@ struct Walk<'a> {
     rules: &'a ObservedTable,
     packet: &'a Packet,
     mark: Option<u32>,
+    /// The mark of its connection.
+    connection: Option<u32>,
     /// The state of the packet behind this table.
     state: State,
     interfaces: Interfaces<'a>,
@@ -208,7 +244,7 @@ impl Walk<'_> {
             let rule = rule.rule.as_str();
             // The rules of bridge have a stage of their own.
             let Some(target) = target(rule).filter(|target| !is_own(target)) else { continue };
-            let matches = walk::matches(rule, self.packet, self.mark, self.interfaces);
+            let matches = walk::matches(rule, self.packet, self.mark, self.connection, self.interfaces);
             if matches == Some(false) {
                 continue;
             }
@@ -224,7 +260,10 @@ impl Walk<'_> {
                     self.open = true;
                 }
                 "MASQUERADE" | "SNAT" | "NETMAP" if certain => {
-                    self.others.masqueraded_by.get_or_insert(shown);
+                    if self.others.masqueraded_by.is_none() {
+                        self.others.source = walk::new_source(rule, target);
+                        self.others.masqueraded_by = Some(shown);
+                    }
                     return End::Final;
                 }
                 "MASQUERADE" | "SNAT" | "NETMAP" => {
@@ -235,7 +274,15 @@ impl Walk<'_> {
                     let mark = walk::marked(rule, self.mark);
                     self.mark = mark.filter(|mark| certain || self.mark == Some(*mark));
                 }
-                "CONNMARK" if rule.contains("--restore-mark") => self.mark = None,
+                "CONNMARK" => {
+                    let (mark, connection) = walk::connmarked(rule, self.mark, self.connection);
+                    self.mark = mark.filter(|mark| certain || self.mark == Some(*mark));
+                    self.connection = connection.filter(|mark| certain || self.connection == Some(*mark));
+                }
+                // The node drops a packet whose life ends before it is forwarded.
+                "TTL" | "HL" if !self.packet.to_node && rule.contains("-set 1") && certain => {
+                    self.others.dropped_by.get_or_insert(shown);
+                }
                 "CT" | "NOTRACK" if target == "NOTRACK" || rule.contains("--notrack") => {
                     self.state = if certain { State::Untracked } else { State::Unknown };
                 }
@@ -289,7 +336,8 @@ mod tests {
     }
 
     fn follow(rules: &str, packet: &Packet) -> Others {
-        others(&parse(rules), packet, packet, Interfaces { input: Some("cali1"), output: Some("eth0") })
+        let interfaces = Interfaces { input: Some("cali1"), output: Some("eth0") };
+        others(&parse(rules), packet, packet, interfaces, Some(0))
     }
 
     fn ask(rules: &str) -> Others {
@@ -323,15 +371,40 @@ mod tests {
              -A FORWARD -m conntrack --ctstate INVALID,UNTRACKED -j DROP\n",
         );
         assert!(found.dropped_by.is_some(), "{found:?}");
-        for target in ["NFQUEUE --queue-num 3", "CONNMARK --restore-mark"] {
-            let found = ask(&format!(
-                "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -p tcp -j {target}\n-A FORWARD -m mark --mark 0x1 -j DROP\n"
-            ));
-            assert_eq!((found.dropped_by, found.may_drop.len()), (None, 1), "{target}");
-        }
-        let of_connection =
-            ask("*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -m connmark --mark 0x10/0x10 -j DROP\n");
-        assert_eq!((of_connection.dropped_by, of_connection.may_drop.len()), (None, 1));
+        let found = ask(
+            "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -p tcp -j NFQUEUE --queue-num 3\n-A FORWARD -m mark --mark 0x1 -j DROP\n",
+        );
+        assert_eq!((found.dropped_by, found.may_drop.len()), (None, 1));
+    }
+
+    /// The mark of a connection is 0 until a rule sets it, and its later packets find it there.
+    #[test]
+    fn the_mark_of_a_connection_is_followed_to_its_answer() {
+        let mangle = |rules: &str| {
+            format!("*mangle\n:PREROUTING ACCEPT [0:0]\n{rules}*filter\n:FORWARD ACCEPT [0:0]\n")
+        };
+        let drops = "-A FORWARD -m connmark --mark 0x10/0x10 -j DROP\n";
+        assert_eq!(ask(&(mangle("") + drops)), Others::default());
+        let set = "-A PREROUTING -p tcp -m tcp --dport 502 -j CONNMARK --set-xmark 0x10/0xffffffff\n";
+        assert!(ask(&(mangle(set) + drops)).dropped_by.is_some());
+        let restore =
+            "-A PREROUTING -i eth0 -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff\n";
+        let rules = parse(&mangle(&format!("{set}{restore}")));
+        let first = others(
+            &rules,
+            &packet(),
+            &packet(),
+            Interfaces { input: Some("cali1"), output: Some("eth0") },
+            Some(0),
+        );
+        assert_eq!((first.mark, first.connection_mark), (None, Some(0x10)));
+        let back = Interfaces { input: Some("eth0"), output: Some("cali1") };
+        let answer = packet().reply();
+        let found = others(&rules, &answer, &answer, back, first.connection_mark);
+        assert_eq!(found.mark, Some(0x10));
+        let unknown = "-A PREROUTING -m set --match-set x src -j CONNMARK --set-xmark 0x10/0xffffffff\n";
+        let found = ask(&(mangle(unknown) + drops));
+        assert_eq!((found.dropped_by, found.may_drop.len()), (None, 1));
     }
 
     #[test]

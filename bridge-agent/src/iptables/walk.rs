@@ -45,6 +45,8 @@ pub enum State {
     New,
     /// The first answer.
     Reply,
+    /// The packet of the opener after that.
+    Following,
     /// A rule keeps it from connection tracking.
     Untracked,
     /// One of these.
@@ -58,6 +60,15 @@ pub struct Interfaces<'a> {
     pub input: Option<&'a str>,
     /// The one that it leaves by.
     pub output: Option<&'a str>,
+}
+
+/// The source that a rule gives to a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewSource {
+    /// `None`: an address of the interface that the packet leaves by.
+    pub address: Option<IpAddr>,
+    /// The first of the ports that it may get; `None`: its own, if that is free.
+    pub port: Option<u16>,
 }
 
 /// The verdict of bridge on a packet.
@@ -95,6 +106,12 @@ impl Packet {
             from_node: self.to_node,
             state: State::Reply,
         }
+    }
+
+    /// Returns the packet of the opener after the first answer.
+    #[must_use]
+    pub const fn following(&self) -> Self {
+        Self { state: State::Following, ..*self }
     }
 
     const fn family(&self) -> Family {
@@ -281,12 +298,13 @@ fn read<'r>(rule: &'r str, packet: &Packet, original_port: u16, marked: bool) ->
     (matches, Action::None)
 }
 
-/// Whether a rule of another program matches a packet with this mark at these interfaces; `None` if it has conditions that are not
+/// Whether a rule of another program matches a packet with this mark, of a connection with that one, at these interfaces; `None` if it has conditions that are not
 /// known here.
 pub(super) fn matches(
     rule: &str,
     packet: &Packet,
     mark: Option<u32>,
+    connection: Option<u32>,
     interfaces: Interfaces<'_>,
 ) -> Option<bool> {
     let is_named = |interface: Option<&str>, name: &str| {
@@ -313,10 +331,8 @@ pub(super) fn matches(
             "-j" | "-g" => break,
             "-i" => is_named(interfaces.input, words.next().unwrap_or_default()),
             "-o" => is_named(interfaces.output, words.next().unwrap_or_default()),
-            // The mark of a connection is not followed.
             "--mark" if module == "connmark" => {
-                words.next();
-                None
+                words.next().zip(connection).and_then(|(wanted, mark)| has_mark(wanted, mark))
             }
             "--mark" => words.next().zip(mark).and_then(|(wanted, mark)| has_mark(wanted, mark)),
             "--ctdir" if packet.state == State::Reply => words.next().map(|direction| direction == "REPLY"),
@@ -344,9 +360,55 @@ fn has_mark(wanted: &str, mark: u32) -> Option<bool> {
     Some(mark & mask == value)
 }
 
+fn option<'r>(rule: &'r str, name: &str) -> Option<&'r str> {
+    rule.split_whitespace().skip_while(|word| *word != name).nth(1)
+}
+
+/// Returns the marks of a packet and of its connection behind a rule with the target CONNMARK.
+pub(super) fn connmarked(
+    rule: &str,
+    packet: Option<u32>,
+    connection: Option<u32>,
+) -> (Option<u32>, Option<u32>) {
+    let mask =
+        |name: &str| option(rule, name).map_or(Some(u32::MAX), |text| masked(text).map(|(mask, _)| mask));
+    let copy = |from: Option<u32>, to: Option<u32>, from_mask: &str, to_mask: &str| {
+        let (from, from_mask, to_mask) = (from?, mask(from_mask)?, mask(to_mask)?);
+        let kept = if to_mask == u32::MAX { 0 } else { to? & !to_mask };
+        Some(kept ^ (from & from_mask))
+    };
+    if rule.contains("--restore-mark") {
+        (copy(connection, packet, "--ctmask", "--nfmask"), connection)
+    } else if rule.contains("--save-mark") {
+        (packet, copy(packet, connection, "--nfmask", "--ctmask"))
+    } else {
+        (packet, marked(rule, connection))
+    }
+}
+
+/// Returns the source that a rule gives to a packet; `None`: the rule does not say.
+pub(super) fn new_source(rule: &str, target: &str) -> Option<NewSource> {
+    let port = |text: &str| text.split('-').next()?.parse().ok();
+    match target {
+        "MASQUERADE" => Some(NewSource { address: None, port: option(rule, "--to-ports").and_then(port) }),
+        "SNAT" => {
+            // `ADDRESS[-ADDRESS][:PORT[-PORT]]`, an IPv6 address with a port in brackets.
+            let to = option(rule, "--to-source")?;
+            let (address, ports) = match to.strip_prefix('[') {
+                Some(v6) => v6.split_once(']').map(|(address, rest)| (address, rest.strip_prefix(':')))?,
+                None if to.matches(':').count() > 1 => (to, None),
+                None => to.split_once(':').map_or((to, None), |(address, ports)| (address, Some(ports))),
+            };
+            let address = address.split('-').next()?.parse().ok()?;
+            Some(NewSource { address: Some(address), port: ports.and_then(port) })
+        }
+        _ => None,
+    }
+}
+
 /// Returns the mark that a rule with the target MARK gives a packet.
 pub(super) fn marked(rule: &str, mark: Option<u32>) -> Option<u32> {
-    let text = rule.split_whitespace().skip_while(|word| *word != "--set-xmark").nth(1)?;
+    let text = option(rule, "--set-xmark")?;
     let (value, mask) = masked(text)?;
     // With a full mask, the former mark does not count.
     if mask == u32::MAX { Some(value) } else { Some((mark? & !mask) ^ value) }
@@ -376,7 +438,7 @@ fn target(name: &str) -> Action<'_> {
 }
 
 /// Options that are understood, all with a value.
-const KNOWN: [&str; 18] = [
+const KNOWN: [&str; 21] = [
     "-s",
     "-d",
     "-p",
@@ -395,6 +457,9 @@ const KNOWN: [&str; 18] = [
     "--mark",
     "--ctdir",
     "-o",
+    "--ports",
+    "--src-range",
+    "--dst-range",
 ];
 
 /// Whether one option holds, negation left out; `None` also for a value of an option that is not known.
@@ -407,6 +472,12 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
         "-s" => Some(value.parse::<IpNet>().ok()?.contains(&packet.source)),
         "-d" => Some(value.parse::<IpNet>().ok()?.contains(&packet.destination)),
         "-p" => Some(protocol_number(value)? == packet.protocol),
+        "--ports" => {
+            let to = in_ranges(value, PortRange::one(packet.destination_port))?;
+            if to { Some(true) } else { in_ranges(value, packet.source_ports) }
+        }
+        "--src-range" => in_addresses(value, packet.source),
+        "--dst-range" => in_addresses(value, packet.destination),
         "--sport" | "--sports" => in_ranges(value, packet.source_ports),
         // Before any translation the two are the same.
         "--dport" | "--dports" | "--ctorigdstport" => {
@@ -414,7 +485,11 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
         }
         "--tcp-flags" => {
             let flags = words.next()?;
-            let has: &[&str] = if packet.state == State::Reply { &["SYN", "ACK"] } else { &["SYN"] };
+            let has: &[&str] = match packet.state {
+                State::Reply => &["SYN", "ACK"],
+                State::Following => &["ACK"],
+                _ => &["SYN"],
+            };
             let asked = |flag: &&&str| value.split(',').any(|one| one == **flag || one == "ALL");
             let set: Vec<&str> = has.iter().filter(asked).copied().collect();
             let wanted: Vec<&str> = flags.split(',').filter(|flag| *flag != "NONE").collect();
@@ -423,13 +498,13 @@ fn holds(option: &str, words: &mut Words<'_>, packet: &Packet, marked: bool) -> 
         }
         "--chunk-types" => {
             let is_init = value == "only" && words.next()? == "INIT";
-            (is_init && packet.state != State::Reply).then_some(true)
+            (is_init && !matches!(packet.state, State::Reply | State::Following)).then_some(true)
         }
         "--ctstate" => {
             let has = match packet.state {
                 _ if !packet.is_tracked() => "INVALID",
                 State::New => "NEW",
-                State::Reply => "ESTABLISHED",
+                State::Reply | State::Following => "ESTABLISHED",
                 State::Untracked => "UNTRACKED",
                 State::Unknown => return None,
             };
@@ -458,6 +533,12 @@ fn in_ranges(list: &str, ports: PortRange) -> Option<bool> {
         some |= first <= ports.last && ports.first <= last;
     }
     (!some).then_some(false)
+}
+
+/// Whether an interval such as `10.0.0.1-10.0.0.9` has an address.
+fn in_addresses(interval: &str, address: IpAddr) -> Option<bool> {
+    let (first, last) = interval.split_once('-').unwrap_or((interval, interval));
+    Some((first.parse::<IpAddr>().ok()?..=last.parse().ok()?).contains(&address))
 }
 
 /// As iptables-save names them.

@@ -5,7 +5,10 @@ use std::{
     net::IpAddr,
 };
 
-use super::node::Live;
+use super::{
+    node::Live,
+    way::{self, Passed},
+};
 use crate::{
     explain::{
         Explanation, Question, Stage, StageOutcome, Verdict as Judged,
@@ -16,7 +19,7 @@ use crate::{
         observe::{ObservedTable, OwnRules},
         others::{self, Others},
         ruleset::{Family, Table},
-        walk::{self, Interfaces, Packet, State},
+        walk::{self, Interfaces, NewSource, Packet, State},
     },
     model::{Mode, PortRange},
 };
@@ -65,6 +68,11 @@ impl Passage {
         let reply = self.after.reply();
         Self { before: reply, after: reply }
     }
+
+    /// The packet of the opener after that.
+    const fn following(&self) -> Self {
+        Self { before: self.before.following(), after: self.after.following() }
+    }
 }
 
 impl Filter {
@@ -110,12 +118,19 @@ impl Filter {
         let mut found: BTreeSet<(IpAddr, u16)> = self.of_family(question.source).flat_map(of).collect();
         let way = Way { before: &passage.before, after: &passage.before, interfaces };
         found.extend(self.nft.iter().flat_map(|nft| nft.destinations(&way)));
-        found.into_iter().filter(|to| *to != (question.destination, question.destination_port)).collect()
+        let redirected = |(address, port): (IpAddr, u16)| match address.is_unspecified() {
+            true => Some((way::redirected(live, question.source)?, port)),
+            false => Some((address, port)),
+        };
+        found
+            .into_iter()
+            .filter_map(redirected)
+            .filter(|to| *to != (question.destination, question.destination_port))
+            .collect()
     }
 
-    /// Adds the verdict of each packet filter, and a masquerade. `by_ebpf`: a program of eBPF judges it as well. Returns the mark that
-    /// the packet has as it is routed.
-    pub(super) fn add_stages(&self, explanation: &mut Explanation, live: &Live<'_>, by_ebpf: bool) -> u32 {
+    /// Adds the verdict of each packet filter, and a masquerade. `by_ebpf`: a program of eBPF judges it as well.
+    pub(super) fn add_stages(&self, explanation: &mut Explanation, live: &Live<'_>, by_ebpf: bool) -> Passed {
         let audit = live.active.policy.mode == Mode::Audit;
         let question = explanation.question;
         let each = |range: PortRange| Passage::new(&question, range, &live.local);
@@ -138,15 +153,25 @@ impl Filter {
         if seen.is_empty() {
             seen.extend(&passages);
         }
-        let found = merge(seen.iter().map(|passage| self.others(passage, live)).collect());
-        let mark = found.mark;
-        let answers = merge(seen.iter().map(|passage| self.others(&passage.reply(), live)).collect());
+        let found = merge(seen.iter().map(|passage| self.others(passage, live, 0)).collect());
+        let later = |packet: fn(&Passage) -> Passage| {
+            let each = seen.iter().map(|passage| self.others(&packet(passage), live, found.connection_mark));
+            merge(each.collect())
+        };
+        let (answers, following) = (later(Passage::reply), later(Passage::following));
+        let rule = found.masqueraded.first().cloned();
+        let passed = Passed { mark: found.mark, back: answers.mark, source: found.source, rule };
         let is_dropped = !found.dropped.is_empty();
+        let is_open = !found.may_drop.is_empty();
         self.add_others(explanation, found);
         if !is_dropped {
-            add_answers(explanation, &answers);
+            add_later(explanation, &answers, "on the way back", "firewall, back", "it is about the answers");
+            if answers.dropped.is_empty() && !is_open {
+                let why = "it is about the packets after the answer";
+                add_later(explanation, &following, "after the answer", "firewall, later", why);
+            }
         }
-        mark
+        passed
     }
 
     /// Walks the rules of bridge in each packet filter.
@@ -162,13 +187,16 @@ impl Filter {
     }
 
     /// Walks the rules of others.
-    fn others(&self, passage: &Passage, live: &Live<'_>) -> Foreign {
+    fn others(&self, passage: &Passage, live: &Live<'_>, connection_mark: u32) -> Foreign {
         let interfaces = passage.interfaces(live);
         let mut all = Foreign::default();
         for (_, tables) in self.of_family(passage.before.source) {
-            let found = others::others(tables, &passage.before, &passage.after, interfaces);
-            let Others { dropped_by, may_drop, masqueraded_by, may_masquerade, mark } = found;
-            all.mark |= mark.unwrap_or_default();
+            let Passage { before, after } = passage;
+            let found = others::others(tables, before, after, interfaces, Some(connection_mark));
+            let Others { dropped_by, may_drop, masqueraded_by, may_masquerade, .. } = found;
+            all.mark |= found.mark.unwrap_or_default();
+            all.connection_mark |= found.connection_mark.unwrap_or_default();
+            all.source = all.source.or(found.source);
             all.dropped.extend(dropped_by);
             all.may_drop.extend(may_drop);
             all.masqueraded.extend(masqueraded_by);
@@ -183,7 +211,11 @@ impl Filter {
             } else if walked.passes.is_none() {
                 all.may_drop.extend(walked.may_drop);
             }
-            let Masquerades { certain, possible } = nft.masquerades(&way);
+            let Masquerades { certain, possible, source } = match passage.after.state {
+                State::New => nft.masquerades(&way),
+                _ => Masquerades::default(),
+            };
+            all.source = all.source.or(source);
             all.masqueraded.extend(certain);
             all.may_masquerade.extend(possible);
         }
@@ -200,6 +232,7 @@ impl Filter {
             explanation.dropped_elsewhere(rule);
         } else if !may.is_empty() {
             let why = "conditions that are not known here decide";
+            explanation.perhaps_dropped(&may[0], "");
             explanation.add(Stage::new("firewall", StageOutcome::Unknown, may.join("; "), why));
         } else if any {
             let why = "by iptables-save and nft";
@@ -235,21 +268,26 @@ struct Foreign {
     may_drop: Vec<String>,
     masqueraded: Vec<String>,
     may_masquerade: Vec<String>,
+    /// The source that the packet gets.
+    source: Option<NewSource>,
     mark: u32,
+    connection_mark: u32,
 }
 
-/// Adds a stage where rules of others drop the first answer, or may do so.
-fn add_answers(explanation: &mut Explanation, answers: &Foreign) {
-    let (outcome, rules) = match (answers.dropped.first(), answers.may_drop.first()) {
+/// Adds a stage where rules of others drop a later packet, or may do so.
+fn add_later(explanation: &mut Explanation, later: &Foreign, place: &str, name: &str, why: &str) {
+    let (outcome, rules) = match (later.dropped.first(), later.may_drop.first()) {
         (Some(rule), _) => {
-            explanation.summary += &format!("\nDROPPED by another firewall, on the way back: {rule}");
-            (StageOutcome::Deny, &answers.dropped)
+            explanation.summary += &format!("\nDROPPED by another firewall, {place}: {rule}");
+            (StageOutcome::Deny, &later.dropped)
         }
-        (None, Some(_)) => (StageOutcome::Unknown, &answers.may_drop),
+        (None, Some(rule)) => {
+            explanation.perhaps_dropped(rule, &format!(", {place}"));
+            (StageOutcome::Unknown, &later.may_drop)
+        }
         (None, None) => return,
     };
-    let why = "it is about the answers";
-    explanation.add(Stage::new("firewall, back", outcome, rules.join("; "), why));
+    explanation.add(Stage::new(name, outcome, rules.join("; "), why));
 }
 
 /// Returns the effect on a connection whose source port is in one of several intervals: certain is only the effect on all.

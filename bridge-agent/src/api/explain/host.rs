@@ -10,11 +10,9 @@ use bridge_common::pool::FLAG_STRICT;
 use super::super::{Problem, no_ebpf};
 use crate::{
     config::PoolScope,
-    explain::{
-        self, Client, Explanation, Hook, PoolFacts, Question, Request, RouteFacts, StageOutcome, refusal,
-    },
+    explain::{self, Client, Explanation, Hook, PoolFacts, Question, Request, RouteFacts, StageOutcome},
     interfaces::{Observer, Selection},
-    kernel::netlink::{Packet, Route, Way, interface_name},
+    kernel::netlink::{Packet, Route},
     pool::{
         attach::CgroupError,
         hooked::{self, Hooked},
@@ -110,60 +108,4 @@ pub(super) fn add_supply(explanation: &mut Explanation, service: Option<&Service
         (_, 0) => {}
         (_, warm) => stage.why += &format!("; {warm} more are kept for those that have used them lately"),
     }
-}
-
-/// Adds the routes that the kernel takes on a node, there and back; `input`: index of the interface that the packet comes in by, 0 if
-/// the node sends it; `mark`: the one that rules of netfilter give it.
-pub(super) fn add_way(explanation: &mut Explanation, input: u32, mark: u32) {
-    let Question { source, source_port, destination, destination_port, backend, protocol } =
-        explanation.question;
-    let (to, port) = backend.unwrap_or((destination, destination_port));
-    let Ok(mut route) = Route::open() else { return };
-    let client_port = source_port.unwrap_or_default();
-    let packet = |from, input: u32, (source_port, destination_port), mark| Packet {
-        forwarded: (input != 0).then_some((from, input)),
-        protocol: protocol.0,
-        source_port,
-        destination_port,
-        mark,
-    };
-    let there = route.way(to, &packet(source, input, (client_port, port), mark));
-    let there = there.map_err(|error| refusal(&error)).and_then(|way| forwarded(source, input, way));
-    let back = there.as_ref().ok().map(|way| {
-        let input = if way.local { 0 } else { way.interface };
-        let way = route.way(source, &packet(to, input, (port, client_port), 0));
-        way.map_err(|error| refusal(&error)).and_then(|way| forwarded(to, input, way))
-    });
-    let mut add = |name: &str, to: IpAddr, word: &str, way: Result<Way, String>| {
-        let (outcome, seen, why) = match way {
-            Ok(way) => (StageOutcome::Ok, way.show(), "as the kernel routes it (`ip route get`)".to_owned()),
-            Err(why) => {
-                explanation.summary += &format!("\n{word} {to}: {why}");
-                (StageOutcome::Deny, format!("none to {to}"), why)
-            }
-        };
-        explanation.add(explain::Stage::new(name, outcome, seen, why));
-    };
-    add("route", to, "NOT FORWARDED to", there);
-    if let Some(back) = back {
-        add("way back", source, "NO WAY BACK to", back);
-    }
-}
-
-/// Returns the way of a packet that came in by an interface, if the node forwards it: for IPv6 the look-up of a route does not ask
-/// for that.
-fn forwarded(source: IpAddr, input: u32, way: Way) -> Result<Way, String> {
-    if source.is_ipv4() || input == 0 || way.local {
-        return Ok(way);
-    }
-    let is = |name: &str, value: &str| {
-        let text = std::fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{name}"));
-        text.is_ok_and(|text| text.trim() == value)
-    };
-    // Linux 6.17 has it.
-    let is_forced = interface_name(input).is_some_and(|name| is(&format!("{name}/force_forwarding"), "1"));
-    if is("all/forwarding", "0") && !is_forced {
-        return Err("forwarding is off (net.ipv6.conf.all.forwarding)".to_owned());
-    }
-    Ok(way)
 }

@@ -3,6 +3,7 @@
 mod filter;
 mod host;
 mod node;
+mod way;
 
 use axum::{extract::State, http::StatusCode, response::Response};
 use schemars::JsonSchema;
@@ -184,6 +185,7 @@ fn of_connection(
         pool: PoolFacts { scope: pool.as_ref(), client, ephemeral },
         lan_interface: live.lan_interface(),
         live: true,
+        by_ebpf: live.is_judged_by_ebpf(),
     };
     let mut explanation = explain::explain(&facts, question);
     let by_ebpf = live.complete(&mut explanation);
@@ -198,9 +200,22 @@ fn of_connection(
         let why = "there: `bridge-agent routes list`, or `ip route get`; `bridge-agent routes export` has the commands";
         explanation.stages.insert(2, Stage::new("lan route", StageOutcome::Unknown, seen, why));
     }
-    let mark = filter.add_stages(&mut explanation, live, by_ebpf);
-    if let Some(input) = live.input(question.source) {
-        host::add_way(&mut explanation, input, mark);
+    let passed = filter.add_stages(&mut explanation, live, by_ebpf);
+    way::add(&mut explanation, live, &judge, &passed);
+    let is_known = explanation.stages.iter().any(|stage| stage.seen.starts_with("known"));
+    if by_ebpf && !is_known && !matches!(explanation.verdict, Judged::Deny | Judged::Audit) {
+        let source = passed.source.and_then(|new| {
+            let to = question.backend.map_or(question.destination, |(address, _)| address);
+            Some((new.address.or_else(|| way::masquerade(live, to))?, new.port))
+        });
+        let mut allowed = explanation.ports.iter().filter(|(_, verdict)| *verdict != Judged::Deny);
+        let lost = allowed.find_map(|(range, _)| {
+            let source = source.map(|(address, port)| (address, port.unwrap_or(range.first)));
+            explain::lost(&facts, question, range.first, source)
+        });
+        if let Some(lost) = lost {
+            explanation.lost(&lost, passed.rule.as_deref());
+        }
     }
     explanation
 }

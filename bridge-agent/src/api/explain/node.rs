@@ -21,7 +21,7 @@ pub(super) struct Live<'a> {
     pub(super) active: &'a ActivePolicy,
     pub(super) local: Vec<IpAddr>,
     maps: Option<Arc<Maps>>,
-    interfaces: Vec<AttachedInterface>,
+    pub(super) interfaces: Vec<AttachedInterface>,
     /// Without maps: interfaces of the pods of this node.
     hosted: BTreeMap<IpAddr, u32>,
     /// Addresses of the pods that take part in the port pool by their annotation, and are hooked.
@@ -71,6 +71,11 @@ impl<'a> Live<'a> {
                 xdp: None,
             })
             .collect();
+    }
+
+    /// Whether this agent enforces by programs of eBPF.
+    pub(super) const fn is_judged_by_ebpf(&self) -> bool {
+        self.maps.is_some()
     }
 
     /// Returns the index of an interface towards the LAN.

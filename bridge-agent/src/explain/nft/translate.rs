@@ -4,6 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value as Json;
 
+use crate::iptables::{others::unspecified, walk::NewSource};
+
 use super::{
     ruleset::{Chain, Owner, Place, Ruleset, Way, statement},
     show,
@@ -21,6 +23,8 @@ pub struct Masquerades {
     pub certain: Vec<String>,
     /// Those whose conditions are not known here.
     pub possible: Vec<String>,
+    /// That source, by the first that is certain.
+    pub source: Option<NewSource>,
 }
 
 /// Whether a packet reaches the rule after the one that led to a chain.
@@ -56,12 +60,13 @@ struct Walk<'a> {
 }
 
 impl Ruleset {
-    /// Returns addresses and ports that the destination of a packet may be translated to; none: it is not translated.
+    /// Returns addresses and ports that the destination of a packet may be translated to; none: it is not translated. The unspecified
+    /// address stands for that of the interface that it comes in by.
     #[must_use]
     pub fn destinations(&self, way: &Way<'_>) -> Vec<(IpAddr, u16)> {
         let mut walk = Walk::before_routing(self, way);
         let found = std::mem::take(&mut walk.found);
-        let translated = found.iter().filter(|one| one.kind == "dnat");
+        let translated = found.iter().filter(|one| matches!(one.kind.as_str(), "dnat" | "redirect"));
         translated.flat_map(|one| walk.ends(&one.target, &one.place)).collect()
     }
 
@@ -101,7 +106,10 @@ impl Ruleset {
         let mut walk = Walk { ruleset: self, at, found: Vec::new() };
         walk.hook("postrouting");
         let mut masquerades = Masquerades::default();
-        for one in walk.found.into_iter().filter(|one| one.kind != "dnat") {
+        for one in walk.found.into_iter().filter(|one| !matches!(one.kind.as_str(), "dnat" | "redirect")) {
+            if one.certain && masquerades.certain.is_empty() {
+                masquerades.source = source(&one.kind, &one.target);
+            }
             if one.certain { &mut masquerades.certain } else { &mut masquerades.possible }.push(one.rule);
         }
         masquerades
@@ -260,6 +268,9 @@ impl<'a> Walk<'a> {
                 )),
             }
         };
+        if dnat["addr"].is_null() {
+            return vec![(unspecified(self.at.packet.source), own_port())];
+        }
         match dnat["addr"].get("map") {
             None => one(&dnat["addr"]).into_iter().collect(),
             Some(map) => {
@@ -286,10 +297,22 @@ impl Ruleset {
     }
 }
 
+/// Returns the source that a statement gives; `None`: it does not say.
+fn source(kind: &str, inner: &Json) -> Option<NewSource> {
+    // Alone, or the first of an interval.
+    let first = |json: &Json| if json["range"].is_null() { json.clone() } else { json["range"][0].clone() };
+    let port = first(&inner["port"]).as_u64().and_then(|port| u16::try_from(port).ok());
+    let address = match kind {
+        "masquerade" => None,
+        _ => Some(first(&inner["addr"]).as_str()?.parse().ok()?),
+    };
+    Some(NewSource { address, port })
+}
+
 fn target<'r>(kind: &'r str, inner: &'r Json) -> Option<Target<'r>> {
     Some(match kind {
-        "dnat" | "snat" | "masquerade" => Target::Translate(kind, inner),
-        "accept" | "drop" | "reject" | "redirect" | "queue" => Target::End,
+        "dnat" | "redirect" | "snat" | "masquerade" => Target::Translate(kind, inner),
+        "accept" | "drop" | "reject" | "queue" => Target::End,
         "return" => Target::Return,
         "jump" => Target::Jump(inner["target"].as_str()?),
         "goto" => Target::Goto(inner["target"].as_str()?),

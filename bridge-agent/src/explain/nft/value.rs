@@ -15,8 +15,9 @@ const TCP: u64 = 6;
 const UDP: u64 = 17;
 const ICMPV6: u64 = 58;
 const SCTP: u64 = 132;
-/// Bits of a SYN, and of its answer, in the flags of TCP.
+/// Bits of a SYN, of its answer, and of later segments, in the flags of TCP.
 const SYN: u64 = 2;
+const ACK: u64 = 0x10;
 const SYN_ACK: u64 = 0x12;
 /// Bits of `ct state`.
 const INVALID: u64 = 1;
@@ -83,7 +84,7 @@ impl Tracked {
         let state = match packet.state {
             _ if !packet.is_tracked() => Some(INVALID),
             State::New => Some(NEW),
-            State::Reply => Some(ESTABLISHED),
+            State::Reply | State::Following => Some(ESTABLISHED),
             State::Untracked => Self::UNTRACKED,
             State::Unknown => None,
         };
@@ -114,7 +115,7 @@ impl At<'_> {
             "&" | "|" | "^" | "<<" | ">>" => self.arithmetic(kind, inner),
             "sctp chunk" if self.protocol() != SCTP => Value::Absent,
             // The first packet of an association is an INIT.
-            "sctp chunk" if self.packet.state == State::Reply => Value::Unknown,
+            "sctp chunk" if matches!(self.packet.state, State::Reply | State::Following) => Value::Unknown,
             "sctp chunk" => Value::Number((text("name") == "init").into()),
             _ => Value::Unknown,
         }
@@ -144,9 +145,11 @@ impl At<'_> {
             "protocol" | "nexthdr" => Value::Number(number),
             "sport" => Value::of_ports(source_ports),
             "dport" => Value::Number(destination_port.into()),
-            "flags" if protocol == "tcp" => {
-                Value::Number(if self.packet.state == State::Reply { SYN_ACK } else { SYN })
-            }
+            "flags" if protocol == "tcp" => Value::Number(match self.packet.state {
+                State::Reply => SYN_ACK,
+                State::Following => ACK,
+                _ => SYN,
+            }),
             "type" => Value::Number(icmp_type.into()),
             _ => Value::Unknown,
         }
