@@ -205,6 +205,8 @@ pub struct Topology {
     pub tunnels: Vec<Tunnel>,
     /// Their interfaces.
     pub tunnel_interfaces: Vec<String>,
+    /// Interfaces that cannot be those of pods that the rules do not know yet, if these are not known by their names. Empty: they are.
+    pub settled: Vec<String>,
 }
 
 /// Pods that routes by one interface lead to.

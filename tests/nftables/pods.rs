@@ -11,6 +11,7 @@ use bridge_lab::packet::{Packet, Tcp};
 use bridge_lab::traffic::{Attempt, tcp};
 use bridge_lab::wait::eventually;
 use bridge_lab::wire::{Capture, Frame, Injector};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::node::{ALLOWED, DEADLINE, DENIED, Node, RULES, config};
 
@@ -76,16 +77,14 @@ fn arrived(capture: &mut Capture, port: u16) -> Result<Vec<Frame>> {
     Ok(found)
 }
 
+/// The configuration of a node that knows the interfaces by its routes.
+fn by_route(engine: &str) -> String {
+    let lines = config(engine, RULES);
+    lines.lines().filter(|line| !line.contains("interfaces:")).flat_map(|line| [line, "\n"]).collect()
+}
+
 #[test]
 fn a_new_pod_is_closed_from_its_first_packet() -> Result<()> {
-    let by_route = |engine: &str| {
-        let lines = config(engine, RULES);
-        lines
-            .lines()
-            .filter(|line| !line.contains("interfaces:"))
-            .flat_map(|line| [line, "\n"])
-            .collect::<String>()
-    };
     for (engine, by_route) in ["nftables", "iptables"].map(|engine| (engine, by_route(engine))) {
         for config in [config(engine, RULES), by_route] {
             let node = Node::new()?;
@@ -139,4 +138,71 @@ fn new_pod(node: &Node, number: u32) -> Result<()> {
     let connect = || tcp::Client::new(&a.netns).connect(server.address()).ok().filter(Attempt::succeeded);
     ensure!(eventually(DEADLINE, connect).is_some(), "the allowed port of the new pod is not reached");
     Ok(())
+}
+
+/// The rules have never seen a pod's interface, of this name or of another one, nor a route to a pod.
+#[test]
+fn the_first_pod_cannot_forge_its_source_before_its_interface_is_known() -> Result<()> {
+    for engine in ["nftables", "iptables"] {
+        for name in ["cali-first", "poda1"] {
+            let node = Node::new()?;
+            let (b, pod) = (node.lab.b(), node.lab.c1());
+            b.netns.ip(&format!("link delete {}", pod.peer_interface))?;
+            let agent = node.start(&by_route(engine))?;
+            // The agent sees nothing of the pod before it goes on.
+            let process = Pid::from_raw(i32::try_from(agent.pid())?).context("a pid")?;
+            kill_process(process, Signal::STOP)?;
+            let tried = forge(&node, name);
+            kill_process(process, Signal::CONT)?;
+            let (forged, allowed) = tried.with_context(|| format!("{engine}, {name}"))?;
+            let rules =
+                || node.run(if engine == "nftables" { "nft list ruleset" } else { "iptables-save -t raw" });
+            ensure!(
+                forged.is_empty(),
+                "{engine}, {name}: {} got out: {forged:?}\n{}",
+                forged.len(),
+                rules()?
+            );
+            ensure!(
+                allowed,
+                "{engine}, {name}: the allowed port of the unseen pod is not reached\n{}",
+                rules()?
+            );
+            // Once it is known, as well.
+            let again = eventually(DEADLINE, || (forge_known(&node).ok()? == (true, true)).then_some(()));
+            ensure!(again.is_some(), "{engine}, {name}: {:?}\n{}", forge_known(&node)?, agent.log());
+        }
+    }
+    Ok(())
+}
+
+/// Starts a pod behind an interface of this name. Returns the sources of its forged packets that got to the LAN, and whether its
+/// allowed port is reached.
+fn forge(node: &Node, name: &str) -> Result<(Vec<IpAddr>, bool)> {
+    node.lab.c1().plug(&node.lab.b().netns, name)?;
+    forge_from(node)
+}
+
+/// Whether no forged packet of the pod gets out, and its allowed port is reached.
+fn forge_known(node: &Node) -> Result<(bool, bool)> {
+    let (forged, allowed) = forge_from(node)?;
+    Ok((forged.is_empty(), allowed))
+}
+
+fn forge_from(node: &Node) -> Result<(Vec<IpAddr>, bool)> {
+    let (a, pod) = (node.lab.a(), node.lab.c1());
+    let mut at_a = Capture::start(&a.netns, &a.interface)?;
+    let injector = Injector::new(&pod.netns, "eth0")?;
+    for source in ["192.168.31.77", "10.200.1.99", "1.2.3.4", "fd31::77", "2001:db8::1"] {
+        let source: IpAddr = source.parse()?;
+        let to: IpAddr = if source.is_ipv4() { a.v4.into() } else { a.v6.into() };
+        let packet = Packet::new(source, to).macs(pod.mac, [0xee; 6]).udp(5000, FORGED, b"forged");
+        for _ in 0..20 {
+            injector.send(&packet.frame())?;
+        }
+    }
+    let got_out = arrived(&mut at_a, FORGED)?;
+    let server = tcp::Server::echo(&pod.netns, pod.at(Family::V4, ALLOWED))?;
+    let allowed = tcp::Client::new(&a.netns).connect(server.address())?.succeeded();
+    Ok((got_out.iter().filter_map(Frame::addresses).map(|(from, _)| from).collect(), allowed))
 }

@@ -108,6 +108,8 @@ pub struct Snapshot {
     pub links: BTreeMap<u32, Link>,
     /// Own addresses, without those that only mean something on one link, and loopback.
     pub addresses: BTreeSet<IpAddr>,
+    /// Indexes of links with such an address, or with a route.
+    pub in_use: BTreeSet<u32>,
     /// Those that matter to a [`Selection`].
     pub routes: Vec<Route>,
     /// Hosts at ports of bridges, and pods behind gateways: address and interface, in ascending order.
@@ -456,7 +458,7 @@ mod tests {
             .iter()
             .map(|(to, index, gateway)| Route { to: to.parse().unwrap(), hops: vec![(*index, *gateway)] })
             .collect();
-        Snapshot { links, addresses: BTreeSet::new(), routes, stations: Default::default() }
+        Snapshot { links, routes, ..Snapshot::default() }
     }
 
     fn selection() -> Selection {

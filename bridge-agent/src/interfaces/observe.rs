@@ -53,7 +53,9 @@ impl Observer {
         }
         for message in self.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
             if let RouteNetlinkMessage::NewAddress(address) = message {
-                snapshot.addresses.extend(address_of(&address));
+                let own = address_of(&address);
+                snapshot.in_use.extend(own.map(|_| address.header.index));
+                snapshot.addresses.extend(own);
             }
         }
         if stations::are_needed(&snapshot.links) {
@@ -69,8 +71,12 @@ impl Observer {
                 request.header.address_family = family;
                 for message in self.dump(&RouteNetlinkMessage::GetRoute(request))? {
                     if let RouteNetlinkMessage::NewRoute(route) = message {
-                        let route = route_of(&route, &snapshot.addresses);
-                        snapshot.routes.extend(route.filter(|route| selection.concerns(route.to)));
+                        let Some(route) = route_of(&route, &snapshot.addresses) else { continue };
+                        // The kernel makes that of the link alone.
+                        if !matches!(route.to, IpNet::V6(net) if net.addr().is_unicast_link_local()) {
+                            snapshot.in_use.extend(route.hops.iter().map(|(index, _)| *index));
+                        }
+                        snapshot.routes.extend(Some(route).filter(|route| selection.concerns(route.to)));
                     }
                 }
             }

@@ -79,7 +79,31 @@ impl Selection {
             .map(|link| link.name.clone())
             .collect();
         tunnel_interfaces.sort_unstable();
-        Topology { external, internal, remote, gateways, tunnels, tunnel_interfaces }
+        let settled = self.settled(snapshot, &external, &internal);
+        Topology { external, internal, remote, gateways, tunnels, tunnel_interfaces, settled }
+    }
+
+    /// Returns the names of the interfaces that are not those of a new pod, those in `first` at first. Every other interface, also one
+    /// that is not here yet, may become one as soon as a route leads to it.
+    fn settled(&self, snapshot: &Snapshot, first: &[String], internal: &[String]) -> Vec<String> {
+        if !self.internal.is_empty() {
+            return Vec::new();
+        }
+        let covered = |name: &str| {
+            internal.iter().any(|other| match other.strip_suffix('+') {
+                Some(prefix) => name.starts_with(prefix),
+                None => name == other,
+            })
+        };
+        // A rule could not name others.
+        let plain = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "._-@:".contains(c));
+        let links = snapshot.links.iter().filter(|(index, link)| {
+            link.upper == 0 && (!link.reaches_out || snapshot.in_use.contains(index)) && plain(&link.name)
+        });
+        let names: BTreeSet<&str> =
+            links.map(|(_, link)| link.name.as_str()).filter(|name| !covered(name)).collect();
+        let others = names.iter().filter(|name| !first.iter().any(|other| other == *name));
+        first.iter().cloned().chain(others.map(ToString::to_string)).collect()
     }
 }
 
@@ -217,8 +241,23 @@ mod tests {
                 gateways: Vec::new(),
                 tunnels: vec![Tunnel::Udp(8472)],
                 tunnel_interfaces: vec!["flannel.1".into()],
+                settled: ["eth0", "flannel.1", "lo"].map(Into::into).into(),
             }
         );
+    }
+
+    #[test]
+    fn an_interface_is_settled_unless_it_may_become_that_of_a_pod() {
+        let mut snapshot = snapshot();
+        let new = |name: &str| Link { device: Device::Veth, reaches_out: true, ..link(name, None) };
+        // Without a route yet; a veth pair with a route of its own; a port of a bridge; a name that no rule can have.
+        snapshot.links.extend([(10, new("poda")), (11, new("lan1")), (12, Link { upper: 2, ..new("port") })]);
+        snapshot.links.extend([(13, link("wg0", None)), (14, link("odd+", None))]);
+        snapshot.in_use.insert(11);
+        assert_eq!(selection().topology(&snapshot).settled, ["eth0", "flannel.1", "lan1", "lo", "wg0"]);
+        let named =
+            Selection { internal: vec![serde_json::from_value("cali*".into()).unwrap()], ..selection() };
+        assert!(named.topology(&snapshot).settled.is_empty());
     }
 
     #[test]

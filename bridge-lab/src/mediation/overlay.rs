@@ -36,13 +36,17 @@ impl Nodes {
                 host.netns.ip(&format!("route replace {network} via {node}"))?;
             }
         }
-        let nodes = "nodes: [192.168.31.17, 192.168.31.18, \"fd31::17\", \"fd31::18\"]";
-        let config = config(setting, nodes, "", RULES)
-            .replace("pods: [10.200.1.0/24, \"fd20:1::/64\"]", "pods: [10.200.0.0/16, \"fd20::/16\"]");
+        let config = whole(setting, "nodes: [192.168.31.17, 192.168.31.18, \"fd31::17\", \"fd31::18\"]");
         let agent = Agent::start(&lab, lab.b(), &config)?;
         let second = Agent::start(&lab, &lab.nodes()[1], &config)?;
         Ok(Self { ground: Ground { lab, agent }, _second: second })
     }
+}
+
+/// A configuration with the pods of both nodes.
+fn whole(setting: Setting, nodes: &str) -> String {
+    config(setting, nodes, "", RULES)
+        .replace("pods: [10.200.1.0/24, \"fd20:1::/64\"]", "pods: [10.200.0.0/16, \"fd20::/16\"]")
 }
 
 /// Gives both nodes an overlay interface, and routes to the other's pods through it.
@@ -112,7 +116,7 @@ pub(super) fn transit(setting: Setting) -> Result<Finding> {
 
 /// A LAN host, and a pod, wrap packets of a pod of the other node in the overlay's own form.
 pub(super) fn injected(setting: Setting) -> Result<Finding> {
-    let nodes = Nodes::new(setting, true)?;
+    let mut nodes = Nodes::new(setting, true)?;
     let ground = &nodes.ground;
     let (x, b, c1, c2) = (ground.x(), ground.b(), ground.c1(), ground.c2());
     let mut finding = Finding::default();
@@ -142,5 +146,18 @@ pub(super) fn injected(setting: Setting) -> Result<Finding> {
     let server = udp::Server::echo(&c1.netns, c1.at(Family::V4, CLOSED))?;
     ground.send_from_lan(x, Packet::new(x.v4, b.v4).raw(IpNumber::IPV4, &inner))?;
     finding.attack("IP in IP", arrives(&server, b"ipip"));
+    drop(server);
+
+    // Where no node is known, none is believed.
+    nodes.ground.agent.reload(&whole(setting, ""))?;
+    let ground = &nodes.ground;
+    let (x, b, c1, c2) = (ground.x(), ground.b(), ground.c1(), ground.c2());
+    for family in Family::BOTH {
+        let server = udp::Server::echo(&c1.netns, c1.at(family, CLOSED))?;
+        let inner = Packet::new(c2.ip(family), c1.ip(family)).udp(5000, CLOSED, b"unnamed");
+        let payload = wrapped(inner.macs(second, first));
+        ground.send_from_lan(x, Packet::new(x.v4, b.v4).udp(5000, VXLAN, &payload))?;
+        finding.attack(format!("{family:?}, without known nodes"), arrives(&server, b"unnamed"));
+    }
     Ok(finding)
 }

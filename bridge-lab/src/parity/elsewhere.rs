@@ -37,12 +37,21 @@ pub(super) fn other_node() -> [IpAddr; 2] {
     [IpAddr::from([172, 31, 0, 18]), IpAddr::from([0xfd41, 0, 0, 0, 0, 0, 0, 0x18])]
 }
 
-/// The policy of a cluster that has these pods and this node, too.
-pub(super) fn policy(policy: &Policy) -> Policy {
+/// The policy of a cluster that has these pods and this node, too. Of some seeds, it names no nodes, not even this one.
+pub(super) fn policy(seed: u64, policy: &Policy) -> Policy {
     let mut policy = policy.clone();
     policy.pods.extend(OVERLAY.iter().chain(&BEYOND).filter_map(|block| block.parse::<IpNet>().ok()));
-    policy.nodes.extend(other_node().map(IpNet::from));
+    if seed % 8 == 7 && policy.nodes == local().map(IpNet::from) {
+        policy.nodes.clear();
+    } else {
+        policy.nodes.extend(other_node().map(IpNet::from));
+    }
     policy
+}
+
+/// Whether packets of `address` come through a tunnel from a node that the policy does not name: none of them gets in.
+pub(super) fn is_cut_off(policy: &Policy, address: IpAddr) -> bool {
+    policy.nodes.is_empty() && side(address) == Side::Overlay
 }
 
 /// An address of a pod of another node.
@@ -66,7 +75,13 @@ pub(super) fn stories(seed: u64, of: &Policy, policy: &Policy, mut tag: u32) -> 
         tag += 1;
         let (near, protocol) = endpoints::flow(&mut dice, of);
         let far = remote(&mut dice, near.source.is_ipv4());
-        let kind = dice.below(10);
+        let kind = match dice.below(10) {
+            6 | 7 if policy.nodes.is_empty() => 9,
+            kind => kind,
+        };
+        if kind < 6 && is_cut_off(policy, far) {
+            continue;
+        }
         let flow = match kind {
             // Between a pod or LAN host and a pod of another node, either of which asks.
             0..=5 if dice.percent(50) => Flow { source: far, ..near },
@@ -268,7 +283,8 @@ impl Story<'_> {
         };
         // A pod of this node has no business with the tunnels of other nodes either.
         let is_hosted = side(sender) == Side::Pods && is_pod(self.policy, sender);
-        let receiver = if is_hosted && dice.percent(30) { node } else { own };
+        let to_other = is_hosted && dice.percent(30) && !self.policy.nodes.is_empty();
+        let receiver = if to_other { node } else { own };
         let passes = self.policy.nodes.iter().any(|network| network.contains(&sender));
         let (label, packets) = match dice.below(4) {
             0 => {

@@ -104,6 +104,7 @@ fn options() -> FirewallOptions {
         gateways: Vec::new(),
         tunnels: TUNNELS.to_vec(),
         tunnel_interfaces: vec![overlay],
+        settled: Vec::new(),
     };
     FirewallOptions { topology, ..FirewallOptions::default() }
 }

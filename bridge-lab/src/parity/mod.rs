@@ -119,7 +119,7 @@ impl Case {
             }
         }
         let plain = sent.len();
-        let whole = elsewhere::policy(&policy);
+        let whole = elsewhere::policy(seed, &policy);
         sent.extend(elsewhere::stories(seed, &policy, &whole, tag + 100));
         let direct = sent.len();
         let (services, translated) = translated::stories(seed, &policy, &whole, tag);

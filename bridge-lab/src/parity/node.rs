@@ -55,6 +55,7 @@ pub(super) struct Node {
     /// Sockets of the node itself, behind every hook, by protocol.
     delivered: Vec<(Domain, u8, Socket)>,
     serial: u32,
+    is_cut_off: bool,
     _ends: Ns,
 }
 
@@ -107,7 +108,7 @@ impl Node {
         let open = |end: &'static str| ends.enter(move || cable(end)).context("a packet socket");
         let cables = [open(SIDES[0].2)?, open(SIDES[1].2)?];
         let delivered = ns.enter(raw_sockets).context("raw sockets")?;
-        Ok(Self { ns: Arc::new(ns), ends: cables, delivered, serial: 0, _ends: ends })
+        Ok(Self { ns: Arc::new(ns), ends: cables, delivered, serial: 0, is_cut_off: false, _ends: ends })
     }
 
     /// Index and name of the interface on a side.
@@ -117,6 +118,11 @@ impl Node {
             name_to_index(Socket::new(Domain::IPV4, Type::DGRAM, None)?, name).map_err(io::Error::from)
         });
         Ok((index?, name))
+    }
+
+    /// Sets whether no packet gets in by the overlay.
+    pub(super) const fn cut_off(&mut self, is_cut_off: bool) {
+        self.is_cut_off = is_cut_off;
     }
 
     /// Sends everything in order; for each, whether it came out where its destination is, or reached the node itself.
@@ -161,14 +167,11 @@ impl Node {
         self.serial += 1;
         let mark = self.serial.to_be_bytes();
         let [lan, pods, overlay] = MARKERS.map(IpAddr::from);
+        let overlay_markers = [(Side::Overlay, overlay, pods), (Side::Overlay, overlay, lan)];
+        let through_overlay = if self.is_cut_off { &[][..] } else { &overlay_markers };
         // The kernel queues the packets of a tunnel once more: they come out behind later ones.
-        for (from, source, to) in [
-            (Side::Lan, lan, pods),
-            (Side::Pods, pods, lan),
-            (Side::Lan, lan, local()[0]),
-            (Side::Overlay, overlay, pods),
-            (Side::Overlay, overlay, lan),
-        ] {
+        let direct = [(Side::Lan, lan, pods), (Side::Pods, pods, lan), (Side::Lan, lan, local()[0])];
+        for &(from, source, to) in direct.iter().chain(through_overlay) {
             self.inject(from, &Packet::new(source, to).udp(9, 9, &mark))?;
         }
         let is_marker = |identity: &Identity| {
@@ -177,7 +180,7 @@ impl Node {
         let mut assembly = Assembly::default();
         let mut buffer = vec![0; usize::from(u16::MAX) + ETHERNET];
         for (socket, (cable, ..)) in self.ends.iter().zip(SIDES) {
-            let mut markers = 2;
+            let mut markers = if self.is_cut_off { 1 } else { 2 };
             while markers > 0 {
                 let (length, _) = receive(socket, &mut buffer)?.with_context(|| {
                     format!("{markers} markers are missing on side {cable:?} after {DEADLINE:?}")

@@ -147,6 +147,7 @@ impl Worker {
                 let (direct, translated) = case.sent.split_at(case.direct);
                 let (plain, elsewhere) = direct.split_at(case.plain);
                 let explained = engine.rules()?.map(|rules| rules.ask(plain)).unwrap_or_default();
+                node.cut_off(case.policy.nodes.is_empty());
                 let mut passed = node.send(plain)?;
                 engine.forget()?;
                 passed.extend(node.send(elsewhere)?);

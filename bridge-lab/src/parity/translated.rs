@@ -74,6 +74,9 @@ pub(super) fn stories(seed: u64, of: &Policy, policy: &Policy, mut tag: u32) -> 
         let (mut flow, protocol) = endpoints::flow(&mut dice, of);
         if number >= STORIES {
             flow.destination = elsewhere::remote(&mut dice, flow.source.is_ipv4());
+            if elsewhere::is_cut_off(policy, flow.destination) {
+                continue;
+            }
         }
         let protocol = if protocol == Protocol::Udp { protocol } else { Protocol::Tcp };
         let Flow { source_port, destination_port, .. } = flow;

@@ -5,6 +5,7 @@ use std::{
     io,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -13,6 +14,9 @@ use crate::{
     interfaces::{Bindings, Observer, Selection},
     model::Topology,
 };
+
+/// An interface without address and route that is older than this is not that of a pod that is being made.
+const NEW: Duration = Duration::from_millis(300);
 
 /// Why the pods are behind other interfaces than the rules name, as of the last survey.
 #[derive(Clone, Debug, Default)]
@@ -39,9 +43,13 @@ pub(super) fn surveyor(selection: &Selection) -> io::Result<(Surveyor, Misled)> 
     let by_route = Selection { internal: Vec::new(), ..selection.clone() };
     let (mut hosted, mut bindings) = (BTreeMap::new(), Bindings::default());
     let mut forgetting = Forgetting::default();
-    let mut prefixes = BTreeSet::new();
+    let (mut prefixes, mut seen) = (BTreeSet::new(), BTreeMap::new());
     let surveyor: Surveyor = Box::new(move || {
-        let snapshot = observer.snapshot(&by_route)?;
+        let mut snapshot = observer.snapshot(&by_route)?;
+        seen.retain(|index, _| snapshot.links.contains_key(index));
+        let now = Instant::now();
+        let old = snapshot.links.keys().filter(|index| now - *seen.entry(**index).or_insert(now) >= NEW);
+        snapshot.in_use.extend(old);
         let before = std::mem::replace(&mut hosted, by_route.hosted(&snapshot, &mut bindings).pods);
         let gone: BTreeSet<IpAddr> = before
             .iter()

@@ -50,13 +50,13 @@ const OUTBOUND: &str = "BRIDGE-OUTBOUND";
 
 /// Returns the rules that enforce `policy` in the tables of `family`.
 ///
-/// Empty if the policy has no networks in that family: no packet can then be in scope.
+/// Empty if the policy has no networks in that family: no packet can then be in scope, but the outer packet of a tunnel.
 #[must_use]
 pub fn ruleset(policy: &Policy, options: &Options, family: Family) -> Ruleset {
     let of = Networks::of(policy, family);
     let node_ports = policy.node_ports.as_ref().filter(|_| !of.external.is_empty());
     let mut tables = Vec::new();
-    if !of.pods.is_empty() {
+    if !of.pods.is_empty() || !policy.pods.is_empty() && !options.topology.tunnels.is_empty() {
         tables.push(sources::table(policy, options, family, &of));
     }
     if let Some(node_ports) = node_ports {

@@ -118,10 +118,39 @@ fn interfaces_decide_who_is_believed() {
         gateways: Vec::new(),
         tunnels: vec![Tunnel::Udp(8472), Tunnel::Protocol(4)],
         tunnel_interfaces: vec!["flannel.1".into()],
+        settled: Vec::new(),
     };
     let options = Options { topology, ..Options::default() };
     insta::assert_snapshot!("topology_v4", restore_input(&policy(), &options, Family::V4));
     insta::assert_snapshot!("topology_v6", restore_input(&policy(), &options, Family::V6));
+}
+
+#[test]
+fn only_nodes_send_packets_of_tunnels_and_none_where_no_node_is_known() {
+    let topology = Topology { tunnels: vec![Tunnel::Udp(8472)], ..Topology::default() };
+    let options = Options { topology, ..Options::default() };
+    // The packet inside may be of the other family.
+    let pods = policy().pods.into_iter().filter(|net| net.addr().is_ipv4()).collect();
+    let policy = Policy {
+        nodes: Vec::new(),
+        pods,
+        external: nets(&["192.168.31.0/24"]),
+        node_ports: None,
+        ..policy()
+    };
+    for family in Family::ALL {
+        let text = restore_input(&policy, &options, family);
+        assert!(
+            text.contains("--dport 8472 -m comment --comment \"bridge:tunnel\" -j BRIDGE-TUNNEL\n"),
+            "{text}"
+        );
+        let tunnel: Vec<_> = text.lines().filter(|line| line.starts_with("-A BRIDGE-TUNNEL")).collect();
+        assert!(
+            matches!(tunnel[..], [line] if line.contains("--dst-type LOCAL") && line.ends_with("-g BRIDGE-SPOOFED")),
+            "{text}"
+        );
+        assert_eq!(text.contains("rpfilter"), family == Family::V4, "{text}");
+    }
 }
 
 #[test]

@@ -17,11 +17,17 @@ const MAPPED: &str = "::ffff:0.0.0.0/96";
 impl Renderer<'_> {
     pub(super) fn sources(&mut self, families: &[(Family, Networks); 2]) {
         self.rules.base(ENTRY, "prerouting", RAW);
-        for (family, of) in families.iter().filter(|(_, of)| !of.pods.is_empty()) {
+        let has_tunnels = !self.options.topology.tunnels.is_empty();
+        for (family, of) in families.iter().filter(|(_, of)| has_tunnels || !of.pods.is_empty()) {
             let chain = family.of("sources");
             let number = if *family == Family::V4 { "ipv4" } else { "ipv6" };
             self.rules.rule(ENTRY, format!("meta nfproto {number} goto {chain}"));
-            self.sources_of(*family, of, &chain);
+            if of.pods.is_empty() {
+                // The packet inside may be of the other family.
+                self.tunnels(*family, of, &chain);
+            } else {
+                self.sources_of(*family, of, &chain);
+            }
         }
         self.rules.chains.entry(SPOOFED.into()).or_default();
         self.log(SPOOFED);
@@ -44,29 +50,8 @@ impl Renderer<'_> {
                 rules.rule(chain, spoofed(&format!("ip6 {side} {MAPPED}")));
             }
         }
-        // Without a list of the nodes, any host may be the other end of a tunnel.
-        if !of.nodes.is_empty() && !topology.tunnels.is_empty() {
-            let (tunnel, from_node) = (family.of("tunnel"), family.of("tunnel-node"));
-            for outer in &topology.tunnels {
-                let outer = match outer {
-                    Tunnel::Udp(port) => format!("udp dport {port}"),
-                    Tunnel::Protocol(number) => format!("meta l4proto {number}"),
-                };
-                rules.rule(chain, format!("{outer} jump {tunnel}"));
-            }
-            // The packet inside would be believed: only nodes may send it.
-            for matches in among(family, "saddr", "nodes", &of.nodes) {
-                rules.rule(&*tunnel, format!("{matches} goto {from_node}"));
-            }
-            rules.rule(&*tunnel, spoofed("fib daddr type local"));
-            for matches in among(family, "daddr", "nodes", &of.nodes) {
-                rules.rule(&*tunnel, spoofed(&matches));
-            }
-            for interface in &topology.tunnel_interfaces {
-                rules.rule(&*from_node, format!("iifname {} return", quoted(interface)));
-            }
-            rules.rule(from_node, spoofed(NO_WAY_BACK));
-        }
+        self.tunnels(family, of, chain);
+        let rules = &mut self.rules;
         rules.rule(chain, spoofed(&format!("fib saddr type local {NO_WAY_BACK}")));
         // Routes to these pods lead to the gateway, and prove of an interface only that the pod is behind one of them.
         let prefixes: Vec<_> =
@@ -83,6 +68,16 @@ impl Renderer<'_> {
             let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
             let from = format!("iifname {} {unspecified}{NO_WAY_BACK}", quoted(interface));
             rules.rule(chain, format!("{from} goto {SPOOFED}"));
+        }
+        if !topology.settled.is_empty() {
+            // A pod may send its first packets before the rules name its interface.
+            let new = family.of("new-source");
+            rules.rule(chain, format!("jump {new}"));
+            for interface in topology.settled.iter().chain(&topology.internal) {
+                rules.rule(&*new, format!("iifname {} return", quoted(interface)));
+            }
+            let unspecified = if family == Family::V6 { "ip6 saddr != :: " } else { "" };
+            rules.rule(new, spoofed(&format!("{unspecified}{NO_WAY_BACK}")));
         }
         // Before the pods: a node may have an address in their networks.
         let node = family.of("node");
@@ -113,6 +108,37 @@ impl Renderer<'_> {
             for matches in among(family, "daddr", "pods", &of.pods) {
                 rules.rule(&*node, format!("{matches} {NO_WAY_BACK} goto {SPOOFED}"));
             }
+        }
+    }
+    /// Refuses packets of tunnels from other hosts than nodes: the packet inside would be believed. Where no node is known, no host
+    /// may send them.
+    fn tunnels(&mut self, family: Family, of: &Networks, chain: &str) {
+        let topology = &self.options.topology;
+        if topology.tunnels.is_empty() {
+            return;
+        }
+        let rules = &mut self.rules;
+        let spoofed = |matches: &str| format!("{matches} goto {SPOOFED}");
+        let (tunnel, from_node) = (family.of("tunnel"), family.of("tunnel-node"));
+        for outer in &topology.tunnels {
+            let outer = match outer {
+                Tunnel::Udp(port) => format!("udp dport {port}"),
+                Tunnel::Protocol(number) => format!("meta l4proto {number}"),
+            };
+            rules.rule(chain, format!("{outer} jump {tunnel}"));
+        }
+        for matches in among(family, "saddr", "nodes", &of.nodes) {
+            rules.rule(&*tunnel, format!("{matches} goto {from_node}"));
+        }
+        rules.rule(&*tunnel, spoofed("fib daddr type local"));
+        for matches in among(family, "daddr", "nodes", &of.nodes) {
+            rules.rule(&*tunnel, spoofed(&matches));
+        }
+        if !of.nodes.is_empty() {
+            for interface in &topology.tunnel_interfaces {
+                rules.rule(&*from_node, format!("iifname {} return", quoted(interface)));
+            }
+            rules.rule(from_node, spoofed(NO_WAY_BACK));
         }
     }
 }

@@ -112,6 +112,7 @@ fn in_audit_mode_no_packet_is_stopped() {
         gateways: Vec::new(),
         tunnels: vec![Tunnel::Udp(4789), Tunnel::Protocol(47)],
         tunnel_interfaces: vec!["vxlan0".into()],
+        settled: Vec::new(),
     };
     let rules = ruleset(&audited, &Options { topology, ..Options::default() });
     for (name, chain) in &rules.chains {
@@ -120,6 +121,27 @@ fn in_audit_mode_no_packet_is_stopped() {
         }
     }
     assert!(rules.chains["sources4"].rules.iter().any(|rule| rule.starts_with("iifname \"cali*\"")));
+}
+
+#[test]
+fn only_nodes_send_packets_of_tunnels_and_none_where_no_node_is_known() {
+    let topology = Topology { tunnels: vec![Tunnel::Udp(4789)], ..Topology::default() };
+    let options = Options { topology, ..Options::default() };
+    let mut policy = policy(Vec::new());
+    policy.nodes.clear();
+    // The packet inside may be of the other family.
+    policy.pods.retain(|net| matches!(net, IpNet::V4(_)));
+    let rules = ruleset(&policy, &options);
+    for family in ["4", "6"] {
+        let of = |name: &str| rules.chains[format!("{name}{family}").as_str()].rules.clone();
+        assert!(
+            of("sources").contains(&format!("udp dport 4789 jump tunnel{family}")),
+            "{:?}",
+            of("sources")
+        );
+        assert_eq!(of("tunnel"), ["fib daddr type local goto spoofed"]);
+    }
+    assert_eq!(rules.chains["sources6"].rules.len(), 1);
 }
 
 /// The element of each map that a packet would find, in the order in which the chain looks the maps up.
