@@ -8,6 +8,7 @@ mod measure;
 mod names;
 mod namespaces;
 mod networks;
+mod node_name;
 mod outage;
 mod pool;
 mod resources;

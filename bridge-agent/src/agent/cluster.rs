@@ -33,7 +33,7 @@ impl Agent {
         };
         let start = Instant::now();
         let there = self.cluster.as_ref().map(|following| &following.follower);
-        let fresh = match there.filter(|follower| follower.is_for(file)) {
+        let fresh = match there.filter(|follower| follower.is_for(file) && !follower.can_begin()) {
             Some(_) => None,
             None => {
                 let (engines, state) = (self.shared.engines(), self.state.lasting());
@@ -83,6 +83,9 @@ impl Agent {
     /// configuration is on trial the change reaches that, and the one before it, which may return any time.
     pub(super) fn cluster_changed(&mut self) {
         let Some(mut following) = self.cluster.take() else { return };
+        if following.follower.can_begin() {
+            self.begin(&mut following);
+        }
         let start = Instant::now();
         let (mut planned, version) = unknown_cluster::plan(&following.follower, &following.file);
         let planning = start.elapsed();
@@ -125,5 +128,22 @@ impl Agent {
             following.trimmed = Instant::now();
         }
         self.cluster = Some(following);
+    }
+    /// Follows the cluster, after this node had no valid name.
+    fn begin(&self, following: &mut Following) {
+        let Some(section) = &following.file.kubernetes else { return };
+        let (file, engines, state) = (&following.file, self.shared.engines(), self.state.lasting());
+        let begun = Follower::start(file, section, engines.clone(), state)
+            .or_else(|error| Follower::start_later(file, section, engines, state, error));
+        match begun {
+            Ok(follower) => {
+                tracing::info!("this node has a name in the cluster now, and follows it");
+                self.shared.set_kubernetes(Some(follower.view()));
+                following.follower = follower;
+            }
+            Err(error) => {
+                tracing::error!(%error, "the cluster cannot be followed yet; the agent tries again")
+            }
+        }
     }
 }

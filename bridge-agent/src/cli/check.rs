@@ -51,6 +51,10 @@ impl Check {
         if let Some(problem) = config.api.occupied() {
             return Err(ConfigErrors::of_file(name, problem).into());
         }
+        let misnamed = || config.kubernetes.as_ref().filter(|_| config.role == Role::Node)?.misnamed();
+        if let Some(problem) = misnamed() {
+            return Err(ConfigErrors::of_file(name, problem).into());
+        }
         if let Some(cases) = &self.expect {
             print_diagnostics(&warnings)?;
             return expect(cases, &config, global);

@@ -10,6 +10,7 @@ use super::{
     error::Error,
     global::Global,
     output::{print, print_json},
+    values::socket_address,
 };
 use crate::{
     kubectl::Access,
@@ -39,8 +40,13 @@ pub(super) struct Listen {
     listen: SocketAddr,
 }
 
+/// An address and a port as the configuration has them; port 0, too.
 fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| "write an address and a port, such as 127.0.0.1:9470 or [::1]:9470".to_owned())
+    let free = text.strip_suffix(":0").map(|host| socket_address(&format!("{host}:1")));
+    match free {
+        Some(address) => address.map(|address| SocketAddr::new(address.ip(), 0)),
+        None => socket_address(text),
+    }
 }
 
 impl Ui {
@@ -65,4 +71,51 @@ pub(super) fn serve(Listen { listen }: &Listen, source: Source, json: bool) -> R
         }
         match page.serve().await {}
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::address;
+
+    #[test]
+    fn odd_addresses_to_listen_on_are_refused_with_a_remedy() {
+        for (text, meaning) in [
+            ("127.0.0.1:9470", "127.0.0.1:9470"),
+            ("[::1]:9470", "[::1]:9470"),
+            ("127.0.0.1:0", "127.0.0.1:0"),
+            ("[::1]:0", "[::1]:0"),
+            ("[0:0:0:0:0:0:0:01]:80", "[::1]:80"),
+        ] {
+            assert_eq!(address(text).unwrap().to_string(), meaning, "{text:?}");
+        }
+        for text in [
+            "",
+            ":",
+            ":0",
+            "0",
+            "9470",
+            ":9470",
+            "127.0.0.1",
+            "127.0.0.1:",
+            "127.0.0.1:09470",
+            "127.0.0.1:00",
+            "0127.0.0.1:0",
+            "127.0.0.01:9470",
+            "[::1]:09470",
+            "::1:9470",
+            "127.0.0.1:65536",
+            "127.0.0.1:+80",
+            "127.0.0.1: 80",
+            " 127.0.0.1:80",
+            "127.0.0.1:80\n",
+            "127.0.0.1:0x50",
+            "localhost:9470",
+            "127.0.0.1:\u{663}",
+            "224.0.0.1:9470",
+            "*:9470",
+        ] {
+            let error = address(text).expect_err(text);
+            assert!(error.contains("write "), "{text:?}: {error}");
+        }
+    }
 }

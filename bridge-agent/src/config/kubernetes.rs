@@ -59,6 +59,11 @@ pub enum PodNetworks {
     Cilium,
 }
 
+/// The variable that names the node.
+pub(crate) const NODE_VARIABLE: &str = "NODE_NAME";
+/// A name that is no name is repeated up to this number of characters.
+const SHOWN: usize = 64;
+
 /// Checks the name of a node in the cluster.
 pub(crate) fn check_node_name(name: &str) -> Result<(), Problem> {
     if is_subdomain(name) {
@@ -66,10 +71,30 @@ pub(crate) fn check_node_name(name: &str) -> Result<(), Problem> {
     }
     let help =
         "write the name that `kubectl get nodes` shows: lower-case letters, digits, `-` and `.`, at most 253";
-    Err(Problem::new(format!("{name:?} is not the name of a node"), help))
+    let (shown, more) = match name.char_indices().nth(SHOWN) {
+        Some((end, _)) => (&name[..end], "..."),
+        None => (name, ""),
+    };
+    Err(Problem::new(format!("{shown:?}{more} is not the name of a node"), help))
+}
+
+/// Returns the variable that names the node, unless it is empty.
+pub(crate) fn node_variable() -> Option<String> {
+    let name = std::env::var_os(NODE_VARIABLE)?;
+    (!name.is_empty()).then(|| name.to_string_lossy().into_owned())
 }
 
 impl Kubernetes {
+    /// Returns why the environment names no node, if the section leaves that to it.
+    pub(crate) fn misnamed(&self) -> Option<Problem> {
+        let name = if self.node_name.is_some() { None } else { node_variable() };
+        let problem = check_node_name(&name?).err()?;
+        Some(Problem::new(
+            format!("by the variable {NODE_VARIABLE}, {}", problem.message),
+            format!("{}; or write `kubernetes: {{nodeName: NAME}}`", problem.help),
+        ))
+    }
+
     pub(crate) fn check(&self, path: &Path<'_>, report: &mut Report<'_>) {
         if let Some(problem) = self.node_name.as_deref().and_then(|name| check_node_name(name).err()) {
             report.error(&path.key("nodeName"), problem);

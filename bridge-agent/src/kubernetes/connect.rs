@@ -17,7 +17,7 @@ use tower::util::MapRequestLayer;
 
 use super::plugin::{MAX_OUTPUT, TOO_MUCH, limit_plugins};
 use super::thread::PLUGIN_DEADLINE;
-use crate::config::{Kubernetes, check_node_name, leaf::Problem, ports::one_port};
+use crate::config::{Kubernetes, check_node_name, leaf::Problem, node_variable, ports::one_port};
 use crate::kernel::{
     files::{self, MAX_SMALL, is_refusal, read_regular_text},
     lock::lock,
@@ -321,16 +321,21 @@ fn bypasses_proxy(server: &Uri, list: &str) -> bool {
 
 /// The name of this node in the cluster.
 pub(super) fn node_name(section: &Kubernetes) -> Result<String, Error> {
-    if let Some(name) = section.node_name.clone() {
-        return Ok(name);
+    match &section.node_name {
+        Some(name) => Ok(name.clone()),
+        None => named_by(node_variable(), || std::fs::read_to_string("/proc/sys/kernel/hostname")),
     }
-    let (origin, name) = match std::env::var_os("NODE_NAME") {
-        Some(name) if !name.is_empty() => ("the variable NODE_NAME", name.to_string_lossy().into_owned()),
+}
+
+/// The name of this node by a variable, else by the host name.
+fn named_by(
+    variable: Option<String>,
+    host_name: impl FnOnce() -> io::Result<String>,
+) -> Result<String, Error> {
+    let (origin, name) = match variable {
+        Some(name) => ("the variable NODE_NAME", name),
         // As kubelet does.
-        _ => {
-            let name = std::fs::read_to_string("/proc/sys/kernel/hostname").map_err(Error::HostName)?;
-            ("the host name", name.trim().to_lowercase())
-        }
+        None => ("the host name", host_name().map_err(Error::HostName)?.trim().to_lowercase()),
     };
     match check_node_name(&name) {
         Ok(()) => Ok(name),
@@ -426,6 +431,73 @@ mod tests {
         }
         // The files are right; the variables of a pod are missing.
         assert!(error().contains("no service account") && !error().contains("it is"), "{}", error());
+    }
+
+    #[test]
+    fn odd_names_of_a_node_are_refused_with_a_remedy() {
+        let by = |variable: Option<&str>, host: &str| {
+            named_by(variable.map(str::to_owned), || Ok(host.to_owned())).map_err(|error| error.to_string())
+        };
+        for (variable, host, name) in [
+            (Some("node-1"), "other", "node-1"),
+            (Some("0"), "", "0"),
+            (Some("a.b-c.example"), "", "a.b-c.example"),
+            (None, "node-1\n", "node-1"),
+            // As kubelet does.
+            (None, " Node-1.Example \n", "node-1.example"),
+        ] {
+            assert_eq!(by(variable, host).unwrap(), name);
+        }
+        let (long, longer) = ("a".repeat(254), "x\u{e4}".repeat(60_000));
+        for odd in [
+            " ",
+            "Node-1",
+            "node_1",
+            "node-1 ",
+            "node 1",
+            "node-1\n",
+            "-",
+            "-a",
+            "a-",
+            ".",
+            "a..b",
+            "a.",
+            ".a",
+            "a/b",
+            "../a",
+            "a,b=c",
+            "n\u{f6}de",
+            "a\u{202e}b",
+            "\u{663}",
+            "\u{fffd}",
+            "$(NODE)",
+            "%s",
+            "--help",
+            "*",
+            "a\u{1b}[31m",
+            &long,
+            &longer,
+        ] {
+            let error = by(Some(odd), "node-1").expect_err(odd);
+            assert!(
+                error.contains("by the variable NODE_NAME") && error.contains("write the name that"),
+                "{odd:?}: {error}"
+            );
+            assert!(
+                error.contains("`kubernetes: {nodeName: NAME}`") && error.len() < 1000,
+                "{odd:?}: {error}"
+            );
+            assert!(!error.chars().any(char::is_control), "{odd:?}: {error:?}");
+        }
+        for odd in ["", "\n", "(none)", "node_1", "a b", "localhost:80"] {
+            let error = by(None, odd).expect_err(odd);
+            assert!(
+                error.contains("by the host name") && error.contains("nodeName: NAME"),
+                "{odd:?}: {error}"
+            );
+        }
+        let unread = named_by(None, || Err(io::ErrorKind::InvalidData.into())).unwrap_err().to_string();
+        assert!(unread.contains("host name cannot be read") && unread.contains("nodeName: NAME"), "{unread}");
     }
 
     #[test]

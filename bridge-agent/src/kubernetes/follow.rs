@@ -106,7 +106,7 @@ impl Follower {
     }
 
     /// As [`start`](Self::start), after `error`: a file that is missing or wrong is read again, and again. Without the name of
-    /// the node, nothing is followed until the agent starts again.
+    /// the node, nothing is followed until [`Self::can_begin`].
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -123,7 +123,7 @@ impl Follower {
                 Err(_) => {
                     return Self::start_with(None, None, config, section, |state| {
                         state.failed(CONNECTION, error.to_string(), false);
-                        std::future::pending::<()>()
+                        until_named(section.clone(), state.clone())
                     });
                 }
             },
@@ -187,6 +187,11 @@ impl Follower {
         config.kubernetes.as_ref() == Some(&self.section) && config.role == self.role
     }
 
+    /// Returns whether it follows nothing since this node had no valid name, and the node has one now.
+    pub(crate) fn can_begin(&self) -> bool {
+        self.role == Role::Node && self.node.is_none() && connect::node_name(&self.section).is_ok()
+    }
+
     /// Combines the configuration file with the known state.
     pub(crate) fn plan(&self, file: &Config) -> (Planned, u64) {
         // First: a change that comes meanwhile is planned now or announced again, and never lost.
@@ -203,11 +208,14 @@ impl Follower {
         self.state.is_known()
     }
 
-    /// Waits until there is something new, all of it is known, and a pause has passed. Can be dropped at any time.
+    /// Waits until there is something new, all of it is known or [`Self::can_begin`], and a pause has passed. Can be dropped at any
+    /// time.
     pub(crate) async fn changed(&mut self) {
-        let (applied, state) = (self.applied, &self.state);
+        let (applied, mut seen) = (self.applied, self.seen.clone());
+        let is_due =
+            |version: &u64| Some(*version) != applied && (self.state.is_synced() || self.can_begin());
         // The sender is kept by the state.
-        drop(self.seen.wait_for(|version| Some(*version) != applied && state.is_synced()).await);
+        drop(seen.wait_for(is_due).await);
         tokio::time::sleep_until(self.not_before.into()).await;
     }
 
@@ -285,6 +293,15 @@ fn expected(role: Role, section: &Kubernetes) -> Vec<&'static str> {
     .into_iter()
     .filter_map(|(wanted, name)| wanted.then_some(name))
     .collect()
+}
+
+/// Waits until this node has a valid name, and announces it.
+async fn until_named(section: Kubernetes, state: State) {
+    while let Err(error) = connect::node_name(&section) {
+        state.failed(CONNECTION, error.to_string(), false);
+        tokio::time::sleep(RETRY).await;
+    }
+    state.change(|_| true);
 }
 
 /// Connects, follows, and connects again when the API server refuses our credentials.
