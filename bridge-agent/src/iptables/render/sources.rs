@@ -68,7 +68,7 @@ fn tunnels(topology: &Topology, of: &Networks) -> (Vec<Line>, Vec<Chain>) {
     (entry.collect(), chains)
 }
 
-/// Lines that return what comes out of a tunnel.
+/// Returns lines that pass the packets of tunnel interfaces.
 fn inside(topology: &Topology) -> Vec<Line> {
     let inside = topology.tunnel_interfaces.iter();
     inside.map(|name| line(&format!(" -i {name}"), "bridge:tunnel", "-j RETURN")).collect()
