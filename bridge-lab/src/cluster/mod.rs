@@ -5,6 +5,7 @@
 //! tests open sockets in a pod's network namespace ([`Cluster::pod`]). All of it goes when the [`Cluster`] is dropped, or, if
 //! its process was killed, when the next lab is built.
 
+mod cilium;
 mod images;
 mod node;
 mod pki;
@@ -65,15 +66,8 @@ pub enum Cni {
     Ptp,
     /// A bridge `cni0` for all pods, as flannel and kubeadm have it.
     Bridge,
-}
-
-impl Cni {
-    const fn plugin(self) -> &'static str {
-        match self {
-            Self::Ptp => "ptp",
-            Self::Bridge => "bridge",
-        }
-    }
+    /// Cilium's agent, native routing or its own VXLAN overlay.
+    Cilium,
 }
 
 /// The shape of a cluster.
@@ -117,6 +111,8 @@ impl Default for Options {
 pub struct Cluster {
     options: Options,
     programs: Programs,
+    /// The folder of Cilium, if it is the CNI plugin.
+    cilium: Option<PathBuf>,
     pki: Pki,
     folder: PathBuf,
     nodes: Vec<Node>,
@@ -139,6 +135,7 @@ impl Cluster {
     /// A program is missing, or does not become ready; with the ends of the logs.
     pub fn up(options: Options) -> Result<Self> {
         let programs = Programs::find(&options.version)?;
+        let cilium = (options.cni == Cni::Cilium).then(programs::cilium).transpose()?;
         let lab = Lab::builder().second_host().nodes(options.nodes).pods(0).build()?;
         let folder = lab.directory().join("cluster");
         fs::create_dir_all(folder.join("images"))?;
@@ -148,6 +145,7 @@ impl Cluster {
         let mut this = Self {
             options,
             programs,
+            cilium,
             pki,
             folder,
             nodes: Vec::new(),
@@ -231,6 +229,11 @@ impl Cluster {
         scheduler.push("--leader-elect=false".to_owned());
         self._controllers =
             vec![self.start("kube-controller-manager", &manager)?, self.start("kube-scheduler", &scheduler)?];
+        if let Some(cilium) = &self.cilium {
+            let operator = cilium.join("bin/cilium-operator");
+            let arguments = cilium::operator(&self.pki.kubeconfig("admin"));
+            self._controllers.push(self.start_program(&operator, "cilium-operator", &arguments)?);
+        }
         let binding = ["create", "clusterrolebinding", "kube-proxy", "--clusterrole=system:node-proxier"];
         self.kubectl(&[&binding[..], &["--user=system:kube-proxy"]].concat()).map(drop)
     }
@@ -240,6 +243,7 @@ impl Cluster {
         let plan = node::Plan {
             lab: &self.lab,
             programs: &self.programs,
+            cilium: self.cilium.as_deref(),
             pki: &self.pki,
             options: &self.options,
             folder: &self.folder,
@@ -249,27 +253,31 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until every node is Ready, and sets its pod networks.
+    /// Sets the pod networks of every node, and waits until it is Ready.
     fn wait_for_nodes(&mut self) -> Result<()> {
         let wanted = self.nodes.len();
+        let mut without_networks: Vec<usize> = (0..wanted).collect();
         let mut dead = None;
         eventually(STARTING, || {
             dead = self.nodes.iter_mut().find_map(|node| (!node.is_alive()).then(|| node.name.clone()));
+            // kubelet registers the node. Cilium's agent, which makes it Ready, waits for the networks.
+            without_networks.retain(|index| self.set_pod_networks(*index).is_err());
             let nodes = self.get("nodes").ok()?;
             let ready = nodes["items"].as_array()?.iter().filter(|node| condition(node, "Ready")).count();
-            (ready == wanted || dead.is_some()).then_some(())
+            (ready == wanted && without_networks.is_empty() || dead.is_some()).then_some(())
         })
         .with_context(|| format!("not every node becomes Ready:\n{}", self.logs()))?;
         if let Some(name) = dead {
             bail!("{name} ended:\n{}", self.logs());
         }
-        for index in 0..wanted {
-            let number = u8::try_from(index)?;
-            let networks = Family::BOTH.map(|family| self.lab.pod_network(number, family).to_string());
-            let patch = json!({"spec": {"podCIDR": networks[0], "podCIDRs": networks}}).to_string();
-            self.kubectl(&["patch", "node", &node_name(index), "--patch", &patch])?;
-        }
         Ok(())
+    }
+
+    fn set_pod_networks(&self, index: usize) -> Result<()> {
+        let number = u8::try_from(index)?;
+        let networks = Family::BOTH.map(|family| self.lab.pod_network(number, family).to_string());
+        let patch = json!({"spec": {"podCIDR": networks[0], "podCIDRs": networks}}).to_string();
+        self.kubectl(&["patch", "node", &node_name(index), "--patch", &patch]).map(drop)
     }
 
     /// Installs bridge by `kubectl apply -k` of an overlay over `deploy/kubernetes`, and waits until each agent is ready.
@@ -492,8 +500,17 @@ impl Cluster {
 
     /// Starts a program of the control plane on the first node; its output goes to a log.
     fn start(&self, name: &str, arguments: &[impl AsRef<std::ffi::OsStr>]) -> Result<Process> {
+        self.start_program(&self.programs.path(name), name, arguments)
+    }
+
+    fn start_program(
+        &self,
+        program: &Path,
+        name: &str,
+        arguments: &[impl AsRef<std::ffi::OsStr>],
+    ) -> Result<Process> {
         let log = File::options().create(true).append(true).open(self.folder.join("log").join(name))?;
-        let mut command = Command::new(self.programs.path(name));
+        let mut command = Command::new(program);
         command.args(arguments).current_dir(&self.pki).stdin(Stdio::null());
         command.stdout(log.try_clone()?).stderr(log);
         self.lab.b().netns.spawn_command(command).with_context(|| format!("start {name}"))

