@@ -22,17 +22,17 @@ use bridge_lab::{
 use serde_json::{Value, json};
 
 /// Port that a policy allows, in pods and on the LAN host; the next one is allowed to none.
-const PORT: u16 = 8080;
+pub(crate) const PORT: u16 = 8080;
 /// Time between two datagrams of a flow: a receiver that is kept from running for a second loses none.
 const PACE: Duration = Duration::from_millis(5);
 /// How long an allowed connection may take, and an event.
-const DEADLINE: Duration = Duration::from_secs(5);
-const EVENT: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const EVENT: Duration = Duration::from_secs(120);
 /// Traffic continues this long after an event, for delayed effects.
 const AFTER: Duration = Duration::from_secs(1);
 
 /// A flow in one direction and family, with the receivers of its allowed and of its denied datagrams.
-struct Way {
+pub(crate) struct Way {
     name: String,
     from: Netns,
     to: SocketAddr,
@@ -52,6 +52,11 @@ impl Way {
             denied: udp::Server::echo(server, other)?,
             _tcp: [tcp::Server::echo(server, to)?, tcp::Server::echo(server, other)?],
         })
+    }
+
+    /// Whether a connection to the allowed port opens.
+    pub(crate) fn is_open(&self) -> Result<bool> {
+        Ok(tcp::Client::new(&self.from).deadline(DEADLINE).connect(self.to)?.succeeded())
     }
 
     fn denied(&self) -> SocketAddr {
@@ -98,7 +103,7 @@ fn send(from: &Netns, to: SocketAddr, denied: SocketAddr, stop: &AtomicBool) -> 
 
 /// Runs `event` while every way carries traffic, and fails with the name of the event if a datagram or connection that is
 /// allowed was lost, or one that is not came through.
-fn under_traffic<T>(name: &str, ways: &[Way], event: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn under_traffic<T>(name: &str, ways: &[Way], event: impl FnOnce() -> Result<T>) -> Result<T> {
     let stop = Arc::new(AtomicBool::new(false));
     let before: Vec<_> =
         ways.iter().map(|way| (way.allowed.received().len(), way.denied.received().len())).collect();
@@ -139,7 +144,7 @@ fn under_traffic<T>(name: &str, ways: &[Way], event: impl FnOnce() -> Result<T>)
     Ok(result)
 }
 
-fn policy(cluster: &Cluster) -> Value {
+pub(crate) fn policy(cluster: &Cluster) -> Value {
     let host = cluster.allowed_host();
     let rule = |direction: &str, protocol: &str| {
         json!({
@@ -155,7 +160,7 @@ fn policy(cluster: &Cluster) -> Value {
     })
 }
 
-fn ways(cluster: &Cluster, pod: &Pod) -> Result<Vec<Way>> {
+pub(crate) fn ways(cluster: &Cluster, pod: &Pod) -> Result<Vec<Way>> {
     let host = cluster.allowed_host();
     let mut ways = Vec::new();
     for family in Family::BOTH {
@@ -172,7 +177,7 @@ fn ways(cluster: &Cluster, pod: &Pod) -> Result<Vec<Way>> {
 }
 
 /// Restarts a program of a node, and waits until it runs again and the node is Ready.
-fn restarted(cluster: &Cluster, index: usize, program: &str) -> Result<()> {
+pub(crate) fn restarted(cluster: &Cluster, index: usize, program: &str) -> Result<()> {
     let node = &cluster.nodes()[index];
     let file = node.manifests().with_file_name(format!("{program}.pid"));
     let pid = || std::fs::read_to_string(&file).unwrap_or_default();
@@ -235,9 +240,7 @@ fn nothing_is_lost_and_nothing_leaks_while_the_parts_of_a_cluster_come_and_go() 
     cluster.apply_policies(&[policy(&cluster)])?;
     let ways = ways(&cluster, &pod)?;
     let reaches = || {
-        let all = ways.iter().all(|way| {
-            tcp::Client::new(&way.from).deadline(DEADLINE).connect(way.to).is_ok_and(|a| a.succeeded())
-        });
+        let all = ways.iter().all(|way| way.is_open().unwrap_or_default());
         all.then_some(())
     };
     eventually(EVENT, reaches).context("the policy does not reach the pod's node")?;

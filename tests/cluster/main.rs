@@ -2,6 +2,7 @@
 //!
 //! Each test brings up one cluster of a shape, and plays every scene in it with each choice of engines.
 
+mod cilium;
 mod explain;
 mod life;
 mod page;
