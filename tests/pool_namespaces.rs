@@ -1,7 +1,8 @@
 //! A pod that makes network namespaces, or keeps its slots and ports, leaves as many to other pods.
 
 use std::{
-    collections::BTreeSet, fs, os::unix::fs::MetadataExt as _, path::Path, process::Stdio, time::Duration,
+    collections::BTreeSet, fs, io::Write as _, os::unix::fs::MetadataExt as _, path::Path, process::Stdio,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -275,4 +276,91 @@ fn the_quota_counts_ports_that_are_kept_from_others_in_all_namespaces_of_a_pod()
     ensure!(text == "4", "{text}");
     end(hostile)?;
     end(other)
+}
+
+/// The kernel does not change the port of a socket that is connected again: it must be free there.
+#[test]
+fn a_udp_socket_is_connected_again_to_a_destination_that_another_pod_has_filled() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = vec![PortRange { first: 61001, last: 61512 }];
+    let settings = Settings { ports, destinations, bind_udp: false, ..Settings::default() };
+    let mut stand = Stand::new(&lab, &settings)?;
+    let victims = second_group(&lab, &mut stand)?;
+    let udp = "def udp(port):\n    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    s.connect(('192.168.31.200', port))\n    return s\n";
+    // The first ones are there before, the others come after.
+    let script = format!(
+        "{udp}early = [udp(53) for _ in range(8)]\nprint(len(early), flush=True)\nsys.stdin.readline()\n\
+         def again(s): s.connect(('192.168.31.200', 54))\nresults = [code(lambda: again(s)) for s in early]\n\
+         for s in early: s.close()\ndef late():\n    with udp(53) as s: again(s)\n\
+         results += [code(late) for _ in range(20)]\nprint(json.dumps([n for n, x in enumerate(results) if x != 'connected']), flush=True)"
+    );
+    let (mut victim, text) = hold(&lab.c2().netns, &victims, &script)?;
+    ensure!(text == "8", "{text}");
+    // The share of the pod, of which no namespace has more than three quarters.
+    let script = "held = []\ndef one():\n    held.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))\n    held[-1].connect(('192.168.31.200', 54))\n\
+         for netns in range(8):\n    if netns: assert ctypes.CDLL(None).unshare(0x40000000) == 0\n    \
+         while code(one) != 'EADDRNOTAVAIL': pass\n    held.pop()\nprint(len(held), flush=True)";
+    let (hostile, text) = hold(&lab.c1().netns, &stand.cgroup, script)?;
+    ensure!(text == "480", "{text} of 512 ports");
+    writeln!(victim.child().stdin.as_mut().context("a pipe")?)?;
+    let text = line(&mut victim)?;
+    ensure!(text == "[]", "{text}: refused, of 8 early ones and 20 late ones");
+    end(victim)?;
+    end(hostile)
+}
+
+/// Makes one network namespace after the other, in which the address of the destination answers with an RST, and connects from
+/// each.
+const NAMESPACES: &str = r"
+import fcntl, os, struct
+def address(to):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        fcntl.ioctl(s, 0x8916, struct.pack('16sHH4s8x', b'lo', 2, 0, socket.inet_aton(to)))
+        fcntl.ioctl(s, 0x8914, struct.pack('16sH', b'lo', 0x49))
+def storm(to, port):
+    assert ctypes.CDLL(None).unshare(0x40000000) == 0
+    address(to)
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        for _ in range(4):
+            with socket.socket(socket.AF_INET, kind) as s: code(lambda: s.connect((to, port)))
+";
+
+/// A namespace whose slot goes to another destination leaves its ports to all.
+#[test]
+fn a_storm_of_namespaces_and_destinations_fails_no_connect_of_another_pod() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let destinations = vec!["192.168.31.0/24".parse()?];
+    let ports = vec![PortRange { first: 61001, last: 61064 }];
+    let settings = Settings { ports, destinations, ..Settings::default() };
+    let mut stand = Stand::new(&lab, &settings)?;
+    let victims = second_group(&lab, &mut stand)?;
+    let _server = serve(&lab.a().netns, 8080)?;
+    let to = lab.a().v4;
+    // One socket takes slots for as many destinations as it may, again and again, beside new namespaces.
+    let script = format!(
+        "{NAMESPACES}import itertools, select\nports = itertools.cycle(range(1, 60000))\n\
+         def spread(n):\n    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n    for port in itertools.islice(ports, n): code(lambda: one.connect(('192.168.31.200', port)))\n\
+         spread(32000)\nprint('ready', flush=True)\nn = 0\n\
+         while not select.select([0], [], [], 0)[0]:\n    storm('{to}', 8080)\n    spread(2000)\n    n += 1\nprint(n, flush=True)"
+    );
+    let (mut storm, _) = hold(&lab.c1().netns, &stand.cgroup, &script)?;
+    let script = format!(
+        "import time\nheld = []\ndef one(n):\n    s = socket.socket()\n    held.append(s)\n    s.settimeout(10)\n    s.bind(('', 0))\n    \
+         s.connect(('{to}', 8080))\n    while len(held) > n // 340: held.pop(0).close()\n    time.sleep(0.01)\n\
+         results = [code(lambda: one(n)) for n in range(1020)]\nprint(json.dumps({{x: results.count(x) for x in set(results)}}), flush=True)"
+    );
+    let (victim, text) = hold(&lab.c2().netns, &victims, &script)?;
+    end(victim)?;
+    drop(storm.child().stdin.take());
+    let namespaces: u32 = line(&mut storm)?.parse()?;
+    ensure!(namespaces > 0);
+    end(storm)?;
+    let mut recovered = 0;
+    for _ in 0..2 {
+        recovered += stand.pool.sweep(|_, _| false)?.recovered;
+    }
+    ensure!(recovered == 0, "{recovered} ports had got lost");
+    ensure!(text == "{\"connected\": 1020}", "{text}");
+    Ok(())
 }

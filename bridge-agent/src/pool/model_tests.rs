@@ -98,7 +98,7 @@ impl Tables for Private {
         !map.contains_key(owner) && map.insert(*owner, slot).is_none()
     }
     fn share(&self, key: u64) -> u64 {
-        lock(&self.shares).get(&key).copied().unwrap_or(0)
+        shares::known(lock(&self.shares).get(&key).copied().unwrap_or(0))
     }
     fn extend_share(&self, key: u64) -> u64 {
         let mut shares = lock(&self.shares);

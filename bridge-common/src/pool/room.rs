@@ -1,9 +1,9 @@
 //! Room for one more destination or namespace: slots that are idle are taken away.
 
-use super::slots::{Tables, depart, free_slot};
+use super::slots::{Tables, depart, free_slot, template};
 use super::{
-    ALL_SLOTS, CURSOR, Destination, FIRST_SLOT, FREE_SLOTS, Owner, Refusal, SLOT_CLOSED, SLOT_OPEN,
-    SLOT_PINNED, shares,
+    ALL_SLOTS, CURSOR, Destination, FIRST_SLOT, FREE_SLOTS, MAX_WORDS, Owner, Refusal, SLOT_CLOSED,
+    SLOT_OPEN, SLOT_PINNED, shares,
 };
 
 /// With fewer free slots than this, a namespace within its share takes idle slots of any other.
@@ -227,6 +227,7 @@ pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
     tables.reduce_share(shares::ALL_DESTINATIONS, 1);
     tables.reduce_share(shares::namespace(netns_cookie), 1);
     tables.reduce_share(shares::group(group), 1);
+    tables.free_warm(slot, destination);
     let owned = tables.load(tables.geometry().owned(slot));
     tables.reduce_share(shares::ports(group, destination), owned);
     tables.reduce_share(shares::all_ports(destination), owned);
@@ -240,6 +241,46 @@ pub fn take_away<T: Tables + ?Sized>(tables: &T, slot: u32) {
         } else {
             reopen(tables, destination);
         }
+    }
+}
+
+/// Makes the warm ports of an owner's slot, which the caller has closed, free for every namespace at its destination, as far as they
+/// are in the pool.
+#[inline(always)]
+pub fn free_warm<T: Tables + ?Sized>(tables: &T, slot: u32, destination: u32) {
+    let geometry = tables.geometry();
+    let warm = geometry.free(slot);
+    let mut group = 0;
+    while group < MAX_WORDS / 64 {
+        if group >= warm.summary {
+            break;
+        }
+        if tables.load(warm.at + group) != 0 {
+            tables.free_warm_group(slot, destination, group);
+        }
+        group += 1;
+    }
+}
+
+/// [`free_warm`] for the words of one summary word.
+#[inline(always)]
+pub fn free_warm_group<T: Tables + ?Sized>(tables: &T, slot: u32, destination: u32, group: u32) {
+    let geometry = tables.geometry();
+    let template = template(&Destination::from_words(key_of(tables, destination)));
+    let (warm, free) = (geometry.free(slot), geometry.free(destination));
+    let mut at = 0;
+    while at < 64 {
+        let word = group * 64 + at;
+        if word >= geometry.words {
+            break;
+        }
+        // Taken away here before it is set there.
+        let ports = tables.fetch_and(warm.word(word), 0) & tables.load(geometry.free(template).word(word));
+        if ports != 0 {
+            tables.fetch_or(free.word(word), ports);
+            tables.fetch_or(free.at + group, 1 << at);
+        }
+        at += 1;
     }
 }
 

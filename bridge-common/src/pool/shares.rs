@@ -45,6 +45,19 @@ pub const fn bound(netns_cookie: u64) -> u64 {
     1 << NAME_BITS | netns_cookie & NAME
 }
 
+/// Whether a key is one of [`bound`].
+#[must_use]
+pub const fn is_bound(key: u64) -> bool {
+    key >> NAME_BITS == 1
+}
+
+/// Returns a count as it is known: one below zero is an error of counting, which the agent corrects.
+#[inline(always)]
+#[must_use]
+pub const fn known(count: u64) -> u64 {
+    if count.cast_signed() < 0 { 0 } else { count }
+}
+
 /// Key of the number of destinations that a group has slots for.
 #[inline(always)]
 #[must_use]

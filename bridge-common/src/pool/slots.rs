@@ -6,8 +6,8 @@
 
 use super::bitmap::{self, Bitmap, Memory};
 pub use super::room::{
-    MAX_SAMPLE, Room, Search, close, evict, find_room, group_of, has_key, make_room, owner_key, pin, reopen,
-    take_away, unpin,
+    MAX_SAMPLE, Room, Search, close, evict, find_room, free_warm, free_warm_group, group_of, has_key,
+    make_room, owner_key, pin, reopen, take_away, unpin,
 };
 use super::{
     ALLOCATOR, Destination, FREE_SLOTS, Geometry, Owner, Refusal, SLOT_CLOSED, SLOT_OPEN, TEMPLATE_EMPTY,
@@ -92,6 +92,16 @@ pub trait Tables: Memory {
     /// [`evict`].
     fn evict(&self, slot: u32) -> bool {
         evict(self, slot)
+    }
+
+    /// [`free_warm`].
+    fn free_warm(&self, slot: u32, destination: u32) {
+        free_warm(self, slot, destination);
+    }
+
+    /// [`free_warm_group`].
+    fn free_warm_group(&self, slot: u32, destination: u32, group: u32) {
+        free_warm_group(self, slot, destination, group);
     }
 
     /// [`begin_fresh`].

@@ -27,15 +27,18 @@ use crate::{
     uses::{add_connection, expected, load, process},
 };
 
-/// Turns of [`search_turn`] that take any free port; the turns after them try each port of the pool once.
-const QUICK_TURNS: u32 = 16;
+/// Turns of [`search_turn`] that claim a random port, and pass over one that another socket has, towards another destination: the
+/// same socket may connect to one destination after the other, and its port stays the same. It should be free where one was
+/// refused lately.
+const UNUSED_TURNS: u32 = 8;
 /// Turns that pass over a port whose last connection is just about to end.
 const SETTLE_TURNS: u32 = 4;
-/// Turns that pass over a port that another socket has, towards another destination: programs connect a UDP socket to one
-/// destination after the other, and its port stays the same. It should be free where one was refused lately. A TCP socket is
-/// seldom connected again.
-const UNUSED_TURNS_UDP: u32 = QUICK_TURNS - 1;
-const UNUSED_TURNS_TCP: u32 = QUICK_TURNS / 2;
+/// Turns after them for UDP, one for each of this many ports at most, that look for a port that no other socket has. A pod leaves a
+/// sixteenth of the ports of a destination to others: one of them is nearly always among this many. A TCP socket is seldom
+/// connected again.
+const SCAN_TURNS: u32 = 128;
+/// Turns after them that claim any free port; the turns after those try each port of the pool once.
+const ANY_TURNS: u32 = 8;
 const EADDRINUSE: i64 = 98;
 
 /// `struct sockaddr_in`.
@@ -71,8 +74,10 @@ struct Search {
     /// Of UDP: [`expected`].
     expected: u64,
     seat: Seat,
-    /// The port where the second phase begins.
+    /// The port where a search in order begins.
     start: u32,
+    /// Turns that look for a port that no other socket has, after the random ones.
+    scan: u32,
     /// The result: a port, counted from the base, or [`NOT_FOUND`].
     index: u32,
     /// The slot that it was taken from.
@@ -115,6 +120,7 @@ pub(crate) fn claim_and_bind(
         seat,
         // SAFETY: the helper takes no argument.
         start: unsafe { bpf_get_prandom_u32() } % ports.max(1),
+        scan: if protocol == UDP { SCAN_TURNS.min(ports) } else { 0 },
         index: NOT_FOUND,
         from: 0,
         refusal: Refusal::BIND.0,
@@ -134,7 +140,7 @@ pub(crate) fn claim_and_bind(
 /// Searches until a port is bound, or none is left.
 #[inline(always)]
 fn run(family: Family, search: &mut Search) -> Result<Claim, Refusal> {
-    let turns = QUICK_TURNS + search.words * 64;
+    let turns = UNUSED_TURNS + search.scan + ANY_TURNS + search.words * 64;
     let turn = match family {
         Family::V4 => search_turn_v4 as *const (),
         Family::V6 => search_turn_v6 as *const (),
@@ -165,9 +171,10 @@ extern "C" fn search_turn_v6(turn: u64, search: *mut Search) -> i64 {
 /// Claims one port and tries to bind it.
 #[inline(always)]
 fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
-    let Search { words, seat, quota, protocol, expected, .. } = *search;
+    let Search { words, seat, quota, .. } = *search;
     let tables = Maps { words };
-    let claim = if turn < QUICK_TURNS {
+    let any = turn >= UNUSED_TURNS + search.scan;
+    let claim = if turn < UNUSED_TURNS || any && turn < UNUSED_TURNS + search.scan + ANY_TURNS {
         // A warm port that another program has bound would be found warm again at once.
         match slots::claim(&tables, seat, quota, turn > 0) {
             Ok(claim) => claim,
@@ -177,22 +184,19 @@ fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
             }
         }
     } else {
-        let ports = words * 64;
-        let index = (search.start + turn) % ports.max(1);
+        let ports = (words * 64).max(1);
+        let index = search.start.wrapping_add(turn) % ports;
+        // Before the claim: a port that is passed over is not disturbed.
+        if !any && is_unwanted(search, index) {
+            return NEXT;
+        }
         match tables.claim_exact(seat, quota, index) {
             Ok(claim) => claim,
             Err(_) => return NEXT,
         }
     };
-    let used = || uses::sockets(load(claim.index, protocol as u8)) > 0;
-    let unwanted = if protocol == u32::from(UDP) {
-        let is_free = |slot| bitmap::is_free(&tables, tables.geometry().free(slot), claim.index);
-        let usable = || is_free(expected as u32) || is_free((expected >> 32) as u32);
-        turn < UNUSED_TURNS_UDP && (used() || !usable())
-    } else {
-        turn < UNUSED_TURNS_TCP && used()
-    };
     // If all others are taken it has to be this one.
+    let unwanted = !any && is_unwanted(search, claim.index);
     let pass_over = unwanted || turn < SETTLE_TURNS && slots::settling(&tables, seat, claim);
     if pass_over {
         unclaim(search, claim);
@@ -207,6 +211,16 @@ fn search_turn(family: Family, turn: u32, search: &mut Search) -> i64 {
     unclaim(search, claim);
     count(counter::BIND_RETRIES);
     if error == -EADDRINUSE { NEXT } else { STOP }
+}
+
+/// Whether another socket has a port, towards another destination, or the expected destination refuses it.
+#[inline(always)]
+fn is_unwanted(search: &Search, index: u32) -> bool {
+    let Search { words, protocol, expected, .. } = *search;
+    let tables = Maps { words };
+    let is_free = |slot| bitmap::is_free(&tables, tables.geometry().free(slot), index);
+    uses::sockets(load(index, protocol as u8)) > 0
+        || protocol == u32::from(UDP) && !is_free(expected as u32) && !is_free((expected >> 32) as u32)
 }
 
 #[inline(always)]

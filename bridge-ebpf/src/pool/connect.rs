@@ -77,19 +77,12 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
             Err(refusal) => return Err(stand(config, seat, refusal)),
         }
     } else {
-        if destination.protocol() == TCP {
+        // The next sockets of the process will come here with a port of their own, too.
+        if destination.protocol() == TCP || held & LEASE_HELD != 0 {
             expect(ctx, destination);
         }
         let adopted = if is_of(config, slots::template(destination), index) {
-            match adopt(ctx, config, destination, index) {
-                Ok(adopted) => adopted,
-                Err(refusal) => {
-                    if destination.protocol() == UDP && held & LEASE_HELD != 0 {
-                        expect(ctx, destination);
-                    }
-                    return Err(refusal);
-                }
-            }
+            adopt(ctx, config, destination, index)?
         } else if destination.protocol() == UDP && is_of(config, TEMPLATE_UDP_ANY, index) {
             extra = LEASE_ANY;
             adopt(ctx, config, &Destination::ANY_UDP, index)?

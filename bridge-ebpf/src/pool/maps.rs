@@ -45,8 +45,7 @@ pub(crate) static POOL_BIND_CURSOR: Array<u64, 1> = Array::new();
 #[btf_map]
 pub(crate) static POOL_USES: Array<u64, 128, MMAPABLE> = Array::new();
 
-/// Destinations by [`crate::uses::process`]: of TCP sockets that were bound before, and of UDP sockets that were refused when they were
-/// connected again.
+/// Destinations by [`crate::uses::process`]: of TCP sockets that were bound before, and of UDP sockets that were connected again.
 #[btf_map]
 pub(crate) static POOL_BOUND_TO: LruHashMap<u64, Destination, 4096> = LruHashMap::new();
 

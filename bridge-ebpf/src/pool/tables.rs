@@ -8,6 +8,7 @@ use aya_ebpf::helpers::generated::{
 use bridge_common::pool::{
     Destination, Geometry, MAX_WORDS, Owner, Refusal,
     bitmap::{self, Bitmap, Memory},
+    shares,
     slots::{self, Claim, MAX_SAMPLE, Room, Search, Seat, Tables},
 };
 
@@ -148,6 +149,16 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn free_warm(&self, slot: u32, destination: u32) {
+        pool_free_warm(self.words, slot, destination);
+    }
+
+    #[inline(always)]
+    fn free_warm_group(&self, slot: u32, destination: u32, group: u32) {
+        pool_free_warm_group(self.words, slot, destination, group);
+    }
+
+    #[inline(always)]
     fn random(&self) -> u32 {
         // SAFETY: the helper takes no argument.
         unsafe { bpf_get_prandom_u32() }
@@ -243,7 +254,7 @@ extern "C" fn pool_claim(at: u32, summary: u32, words: u32, random: u32) -> i64 
 #[inline(never)]
 pub(crate) extern "C" fn pool_share(key: u64) -> u64 {
     // SAFETY: an aligned u64 that is changed by atomic operations.
-    unsafe { POOL_SHARES.get(key) }.copied().unwrap_or(0)
+    shares::known(unsafe { POOL_SHARES.get(key) }.copied().unwrap_or(0))
 }
 
 /// [`Tables::extend_share`]; global for the same reason as [`pool_find`].
@@ -311,6 +322,22 @@ extern "C" fn search_turn(_turn: u64, search: *mut Search) -> i64 {
 #[inline(never)]
 extern "C" fn pool_evict(words: u32, slot: u32) -> u32 {
     u32::from(slots::evict(&Maps { words }, slot))
+}
+
+/// [`slots::free_warm`]; global for the same reason as [`pool_find`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_free_warm(words: u32, slot: u32, destination: u32) -> u32 {
+    slots::free_warm(&Maps { words }, slot, destination);
+    0
+}
+
+/// [`slots::free_warm_group`]; a subprogram, so that the verifier follows the rounds of one group.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn pool_free_warm_group(words: u32, slot: u32, destination: u32, group: u32) -> u32 {
+    slots::free_warm_group(&Maps { words }, slot, destination, group);
+    0
 }
 
 /// [`slots::new_slot`]; global for the same reason as [`pool_find`]. The upper half of `words_and_template` has the words of the pool, the
