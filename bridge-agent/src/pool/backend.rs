@@ -1,7 +1,7 @@
 //! Where ports come from: the bitmap that the hooks use too, or the agent's own memory.
 
 use std::{
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -12,8 +12,12 @@ use bridge_common::pool::{
 };
 
 use super::{
-    KernelPool, Layout, Settings, fifo::FifoPool, held::Held, kernel::KernelPoolError, sweep::Swept,
-    tables::lock,
+    KernelPool, Layout, Settings,
+    fifo::FifoPool,
+    held::Held,
+    kernel::KernelPoolError,
+    sweep::Swept,
+    tables::{KernelTables, lock},
 };
 
 /// How often another port is looked for in the place of one whose last connection is just about to end.
@@ -33,8 +37,8 @@ pub struct Claimed {
 /// Where ports come from.
 #[derive(Debug)]
 pub enum Backend {
-    /// The bitmap that the hooks use too.
-    Kernel(Box<Mutex<KernelPool>>),
+    /// The bitmap that the hooks use too. Its tables are apart from the pool, so that no lease waits for a sweep.
+    Kernel(Box<Mutex<KernelPool>>, Arc<KernelTables>),
     /// The agent's own memory, on kernels that lack a feature of the hooks.
     Userspace(Box<Mutex<FifoPool>>),
 }
@@ -43,7 +47,8 @@ impl Backend {
     /// A pool in the kernel.
     #[must_use]
     pub fn kernel(pool: KernelPool) -> Self {
-        Self::Kernel(Box::new(Mutex::new(pool)))
+        let tables = Arc::clone(pool.tables());
+        Self::Kernel(Box::new(Mutex::new(pool)), tables)
     }
 
     /// A pool in the agent's memory; `quarantine` is how long conntrack remembers a closed connection.
@@ -56,7 +61,7 @@ impl Backend {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Kernel(_) => "kernel",
+            Self::Kernel(..) => "kernel",
             Self::Userspace(_) => "userspace",
         }
     }
@@ -65,7 +70,7 @@ impl Backend {
     #[must_use]
     pub fn layout(&self) -> Layout {
         match self {
-            Self::Kernel(pool) => lock(pool).layout().clone(),
+            Self::Kernel(_, tables) => lock(&tables.layout).clone(),
             Self::Userspace(pool) => lock(pool).layout().clone(),
         }
     }
@@ -75,14 +80,14 @@ impl Backend {
     /// # Errors
     /// Why there is none.
     pub fn acquire(&self, destination: &Destination, netns: u64, group: u64) -> Result<Claimed, Refusal> {
-        let pool = match self {
-            Self::Kernel(pool) => lock(pool),
+        let tables = match self {
+            Self::Kernel(_, tables) => &**tables,
             Self::Userspace(pool) => {
                 let port = lock(pool).acquire(destination, netns, Instant::now())?;
                 return Ok(Claimed { destination: *destination, port, seat: None });
             }
         };
-        let (tables, config) = (pool.tables(), pool.layout().config);
+        let config = lock(&tables.layout).config;
         let seat = slots::enter(tables, destination, netns, group)?;
         let mut tries = 0;
         let mut woken = false;
@@ -110,18 +115,17 @@ impl Backend {
             slots::release(tables, seat, index);
             return Err(Refusal::TABLE_FULL);
         }
-        let port = pool.layout().port(index);
+        let port = lock(&tables.layout).port(index);
         Ok(Claimed { destination: *destination, port, seat: Some((seat, index)) })
     }
 
     /// Gives a port back, unless the socket that was bound to it is hooked: then the hook will.
     pub fn release(&self, claimed: &Claimed) {
         match (self, claimed.seat) {
-            (Self::Kernel(pool), Some((seat, index))) => {
-                let pool = lock(pool);
-                if pool.tables().revoke(&Grant::new(claimed.destination, index)) {
-                    slots::release(pool.tables(), seat, index);
-                }
+            (Self::Kernel(_, tables), Some((seat, index)))
+                if tables.revoke(&Grant::new(claimed.destination, index)) =>
+            {
+                slots::release(&**tables, seat, index);
             }
             (Self::Userspace(pool), None) => {
                 lock(pool).release(&claimed.destination, claimed.port, Instant::now());
@@ -136,7 +140,7 @@ impl Backend {
     /// [`KernelPoolError`].
     pub fn change(&self, settings: &Settings, layout: Layout) -> Result<(), KernelPoolError> {
         match self {
-            Self::Kernel(pool) => lock(pool).change(settings, layout),
+            Self::Kernel(pool, _) => lock(pool).change(settings, layout),
             Self::Userspace(pool) => {
                 lock(pool).change(layout);
                 Ok(())
@@ -150,7 +154,7 @@ impl Backend {
     /// A system call fails.
     pub fn held(&self) -> Result<Held, KernelPoolError> {
         match self {
-            Self::Kernel(pool) => lock(pool).held(),
+            Self::Kernel(pool, _) => lock(pool).held(),
             Self::Userspace(pool) => Ok(lock(pool).held()),
         }
     }
@@ -161,7 +165,7 @@ impl Backend {
     /// This kernel has no such count.
     pub fn sockets(&self) -> Result<Vec<Lease>, KernelPoolError> {
         match self {
-            Self::Kernel(pool) => lock(pool).walk(),
+            Self::Kernel(pool, _) => lock(pool).walk(),
             Self::Userspace(_) => Ok(Vec::new()),
         }
     }
@@ -172,7 +176,9 @@ impl Backend {
     /// [`KernelPoolError`].
     pub fn wake(&self) -> Result<u32, KernelPoolError> {
         match self {
-            Self::Kernel(pool) => lock(pool).wake(),
+            Self::Kernel(_, tables) => {
+                tables.wake().map_err(|source| KernelPoolError::Map { name: "POOL_RESTING", source })
+            }
             // It hands ports out in the order in which they came back.
             Self::Userspace(_) => Ok(0),
         }
@@ -182,7 +188,7 @@ impl Backend {
     #[must_use]
     pub fn is_short_of_slots(&self) -> bool {
         match self {
-            Self::Kernel(pool) => lock(pool).is_short_of_slots(),
+            Self::Kernel(_, tables) => tables.is_short_of_slots(),
             Self::Userspace(_) => false,
         }
     }
@@ -193,7 +199,7 @@ impl Backend {
     /// [`KernelPoolError`].
     pub fn sweep(&self, known: impl FnMut(&Destination, u16) -> bool) -> Result<Swept, KernelPoolError> {
         match self {
-            Self::Kernel(pool) => lock(pool).sweep(known),
+            Self::Kernel(pool, _) => lock(pool).sweep(known),
             Self::Userspace(pool) => {
                 lock(pool).sweep(Instant::now());
                 Ok(Swept::default())

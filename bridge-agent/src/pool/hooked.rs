@@ -58,7 +58,7 @@ impl Backend {
     /// # Errors
     /// [`KernelPoolError::Cgroup`]: there is no such group, or its programs cannot be listed.
     pub fn hooked(&self, cgroup: &Path) -> Result<Hooked, KernelPoolError> {
-        let Self::Kernel(pool) = self else { return Ok(Hooked::No) };
+        let Self::Kernel(pool, _) = self else { return Ok(Hooked::No) };
         let pins = lock(pool).pins.clone();
         let mount = attach::mount_point()?;
         let group = attach::open(&mount, cgroup)?;
@@ -91,7 +91,7 @@ impl Backend {
         let destination = destination(to, transport);
         let ports: PortSet = self.layout().template(slots::template(&destination));
         let mut supply = Supply { ports: ports.ranges(), all: ports.len(), free: ports.len(), warm: 0 };
-        if let Self::Kernel(pool) = self {
+        if let Self::Kernel(pool, _) = self {
             let pool = lock(pool);
             let tables = pool.tables();
             let geometry = pool.layout().geometry();

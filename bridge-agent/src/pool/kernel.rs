@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt, fs, io,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::Instant,
 };
 
@@ -31,7 +31,7 @@ use super::{
     held::Held,
     pins, programs,
     sweep::{self, Sweeper, Swept, View},
-    tables::KernelTables,
+    tables::{KernelTables, lock},
     walk::Walker,
     words::Words,
 };
@@ -41,11 +41,20 @@ use crate::kernel::{
     pins::{self as kernel_pins, Lock, PinRoot},
 };
 
+/// The result of [`KernelPool::holders`].
+#[derive(Default)]
+struct Holders {
+    /// Every port (slot of the destination, index) that a socket or a lease of the agent holds, or that rests, and the owner's slot.
+    held: HashMap<(u32, u32), u32>,
+    /// Every socket that has a port.
+    sockets: Vec<Lease>,
+}
+
 /// The pool in the kernel.
 pub struct KernelPool {
     pub(super) ebpf: Ebpf,
     config: Array<MapData, Config>,
-    tables: KernelTables,
+    tables: Arc<KernelTables>,
     networks: LpmTrie<MapData, [u8; 16], u32>,
     counters: PerCpuArray<MapData, u64>,
     walker: Result<Walker, String>,
@@ -89,7 +98,7 @@ impl KernelPool {
         let mut pool = Self::open(object, pins, layout, true)?;
         pool.lock = Some(lock);
         if pinned.is_none() {
-            pool.layout.initialise(&pool.tables);
+            pool.layout.initialise(&*pool.tables);
         }
         // Last: a process that finds a configuration finds everything that it refers to.
         pool.write_config()?;
@@ -140,6 +149,7 @@ impl KernelPool {
         let (words, uses) = (words("POOL_WORDS", total)?, words("POOL_USES", uses)?);
         let tables = KernelTables {
             geometry: layout.geometry(),
+            layout: Mutex::new(layout.clone()),
             words,
             uses,
             miscounted: Mutex::default(),
@@ -159,7 +169,7 @@ impl KernelPool {
         Ok(Self {
             ebpf,
             config,
-            tables,
+            tables: Arc::new(tables),
             networks,
             counters,
             walker,
@@ -226,6 +236,7 @@ impl KernelPool {
         if *quota & shares::SHARE != 0 {
             *quota = *quota & !shares::OTHERS | if self.clients.are_several() { shares::OTHERS } else { 0 };
         }
+        lock(&self.tables.layout).clone_from(&self.layout);
         let set = self.config.set(0, self.layout.config, 0);
         set.map_err(|source| KernelPoolError::Map { name: "POOL_CONFIG", source })
     }
@@ -277,20 +288,20 @@ impl KernelPool {
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         // Without the walk a count that is repaired begins at zero.
-        let held = self.holders().unwrap_or_default();
-        sweep::repair(&self.tables, &held, &destinations, &owners);
+        let held = self.holders().unwrap_or_default().held;
+        sweep::repair(&*self.tables, &held, &destinations, &owners);
         self.withdraw_ports()?;
         for (grant, granted) in self.tables.grants().map_err(map("POOL_GRANTS"))? {
             if self.tables.revoke(&grant) {
                 let seat = Seat { slot: granted.slot, owner_slot: granted.owner_slot };
-                slots::release(&self.tables, seat, grant.index());
+                slots::release(&*self.tables, seat, grant.index());
             }
         }
         Ok(())
     }
 
-    /// Every port (slot of the destination, index) that a socket or a lease of the agent holds, and the owner's slot.
-    fn holders(&self) -> Result<HashMap<(u32, u32), u32>, KernelPoolError> {
+    /// The ports that are held, and the sockets that have one.
+    fn holders(&self) -> Result<Holders, KernelPoolError> {
         // Grants first: a port that a socket takes over meanwhile is found at the socket.
         let grants = self.tables.grants().map_err(map("POOL_GRANTS"))?;
         let mut held: HashMap<_, _> = grants
@@ -300,8 +311,10 @@ impl KernelPool {
         // A port that rests is held by its rest; one that a hook wakes meanwhile is in a bitmap when that is read.
         let resting = self.tables.resting().map_err(map("POOL_RESTING"))?;
         held.extend(resting.iter().map(|(port, rest)| ((port.slot, port.index), rest.owner_slot)));
-        held.extend(self.walk()?.iter().map(|lease| ((lease.slot, lease.index), lease.owner_slot)));
-        Ok(held)
+        let sockets = self.walk_with(pool::LEASE_HELD | pool::LEASE_BOUND)?;
+        let holders = sockets.iter().filter(|lease| lease.state & pool::LEASE_HELD != 0);
+        held.extend(holders.map(|lease| ((lease.slot, lease.index), lease.owner_slot)));
+        Ok(Holders { held, sockets })
     }
 
     /// How many ports are held, and how many are warm. Those held are counted at those who hold them, sockets and leases;
@@ -312,7 +325,7 @@ impl KernelPool {
     pub fn held(&self) -> Result<Held, KernelPoolError> {
         let geometry = self.layout.geometry();
         let (held, busiest) = match self.holders() {
-            Ok(held) => {
+            Ok(Holders { held, .. }) => {
                 let mut of_destination = HashMap::<u32, u64>::new();
                 held.keys().for_each(|(slot, _)| *of_destination.entry(*slot).or_default() += 1);
                 (held.len() as u64, of_destination.into_values().max().unwrap_or(0))
@@ -326,20 +339,6 @@ impl KernelPool {
             words.map(|word| u64::from(word.count_ones())).sum::<u64>()
         };
         Ok(Held { held, warm: owners.iter().map(|(_, slot)| warm(*slot)).sum(), busiest })
-    }
-
-    /// Releases the ports whose rest is over.
-    ///
-    /// # Errors
-    /// The kernel refuses to list the ports that rest.
-    pub fn wake(&self) -> Result<u32, KernelPoolError> {
-        self.tables.wake().map_err(map("POOL_RESTING"))
-    }
-
-    /// Whether more than a quarter of the slots are taken.
-    #[must_use]
-    pub fn is_short_of_slots(&self) -> bool {
-        4 * self.tables.load(pool::FREE_SLOTS) < 3 * u64::from(self.layout.config.slots)
     }
 
     /// Counts the claims of owners: those of a destination include its owners.
@@ -365,15 +364,17 @@ impl KernelPool {
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let gone = self.note_clients(&owners);
         self.write_config()?;
-        let touched = sweep::marks(&self.tables, &owners);
-        let held = self.holders()?;
+        let touched = sweep::marks(&*self.tables, &owners);
+        let counted = self.tables.counted_shares().map_err(map("POOL_SHARES"))?;
+        let Holders { held, sockets } = self.holders()?;
         let destinations = self.tables.destinations().map_err(map("POOL_DESTINATIONS"))?;
         let owners = self.tables.owners().map_err(map("POOL_OWNERS"))?;
         let view = View { touched: &touched, held: &held, destinations: &destinations, owners: &owners };
-        let swept = self.sweeper.round(&self.tables, &self.layout, &view, known);
-        let sockets = self.walk_with(pool::LEASE_HELD | pool::LEASE_BOUND)?;
-        self.tables.correct_shares(self.layout.config.quota, &sockets, &gone).map_err(map("POOL_SHARES"))?;
-        let kept = |protocol| sweep::kept(&self.tables, &self.layout, &destinations, protocol);
+        let swept = self.sweeper.round(&*self.tables, &self.layout, &view, known);
+        let quota = self.layout.config.quota;
+        let corrected = self.tables.correct_shares(quota, (&sockets, &counted), &gone);
+        corrected.map_err(map("POOL_SHARES"))?;
+        let kept = |protocol| sweep::kept(&*self.tables, &self.layout, &destinations, protocol);
         self.tables.correct_uses(&sockets, [protocol::TCP, protocol::UDP].map(|p| (p, kept(p))));
         Ok(swept)
     }
@@ -383,7 +384,7 @@ impl KernelPool {
         let ids = attach::mount_point().ok().and_then(|mount| attach::ids(&mount));
         // 0: not known.
         let is_gone = |group| group != 0 && ids.as_ref().is_some_and(|ids| !ids.contains(&group));
-        let (tables, geometry) = (&self.tables, self.layout.geometry());
+        let (tables, geometry) = (&*self.tables, self.layout.geometry());
         let (gone, present): (Vec<_>, Vec<_>) = owners.iter().copied().partition(|(_, slot)| {
             is_gone(slots::group_of(tables, *slot)) && tables.load(geometry.live(*slot)) == 0
         });
@@ -408,7 +409,7 @@ impl KernelPool {
 
     /// The tables that the hooks and the agent change together.
     #[must_use]
-    pub fn tables(&self) -> &KernelTables {
+    pub fn tables(&self) -> &Arc<KernelTables> {
         &self.tables
     }
 

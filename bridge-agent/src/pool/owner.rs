@@ -60,7 +60,7 @@ impl Owner {
         let read = |name: &str| fs::read_to_string(proc.join(name)).ok();
         let command =
             command.or_else(|| read("comm").map(|comm| printable(comm.trim_end()))).unwrap_or_default();
-        let cgroup = read("cgroup").and_then(|table| cgroup_of(&table).map(str::to_owned));
+        let cgroup = cgroup(pid);
         let pod = cgroup.as_deref().and_then(pod_of);
         Self { pid, uid, command, cgroup, pod }
     }
@@ -71,6 +71,12 @@ pub(super) fn printable(text: &str) -> String {
     text.replace(char::is_control, "?")
 }
 
+/// Returns the path of the control group (version 2) of a process below the mount.
+pub(crate) fn cgroup(pid: u32) -> Option<String> {
+    let table = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    cgroup_of(&table).map(str::to_owned)
+}
+
 /// The version 2 line of `/proc/PID/cgroup`.
 fn cgroup_of(table: &str) -> Option<&str> {
     table.lines().find_map(|line| line.strip_prefix("0::"))
@@ -78,7 +84,7 @@ fn cgroup_of(table: &str) -> Option<&str> {
 
 /// The pod's UID in the name of its control group, as both of kubelet's drivers write it (`pod<uid>`,
 /// `kubepods-besteffort-pod<uid with _>.slice`).
-pub(super) fn pod_of(cgroup: &str) -> Option<String> {
+pub(crate) fn pod_of(cgroup: &str) -> Option<String> {
     cgroup.split('/').rev().find_map(|part| {
         let part = part.strip_suffix(".slice").unwrap_or(part);
         let at = part.rfind("pod")?;

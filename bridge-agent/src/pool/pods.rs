@@ -243,7 +243,7 @@ async fn look(
     let hooking = Arc::clone(service);
     let hooked = tokio::task::spawn_blocking(move || {
         let service = hooking;
-        let Backend::Kernel(pool) = service.backend() else { return Hooked::default() };
+        let Backend::Kernel(pool, _) = service.backend() else { return Hooked::default() };
         let mut pool = lock(pool);
         let mut hooked = pool.set_pods(&groups);
         let others = pool.set_several_pods(hooked.hooked > 1);

@@ -209,7 +209,7 @@ impl Started {
     /// # Errors
     /// [`StopError::Left`].
     pub fn withdraw(self) -> Result<(), StopError> {
-        if let Backend::Kernel(pool) = self.service.backend() {
+        if let Backend::Kernel(pool, _) = self.service.backend() {
             lock(pool).let_go();
         }
         take_away(&self.places)
@@ -420,7 +420,7 @@ async fn sweep(service: Arc<Service>, every: Duration) {
 /// Restores removed pins.
 async fn keep_pinned(service: Arc<Service>) {
     const LOOK: Duration = Duration::from_millis(500);
-    let Backend::Kernel(pool) = service.backend() else { return };
+    let Backend::Kernel(pool, _) = service.backend() else { return };
     let mut said = None;
     loop {
         tokio::time::sleep(LOOK).await;

@@ -162,7 +162,7 @@ impl Summary {
         let layout = backend.layout();
         let Held { held, warm, busiest } = backend.held()?;
         let counters = match backend {
-            Backend::Kernel(pool) => Counters::of(&lock(pool).counters()?),
+            Backend::Kernel(pool, _) => Counters::of(&lock(pool).counters()?),
             Backend::Userspace(_) => Counters::default(),
         };
         Ok(Self {

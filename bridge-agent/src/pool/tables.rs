@@ -8,7 +8,7 @@ use std::{
 use aya::maps::{HashMap, MapData, MapError};
 use bridge_common::{
     pool::{
-        Destination, Geometry, Grant, Granted, LEASE_BOUND, Lease, Owner, Rest, RestingPort,
+        Destination, FREE_SLOTS, Geometry, Grant, Granted, LEASE_BOUND, Lease, Owner, Rest, RestingPort,
         bitmap::Memory,
         shares,
         slots::{self, Seat, Tables},
@@ -17,7 +17,7 @@ use bridge_common::{
     protocol::TCP,
 };
 
-use super::words::Words;
+use super::{Layout, words::Words};
 use crate::kernel::clock::monotonic_ns;
 pub(super) use crate::kernel::lock::lock;
 
@@ -28,6 +28,8 @@ const BPF_EXIST: u64 = 2;
 #[derive(Debug)]
 pub struct KernelTables {
     pub(super) geometry: Geometry,
+    /// As the hooks have it.
+    pub(super) layout: Mutex<Layout>,
     pub(super) words: Words,
     /// See [`uses`].
     pub(super) uses: Words,
@@ -41,6 +43,12 @@ pub struct KernelTables {
 }
 
 impl KernelTables {
+    /// Whether more than a quarter of the slots are taken.
+    #[must_use]
+    pub fn is_short_of_slots(&self) -> bool {
+        4 * self.load(FREE_SLOTS) < 3 * u64::from(lock(&self.layout).config.slots)
+    }
+
     /// Notes that a port is granted to a client that will bind it itself.
     ///
     /// # Errors
@@ -116,17 +124,29 @@ impl KernelTables {
         lock(&self.owners).iter().collect()
     }
 
-    /// Corrects the counts of [`shares`]. Those of ports are there for unconnected UDP, and as the quota needs them. `gone`: owners
-    /// that keep ports from others, and are no others to anyone themselves.
+    /// Every count of [`shares`].
+    ///
+    /// # Errors
+    /// A system call fails.
+    pub fn counted_shares(&self) -> Result<BTreeMap<u64, u64>, MapError> {
+        lock(&self.shares).iter().collect()
+    }
+
+    /// Corrects the counts of [`shares`]. Those of ports are there for unconnected UDP, and as the quota needs them. `sockets` are all
+    /// that have a port, with the counts from before they were listed. `gone`: owners that keep ports from others, and are no
+    /// others to anyone themselves.
+    ///
+    /// A count that the hooks change meanwhile stays as it is until a later round.
     ///
     /// # Errors
     /// A system call fails.
     pub fn correct_shares(
         &self,
         quota: u32,
-        sockets: &[Lease],
+        (sockets, before): (&[Lease], &BTreeMap<u64, u64>),
         gone: &HashSet<Owner>,
     ) -> Result<(), MapError> {
+        let counted = self.counted_shares()?;
         let mut actual: BTreeMap<u64, u64> = BTreeMap::new();
         let unconnected = lock(&self.destinations).get(&Destination::ANY_UDP, 0).ok();
         for (owner, slot) in self.owners()? {
@@ -150,14 +170,22 @@ impl KernelTables {
         for socket in sockets.iter().filter(|socket| socket.state & LEASE_BOUND != 0) {
             *actual.entry(shares::bound(socket.netns_cookie)).or_default() += 1;
         }
+        let after = self.counted_shares()?;
         let mut shares = lock(&self.shares);
-        let counted: BTreeMap<u64, u64> = shares.iter().collect::<Result<_, _>>()?;
-        // A hook may count meanwhile: the next round finds that.
-        for key in counted.keys().filter(|key| !actual.contains_key(key)) {
-            shares.remove(key)?;
-        }
-        for (key, count) in actual.iter().filter(|(key, count)| counted.get(key) != Some(count)) {
-            shares.insert(key, count, 0)?;
+        for key in actual.keys().chain(after.keys().filter(|key| !actual.contains_key(key))) {
+            let earlier = if shares::is_bound(*key) { before } else { &counted };
+            let (count, actual) = (after.get(key), actual.get(key));
+            if count == actual || count != earlier.get(key) {
+                continue;
+            }
+            match (count, actual) {
+                (_, None) => shares.remove(key)?,
+                (count, Some(actual)) => {
+                    let now = shares.get(key, 0).unwrap_or(0);
+                    let wrong = actual.wrapping_sub(count.copied().unwrap_or(0));
+                    shares.insert(key, now.wrapping_add(wrong), 0)?;
+                }
+            }
         }
         Ok(())
     }
@@ -244,7 +272,7 @@ impl Tables for KernelTables {
     }
 
     fn share(&self, key: u64) -> u64 {
-        lock(&self.shares).get(&key, 0).unwrap_or(0)
+        shares::known(lock(&self.shares).get(&key, 0).unwrap_or(0))
     }
 
     fn extend_share(&self, key: u64) -> u64 {
