@@ -357,6 +357,40 @@ fn a_start_that_fails_after_the_pool_has_begun_takes_it_away() -> Result<()> {
     Ok(())
 }
 
+/// The queue of the agent's socket is one for all clients: connections that a client may not have must not stay in it.
+#[test]
+fn a_lease_does_not_wait_for_a_pod_that_sends_half_requests() -> Result<()> {
+    let lab = Lab::builder().build()?;
+    let (transparent, clients) = cgroup(&lab)?;
+    let agent = Agent::start(&lab, lab.b(), &config("node", &["ports: [\"61001-61040\"]", &transparent]))?;
+    // From a new network namespace every 100 connections.
+    let script = format!(
+        "import ctypes, itertools, resource, socket\nresource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))\nheld = []\n\
+         for n in itertools.count():\n    if n % 100 == 0: assert ctypes.CDLL(None).unshare(0x40000000) == 0\n    \
+         s = socket.socket(socket.AF_UNIX)\n    s.setblocking(False)\n    \
+         code(lambda: (s.connect('{socket}'), s.send(b'POST /v1/leases HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 99\\r\\n\\r\\n{{')))\n    \
+         held.append(s)\n    if n == 3000: print('ready', flush=True)\n    if n > 2000: held.pop(0).close()",
+        socket = agent.socket().display()
+    );
+    let mut command = in_cgroup(&clients, python(&script));
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut storm = lab.c1().netns.spawn_command(command)?;
+    ensure!(line(&mut storm)? == "ready");
+    let body = r#"{"destination":"192.168.31.67:443"}"#;
+    let script = format!(
+        "import json, socket, time\ntimes = []\nfor _ in range(10):\n    start = time.monotonic()\n    s = socket.socket(socket.AF_UNIX)\n    \
+         s.connect('{}')\n    s.sendall(b'POST /v1/leases HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: {}\\r\\n\\r\\n{body}')\n    \
+         assert s.recv(4096).startswith(b'HTTP/1.1 201')\n    times.append(time.monotonic() - start)\n    s.close()\nprint(json.dumps(times))",
+        agent.socket().display(),
+        body.len()
+    );
+    let mut times: Vec<f64> = serde_json::from_str(&output(&lab.c2().netns, python(&script), SOON * 3)?)?;
+    storm.kill()?;
+    times.sort_by(f64::total_cmp);
+    ensure!(times[times.len() / 2] < 1.0, "leases take {times:.3?} s");
+    Ok(())
+}
+
 #[test]
 fn the_masquerade_table_comes_and_goes_with_its_key() -> Result<()> {
     let lab = Lab::builder().build()?;

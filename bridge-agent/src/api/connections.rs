@@ -171,6 +171,8 @@ type Client = (bool, Option<Name>);
 #[derive(Debug, Default)]
 struct Admitted {
     clients: HashMap<Client, BTreeMap<u64, Arc<Connection>>>,
+    /// Clients with all their connections, and when the first of these may make room for another one.
+    full: HashMap<Client, Instant>,
     /// Of all clients.
     all: usize,
     /// Of those that are no operators.
@@ -212,6 +214,12 @@ impl Connections {
         }
     }
 
+    /// Whether a client has all its connections, and none that makes room for another one. A look-up: a client that connects all
+    /// the time fills the queue of the listener, in which others wait behind it.
+    pub(super) fn is_full(&self, name: Name) -> bool {
+        lock(&self.admitted).full.get(&(false, Some(name))).is_some_and(|until| Instant::now() < *until)
+    }
+
     /// Takes a connection in, if there is room for it or room can be made.
     fn admit(self: &Arc<Self>, peer: Option<Peer>) -> Option<Listed> {
         let operator = peer.as_ref().is_some_and(Peer::is_operator);
@@ -221,8 +229,11 @@ impl Connections {
         let most = MAX_CONNECTIONS.min(usize::try_from(descriptors).unwrap_or(usize::MAX));
         let mut admitted = lock(&self.admitted);
         if !operator {
-            if admitted.clients.get(&client).is_some_and(|own| own.len() >= MAX_PER_CLIENT) {
-                admitted.evict_of(&client, ROOM)?;
+            if admitted.clients.get(&client).is_some_and(|own| own.len() >= MAX_PER_CLIENT)
+                && admitted.evict_of(&client, ROOM).is_none()
+            {
+                admitted.note_full(client);
+                return None;
             }
             if admitted.others >= most {
                 admitted.evict(|(operator, _)| !operator)?;
@@ -309,12 +320,21 @@ impl Admitted {
     fn remove(&mut self, client: &Client, id: u64) -> Option<Arc<Connection>> {
         let own = self.clients.get_mut(client)?;
         let connection = own.remove(&id)?;
+        self.full.remove(client);
         if own.is_empty() {
             self.clients.remove(client);
         }
         self.all -= 1;
         self.others -= usize::from(!client.0);
         Some(connection)
+    }
+
+    /// Notes that a client has all its connections. None is idle for [`ROOM`], so none is before this time, unless it ends.
+    fn note_full(&mut self, client: Client) {
+        let own = self.clients.get(&client).into_iter().flat_map(BTreeMap::values);
+        let first = own.filter_map(|connection| connection.idle_since()).min();
+        // One that is busy now is idle for that time at the earliest after it.
+        self.full.insert(client, first.unwrap_or_else(Instant::now) + ROOM);
     }
 
     /// Closes a connection of the client that has most of these and any idle; `None` if none is idle.

@@ -51,9 +51,12 @@ use axum::{
 use rustix::io::Errno;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, Serializer as _};
-use tokio::sync::{
-    broadcast::{self, error::RecvError},
-    oneshot,
+use tokio::{
+    io::unix::AsyncFd,
+    sync::{
+        broadcast::{self, error::RecvError},
+        oneshot,
+    },
 };
 
 pub(crate) use self::connections::Connections;
@@ -193,13 +196,13 @@ impl Server {
 
     /// Listens again if another program has removed the socket, or the file in its place; `None` if it is there, or cannot
     /// be made.
-    fn restore_socket(&self) -> Option<tokio::net::UnixListener> {
+    fn restore_socket(&self) -> Option<AsyncFd<UnixListener>> {
         let path = &self.socket.0;
         if is_socket(path).is_some() {
             return None;
         }
         let listener = listen_at(path, &self.config, self.group.get().copied()).ok();
-        let listener = listener.and_then(|listener| tokio::net::UnixListener::from_std(listener).ok());
+        let listener = listener.and_then(|listener| socket::watch(listener).ok());
         match &listener {
             Some(_) => tracing::warn!(path = %path.display(), "the agent listens again, on a new socket"),
             None => tracing::debug!(path = %path.display(), "the socket cannot be made yet"),
@@ -219,7 +222,7 @@ impl Server {
 
     async fn serve_once(&self, shared: Shared) -> io::Result<()> {
         let listener = self.listener.as_ref().map(UnixListener::try_clone).transpose()?;
-        let mut listener = listener.map(tokio::net::UnixListener::from_std).transpose()?;
+        let mut listener = listener.map(socket::watch).transpose()?;
         let bound = self.metrics.as_ref().and_then(|(_, listener)| listener.as_ref());
         let bound = bound.map(std::net::TcpListener::try_clone).transpose()?;
         let mut metrics = bound.map(tokio::net::TcpListener::from_std).transpose()?;
@@ -235,8 +238,8 @@ impl Server {
         tokio::spawn(route_events(shared.route_events.subscribe(), shared.events.clone()));
         loop {
             tokio::select! {
-                accepted = or_never(listener.as_ref().map(|listener| listener.accept())) => match accepted {
-                    Ok((stream, _)) => {
+                accepted = or_never(listener.as_ref().map(|listener| socket::accept(listener, &clients))) => match accepted {
+                    Ok(stream) => {
                         if let Some(peer) = Peer::of(&stream, &shared) {
                             clients.serve(stream, Some(peer), &api);
                         }

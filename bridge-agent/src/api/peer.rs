@@ -1,8 +1,13 @@
 //! Who is at the other end of the socket, and how long that one stays.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    collections::HashMap,
+    os::fd::AsFd,
+    sync::{
+        Arc, LazyLock, Mutex, OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use axum::{
@@ -11,13 +16,14 @@ use axum::{
     middleware::Next,
     response::{IntoResponse as _, Response},
 };
+use rustix::net::sockopt::socket_peercred;
 use tokio::net::UnixStream;
 
 use super::Problem;
 use crate::{
-    kernel::netlink::Namespace,
+    kernel::{lock::lock, netlink::Namespace},
     pool::{
-        owner::{Owner, netns_cookie, own_netns},
+        owner::{self, Owner, netns_cookie, own_netns, pod_of},
         service::Client,
     },
     state::Shared,
@@ -35,13 +41,58 @@ struct Connection {
     shared: Shared,
 }
 
-/// The unit that has a share of the connections: a network namespace; in the agent's own one a pod, and outside of pods a user.
-/// Processes of a pod can change their user.
+/// The unit that has a share of the connections: a pod; outside of pods a control group, and in the agent's own network namespace a
+/// user. Processes of a pod can change their user, and make network namespaces. Without a control group it is the namespace.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Name {
     netns: Option<u64>,
-    pod: Option<String>,
+    group: Option<String>,
     uid: Option<u32>,
+}
+
+impl Name {
+    /// The name of the client at the other end; `None`: it has none without more look-ups, or no share.
+    ///
+    /// For each connection that is accepted, as fast as a client connects.
+    pub(super) fn of(stream: &impl AsFd) -> Option<Self> {
+        let netns = netns_cookie(stream).ok();
+        if netns == own_netns() {
+            return None;
+        }
+        let credentials = socket_peercred(stream).ok()?;
+        let pid = u32::try_from(credentials.pid.as_raw_nonzero().get()).ok()?;
+        Some(Self::elsewhere(netns, pid))
+    }
+
+    /// The name of a client in another network namespace than the agent's.
+    fn elsewhere(netns: Option<u64>, pid: u32) -> Self {
+        match group(pid) {
+            Some(group) => Self { netns: None, group: Some(group), uid: None },
+            None => Self { netns, group: None, uid: None },
+        }
+    }
+}
+
+/// The pod of a process, or else its control group; looked up again after a while.
+fn group(pid: u32) -> Option<String> {
+    const FRESH: Duration = Duration::from_millis(100);
+    const MOST: usize = 1024;
+    type Known = HashMap<u32, (Instant, Option<String>)>;
+    static KNOWN: LazyLock<Mutex<Known>> = LazyLock::new(Mutex::default);
+    let mut known = lock(&KNOWN);
+    if let Some((at, group)) = known.get(&pid)
+        && at.elapsed() < FRESH
+    {
+        return group.clone();
+    }
+    let cgroup = owner::cgroup(pid);
+    // With control groups of version 1, all processes are in the root of version 2.
+    let group = cgroup.filter(|cgroup| cgroup != "/").map(|cgroup| pod_of(&cgroup).unwrap_or(cgroup));
+    if known.len() >= MOST {
+        known.clear();
+    }
+    known.insert(pid, (Instant::now(), group.clone()));
+    group
 }
 
 impl Peer {
@@ -61,7 +112,11 @@ impl Peer {
         let own_user = uid == 0 || uid == rustix::process::geteuid().as_raw();
         // A pod with the node's network is not the node's operator.
         let operator = own_user && is_own && (pod.is_none() || pod == *own_pod());
-        let name = Name { netns, uid: (is_own && pod.is_none()).then_some(uid), pod };
+        let name = if is_own {
+            Name { netns, uid: pod.is_none().then_some(uid), group: pod }
+        } else {
+            Name::elsewhere(netns, pid)
+        };
         let client = Client { connection, pid, uid, netns, namespace };
         Some(Self(Arc::new(Connection { client, name, operator, shared: shared.clone() })))
     }

@@ -10,7 +10,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::error::Error;
+use tokio::io::unix::AsyncFd;
+
+use super::{Connections, error::Error, peer::Name};
 use crate::config::Api;
 
 /// Removes the socket from the file system when it is dropped.
@@ -31,6 +33,40 @@ pub(super) async fn or_never<T>(accept: Option<impl Future<Output = io::Result<T
     match accept {
         Some(accept) => accept.await,
         None => std::future::pending().await,
+    }
+}
+
+/// Prepares a listener for [`accept`].
+pub(super) fn watch(listener: UnixListener) -> io::Result<AsyncFd<UnixListener>> {
+    // SAFETY: the listener owns its descriptor, which stays open and the same until both go together.
+    unsafe { AsyncFd::register(listener) }.map_err(Into::into)
+}
+
+/// Waits for a connection of a client that may have another one. Those of others are closed at once: as long as they are in the queue
+/// of the listener, every client waits behind them.
+pub(super) async fn accept(
+    listener: &AsyncFd<UnixListener>,
+    clients: &Connections,
+) -> io::Result<tokio::net::UnixStream> {
+    /// Connections that are closed before other tasks have their turn.
+    const BATCH: usize = 256;
+    loop {
+        let mut ready = listener.readable().await?;
+        for _ in 0..BATCH {
+            match listener.get_ref().accept() {
+                Ok((stream, _)) if Name::of(&stream).is_some_and(|name| clients.is_full(name)) => {}
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(true)?;
+                    return tokio::net::UnixStream::from_std(stream);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready.clear_ready();
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        tokio::task::yield_now().await;
     }
 }
 
