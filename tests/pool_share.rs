@@ -69,7 +69,7 @@ fn a_socket_that_connects_everywhere_costs_other_pods_nothing_and_its_slots_come
     // Nothing is held: two rounds of the agent take all back.
     let retired: u32 =
         [stand.pool.sweep(|_, _| false)?, stand.pool.sweep(|_, _| false)?].iter().map(|s| s.retired).sum();
-    ensure!(retired >= 2 * 20000 && !stand.pool.is_short_of_slots(), "{retired} slots");
+    ensure!(retired >= 2 * 20000 && !stand.pool.tables().is_short_of_slots(), "{retired} slots");
     Ok(())
 }
 

@@ -15,6 +15,12 @@ use crate::kernel::{bpf, clock::monotonic_ns, lock::lock, mapping::SharedCounter
 /// Longer than a program runs, in nanoseconds: between the bits of a flow and its entry, or between its reads of both halves.
 const RUN: u64 = 1_000_000_000;
 
+/// Words of all elements.
+const WORDS: u32 = {
+    assert!(HALVES == 2);
+    2 * LENGTH
+};
+
 /// The map `flow_filter`.
 #[derive(Debug)]
 pub(super) struct FlowFilterMap {
@@ -34,8 +40,7 @@ struct Next {
 
 impl FlowFilterMap {
     pub(super) fn open(map: &MapData) -> Result<Self> {
-        let words =
-            SharedCounters::new(bpf::fd(map), LENGTH * HALVES as u32).map_err(Error::map("flow_filter"))?;
+        let words = SharedCounters::new(bpf::fd(map), WORDS).map_err(Error::map("flow_filter"))?;
         // The agent before may have left one half cleared, and either may be that.
         let next = Next { half: 0, fills: true, from: monotonic_ns() + RUN };
         Ok(Self { words, next: Mutex::new(next) })

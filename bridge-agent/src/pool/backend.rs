@@ -47,7 +47,7 @@ impl Backend {
     /// A pool in the kernel.
     #[must_use]
     pub fn kernel(pool: KernelPool) -> Self {
-        let tables = Arc::clone(pool.tables());
+        let tables = pool.shared_tables();
         Self::Kernel(Box::new(Mutex::new(pool)), tables)
     }
 

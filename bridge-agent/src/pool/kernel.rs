@@ -409,8 +409,14 @@ impl KernelPool {
 
     /// The tables that the hooks and the agent change together.
     #[must_use]
-    pub fn tables(&self) -> &Arc<KernelTables> {
+    pub fn tables(&self) -> &KernelTables {
         &self.tables
+    }
+
+    /// The same, for use beside a sweep, which holds this.
+    #[must_use]
+    pub(super) fn shared_tables(&self) -> Arc<KernelTables> {
+        Arc::clone(&self.tables)
     }
 
     /// The ports of the pool.
