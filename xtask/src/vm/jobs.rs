@@ -29,6 +29,9 @@ const LIMIT: u64 = 900;
 /// The same for the gap meter, which takes 800 s there beside another kernel.
 const GAP_LIMIT: u64 = 2400;
 
+/// The exit code of `timeout` for a command that it has ended.
+const CUT: &str = "124";
+
 /// A command.
 pub(super) struct Job {
     name: &'static str,
@@ -41,6 +44,8 @@ pub(super) struct Job {
 pub(super) struct Outcome {
     pub(super) name: &'static str,
     pub(super) ok: bool,
+    /// Whether its time was over before its end.
+    pub(super) is_cut: bool,
     pub(super) output: String,
     pub(super) errors: String,
 }
@@ -76,7 +81,9 @@ impl Outcome {
             let path = directory.join(format!("{}.{kind}", job.name));
             fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
         };
-        Self { name: job.name, ok: read("status").trim() == "0", output: read("out"), errors: read("err") }
+        let status = read("status");
+        let (ok, is_cut) = (status.trim() == "0", status.trim() == CUT);
+        Self { name: job.name, ok, is_cut, output: read("out"), errors: read("err") }
     }
 
     /// Returns the results of the job, each with whether it passed: scenes, rows of the gap meter, tests.
@@ -127,7 +134,7 @@ pub(super) fn all() -> Result<Vec<Job>> {
 #[cfg(test)]
 impl Outcome {
     pub(super) fn of(output: &str) -> Self {
-        Self { name: "job", ok: true, output: output.to_owned(), errors: String::new() }
+        Self { name: "job", ok: true, is_cut: false, output: output.to_owned(), errors: String::new() }
     }
 }
 

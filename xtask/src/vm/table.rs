@@ -94,7 +94,9 @@ pub(super) fn worse(documented: &str, columns: &[(Kernel, Vec<Outcome>)]) -> Vec
             }
         }
         for outcome in outcomes {
-            if !outcome.ok && outcome.rows().iter().all(|(_, ok)| *ok) {
+            if outcome.is_cut {
+                worse.push(format!("on Linux {}, {} was cut short", kernel.name(), outcome.name));
+            } else if !outcome.ok && outcome.rows().iter().all(|(_, ok)| *ok) {
                 worse.push(format!("on Linux {}, {} failed", kernel.name(), outcome.name));
             }
         }
@@ -139,6 +141,11 @@ mod tests {
         job.ok = false;
         let documented = "| | Linux 6.1 |\n|---|---|\n| `a` | yes |\n";
         assert_eq!(worse(documented, &[(Kernel::Linux6_1, vec![job])]), ["on Linux 6.1, job failed"]);
+        // Rows that are not documented would not be missed.
+        let mut job = Outcome::of("test a ... ok\ntest b ... FAILED\n");
+        (job.ok, job.is_cut) = (false, true);
+        let documented = "| | Linux 6.1 |\n|---|---|\n| `a` | yes |\n| `b` | **no** |\n";
+        assert_eq!(worse(documented, &[(Kernel::Linux6_1, vec![job])]), ["on Linux 6.1, job was cut short"]);
     }
 
     #[test]
