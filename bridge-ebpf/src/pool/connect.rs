@@ -77,12 +77,22 @@ fn try_connect(ctx: &SockAddrContext, family: Family, destination: &Destination)
             Err(refusal) => return Err(stand(config, seat, refusal)),
         }
     } else {
-        // The next sockets of the process will come here with a port of their own, too.
-        if destination.protocol() == TCP || held & LEASE_HELD != 0 {
-            expect(ctx, destination);
+        let again = destination.protocol() == UDP && held & LEASE_HELD != 0;
+        // The next sockets of the process will come here with a port of their own, too: to the first of several destinations, unless
+        // another one refuses a port.
+        if destination.protocol() == TCP || again {
+            expect(ctx, destination, !again);
         }
         let adopted = if is_of(config, slots::template(destination), index) {
-            adopt(ctx, config, destination, index)?
+            match adopt(ctx, config, destination, index) {
+                Ok(adopted) => adopted,
+                Err(refusal) => {
+                    if again {
+                        expect(ctx, destination, true);
+                    }
+                    return Err(refusal);
+                }
+            }
         } else if destination.protocol() == UDP && is_of(config, TEMPLATE_UDP_ANY, index) {
             extra = LEASE_ANY;
             adopt(ctx, config, &Destination::ANY_UDP, index)?

@@ -105,16 +105,17 @@ pub(crate) extern "C" fn expected(netns_cookie: u64, key: u64, other_key: u64) -
     u64::from(owner_slot) << 32 | u64::from(slot)
 }
 
-/// Notes the destination of a socket that had its port before.
+/// Notes the destination of a socket that had its port before; unless `replaces`, only if none is noted.
 #[inline(always)]
-pub(crate) fn expect(ctx: &SockAddrContext, destination: &Destination) {
-    note_expected(netns_cookie(ctx), ctx.tgid(), destination);
+pub(crate) fn expect(ctx: &SockAddrContext, destination: &Destination, replaces: bool) {
+    note_expected(netns_cookie(ctx), ctx.tgid(), destination, u64::from(!replaces));
 }
 
 /// [`expect`], as a function: its frame of the stack ends before others begin. An error costs a good guess.
 #[inline(never)]
-extern "C" fn note_expected(netns_cookie: u64, pid: u32, destination: &Destination) {
+extern "C" fn note_expected(netns_cookie: u64, pid: u32, destination: &Destination, flags: u64) {
+    // BPF_ANY is 0, BPF_NOEXIST 1.
     let protocol = destination.protocol();
-    let _ = POOL_BOUND_TO.insert(process(netns_cookie, pid, protocol), destination, 0);
-    let _ = POOL_BOUND_TO.insert(process(netns_cookie, 0, protocol), destination, 0);
+    let _ = POOL_BOUND_TO.insert(process(netns_cookie, pid, protocol), destination, flags);
+    let _ = POOL_BOUND_TO.insert(process(netns_cookie, 0, protocol), destination, flags);
 }
