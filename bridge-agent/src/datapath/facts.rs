@@ -22,7 +22,7 @@ impl Maps {
     ///
     /// [`Error::Map`].
     pub fn usable_flow(&self, half_open: bool, key: &FlowKey) -> Result<Option<Flow>> {
-        let [unanswered, ..] = self.flow_tables();
+        let [.., unanswered] = self.flow_tables();
         let (name, map) = if half_open { unanswered } else { self.established_table(key) };
         let mut flow: Option<Flow> = bpf::lookup(bpf::fd(map), key).map_err(Error::map(name))?;
         if flow.is_none() && !half_open {

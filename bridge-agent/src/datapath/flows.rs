@@ -291,7 +291,10 @@ impl Maps {
         let stamp = self.shares.last_overflow();
         let rebuild = self.flow_filter.rebuild();
         let (mut removed, mut count) = (0, self.shares.count());
-        for (name, map) in self.flow_tables() {
+        // Flows leave the last table for the others: in this order none is missed.
+        let mut tables = self.flow_tables();
+        tables.rotate_right(1);
+        for (name, map) in tables {
             let (mut expired, mut alive) = (Vec::new(), 0);
             let start = now();
             bpf::for_each(bpf::fd(map), |key: FlowKey, flow: Flow| {
@@ -393,14 +396,13 @@ impl Maps {
         }
     }
 
-    /// Flows that wait for a reply, TCP connections, flows of other protocols, those beyond the share of their initiator: in this
-    /// order a reader misses no flow that leaves the first table meanwhile.
+    /// TCP connections, flows of other protocols, those beyond the share of their initiator, flows that wait for a reply.
     pub(super) fn flow_tables(&self) -> [(&'static str, &MapData); 4] {
         [
-            ("half_open", &self.half_open),
             ("flows", &self.flows),
             ("other_flows", &self.other_flows),
             ("overflow", &self.overflow),
+            ("half_open", &self.half_open),
         ]
     }
 
@@ -414,7 +416,7 @@ impl Maps {
 
     /// The table of an established flow within the share of its initiator.
     pub(super) fn established_table(&self, key: &FlowKey) -> (&'static str, &MapData) {
-        let [_, connections, others, _] = self.flow_tables();
+        let [connections, others, ..] = self.flow_tables();
         if key.protocol == protocol::TCP { connections } else { others }
     }
 }
