@@ -43,10 +43,12 @@ pub(super) struct Listen {
 /// An address and a port as the configuration has them; port 0, too.
 fn address(text: &str) -> Result<SocketAddr, String> {
     let free = text.strip_suffix(":0").map(|host| socket_address(&format!("{host}:1")));
-    match free {
+    let address = match free {
         Some(address) => address.map(|address| SocketAddr::new(address.ip(), 0)),
         None => socket_address(text),
-    }
+    };
+    // The page has another port than the API whose example this is.
+    address.map_err(|problem| problem.replace("9469", "9470"))
 }
 
 impl Ui {
