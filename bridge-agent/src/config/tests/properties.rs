@@ -1,6 +1,9 @@
 //! Properties that hold for any configuration.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeSet,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proptest::collection::{btree_set, vec};
@@ -102,8 +105,11 @@ fn enforcement() -> impl Strategy<Value = Enforcement> {
         vec("[A-Z]\\*{0,1}[a-z0-9\"#&%@!-]{0,9}", 0..3),
     )
         .prop_map(|([audit, drop, strict, allowed, one], seconds, rate, flows, external, internal)| {
-            let patterns =
-                |list: Vec<String>| list.iter().map(|text| InterfacePattern::parse(text).unwrap()).collect();
+            // None is in its list twice.
+            let patterns = |list: Vec<String>| {
+                let names: BTreeSet<String> = list.into_iter().collect();
+                names.iter().map(|text| InterfacePattern::parse(text).unwrap()).collect()
+            };
             Enforcement {
                 mode: if audit { Mode::Audit } else { Mode::Enforce },
                 engines: if one { vec![Engine::Iptables] } else { vec![Engine::Ebpf, Engine::Nftables] },
