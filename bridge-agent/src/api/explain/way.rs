@@ -215,6 +215,7 @@ fn addresses() -> Vec<Address> {
     };
     dumped.into_iter().filter_map(of).collect()
 }
+
 /// Returns the way of a packet that came in by an interface, if the node forwards it: for IPv6 the look-up of a route does not ask
 /// for that.
 fn forwarded(source: IpAddr, input: u32, way: Way) -> Result<Way, String> {
